@@ -1,0 +1,49 @@
+"""Put weights into live PyTorch models: fast, exact, all or nothing. Importing this does nothing."""
+
+from .errors import (
+    BorrowedTensor,
+    CheckpointChanged,
+    CheckpointError,
+    Closed,
+    HotweightsError,
+    MissingPackage,
+    PlanError,
+    PoolTimeout,
+    StaleLease,
+    TiedWeightsDiffer,
+    UnknownName,
+    UnsupportedDtype,
+    UsageError,
+)
+from .load import load
+from .manifest import Manifest, OpaqueDtype, TensorSpec
+from .memory import Lease, Pool, PoolStats
+from .plan import Fate
+from .report import LoadReport
+from .sources import open
+
+__all__ = [
+    "BorrowedTensor",
+    "CheckpointChanged",
+    "CheckpointError",
+    "Closed",
+    "Fate",
+    "HotweightsError",
+    "Lease",
+    "LoadReport",
+    "Manifest",
+    "MissingPackage",
+    "OpaqueDtype",
+    "PlanError",
+    "Pool",
+    "PoolStats",
+    "PoolTimeout",
+    "StaleLease",
+    "TensorSpec",
+    "TiedWeightsDiffer",
+    "UnknownName",
+    "UnsupportedDtype",
+    "UsageError",
+    "load",
+    "open",
+]

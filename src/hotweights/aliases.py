@@ -1,0 +1,71 @@
+"""Aliases: which tensors share memory, and which of them owns it. It compares addresses and writes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping
+
+import torch
+
+__all__ = ["overlaps", "owners"]
+
+
+def owners(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """For every name the first name of the same tensor: itself, unless it is tied.
+
+    The same tensor means the same memory seen the same way; on meta, where there is no memory, the same
+    object. Tensors of no bytes are nobody's.
+    """
+    first: dict[Hashable, str] = {}
+    return {name: first.setdefault(_identity(tensor), name) for name, tensor in tensors.items()}
+
+
+def _identity(tensor: torch.Tensor) -> Hashable:
+    if tensor.is_meta or tensor.numel() == 0 or not _has_address(tensor):
+        return id(tensor)
+    return (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+
+
+def _has_address(tensor: torch.Tensor) -> bool:
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer) and tensor.layout is torch.strided
+
+
+def overlaps(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, str]]:
+    """Pairs of names whose tensors share bytes without being the same tensor.
+
+    One sorted pass over address ranges; only strided tensors whose ranges meet are compared byte by byte.
+    """
+    spans = sorted(
+        (str(tensor.device), *_extent(tensor), name)
+        for name, tensor in tensors.items()
+        if not tensor.is_meta and tensor.numel() and _has_address(tensor)
+    )
+    reach: tuple[str, int, int, str] | None = None  # Of those seen so far, the one that reaches furthest.
+    for span in spans:
+        device, start, stop, name = span
+        if reach is not None and reach[0] == device and start < reach[2]:
+            one, other = tensors[reach[3]], tensors[name]
+            if _identity(one) != _identity(other) and _share_bytes(one, other):
+                yield reach[3], name
+        if reach is None or reach[0] != device or stop > reach[2]:
+            reach = span
+
+
+def _extent(tensor: torch.Tensor) -> tuple[int, int]:
+    last = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+def _share_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if one.is_contiguous() and other.is_contiguous():
+        return True
+    base = min(one.data_ptr(), other.data_ptr())
+    touched = torch.zeros(max(_extent(one)[1], _extent(other)[1]) - base, dtype=torch.bool)
+    _bytes_of(touched, one, base).fill_(True)
+    return bool(_bytes_of(touched, other, base).any())
+
+
+def _bytes_of(touched: torch.Tensor, tensor: torch.Tensor, base: int) -> torch.Tensor:
+    size = tensor.element_size()
+    return touched.as_strided(
+        (*tensor.shape, size), (*(s * size for s in tensor.stride()), 1), tensor.data_ptr() - base
+    )

@@ -1,0 +1,38 @@
+"""Devices: pinned memory and events through torch.accelerator. On a CPU every event has happened. No copies here."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+__all__ = ["Event", "is_host", "pinned_empty", "record_event"]
+
+
+class Event(Protocol):
+    """Something that happens once, after which memory may be reused. ``torch.Event`` is one."""
+
+    def query(self) -> bool:
+        """Has it happened? Never blocks; may be called from any thread."""
+
+
+def is_host(device: torch.device) -> bool:
+    """Whether the host's threads can write the device's memory directly."""
+    return device.type == "cpu"
+
+
+def record_event(device: torch.device) -> Event | None:
+    """The event after which all copies queued so far on ``device`` by this thread are done.
+
+    Returns ``None`` on a CPU, where every copy has happened when the call returns.
+    """
+    if is_host(device) or device.type == "meta":
+        return None
+    event = torch.Event(device=device)
+    event.record(torch.accelerator.current_stream(device))
+    return event
+
+
+def pinned_empty(nbytes: int) -> torch.Tensor:
+    """Page-locked host memory, ``uint8 [nbytes]``, the caller's; accelerators copy from it asynchronously."""
+    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)

@@ -1,0 +1,186 @@
+"""``load``: a source into a model, once. It plans, executes and reports; the parts do the work."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+
+from .aliases import overlaps, owners
+from .engines import rules_for
+from .errors import UsageError
+from .execute import Execution, execute
+from .memory import Pool
+from .modules import Place, describe, hook_problems, materialise, places
+from .plan import Cast, Copy, Fate, LoadPlan, Patterns, Program, both, matches, plan_by_name
+from .progress import progress
+from .report import LoadReport, size
+from .sources import Reading, Source
+from .sources import open as open_source
+
+__all__ = ["load"]
+
+
+def load(
+    model: nn.Module,
+    source: str | os.PathLike[str] | Mapping[str, torch.Tensor] | nn.Module | Source,
+    *,
+    device: torch.device | str | None = None,
+    allow_missing: Patterns = (),
+    allow_unexpected: Patterns = (),
+    cast: Cast = "error",
+    reading: Reading = "auto",
+    threads: int | None = None,
+    pool: Pool | None = None,
+    show_progress: bool | None = None,
+) -> LoadReport:
+    """Load the weights of ``source`` into the parameters and persistent buffers of ``model``, in place, by name.
+
+    Everything that does not fit is found before the first byte is read, and raised together. Tied parameters may be in
+    the source under any of their names, or several. Models of transformers are loaded through transformers' own
+    renamings, conversions and ties. Autograd does not see the writes. A failure while reading leaves tensors of both
+    versions in the model, and the error's note says how much was written; parameters that were on meta are on meta
+    again.
+
+    Args:
+        model: is written in place; addresses do not change, except those of meta tensors.
+        source: an open source, which stays open; or anything that ``hotweights.open`` takes.
+        device: where meta tensors are made real. Without it they are a problem.
+        allow_missing: names of the model that may be missing from the source; they keep their values.
+        allow_unexpected: tensors of the source that may have no place in the model.
+        cast: whether casts that lose information are problems (``"error"``) or done (``"loader"``). Casts that
+            lose nothing are done and reported; from floats to integers always is a problem.
+        reading: how files are read, see ``Reading``.
+        threads: how many read at once; by default a few.
+        pool: memory for what cannot be read in place; by default 64 MiB, which is let go at the end.
+        show_progress: whether to draw a progress bar; by default on a terminal.
+
+    Raises:
+        CheckpointError: the checkpoint is broken; the model is unharmed.
+        PlanError: source and model do not fit; the model is unharmed.
+        TiedWeightsDiffer: names of one tensor carry different bytes; the model is unharmed.
+        CheckpointChanged: a file changed while it was read.
+    """
+    began = time.perf_counter()
+    with ExitStack() as stack:
+        if isinstance(source, (str, os.PathLike, Mapping, nn.Module)):
+            source = stack.enter_context(open_source(source))
+        if not isinstance(source, Source):
+            raise UsageError(
+                f"a source is a path, a mapping of tensors, a module or a Source; this is a {type(source).__name__}"
+            )
+        target_device = None if device is None else torch.device(device)
+        found = list(places(model))
+        plan = _plan(model, source, found, target_device, allow_missing, allow_unexpected, cast)
+        done = Execution()
+        nbytes = _bytes_to_read(plan, source)
+        with _made_real(plan, found, target_device), _noting(done, nbytes):
+            destinations = {place.name: place.tensor.detach() for place in found if place.persistent}
+            if pool is None:
+                pool = stack.enter_context(Pool(device=_slowest(destinations)))
+            advance = stack.enter_context(progress("loading", nbytes, show=show_progress))
+            execute(plan, source, destinations, done, pool=pool, reading=reading, threads=threads, advance=advance)
+        return _report(plan, done, pool, time.perf_counter() - began)
+
+
+def _plan(
+    model: nn.Module,
+    source: Source,
+    found: list[Place],
+    device: torch.device | None,
+    allow_missing: Patterns,
+    allow_unexpected: Patterns,
+    cast: Cast,
+) -> LoadPlan:
+    rules = rules_for(model, source.manifest)
+    may_miss = both(allow_missing, rules.allow_missing)
+    tensors = {place.name: place.tensor for place in found if place.persistent}
+    owner = owners(tensors)
+    lost = _left_on_meta(found, may_miss) if device is not None else []
+    return plan_by_name(
+        source.manifest,
+        {name: describe(tensor, name, owner[name], device=device) for name, tensor in tensors.items()},
+        steps=rules.steps,
+        skip=rules.skip,
+        allow_missing=may_miss,
+        allow_unexpected=allow_unexpected,
+        cast=cast,
+        overlapping=overlaps(tensors),
+        problems=[*rules.problems, *hook_problems(model), *lost],
+    )
+
+
+def _left_on_meta(found: list[Place], allowed: Patterns) -> list[str]:
+    may_stay = matches(allowed)
+    return [
+        f"{place.name}: is a non-persistent buffer on the meta device, and no checkpoint carries it; build the model "
+        "with real buffers, or allow it with allow_missing= and fill it yourself"
+        for place in found
+        if not place.persistent and place.tensor.is_meta and not may_stay(place.name)
+    ]
+
+
+def _bytes_to_read(plan: LoadPlan, source: Source) -> int:
+    used = [name for name, fate in plan.fates.items() if fate in (Fate.WRITTEN, Fate.CAST)]
+    compared = [name for pair in plan.ties for name in pair]
+    return sum(source.manifest[name].nbytes for name in (*used, *compared))
+
+
+def _slowest(destinations: Mapping[str, torch.Tensor]) -> torch.device:
+    """The device that the pool's memory must suit: an accelerator, if any destination lies on one."""
+    devices = {tensor.device for tensor in destinations.values() if tensor.device.type not in ("cpu", "meta")}
+    return min(devices, key=str) if devices else torch.device("cpu")
+
+
+@contextmanager
+def _made_real(plan: LoadPlan, found: list[Place], device: torch.device | None) -> Iterator[None]:
+    """Meta tensors that the plan writes are real inside, and stay so unless it fails."""
+    replaced = [] if device is None else materialise(found, _written(plan), device)
+    try:
+        yield
+    except BaseException:
+        for place, old in replaced:
+            place.put(old)
+        raise
+
+
+def _written(plan: LoadPlan) -> set[str]:
+    copied = {step.destination for step in plan.steps if isinstance(step, Copy)}
+    return copied.union(*(step.produces for step in plan.steps if isinstance(step, Program)))
+
+
+@contextmanager
+def _noting(done: Execution, nbytes: int) -> Iterator[None]:
+    """Errors and Ctrl-C say what was read by then: the model may hold tensors of two versions."""
+    try:
+        yield
+    except BaseException as error:
+        if done.bytes_read or done.bytes_written:
+            error.add_note(
+                f"hotweights: {size(done.bytes_read)} of {size(nbytes)} had been read, {size(done.bytes_written)} "
+                "written by then; the model may hold tensors of both versions"
+            )
+        raise
+
+
+def _report(plan: LoadPlan, done: Execution, pool: Pool, seconds: float) -> LoadReport:
+    stats = pool.stats()
+    return LoadReport(
+        bytes_read=done.bytes_read,
+        bytes_written=done.bytes_written,
+        seconds=seconds,
+        peak_buffer_bytes=stats.peak * pool.slot_nbytes,
+        peak_scratch_bytes=done.peak_scratch,
+        tensors={fate: plan.names(fate) for fate in Fate},
+        casts=plan.casts,
+        roads=dict(done.roads),
+        steps={
+            "copies": sum(isinstance(step, Copy) for step in plan.steps),
+            "programs": sum(isinstance(step, Program) for step in plan.steps),
+        },
+        warnings=plan.warnings,
+    )

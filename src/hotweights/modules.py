@@ -1,0 +1,120 @@
+"""The tensors of a module by the names of its state dict, and meta tensors made real. It copies no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .manifest import TensorSpec
+from .plan import Target
+
+__all__ = ["Place", "describe", "hook_problems", "materialise", "places"]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a tensor of a module lives: ``module._parameters[key]`` or ``module._buffers[key]``.
+
+    Attributes:
+        name: its name in the state dict; for a non-persistent buffer, the name it would have.
+        module: the module that holds it.
+        key: the attribute's name.
+        persistent: whether the state dict has it.
+    """
+
+    name: str
+    module: nn.Module
+    key: str
+    persistent: bool
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The tensor as it is now."""
+        tensor: torch.Tensor | None = self.module._parameters.get(self.key)
+        if tensor is None:
+            tensor = self.module._buffers[self.key]
+        assert tensor is not None
+        return tensor
+
+    def put(self, tensor: torch.Tensor) -> None:
+        """Put another tensor in its place."""
+        store = self.module._parameters if self.module._parameters.get(self.key) is not None else self.module._buffers
+        store[self.key] = tensor  # type: ignore[assignment]
+
+
+def places(model: nn.Module) -> Iterator[Place]:
+    """Every parameter and buffer, once for each name it has, in the order of the state dict."""
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        dot = f"{prefix}." if prefix else ""
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                yield Place(dot + key, module, key, persistent=True)
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                yield Place(dot + key, module, key, persistent=key not in module._non_persistent_buffers_set)
+
+
+def describe(tensor: torch.Tensor, name: str, owner: str, *, device: torch.device | None) -> Target:
+    """The tensor as a target of a plan; ``device`` is where meta tensors will be made real."""
+    if nn.parameter.is_lazy(tensor):
+        return Target(TensorSpec(name, tensor.dtype, ()), owner, "is uninitialised; run the model once first")
+    return Target(TensorSpec(name, tensor.dtype, tuple(tensor.shape)), owner, _unwritable(tensor, device))
+
+
+def _unwritable(tensor: torch.Tensor, device: torch.device | None) -> str:
+    if tensor.is_meta and device is None:
+        return "lies on the meta device; say where it shall be made real with device="
+    if tensor.layout is not torch.strided:
+        return f"has the layout {tensor.layout}; by name only strided tensors are written"
+    if type(tensor).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl:
+        return f"is a {type(tensor).__name__}, which has no plain bytes; by name only plain tensors are written"
+    if any(stride == 0 and length > 1 for length, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        return "is an expanded tensor, several elements of which share memory"
+    return ""
+
+
+_HARMLESS = ("torch.nn.modules.batchnorm", "torch.nn.modules.instancenorm")  # They fill in counters of old files.
+
+
+def hook_problems(model: nn.Module) -> Iterator[str]:
+    """Modules whose ``load_state_dict`` does more than copy by name: by name that would be skipped, in silence."""
+    for name, module in model.named_modules():
+        cure = "load_state_dict runs it, loading by name does not"
+        where = f"module {name or type(model).__name__}"
+        override = type(module)._load_from_state_dict
+        if override is not nn.Module._load_from_state_dict and override.__module__ not in _HARMLESS:
+            yield f"{where}: {type(module).__name__} has loading code of its own (_load_from_state_dict); {cure}"
+        if module._load_state_dict_pre_hooks:
+            yield f"{where}: has a hook before loading; {cure}"
+        if type(module).set_extra_state is not nn.Module.set_extra_state:
+            yield f"{where}: keeps extra state; {cure}"
+
+
+def materialise(
+    found: Iterable[Place], names: Container[str], device: torch.device
+) -> list[tuple[Place, torch.Tensor]]:
+    """Replace the meta tensors with these names by uninitialised ones on ``device``, tied ones by one under all names.
+
+    Keeps classes, attributes and ``requires_grad``. Returns what was replaced, so that it can be put back.
+    """
+    found = list(found)
+    made = {
+        id(place.tensor): _real(place.tensor, device) for place in found if place.name in names and place.tensor.is_meta
+    }
+    replaced = [(place, place.tensor) for place in found if id(place.tensor) in made]
+    for place, old in replaced:
+        place.put(made[id(old)])
+    return replaced
+
+
+def _real(old: torch.Tensor, device: torch.device) -> torch.Tensor:
+    new = torch.empty_like(old, device=device)
+    if isinstance(old, nn.Parameter):
+        new = nn.Parameter(new, requires_grad=old.requires_grad)
+        if type(old) is not nn.Parameter:
+            new = new.as_subclass(type(old))
+    new.__dict__.update(old.__dict__)
+    return new

@@ -1,0 +1,123 @@
+"""What a source promises, as two short contracts. No source lives here.
+
+Every source is a ``Source``: it can be streamed. Some are ``Addressed`` too: they give any bytes of any tensor,
+in any order, into memory of the caller's choice.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from types import TracebackType
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
+
+import torch
+
+from ..devices import Event
+from ..guards import Guard
+from ..manifest import Manifest
+from ..memory import Lease, Pool
+
+__all__ = ["Addressed", "InMemory", "Read", "Reading", "Sink", "Source", "Stream"]
+
+Reading = Literal["auto", "buffered", "direct"]
+"""How files are read: ``buffered`` through the page cache, ``direct`` around it, ``auto`` by what is cached."""
+
+Sink = Callable[[torch.Tensor], "Event | None"]
+"""Takes borrowed bytes (``uint8 [n]``), valid until it returns, or until the event it returns has happened."""
+
+
+class Read(NamedTuple):
+    """A wish: the bytes ``start .. start + nbytes`` of a tensor, into memory.
+
+    Attributes:
+        name: which tensor.
+        start: first byte within the tensor, row-major.
+        nbytes: how many.
+        into: a contiguous host tensor of ``nbytes`` bytes that is filled, or a sink that is called once,
+            possibly from another thread; a sink's wish must fit into one slot of the pool.
+    """
+
+    name: str
+    start: int
+    nbytes: int
+    into: torch.Tensor | Sink
+
+
+class Stream(Protocol):
+    """Leases in the source's order. A context manager; leaving it ends the last lease."""
+
+    def __iter__(self) -> Iterator[Lease]: ...
+    def __next__(self) -> Lease: ...
+    def __enter__(self) -> Stream: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+    def close(self) -> None:
+        """End the running lease and every wait. May be called twice."""
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Where weights come from. ``manifest`` promises, the stream keeps the promise: each tensor once, every byte."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """Name, dtype and shape of every tensor. Its order says nothing about the order of arrival."""
+
+    def leases(self, *, guard: Guard = "off") -> Stream:
+        """Stream every tensor as a lease, which ends when the stream advances."""
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield every tensor, owned by the caller: nobody overwrites it, at no time."""
+
+    def close(self) -> None:
+        """Let go of files and memory. May be called twice."""
+
+    def __enter__(self) -> Source: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+@runtime_checkable
+class InMemory(Source, Protocol):
+    """A source whose tensors all lie in memory already, and stay their owner's."""
+
+    def borrow(self, name: str) -> torch.Tensor:
+        """The tensor itself, to read while the source is open. Never write to it."""
+
+
+@runtime_checkable
+class Addressed(Source, Protocol):
+    """A source that can be asked for these bytes of that tensor."""
+
+    def position(self, name: str) -> tuple[int, int]:
+        """Where the tensor lies: which file, which byte of it. Reading in this order is fastest."""
+
+    def read(
+        self,
+        reads: Iterable[Read],
+        *,
+        pool: Pool,
+        reading: Reading = "auto",
+        threads: int | None = None,
+        advance: Callable[[int], None] | None = None,
+        stop: threading.Event | None = None,
+    ) -> dict[str, int]:
+        """Do all the reads; return when every byte lies where it was wished, and every sink has returned.
+
+        Args:
+            reads: in any order; they are sorted and neighbours share a read.
+            pool: memory for what cannot be read in place. Never more than its bound is used.
+            reading: which road, see ``Reading``.
+            threads: how many read at once; by default a few.
+            advance: called with a number of bytes as they arrive, from any thread.
+            stop: ends the reading early when set; ``Closed`` is raised.
+
+        Returns:
+            Bytes by the road they came: ``"buffered"`` or ``"direct"``.
+
+        Raises:
+            CheckpointChanged: a file is not the one that was opened.
+        """

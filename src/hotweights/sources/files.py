@@ -1,0 +1,251 @@
+"""FileSource: the tensors of safetensors files. Addressed: any bytes, in any order, into any memory."""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from collections.abc import Callable, Generator, Iterable, Iterator
+from functools import partial
+from types import TracebackType
+from typing import NamedTuple
+
+import torch
+
+from ..errors import Closed, UnsupportedDtype
+from ..guards import Guard
+from ..manifest import Manifest, OpaqueDtype, TensorSpec
+from ..memory import PAGE, Lease, Pool, Slot, host_empty
+from .checkpoint import Shard, open_shards
+from .contracts import Read, Reading
+from .reading import File, Segment, fill, read_segments
+from .streams import LeaseStream, ahead
+
+__all__ = ["FileSource"]
+
+_BATCH = 32 * 1024 * 1024  # bytes of owned tensors that are read ahead
+
+
+class _Place(NamedTuple):
+    file: File
+    offset: int
+
+
+class _Run(NamedTuple):
+    """Neighbouring tensors that are read at once."""
+
+    place: _Place
+    specs: list[TensorSpec]
+    nbytes: int
+
+
+class FileSource:
+    """The tensors of one checkpoint on disk. Closes its files; made by ``hotweights.open``.
+
+    The manifest lists tensors file by file, in the order in which they lie there.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+        self._closed = True  # Until the files are open there is nothing to close.
+        self._shards: tuple[Shard, ...] = open_shards(path)
+        self._closed = False
+        self._places = {
+            spec.name: _Place(shard.file, offset) for shard in self._shards for spec, offset in shard.header.entries
+        }
+        self._manifest = Manifest(spec for shard in self._shards for spec, _ in shard.header.entries)
+
+    @property
+    def manifest(self) -> Manifest:
+        """Name, dtype and shape of every tensor."""
+        return self._manifest
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The paths of the checkpoint's files."""
+        return tuple(shard.file.path for shard in self._shards)
+
+    @property
+    def metadata(self) -> dict[str, dict[str, str]]:
+        """The free-text metadata of each file, by path."""
+        return {shard.file.path: dict(shard.header.metadata) for shard in self._shards}
+
+    def position(self, name: str) -> tuple[int, int]:
+        """Which file (as an index into ``files``), and which byte of it, the tensor starts at."""
+        file, offset = self._places[name]
+        return self.files.index(file.path), offset
+
+    def leases(self, *, guard: Guard = "off", pool: Pool | None = None, reading: Reading = "auto") -> LeaseStream:
+        """Stream every tensor as a lease on the pool's memory, in the manifest's order, reading one slot ahead.
+
+        Neighbouring small tensors share a slot. A tensor larger than a slot is read into memory of its own, and its
+        lease is not borrowed.
+
+        Args:
+            guard: makes stale tensors loud, see ``guards``. Ignored where a pool is given: its own guard holds.
+            pool: where the leases lie; by default one of 2 x 32 MiB, which ends with the stream.
+            reading: which road, see ``Reading``.
+        """
+        self._check_open()
+        own = pool is None
+        return LeaseStream(self._lease_all(pool or Pool(2, 2 * 16 * 1024 * 1024, guard=guard), own, reading))
+
+    def tensors(self, *, reading: Reading = "auto") -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield every tensor in memory of its own, read one batch ahead.
+
+        Raises:
+            UnsupportedDtype: before the first tensor, if torch has no type for one; ``leases()`` carries its bytes.
+        """
+        self._check_open()
+        for spec in self._manifest.values():
+            if isinstance(spec.dtype, OpaqueDtype):
+                raise UnsupportedDtype(
+                    f"tensor {spec.name!r} has dtype {spec.dtype}, for which torch {torch.__version__} has no type"
+                )
+        return self._own_all(reading)
+
+    def read(
+        self,
+        reads: Iterable[Read],
+        *,
+        pool: Pool,
+        reading: Reading = "auto",
+        threads: int | None = None,
+        advance: Callable[[int], None] | None = None,
+        stop: threading.Event | None = None,
+    ) -> dict[str, int]:
+        """Do all the reads, see ``contracts.Addressed``."""
+        self._check_open()
+        places = self._places
+        segments = [
+            Segment(places[name].file, places[name].offset + start, nbytes, into) for name, start, nbytes, into in reads
+        ]
+        return read_segments(segments, pool=pool, reading=reading, threads=threads, advance=advance, stop=stop)
+
+    def close(self) -> None:
+        """Close the files. May be called twice."""
+        self._closed = True
+        for shard in self._shards:
+            shard.close()
+
+    def __enter__(self) -> FileSource:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_closed", True):
+            warnings.warn(
+                f"the source {self.path!r} was not closed; use it in a with", ResourceWarning, source=self, stacklevel=2
+            )
+            self.close()
+
+    def __repr__(self) -> str:
+        return f"<FileSource {self.path!r}: {len(self._manifest)} tensors in {len(self._shards)} files>"
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise Closed(f"the source {self.path!r} was closed")
+
+    def _runs(self, limit: int) -> Iterator[_Run]:
+        """The manifest cut into runs of neighbours of at most ``limit`` bytes; a larger tensor is a run of its own."""
+        run: _Run | None = None
+        for spec in self._manifest.values():
+            place = self._places[spec.name]
+            nbytes = spec.nbytes
+            if run is not None and run.place.file is place.file and run.nbytes + nbytes <= limit:
+                run.specs.append(spec)
+                run = run._replace(nbytes=run.nbytes + nbytes)
+                continue
+            if run is not None:
+                yield run
+            run = _Run(place, [spec], nbytes)
+        if run is not None:
+            yield run
+
+    def _lease_all(self, pool: Pool, own: bool, reading: Reading) -> Generator[Lease, None, None]:
+        stopped = threading.Event()
+
+        def stop() -> None:
+            stopped.set()
+            pool.wake()
+
+        runs = list(self._runs(pool.slot_nbytes - 2 * PAGE))
+        work = (partial(self._fill_slot, run, pool, reading, stopped) for run in runs)
+        slots = ahead(work, depth=min(1, pool.slots - 1), stop=stop)
+        try:
+            for run, (slot, data) in zip(runs, slots, strict=True):
+                try:
+                    yield from self._lease_run(run, slot, data, pool.guard)
+                finally:
+                    if slot is not None:
+                        slot.release()
+        finally:
+            slots.close()
+            if own:
+                pool.close()
+
+    def _fill_slot(
+        self, run: _Run, pool: Pool, reading: Reading, stopped: threading.Event
+    ) -> tuple[Slot | None, torch.Tensor]:
+        if run.nbytes > pool.slot_nbytes - 2 * PAGE:
+            return None, self._read_large(run, pool, reading, stopped)
+        slot = pool.acquire(run.specs[0].name, stop=stopped.is_set)
+        try:
+            file, offset = run.place
+            data, _ = fill(file, slot.memory, offset, offset + run.nbytes, reading)
+            file.check()
+        except BaseException:
+            slot.release()
+            raise
+        return slot, data
+
+    def _read_large(self, run: _Run, pool: Pool, reading: Reading, stopped: threading.Event) -> torch.Tensor:
+        data = host_empty((run.nbytes,), torch.uint8)
+        # Buffered: it may not ask the pool for a slot to bounce through while others hold all of them.
+        self.read([Read(run.specs[0].name, 0, run.nbytes, data)], pool=pool, reading="buffered", stop=stopped)
+        return data
+
+    def _lease_run(self, run: _Run, slot: Slot | None, data: torch.Tensor, guard: Guard) -> Iterator[Lease]:
+        position = 0
+        for spec in run.specs:
+            raw = data[position : position + spec.nbytes]
+            position += spec.nbytes
+            itemsize = 1 if isinstance(spec.dtype, OpaqueDtype) else spec.dtype.itemsize
+            if slot is None or raw.data_ptr() % itemsize:
+                # No slot, or a file that packs a float32 behind three bytes: memory of its own.
+                yield Lease(spec, raw=raw if slot is None else raw.clone(), borrowed=False, guard=guard)
+            else:
+                yield slot.lease(spec, raw.data_ptr() - slot.memory.data_ptr())
+
+    def _own_all(self, reading: Reading) -> Generator[tuple[str, torch.Tensor], None, None]:
+        stopped = threading.Event()
+        with Pool() as pool:
+
+            def stop() -> None:
+                stopped.set()
+                pool.wake()
+
+            work = (partial(self._read_run, run, pool, reading, stopped) for run in self._runs(_BATCH))
+            batches = ahead(work, depth=1, stop=stop)
+            try:
+                for batch in batches:
+                    yield from batch
+            finally:
+                batches.close()
+
+    def _read_run(
+        self, run: _Run, pool: Pool, reading: Reading, stopped: threading.Event
+    ) -> list[tuple[str, torch.Tensor]]:
+        batch = [
+            (spec.name, host_empty(spec.shape, spec.dtype))
+            for spec in run.specs
+            if not isinstance(spec.dtype, OpaqueDtype)
+        ]
+        self.read(
+            (Read(name, 0, tensor.nbytes, tensor) for name, tensor in batch), pool=pool, reading=reading, stop=stopped
+        )
+        return batch

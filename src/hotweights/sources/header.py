@@ -1,0 +1,200 @@
+"""The header of one safetensors file: from bytes to entries, validated. It reads no tensor and allocates none.
+
+Format: 8 bytes little-endian length N, N bytes of JSON ``{name: {dtype, shape, data_offsets}}``, then the data, without
+gaps. Source: https://github.com/huggingface/safetensors#format and ``safetensors/src/tensor.rs`` 0.8, which this is as
+strict as, and stricter: duplicate names are refused.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import msgspec
+import torch
+
+from ..errors import CheckpointError
+from ..manifest import FORMAT_DTYPES, DType, OpaqueDtype, TensorSpec
+
+__all__ = ["MAX_HEADER_NBYTES", "Entry", "Header", "read_header"]
+
+MAX_HEADER_NBYTES = 100_000_000  # bytes; the bound of the reference implementation
+_LARGEST = 2**63 - 1  # elements; torch counts in int64
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_ELSEWHERE = {b"PK\x03\x04": "a zip archive (a torch .bin file?)", b"GGUF": "a GGUF file", b"\x80\x02": "a pickle"}
+
+
+class Entry(NamedTuple):
+    """One tensor of a file: its spec, and the byte of the file at which its data starts."""
+
+    spec: TensorSpec
+    offset: int
+
+
+class Header(NamedTuple):
+    """What one file holds: entries by offset, and the file's free-text metadata."""
+
+    entries: tuple[Entry, ...]
+    metadata: dict[str, str]
+
+
+class _RawEntry(msgspec.Struct, forbid_unknown_fields=True):
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
+
+
+_names = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_entry = msgspec.json.Decoder(_RawEntry)
+_metadata = msgspec.json.Decoder(dict[str, str])
+
+
+def read_header(file: str, size: int, pread: Callable[[int, int], bytes]) -> Header:
+    """Parse and validate the header of ``file``.
+
+    Args:
+        file: its name, for messages.
+        size: its size in bytes.
+        pread: ``pread(nbytes, offset)``, returning exactly that many bytes or raising.
+
+    Raises:
+        CheckpointError: with every problem that was found in this file.
+    """
+    if size == 0:
+        raise CheckpointError(f"{file}: the file is empty")
+    start = pread(min(size, len(_POINTER)), 0)
+    _refuse_other_formats(file, size, start)
+    if size < 8:
+        raise CheckpointError(f"{file}: {size} bytes are too few for a safetensors file, whose header alone needs 8")
+    nbytes = int.from_bytes(start[:8], "little")
+    # Both bounds come before any allocation: a header of 2^60 bytes must not be tried.
+    if nbytes > MAX_HEADER_NBYTES:
+        raise CheckpointError(f"{file}: header of {nbytes} bytes; at most {MAX_HEADER_NBYTES} are allowed")
+    if 8 + nbytes > size:
+        raise CheckpointError(
+            f"{file}: header of {nbytes} bytes expected, but the file ends after {size} bytes; is it truncated?"
+        )
+    return _parse(file, pread(nbytes, 8), data_start=8 + nbytes, size=size)
+
+
+def _refuse_other_formats(file: str, size: int, start: bytes) -> None:
+    if start.startswith(_POINTER):
+        raise CheckpointError(
+            f"{file}: this is a pointer to large-file storage ({size} bytes), not the weights; "
+            "fetch them with: git lfs pull"
+        )
+    for magic, what in _ELSEWHERE.items():
+        if start.startswith(magic):
+            raise CheckpointError(f"{file}: this is not a safetensors file but {what}")
+
+
+def _parse(file: str, raw: bytes, *, data_start: int, size: int) -> Header:
+    try:
+        fields = _names.decode(raw)
+        _refuse_duplicates(file, raw, fields)
+        metadata = _metadata.decode(fields.pop("__metadata__", b"{}"))
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{file}: header is not a JSON object of tensors: {error}") from error
+    problems: list[str] = []
+    entries: list[Entry] = []
+    for name, field in fields.items():
+        try:
+            entry = _entry.decode(field)
+        except (msgspec.MsgspecError, RecursionError) as error:
+            problems.append(f"tensor {name!r}: {error}")
+            continue
+        start, stop = entry.data_offsets
+        spec = _spec(name, entry, problems)
+        if spec is not None:
+            entries.append(Entry(spec, start))
+            if stop - start != spec.nbytes:
+                problems.append(
+                    f"tensor {name!r}: {entry.dtype} {list(entry.shape)} is {spec.nbytes} bytes; "
+                    f"data_offsets {start}..{stop} hold {stop - start}"
+                )
+    # Only sound entries can be laid side by side; with a broken one among them every neighbour would be blamed.
+    if not problems:
+        entries.sort(key=_by_offset)
+        problems = _gaps(entries, size - data_start)
+    if problems:
+        raise CheckpointError(file, problems)
+    return Header(tuple(Entry(spec, data_start + offset) for spec, offset in entries), metadata)
+
+
+def _by_offset(entry: Entry) -> tuple[int, int]:
+    return entry.offset, entry.spec.nbytes  # Empty tensors share an offset with the next one and come before it.
+
+
+def _refuse_duplicates(file: str, raw: bytes, fields: dict[str, msgspec.Raw]) -> None:
+    """The decoder keeps the last of two equal names, silently. Each entry says "data_offsets" once, so counting
+    finds duplicates at no cost; only a header with escapes, or a count that is off, is parsed again with its pairs."""
+    tensors = len(fields) - ("__metadata__" in fields)
+    if b"\\" not in raw and raw.count(b'"data_offsets"') == tensors and raw.count(b'"__metadata__"') <= 1:
+        return
+    duplicates: set[str] = set()
+
+    def pairs(found: list[tuple[str, object]]) -> None:
+        seen: set[str] = set()
+        for name, _ in found:
+            duplicates.update({name} & seen)
+            seen.add(name)
+
+    try:
+        json.loads(raw, object_pairs_hook=pairs)
+    except ValueError as error:
+        raise CheckpointError(f"{file}: header is not a JSON object of tensors: {error}") from error
+    if duplicates:
+        raise CheckpointError(file, (f"the name {name!r} occurs twice in the header" for name in duplicates))
+
+
+def _spec(name: str, entry: _RawEntry, problems: list[str]) -> TensorSpec | None:
+    if entry.dtype not in FORMAT_DTYPES:
+        problems.append(f"tensor {name!r}: unknown dtype {entry.dtype!r}; known are: {', '.join(FORMAT_DTYPES)}")
+        return None
+    if any(length < 0 for length in entry.shape):
+        problems.append(f"tensor {name!r}: negative length in shape {list(entry.shape)}")
+        return None
+    bits, attribute = FORMAT_DTYPES[entry.dtype]
+    # The product of the nonzero lengths is what torch multiplies strides from: [2**62, 0] overflows though it is empty.
+    if math.prod(length for length in entry.shape if length) > _LARGEST:
+        problems.append(f"tensor {name!r}: shape {list(entry.shape)} has more elements than any memory")
+        return None
+    if math.prod(entry.shape) * bits % 8:
+        problems.append(f"tensor {name!r}: {entry.dtype} {list(entry.shape)} does not end on a whole byte")
+        return None
+    dtype, shape = _torch_view(entry.dtype, bits, attribute, entry.shape)
+    return TensorSpec(name, dtype, shape)
+
+
+def _torch_view(name: str, bits: int, attribute: str, shape: tuple[int, ...]) -> tuple[DType, tuple[int, ...]]:
+    dtype: torch.dtype | None = getattr(torch, attribute, None) if attribute else None
+    if dtype is not None and bits == 8 * dtype.itemsize:
+        return dtype, shape
+    packed = 8 // bits if bits < 8 and 8 % bits == 0 else 0
+    if dtype is not None and packed and shape and shape[-1] % packed == 0:
+        return dtype, (*shape[:-1], shape[-1] // packed)
+    return OpaqueDtype(name, bits), shape
+
+
+def _gaps(entries: Iterable[Entry], data_nbytes: int) -> list[str]:
+    problems: list[str] = []
+    position, before = 0, "the header"
+    for spec, offset in entries:
+        if offset < position:
+            problems.append(f"tensor {spec.name!r}: starts at byte {offset} of the data, inside {before}")
+        elif offset > position:
+            problems.append(
+                f"tensor {spec.name!r}: starts at byte {offset} of the data; {before} ends at {position}, "
+                "and nothing lies between"
+            )
+        if offset + spec.nbytes > data_nbytes:
+            problems.append(
+                f"tensor {spec.name!r}: ends at byte {offset + spec.nbytes} of the data; the file holds {data_nbytes}; "
+                "is it truncated?"
+            )
+        position, before = max(position, offset + spec.nbytes), f"tensor {spec.name!r}"
+    if not problems and position < data_nbytes:
+        problems.append(f"{data_nbytes - position} trailing bytes belong to no tensor")
+    return problems

@@ -1,0 +1,367 @@
+"""Reading bytes of files into memory, by the road that fits. It knows files and ranges, not tensors.
+
+Two roads. *Buffered*: ``preadv`` through the page cache, straight into the wished memory; neighbours share a read.
+*Direct*: ``O_DIRECT`` around the page cache into a pool's slot on huge pages, then a copy. ``auto`` asks each piece
+with ``RWF_NOWAIT`` what is cached, takes that straight, and reads the rest directly (docs/decisions/0002). There is no
+mmap: a file that shrinks under a mapping kills the process, under ``preadv`` it is an error.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from typing import NamedTuple, get_args
+
+import torch
+
+from ..errors import CheckpointChanged, CheckpointError, Closed, UnknownName
+from ..memory import PAGE, Pool, buffer
+from .contracts import Reading, Sink
+
+__all__ = ["File", "Segment", "fill", "read_segments"]
+
+_IOV_MAX = 1024  # buffers of one preadv
+_PIECE = 16 * 1024 * 1024  # bytes of one job at most; between two jobs a stop is seen
+_NOWAIT: int = getattr(os, "RWF_NOWAIT", 0)
+_DIRECT: int = getattr(os, "O_DIRECT", 0)
+_NOT_CACHED = (errno.EAGAIN, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+
+
+Buffer = bytearray | memoryview | ctypes.Array[ctypes.c_char]
+
+
+def _rest(buffers: Sequence[Buffer], done: int) -> Sequence[Buffer]:
+    """The buffers without their first ``done`` bytes."""
+    if done == 0:
+        return buffers
+    rest: list[Buffer] = []
+    for one in buffers:
+        if done < len(one):
+            rest.append(memoryview(one).cast("B")[done:] if done else one)
+        done = max(0, done - len(one))
+    return rest
+
+
+class File:
+    """An open file that notices when it is no longer the one that was opened.
+
+    The owner closes it. Identity, size and modification time are compared by ``check``; a rewrite in place within
+    the clock tick of the opening, with the same size, is not seen.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._direct_fd: int | None = None
+        self._direct_works = bool(
+            _DIRECT
+        )  # Cleared by the first read that is refused; the descriptor stays until close.
+        self._lock = threading.Lock()
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be opened: {error.strerror}") from error
+        self._opened = _fingerprint(os.fstat(self._fd))
+        self.size = self._opened[2]
+
+    def pread(self, nbytes: int, offset: int) -> bytes:
+        """Exactly ``nbytes`` from ``offset``, as bytes."""
+        memory = bytearray(nbytes)
+        if nbytes:
+            self.read_into([memory], offset)
+        return bytes(memory)
+
+    def read_into(self, buffers: Sequence[Buffer], offset: int) -> None:
+        """Fill the buffers in turn with the file's bytes from ``offset``. Short reads are finished."""
+        total = sum(map(len, buffers))
+        done = self._preadv(buffers, offset)
+        while done < total:
+            if done == 0:
+                raise self._short(offset)
+            buffers, offset, total = _rest(buffers, done), offset + done, total - done
+            done = self._preadv(buffers, offset)
+
+    def cached_into(self, buffers: Sequence[Buffer], offset: int) -> int:
+        """Like ``read_into``, but only what the page cache holds; returns how many bytes that was."""
+        total, done = sum(map(len, buffers)), 0
+        while _NOWAIT and done < total:
+            got = self._preadv(_rest(buffers, done), offset + done, _NOWAIT)
+            if got == 0:
+                break
+            done += got
+        return done
+
+    def direct_into(self, memory: torch.Tensor, offset: int) -> bool:
+        """Fill page-aligned ``memory`` from page-aligned ``offset`` around the page cache, up to the file's end.
+
+        Returns False if this file system cannot.
+        """
+        fd = self._open_direct()
+        if fd is None:
+            return False
+        done, wanted = 0, min(memory.numel(), self.size - offset)
+        while done < wanted:
+            before = done
+            try:
+                got = os.preadv(fd, [buffer(memory.data_ptr() + done, memory.numel() - done)], offset + done)
+            except OSError as error:
+                if error.errno == errno.EINVAL:
+                    self._direct_works = False
+                    return False
+                raise self._failed(error, offset + done) from error
+            done += got
+            if done < wanted:
+                done -= done % PAGE  # A short direct read may end anywhere; the next must start on a page.
+                if done == before:
+                    raise self._short(offset + before + got)
+        return True
+
+    def check(self) -> None:
+        """Raise ``CheckpointChanged`` if the path no longer leads to the file that was opened, unchanged."""
+        try:
+            on_disk = _fingerprint(os.stat(self.path))
+        except OSError as error:
+            raise CheckpointChanged(f"{self.path}: the file went away while it was open: {error.strerror}") from error
+        for now in (_fingerprint(os.fstat(self._fd)), on_disk):
+            for what, old, new in zip(("device", "inode", "size", "modification time"), self._opened, now, strict=True):
+                if old != new:
+                    verb = "replaced" if what in ("device", "inode") else "changed"
+                    raise CheckpointChanged(
+                        f"{self.path}: the file was {verb} after it was opened: {what} was {old}, is {new}"
+                    )
+
+    def close(self) -> None:
+        """Close it. May be called twice."""
+        with self._lock:
+            for fd in (self._fd, self._direct_fd):
+                if fd is not None and fd >= 0:
+                    os.close(fd)
+            self._fd, self._direct_fd, self._direct_works = -1, None, False
+
+    def __repr__(self) -> str:
+        return f"<File {self.path!r} {self.size} bytes{' closed' if self._fd < 0 else ''}>"
+
+    def _preadv(self, buffers: Sequence[Buffer], offset: int, flags: int = 0) -> int:
+        if self._fd < 0:
+            raise Closed(f"{self.path} was closed")
+        try:
+            return os.preadv(self._fd, buffers, offset, flags) if flags else os.preadv(self._fd, buffers, offset)
+        except OSError as error:
+            if flags and error.errno in _NOT_CACHED:
+                return 0
+            raise self._failed(error, offset) from error
+
+    def has_direct(self) -> bool:
+        """Whether this file can be read around the page cache, as far as is known by now."""
+        return self._open_direct() is not None
+
+    def _open_direct(self) -> int | None:
+        with self._lock:
+            if self._direct_fd is None and self._direct_works and self._fd >= 0:
+                try:
+                    # Through /proc, so that it is the file that was opened, whatever the path leads to by now.
+                    self._direct_fd = os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC | _DIRECT)
+                except OSError:
+                    self._direct_works = False  # tmpfs and some network file systems have no direct reads.
+            return self._direct_fd if self._direct_works else None
+
+    def _failed(self, error: OSError, offset: int) -> CheckpointError:
+        return CheckpointError(f"{self.path}: reading at byte {offset} failed: {error.strerror}")
+
+    def _short(self, offset: int) -> CheckpointChanged:
+        return CheckpointChanged(f"{self.path}: ends at byte {offset}; {self.size} bytes were there when it was opened")
+
+
+def _fingerprint(stat: os.stat_result) -> tuple[int, int, int, int]:
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+class Segment(NamedTuple):
+    """``nbytes`` of a file from ``offset``, into memory or to a sink. See ``contracts.Read``."""
+
+    file: File
+    offset: int
+    nbytes: int
+    into: torch.Tensor | Sink
+
+
+class _Job(NamedTuple):
+    """Neighbouring pieces that share a read: ``file[start:stop]``, and where each part of it goes."""
+
+    file: File
+    start: int
+    stop: int
+    parts: list[tuple[int, int, torch.Tensor | Sink]]  # nbytes, first byte within the target, target
+    by_slot: bool
+
+
+def read_segments(
+    segments: Iterable[Segment],
+    *,
+    pool: Pool,
+    reading: Reading,
+    threads: int | None,
+    advance: Callable[[int], None] | None,
+    stop: threading.Event | None,
+) -> dict[str, int]:
+    """Read all segments with a few threads. The arguments and errors are those of ``contracts.Addressed.read``."""
+    if reading not in get_args(Reading):
+        raise UnknownName("reading", reading, get_args(Reading))
+    jobs = _plan_jobs(segments, min(_PIECE, pool.slot_nbytes - 2 * PAGE))
+    crew = _Crew(jobs, pool, reading, advance, stop or threading.Event())
+    return crew.run(max(1, min(threads or _default_threads(), len(jobs))))
+
+
+def _default_threads() -> int:
+    return min(4, 2 * (os.cpu_count() or 1))
+
+
+def _plan_jobs(segments: Iterable[Segment], limit: int) -> list[_Job]:
+    jobs: list[_Job] = []
+    for file, offset, nbytes, into in sorted(segments, key=_place):
+        by_slot = not isinstance(into, torch.Tensor)
+        if by_slot and nbytes > limit:
+            raise ValueError(f"a sink's read of {nbytes} bytes does not fit into a slot; at most {limit} do")
+        done = 0
+        while done < nbytes:
+            job = jobs[-1] if jobs else None
+            fits = job is not None and job.file is file and job.stop == offset + done and job.by_slot == by_slot
+            room = limit - (job.stop - job.start) if job and fits and len(job.parts) < _IOV_MAX else 0
+            # A part that would be cut begins a job of its own: cuts cost more than a shorter neighbour.
+            if job is None or nbytes - done > room:
+                size = min(limit, nbytes - done)
+                jobs.append(_Job(file, offset + done, offset + done + size, [(size, done, into)], by_slot))
+            else:
+                size = nbytes - done
+                job.parts.append((size, done, into))
+                jobs[-1] = job._replace(stop=job.stop + size)
+            done += size
+    return jobs
+
+
+def _place(segment: Segment) -> tuple[str, int]:
+    return segment.file.path, segment.offset
+
+
+class _Crew:
+    """The threads of one ``read_segments``: they share a list of jobs, the first error and the stop."""
+
+    def __init__(
+        self,
+        jobs: list[_Job],
+        pool: Pool,
+        reading: Reading,
+        advance: Callable[[int], None] | None,
+        stop: threading.Event,
+    ) -> None:
+        self._jobs = iter(jobs)
+        self._pool = pool
+        self._reading = reading
+        self._advance = advance
+        self._stop = stop  # The caller's: it ends us, we never set it.
+        self._failed = threading.Event()  # Ours: set by the first thread that fails, and by an interrupt.
+        self._lock = threading.Lock()
+        self._roads = {"buffered": 0, "direct": 0}  # Changes under the lock.
+
+    def run(self, threads: int) -> dict[str, int]:
+        if threads == 1:
+            self._work()
+        else:
+            self._work_together(threads)
+        if self._stop.is_set():
+            raise Closed("the reading was stopped")
+        return self._roads
+
+    def _work_together(self, threads: int) -> None:
+        with ThreadPoolExecutor(threads, thread_name_prefix="hotweights-read") as executor:
+            futures = [executor.submit(self._work) for _ in range(threads)]
+            try:
+                # Waiting in slices lets Ctrl-C through; each thread sees `_failed` after its piece.
+                while wait(futures, timeout=0.1, return_when=FIRST_EXCEPTION).not_done and not self._failed.is_set():
+                    pass
+            finally:
+                if not all(map(Future.done, futures)):
+                    self._failed.set()
+                    self._pool.wake()
+        errors = [error for future in futures if (error := future.exception()) is not None]
+        # A thread whose wait was ended by another's failure says so; the failure itself is the one to tell.
+        for error in sorted(errors, key=lambda error: isinstance(error, Closed)):
+            raise error
+
+    def _work(self) -> None:
+        try:
+            while not self._ended():
+                with self._lock:
+                    job = next(self._jobs, None)
+                if job is None:
+                    return
+                self._do(job)
+        except BaseException:
+            self._failed.set()
+            raise
+
+    def _ended(self) -> bool:
+        return self._stop.is_set() or self._failed.is_set()
+
+    def _do(self, job: _Job) -> None:
+        if job.by_slot or (self._reading == "direct" and _DIRECT):
+            direct = self._through_slot(job, 0)
+        else:
+            buffers = [buffer(into.data_ptr() + first, size) for size, first, into in job.parts]  # type: ignore[union-attr]
+            done = 0 if self._reading == "buffered" else job.file.cached_into(buffers, job.start)
+            direct = 0
+            if done < job.stop - job.start:
+                if self._reading == "auto" and job.file.has_direct():
+                    direct = self._through_slot(job, done)
+                else:
+                    job.file.read_into(_rest(buffers, done), job.start + done)
+            job.file.check()
+        total = job.stop - job.start
+        with self._lock:
+            self._roads["direct"] += direct
+            self._roads["buffered"] += total - direct
+        if self._advance is not None:
+            self._advance(total)
+
+    def _through_slot(self, job: _Job, done: int) -> int:
+        """Bring the job's bytes from ``done`` on into a slot and on to their targets; returns the direct bytes."""
+        slot = self._pool.acquire(f"{job.file.path} bytes {job.start}..{job.stop}", stop=self._ended)
+        events = []
+        try:
+            data, direct = fill(job.file, slot.memory, job.start + done, job.stop, self._reading)
+            job.file.check()
+            position = -done
+            for size, first, into in job.parts:
+                skip = max(0, -position)
+                if skip < size:
+                    raw = data[position + skip : position + size]
+                    if isinstance(into, torch.Tensor):
+                        ctypes.memmove(into.data_ptr() + first + skip, raw.data_ptr(), size - skip)
+                    else:
+                        events.append(into(raw))
+                position += size
+        finally:
+            slot.release(*(event for event in events if event is not None))
+        return direct
+
+
+def fill(file: File, memory: torch.Tensor, start: int, stop: int, reading: Reading) -> tuple[torch.Tensor, int]:
+    """Read ``file[start:stop]`` into page-aligned ``memory``, which must be two pages larger.
+
+    Returns the view of ``memory`` that holds the bytes (it starts where the file's own alignment puts it, so a tensor
+    that is aligned in the file is aligned in memory), and how many bytes came around the page cache.
+    """
+    base = start - start % PAGE
+    data = memory[start - base : stop - base]
+    done = 0
+    if reading == "auto":
+        done = file.cached_into([buffer(data.data_ptr(), stop - start)], start)
+    if done < stop - start:
+        resume = start + done - (start + done) % PAGE
+        if reading != "buffered" and file.direct_into(memory[resume - base : -(-(stop - base) // PAGE) * PAGE], resume):
+            return data, stop - start - done
+        file.read_into([buffer(data.data_ptr() + done, stop - start - done)], start + done)
+    return data, 0
