@@ -191,7 +191,7 @@ def _from_stream(
         for lease in stream:
             if lease.name in copies:
                 destination = destinations[copies[lease.name].destination]
-                destination.copy_(lease.tensor.view(destination.shape), non_blocking=True)
+                destination.copy_(lease.tensor.reshape(destination.shape), non_blocking=True)
                 done.bytes_written += destination.nbytes
                 lease.release(after=record_event(destination.device))
             elif lease.name in users:

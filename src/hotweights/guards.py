@@ -117,7 +117,8 @@ class TrapTensor(torch.Tensor):
         if trap is not None and func in _READS:
             trap._wire.check()
             return _READS[func](trap._inner, *args[1:], **(kwargs or {}))
-        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+        # Not super(): it would make every result, owned ones too, a TrapTensor without a wire.
+        return torch._C._disabled_torch_function_impl(func, types, args, kwargs or {})
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]

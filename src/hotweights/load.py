@@ -68,7 +68,8 @@ def load(
     began = time.perf_counter()
     with ExitStack() as stack:
         if isinstance(source, (str, os.PathLike, Mapping, nn.Module)):
-            source = stack.enter_context(open_source(source))
+            source = open_source(source)
+            stack.callback(source.close)
         if not isinstance(source, Source):
             raise UsageError(
                 f"a source is a path, a mapping of tensors, a module or a Source; this is a {type(source).__name__}"
