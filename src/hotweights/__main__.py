@@ -1,0 +1,5 @@
+"""``python -m hotweights`` is ``hotweights``."""
+
+from .cli import main
+
+main()

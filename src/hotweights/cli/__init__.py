@@ -1,0 +1,31 @@
+"""The command line. It parses, calls the library and prints; each command has a file of its own.
+
+Exit codes: 0 done; 1 refused (a broken checkpoint, a model that does not fit); 2 wrong usage; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import typer
+
+from .demo import demo
+from .inspect import inspect
+from .load import load
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="hotweights",
+    help="Put weights into live PyTorch models: fast, exact, all or nothing.",
+    epilog="Exit codes: 0 done, 1 refused, 2 wrong usage, 130 interrupted.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.command()(inspect)
+app.command()(load)
+app.command()(demo)
+
+
+def main() -> None:
+    """The entry point of the ``hotweights`` command."""
+    app()

@@ -1,0 +1,69 @@
+"""``hotweights inspect``: what a checkpoint holds. Reads headers only."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..manifest import format_name
+from ..report import size
+from ..sources import FileSource
+from ..sources import open as open_source
+from .outcome import ending, print_json
+
+__all__ = ["inspect"]
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A safetensors file, a checkpoint directory, an index, a hub cache.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    limit: Annotated[int, typer.Option(help="Tensors to list at most; 0 for all.", min=0)] = 40,
+) -> None:
+    """List the tensors of a checkpoint and check its files. No weight is read."""
+    with ending(as_json=as_json), open_source(path) as source:
+        if as_json:
+            print_json(_as_dict(source))
+        else:
+            _print(source, limit)
+
+
+def _as_dict(source: FileSource) -> dict[str, object]:
+    tensors = [
+        {
+            "name": spec.name,
+            "dtype": format_name(spec.dtype),
+            "shape": list(spec.shape),
+            "nbytes": spec.nbytes,
+            "file": source.files[source.position(spec.name)[0]],
+            "offset": source.position(spec.name)[1],
+        }
+        for spec in source.manifest.values()
+    ]
+    return {
+        "files": list(source.files),
+        "metadata": source.metadata,
+        "nbytes": source.manifest.nbytes,
+        "tensors": tensors,
+    }
+
+
+def _print(source: FileSource, limit: int) -> None:
+    console = Console()
+    table = Table("tensor", "dtype", "shape", "bytes", "file", box=None, header_style="bold")
+    for spec in list(source.manifest.values())[: limit or None]:
+        file = Path(source.files[source.position(spec.name)[0]]).name
+        table.add_row(spec.name, format_name(spec.dtype), str(list(spec.shape)), size(spec.nbytes), file)
+    console.print(table)
+    hidden = len(source.manifest) - limit
+    if limit and hidden > 0:
+        console.print(f"... and {hidden} more; --limit 0 lists all")
+    dtypes = Counter(format_name(spec.dtype) for spec in source.manifest.values())
+    kinds = ", ".join(f"{count} {name}" for name, count in dtypes.most_common())
+    console.print(
+        f"{len(source.manifest)} tensors ({kinds}), {size(source.manifest.nbytes)} in {len(source.files)} files"
+    )
