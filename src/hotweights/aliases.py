@@ -20,7 +20,7 @@ def owners(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
 
 
 def _identity(tensor: torch.Tensor) -> Hashable:
-    if tensor.is_meta or tensor.numel() == 0 or not _has_address(tensor):
+    if not _has_address(tensor) or tensor.is_meta or tensor.numel() == 0:
         return id(tensor)
     return (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
 
@@ -32,22 +32,24 @@ def _has_address(tensor: torch.Tensor) -> bool:
 def overlaps(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, str]]:
     """Pairs of names whose tensors share bytes without being the same tensor.
 
-    One sorted pass over address ranges; only strided tensors whose ranges meet are compared byte by byte.
+    One sorted pass over address ranges; only tensors whose ranges meet are compared, strided ones byte by byte.
     """
     spans = sorted(
-        (str(tensor.device), *_extent(tensor), name)
-        for name, tensor in tensors.items()
-        if not tensor.is_meta and tensor.numel() and _has_address(tensor)
+        (
+            (str(tensor.device), *_extent(tensor), name)
+            for name, tensor in tensors.items()
+            if _has_address(tensor) and not tensor.is_meta and tensor.numel()
+        ),
+        key=lambda span: (span[0], span[1], -span[2]),  # Of two that begin together the larger comes first.
     )
-    reach: tuple[str, int, int, str] | None = None  # Of those seen so far, the one that reaches furthest.
+    open_spans: list[tuple[str, int, int, str]] = []  # Those seen so far that reach past the one at hand.
     for span in spans:
-        device, start, stop, name = span
-        if reach is not None and reach[0] == device and start < reach[2]:
-            one, other = tensors[reach[3]], tensors[name]
-            if _identity(one) != _identity(other) and _share_bytes(one, other):
-                yield reach[3], name
-        if reach is None or reach[0] != device or stop > reach[2]:
-            reach = span
+        device, start, _, name = span
+        open_spans = [other for other in open_spans if other[0] == device and start < other[2]]
+        for *_, other in open_spans:
+            if _identity(tensors[other]) != _identity(tensors[name]) and _share_bytes(tensors[other], tensors[name]):
+                yield other, name
+        open_spans.append(span)
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:

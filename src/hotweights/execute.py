@@ -29,16 +29,22 @@ class Execution:
 
     bytes_read: int = 0
     bytes_written: int = 0
+    writing: bool = False  # From the first write on, an error leaves tensors of two versions.
     scratch: int = 0
     peak_scratch: int = 0
     roads: dict[str, int] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def count(self, roads: Mapping[str, int]) -> None:
-        """Add bytes that were read, by road."""
-        for road, nbytes in roads.items():
-            self.roads[road] = self.roads.get(road, 0) + nbytes
+    def arrive(self, nbytes: int) -> None:
+        """Count bytes as they arrive, from any thread."""
+        with self.lock:
             self.bytes_read += nbytes
+
+    def count(self, roads: Mapping[str, int]) -> None:
+        """Add bytes that arrived, by road."""
+        with self.lock:
+            for road, nbytes in roads.items():
+                self.roads[road] = self.roads.get(road, 0) + nbytes
 
     def hold_scratch(self, nbytes: int) -> None:
         """Count scratch memory that is taken (or, negative, given back)."""
@@ -74,29 +80,34 @@ def execute(
         TiedWeightsDiffer: nothing was written.
         CheckpointChanged: a file changed; some destinations may have been written.
     """
+
+    def arrive(nbytes: int) -> None:
+        done.arrive(nbytes)
+        if advance is not None:
+            advance(nbytes)
+
     with torch.no_grad():
         if isinstance(source, Addressed):
-            _from_addressed(plan, source, destinations, done, pool, reading, threads, advance)
+            read = partial(source.read, pool=pool, reading=reading, threads=threads, advance=arrive)
+            _from_addressed(plan, source, read, destinations, done, pool)
         else:
-            _from_stream(plan, source, destinations, done, advance)
+            _from_stream(plan, source, destinations, done, arrive)
 
 
 def _from_addressed(
     plan: LoadPlan,
     source: Addressed,
+    read: partial[dict[str, int]],
     destinations: Mapping[str, torch.Tensor],
     done: Execution,
     pool: Pool,
-    reading: Reading,
-    threads: int | None,
-    advance: Callable[[int], None] | None,
 ) -> None:
-    read = partial(source.read, pool=pool, reading=reading, threads=threads, advance=advance)
     _prove_ties(plan, source.manifest, partial(_equal_by_pieces, source, read, done))
     reads: list[Read] = []
     for step in plan.steps:
         if isinstance(step, Copy):
             reads += _reads(source.manifest[step.source], destinations[step.destination], pool.slot_nbytes - 2 * PAGE)
+    done.writing = True
     done.count(read(reads))
     done.bytes_written += sum(destinations[step.destination].nbytes for step in plan.steps if isinstance(step, Copy))
     programs = sorted(
@@ -177,7 +188,7 @@ def _from_stream(
     source: Source,
     destinations: Mapping[str, torch.Tensor],
     done: Execution,
-    advance: Callable[[int], None] | None,
+    arrive: Callable[[int], None],
 ) -> None:
     copies = {step.source: step for step in plan.steps if isinstance(step, Copy)}
     users = {name: step for step in plan.steps if isinstance(step, Program) for name in step.sources}
@@ -187,6 +198,7 @@ def _from_stream(
         _prove_ties(plan, source.manifest, lambda one, other: _same_bits(source.borrow(one), source.borrow(other)))
         later = {}
     kept: dict[str, torch.Tensor] = {}
+    done.writing = True
     with source.leases() as stream:
         for lease in stream:
             if lease.name in copies:
@@ -206,8 +218,7 @@ def _from_stream(
             else:
                 continue
             done.count({"memory": lease.spec.nbytes})
-            if advance is not None:
-                advance(lease.spec.nbytes)
+            arrive(lease.spec.nbytes)
     _compare_late(plan, kept, {name: destinations[step.destination] for name, step in copies.items()})
 
 

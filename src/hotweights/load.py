@@ -15,7 +15,7 @@ from .engines import rules_for
 from .errors import UsageError
 from .execute import Execution, execute
 from .memory import Pool
-from .modules import Place, describe, hook_problems, materialise, places
+from .modules import Place, describe, extra_state_problems, hook_problems, materialise, places
 from .plan import Cast, Copy, Fate, LoadPlan, Patterns, Program, both, matches, plan_by_name
 from .progress import progress
 from .report import LoadReport, size
@@ -102,6 +102,7 @@ def _plan(
     tensors = {place.name: place.tensor for place in found if place.persistent}
     owner = owners(tensors)
     lost = _left_on_meta(found, may_miss) if device is not None else []
+    hooks = hook_problems(model) if rules.runs_hooks else ()
     return plan_by_name(
         source.manifest,
         {name: describe(tensor, name, owner[name], device=device) for name, tensor in tensors.items()},
@@ -111,7 +112,7 @@ def _plan(
         allow_unexpected=allow_unexpected,
         cast=cast,
         overlapping=overlaps(tensors),
-        problems=[*rules.problems, *hook_problems(model), *lost],
+        problems=[*rules.problems, *hooks, *extra_state_problems(model), *lost],
     )
 
 
@@ -160,10 +161,10 @@ def _noting(done: Execution, nbytes: int) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if done.bytes_read or done.bytes_written:
+        if done.writing:
             error.add_note(
-                f"hotweights: {size(done.bytes_read)} of {size(nbytes)} had been read, {size(done.bytes_written)} "
-                "written by then; the model may hold tensors of both versions"
+                f"hotweights: {size(done.bytes_read)} of {size(nbytes)} had been read into the model by then; it may hold "
+                "tensors of both versions until a load succeeds"
             )
         raise
 

@@ -1,0 +1,147 @@
+"""The command line: its commands, flags and exit codes are an interface."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from hotweights.cli import app
+from hotweights.testing import write_checkpoint
+
+runner = CliRunner()
+
+
+def run(*args):
+    result = runner.invoke(app, [str(arg) for arg in args])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    return write_checkpoint(tmp_path / "ckpt", {"a.weight": torch.zeros(2, 3), "b": torch.tensor(1, dtype=torch.int64)})
+
+
+def flags(command):
+    text = re.sub(r"\x1b\[[0-9;]*m", "", run(command, "--help").output)
+    return set(re.findall(r"--[a-z-]+", text))
+
+
+def test_commands_and_flags():
+    assert {command.callback.__name__ for command in app.registered_commands} == {"inspect", "load", "demo"}
+    assert flags("inspect") == {"--json", "--limit", "--help"}
+    assert flags("load") == {
+        *"--model --device --dtype --cast --reading --threads --allow-missing --allow-unexpected --json --help".split()
+    }
+    assert flags("demo") == {"--help"}
+    assert "Exit codes: 0 done, 1 refused, 2 wrong usage, 130 interrupted" in run("--help").output
+
+
+class TestInspect:
+    def test_for_people(self, checkpoint):
+        result = run("inspect", checkpoint)
+        assert result.exit_code == 0
+        assert "a.weight" in result.output
+        assert "2 tensors (1 F32, 1 I64), 32 B in 1 files" in result.output
+
+    def test_limit(self, checkpoint):
+        assert "... and 1 more" in run("inspect", checkpoint, "--limit", 1).output
+        assert "more" not in run("inspect", checkpoint, "--limit", 0).output
+
+    def test_for_machines(self, checkpoint):
+        found = json.loads(run("inspect", checkpoint, "--json").output)
+        assert found["nbytes"] == 32
+        assert [tensor["name"] for tensor in found["tensors"]] == ["a.weight", "b"]
+        first = found["tensors"][0]
+        assert (first["dtype"], first["shape"], first["nbytes"]) == ("F32", [2, 3], 24)
+        with open(first["file"], "rb") as file:
+            file.seek(first["offset"])
+            assert file.read(24) == bytes(24)
+
+    def test_a_broken_checkpoint_is_refused(self, checkpoint):
+        file = checkpoint / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-1])
+        result = run("inspect", checkpoint)
+        assert result.exit_code == 1
+        assert "CheckpointError" in result.stderr
+        found = json.loads(run("inspect", checkpoint, "--json").output)
+        assert found["error"]["kind"] == "CheckpointError"
+        assert "model.safetensors" in found["error"]["message"]
+
+    def test_wrong_usage(self):
+        assert run("inspect").exit_code == 2
+        assert run("inspect", "x", "--wrong").exit_code == 2
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    directory = tmp_path_factory.mktemp("bert")
+    transformers.BertModel(config).save_pretrained(directory)
+    return directory
+
+
+class TestLoad:
+    def test_for_people_and_for_machines(self, bert):
+        result = run("load", bert, "--model", bert)
+        assert result.exit_code == 0
+        assert "BertModel" in result.output
+        found = json.loads(run("load", bert, "--model", bert, "--json", "--reading", "direct").output)
+        assert found["bytes_read"] == found["bytes_written"] > 0
+        assert found["tensors"]["missing"] == []
+
+    def test_what_does_not_fit_is_refused(self, bert, checkpoint):
+        result = run("load", checkpoint, "--model", bert, "--json")
+        assert result.exit_code == 1
+        assert "a.weight: unexpected; the model has no such name" in json.loads(result.output)["error"]["problems"]
+        assert (
+            run("load", checkpoint, "--model", bert, "--allow-missing", "*", "--allow-unexpected", "*").exit_code == 0
+        )
+
+    def test_lossy_casts(self, bert):
+        assert run("load", bert, "--model", bert, "--dtype", "BF16").exit_code == 1
+        assert run("load", bert, "--model", bert, "--dtype", "bfloat16", "--cast", "loader").exit_code == 0
+        assert run("load", bert, "--model", bert, "--dtype", "bf17").exit_code == 2
+
+    def test_no_config(self, bert, tmp_path):
+        result = run("load", bert, "--model", tmp_path)
+        assert result.exit_code == 1
+        assert "config.json" in result.stderr
+
+
+def test_ctrl_c_is_130(monkeypatch, checkpoint):
+    def interrupted(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["hotweights.cli.inspect"], "open_source", interrupted)
+    assert run("inspect", checkpoint).exit_code == 130
+
+
+def test_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "hotweights", "--help"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert "inspect" in done.stdout
+
+
+def test_demo():
+    """All of ``make demo``: it proves and refuses by itself, and fails if a proof fails."""
+    done = subprocess.run(
+        [sys.executable, "-m", "hotweights", "demo"],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "equal those of transformers' own loading, bit for bit" in done.stdout
+    assert done.stdout.count("model unharmed") == 3  # one for each refusal
+    assert "StaleLease" in done.stdout

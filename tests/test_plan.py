@@ -1,0 +1,205 @@
+"""Plans by name: every problem at once, and the fate of every name."""
+
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hotweights import Fate, Manifest, OpaqueDtype, PlanError, TensorSpec, UnknownName
+from hotweights.manifest import FORMAT_DTYPES
+from hotweights.plan import Copy, Program, Target, is_lossless, matches, pieces, plan_by_name
+
+
+def manifest(**tensors):
+    return Manifest(TensorSpec(name, dtype, shape) for name, (dtype, shape) in tensors.items())
+
+
+def targets(owner=None, **tensors):
+    owner = owner or {}
+    return {n: Target(TensorSpec(n, dtype, shape), owner.get(n, n)) for n, (dtype, shape) in tensors.items()}
+
+
+F32, BF16, I64 = torch.float32, torch.bfloat16, torch.int64
+
+
+def test_fates():
+    plan = plan_by_name(
+        manifest(a=(F32, (2,)), b=(BF16, (2,)), skipped=(F32, (1,)), extra=(F32, (1,))),
+        targets(a=(F32, (2,)), b=(F32, (2,)), absent=(F32, (2,))),
+        skip="skip*",
+        allow_unexpected=["ext*"],
+        allow_missing=re.compile("^abs"),
+    )
+    assert plan.fates == {
+        "a": Fate.WRITTEN,
+        "b": Fate.CAST,
+        "skipped": Fate.SKIPPED,
+        "extra": Fate.UNEXPECTED,
+        "absent": Fate.MISSING,
+    }
+    assert plan.casts == {"b": "BF16 -> F32"}
+    assert plan.steps == (Copy("a", "a"), Copy("b", "b"))
+    assert plan.names(Fate.MISSING) == ("absent",)
+
+
+def test_every_problem_is_reported_at_once_and_sorted():
+    with pytest.raises(PlanError) as caught:
+        plan_by_name(
+            manifest(
+                shape=(F32, (2,)),
+                lossy=(F32, (2,)),
+                fractions=(F32, (2,)),
+                extra=(F32, ()),
+                odd=(OpaqueDtype("F6_E2M3", 6), (4,)),
+            ),
+            targets(shape=(F32, (3,)), lossy=(BF16, (2,)), fractions=(I64, (2,)), absent=(F32, (5,)), odd=(F32, (4,))),
+            problems=["zzz: found before"],
+        )
+    assert caught.value.problems == (
+        "absent: missing; F32 [5] expected",
+        "extra: unexpected; the model has no such name",
+        "fractions: F32 -> I64 cuts off fractions",
+        'lossy: F32 -> BF16 loses information; cast="loader" allows it',
+        f"odd: F6_E2M3 -> F32: torch {torch.__version__} has no such type",
+        "shape: shape [3] expected, [2] found",
+        "zzz: found before",
+    )
+    assert "7 problems" in str(caught.value)
+
+
+def test_broadcasts_are_problems():
+    """FAILURES row 32: ``copy_`` of [4] into [4, 4] succeeds in silence."""
+    naive = torch.zeros(4, 4)
+    naive.copy_(torch.arange(4.0))  # the naive way is bitten: no error, 16 elements out of 4
+    assert naive.count_nonzero() == 12
+    for found, expected in (((4,), (4, 4)), ((1,), (4,)), ((), (1,)), ((2, 2), (4,)), ((4,), (2, 2))):
+        with pytest.raises(PlanError, match="shape"):
+            plan_by_name(manifest(w=(F32, found)), targets(w=(F32, expected)))
+    plan_by_name(manifest(w=(F32, (1,))), targets(w=(F32, ())))  # load_state_dict takes this too
+
+
+def test_lossy_casts_are_problems_unless_asked_for():
+    """FAILURES row 31: int64 383 into bf16 is 384; an fp32 router loses its last bits in bf16."""
+    assert torch.tensor([383]).to(BF16).item() == 384  # the naive way is bitten
+    for found, expected in ((I64, BF16), (F32, BF16), (I64, torch.int32), (BF16, torch.float16), (torch.int32, F32)):
+        with pytest.raises(PlanError, match="loses information"):
+            plan_by_name(manifest(w=(found, (2,))), targets(w=(expected, (2,))))
+        plan = plan_by_name(manifest(w=(found, (2,))), targets(w=(expected, (2,))), cast="loader")
+        assert plan.fates["w"] is Fate.CAST
+    for cast in ("error", "loader"):
+        with pytest.raises(PlanError, match="cuts off fractions"):
+            plan_by_name(manifest(w=(F32, (2,))), targets(w=(I64, (2,))), cast=cast)
+    with pytest.raises(UnknownName, match="'maybe'; known are: error, loader"):
+        plan_by_name(manifest(), {}, cast="maybe")
+
+
+class TestTies:
+    TIED = targets({"head": "embed"}, embed=(F32, (2,)), head=(F32, (2,)))
+
+    @pytest.mark.parametrize("present", ["embed", "head"])
+    def test_one_name_is_enough(self, present):
+        plan = plan_by_name(manifest(**{present: (F32, (2,))}), self.TIED)
+        assert plan.steps == (Copy(present, present),)
+        assert plan.fates == {present: Fate.WRITTEN}
+
+    def test_the_second_is_compared(self):
+        plan = plan_by_name(manifest(head=(F32, (2,)), embed=(F32, (2,))), self.TIED)
+        assert plan.steps == (Copy("head", "head"),)
+        assert plan.ties == (("head", "embed"),)
+        assert plan.fates == {"head": Fate.WRITTEN, "embed": Fate.TIED}
+
+    def test_none_is_missing_once(self):
+        with pytest.raises(PlanError) as caught:
+            plan_by_name(manifest(), self.TIED)
+        assert caught.value.problems == ("embed: missing; F32 [2] expected (tied with head)",)
+        assert plan_by_name(manifest(), self.TIED, allow_missing="head").names(Fate.MISSING) == ("embed", "head")
+
+    def test_two_that_cannot_be_equal_are_a_problem(self):
+        with pytest.raises(PlanError, match="one tensor with embed"):
+            plan_by_name(manifest(embed=(F32, (2,)), head=(F32, (3,))), self.TIED)
+
+
+def test_programs_claim_what_they_make():
+    made = {name: TensorSpec(name, F32, (2,)) for name in ("q", "k")}
+    program = Program(("qkv",), made, lambda tensors: tensors)
+    plan = plan_by_name(manifest(qkv=(F32, (4,))), targets(q=(F32, (2,)), k=(F32, (2,))), steps=[program])
+    assert plan.fates == {"qkv": Fate.WRITTEN}
+    with pytest.raises(PlanError) as caught:
+        plan_by_name(
+            manifest(qkv=(F32, (4,)), q=(F32, (2,))),
+            targets(q=(F32, (2,))),
+            steps=[Copy("q", "q"), program],
+        )
+    assert caught.value.problems == (
+        "k: made of qkv, but the model has no such name",
+        "q: written twice, from q and again",
+    )
+
+
+def test_overlapping_targets_are_a_problem_when_both_are_written():
+    both = targets(a=(F32, (4,)), view=(F32, (2,)))
+    with pytest.raises(PlanError, match="view: shares memory with a"):
+        plan_by_name(manifest(a=(F32, (4,)), view=(F32, (2,))), both, overlapping=[("a", "view")])
+    plan_by_name(manifest(a=(F32, (4,))), both, overlapping=[("a", "view")], allow_missing="view")
+
+
+def test_patterns():
+    chosen = matches(["*.inv_freq", re.compile(r"layers\.\d+$")])
+    assert [name for name in ("a.inv_freq", "inv_freq", "model.layers.3", "layers.3.w") if chosen(name)] == [
+        "a.inv_freq",
+        "model.layers.3",
+    ]
+    assert not matches(())("anything")
+
+
+PLAIN = [getattr(torch, name) for _, name in FORMAT_DTYPES.values() if name and "float4" not in name]
+
+
+@pytest.mark.parametrize("found", [dtype for dtype in PLAIN if dtype.itemsize <= 2], ids=str)
+def test_lossless_means_that_every_value_survives(found):
+    """Every bit pattern of every small dtype, there and back."""
+    if found == torch.bool:
+        values = torch.tensor([False, True])
+    else:
+        pattern = torch.arange(256**found.itemsize)
+        values = pattern.to(torch.uint8 if found.itemsize == 1 else torch.uint16).view(found)
+    for expected in PLAIN:
+        if found == expected or expected.is_complex:
+            continue
+        there = values.to(expected)
+        back = there.to(found)
+        if found.is_floating_point:
+            survives = same_floats(back, values)
+        else:
+            # Through float64, in which each of these is exact: a saturating there and back must not hide a loss.
+            survives = torch.equal(back, values) and torch.equal(there.to(torch.float64), values.to(torch.float64))
+        assert is_lossless(found, expected) == survives, f"{found} -> {expected}"
+
+
+def same_floats(back, values):
+    back, values = back.to(torch.float64), values.to(torch.float64)
+    same = (back == values) & (back.signbit() == values.signbit())
+    return bool((same | back.isnan() & values.isnan()).all())
+
+
+def test_lossless_for_the_large_ones():
+    yes = [(I64, I64), (torch.int32, torch.float64), (F32, torch.float64), (F32, torch.complex64), (torch.int32, I64)]
+    no = [(I64, torch.float64), (torch.float64, F32), (torch.complex64, F32), (I64, torch.uint64), (torch.uint64, I64)]
+    assert all(is_lossless(*pair) for pair in yes)
+    assert not any(is_lossless(*pair) for pair in no)
+
+
+@settings(deadline=None, max_examples=200, derandomize=True)
+@given(st.lists(st.integers(0, 7), max_size=4), st.integers(1, 40))
+def test_pieces_cover_a_tensor_once_and_in_order(shape, limit):
+    whole = torch.arange(torch.Size(shape).numel()).view(shape)
+    flat, seen = whole.reshape(-1), []
+    for index, first, box in pieces(tuple(shape), limit):
+        piece = whole[index]
+        assert tuple(piece.shape) == box
+        assert piece.numel() <= max(limit, 0)
+        assert torch.equal(piece.reshape(-1), flat[first : first + piece.numel()])
+        seen += piece.reshape(-1).tolist()
+    assert seen == flat.tolist()
