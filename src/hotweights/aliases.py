@@ -53,6 +53,8 @@ def overlaps(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, str]]:
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:
+    if tensor.is_contiguous():
+        return tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
     last = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 

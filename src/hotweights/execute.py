@@ -131,12 +131,13 @@ def _from_addressed(
 
 def _reads(spec: TensorSpec, destination: torch.Tensor, slot_nbytes: int) -> Iterator[Read]:
     """How one copy is read: straight into the destination if the bytes are the same, else in pieces by the pool."""
-    if spec.nbytes == 0:
+    nbytes = spec.nbytes
+    if nbytes == 0:
         return
-    if is_host(destination.device) and destination.dtype == spec.dtype and destination.is_contiguous():
-        if spec.nbytes >= _LARGE:
+    if destination.is_cpu and destination.dtype == spec.dtype and destination.is_contiguous():
+        if nbytes >= _LARGE:
             advise_huge_pages(destination)
-        yield Read(spec.name, 0, spec.nbytes, destination)
+        yield Read(spec.name, 0, nbytes, destination)
         return
     assert not isinstance(spec.dtype, OpaqueDtype)
     itemsize = spec.dtype.itemsize

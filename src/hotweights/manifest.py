@@ -74,7 +74,7 @@ def format_name(dtype: DType) -> str:
     return _NAMES.get(dtype) or str(dtype).removeprefix("torch.")
 
 
-class TensorSpec(msgspec.Struct, frozen=True):
+class TensorSpec(msgspec.Struct, frozen=True, gc=False):
     """What a source promises about one tensor.
 
     Attributes:

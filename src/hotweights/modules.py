@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator
-from dataclasses import dataclass
 
+import msgspec
 import torch
 from torch import nn
 
 from .manifest import TensorSpec
 from .plan import Target
 
-__all__ = ["Place", "describe", "hook_problems", "materialise", "places"]
+__all__ = ["Place", "describe", "extra_state_problems", "hook_problems", "materialise", "places"]
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(msgspec.Struct, frozen=True):
     """Where a tensor of a module lives: ``module._parameters[key]`` or ``module._buffers[key]``.
 
     Attributes:
@@ -71,7 +70,8 @@ def _unwritable(tensor: torch.Tensor, device: torch.device | None) -> str:
         return f"has the layout {tensor.layout}; by name only strided tensors are written"
     if type(tensor).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl:
         return f"is a {type(tensor).__name__}, which has no plain bytes; by name only plain tensors are written"
-    if any(stride == 0 and length > 1 for length, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+    strides = tensor.stride()
+    if 0 in strides and any(s == 0 and n > 1 for n, s in zip(tensor.shape, strides, strict=True)):
         return "is an expanded tensor, several elements of which share memory"
     return ""
 
@@ -89,8 +89,13 @@ def hook_problems(model: nn.Module) -> Iterator[str]:
             yield f"{where}: {type(module).__name__} has loading code of its own (_load_from_state_dict); {cure}"
         if module._load_state_dict_pre_hooks:
             yield f"{where}: has a hook before loading; {cure}"
+
+
+def extra_state_problems(model: nn.Module) -> Iterator[str]:
+    """Modules with state that is no tensor: no safetensors file carries it, and by name it would stay as it is."""
+    for name, module in model.named_modules():
         if type(module).set_extra_state is not nn.Module.set_extra_state:
-            yield f"{where}: keeps extra state; {cure}"
+            yield f"module {name or type(model).__name__}: keeps extra state; by name it would stay as it is"
 
 
 def materialise(

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+import msgspec
 import torch
 
 from .errors import PlanError, UnknownName
@@ -51,8 +52,7 @@ class Fate(enum.Enum):
     UNEXPECTED = "unexpected"  # a tensor that no name takes, allowed
 
 
-@dataclass(frozen=True, slots=True)
-class Copy:
+class Copy(msgspec.Struct, frozen=True, gc=False):
     """All of one source tensor into all of one destination, cast if the dtypes differ."""
 
     source: str
@@ -78,8 +78,7 @@ class Program:
 Step = Copy | Program
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
+class Target(msgspec.Struct, frozen=True, gc=False):
     """One name of the model that can be written.
 
     Attributes:
@@ -220,6 +219,10 @@ class _Draft:
                 self.problems.append(f"{destination}: made of {_some(step.sources)}, but the model has no such name")
             elif self._claim(self.targets[destination], step):
                 self._check(step.sources[0], spec, self.targets[destination])
+        if step.sources[0] in self.casts:  # What they become together is cast, so each of them is.
+            for source in step.sources:
+                self.fates[source] = Fate.CAST
+                self.casts[source] = self.casts[step.sources[0]]
         self.steps.append(step)
 
     def _claim(self, target: Target, step: Step) -> bool:

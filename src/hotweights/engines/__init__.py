@@ -22,12 +22,15 @@ class Rules:
         skip: tensors that the framework's own loading drops.
         allow_missing: names that it does not expect.
         problems: what it refuses.
+        runs_hooks: whether its own loading runs the hooks of ``load_state_dict``. Where it does not, a module that has
+            some is no problem: without them is how it loads.
     """
 
     steps: tuple[Step, ...] | None = None
     skip: Patterns = ()
     allow_missing: Patterns = ()
     problems: tuple[str, ...] = ()
+    runs_hooks: bool = True
 
 
 def rules_for(model: nn.Module, manifest: Manifest) -> Rules:

@@ -6,8 +6,10 @@ import copy
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +17,8 @@ from torch import nn
 
 from ..errors import CheckpointError, MissingPackage
 from ..manifest import Manifest, OpaqueDtype, TensorSpec
-from ..plan import Copy, Program, Step
+from ..modules import materialise, places
+from ..plan import Copy, Program, Step, matches
 from . import Rules
 
 __all__ = ["build", "owns", "rules"]
@@ -35,6 +38,13 @@ def rules(model: Any, manifest: Manifest) -> Rules:
     """
     if getattr(model, "hf_quantizer", None) is not None:
         return Rules(problems=("the model is quantised by transformers; by name its weights cannot be converted",))
+    if getattr(model.config, "quantization_config", None) is not None:
+        return Rules(
+            problems=(
+                "the model's configuration has a quantization_config, so transformers would quantise it; by name that "
+                "cannot be done. If the checkpoint holds plain weights, remove it from the configuration",
+            )
+        )
     names = _Names(model)
     steps: list[Step] = []
     conversions: dict[str, _Conversion] = {}
@@ -48,17 +58,19 @@ def rules(model: Any, manifest: Manifest) -> Rules:
         else:
             conversions.setdefault(target, _Conversion(target, names.converters[pattern], model)).add(source, pattern)
     problems: list[str] = []
-    for conversion in conversions.values():
-        step = conversion.step(manifest, problems)
-        if step is not None:
-            steps.append(step)
-    ignored = _ignored_when_unexpected(model, names.known)
+    for target, conversion in conversions.items():
+        made = conversion.made(manifest, problems)
+        # One that has a problem still claims its names: that they are missing as well would only bury the reason.
+        made = made or {target: TensorSpec(target, names.known[target].dtype, tuple(names.known[target].shape))}
+        steps.append(Program(conversion.sources, made, conversion.run))
+    ignored = _ignored_when_unexpected(model)
     skipped = [source for source, target in unknown.items() if ignored is not None and ignored.search(target)]
     return Rules(
         steps=tuple(steps),
-        skip=[re.compile(f"^(?:{'|'.join(map(re.escape, skipped))})$")] if skipped else (),
-        allow_missing=[re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()],
+        skip=[re.compile(rf"\A(?:{'|'.join(map(re.escape, skipped))})\Z")] if skipped else (),
+        allow_missing=_ignored_when_missing(model),
         problems=tuple(problems),
+        runs_hooks=False,
     )
 
 
@@ -73,7 +85,7 @@ class _Names:
         self._renamings = [one for one in transforms if isinstance(one, core_model_loading.WeightRenaming)]
         self._converters = [one for one in transforms if isinstance(one, core_model_loading.WeightConverter)]
         self._prefix = model.base_model_prefix
-        self.known: dict[str, torch.Tensor] = model.state_dict()
+        self.known = {place.name: place.tensor for place in places(model) if place.persistent}
         self.converters = {pattern: one for one in self._converters for pattern in one.source_patterns}
 
     def in_order(self, manifest: Manifest) -> list[str]:
@@ -82,9 +94,10 @@ class _Names:
 
     def target(self, source: str) -> tuple[str, str | None]:
         """The model's name for a checkpoint's, and the pattern of its conversion, if it has one."""
-        renamed = self._core.rename_source_key(source, self._renamings, self._converters, self._prefix, self.known)
+        rename = self._core.rename_source_key
+        renamed = rename(source, self._renamings, self._converters, self._prefix, self.known)
         if renamed[0] not in self.known and source in self.known:
-            return source, None
+            renamed = rename(source, [], [], self._prefix, self.known)
         target: str = renamed[0]
         pattern: str | None = renamed[1]
         return target, pattern
@@ -102,37 +115,75 @@ class _Conversion:
     def add(self, source: str, pattern: str) -> None:
         self._sources.append((source, pattern))
 
-    def step(self, manifest: Manifest, problems: list[str]) -> Program | None:
-        """The conversion as a program, tried on tensors without data: what it makes is known before a byte moves."""
-        sources = tuple(name for name, _ in self._sources)
-        specs = [manifest[name] for name in sources]
-        opaque = [
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Names of what it takes."""
+        return tuple(name for name, _ in self._sources)
+
+    def made(self, manifest: Manifest, problems: list[str]) -> dict[str, TensorSpec]:
+        """What it makes, tried on tensors without data before a byte moves; empty after adding to ``problems``."""
+        specs = [manifest[name] for name in self.sources]
+        found = [
             f"{spec}: torch has no such type, and it would have to be converted"
             for spec in specs
             if isinstance(spec.dtype, OpaqueDtype)
         ]
-        if opaque:
-            problems += opaque
-            return None
+        for _, names in self._lists():
+            found += _gaps(self._target, names)
+        problems += found
+        if found:
+            return {}
         try:
-            made = self._run({spec.name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for spec in specs})  # type: ignore[arg-type]
+            made = self.run({spec.name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for spec in specs})  # type: ignore[arg-type]
         except Exception as error:  # Whatever their operations raise on shapes that do not fit.
-            problems.append(
-                f"{self._target}: transformers cannot make it of {', '.join(map(str, specs[:3]))}...: {error}"
-            )
-            return None
-        produces = {name: TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in made.items()}
-        return Program(sources, produces, self._run)
+            odd = [spec for _, names in self._lists() for spec in _odd([manifest[name] for name in names])] or specs[:3]
+            problems.append(f"{self._target}: transformers cannot make it of {'; '.join(map(str, odd))}: {error}")
+            return {}
+        return {name: TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in made.items()}
 
-    def _run(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _lists(self) -> Iterator[tuple[str, list[str]]]:
+        for pattern in dict.fromkeys(pattern for _, pattern in self._sources):
+            yield pattern, [name for name, collected_by in self._sources if collected_by == pattern]
+
+    def run(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The operations of transformers. ``tensors`` is emptied: what they have used is let go as they go on."""
         converter = copy.deepcopy(self._converter)
         for name, pattern in self._sources:
-            converter.add_tensor(self._target, name, pattern, tensors[name])
+            converter.add_tensor(self._target, name, pattern, tensors.pop(name))
         made = converter.convert(self._target, model=self._model, config=self._model.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
 
-def _ignored_when_unexpected(model: Any, known: Mapping[str, torch.Tensor]) -> re.Pattern[str] | None:
+def _gaps(target: str, names: Sequence[str]) -> list[str]:
+    """What is wrong with names that one pattern collects, unless they are one name numbered 0, 1, 2 and so on.
+
+    transformers stacks what there is: behind a gap, every expert would take the place of another.
+    """
+    if len(names) < 2:
+        return []
+    parts = [re.split(r"(\d+)", name) for name in names]
+    differing = [index for index in range(len(parts[0])) if len({tuple(part[index : index + 1]) for part in parts}) > 1]
+    if len({len(part) for part in parts}) > 1 or len(differing) != 1 or not parts[0][differing[0]].isdigit():
+        return [f"{target}: {names[0]} and {names[1]} would both become it, and only one can"]
+    (column,) = differing
+    numbers = [int(part[column]) for part in parts]
+    absent = sorted(set(range(max(numbers))) - set(numbers))
+    example = parts[0]
+    before, after = "".join(example[:column]), "".join(example[column + 1 :])
+    return [f"{before}{number}{after}: missing; others of {target} are there" for number in absent]
+
+
+def _odd(specs: Sequence[TensorSpec]) -> list[TensorSpec]:
+    """Those that have another shape than most."""
+    (usual, _), *_ = Counter(spec.shape for spec in specs).most_common(1)
+    return [spec for spec in specs if spec.shape != usual]
+
+
+def _ignored_when_missing(model: Any) -> list[re.Pattern[str]]:
+    return [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+
+
+def _ignored_when_unexpected(model: Any) -> re.Pattern[str] | None:
     patterns = list(model._keys_to_ignore_on_load_unexpected or ())
     buffers = [name for name, _ in model.named_buffers()]
     # Buffers of old checkpoints that are computed by now; from_pretrained drops them without a word.
@@ -146,9 +197,13 @@ def _ignored_when_unexpected(model: Any, known: Mapping[str, torch.Tensor]) -> r
 def build(config_dir: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> Any:
     """The model that ``config.json`` in ``config_dir`` describes: parameters on meta, buffers real, in eval mode.
 
+    Dtypes, ties and the values of buffers are those that ``from_pretrained`` would give; a ``generation_config.json``
+    is taken along. Parameters that no checkpoint of this class carries are real and initialised. ``requires_grad`` is
+    what the model's class says, which ``from_pretrained`` forgets.
+
     Args:
-        config_dir: a directory with a ``config.json``; nothing is fetched from anywhere.
-        dtype: of the parameters; by default what the configuration says.
+        config_dir: a directory with a ``config.json``; nothing is fetched from anywhere, and no code in it is run.
+        dtype: of the parameters; by default what the configuration says, else torch's default.
 
     Raises:
         CheckpointError: there is no usable ``config.json``.
@@ -158,35 +213,75 @@ def build(config_dir: str | os.PathLike[str], *, dtype: torch.dtype | None = Non
         import transformers
     except ImportError as error:
         raise MissingPackage("transformers", "transformers") from error
-    try:
-        config = transformers.AutoConfig.from_pretrained(os.fspath(config_dir), local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{config_dir}: no config.json that transformers understands: {error}") from error
-    architecture = (getattr(config, "architectures", None) or [""])[0]
-    model_class = getattr(transformers, architecture, None) if architecture else None
-    make: Any = transformers.AutoModel.from_config if model_class is None else model_class._from_config
-    with _parameters_on_meta():
-        model = make(config, **({} if dtype is None else {"dtype": dtype}))
+    directory = Path(config_dir)
+    # transformers would take the name of a directory that is not there for one on the hub.
+    if not (directory / "config.json").is_file():
+        raise CheckpointError(f"{directory}: has no config.json")
+    with _our_errors(directory):
+        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        make = _maker(transformers, config)
+        with torch.device("meta"):
+            model = make(config, **({} if dtype is None else {"dtype": dtype}))
+        _keep_dtypes(model)
+        _initialise(model)
+        if model.can_generate() and (directory / "generation_config.json").is_file():
+            model.generation_config = transformers.GenerationConfig.from_pretrained(directory, local_files_only=True)
     return model.eval()
 
 
 @contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Parameters that modules register meanwhile lose their memory at once; buffers keep theirs, with their values.
-
-    ``torch.device("meta")`` would empty non-persistent buffers too, and no checkpoint carries those.
-    """
-    register: Callable[..., None] = nn.Module.register_parameter
-
-    def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        register(self, name, param)
-        if param is not None and not param.is_meta:
-            emptied = type(param)(param.detach().to("meta"), requires_grad=param.requires_grad)
-            emptied.__dict__.update(param.__dict__)
-            self._parameters[name] = emptied
-
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+def _our_errors(directory: Path) -> Iterator[None]:
+    """A configuration may break anything in a model's constructor, so that any error is the configuration's."""
     try:
         yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+    except (CheckpointError, ImportError):
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{directory}: transformers cannot make a model of its config.json: {error}") from error
+
+
+def _maker(transformers: Any, config: Any) -> Callable[..., Any]:
+    for architecture in (getattr(config, "architectures", None) or ())[:1]:
+        model_class = getattr(transformers, architecture, None)
+        if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
+            raise CheckpointError(f"transformers {transformers.__version__} has no model {architecture!r}")
+        return model_class._from_config  # type: ignore[attr-defined, no-any-return]
+    return transformers.AutoModel.from_config  # type: ignore[no-any-return]
+
+
+def _keep_dtypes(model: Any) -> None:
+    """Give parameters that transformers keeps in float32 that dtype."""
+    plan = model._get_dtype_plan(model.config.dtype or torch.get_default_dtype())
+    kept = {re.compile(pattern.replace("*", ".*")): dtype for pattern, dtype in plan.items()}
+    # The old tensors stay in this list: ties are known by id, which is another tensor's once they are gone.
+    found = [(place, place.tensor) for place in places(model) if place.persistent and place.tensor.is_floating_point()]
+    made: dict[int, torch.Tensor] = {}
+    for place, old in found:
+        for pattern, dtype in kept.items():
+            if pattern.search(place.name) and id(old) not in made:
+                made[id(old)] = _cast(old, dtype)
+    for place, old in found:
+        if id(old) in made:
+            place.put(made[id(old)])
+
+
+def _cast(old: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    new = old.detach().to(dtype)
+    if isinstance(old, nn.Parameter):
+        new = type(old)(new, requires_grad=old.requires_grad)
+    new.__dict__.update(old.__dict__)
+    return new
+
+
+def _initialise(model: Any) -> None:
+    """Make real what no checkpoint carries, and compute it as ``from_pretrained`` does.
+
+    That is: once the model stands, and not in its dtype. Within the constructor torch's default dtype is the model's,
+    and some rotary tables come out coarser by it.
+    """
+    found = list(places(model))
+    never_saved = matches(_ignored_when_missing(model))
+    names = {place.name for place in found if not isinstance(place.tensor, nn.Parameter) or never_saved(place.name)}
+    for place, _ in materialise(found, names, torch.device("cpu")):
+        place.tensor.detach().zero_()  # What their code leaves out is at least the same in every run.
+    model.initialize_weights()

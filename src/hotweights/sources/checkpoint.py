@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
 
 from ..errors import CheckpointError
@@ -41,8 +43,8 @@ def open_shards(path: str | os.PathLike[str]) -> tuple[Shard, ...]:
         CheckpointError: with every problem of every file and of the index; nothing stays open.
     """
     place = Path(path).expanduser()
-    if not place.exists():
-        broken = " (a link that leads nowhere)" if place.is_symlink() else ""
+    if not os.path.exists(place):  # Unlike Path.exists, false for names that are too long.
+        broken = " (a link that leads nowhere)" if os.path.islink(place) else ""
         raise CheckpointError(f"{place}: there is no such file or directory{broken}")
     if place.is_dir():
         return _open_directory(_snapshot(place))
@@ -65,7 +67,7 @@ def _open_directory(directory: Path) -> tuple[Shard, ...]:
             raise CheckpointError(f"{directory}: holds both {whole.name} and {indexes[0].name}; open the one you mean")
         return _open_index(indexes[0])
     if not files:
-        others = sorted(entry.name for entry in directory.iterdir())[:5]
+        others = sorted(entry.name for entry in directory.glob("*"))[:5]
         found = f"it holds {', '.join(others)}" if others else "it is empty"
         raise CheckpointError(f"{directory}: no *.safetensors in this directory; {found}")
     return _open_all(files)
@@ -78,7 +80,10 @@ def _snapshot(directory: Path) -> Path:
         return directory
     main = directory / "refs" / "main"
     if main.is_file():
-        return snapshots / main.read_text().strip()
+        snapshot = snapshots / main.read_text(errors="replace").strip()
+        if not snapshot.is_dir():
+            raise CheckpointError(f"{directory}: refs/main names the snapshot {snapshot.name!r}, which is not there")
+        return snapshot
     revisions = sorted(snapshots.iterdir())
     if len(revisions) == 1:
         return revisions[0]
@@ -86,20 +91,25 @@ def _snapshot(directory: Path) -> Path:
 
 
 def _open_all(paths: Iterable[Path]) -> tuple[Shard, ...]:
+    with ExitStack() as undo:
+        shards, problems = _open_each(paths, undo)
+        if problems:
+            raise CheckpointError("the checkpoint is broken", problems)
+        undo.pop_all()
+    return shards
+
+
+def _open_each(paths: Iterable[Path], undo: ExitStack) -> tuple[tuple[Shard, ...], list[str]]:
+    """The files that can be opened, and what is wrong with the others and between them. ``undo`` closes them."""
     shards: list[Shard] = []
     problems: list[str] = []
     for path in paths:
         try:
             shards.append(Shard(str(path)))
+            undo.callback(shards[-1].close)
         except CheckpointError as error:
-            problems += (error.problems and [f"{error.title}: {problem}" for problem in error.problems]) or [
-                error.title
-            ]
-    problems += _duplicates(shards)
-    if problems:
-        _close(shards)
-        raise CheckpointError("the checkpoint is broken", problems)
-    return tuple(shards)
+            problems += [f"{error.title}: {problem}" for problem in error.problems] or [error.title]
+    return tuple(shards), problems + _duplicates(shards)
 
 
 def _duplicates(shards: Iterable[Shard]) -> list[str]:
@@ -115,31 +125,30 @@ def _duplicates(shards: Iterable[Shard]) -> list[str]:
 
 
 def _open_index(index: Path) -> tuple[Shard, ...]:
-    weight_map = _read_index(index)
-    names = sorted(set(weight_map.values()))
-    problems = [f"{index.name}: shard {name!r} lies outside the directory" for name in names if _outside(name)]
-    paths = [index.parent / name for name in names if not _outside(name)]
-    absent = {path for path in paths if not path.exists()}
+    weight_map, problems = _read_index(index)
+    names = sorted(set(weight_map.values()) - {""})
+    problems += [f"{index.name}: shard {name!r} lies outside the directory" for name in names if _outside(name)]
+    # Once each: "a" and "./a" are one file.
+    paths = list(dict.fromkeys(index.parent / name for name in names if not _outside(name)))
+    absent = {path for path in paths if not os.path.exists(path)}
     for path in absent:
         count = sum(1 for shard in weight_map.values() if index.parent / shard == path)
         problems.append(f"{path}: named by the index for {count} tensors, but there is no such file")
-    shards: tuple[Shard, ...] = ()
-    try:
-        shards = _open_all(path for path in paths if path not in absent)
-    except CheckpointError as error:
-        raise CheckpointError(str(index), [*problems, *(error.problems or [error.title])]) from error
-    problems += _disagreements(index, weight_map, shards)
-    if problems:
-        _close(shards)
-        raise CheckpointError(str(index), problems)
+    with ExitStack() as undo:
+        shards, broken = _open_each([path for path in paths if path not in absent], undo)
+        problems += broken + _disagreements(index, weight_map, shards)
+        if problems:
+            raise CheckpointError(str(index), problems)
+        undo.pop_all()
     return shards
 
 
-def _read_index(index: Path) -> dict[str, str]:
-    if index.stat().st_size > MAX_HEADER_NBYTES:
-        raise CheckpointError(
-            f"{index}: an index of {index.stat().st_size} bytes; at most {MAX_HEADER_NBYTES} are allowed"
-        )
+def _read_index(index: Path) -> tuple[dict[str, str], list[str]]:
+    """From each tensor to its file, ``""`` where that is no name; and what is wrong with the index by itself."""
+    with contextlib.closing(File(str(index))) as file:
+        if file.size > MAX_HEADER_NBYTES:
+            raise CheckpointError(f"{index}: an index of {file.size} bytes; at most {MAX_HEADER_NBYTES} are allowed")
+        raw = file.pread(file.size, 0)
     problems: set[str] = set()
 
     def pairs(found: list[tuple[str, object]]) -> dict[str, object]:
@@ -150,20 +159,21 @@ def _read_index(index: Path) -> dict[str, str]:
         return table
 
     try:
-        content = json.loads(index.read_bytes(), object_pairs_hook=pairs)
+        content = json.loads(raw, object_pairs_hook=pairs, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{index}: not a JSON object: {error}") from error
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f'{index}: no "weight_map" that names the file of each tensor')
-    problems.update(
-        f"tensor {name!r}: its file is {shard!r}, which is no name"
-        for name, shard in weight_map.items()
-        if not isinstance(shard, str) or not shard
-    )
-    if problems:
-        raise CheckpointError(str(index), problems)
-    return weight_map
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not shard:
+            problems.add(f"tensor {name!r}: its file is {shard!r}, which is no name")
+            weight_map[name] = ""
+    return weight_map, sorted(problems)
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON")
 
 
 def _outside(name: str) -> bool:
@@ -175,27 +185,27 @@ def _disagreements(index: Path, weight_map: dict[str, str], shards: Iterable[Sha
     """Every tensor that does not lie where the index says. A shard that is absent was reported already."""
     problems: list[str] = []
     opened = {shard.file.path for shard in shards}
-    found = {spec.name: shard.file.path for shard in shards for spec, _ in shard.header.entries}
+    found: dict[str, list[str]] = {}
+    for shard in shards:
+        for spec, _ in shard.header.entries:
+            found.setdefault(spec.name, []).append(shard.file.path)
     for name, shard_name in weight_map.items():
+        if not shard_name:
+            continue
         promised = str(index.parent / shard_name)
-        actual = found.get(name)
-        if actual is None and promised in opened:
+        actual = found.get(name, [])
+        if not actual and promised in opened:
             problems.append(f"tensor {name!r}: the index says {shard_name}, which does not hold it")
-        elif actual is not None and actual != promised:
+        elif actual and promised not in actual:
             problems.append(
-                f"tensor {name!r}: the index says {shard_name}; it lies in {os.path.relpath(actual, index.parent)}"
+                f"tensor {name!r}: the index says {shard_name}; it lies in {os.path.relpath(actual[0], index.parent)}"
             )
     problems += [
-        f"tensor {name!r}: lies in {os.path.relpath(path, index.parent)}; the index does not know it"
-        for name, path in found.items()
+        f"tensor {name!r}: lies in {os.path.relpath(paths[0], index.parent)}; the index does not know it"
+        for name, paths in found.items()
         if name not in weight_map
     ]
     return problems
-
-
-def _close(shards: Iterable[Shard]) -> None:
-    for shard in shards:
-        shard.close()
 
 
 def _listed(paths: Iterable[Path]) -> str:

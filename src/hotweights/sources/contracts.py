@@ -113,7 +113,8 @@ class Addressed(Source, Protocol):
             reading: which road, see ``Reading``.
             threads: how many read at once; by default a few.
             advance: called with a number of bytes as they arrive, from any thread.
-            stop: ends the reading early when set; ``Closed`` is raised.
+            stop: ends the reading early when set; ``Closed`` is raised. Whoever sets it calls ``pool.wake()`` too, in
+                case all slots are held elsewhere.
 
         Returns:
             Bytes by the road they came: ``"buffered"`` or ``"direct"``.

@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 import torch
 
-from ..errors import Closed, UnsupportedDtype
+from ..errors import Closed, UnsupportedDtype, UsageError
 from ..guards import Guard
 from ..manifest import Manifest, OpaqueDtype, TensorSpec
 from ..memory import PAGE, Lease, Pool, Slot, host_empty
 from .checkpoint import Shard, open_shards
-from .contracts import Read, Reading
+from .contracts import Read, Reading, Sink
 from .reading import File, Segment, fill, read_segments
 from .streams import LeaseStream, ahead
 
@@ -88,7 +88,9 @@ class FileSource:
         """
         self._check_open()
         own = pool is None
-        return LeaseStream(self._lease_all(pool or Pool(2, 2 * 16 * 1024 * 1024, guard=guard), own, reading))
+        pool = pool or Pool(2, 2 * 16 * 1024 * 1024, guard=guard)
+        stopped = threading.Event()
+        return LeaseStream(self._lease_all(pool, own, reading, stopped), stop=partial(_stop, stopped, pool))
 
     def tensors(self, *, reading: Reading = "auto") -> Iterator[tuple[str, torch.Tensor]]:
         """Yield every tensor in memory of its own, read one batch ahead.
@@ -116,10 +118,7 @@ class FileSource:
     ) -> dict[str, int]:
         """Do all the reads, see ``contracts.Addressed``."""
         self._check_open()
-        places = self._places
-        segments = [
-            Segment(places[name].file, places[name].offset + start, nbytes, into) for name, start, nbytes, into in reads
-        ]
+        segments = [self._segment(*read) for read in reads]
         return read_segments(segments, pool=pool, reading=reading, threads=threads, advance=advance, stop=stop)
 
     def close(self) -> None:
@@ -150,6 +149,20 @@ class FileSource:
         if self._closed:
             raise Closed(f"the source {self.path!r} was closed")
 
+    def _segment(self, name: str, start: int, nbytes: int, into: torch.Tensor | Sink) -> Segment:
+        # Memory is written by address: a wish that does not fit would read a neighbour or overwrite a stranger.
+        if start < 0 or nbytes < 0 or start + nbytes > self._manifest[name].nbytes:
+            raise UsageError(
+                f"tensor {name!r} has {self._manifest[name].nbytes} bytes; {nbytes} from {start} were asked for"
+            )
+        if isinstance(into, torch.Tensor) and (into.nbytes != nbytes or not into.is_cpu or not into.is_contiguous()):
+            raise UsageError(
+                f"tensor {name!r}: {nbytes} bytes go into contiguous host memory of as many bytes, not into "
+                f"{into.nbytes} of {'contiguous' if into.is_contiguous() else 'strided'} memory on {into.device}"
+            )
+        file, offset = self._places[name]
+        return Segment(file, offset + start, nbytes, into)
+
     def _runs(self, limit: int) -> Iterator[_Run]:
         """The manifest cut into runs of neighbours of at most ``limit`` bytes; a larger tensor is a run of its own."""
         run: _Run | None = None
@@ -166,16 +179,12 @@ class FileSource:
         if run is not None:
             yield run
 
-    def _lease_all(self, pool: Pool, own: bool, reading: Reading) -> Generator[Lease, None, None]:
-        stopped = threading.Event()
-
-        def stop() -> None:
-            stopped.set()
-            pool.wake()
-
+    def _lease_all(
+        self, pool: Pool, own: bool, reading: Reading, stopped: threading.Event
+    ) -> Generator[Lease, None, None]:
         runs = list(self._runs(pool.slot_nbytes - 2 * PAGE))
         work = (partial(self._fill_slot, run, pool, reading, stopped) for run in runs)
-        slots = ahead(work, depth=min(1, pool.slots - 1), stop=stop)
+        slots = ahead(work, depth=min(1, pool.slots - 1), stop=partial(_stop, stopped, pool), drop=_drop)
         try:
             for run, (slot, data) in zip(runs, slots, strict=True):
                 try:
@@ -224,13 +233,8 @@ class FileSource:
     def _own_all(self, reading: Reading) -> Generator[tuple[str, torch.Tensor], None, None]:
         stopped = threading.Event()
         with Pool() as pool:
-
-            def stop() -> None:
-                stopped.set()
-                pool.wake()
-
             work = (partial(self._read_run, run, pool, reading, stopped) for run in self._runs(_BATCH))
-            batches = ahead(work, depth=1, stop=stop)
+            batches = ahead(work, depth=1, stop=partial(_stop, stopped, pool))
             try:
                 for batch in batches:
                     yield from batch
@@ -249,3 +253,15 @@ class FileSource:
             (Read(name, 0, tensor.nbytes, tensor) for name, tensor in batch), pool=pool, reading=reading, stop=stopped
         )
         return batch
+
+
+def _stop(stopped: threading.Event, pool: Pool) -> None:
+    stopped.set()
+    pool.wake()
+
+
+def _drop(filled: tuple[Slot | None, torch.Tensor]) -> None:
+    """A slot that was read ahead and never streamed goes back to its pool."""
+    slot, _ = filled
+    if slot is not None:
+        slot.release()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -23,7 +24,8 @@ __all__ = ["MAX_HEADER_NBYTES", "Entry", "Header", "read_header"]
 MAX_HEADER_NBYTES = 100_000_000  # bytes; the bound of the reference implementation
 _LARGEST = 2**63 - 1  # elements; torch counts in int64
 _POINTER = b"version https://git-lfs.github.com/spec/"
-_ELSEWHERE = {b"PK\x03\x04": "a zip archive (a torch .bin file?)", b"GGUF": "a GGUF file", b"\x80\x02": "a pickle"}
+_ELSEWHERE = {b"PK\x03\x04": "a zip archive (a torch .bin file?)", b"GGUF": "a GGUF file"}
+_ELSEWHERE |= {bytes([0x80, protocol]): "a pickle" for protocol in range(2, 6)}
 
 
 class Entry(NamedTuple):
@@ -65,10 +67,12 @@ def read_header(file: str, size: int, pread: Callable[[int, int], bytes]) -> Hea
     if size == 0:
         raise CheckpointError(f"{file}: the file is empty")
     start = pread(min(size, len(_POINTER)), 0)
-    _refuse_other_formats(file, size, start)
+    nbytes = int.from_bytes(start[:8], "little")
+    if size < 8 or nbytes > size - 8:
+        # Only then: a sound header of 640 bytes begins like a pickle, one of 64 MB like a zip archive.
+        _refuse_other_formats(file, size, start)
     if size < 8:
         raise CheckpointError(f"{file}: {size} bytes are too few for a safetensors file, whose header alone needs 8")
-    nbytes = int.from_bytes(start[:8], "little")
     # Both bounds come before any allocation: a header of 2^60 bytes must not be tried.
     if nbytes > MAX_HEADER_NBYTES:
         raise CheckpointError(f"{file}: header of {nbytes} bytes; at most {MAX_HEADER_NBYTES} are allowed")
@@ -93,25 +97,32 @@ def _refuse_other_formats(file: str, size: int, start: bytes) -> None:
 def _parse(file: str, raw: bytes, *, data_start: int, size: int) -> Header:
     try:
         fields = _names.decode(raw)
-        _refuse_duplicates(file, raw, fields)
-        metadata = _metadata.decode(fields.pop("__metadata__", b"{}"))
+        names = len(fields)
+        metadata = _free_text(file, fields.pop("__metadata__", b"{}"))
+        if raw.count(b":") != names + len(metadata) + 3 * len(fields):
+            _refuse_duplicates(file, raw)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(f"{file}: header is not a JSON object of tensors: {error}") from error
     problems: list[str] = []
     entries: list[Entry] = []
+    minus_zero = b"-0" in raw
+    decode = _entry.decode
     for name, field in fields.items():
         try:
-            entry = _entry.decode(field)
-        except (msgspec.MsgspecError, RecursionError) as error:
+            entry = decode(field)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             problems.append(f"tensor {name!r}: {error}")
+            continue
+        if minus_zero and b"-0" in bytes(field):
+            problems.append(f"tensor {name!r}: -0 is no length and no offset")
             continue
         start, stop = entry.data_offsets
         spec = _spec(name, entry, problems)
         if spec is not None:
             entries.append(Entry(spec, start))
-            if stop - start != spec.nbytes:
+            if stop - start != (nbytes := spec.nbytes):
                 problems.append(
-                    f"tensor {name!r}: {entry.dtype} {list(entry.shape)} is {spec.nbytes} bytes; "
+                    f"tensor {name!r}: {entry.dtype} {list(entry.shape)} is {nbytes} bytes; "
                     f"data_offsets {start}..{stop} hold {stop - start}"
                 )
     # Only sound entries can be laid side by side; with a broken one among them every neighbour would be blamed.
@@ -123,30 +134,38 @@ def _parse(file: str, raw: bytes, *, data_start: int, size: int) -> Header:
     return Header(tuple(Entry(spec, data_start + offset) for spec, offset in entries), metadata)
 
 
+def _free_text(file: str, field: msgspec.Raw | bytes) -> dict[str, str]:
+    try:
+        return _metadata.decode(field)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{file}: __metadata__ of the header is not text by name: {error}") from error
+
+
 def _by_offset(entry: Entry) -> tuple[int, int]:
     return entry.offset, entry.spec.nbytes  # Empty tensors share an offset with the next one and come before it.
 
 
-def _refuse_duplicates(file: str, raw: bytes, fields: dict[str, msgspec.Raw]) -> None:
-    """The decoder keeps the last of two equal names, silently. Each entry says "data_offsets" once, so counting
-    finds duplicates at no cost; only a header with escapes, or a count that is off, is parsed again with its pairs."""
-    tensors = len(fields) - ("__metadata__" in fields)
-    if b"\\" not in raw and raw.count(b'"data_offsets"') == tensors and raw.count(b'"__metadata__"') <= 1:
-        return
-    duplicates: set[str] = set()
+def _refuse_duplicates(file: str, raw: bytes) -> None:
+    """The decoder keeps the last of two equal names, silently, so the header is parsed again with its pairs.
 
-    def pairs(found: list[tuple[str, object]]) -> None:
-        seen: set[str] = set()
-        for name, _ in found:
-            duplicates.update({name} & seen)
-            seen.add(name)
-
+    That is slow, and needed only where the colons are too many: each name that the decoder kept has one, each that it
+    dropped has one too, and none can be written as an escape. Colons inside names bring a sound header here as well.
+    """
     try:
-        json.loads(raw, object_pairs_hook=pairs)
+        # Objects become tuples of pairs, to tell them from arrays.
+        header = json.loads(raw, object_pairs_hook=tuple)
     except ValueError as error:
         raise CheckpointError(f"{file}: header is not a JSON object of tensors: {error}") from error
-    if duplicates:
-        raise CheckpointError(file, (f"the name {name!r} occurs twice in the header" for name in duplicates))
+    problems = [f"the name {name!r} occurs twice in the header" for name in _twice(header)]
+    for name, entry in header:
+        if isinstance(entry, tuple):
+            problems += [f"tensor {name!r}: {key!r} occurs twice" for key in _twice(entry)]
+    if problems:
+        raise CheckpointError(file, problems)
+
+
+def _twice(pairs: Iterable[tuple[str, object]]) -> list[str]:
+    return [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
 
 
 def _spec(name: str, entry: _RawEntry, problems: list[str]) -> TensorSpec | None:
@@ -182,6 +201,7 @@ def _gaps(entries: Iterable[Entry], data_nbytes: int) -> list[str]:
     problems: list[str] = []
     position, before = 0, "the header"
     for spec, offset in entries:
+        stop = offset + spec.nbytes
         if offset < position:
             problems.append(f"tensor {spec.name!r}: starts at byte {offset} of the data, inside {before}")
         elif offset > position:
@@ -189,9 +209,9 @@ def _gaps(entries: Iterable[Entry], data_nbytes: int) -> list[str]:
                 f"tensor {spec.name!r}: starts at byte {offset} of the data; {before} ends at {position}, "
                 "and nothing lies between"
             )
-        if offset + spec.nbytes > data_nbytes:
+        if stop > data_nbytes:
             problems.append(
-                f"tensor {spec.name!r}: ends at byte {offset + spec.nbytes} of the data; the file holds {data_nbytes}; "
+                f"tensor {spec.name!r}: ends at byte {stop} of the data; the file holds {data_nbytes}; "
                 "is it truncated?"
             )
         position, before = max(position, offset + spec.nbytes), f"tensor {spec.name!r}"

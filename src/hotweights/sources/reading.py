@@ -2,15 +2,18 @@
 
 Two roads. *Buffered*: ``preadv`` through the page cache, straight into the wished memory; neighbours share a read.
 *Direct*: ``O_DIRECT`` around the page cache into a pool's slot on huge pages, then a copy. ``auto`` asks each piece
-with ``RWF_NOWAIT`` what is cached, takes that straight, and reads the rest directly (docs/decisions/0002). There is no
-mmap: a file that shrinks under a mapping kills the process, under ``preadv`` it is an error.
+with ``cachestat`` and ``RWF_NOWAIT`` what is cached, takes that straight, and reads the rest directly
+(docs/decisions/0002). There is no mmap: a file that shrinks under a mapping kills the process, under ``preadv`` it is
+an error.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
+import stat
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
@@ -18,7 +21,7 @@ from typing import NamedTuple, get_args
 
 import torch
 
-from ..errors import CheckpointChanged, CheckpointError, Closed, UnknownName
+from ..errors import CheckpointChanged, CheckpointError, Closed, UnknownName, UsageError
 from ..memory import PAGE, Pool, buffer
 from .contracts import Reading, Sink
 
@@ -28,10 +31,26 @@ _IOV_MAX = 1024  # buffers of one preadv
 _PIECE = 16 * 1024 * 1024  # bytes of one job at most; between two jobs a stop is seen
 _NOWAIT: int = getattr(os, "RWF_NOWAIT", 0)
 _DIRECT: int = getattr(os, "O_DIRECT", 0)
+_NOT_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP)
 _NOT_CACHED = (errno.EAGAIN, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 Buffer = bytearray | memoryview | ctypes.Array[ctypes.c_char]
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_CACHESTAT = ctypes.c_long(451)  # Linux 6.5; the number is the same on every architecture that torch runs on.
+
+
+class _CacheRange(ctypes.Structure):
+    _fields_ = (("offset", ctypes.c_uint64), ("nbytes", ctypes.c_uint64))
+
+
+class _CacheState(ctypes.Structure):
+    """``struct cachestat`` of linux/mman.h, in pages."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_uint64) for name in ("cached", "dirty", "writeback", "evicted", "recently_evicted")
+    )
 
 
 def _rest(buffers: Sequence[Buffer], done: int) -> Sequence[Buffer]:
@@ -55,16 +74,21 @@ class File:
 
     def __init__(self, path: str) -> None:
         self.path = path
+        self._where = os.path.abspath(path)  # A relative path would lead elsewhere after a chdir.
         self._direct_fd: int | None = None
-        self._direct_works = bool(
-            _DIRECT
-        )  # Cleared by the first read that is refused; the descriptor stays until close.
+        # Cleared by the first read that is refused; the descriptor stays until close.
+        self._direct_works = bool(_DIRECT)
         self._lock = threading.Lock()
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise CheckpointError(f"{path}: cannot be opened: {error.strerror}") from error
-        self._opened = _fingerprint(os.fstat(self._fd))
+            # O_NONBLOCK: the opening of a named pipe would wait for a writer, for ever. Plain files do not mind.
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except (OSError, ValueError) as error:  # ValueError: a name with a zero byte.
+            raise CheckpointError(f"{path}: cannot be opened: {getattr(error, 'strerror', error)}") from error
+        found = os.fstat(self._fd)
+        if not stat.S_ISREG(found.st_mode):
+            self.close()
+            raise CheckpointError(f"{path}: is {_kind(found.st_mode)}, not a file")
+        self._opened = _fingerprint(found)
         self.size = self._opened[2]
 
     def pread(self, nbytes: int, offset: int) -> bytes:
@@ -87,6 +111,9 @@ class File:
     def cached_into(self, buffers: Sequence[Buffer], offset: int) -> int:
         """Like ``read_into``, but only what the page cache holds; returns how many bytes that was."""
         total, done = sum(map(len, buffers)), 0
+        # A read that may not wait still starts the kernel's readahead of what it misses, and the disk reads it twice.
+        if self._mostly_absent(offset, total):
+            return 0
         while _NOWAIT and done < total:
             got = self._preadv(_rest(buffers, done), offset + done, _NOWAIT)
             if got == 0:
@@ -94,10 +121,17 @@ class File:
             done += got
         return done
 
+    def _mostly_absent(self, offset: int, nbytes: int) -> bool:
+        """Whether the page cache is known to hold less than half of these bytes. Costs some microseconds."""
+        asked, found = _CacheRange(offset, nbytes), _CacheState()
+        if nbytes == 0 or _libc.syscall(_CACHESTAT, self._fd, ctypes.byref(asked), ctypes.byref(found), 0):
+            return False  # Older kernels do not have it, and some sandboxes refuse it.
+        return bool(2 * PAGE * found.cached < nbytes)
+
     def direct_into(self, memory: torch.Tensor, offset: int) -> bool:
         """Fill page-aligned ``memory`` from page-aligned ``offset`` around the page cache, up to the file's end.
 
-        Returns False if this file system cannot.
+        Returns False if this file system cannot, or gives less than a page at a time.
         """
         fd = self._open_direct()
         if fd is None:
@@ -108,7 +142,7 @@ class File:
             try:
                 got = os.preadv(fd, [buffer(memory.data_ptr() + done, memory.numel() - done)], offset + done)
             except OSError as error:
-                if error.errno == errno.EINVAL:
+                if error.errno in _NOT_DIRECT:
                     self._direct_works = False
                     return False
                 raise self._failed(error, offset + done) from error
@@ -116,16 +150,20 @@ class File:
             if done < wanted:
                 done -= done % PAGE  # A short direct read may end anywhere; the next must start on a page.
                 if done == before:
-                    raise self._short(offset + before + got)
+                    return False  # The other road finds out whether the file ends here.
         return True
 
     def check(self) -> None:
         """Raise ``CheckpointChanged`` if the path no longer leads to the file that was opened, unchanged."""
         try:
-            on_disk = _fingerprint(os.stat(self.path))
+            on_disk = _fingerprint(os.stat(self._where))
         except OSError as error:
             raise CheckpointChanged(f"{self.path}: the file went away while it was open: {error.strerror}") from error
-        for now in (_fingerprint(os.fstat(self._fd)), on_disk):
+        try:
+            opened = _fingerprint(os.fstat(self._fd))
+        except OSError as error:
+            raise self._failed(error, 0) from error
+        for now in (opened, on_disk):
             for what, old, new in zip(("device", "inode", "size", "modification time"), self._opened, now, strict=True):
                 if old != new:
                     verb = "replaced" if what in ("device", "inode") else "changed"
@@ -136,10 +174,13 @@ class File:
     def close(self) -> None:
         """Close it. May be called twice."""
         with self._lock:
-            for fd in (self._fd, self._direct_fd):
-                if fd is not None and fd >= 0:
-                    os.close(fd)
+            fds = (self._fd, self._direct_fd)
+            # Forget before closing: the numbers may be another file's at once, and a late thread must not read that.
             self._fd, self._direct_fd, self._direct_works = -1, None, False
+            for fd in fds:
+                if fd is not None and fd >= 0:
+                    with contextlib.suppress(OSError):  # Nothing was written, so nothing is lost; Linux has closed it.
+                        os.close(fd)
 
     def __repr__(self) -> str:
         return f"<File {self.path!r} {self.size} bytes{' closed' if self._fd < 0 else ''}>"
@@ -168,15 +209,21 @@ class File:
                     self._direct_works = False  # tmpfs and some network file systems have no direct reads.
             return self._direct_fd if self._direct_works else None
 
-    def _failed(self, error: OSError, offset: int) -> CheckpointError:
+    def _failed(self, error: OSError, offset: int) -> CheckpointError | Closed:
+        if self._fd < 0:
+            return Closed(f"{self.path} was closed")
         return CheckpointError(f"{self.path}: reading at byte {offset} failed: {error.strerror}")
 
     def _short(self, offset: int) -> CheckpointChanged:
         return CheckpointChanged(f"{self.path}: ends at byte {offset}; {self.size} bytes were there when it was opened")
 
 
-def _fingerprint(stat: os.stat_result) -> tuple[int, int, int, int]:
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+def _fingerprint(found: os.stat_result) -> tuple[int, int, int, int]:
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _kind(mode: int) -> str:
+    return "a directory" if stat.S_ISDIR(mode) else "a pipe, a socket or a device"
 
 
 class Segment(NamedTuple):
@@ -210,9 +257,16 @@ def read_segments(
     """Read all segments with a few threads. The arguments and errors are those of ``contracts.Addressed.read``."""
     if reading not in get_args(Reading):
         raise UnknownName("reading", reading, get_args(Reading))
+    if pool.slot_nbytes < 3 * PAGE:
+        raise UsageError(f"slots of {pool.slot_nbytes} bytes are too small to read into; {3 * PAGE} are the least")
+    segments = list(segments)
     jobs = _plan_jobs(segments, min(_PIECE, pool.slot_nbytes - 2 * PAGE))
     crew = _Crew(jobs, pool, reading, advance, stop or threading.Event())
-    return crew.run(max(1, min(threads or _default_threads(), len(jobs))))
+    roads = crew.run(max(1, min(threads or _default_threads(), len(jobs))))
+    for segment in segments:
+        if segment.nbytes == 0 and not isinstance(segment.into, torch.Tensor):
+            segment.into(torch.empty(0, dtype=torch.uint8))  # Nothing to read, but its sink was promised a call.
+    return roads
 
 
 def _default_threads() -> int:
@@ -224,7 +278,7 @@ def _plan_jobs(segments: Iterable[Segment], limit: int) -> list[_Job]:
     for file, offset, nbytes, into in sorted(segments, key=_place):
         by_slot = not isinstance(into, torch.Tensor)
         if by_slot and nbytes > limit:
-            raise ValueError(f"a sink's read of {nbytes} bytes does not fit into a slot; at most {limit} do")
+            raise UsageError(f"a sink's read of {nbytes} bytes does not fit into a slot; at most {limit} do")
         done = 0
         while done < nbytes:
             job = jobs[-1] if jobs else None
@@ -276,16 +330,20 @@ class _Crew:
         return self._roads
 
     def _work_together(self, threads: int) -> None:
-        with ThreadPoolExecutor(threads, thread_name_prefix="hotweights-read") as executor:
-            futures = [executor.submit(self._work) for _ in range(threads)]
-            try:
-                # Waiting in slices lets Ctrl-C through; each thread sees `_failed` after its piece.
-                while wait(futures, timeout=0.1, return_when=FIRST_EXCEPTION).not_done and not self._failed.is_set():
-                    pass
-            finally:
-                if not all(map(Future.done, futures)):
-                    self._failed.set()
-                    self._pool.wake()
+        executor = ThreadPoolExecutor(threads, thread_name_prefix="hotweights-read")
+        futures: list[Future[None]] = []
+        try:
+            for _ in range(threads):
+                futures.append(executor.submit(self._work))
+            # Waiting in slices lets Ctrl-C through, and a caller's stop.
+            while wait(futures, timeout=0.1, return_when=FIRST_EXCEPTION).not_done and not self._ended():
+                pass
+        except BaseException:
+            self._failed.set()  # Each thread sees it after its piece.
+            raise
+        finally:
+            self._pool.wake()
+            executor.shutdown(wait=True)
         errors = [error for future in futures if (error := future.exception()) is not None]
         # A thread whose wait was ended by another's failure says so; the failure itself is the one to tell.
         for error in sorted(errors, key=lambda error: isinstance(error, Closed)):

@@ -28,7 +28,8 @@ class StateSource:
         problems = [message for name, tensor in tensors.items() if (message := _unfit(name, tensor))]
         if problems:
             raise UsageError("these are no tensors with values: " + "; ".join(sorted(problems)))
-        self._tensors = {name: tensor.detach() for name, tensor in tensors.items()}
+        # Lazily conjugated and negated views have no bytes of their own to lease; others stay as they are.
+        self._tensors = {name: tensor.detach().resolve_conj().resolve_neg() for name, tensor in tensors.items()}
         self._manifest = Manifest(TensorSpec(name, t.dtype, tuple(t.shape)) for name, t in self._tensors.items())
         self._closed = False
 

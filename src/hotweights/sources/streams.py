@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,8 +23,10 @@ class LeaseStream:
     Leaving the ``with`` never waits for a lease: it ends it.
     """
 
-    def __init__(self, leases: Generator[Lease, None, None]) -> None:
+    def __init__(self, leases: Generator[Lease, None, None], *, stop: Callable[[], None] = lambda: None) -> None:
+        """``stop`` ends the generator's waits, so that ``close`` in one thread ends a ``next`` in another."""
         self._leases = leases
+        self._stop = stop
         self._running: Lease | None = None
         self._closed = False
         self._ended = False
@@ -37,7 +40,11 @@ class LeaseStream:
         if self._closed:
             raise Closed("this stream of leases was closed")
         self._end_running()
-        self._running = next(self._leases, None)
+        try:
+            self._running = next(self._leases, None)
+        except BaseException:
+            self._closed = True  # A generator that raised is exhausted; the next call must not look like the end.
+            raise
         if self._running is None:
             self._ended = self._closed = True
             raise StopIteration
@@ -46,10 +53,13 @@ class LeaseStream:
     def close(self) -> None:
         """End the running lease and every wait. May be called twice."""
         self._closed = True
+        self._stop()
         try:
             self._end_running()
         finally:
-            self._leases.close()
+            # If it runs, another thread waits in it; it was stopped and ends by itself.
+            if inspect.getgeneratorstate(self._leases) != inspect.GEN_RUNNING:
+                self._leases.close()
 
     def __enter__(self) -> LeaseStream:
         return self
@@ -71,11 +81,18 @@ class LeaseStream:
             running.release()
 
 
-def ahead(work: Iterable[Callable[[], T]], *, depth: int, stop: Callable[[], None]) -> Generator[T, None, None]:
+def ahead(
+    work: Iterable[Callable[[], T]],
+    *,
+    depth: int,
+    stop: Callable[[], None],
+    drop: Callable[[T], None] = lambda result: None,
+) -> Generator[T, None, None]:
     """Do ``work`` in one other thread, ``depth`` results ahead of whoever takes them, in order.
 
-    Closing the generator calls ``stop``, which must end work that is under way, and waits for the thread.
-    With ``depth=0`` each piece is done when it is asked for, in the caller's thread.
+    Closing the generator calls ``stop``, which must end work that is under way, waits for the thread, and gives every
+    result that nobody took to ``drop``. With ``depth=0`` each piece is done when it is asked for, in the caller's
+    thread.
     """
     if depth == 0:
         for piece in work:
@@ -87,9 +104,16 @@ def ahead(work: Iterable[Callable[[], T]], *, depth: int, stop: Callable[[], Non
         for piece in work:
             waiting.append(executor.submit(piece))
             if len(waiting) > depth:
-                yield waiting.pop(0).result()
+                result = waiting[0].result()  # An interrupted wait leaves it in the list, to be dropped.
+                del waiting[0]
+                yield result
         while waiting:
-            yield waiting.pop(0).result()
+            result = waiting[0].result()
+            del waiting[0]
+            yield result
     finally:
         stop()
         executor.shutdown(wait=True, cancel_futures=True)
+        for future in waiting:
+            if not future.cancelled() and future.exception() is None:
+                drop(future.result())
