@@ -15,7 +15,8 @@ ROOT = Path(hotweights.__file__).parent
 ORDER = """
 errors manifest progress devices guards memory
 sources.contracts sources.streams sources.header sources.reading sources.checkpoint sources.files sources.state sources
-plan aliases modules execute report engines engines.transformers load
+casts regions plan snapshot tracing lowering drafting aliases modules replay copying execute report
+engines engines.transformers trace fallback load
 testing
 cli.outcome cli.inspect cli.load cli.demo cli
 """.split()
@@ -63,8 +64,8 @@ def test_imports_run_one_way(module):
 def test_the_public_words_are_these():
     assert hotweights.__all__ == sorted(hotweights.__all__)
     words = """
-    load open Manifest TensorSpec OpaqueDtype Lease Pool PoolStats Fate LoadReport
-    HotweightsError CheckpointError CheckpointChanged UnsupportedDtype PlanError TiedWeightsDiffer PoolTimeout
+    load open trace Manifest TensorSpec OpaqueDtype Lease Pool PoolStats Fate LoadPlan LoadReport
+    HotweightsError CheckpointError CheckpointChanged UnsupportedDtype PlanError TiedWeightsDiffer IncompleteLoad PoolTimeout
     UsageError StaleLease BorrowedTensor Closed UnknownName MissingPackage
     """
     assert set(hotweights.__all__) == set(words.split())

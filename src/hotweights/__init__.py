@@ -6,6 +6,7 @@ from .errors import (
     CheckpointError,
     Closed,
     HotweightsError,
+    IncompleteLoad,
     MissingPackage,
     PlanError,
     PoolTimeout,
@@ -18,9 +19,10 @@ from .errors import (
 from .load import load
 from .manifest import Manifest, OpaqueDtype, TensorSpec
 from .memory import Lease, Pool, PoolStats
-from .plan import Fate
+from .plan import Fate, LoadPlan
 from .report import LoadReport
 from .sources import open
+from .trace import trace
 
 __all__ = [
     "BorrowedTensor",
@@ -29,7 +31,9 @@ __all__ = [
     "Closed",
     "Fate",
     "HotweightsError",
+    "IncompleteLoad",
     "Lease",
+    "LoadPlan",
     "LoadReport",
     "Manifest",
     "MissingPackage",
@@ -46,4 +50,5 @@ __all__ = [
     "UsageError",
     "load",
     "open",
+    "trace",
 ]

@@ -7,6 +7,7 @@
     │   └── CheckpointChanged   it changed between open and the end of reading
     ├── UnsupportedDtype        the installed torch has no type for these bytes
     ├── PlanError               source and model do not fit; nothing was read or written
+    ├── IncompleteLoad          the model's own loading code left something unwritten
     ├── TiedWeightsDiffer       two names of one tensor carry different bytes; nothing was written
     └── PoolTimeout             no slot came free in time
 
@@ -28,6 +29,7 @@ __all__ = [
     "CheckpointError",
     "Closed",
     "HotweightsError",
+    "IncompleteLoad",
     "MissingPackage",
     "PlanError",
     "PoolTimeout",
@@ -90,6 +92,10 @@ class UnsupportedDtype(HotweightsError):
 
 class PlanError(_Problems):
     """Source and model do not fit. Raised before the first byte is read; the model is unharmed."""
+
+
+class IncompleteLoad(_Problems):
+    """Loading fell back to the model's own code, which left parameters unwritten. They are named."""
 
 
 class TiedWeightsDiffer(_Problems):

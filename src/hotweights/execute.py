@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 
-from .devices import Event, is_host, record_event
+from .copying import reads_of
+from .devices import record_event
 from .errors import TiedWeightsDiffer
-from .manifest import OpaqueDtype, TensorSpec
-from .memory import PAGE, Pool, advise_huge_pages, host_empty
-from .plan import Copy, LoadPlan, Program, pieces
-from .sources.contracts import Addressed, InMemory, Read, Reading, Sink, Source
+from .manifest import Manifest, OpaqueDtype
+from .memory import PAGE, Pool, host_empty
+from .plan import Copy, LoadPlan, Program, Step
+from .replay import run_program, view
+from .sources.contracts import Addressed, InMemory, Read, Reading, Source
 from .sources.streams import ahead
 
-__all__ = ["Execution", "execute"]
+__all__ = ["Execution", "execute", "owned"]
 
-_LARGE = 4 * 1024 * 1024  # bytes from which a destination is worth a huge page
 _COMPARED = 8 * 1024 * 1024  # bytes of each of two tied tensors that are compared at once
 
 
@@ -53,18 +55,21 @@ class Execution:
             self.peak_scratch = max(self.peak_scratch, self.scratch)
 
 
+Destinations = Mapping[str, torch.Tensor]
+
+
 def execute(
     plan: LoadPlan,
     source: Source,
-    destinations: Mapping[str, torch.Tensor],
+    destinations: Destinations,
     done: Execution,
     *,
     pool: Pool,
     reading: Reading = "auto",
     threads: int | None = None,
     advance: Callable[[int], None] | None = None,
-) -> None:
-    """Do every step of ``plan``. Ties are proven before the first write.
+) -> dict[str, torch.Tensor]:
+    """Do every step of ``plan``. Ties are proven before the first write, unless the source comes as it comes.
 
     Args:
         plan: what to do.
@@ -75,6 +80,9 @@ def execute(
         reading: which road files are read by.
         threads: how many read at once.
         advance: called as bytes arrive, from any thread.
+
+    Returns:
+        The tensors of ``plan.fallback``, owned, if the source comes as it comes: it cannot be asked for them again.
 
     Raises:
         TiedWeightsDiffer: nothing was written.
@@ -89,176 +97,232 @@ def execute(
     with torch.no_grad():
         if isinstance(source, Addressed):
             read = partial(source.read, pool=pool, reading=reading, threads=threads, advance=arrive)
-            _from_addressed(plan, source, read, destinations, done, pool)
-        else:
-            _from_stream(plan, source, destinations, done, arrive)
+            _Addressed(plan, source, read, destinations, done, pool).run()
+            return {}
+        if isinstance(source, InMemory):
+            _from_memory(plan, source, destinations, done, arrive)
+            return {}
+        return _from_stream(plan, source, destinations, done, arrive)
 
 
-def _from_addressed(
-    plan: LoadPlan,
-    source: Addressed,
-    read: partial[dict[str, int]],
-    destinations: Mapping[str, torch.Tensor],
-    done: Execution,
-    pool: Pool,
-) -> None:
-    _prove_ties(plan, source.manifest, partial(_equal_by_pieces, source, read, done))
-    reads: list[Read] = []
-    for step in plan.steps:
-        if isinstance(step, Copy):
-            reads += _reads(source.manifest[step.source], destinations[step.destination], pool.slot_nbytes - 2 * PAGE)
-    done.writing = True
-    done.count(read(reads))
-    done.bytes_written += sum(destinations[step.destination].nbytes for step in plan.steps if isinstance(step, Copy))
-    programs = sorted(
-        (step for step in plan.steps if isinstance(step, Program)),
-        key=lambda step: min(map(source.position, step.sources)),
-    )
-    stop = threading.Event()
-    work = (partial(_gather, step, source.manifest, partial(read, stop=stop), done) for step in programs)
+class _Addressed:
+    """One execution from a source that gives any bytes."""
 
-    def halt() -> None:
-        stop.set()
-        pool.wake()
+    def __init__(
+        self,
+        plan: LoadPlan,
+        source: Addressed,
+        read: Callable[..., dict[str, int]],
+        destinations: Destinations,
+        done: Execution,
+        pool: Pool,
+    ) -> None:
+        self._plan = plan
+        self._source = source
+        self._read = read
+        self._destinations = destinations
+        self._done = done
+        self._pool = pool
 
-    gathered = ahead(work, depth=1, stop=halt)
-    try:
-        for step, tensors in zip(programs, gathered, strict=True):
-            _run(step, tensors, destinations, done)
-    finally:
-        gathered.close()
+    def run(self) -> None:
+        _prove_ties(self._plan, self._source.manifest, self._equal)
+        self._done.writing = True
+        for steps in self._plan.by_level():
+            self._copy([step for step in steps if isinstance(step, Copy)])
+            self._run_programs([step for step in steps if isinstance(step, Program)])
+
+    def _copy(self, steps: Sequence[Copy]) -> None:
+        manifest, limit = self._source.manifest, self._pool.slot_nbytes - 2 * PAGE
+        reads: list[Read] = []
+        for step in steps:
+            reads += reads_of(step, manifest[step.source], self._destinations[step.destination], limit)
+        self._done.count(self._read(reads))
+        self._done.bytes_written += sum(_written_nbytes(step, self._destinations) for step in steps)
+
+    def _run_programs(self, programs: list[Program]) -> None:
+        programs.sort(key=lambda step: min(map(self._source.position, step.sources), default=(-1, -1)))
+        stop = threading.Event()
+
+        def halt() -> None:
+            stop.set()
+            self._pool.wake()
+
+        work = (partial(self._gather, step, stop) for step in programs)
+        gathered = ahead(work, depth=1, stop=halt)
+        try:
+            for step, tensors in zip(programs, gathered, strict=True):
+                _run(step, tensors, self._plan, self._destinations, self._done)
+        finally:
+            gathered.close()
+
+    def _gather(self, step: Program, stop: threading.Event) -> dict[str, torch.Tensor]:
+        """The program's sources in scratch of their own."""
+        tensors = {name: _scratch(self._source.manifest, name) for name in step.sources}
+        self._done.hold_scratch(sum(tensor.nbytes for tensor in tensors.values()))
+        reads = [Read(name, 0, tensor.nbytes, tensor) for name, tensor in tensors.items()]
+        self._done.count(self._read(reads, stop=stop))
+        return tensors
+
+    def _equal(self, one: Copy, other: Copy) -> bool:
+        if one.of is not None or other.of is not None:
+            return self._equal_parts(one, other)
+        nbytes = self._source.manifest[one.source].nbytes
+        left, right = (host_empty((min(nbytes, _COMPARED),), torch.uint8) for _ in range(2))
+        self._done.hold_scratch(left.nbytes + right.nbytes)
+        try:
+            for start in range(0, nbytes, _COMPARED):
+                count = min(_COMPARED, nbytes - start)
+                reads = [Read(one.source, start, count, left[:count]), Read(other.source, start, count, right[:count])]
+                self._done.count(self._read(reads))
+                if not torch.equal(left[:count], right[:count]):
+                    return False
+            return True
+        finally:
+            self._done.hold_scratch(-left.nbytes - right.nbytes)
+
+    def _equal_parts(self, one: Copy, other: Copy) -> bool:
+        parts = []
+        for step in (one, other):
+            tensor = _scratch(self._source.manifest, step.source)
+            self._done.count(self._read([Read(step.source, 0, tensor.nbytes, tensor)]))
+            parts.append(_part(step, tensor))
+        return _same_bits(*parts)
 
 
-def _reads(spec: TensorSpec, destination: torch.Tensor, slot_nbytes: int) -> Iterator[Read]:
-    """How one copy is read: straight into the destination if the bytes are the same, else in pieces by the pool."""
-    nbytes = spec.nbytes
-    if nbytes == 0:
-        return
-    if destination.is_cpu and destination.dtype == spec.dtype and destination.is_contiguous():
-        if nbytes >= _LARGE:
-            advise_huge_pages(destination)
-        yield Read(spec.name, 0, nbytes, destination)
-        return
+def owned(source: Addressed | InMemory, name: str, read: Callable[..., dict[str, int]]) -> torch.Tensor:
+    """One tensor of ``source`` in memory of its own."""
+    if isinstance(source, InMemory):
+        return source.borrow(name).clone(memory_format=torch.contiguous_format)
+    tensor = _scratch(source.manifest, name)
+    read([Read(name, 0, tensor.nbytes, tensor)])
+    return tensor
+
+
+def _scratch(manifest: Manifest, name: str) -> torch.Tensor:
+    spec = manifest[name]
     assert not isinstance(spec.dtype, OpaqueDtype)
-    itemsize = spec.dtype.itemsize
-    for index, first, shape in pieces(tuple(destination.shape), slot_nbytes // itemsize):
-        piece = destination[index]
-        yield Read(spec.name, first * itemsize, piece.numel() * itemsize, _copy_into(piece, spec.dtype, shape))
-
-
-def _copy_into(piece: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Sink:
-    def sink(raw: torch.Tensor) -> Event | None:
-        if raw.data_ptr() % dtype.itemsize:
-            raw = raw.clone()  # A file may pack a float32 behind three bytes; torch cannot view that in place.
-        with torch.no_grad():  # Grad mode belongs to a thread, and this may be any.
-            piece.copy_(raw.view(dtype).view(shape), non_blocking=True)
-        return record_event(piece.device)
-
-    return sink
-
-
-def _gather(
-    step: Program, manifest: Mapping[str, TensorSpec], read: Callable[[list[Read]], dict[str, int]], done: Execution
-) -> dict[str, torch.Tensor]:
-    """The program's sources in scratch of their own."""
-    tensors: dict[str, torch.Tensor] = {}
-    for name in step.sources:
-        spec = manifest[name]
-        assert not isinstance(spec.dtype, OpaqueDtype)
-        tensors[name] = host_empty(spec.shape, spec.dtype)
-        done.hold_scratch(spec.nbytes)
-    done.count(read([Read(name, 0, tensor.nbytes, tensor) for name, tensor in tensors.items()]))
-    return tensors
+    return host_empty(spec.shape, spec.dtype)
 
 
 def _run(
-    step: Program, tensors: dict[str, torch.Tensor], destinations: Mapping[str, torch.Tensor], done: Execution
+    step: Program, tensors: dict[str, torch.Tensor], plan: LoadPlan, destinations: Destinations, done: Execution
 ) -> None:
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
-    made = step.run(tensors)
-    extra = sum(tensor.nbytes for tensor in made.values())
-    done.hold_scratch(extra)
-    for name, tensor in made.items():
-        destinations[name].copy_(tensor)
-        done.bytes_written += destinations[name].nbytes
-    done.hold_scratch(-nbytes - extra)
+    run_program(step, tensors, plan.constants, lambda name: destinations[name].detach())
+    done.bytes_written += sum(region.box.nbytes for region in step.writes)
+    done.hold_scratch(-nbytes)
+
+
+def _part(step: Copy, tensor: torch.Tensor) -> torch.Tensor:
+    """The part of the source ``tensor`` that ``step`` copies."""
+    if step.of is None:
+        return tensor
+    return view(tensor.contiguous(), step.of)
+
+
+def _place(step: Copy, destinations: Destinations) -> torch.Tensor:
+    destination = destinations[step.destination]
+    return destination if step.into is None else view(destination, step.into)
+
+
+def _written_nbytes(step: Copy, destinations: Destinations) -> int:
+    return destinations[step.destination].nbytes if step.into is None else step.into.nbytes
+
+
+def _copy_now(step: Copy, tensor: torch.Tensor, destinations: Destinations, done: Execution) -> torch.device:
+    place = _place(step, destinations)
+    part = _part(step, tensor)
+    place.copy_(part if part.shape == place.shape else part.reshape(place.shape), non_blocking=True)
+    done.bytes_written += place.nbytes
+    return place.device
+
+
+def _from_memory(
+    plan: LoadPlan, source: InMemory, destinations: Destinations, done: Execution, arrive: Callable[[int], None]
+) -> None:
+    def equal(one: Copy, other: Copy) -> bool:
+        return _same_bits(_part(one, source.borrow(one.source)), _part(other, source.borrow(other.source)))
+
+    _prove_ties(plan, source.manifest, equal)
+    done.writing = True
+    for steps in plan.by_level():
+        for step in steps:
+            names = (step.source,) if isinstance(step, Copy) else step.sources
+            if isinstance(step, Copy):
+                _copy_now(step, source.borrow(step.source), destinations, done)
+            else:
+                tensors = {name: source.borrow(name).clone(memory_format=torch.contiguous_format) for name in names}
+                done.hold_scratch(sum(tensor.nbytes for tensor in tensors.values()))
+                _run(step, tensors, plan, destinations, done)
+            nbytes = _read_nbytes(step, source.manifest)
+            done.count({"memory": nbytes})
+            arrive(nbytes)
+
+
+def _read_nbytes(step: Step, manifest: Manifest) -> int:
+    if isinstance(step, Copy):
+        return manifest[step.source].nbytes if step.of is None else step.of.nbytes
+    return sum(manifest[name].nbytes for name in step.sources)
 
 
 def _from_stream(
-    plan: LoadPlan,
-    source: Source,
-    destinations: Mapping[str, torch.Tensor],
-    done: Execution,
-    arrive: Callable[[int], None],
-) -> None:
-    copies = {step.source: step for step in plan.steps if isinstance(step, Copy)}
-    users = {name: step for step in plan.steps if isinstance(step, Program) for name in step.sources}
-    waiting: dict[int, dict[str, torch.Tensor]] = {}
-    later = dict.fromkeys(second for _, second in plan.ties)
-    if isinstance(source, InMemory):
-        _prove_ties(plan, source.manifest, lambda one, other: _same_bits(source.borrow(one), source.borrow(other)))
-        later = {}
+    plan: LoadPlan, source: Source, destinations: Destinations, done: Execution, arrive: Callable[[int], None]
+) -> dict[str, torch.Tensor]:
+    """Copies of the lowest level as their tensors pass; what other steps need is kept until its turn."""
+    first, *rest = [*plan.by_level()] or [()]
+    copies: dict[str, list[Copy]] = defaultdict(list)
+    for step in first:
+        if isinstance(step, Copy):
+            copies[step.source].append(step)
+    later = [step for step in first if isinstance(step, Program)], *rest
+    wanted = {name for steps in later for step in steps for name in _names(step)}
+    wanted |= {second.source for _, second in plan.ties} | set(plan.fallback)
     kept: dict[str, torch.Tensor] = {}
     done.writing = True
     with source.leases() as stream:
         for lease in stream:
-            if lease.name in copies:
-                destination = destinations[copies[lease.name].destination]
-                destination.copy_(lease.tensor.reshape(destination.shape), non_blocking=True)
-                done.bytes_written += destination.nbytes
-                lease.release(after=record_event(destination.device))
-            elif lease.name in users:
-                step = users[lease.name]
-                gathered = waiting.setdefault(id(step), {})
-                gathered[lease.name] = lease.own()
-                done.hold_scratch(lease.spec.nbytes)
-                if len(gathered) == len(step.sources):
-                    _run(step, waiting.pop(id(step)), destinations, done)
-            elif lease.name in later:
-                kept[lease.name] = lease.own()
-            else:
+            if lease.name not in copies and lease.name not in wanted:
                 continue
+            if lease.name in wanted:
+                kept[lease.name] = lease.own()
+                done.hold_scratch(lease.spec.nbytes)
+            devices = [_copy_now(step, lease.tensor, destinations, done) for step in copies.get(lease.name, ())]
             done.count({"memory": lease.spec.nbytes})
             arrive(lease.spec.nbytes)
-    _compare_late(plan, kept, {name: destinations[step.destination] for name, step in copies.items()})
-
-
-def _prove_ties(plan: LoadPlan, manifest: Mapping[str, TensorSpec], equal: Callable[[str, str], bool]) -> None:
-    """Compare what becomes the same tensor, before anything is written."""
-    differing = [(one, other) for one, other in plan.ties if manifest[one].nbytes and not equal(one, other)]
-    _refuse(differing)
-
-
-def _compare_late(plan: LoadPlan, kept: Mapping[str, torch.Tensor], written: Mapping[str, torch.Tensor]) -> None:
-    """The same for a source that comes as it comes: the second is compared with what the first became."""
+            lease.release(after=record_event(devices[-1]) if devices else None)
+    for steps in later:
+        for step in steps:
+            if isinstance(step, Copy):
+                _copy_now(step, kept[step.source], destinations, done)
+            else:
+                _run(step, {name: kept[name].clone() for name in step.sources}, plan, destinations, done)
     _refuse(
-        (one, other)
-        for one, other in plan.ties
-        if other in kept and not _same_bits(kept[other].to(written[one].dtype), written[one].to(kept[other].device))
+        (one, other) for one, other in plan.ties if not _same_as_written(other, kept[other.source], one, destinations)
     )
+    return {name: kept[name] for name in plan.fallback}
 
 
-def _refuse(differing: Iterable[tuple[str, str]]) -> None:
-    problems = [f"{one} and {other} are one tensor in the model, and differ in the source" for one, other in differing]
+def _names(step: Step) -> tuple[str, ...]:
+    return (step.source,) if isinstance(step, Copy) else step.sources
+
+
+def _same_as_written(other: Copy, tensor: torch.Tensor, one: Copy, destinations: Destinations) -> bool:
+    place = _place(one, destinations)
+    return _same_bits(_part(other, tensor).to(place.dtype), place.cpu())
+
+
+def _prove_ties(plan: LoadPlan, manifest: Manifest, equal: Callable[[Copy, Copy], bool]) -> None:
+    """Compare what becomes the same bytes, before anything is written."""
+    _refuse((one, other) for one, other in plan.ties if manifest[one.source].nbytes and not equal(one, other))
+
+
+def _refuse(differing: Iterable[tuple[Copy, Copy]]) -> None:
+    problems = [
+        f"{one.source} and {other.source} are one tensor in the model, and differ in the source"
+        for one, other in differing
+    ]
     if problems:
         raise TiedWeightsDiffer("tied weights differ", problems)
-
-
-def _equal_by_pieces(
-    source: Addressed, read: Callable[[list[Read]], dict[str, int]], done: Execution, one: str, other: str
-) -> bool:
-    nbytes = source.manifest[one].nbytes
-    left, right = (host_empty((min(nbytes, _COMPARED),), torch.uint8) for _ in range(2))
-    done.hold_scratch(left.nbytes + right.nbytes)
-    try:
-        for start in range(0, nbytes, _COMPARED):
-            count = min(_COMPARED, nbytes - start)
-            done.count(read([Read(one, start, count, left[:count]), Read(other, start, count, right[:count])]))
-            if not torch.equal(left[:count], right[:count]):
-                return False
-        return True
-    finally:
-        done.hold_scratch(-left.nbytes - right.nbytes)
 
 
 def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:

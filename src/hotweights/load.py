@@ -10,17 +10,19 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 
-from .aliases import overlaps, owners
-from .engines import rules_for
+from .casts import Cast
 from .errors import UsageError
 from .execute import Execution, execute
+from .fallback import fall_back
 from .memory import Pool
-from .modules import Place, describe, extra_state_problems, hook_problems, materialise, places
-from .plan import Cast, Copy, Fate, LoadPlan, Patterns, Program, both, matches, plan_by_name
+from .modules import materialise, places
+from .plan import Copy, Fate, LoadPlan, Patterns, Program
 from .progress import progress
 from .report import LoadReport, size
 from .sources import Reading, Source
 from .sources import open as open_source
+from .trace import trace
+from .tracing import anchors
 
 __all__ = ["load"]
 
@@ -31,8 +33,9 @@ def load(
     *,
     device: torch.device | str | None = None,
     allow_missing: Patterns = (),
+    allow_partial: Patterns = (),
     allow_unexpected: Patterns = (),
-    cast: Cast = "error",
+    cast: Cast | None = None,
     reading: Reading = "auto",
     threads: int | None = None,
     pool: Pool | None = None,
@@ -51,9 +54,11 @@ def load(
         source: an open source, which stays open; or anything that ``hotweights.open`` takes.
         device: where meta tensors are made real. Without it they are a problem.
         allow_missing: names of the model that may be missing from the source; they keep their values.
+        allow_partial: names of the model of which some bytes may keep their values.
         allow_unexpected: tensors of the source that may have no place in the model.
-        cast: whether casts that lose information are problems (``"error"``) or done (``"loader"``). Casts that
-            lose nothing are done and reported; from floats to integers always is a problem.
+        cast: whether casts that lose information are problems (``"error"``, the default by name) or done
+            (``"loader"``, the default for models with loading code of their own). Casts that lose nothing are
+            done and reported; from floats to integers always is a problem.
         reading: how files are read, see ``Reading``.
         threads: how many read at once; by default a few.
         pool: memory for what cannot be read in place; by default 64 MiB, which is let go at the end.
@@ -75,60 +80,33 @@ def load(
                 f"a source is a path, a mapping of tensors, a module or a Source; this is a {type(source).__name__}"
             )
         target_device = None if device is None else torch.device(device)
-        found = list(places(model))
-        plan = _plan(model, source, found, target_device, allow_missing, allow_unexpected, cast)
+        plan = trace(
+            model,
+            source.manifest,
+            device=target_device,
+            allow_missing=allow_missing,
+            allow_partial=allow_partial,
+            allow_unexpected=allow_unexpected,
+            cast=cast,
+        )
         done = Execution()
         nbytes = _bytes_to_read(plan, source)
-        with _made_real(plan, found, target_device), _noting(done, nbytes):
-            destinations = {place.name: place.tensor.detach() for place in found if place.persistent}
+        with _made_real(plan, model, target_device), _noting(done, nbytes):
+            destinations = anchors(model)
             if pool is None:
                 pool = stack.enter_context(Pool(device=_slowest(destinations)))
             advance = stack.enter_context(progress("loading", nbytes, show=show_progress))
-            execute(plan, source, destinations, done, pool=pool, reading=reading, threads=threads, advance=advance)
+            kept = execute(
+                plan, source, destinations, done, pool=pool, reading=reading, threads=threads, advance=advance
+            )
+            if plan.fallback:
+                fall_back(plan, model, source, kept, done, pool=pool, advance=advance)
         return _report(plan, done, pool, time.perf_counter() - began)
-
-
-def _plan(
-    model: nn.Module,
-    source: Source,
-    found: list[Place],
-    device: torch.device | None,
-    allow_missing: Patterns,
-    allow_unexpected: Patterns,
-    cast: Cast,
-) -> LoadPlan:
-    rules = rules_for(model, source.manifest)
-    may_miss = both(allow_missing, rules.allow_missing)
-    tensors = {place.name: place.tensor for place in found if place.persistent}
-    owner = owners(tensors)
-    lost = _left_on_meta(found, may_miss) if device is not None else []
-    hooks = hook_problems(model) if rules.runs_hooks else ()
-    return plan_by_name(
-        source.manifest,
-        {name: describe(tensor, name, owner[name], device=device) for name, tensor in tensors.items()},
-        steps=rules.steps,
-        skip=rules.skip,
-        allow_missing=may_miss,
-        allow_unexpected=allow_unexpected,
-        cast=cast,
-        overlapping=overlaps(tensors),
-        problems=[*rules.problems, *hooks, *extra_state_problems(model), *lost],
-    )
-
-
-def _left_on_meta(found: list[Place], allowed: Patterns) -> list[str]:
-    may_stay = matches(allowed)
-    return [
-        f"{place.name}: is a non-persistent buffer on the meta device, and no checkpoint carries it; build the model "
-        "with real buffers, or allow it with allow_missing= and fill it yourself"
-        for place in found
-        if not place.persistent and place.tensor.is_meta and not may_stay(place.name)
-    ]
 
 
 def _bytes_to_read(plan: LoadPlan, source: Source) -> int:
     used = [name for name, fate in plan.fates.items() if fate in (Fate.WRITTEN, Fate.CAST)]
-    compared = [name for pair in plan.ties for name in pair]
+    compared = [step.source for pair in plan.ties for step in pair]
     return sum(source.manifest[name].nbytes for name in (*used, *compared))
 
 
@@ -139,9 +117,9 @@ def _slowest(destinations: Mapping[str, torch.Tensor]) -> torch.device:
 
 
 @contextmanager
-def _made_real(plan: LoadPlan, found: list[Place], device: torch.device | None) -> Iterator[None]:
+def _made_real(plan: LoadPlan, model: nn.Module, device: torch.device | None) -> Iterator[None]:
     """Meta tensors that the plan writes are real inside, and stay so unless it fails."""
-    replaced = [] if device is None else materialise(found, _written(plan), device)
+    replaced = [] if device is None else materialise(places(model), _written(plan), device)
     try:
         yield
     except BaseException:
@@ -152,7 +130,8 @@ def _made_real(plan: LoadPlan, found: list[Place], device: torch.device | None) 
 
 def _written(plan: LoadPlan) -> set[str]:
     copied = {step.destination for step in plan.steps if isinstance(step, Copy)}
-    return copied.union(*(step.produces for step in plan.steps if isinstance(step, Program)))
+    made = {region.memory.name for step in plan.steps if isinstance(step, Program) for region in step.writes}
+    return copied | made | set(plan.unproven)
 
 
 @contextmanager
@@ -163,8 +142,8 @@ def _noting(done: Execution, nbytes: int) -> Iterator[None]:
     except BaseException as error:
         if done.writing:
             error.add_note(
-                f"hotweights: {size(done.bytes_read)} of {size(nbytes)} had been read into the model by then; it may hold "
-                "tensors of both versions until a load succeeds"
+                f"hotweights: {size(done.bytes_read)} of {size(nbytes)} had been read into the model by then; it may "
+                "hold tensors of both versions until a load succeeds"
             )
         raise
 

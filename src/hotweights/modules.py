@@ -60,7 +60,8 @@ def describe(tensor: torch.Tensor, name: str, owner: str, *, device: torch.devic
     """The tensor as a target of a plan; ``device`` is where meta tensors will be made real."""
     if nn.parameter.is_lazy(tensor):
         return Target(TensorSpec(name, tensor.dtype, ()), owner, "is uninitialised; run the model once first")
-    return Target(TensorSpec(name, tensor.dtype, tuple(tensor.shape)), owner, _unwritable(tensor, device))
+    stride = None if tensor.layout is not torch.strided or tensor.is_contiguous() else tensor.stride()
+    return Target(TensorSpec(name, tensor.dtype, tuple(tensor.shape)), owner, _unwritable(tensor, device), stride)
 
 
 def _unwritable(tensor: torch.Tensor, device: torch.device | None) -> str:

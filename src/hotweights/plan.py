@@ -1,41 +1,22 @@
-"""LoadPlan: which source tensors become which destinations. Pure data and arithmetic: no modules, no bytes.
-
-The plan here is *by name*: what ``load_state_dict`` would do, and what it would do in silence as a problem.
-"""
+"""LoadPlan: which source tensors become which destinations. Pure data: no modules, no bytes but small constants."""
 
 from __future__ import annotations
 
 import enum
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any
 
 import msgspec
 import torch
 
-from .errors import PlanError, UnknownName
-from .manifest import DType, Manifest, OpaqueDtype, TensorSpec, format_name
+from .manifest import TensorSpec, format_name
+from .regions import Box, Region, whole
 
-__all__ = [
-    "Cast",
-    "Copy",
-    "Fate",
-    "LoadPlan",
-    "Patterns",
-    "Program",
-    "Step",
-    "Target",
-    "both",
-    "is_lossless",
-    "matches",
-    "pieces",
-    "plan_by_name",
-]
-
-Cast = Literal["error", "loader"]
-"""What a cast that loses information is: a problem, or what the loader means to do."""
+__all__ = ["Copy", "Fate", "LoadPlan", "Note", "Op", "Patterns", "Program", "Step", "Target", "both", "matches"]
 
 Patterns = str | re.Pattern[str] | Iterable[str | re.Pattern[str]]
 """Names: strings are shell patterns over the whole name (``*.inv_freq``), compiled expressions are searched for."""
@@ -49,33 +30,78 @@ class Fate(enum.Enum):
     CAST = "cast"  # written, in another dtype
     SKIPPED = "skipped"  # the model's own loading code drops it
     MISSING = "missing"  # a name of the model that nothing writes, allowed
+    PARTIAL = "partial"  # a name of the model of which some bytes are written, allowed
     UNEXPECTED = "unexpected"  # a tensor that no name takes, allowed
 
 
 class Copy(msgspec.Struct, frozen=True, gc=False):
-    """All of one source tensor into all of one destination, cast if the dtypes differ."""
+    """A box of one source tensor into a box of one destination, cast if the dtypes differ.
+
+    Attributes:
+        source: the source tensor's name.
+        destination: the model tensor's name.
+        of: which part of the source; ``None`` for all of it.
+        into: which part of the destination; ``None`` for all of it.
+    """
 
     source: str
     destination: str
+    of: Box | None = None
+    into: Box | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Program:
-    """Operations that make one or more destinations of one or more source tensors.
+class Op(msgspec.Struct, frozen=True):
+    """One recorded operation.
 
     Attributes:
-        sources: names of the tensors it takes, all at once.
-        produces: what it makes: by destination, name, dtype and shape.
-        run: the operations. It gets owned tensors by source name, which it may change, and returns tensors
-            by destination, which the executor copies into place.
+        func: the ATen overload.
+        args: positional arguments, tensors replaced by regions.
+        kwargs: keyword arguments, likewise.
+        results: a region for each tensor that it returns and that is no operand.
+        writes: regions of operands that it changes.
+        reads: regions of all its operands.
+    """
+
+    func: torch._ops.OpOverload
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    results: tuple[Region, ...]
+    writes: tuple[Region, ...]
+    reads: tuple[Region, ...]
+
+
+class Program(msgspec.Struct, frozen=True):
+    """Recorded operations that belong together.
+
+    Attributes:
+        sources: names of the source tensors they take.
+        ops: the operations, in order.
+        writes: regions of the model that they write.
     """
 
     sources: tuple[str, ...]
-    produces: Mapping[str, TensorSpec]
-    run: Callable[[dict[str, torch.Tensor]], Mapping[str, torch.Tensor]] = field(compare=False)
+    ops: tuple[Op, ...]
+    writes: tuple[Region, ...]
 
 
 Step = Copy | Program
+
+
+class Note(msgspec.Struct, frozen=True):
+    """Something that loading code did and a plan cannot repeat.
+
+    Attributes:
+        what: in words.
+        sources: names of the source tensors concerned.
+        where: the line of the model's code, ``file:line``.
+    """
+
+    what: str
+    sources: tuple[str, ...]
+    where: str
+
+    def __str__(self) -> str:
+        return f"{self.what} of {', '.join(self.sources) or 'the model'} at {self.where}"
 
 
 class Target(msgspec.Struct, frozen=True, gc=False):
@@ -85,34 +111,113 @@ class Target(msgspec.Struct, frozen=True, gc=False):
         spec: its name, dtype and shape.
         owner: the first name of the same tensor; its own where it is not tied.
         problem: why it cannot be written, if it cannot.
+        stride: in elements; ``None`` for a contiguous tensor.
     """
 
     spec: TensorSpec
     owner: str
     problem: str = ""
+    stride: tuple[int, ...] | None = None
+
+    @property
+    def box(self) -> Box:
+        """All of it, as it lies in memory."""
+        assert isinstance(self.spec.dtype, torch.dtype)
+        return whole(self.spec) if self.stride is None else Box(self.spec.dtype, self.spec.shape, self.stride, 0)
 
 
 @dataclass(frozen=True, slots=True)
 class LoadPlan:
-    """What will be copied, and what becomes of every name. Made before the first byte is read.
+    """What will be done, and what becomes of every name. Made before the first byte is read; keeps no model alive.
 
     Attributes:
-        steps: what to do; each destination is written by one step.
-        ties: pairs of source names that become the same tensor; the second is compared, not written.
-        fates: by tensor of the source; and, for ``MISSING``, by name of the model.
+        steps: what to do, in an order that may be followed as it stands.
+        levels: of each step; a step may only begin when all of lower levels are done, those of one are independent.
+        ties: pairs of copies to one place; the second is compared, not written.
+        fates: by tensor of the source; and, for ``MISSING`` and ``PARTIAL``, by name of the model.
         casts: by source name, "from -> to" dtypes.
+        constants: tensors that programs use, by name.
+        fallback: what the model's own code must do itself: names of the source tensors that it gets, owned.
+        notes: why: what it did that a plan cannot repeat.
+        unproven: names of the model that only that code can write; that it did is seen when it runs.
+        side_effects: attributes that the loading code changes and following the plan does not.
+        state_read: tensors of the model whose values the loading code asked for; the plan holds for these values.
         warnings: what a person should read.
     """
 
     steps: tuple[Step, ...]
-    ties: tuple[tuple[str, str], ...]
+    ties: tuple[tuple[Copy, Copy], ...]
     fates: Mapping[str, Fate]
     casts: Mapping[str, str]
+    levels: tuple[int, ...] = ()
+    constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    fallback: tuple[str, ...] = ()
+    notes: tuple[Note, ...] = ()
+    unproven: tuple[str, ...] = ()
+    side_effects: tuple[str, ...] = ()
+    state_read: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
     def names(self, fate: Fate) -> tuple[str, ...]:
         """The names with this fate, sorted."""
         return tuple(sorted(name for name, found in self.fates.items() if found is fate))
+
+    def by_level(self) -> Iterator[tuple[Step, ...]]:
+        """The steps of each level, lowest first."""
+        if not self.levels:
+            yield self.steps
+            return
+        several: dict[int, list[Step]] = defaultdict(list)
+        for level, step in zip(self.levels, self.steps, strict=True):
+            several[level].append(step)
+        for level in sorted(several):
+            yield tuple(several[level])
+
+    def explain(self, name: str) -> str:
+        """In words: which bytes of which source tensors become the model's tensor ``name``, and how."""
+        lines = [line for step in self.steps for line in _explained(step, name)]
+        lines += [
+            f"  {second.source} is compared with {first.source}"
+            for first, second in self.ties
+            if name == first.destination
+        ]
+        if not lines:
+            fate = self.fates.get(name)
+            lines = [f"  nothing writes it{f' ({fate.value})' if fate else ''}"]
+        return "\n".join([name, *lines])
+
+    def __str__(self) -> str:
+        copies = sum(isinstance(step, Copy) for step in self.steps)
+        sliced = sum(isinstance(step, Copy) and (step.of is not None or step.into is not None) for step in self.steps)
+        rows = [
+            ("copies", f"{copies} ({sliced} of slices)"),
+            (
+                "programs",
+                f"{len(self.steps) - copies} "
+                f"({sum(len(step.ops) for step in self.steps if isinstance(step, Program))} operations)",
+            ),
+        ]
+        rows += [(fate.value, f"{len(names)} tensors") for fate in Fate if (names := self.names(fate))]
+        rows += [("fallback", f"{len(self.fallback)} tensors: {note}") for note in self.notes]
+        rows += [("changes", effect) for effect in self.side_effects]
+        rows += [("warning", warning) for warning in self.warnings]
+        return "\n".join(f"{label:>10}  {text}" for label, text in rows)
+
+
+def _explained(step: Step, name: str) -> Iterator[str]:
+    if isinstance(step, Copy):
+        if step.destination == name:
+            yield f"  {_part(step.into)} <- {step.source} {_part(step.of)}"
+    elif any(region.memory.name == name for region in step.writes):
+        ops = " ".join(str(op.func).removeprefix("aten.").partition(".")[0] for op in step.ops)
+        parts = ", ".join(_part(region.box) for region in step.writes if region.memory.name == name)
+        yield f"  {parts} <- {ops}({', '.join(step.sources)})"
+
+
+def _part(box: Box | None) -> str:
+    if box is None:
+        return "[all]"
+    return f"[{format_name(box.dtype)} {list(box.shape)} stride {list(box.stride)} at byte {box.offset}]"
 
 
 def matches(patterns: Patterns) -> Callable[[str], bool]:
@@ -128,252 +233,3 @@ def both(one: Patterns, other: Patterns) -> list[str | re.Pattern[str]]:
 
 def _several(patterns: Patterns) -> list[str | re.Pattern[str]]:
     return [patterns] if isinstance(patterns, (str, re.Pattern)) else list(patterns)
-
-
-def plan_by_name(
-    manifest: Manifest,
-    targets: Mapping[str, Target],
-    *,
-    steps: Iterable[Step] | None = None,
-    skip: Patterns = (),
-    allow_missing: Patterns = (),
-    allow_unexpected: Patterns = (),
-    cast: Cast = "error",
-    overlapping: Iterable[tuple[str, str]] = (),
-    problems: Iterable[str] = (),
-) -> LoadPlan:
-    """Plan the loading of ``manifest`` into ``targets``.
-
-    Args:
-        manifest: what the source promises.
-        targets: the names of the model.
-        steps: what goes where; by default each tensor to the target of its name.
-        skip: tensors that the model's own loading code drops.
-        allow_missing: names of the model that may stay as they are.
-        allow_unexpected: tensors that may have no place.
-        cast: what a cast that loses information is.
-        overlapping: pairs of targets that share bytes without being the same tensor.
-        problems: what the caller found already.
-
-    Raises:
-        PlanError: with every problem.
-    """
-    if cast not in get_args(Cast):
-        raise UnknownName("cast", cast, get_args(Cast))
-    if steps is None:
-        steps = [Copy(name, name) for name in manifest if name in targets]
-    draft = _Draft(manifest, targets, cast, list(problems))
-    for step in steps:
-        draft.add(step)
-    draft.find_unexpected(matches(skip), matches(allow_unexpected))
-    draft.find_missing(matches(allow_missing))
-    draft.find_overlaps(overlapping)
-    return draft.finish()
-
-
-class _Draft:
-    """A plan in the making: collects steps, fates and problems."""
-
-    def __init__(self, manifest: Manifest, targets: Mapping[str, Target], cast: Cast, problems: list[str]) -> None:
-        self.manifest = manifest
-        self.targets = targets
-        self.cast = cast
-        self.problems = problems
-        self.steps: list[Step] = []
-        self.ties: list[tuple[str, str]] = []
-        self.fates: dict[str, Fate] = {}
-        self.casts: dict[str, str] = {}
-        self.written: dict[str, Step] = {}  # by owner
-
-    def add(self, step: Step) -> None:
-        if isinstance(step, Copy):
-            self._add_copy(step)
-        else:
-            self._add_program(step)
-
-    def _add_copy(self, step: Copy) -> None:
-        target = self.targets[step.destination]
-        before = self.written.get(target.owner)
-        if isinstance(before, Copy) and before.source != step.source:
-            self._add_tie(before, step)
-            return
-        self.fates[step.source] = Fate.WRITTEN
-        if self._claim(target, step):
-            self._check(step.source, self.manifest[step.source], target)
-            self.steps.append(step)
-
-    def _add_tie(self, before: Copy, step: Copy) -> None:
-        first, second = self.manifest[before.source], self.manifest[step.source]
-        self.fates[step.source] = Fate.TIED
-        self.ties.append((before.source, step.source))
-        if (first.dtype, first.shape) != (second.dtype, second.shape):
-            self.problems.append(
-                f"{step.destination}: one tensor with {before.destination}, but the source has {second} and {first}"
-            )
-
-    def _add_program(self, step: Program) -> None:
-        for source in step.sources:
-            self.fates[source] = Fate.WRITTEN
-        for destination, spec in step.produces.items():
-            if destination not in self.targets:
-                self.problems.append(f"{destination}: made of {_some(step.sources)}, but the model has no such name")
-            elif self._claim(self.targets[destination], step):
-                self._check(step.sources[0], spec, self.targets[destination])
-        if step.sources[0] in self.casts:  # What they become together is cast, so each of them is.
-            for source in step.sources:
-                self.fates[source] = Fate.CAST
-                self.casts[source] = self.casts[step.sources[0]]
-        self.steps.append(step)
-
-    def _claim(self, target: Target, step: Step) -> bool:
-        before = self.written.setdefault(target.owner, step)
-        if before is not step:
-            sources = [before.source] if isinstance(before, Copy) else list(before.sources)
-            self.problems.append(f"{target.spec.name}: written twice, from {_some(sources)} and again")
-        return before is step
-
-    def _check(self, source: str, found: TensorSpec, target: Target) -> None:
-        expected = target.spec
-        if target.problem:
-            self.problems.append(f"{expected.name}: {target.problem}")
-        # One element into none is how torch before 0.4 saved scalars; load_state_dict takes it too.
-        if found.shape != expected.shape and not (found.shape == (1,) and expected.shape == ()):
-            self.problems.append(
-                f"{expected.name}: shape {list(expected.shape)} expected, {list(found.shape)} found"
-                + _from(source, expected.name)
-            )
-        if found.dtype != expected.dtype:
-            self._check_cast(source, found.dtype, expected)
-
-    def _check_cast(self, source: str, found: DType, expected: TensorSpec) -> None:
-        change = f"{format_name(found)} -> {format_name(expected.dtype)}"
-        if isinstance(found, OpaqueDtype) or isinstance(expected.dtype, OpaqueDtype):
-            self.problems.append(f"{expected.name}: {change}: torch {torch.__version__} has no such type")
-        elif _is_float(found) and not _is_float(expected.dtype):
-            self.problems.append(f"{expected.name}: {change} cuts off fractions{_from(source, expected.name)}")
-        elif self.cast == "error" and not is_lossless(found, expected.dtype):
-            self.problems.append(
-                f'{expected.name}: {change} loses information{_from(source, expected.name)}; cast="loader" allows it'
-            )
-        else:
-            self.fates[source] = Fate.CAST
-            self.casts[source] = change
-
-    def find_unexpected(self, skipped: Callable[[str], bool], allowed: Callable[[str], bool]) -> None:
-        for name in self.manifest:
-            if name in self.fates:
-                continue
-            self.fates[name] = Fate.SKIPPED if skipped(name) else Fate.UNEXPECTED
-            if self.fates[name] is Fate.UNEXPECTED and not allowed(name):
-                self.problems.append(f"{name}: unexpected; the model has no such name")
-
-    def find_missing(self, allowed: Callable[[str], bool]) -> None:
-        tied: dict[str, list[str]] = {}
-        for name, target in self.targets.items():
-            if target.owner not in self.written:
-                tied.setdefault(target.owner, []).append(name)
-        for names in tied.values():
-            spec = self.targets[names[0]].spec
-            if any(map(allowed, names)):
-                self.fates.update(dict.fromkeys(names, Fate.MISSING))
-            else:
-                also = f" (tied with {_some(names[1:])})" if len(names) > 1 else ""
-                self.problems.append(
-                    f"{names[0]}: missing; {format_name(spec.dtype)} {list(spec.shape)} expected{also}"
-                )
-
-    def find_overlaps(self, overlapping: Iterable[tuple[str, str]]) -> None:
-        for first, second in overlapping:
-            if self.targets[first].owner in self.written and self.targets[second].owner in self.written:
-                self.problems.append(f"{second}: shares memory with {first}; by name nobody can say which of them wins")
-
-    def finish(self) -> LoadPlan:
-        if self.problems:
-            raise PlanError("source and model do not fit; nothing was read or written", set(self.problems))
-        return LoadPlan(tuple(self.steps), tuple(self.ties), self.fates, self.casts)
-
-
-def _from(source: str, destination: str) -> str:
-    return "" if source == destination else f" (from {source})"
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _is_float(dtype: torch.dtype) -> bool:
-    return dtype.is_floating_point or dtype.is_complex
-
-
-# Of each float: bits of its significand, its smallest and largest exponent, and whether it has infinities, NaN, signs
-# and zero. finfo does not say all of it. Sources: IEEE 754, the OCP 8-bit and microscaling formats, arXiv:2206.02915.
-_FLOATS: Mapping[str, tuple[int, int, int, frozenset[str]]] = {
-    "float64": (53, -1074, 1023, frozenset({"inf", "nan", "sign", "zero", "-0"})),
-    "float32": (24, -149, 127, frozenset({"inf", "nan", "sign", "zero", "-0"})),
-    "float16": (11, -24, 15, frozenset({"inf", "nan", "sign", "zero", "-0"})),
-    "bfloat16": (8, -133, 127, frozenset({"inf", "nan", "sign", "zero", "-0"})),
-    "float8_e4m3fn": (4, -9, 8, frozenset({"nan", "sign", "zero", "-0"})),
-    "float8_e5m2": (3, -16, 15, frozenset({"inf", "nan", "sign", "zero", "-0"})),
-    "float8_e4m3fnuz": (4, -10, 7, frozenset({"nan", "sign", "zero"})),
-    "float8_e5m2fnuz": (3, -17, 15, frozenset({"nan", "sign", "zero"})),
-    "float8_e8m0fnu": (1, -127, 127, frozenset({"nan"})),
-}
-
-
-def is_lossless(found: torch.dtype, expected: torch.dtype) -> bool:
-    """Whether every value of ``found`` is a value of ``expected``, so that a cast loses nothing."""
-    if found == expected:
-        return True
-    if found.is_complex or expected.is_complex:
-        return expected.is_complex and is_lossless(_real(found), expected.to_real())
-    if found == torch.bool:
-        return not expected.is_floating_point or "zero" in _float(expected)[3]
-    if expected == torch.bool:
-        return False
-    if not found.is_floating_point and not expected.is_floating_point:
-        here, there = torch.iinfo(found), torch.iinfo(expected)
-        return there.min <= here.min and here.max <= there.max
-    if not expected.is_floating_point:
-        return False
-    bits, low, high, has = _float(expected)
-    if not found.is_floating_point:
-        info = torch.iinfo(found)
-        # The most negative integer is a power of two: it needs range, not significant bits.
-        return info.max.bit_length() <= bits and max(-info.min, info.max).bit_length() - 1 <= high and "zero" in has
-    found_bits, found_low, found_high, found_has = _float(found)
-    return found_bits <= bits and low <= found_low and found_high <= high and found_has <= has
-
-
-def _float(dtype: torch.dtype) -> tuple[int, int, int, frozenset[str]]:
-    # A float we do not know (packed ones) fits nowhere and holds nothing.
-    return _FLOATS.get(str(dtype).removeprefix("torch."), (0, 10**6, -(10**6), frozenset()))
-
-
-def _real(dtype: torch.dtype) -> torch.dtype:
-    return dtype.to_real() if dtype.is_complex else dtype
-
-
-def pieces(shape: tuple[int, ...], limit: int) -> Iterator[tuple[tuple[int | slice, ...], int, tuple[int, ...]]]:
-    """Cut a row-major tensor into contiguous boxes of at most ``limit`` elements.
-
-    Yields for each its index into the tensor, its first element, and its shape.
-    """
-    yield from _pieces(shape, max(1, limit), (), 0)
-
-
-def _pieces(
-    shape: tuple[int, ...], limit: int, prefix: tuple[int | slice, ...], first: int
-) -> Iterator[tuple[tuple[int | slice, ...], int, tuple[int, ...]]]:
-    row = 1
-    for length in shape[1:]:
-        row *= length
-    if not shape or shape[0] * row <= limit:
-        yield prefix, first, shape
-    elif row <= limit:
-        rows = limit // row
-        for start in range(0, shape[0], rows):
-            stop = min(start + rows, shape[0])
-            yield (*prefix, slice(start, stop)), first + start * row, (stop - start, *shape[1:])
-    else:
-        for index in range(shape[0]):
-            yield from _pieces(shape[1:], limit, (*prefix, index), first + index * row)

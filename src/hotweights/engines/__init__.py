@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from ..manifest import Manifest
@@ -18,19 +20,18 @@ class Rules:
     """What loading ``manifest`` into a model means to its framework.
 
     Attributes:
-        steps: what goes where; ``None`` for each tensor to its own name.
+        steps: what goes where, with levels; ``None`` for each tensor to its own name.
+        constants: tensors that the steps use.
         skip: tensors that the framework's own loading drops.
         allow_missing: names that it does not expect.
         problems: what it refuses.
-        runs_hooks: whether its own loading runs the hooks of ``load_state_dict``. Where it does not, a module that has
-            some is no problem: without them is how it loads.
     """
 
-    steps: tuple[Step, ...] | None = None
+    steps: tuple[tuple[int, Step], ...] | None = None
+    constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
     skip: Patterns = ()
     allow_missing: Patterns = ()
     problems: tuple[str, ...] = ()
-    runs_hooks: bool = True
 
 
 def rules_for(model: nn.Module, manifest: Manifest) -> Rules:

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,11 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError, MissingPackage
+from ..lowering import lower
 from ..manifest import Manifest, OpaqueDtype, TensorSpec
 from ..modules import materialise, places
-from ..plan import Copy, Program, Step, matches
+from ..plan import Copy, Step, matches
+from ..tracing import Recording, record
 from . import Rules
 
 __all__ = ["build", "owns", "rules"]
@@ -46,7 +48,7 @@ def rules(model: Any, manifest: Manifest) -> Rules:
             )
         )
     names = _Names(model)
-    steps: list[Step] = []
+    steps: list[tuple[int, Step]] = []
     conversions: dict[str, _Conversion] = {}
     unknown: dict[str, str] = {}
     for source in names.in_order(manifest):
@@ -54,24 +56,45 @@ def rules(model: Any, manifest: Manifest) -> Rules:
         if target not in names.known:
             unknown[source] = target
         elif pattern is None:
-            steps.append(Copy(source, target))
+            steps.append((0, Copy(source, target)))
         else:
             conversions.setdefault(target, _Conversion(target, names.converters[pattern], model)).add(source, pattern)
     problems: list[str] = []
-    for target, conversion in conversions.items():
-        made = conversion.made(manifest, problems)
-        # One that has a problem still claims its names: that they are missing as well would only bury the reason.
-        made = made or {target: TensorSpec(target, names.known[target].dtype, tuple(names.known[target].shape))}
-        steps.append(Program(conversion.sources, made, conversion.run))
+    sound = [one for one in conversions.values() if one.fits(manifest, names.known, problems)]
+    recording = _trace(model, manifest, sound, names.known)
     ignored = _ignored_when_unexpected(model)
-    skipped = [source for source, target in unknown.items() if ignored is not None and ignored.search(target)]
+    skipped = {source for source, target in unknown.items() if ignored is not None and ignored.search(target)}
+    # One that has a problem still claims its names: that they are missing as well would only bury the reason.
+    claimed = [target for target, one in conversions.items() if one not in sound]
     return Rules(
-        steps=tuple(steps),
-        skip=[re.compile(rf"\A(?:{'|'.join(map(re.escape, skipped))})\Z")] if skipped else (),
-        allow_missing=_ignored_when_missing(model),
+        steps=(*steps, *lower(recording.ops)),
+        constants=recording.constants,
+        skip=_exactly(skipped | {name for one in conversions.values() if one not in sound for name in one.sources}),
+        allow_missing=[*_ignored_when_missing(model), *_exactly(claimed)],
         problems=tuple(problems),
-        runs_hooks=False,
     )
+
+
+def _exactly(names: Collection[str]) -> list[re.Pattern[str]]:
+    return [re.compile(rf"\A(?:{'|'.join(map(re.escape, names))})\Z")] if names else []
+
+
+def _trace(
+    model: Any, manifest: Manifest, conversions: Sequence[_Conversion], known: Mapping[str, torch.Tensor]
+) -> Recording:
+    """What the conversions do, recorded on stand-ins: a stack of experts becomes one copy for each."""
+
+    def convert(pairs: Iterable[tuple[str, torch.Tensor]]) -> None:
+        tensors = dict(pairs)
+        for one in conversions:
+            for name, made in one.run({source: tensors.pop(source) for source in one.sources}).items():
+                known[name].detach().copy_(made)
+
+    taken = Manifest(manifest[name] for one in conversions for name in one.sources)
+    recording = record(model, taken, convert, device=torch.device("cpu"))
+    if recording.error is not None:
+        raise recording.error
+    return recording
 
 
 class _Names:
@@ -120,8 +143,8 @@ class _Conversion:
         """Names of what it takes."""
         return tuple(name for name, _ in self._sources)
 
-    def made(self, manifest: Manifest, problems: list[str]) -> dict[str, TensorSpec]:
-        """What it makes, tried on tensors without data before a byte moves; empty after adding to ``problems``."""
+    def fits(self, manifest: Manifest, known: Mapping[str, torch.Tensor], problems: list[str]) -> bool:
+        """Whether it makes what the model has, tried on tensors without data before a byte moves; says why not."""
         specs = [manifest[name] for name in self.sources]
         found = [
             f"{spec}: torch has no such type, and it would have to be converted"
@@ -130,16 +153,28 @@ class _Conversion:
         ]
         for _, names in self._lists():
             found += _gaps(self._target, names)
+        found = found or self._misfits(specs, known)
         problems += found
-        if found:
-            return {}
+        return not found
+
+    def _misfits(self, specs: Sequence[TensorSpec], known: Mapping[str, torch.Tensor]) -> list[str]:
         try:
             made = self.run({spec.name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for spec in specs})  # type: ignore[arg-type]
         except Exception as error:  # Whatever their operations raise on shapes that do not fit.
-            odd = [spec for _, names in self._lists() for spec in _odd([manifest[name] for name in names])] or specs[:3]
-            problems.append(f"{self._target}: transformers cannot make it of {'; '.join(map(str, odd))}: {error}")
-            return {}
-        return {name: TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in made.items()}
+            odd = [spec for group in self._groups(specs) for spec in _odd(group)] or specs[:3]
+            return [f"{self._target}: transformers cannot make it of {'; '.join(map(str, odd))}: {error}"]
+        return [
+            f"{name}: made of {self.sources[0]}, but the model has no such name"
+            if name not in known
+            else f"{name}: shape {list(known[name].shape)} expected, {list(tensor.shape)} found "
+            f"(from {self.sources[0]})"
+            for name, tensor in made.items()
+            if name not in known or known[name].shape != tensor.shape
+        ]
+
+    def _groups(self, specs: Sequence[TensorSpec]) -> Iterator[list[TensorSpec]]:
+        for _, names in self._lists():
+            yield [spec for spec in specs if spec.name in names]
 
     def _lists(self) -> Iterator[tuple[str, list[str]]]:
         for pattern in dict.fromkeys(pattern for _, pattern in self._sources):

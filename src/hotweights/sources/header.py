@@ -211,8 +211,7 @@ def _gaps(entries: Iterable[Entry], data_nbytes: int) -> list[str]:
             )
         if stop > data_nbytes:
             problems.append(
-                f"tensor {spec.name!r}: ends at byte {stop} of the data; the file holds {data_nbytes}; "
-                "is it truncated?"
+                f"tensor {spec.name!r}: ends at byte {stop} of the data; the file holds {data_nbytes}; is it truncated?"
             )
         position, before = max(position, offset + spec.nbytes), f"tensor {spec.name!r}"
     if not problems and position < data_nbytes:

@@ -1,0 +1,104 @@
+"""Falling back: what cannot be planned is loaded by the model's own code, with owned tensors, watched and proven."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .engines import rules_for
+from .errors import IncompleteLoad
+from .execute import Execution, owned
+from .memory import Pool
+from .modules import places
+from .plan import LoadPlan
+from .sources.contracts import Addressed, InMemory, Source
+from .trace import loader_of
+from .tracing import in_every_thread, written_by
+
+__all__ = ["fall_back"]
+
+
+def fall_back(
+    plan: LoadPlan,
+    model: nn.Module,
+    source: Source,
+    kept: Mapping[str, torch.Tensor],
+    done: Execution,
+    *,
+    pool: Pool,
+    advance: Callable[[int], None],
+) -> None:
+    """Give the model's own loading code the tensors of ``plan.fallback``; prove that it wrote what only it can.
+
+    Args:
+        plan: says which.
+        model: is loaded by its own code, which may do anything to it.
+        source: where the tensors are, unless they were ``kept``.
+        kept: owned tensors of a source that cannot be asked again.
+        done: is kept up to date.
+        pool: memory for reading.
+        advance: called as bytes arrive.
+
+    Raises:
+        IncompleteLoad: its code left something unwritten.
+    """
+    load = loader_of(model, rules_for(model, source.manifest))
+    assert load is not None, "only models with loading code of their own fall back"
+
+    def arrive(nbytes: int) -> None:
+        done.arrive(nbytes)
+        advance(nbytes)
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        for name in plan.fallback:
+            if name in kept:
+                yield name, kept[name]
+            elif isinstance(source, Addressed):
+                yield name, owned(source, name, partial(_counted, source, done, pool, arrive))
+            else:
+                assert isinstance(source, InMemory)
+                arrive(source.manifest[name].nbytes)
+                yield name, owned(source, name, lambda reads: {})
+
+    before = {place.name: place.tensor for place in places(model)}
+    watch = _Watch()
+    with torch.no_grad(), in_every_thread(lambda: watch):
+        load(tensors())
+    unwritten = [
+        place.name
+        for place in places(model)
+        # Rebound is written: its code put another tensor in its place.
+        if place.name in plan.unproven and place.tensor is before[place.name] and not watch.saw(place.tensor)
+    ]
+    if unwritten:
+        raise IncompleteLoad("the model's own loading code wrote nothing to", unwritten)
+
+
+def _counted(
+    source: Addressed, done: Execution, pool: Pool, arrive: Callable[[int], None], reads: Any
+) -> dict[str, int]:
+    roads = source.read(reads, pool=pool, advance=arrive)
+    done.count(roads)
+    return roads
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees which memory is written, in whatever way goes through the dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._written: set[int] = set()
+
+    def saw(self, tensor: torch.Tensor) -> bool:
+        """Whether something was written to the tensor's memory."""
+        return tensor.numel() == 0 or tensor.untyped_storage().data_ptr() in self._written
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in written_by(func, args, kwargs or {}):
+            self._written.add(tensor.untyped_storage().data_ptr())
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,235 @@
+"""Memory, Box and Region: which bytes of what. Arithmetic on names and numbers; no tensors, no modules."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+
+import msgspec
+import torch
+
+from .manifest import TensorSpec
+
+__all__ = [
+    "Box",
+    "Memory",
+    "Region",
+    "box_of",
+    "contiguous",
+    "covered",
+    "extent",
+    "meets",
+    "narrowed",
+    "pieces",
+    "row_major",
+    "runs",
+    "whole",
+]
+
+
+class Memory(msgspec.Struct, frozen=True, array_like=True):
+    """A piece of memory that operations work on.
+
+    Attributes:
+        kind: ``"source"``, ``"model"``, ``"result"`` or ``"constant"``.
+        name: of the source tensor or the model's tensor; a number for the others.
+    """
+
+    kind: str
+    name: str
+
+
+class Box(msgspec.Struct, frozen=True, array_like=True):
+    """A strided box of elements.
+
+    Attributes:
+        dtype: how the bytes are seen.
+        shape: lengths.
+        stride: in elements.
+        offset: of the first element, in bytes.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    @property
+    def numel(self) -> int:
+        """How many elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements, holes not counted."""
+        return self.numel * self.dtype.itemsize
+
+
+class Region(msgspec.Struct, frozen=True, array_like=True):
+    """A box over a memory; offsets count from the memory's first byte."""
+
+    memory: Memory
+    box: Box
+
+
+def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of a contiguous tensor of this shape."""
+    strides, step = [], 1
+    for length in reversed(shape):
+        strides.append(step)
+        step *= max(1, length)
+    return tuple(reversed(strides))
+
+
+def whole(spec: TensorSpec) -> Box:
+    """All of a contiguous tensor."""
+    assert isinstance(spec.dtype, torch.dtype)
+    return Box(spec.dtype, spec.shape, row_major(spec.shape), 0)
+
+
+def box_of(tensor: torch.Tensor, base: int = 0) -> Box:
+    """The box that ``tensor`` is, counted from ``base`` bytes into its storage."""
+    return Box(
+        tensor.dtype, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()) * tensor.element_size() - base
+    )
+
+
+def contiguous(box: Box) -> bool:
+    """Whether its elements lie one behind the other, in row-major order."""
+    step = 1
+    for length, stride in zip(reversed(box.shape), reversed(box.stride), strict=True):
+        if length != 1 and stride != step:
+            return box.numel == 0
+        step *= length
+    return True
+
+
+def extent(box: Box) -> tuple[int, int]:
+    """First byte, and the byte after the last. Empty boxes extend nowhere."""
+    if box.numel == 0:
+        return box.offset, box.offset
+    last = sum((length - 1) * stride for length, stride in zip(box.shape, box.stride, strict=True))
+    return box.offset, box.offset + (last + 1) * box.dtype.itemsize
+
+
+def narrowed(box: Box, start: tuple[int, ...], lengths: tuple[int, ...]) -> Box:
+    """The part of ``box`` that begins at index ``start``."""
+    skip = sum(at * stride for at, stride in zip(start, box.stride, strict=True))
+    return Box(box.dtype, lengths, box.stride, box.offset + skip * box.dtype.itemsize)
+
+
+def runs(box: Box) -> tuple[int, Iterator[tuple[tuple[int, ...], int]]]:
+    """The box as contiguous runs of equal size, in row-major order.
+
+    Returns:
+        How many trailing dimensions a run has, and for each run its index into the leading ones and its first byte.
+    """
+    inner, step = 0, 1
+    for length, stride in zip(reversed(box.shape), reversed(box.stride), strict=True):
+        if length != 1 and stride != step:
+            break
+        step *= length
+        inner += 1
+    outer = len(box.shape) - inner
+    strides = box.stride[:outer]
+
+    def each() -> Iterator[tuple[tuple[int, ...], int]]:
+        for index in itertools.product(*(range(length) for length in box.shape[:outer])):
+            skip = sum(at * stride for at, stride in zip(index, strides, strict=True))
+            yield index, box.offset + skip * box.dtype.itemsize
+
+    return inner, each()
+
+
+def meets(one: Box, other: Box) -> bool:
+    """Whether two boxes over one memory may share a byte. Interleaved strided boxes are told apart only roughly."""
+    a, b = extent(one), extent(other)
+    if a[1] <= b[0] or b[1] <= a[0]:
+        return False
+    return not _apart_by_columns(one, other)
+
+
+def _apart_by_columns(one: Box, other: Box) -> bool:
+    """Two column ranges of one matrix interleave in memory and share nothing."""
+    if one.dtype.itemsize != other.dtype.itemsize or len(one.shape) != len(other.shape) or one.stride != other.stride:
+        return False
+    if not one.shape or any(stride <= 0 for stride in one.stride):
+        return False
+    # Coordinates of the first elements, in the common grid that the strides span.
+    first, second = _coordinates(one), _coordinates(other)
+    if first is None or second is None:
+        return False
+    return any(
+        a + length <= b or b + width <= a
+        for a, b, length, width in zip(first, second, one.shape, other.shape, strict=True)
+    )
+
+
+def _coordinates(box: Box) -> tuple[int, ...] | None:
+    at, rest = [0] * len(box.shape), box.offset // box.dtype.itemsize
+    order = sorted(range(len(box.shape)), key=lambda dim: -box.stride[dim])
+    for position, dim in enumerate(order):
+        at[dim], rest = divmod(rest, box.stride[dim])
+        # The box must not wrap around the next larger stride, or coordinates would be ambiguous.
+        if position and (at[dim] + box.shape[dim]) * box.stride[dim] > box.stride[order[position - 1]]:
+            return None
+    return tuple(at) if rest == 0 else None
+
+
+def covered(boxes: Iterable[Box], target: Box) -> int:
+    """How many elements of ``target`` the boxes write, each counted once."""
+    parts = [box for box in boxes if box.numel]
+    if any(box == target for box in parts):
+        return target.numel
+    spans = [extent(box) for box in parts if contiguous(box)]
+    if contiguous(target) and len(spans) == len(parts):
+        return sum(stop - start for start, stop in _merged(spans)) // target.dtype.itemsize
+    grid = torch.zeros(max((extent(box)[1] for box in (*parts, target)), default=0), dtype=torch.bool)
+    for box in parts:
+        _bytes(grid, box).fill_(True)
+    return int(_bytes(grid, target)[..., 0].sum()) if target.numel else 0
+
+
+def _merged(spans: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    start = stop = -1
+    for a, b in sorted(spans):
+        if a > stop:
+            if stop > start:
+                yield start, stop
+            start, stop = a, b
+        else:
+            stop = max(stop, b)
+    if stop > start:
+        yield start, stop
+
+
+def _bytes(grid: torch.Tensor, box: Box) -> torch.Tensor:
+    size = box.dtype.itemsize
+    return grid.as_strided((*box.shape, size), (*(stride * size for stride in box.stride), 1), box.offset)
+
+
+def pieces(shape: tuple[int, ...], limit: int) -> Iterator[tuple[tuple[int | slice, ...], int, tuple[int, ...]]]:
+    """Cut a row-major tensor into contiguous boxes of at most ``limit`` elements.
+
+    Yields for each its index into the tensor, its first element, and its shape.
+    """
+    yield from _pieces(shape, max(1, limit), (), 0)
+
+
+def _pieces(
+    shape: tuple[int, ...], limit: int, prefix: tuple[int | slice, ...], first: int
+) -> Iterator[tuple[tuple[int | slice, ...], int, tuple[int, ...]]]:
+    row = 1
+    for length in shape[1:]:
+        row *= length
+    if not shape or shape[0] * row <= limit:
+        yield prefix, first, shape
+    elif row <= limit:
+        rows = limit // row
+        for start in range(0, shape[0], rows):
+            stop = min(start + rows, shape[0])
+            yield (*prefix, slice(start, stop)), first + start * row, (stop - start, *shape[1:])
+    else:
+        for index in range(shape[0]):
+            yield from _pieces(shape[1:], limit, (*prefix, index), first + index * row)

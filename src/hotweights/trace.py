@@ -1,0 +1,196 @@
+"""``trace``: the plan of loading a manifest into a model. It chooses how to find out; it reads and writes nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from .aliases import overlaps, owners
+from .casts import Cast
+from .drafting import draft
+from .engines import Rules, rules_for
+from .errors import PlanError
+from .lowering import lower
+from .manifest import Manifest
+from .modules import Place, describe, extra_state_problems, hook_problems, places
+from .plan import Copy, LoadPlan, Note, Patterns, Step, both, matches
+from .tracing import Recording, record
+
+__all__ = ["loader_of", "trace"]
+
+Loader = Callable[[Iterable[tuple[str, torch.Tensor]]], object]
+_CPU = torch.device("cpu")
+
+
+def trace(
+    model: nn.Module,
+    manifest: Manifest,
+    *,
+    device: torch.device | str | None = None,
+    allow_missing: Patterns = (),
+    allow_partial: Patterns = (),
+    allow_unexpected: Patterns = (),
+    cast: Cast | None = None,
+) -> LoadPlan:
+    """Plan the loading of ``manifest`` into ``model``: run the model's own loading code on stand-ins and record it.
+
+    A model with ``load_weights`` is asked by that; a transformers model by transformers' own conversions; any other is
+    planned by name, or by its ``load_state_dict`` where that runs code of its own. Moves nothing, changes nothing: no
+    tensor of the model is written, and attributes that its code changes are put back.
+
+    Args:
+        model: whose loading is planned.
+        manifest: what a source promises.
+        device: where meta tensors will be made real. Without it they are a problem.
+        allow_missing: names of the model that may stay as they are.
+        allow_partial: names of the model of which some bytes may stay as they are.
+        allow_unexpected: tensors of the manifest that may have no place.
+        cast: whether casts that lose information are problems (``"error"``, the default by name) or meant
+            (``"loader"``, the default for models with loading code of their own).
+
+    Raises:
+        PlanError: with every problem.
+    """
+    rules = rules_for(model, manifest)
+    found = list(places(model))
+    tensors = {place.name: place.tensor for place in found if place.persistent}
+    owner = owners(tensors)
+    where = None if device is None else torch.device(device)
+    may_miss = both(allow_missing, rules.allow_missing)
+    loader = loader_of(model, rules)
+    by_name = not hasattr(model, "load_weights")
+    problems: list[str] = []
+    traced = None
+    if loader is not None:
+        try:
+            traced = _Traced.of(model, manifest, loader)
+        except PlanError as error:
+            if not by_name:
+                raise
+            # By name every misfit is found and named, where load_state_dict stops at a summary.
+            problems += error.problems
+    return draft(
+        manifest,
+        {name: describe(tensor, name, owner[name], device=where) for name, tensor in tensors.items()},
+        steps=rules.steps if traced is None else traced.steps,
+        taken=frozenset() if traced is None else traced.recording.taken,
+        skip=rules.skip,
+        allow_missing=may_miss,
+        allow_partial=allow_partial,
+        allow_unexpected=allow_unexpected,
+        cast=cast or ("error" if by_name else "loader"),
+        overlapping=overlaps(tensors),
+        constants=rules.constants if traced is None else traced.recording.constants,
+        fallback=() if traced is None else traced.fallback,
+        notes=() if traced is None else traced.notes,
+        side_effects=() if traced is None else traced.recording.side_effects,
+        state_read=() if traced is None else traced.recording.state_read,
+        problems=[
+            *problems,
+            *rules.problems,
+            *(extra_state_problems(model) if by_name else ()),
+            *(_left_on_meta(found, may_miss) if where is not None else ()),
+        ],
+    )
+
+
+def loader_of(model: nn.Module, rules: Rules) -> Loader | None:
+    """The model's own loading code; ``None`` where loading by name is all that it would do."""
+    if rules.steps is not None:
+        return None
+    if hasattr(model, "load_weights"):
+        load: Any = model.load_weights
+        return load  # type: ignore[no-any-return]
+    if any(hook_problems(model)):
+        return lambda pairs: model.load_state_dict(dict(pairs), strict=False)
+    return None
+
+
+class _Traced(NamedTuple):
+    """What tracing gave in the end.
+
+    Attributes:
+        recording: the last run, in which nothing was asked for that a stand-in does not have.
+        steps: its steps, with levels.
+        fallback: names of tensors that were left out of it, because they must be loaded by the model's own code.
+        notes: why.
+    """
+
+    recording: Recording
+    steps: list[tuple[int, Step]]
+    fallback: tuple[str, ...]
+    notes: tuple[Note, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module, manifest: Manifest, load: Loader) -> _Traced:
+        """Trace; leave out what cannot be planned, with all that its layers need, and trace again until all can be."""
+        left_out: set[str] = set()
+        notes: list[Note] = []
+        while True:
+            recording = record(model, manifest, load, device=_CPU, leave_out=left_out)
+            if not recording.notes and recording.error is None:
+                steps = lower(recording.ops)
+                written = {name for _, step in steps for name in _sources(step)}
+                if left_out:  # What its siblings were left out of may have been waiting for them.
+                    left_out |= {name for name in recording.taken if name not in written}
+                return cls(recording, steps, tuple(name for name in manifest if name in left_out), tuple(notes))
+            if not recording.notes and not left_out:
+                assert recording.error is not None
+                raise PlanError(
+                    "the model's own loading code refuses this manifest", [_words(recording.error)]
+                ) from recording.error
+            notes += (note for note in recording.notes if note not in notes)
+            if left_out >= set(manifest):  # It fails even without a tensor: it is not run on stand-ins at all.
+                nothing = recording._replace(ops=[], constants={}, taken=frozenset())
+                return cls(nothing, [], tuple(manifest), tuple(notes))
+            left_out |= _left_out(manifest, recording) - left_out or set(manifest)
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _left_out(manifest: Manifest, recording: Recording) -> set[str]:
+    """Names of all tensors of the layers concerned, and of layers like them: the next trace must not stop at those."""
+    asked = {name for note in recording.notes for name in note.sources}
+    if not asked:
+        return set(manifest)
+    concerned = {_layer(name) for name in asked}
+    layers = {
+        _layer(name) for _, step in lower(recording.ops) if asked & set(_sources(step)) for name in _destinations(step)
+    }
+    for _, step in lower(recording.ops):
+        if any(_layer(name) in layers for name in _destinations(step)):
+            concerned |= {_layer(name) for name in _sources(step)}
+    patterns = {_numberless(layer) for layer in concerned}
+    return {name for name in manifest if _numberless(_layer(name)) in patterns}
+
+
+def _layer(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _numberless(name: str) -> str:
+    return re.sub(r"\d+", "#", name)
+
+
+def _sources(step: Step) -> tuple[str, ...]:
+    return (step.source,) if isinstance(step, Copy) else step.sources
+
+
+def _destinations(step: Step) -> tuple[str, ...]:
+    return (step.destination,) if isinstance(step, Copy) else tuple(region.memory.name for region in step.writes)
+
+
+def _left_on_meta(found: Iterable[Place], allowed: Patterns) -> list[str]:
+    may_stay = matches(allowed)
+    return [
+        f"{place.name}: is a non-persistent buffer on the meta device, and no checkpoint carries it; build the model "
+        "with real buffers, or allow it with allow_missing= and fill it yourself"
+        for place in found
+        if not place.persistent and place.tensor.is_meta and not may_stay(place.name)
+    ]
