@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from .devices import Event, is_host, record_event
+from .devices import Event, record_event
 from .errors import TiedWeightsDiffer
 from .manifest import OpaqueDtype, TensorSpec
 from .memory import PAGE, Pool, advise_huge_pages, host_empty

@@ -80,7 +80,7 @@ def load(
         done = Execution()
         nbytes = _bytes_to_read(plan, source)
         with _made_real(plan, found, target_device), _noting(done, nbytes):
-            destinations = {place.name: place.tensor.detach() for place in found if place.persistent}
+            destinations = {place.name: place.tensor for place in found if place.persistent}
             if pool is None:
                 pool = stack.enter_context(Pool(device=_slowest(destinations)))
             advance = stack.enter_context(progress("loading", nbytes, show=show_progress))
