@@ -34,9 +34,11 @@ def overlaps(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, str]]:
 
     One sorted pass over address ranges; only tensors whose ranges meet are compared, strided ones byte by byte.
     """
+    devices = {tensor.device for tensor in tensors.values()}
+    spelled = {device: str(device) for device in devices}  # Once each: that costs as much as all else here.
     spans = sorted(
         (
-            (str(tensor.device), *_extent(tensor), name)
+            (spelled[tensor.device], *_extent(tensor), name)
             for name, tensor in tensors.items()
             if _has_address(tensor) and not tensor.is_meta and tensor.numel()
         ),

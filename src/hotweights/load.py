@@ -92,7 +92,7 @@ def load(
         done = Execution()
         nbytes = _bytes_to_read(plan, source)
         with _made_real(plan, model, target_device), _noting(done, nbytes):
-            destinations = anchors(model)
+            destinations = _destinations(plan, model)
             if pool is None:
                 pool = stack.enter_context(Pool(device=_slowest(destinations)))
             advance = stack.enter_context(progress("loading", nbytes, show=show_progress))
@@ -102,6 +102,12 @@ def load(
             if plan.fallback:
                 fall_back(plan, model, source, kept, done, pool=pool, advance=advance)
         return _report(plan, done, pool, time.perf_counter() - began)
+
+
+def _destinations(plan: LoadPlan, model: nn.Module) -> Mapping[str, torch.Tensor]:
+    """The model's tensors by name; those in lists and attributes are looked for only if a step writes there."""
+    named = {place.name: place.tensor for place in places(model)}
+    return named if _written(plan) <= named.keys() else anchors(model)
 
 
 def _bytes_to_read(plan: LoadPlan, source: Source) -> int:
@@ -161,6 +167,7 @@ def _report(plan: LoadPlan, done: Execution, pool: Pool, seconds: float) -> Load
         roads=dict(done.roads),
         steps={
             "copies": sum(isinstance(step, Copy) for step in plan.steps),
+            "slices": sum(isinstance(step, Copy) and step.of is not step.into for step in plan.steps),
             "programs": sum(isinstance(step, Program) for step in plan.steps),
         },
         warnings=plan.warnings,

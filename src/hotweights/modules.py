@@ -14,7 +14,7 @@ from .plan import Target
 __all__ = ["Place", "describe", "extra_state_problems", "hook_problems", "materialise", "places"]
 
 
-class Place(msgspec.Struct, frozen=True):
+class Place(msgspec.Struct, frozen=True, gc=False):
     """Where a tensor of a module lives: ``module._parameters[key]`` or ``module._buffers[key]``.
 
     Attributes:
@@ -83,10 +83,13 @@ _HARMLESS = ("torch.nn.modules.batchnorm", "torch.nn.modules.instancenorm")  # T
 def hook_problems(model: nn.Module) -> Iterator[str]:
     """Modules whose ``load_state_dict`` does more than copy by name: by name that would be skipped, in silence."""
     for name, module in model.named_modules():
+        override = type(module)._load_from_state_dict
+        plain = override is nn.Module._load_from_state_dict or override.__module__ in _HARMLESS
+        if plain and not module._load_state_dict_pre_hooks:
+            continue
         cure = "load_state_dict runs it, loading by name does not"
         where = f"module {name or type(model).__name__}"
-        override = type(module)._load_from_state_dict
-        if override is not nn.Module._load_from_state_dict and override.__module__ not in _HARMLESS:
+        if not plain:
             yield f"{where}: {type(module).__name__} has loading code of its own (_load_from_state_dict); {cure}"
         if module._load_state_dict_pre_hooks:
             yield f"{where}: has a hook before loading; {cure}"

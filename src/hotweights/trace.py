@@ -105,6 +105,8 @@ def loader_of(model: nn.Module, rules: Rules) -> Loader | None:
     if hasattr(model, "load_weights"):
         load: Any = model.load_weights
         return load  # type: ignore[no-any-return]
+    if any(map(nn.parameter.is_lazy, model.parameters())):
+        return None  # Its loading code would make them real.
     if any(hook_problems(model)):
         return lambda pairs: model.load_state_dict(dict(pairs), strict=False)
     return None

@@ -42,7 +42,7 @@ class Header(NamedTuple):
     metadata: dict[str, str]
 
 
-class _RawEntry(msgspec.Struct, forbid_unknown_fields=True):
+class _RawEntry(msgspec.Struct, forbid_unknown_fields=True, gc=False):
     dtype: str
     shape: tuple[int, ...]
     data_offsets: tuple[int, int]
@@ -172,15 +172,16 @@ def _spec(name: str, entry: _RawEntry, problems: list[str]) -> TensorSpec | None
     if entry.dtype not in FORMAT_DTYPES:
         problems.append(f"tensor {name!r}: unknown dtype {entry.dtype!r}; known are: {', '.join(FORMAT_DTYPES)}")
         return None
-    if any(length < 0 for length in entry.shape):
+    if entry.shape and min(entry.shape) < 0:
         problems.append(f"tensor {name!r}: negative length in shape {list(entry.shape)}")
         return None
     bits, attribute = FORMAT_DTYPES[entry.dtype]
+    count = math.prod(entry.shape)
     # The product of the nonzero lengths is what torch multiplies strides from: [2**62, 0] overflows though it is empty.
-    if math.prod(length for length in entry.shape if length) > _LARGEST:
+    if (count or math.prod(filter(None, entry.shape))) > _LARGEST:
         problems.append(f"tensor {name!r}: shape {list(entry.shape)} has more elements than any memory")
         return None
-    if math.prod(entry.shape) * bits % 8:
+    if count * bits % 8:
         problems.append(f"tensor {name!r}: {entry.dtype} {list(entry.shape)} does not end on a whole byte")
         return None
     dtype, shape = _torch_view(entry.dtype, bits, attribute, entry.shape)
