@@ -65,8 +65,8 @@ def test_the_public_words_are_these():
     assert hotweights.__all__ == sorted(hotweights.__all__)
     words = """
     load open trace Manifest TensorSpec OpaqueDtype Lease Pool PoolStats Fate LoadPlan LoadReport
-    HotweightsError CheckpointError CheckpointChanged UnsupportedDtype PlanError TiedWeightsDiffer IncompleteLoad PoolTimeout
-    UsageError StaleLease BorrowedTensor Closed UnknownName MissingPackage
+    HotweightsError CheckpointError CheckpointChanged UnsupportedDtype PlanError TiedWeightsDiffer IncompleteLoad
+    PoolTimeout UsageError StaleLease BorrowedTensor Closed UnknownName MissingPackage
     """
     assert set(hotweights.__all__) == set(words.split())
     assert all(hasattr(hotweights, name) for name in hotweights.__all__)

@@ -148,6 +148,31 @@ class TestRight:
             hw.load(ours, source, **options)
         assert_same_bits(ours.state_dict(), state)
 
+    def test_hooks_of_load_state_dict_are_traced(self, way):
+        """A rename by a hook, and a layout that the module's own loading code turns round."""
+
+        class Turned(nn.Linear):
+            def _load_from_state_dict(self, state, prefix, *rest):
+                state[prefix + "weight"] = state[prefix + "weight"].t()
+                super()._load_from_state_dict(state, prefix, *rest)
+
+        def renamed(module, state, prefix, *rest):
+            state[prefix + "weight"] = state.pop(prefix + "kernel")
+
+        ours, theirs = (nn.Sequential(Turned(4, 4), nn.Linear(4, 4)) for _ in range(2))
+        for one in (ours, theirs):
+            one[1].register_load_state_dict_pre_hook(renamed)
+        state = {
+            "0.weight": torch.randn(4, 4),
+            "0.bias": torch.randn(4),
+            "1.kernel": torch.randn(4, 4),
+            "1.bias": torch.randn(4),
+        }
+        theirs.load_state_dict(state)
+        source, options = way(state)
+        hw.load(ours, source, **options)
+        assert_same_bits(ours.state_dict(), theirs.state_dict())
+
     def test_a_shared_module_has_two_names(self):
         shared = nn.Linear(3, 3)
         ours = nn.ModuleDict({"a": shared, "b": shared})
@@ -268,23 +293,11 @@ class TestRefused:
         hw.load(ours, Block(), device="cpu", allow_missing="constant")
         assert ours.constant.is_meta
 
-    def test_loading_code_that_would_be_skipped(self):
-        class Special(nn.Linear):
-            def _load_from_state_dict(self, *args):
-                raise AssertionError("by name this is not run")
-
-        hooked = nn.Linear(2, 2)
-        hooked.register_load_state_dict_pre_hook(lambda *args: None)
+    def test_state_that_is_no_tensor(self):
         extra = nn.Linear(2, 2)
         extra.__class__ = type("Extra", (nn.Linear,), {"set_extra_state": lambda self, state: None})
-        ours = nn.Sequential(Special(2, 2), hooked, extra)
-        with pytest.raises(PlanError) as caught:
-            hw.load(ours, nn.Sequential(*(nn.Linear(2, 2) for _ in range(3))))
-        assert [problem.partition(";")[0] for problem in caught.value.problems] == [
-            "module 0: Special has loading code of its own (_load_from_state_dict)",
-            "module 1: has a hook before loading",
-            "module 2: keeps extra state",
-        ]
+        with pytest.raises(PlanError, match="module 0: keeps extra state"):
+            hw.load(nn.Sequential(extra), nn.Sequential(nn.Linear(2, 2)))
 
     def test_tensors_without_plain_bytes(self):
         ours = nn.Module()
@@ -395,22 +408,25 @@ def write_big(directory, module):
 
 
 class Interrupting(FailingSource):
-    """Sends Ctrl-C to the main thread when the first bytes have arrived, and then lets each piece wait for it."""
+    """Sends Ctrl-C to the main thread when the first bytes arrive; no thread reads on before it was seen."""
 
     def __init__(self, source):
         super().__init__(source, at=1 << 60, error=KeyboardInterrupt())
         self.seen = 0
 
-    def read(self, reads, *, advance=None, **options):
-        sent = threading.Event()
+    def read(self, reads, *, pool, advance=None, **options):
+        sent, seen = threading.Event(), threading.Event()
+        wake = pool.wake
+        pool.wake = lambda: (seen.set(), wake())  # The crew wakes the pool when it has been told to stop.
 
         def interrupt(nbytes):
             self.seen += nbytes
             if not sent.is_set():
                 sent.set()
                 _thread.interrupt_main()
+            seen.wait(30)
 
-        return self._source.read(reads, advance=interrupt, **options)
+        return self._source.read(reads, pool=pool, advance=interrupt, **options)
 
 
 class TestReport:

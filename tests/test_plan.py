@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hotweights import Fate, Manifest, OpaqueDtype, PlanError, TensorSpec, UnknownName
-from hotweights.manifest import FORMAT_DTYPES
 from hotweights.casts import is_lossless
 from hotweights.drafting import draft
+from hotweights.manifest import FORMAT_DTYPES
 from hotweights.plan import Copy, Target, matches
 from hotweights.regions import pieces
 

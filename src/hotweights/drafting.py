@@ -280,7 +280,7 @@ class _Draft:
                     self._compare_writes(owner, parts[reach[1]], parts[number])
                 reach = max(reach, (stop, number))
             if owner in self.whole and any(isinstance(step, Copy) for _, step in parts):
-                self.problems.append(f"{owner}: written whole from {self.whole[owner].source}, and in parts")
+                self.problems.append(f"{owner}: written twice, from {self.whole[owner].source} as a whole and in parts")
 
     def _compare_writes(self, owner: str, one: tuple[Box, Step], other: tuple[Box, Step]) -> None:
         (box, step), (beside, second) = one, other

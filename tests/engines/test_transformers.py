@@ -7,7 +7,6 @@ import hashlib
 import json
 import shutil
 import sys
-import time
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +22,6 @@ from torch import nn
 import hotweights as hw
 from hotweights import Fate
 from hotweights.engines import transformers as engine
-from hotweights.plan import Program
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KEPT = {"float32": set(), "bfloat16": {"BF16 -> F32"}, "float16": {"F16 -> F32"}}
@@ -489,36 +487,13 @@ class TestCollisions:
 
 class TestScratch:
     @pytest.mark.parametrize("kind", ["files", "mapping"])
-    def test_two_conversions_not_the_model(self, tmp_path, kind, monkeypatch):
-        run = engine._Conversion.run
-
-        def slow(conversion, tensors):
-            time.sleep(0.01)  # Long enough to read on, if nothing stopped it.
-            return run(conversion, tensors)
-
-        monkeypatch.setattr(engine._Conversion, "run", slow)
-        model_class, config = ARCHITECTURES["mixtral"].make()
-        config.num_hidden_layers = 8
-        directory = save(randomised(model_class(config)), tmp_path)
-        model = randomised(model_class(config))
-        source = directory if kind == "files" else tensors_of(directory)
-        report = hw.load(model, source)
-        assert_same(model, model_class.from_pretrained(directory))
-        gathered = model.get_parameter("model.layers.0.mlp.experts.gate_up_proj").nbytes
-        assert gathered <= report.peak_scratch_bytes <= 2 * (gathered + gathered)
-        assert report.peak_scratch_bytes < report.bytes_read / 2
-
-    def test_what_an_operation_has_used_is_let_go(self, saved):
+    def test_experts_are_read_into_their_stacks(self, saved, kind):
+        """transformers stacks and concatenates them; the plan sees through that, and nothing is gathered."""
         directory = saved("mixtral").directory
-        with hw.open(directory) as source:
-            steps = engine.rules(fresh("mixtral"), source.manifest).steps
-        step = next(step for step in steps if isinstance(step, Program))
-        tensors = {name: tensor for name, tensor in tensors_of(directory).items() if name in step.sources}
-        made = step.run(tensors)
-        assert not tensors
-        assert {name: tuple(tensor.shape) for name, tensor in made.items()} == {
-            name: spec.shape for name, spec in step.produces.items()
-        }
+        report = hw.load(fresh("mixtral"), directory if kind == "files" else tensors_of(directory))
+        assert report.peak_scratch_bytes == 0
+        assert report.steps["programs"] == 0
+        assert report.steps["slices"] > 0
 
 
 class TestBuild:
