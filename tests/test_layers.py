@@ -16,7 +16,7 @@ ORDER = """
 errors manifest progress devices guards memory
 sources.contracts sources.streams sources.header sources.reading sources.checkpoint sources.files sources.state sources
 casts regions plan snapshot tracing lowering drafting aliases modules replay copying execute report
-engines engines.transformers trace fallback load
+engines engines.transformers trace fallback verify load
 testing
 cli.outcome cli.inspect cli.load cli.demo cli
 """.split()
@@ -65,7 +65,7 @@ def test_the_public_words_are_these():
     assert hotweights.__all__ == sorted(hotweights.__all__)
     words = """
     load open trace Manifest TensorSpec OpaqueDtype Lease Pool PoolStats Fate LoadPlan LoadReport
-    HotweightsError CheckpointError CheckpointChanged UnsupportedDtype PlanError TiedWeightsDiffer IncompleteLoad
+    HotweightsError CheckpointError CheckpointChanged UnsupportedDtype PlanError PlanDiffers TiedWeightsDiffer IncompleteLoad
     PoolTimeout UsageError StaleLease BorrowedTensor Closed UnknownName MissingPackage
     """
     assert set(hotweights.__all__) == set(words.split())

@@ -8,6 +8,7 @@
     ├── UnsupportedDtype        the installed torch has no type for these bytes
     ├── PlanError               source and model do not fit; nothing was read or written
     ├── IncompleteLoad          the model's own loading code left something unwritten
+    ├── PlanDiffers             verify="loader" found what the model's own code makes otherwise
     ├── TiedWeightsDiffer       two names of one tensor carry different bytes; nothing was written
     └── PoolTimeout             no slot came free in time
 
@@ -31,6 +32,7 @@ __all__ = [
     "HotweightsError",
     "IncompleteLoad",
     "MissingPackage",
+    "PlanDiffers",
     "PlanError",
     "PoolTimeout",
     "StaleLease",
@@ -96,6 +98,10 @@ class PlanError(_Problems):
 
 class IncompleteLoad(_Problems):
     """Loading fell back to the model's own code, which left parameters unwritten. They are named."""
+
+
+class PlanDiffers(_Problems):
+    """The model's own loading code makes other bytes than the plan did. The tensors are named; they hold its bytes."""
 
 
 class TiedWeightsDiffer(_Problems):

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .engines import rules_for
 from .errors import IncompleteLoad
 from .execute import Execution, owned
 from .memory import Pool
@@ -47,7 +46,7 @@ def fall_back(
     Raises:
         IncompleteLoad: its code left something unwritten.
     """
-    load = loader_of(model, rules_for(model, source.manifest))
+    load = loader_of(model)
     assert load is not None, "only models with loading code of their own fall back"
 
     def arrive(nbytes: int) -> None:

@@ -6,25 +6,33 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Literal, get_args
 
 import torch
 from torch import nn
 
 from .casts import Cast
-from .errors import UsageError
-from .execute import Execution, execute
+from .engines import rules_for
+from .errors import UnknownName, UsageError
+from .execute import Execution, execute, owned
 from .fallback import fall_back
 from .memory import Pool
 from .modules import materialise, places
 from .plan import Copy, Fate, LoadPlan, Patterns, Program
 from .progress import progress
 from .report import LoadReport, size
-from .sources import Reading, Source
+from .sources import Addressed, Reading, Source
 from .sources import open as open_source
-from .trace import trace
+from .sources.contracts import InMemory
+from .trace import by_name, loader_of, trace
 from .tracing import anchors
+from .verify import verify_by_loader
 
-__all__ = ["load"]
+__all__ = ["Verify", "load"]
+
+Verify = Literal["off", "loader"]
+"""Whether the model's own loading code proves a load afterwards."""
 
 
 def load(
@@ -39,6 +47,7 @@ def load(
     reading: Reading = "auto",
     threads: int | None = None,
     pool: Pool | None = None,
+    verify: Verify = "off",
     show_progress: bool | None = None,
 ) -> LoadReport:
     """Load the weights of ``source`` into the parameters and persistent buffers of ``model``, in place, by name.
@@ -62,6 +71,7 @@ def load(
         reading: how files are read, see ``Reading``.
         threads: how many read at once; by default a few.
         pool: memory for what cannot be read in place; by default 64 MiB, which is let go at the end.
+        verify: ``"loader"`` lets the model's own code load each layer once more afterwards and compares the bits.
         show_progress: whether to draw a progress bar; by default on a terminal.
 
     Raises:
@@ -69,7 +79,11 @@ def load(
         PlanError: source and model do not fit; the model is unharmed.
         TiedWeightsDiffer: names of one tensor carry different bytes; the model is unharmed.
         CheckpointChanged: a file changed while it was read.
+        IncompleteLoad: loading fell back to the model's own code, which left something unwritten.
+        PlanDiffers: ``verify="loader"`` found a difference.
     """
+    if verify not in get_args(Verify):
+        raise UnknownName("verify", verify, get_args(Verify))
     began = time.perf_counter()
     with ExitStack() as stack:
         if isinstance(source, (str, os.PathLike, Mapping, nn.Module)):
@@ -101,7 +115,21 @@ def load(
             )
             if plan.fallback:
                 fall_back(plan, model, source, kept, done, pool=pool, advance=advance)
+            if verify == "loader":
+                _verify(plan, model, source, destinations, pool)
         return _report(plan, done, pool, time.perf_counter() - began)
+
+
+def _verify(
+    plan: LoadPlan, model: nn.Module, source: Source, destinations: Mapping[str, torch.Tensor], pool: Pool
+) -> None:
+    load = rules_for(model, source.manifest).load or loader_of(model) or by_name(model)
+    if isinstance(source, Addressed):
+        verify_by_loader(plan, model, load, destinations, partial(owned, source, read=partial(source.read, pool=pool)))
+    elif isinstance(source, InMemory):
+        verify_by_loader(plan, model, load, destinations, partial(owned, source, read=dict))
+    else:
+        raise UsageError('verify="loader" needs a source that can be asked for a tensor twice; this one only streams')
 
 
 def _destinations(plan: LoadPlan, model: nn.Module) -> Mapping[str, torch.Tensor]:
@@ -156,6 +184,7 @@ def _noting(done: Execution, nbytes: int) -> Iterator[None]:
 
 def _report(plan: LoadPlan, done: Execution, pool: Pool, seconds: float) -> LoadReport:
     stats = pool.stats()
+    used = [name for name, fate in plan.fates.items() if fate in (Fate.WRITTEN, Fate.CAST, Fate.TIED)]
     return LoadReport(
         bytes_read=done.bytes_read,
         bytes_written=done.bytes_written,
@@ -170,5 +199,8 @@ def _report(plan: LoadPlan, done: Execution, pool: Pool, seconds: float) -> Load
             "slices": sum(isinstance(step, Copy) and step.of is not step.into for step in plan.steps),
             "programs": sum(isinstance(step, Program) for step in plan.steps),
         },
+        planned=sum(name not in plan.fallback for name in used),
+        fell_back=tuple(str(note) for note in plan.notes),
+        side_effects=plan.side_effects,
         warnings=plan.warnings,
     )

@@ -25,7 +25,10 @@ class LoadReport:
         tensors: names by fate.
         casts: by source name, "from -> to" dtypes.
         roads: bytes read by road: ``"buffered"``, ``"direct"``, or ``"memory"``.
-        steps: how many copies and programs the plan had.
+        steps: how many copies (of them slices) and programs the plan had.
+        planned: how many source tensors the plan moved; the model's own code loaded the others.
+        fell_back: why it did: what it asked for, of which tensor, at which line of code.
+        side_effects: attributes that the model's loading code would have changed, and the plan did not.
         warnings: what a person should read.
     """
 
@@ -38,6 +41,9 @@ class LoadReport:
     casts: Mapping[str, str]
     roads: Mapping[str, int]
     steps: Mapping[str, int]
+    planned: int
+    fell_back: tuple[str, ...] = ()
+    side_effects: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, object]:
@@ -52,6 +58,9 @@ class LoadReport:
             "casts": dict(self.casts),
             "roads": dict(self.roads),
             "steps": dict(self.steps),
+            "planned": self.planned,
+            "fell_back": list(self.fell_back),
+            "side_effects": list(self.side_effects),
             "warnings": list(self.warnings),
         }
 
@@ -67,6 +76,8 @@ class LoadReport:
             ("memory", f"buffers {size(self.peak_buffer_bytes)}, scratch {size(self.peak_scratch_bytes)} at peak"),
         ]
         rows += [(fate.value, _summary(names, self.casts)) for fate, names in self.tensors.items() if names]
+        rows += [("fell back", reason) for reason in self.fell_back]
+        rows += [("not done", f"change of {effect}") for effect in self.side_effects]
         rows += [("warning", warning) for warning in self.warnings]
         return "\n".join(f"{label:>10}  {text}" for label, text in rows)
 

@@ -12,7 +12,7 @@ from torch import nn
 from .aliases import overlaps, owners
 from .casts import Cast
 from .drafting import draft
-from .engines import Rules, rules_for
+from .engines import rules_for
 from .errors import PlanError
 from .lowering import lower
 from .manifest import Manifest
@@ -20,7 +20,7 @@ from .modules import Place, describe, extra_state_problems, hook_problems, place
 from .plan import Copy, LoadPlan, Note, Patterns, Step, both, matches
 from .tracing import Recording, record
 
-__all__ = ["loader_of", "trace"]
+__all__ = ["by_name", "loader_of", "trace"]
 
 Loader = Callable[[Iterable[tuple[str, torch.Tensor]]], object]
 _CPU = torch.device("cpu")
@@ -61,15 +61,15 @@ def trace(
     owner = owners(tensors)
     where = None if device is None else torch.device(device)
     may_miss = both(allow_missing, rules.allow_missing)
-    loader = loader_of(model, rules)
-    by_name = not hasattr(model, "load_weights")
+    loader = loader_of(model) if rules.steps is None else None
+    own_code = hasattr(model, "load_weights")
     problems: list[str] = []
     traced = None
     if loader is not None:
         try:
             traced = _Traced.of(model, manifest, loader)
         except PlanError as error:
-            if not by_name:
+            if own_code:
                 raise
             # By name every misfit is found and named, where load_state_dict stops at a summary.
             problems += error.problems
@@ -82,7 +82,7 @@ def trace(
         allow_missing=may_miss,
         allow_partial=allow_partial,
         allow_unexpected=allow_unexpected,
-        cast=cast or ("error" if by_name else "loader"),
+        cast=cast or ("loader" if own_code else "error"),
         overlapping=overlaps(tensors),
         constants=rules.constants if traced is None else traced.recording.constants,
         fallback=() if traced is None else traced.fallback,
@@ -92,24 +92,27 @@ def trace(
         problems=[
             *problems,
             *rules.problems,
-            *(extra_state_problems(model) if by_name else ()),
+            *(() if own_code else extra_state_problems(model)),
             *(_left_on_meta(found, may_miss) if where is not None else ()),
         ],
     )
 
 
-def loader_of(model: nn.Module, rules: Rules) -> Loader | None:
+def loader_of(model: nn.Module) -> Loader | None:
     """The model's own loading code; ``None`` where loading by name is all that it would do."""
-    if rules.steps is not None:
-        return None
     if hasattr(model, "load_weights"):
         load: Any = model.load_weights
         return load  # type: ignore[no-any-return]
     if any(map(nn.parameter.is_lazy, model.parameters())):
         return None  # Its loading code would make them real.
     if any(hook_problems(model)):
-        return lambda pairs: model.load_state_dict(dict(pairs), strict=False)
+        return by_name(model)
     return None
+
+
+def by_name(model: nn.Module) -> Loader:
+    """``load_state_dict`` as loading code."""
+    return lambda pairs: model.load_state_dict(dict(pairs), strict=False)
 
 
 class _Traced(NamedTuple):

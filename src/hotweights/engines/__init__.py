@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -25,6 +25,7 @@ class Rules:
         skip: tensors that the framework's own loading drops.
         allow_missing: names that it does not expect.
         problems: what it refuses.
+        load: its loading of real tensors, to prove a plan by; ``None`` where the model has loading code of its own.
     """
 
     steps: tuple[tuple[int, Step], ...] | None = None
@@ -32,6 +33,7 @@ class Rules:
     skip: Patterns = ()
     allow_missing: Patterns = ()
     problems: tuple[str, ...] = ()
+    load: Callable[[Iterable[tuple[str, torch.Tensor]]], object] | None = None
 
 
 def rules_for(model: nn.Module, manifest: Manifest) -> Rules:

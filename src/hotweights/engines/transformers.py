@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def rules(model: Any, manifest: Manifest) -> Rules:
             conversions.setdefault(target, _Conversion(target, names.converters[pattern], model)).add(source, pattern)
     problems: list[str] = []
     sound = [one for one in conversions.values() if one.fits(manifest, names.known, problems)]
-    recording = _trace(model, manifest, sound, names.known)
+    recording = _trace(model, manifest, sound, names)
     ignored = _ignored_when_unexpected(model)
     skipped = {source for source, target in unknown.items() if ignored is not None and ignored.search(target)}
     # One that has a problem still claims its names: that they are missing as well would only bury the reason.
@@ -72,26 +73,30 @@ def rules(model: Any, manifest: Manifest) -> Rules:
         skip=_exactly(skipped | {name for one in conversions.values() if one not in sound for name in one.sources}),
         allow_missing=[*_ignored_when_missing(model), *_exactly(claimed)],
         problems=tuple(problems),
+        load=partial(_load, names, sound),
     )
+
+
+def _load(names: _Names, conversions: Sequence[_Conversion], pairs: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Load real tensors: every conversion whose sources are all there, and the others by name."""
+    tensors = dict(pairs)
+    for one in conversions:
+        if all(source in tensors for source in one.sources):
+            for name, made in one.run({source: tensors.pop(source) for source in one.sources}).items():
+                names.known[name].detach().copy_(made)
+    for source, tensor in tensors.items():
+        names.known[names.target(source)[0]].detach().copy_(tensor)
 
 
 def _exactly(names: Collection[str]) -> list[re.Pattern[str]]:
     return [re.compile(rf"\A(?:{'|'.join(map(re.escape, names))})\Z")] if names else []
 
 
-def _trace(
-    model: Any, manifest: Manifest, conversions: Sequence[_Conversion], known: Mapping[str, torch.Tensor]
-) -> Recording:
+def _trace(model: Any, manifest: Manifest, conversions: Sequence[_Conversion], names: _Names) -> Recording:
     """What the conversions do, recorded on stand-ins: a stack of experts becomes one copy for each."""
 
-    def convert(pairs: Iterable[tuple[str, torch.Tensor]]) -> None:
-        tensors = dict(pairs)
-        for one in conversions:
-            for name, made in one.run({source: tensors.pop(source) for source in one.sources}).items():
-                known[name].detach().copy_(made)
-
     taken = Manifest(manifest[name] for one in conversions for name in one.sources)
-    recording = record(model, taken, convert, device=torch.device("cpu"))
+    recording = record(model, taken, partial(_load, names, conversions), device=torch.device("cpu"))
     if recording.error is not None:
         raise recording.error
     return recording
