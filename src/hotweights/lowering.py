@@ -58,6 +58,7 @@ class _Groups:
         self._copies: dict[int, list[Copy]] = {}
         nodes = [time for time in range(len(records)) if not self._lowered(time)]
         self._members = self._gather(self._live(nodes))  # by first time, all times in order
+        self._edges = self._find_edges()
 
     # Seeing through operations that only place bytes.
 
@@ -192,7 +193,7 @@ class _Groups:
 
     # What must come before what.
 
-    def _edges(self) -> set[tuple[_StepKey, _StepKey]]:
+    def _find_edges(self) -> set[tuple[_StepKey, _StepKey]]:
         """Pairs of steps, the first of which must be done before the second begins."""
         accesses: dict[str, list[_Access]] = defaultdict(list)
         for time, copies in self._copies.items():
@@ -206,15 +207,15 @@ class _Groups:
                     if one.memory.kind == "model":
                         access = _Access(*extent(one.box), time, (first, -1), one in op.writes, one.box)
                         accesses[one.memory.name].append(access)
-        return {edge for several in accesses.values() for edge in _conflicts(several)}
+        return {edge for several in accesses.values() if len(several) > 1 for edge in _conflicts(several)}
 
     def knots(self) -> list[frozenset[int]]:
         """Steps that would each have to come before the other."""
-        edges = self._edges()
+        edges = self._edges
         mutual = [edge for edge in edges if edge[::-1] in edges]
         if mutual:
             return [self._times(one) | self._times(other) for one, other in mutual]
-        level = self._levels(edges)
+        level = self._levels()
         circle = [step for step in self._all() if step not in level]
         return [frozenset().union(*map(self._times, circle))] if circle else []
 
@@ -225,11 +226,11 @@ class _Groups:
         copies = [(time, number) for time, copies in self._copies.items() for number in range(len(copies))]
         return sorted([*copies, *((first, -1) for first in self._members)])
 
-    def _levels(self, edges: set[tuple[_StepKey, _StepKey]]) -> dict[_StepKey, int]:
+    def _levels(self) -> dict[_StepKey, int]:
         """The level of every step that no circle keeps from having one."""
         waits: dict[_StepKey, int] = dict.fromkeys(self._all(), 0)
         follows: dict[_StepKey, list[_StepKey]] = defaultdict(list)
-        for earlier, later in edges:
+        for earlier, later in self._edges:
             waits[later] += 1
             follows[earlier].append(later)
         level = {step: 0 for step, count in waits.items() if count == 0}
@@ -245,7 +246,7 @@ class _Groups:
 
     def steps(self) -> list[tuple[int, Step]]:
         """Steps by level, and within one as they were traced."""
-        level = self._levels(self._edges())
+        level = self._levels()
         return [(level[step], self._step(step)) for step in sorted(level, key=lambda step: (level[step], step))]
 
     def _step(self, step: _StepKey) -> Step:

@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 
-class Memory(msgspec.Struct, frozen=True, array_like=True):
+class Memory(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A piece of memory that operations work on.
 
     Attributes:
@@ -40,7 +40,7 @@ class Memory(msgspec.Struct, frozen=True, array_like=True):
     name: str
 
 
-class Box(msgspec.Struct, frozen=True, array_like=True):
+class Box(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A strided box of elements.
 
     Attributes:
@@ -66,7 +66,7 @@ class Box(msgspec.Struct, frozen=True, array_like=True):
         return self.numel * self.dtype.itemsize
 
 
-class Region(msgspec.Struct, frozen=True, array_like=True):
+class Region(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A box over a memory; offsets count from the memory's first byte."""
 
     memory: Memory

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -55,6 +57,31 @@ def trace(
     Raises:
         PlanError: with every problem.
     """
+    with _without_collection():
+        return _trace(model, manifest, device, allow_missing, allow_partial, allow_unexpected, cast)
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """A trace makes many small objects that stay; collecting garbage meanwhile would look at them again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _trace(
+    model: nn.Module,
+    manifest: Manifest,
+    device: torch.device | str | None,
+    allow_missing: Patterns,
+    allow_partial: Patterns,
+    allow_unexpected: Patterns,
+    cast: Cast | None,
+) -> LoadPlan:
     rules = rules_for(model, manifest)
     found = list(places(model))
     tensors = {place.name: place.tensor for place in found if place.persistent}

@@ -8,9 +8,10 @@ tensor of the model, an intermediate result, a constant), so views need no recor
 
 from __future__ import annotations
 
+import itertools
 import threading
 import traceback
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 
-from .manifest import Manifest, OpaqueDtype
+from .manifest import Manifest, OpaqueDtype, TensorSpec
 from .plan import Note, Op
 from .regions import Memory, Region, box_of
 from .snapshot import Snapshot
@@ -94,6 +95,7 @@ class StandIn(torch.Tensor):
 
 
 _META = torch.device("meta")
+_AT_ONCE = 256  # stand-ins that are made together
 _VALUE_READS: Mapping[object, str] = {
     torch.Tensor.data_ptr: ".data_ptr()",
     torch.Tensor.numpy: ".numpy()",
@@ -150,11 +152,16 @@ class _Recorder:
 
     # What the loading code sees.
 
-    def stand_in(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> StandIn:
-        with _disable_current_modes():
-            meta = torch.empty(shape, dtype=dtype, device=_META)
-        self._own(meta, Memory("source", name))
-        return StandIn(meta, self, device)
+    def stand_ins(self, specs: Sequence[TensorSpec], device: torch.device) -> list[StandIn]:
+        """One for each spec. Several at once, because stepping out of the modes costs more than making one."""
+        made: list[StandIn] = []
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
+            for spec in specs:
+                assert isinstance(spec.dtype, torch.dtype)
+                meta = torch.empty(spec.shape, dtype=spec.dtype, device=_META)
+                self._own(meta, Memory("source", spec.name))
+                made.append(StandIn(meta, self, device))
+        return made
 
     def refuse(self, what: str, tensors: Iterable[torch.Tensor]) -> ValueRead:
         """Note what was asked for; the error to raise into the loading code."""
@@ -212,6 +219,10 @@ class _Recorder:
     def _dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.active:
             return func(*args, **kwargs)
+        if _is_view(func):
+            return self._view(func, args, kwargs)
+        if func is aten.copy_.default and self._plainly_copied(args[0], args[1]):
+            return args[0]
         flat, spec = tree_flatten((args, kwargs))
         tensors = [value for value in flat if isinstance(value, torch.Tensor)]
         standins = [value for value in tensors if isinstance(value, StandIn)]
@@ -222,8 +233,6 @@ class _Recorder:
             return func(*args, **kwargs)
         if func in _REBINDS:
             raise self.refuse(_REBINDS[func], tensors)
-        if not written and _is_view(func):
-            return self._view(func, args, kwargs, standins)
         if func in _SCALAR_READS:
             return self._value(func, args, kwargs, tensors, standins)
         return self._record(func, flat, spec, tensors, written)
@@ -236,15 +245,27 @@ class _Recorder:
             return True
         return self._memories.get(tensor.untyped_storage()._cdata) in self._dirty
 
-    def _view(self, func: Any, args: Any, kwargs: Any, standins: list[StandIn]) -> Any:
-        if not standins:
+    def _view(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A view of a stand-in stands in for the view; a view of a real tensor is known by its storage."""
+        one = args[0]
+        if not isinstance(one, StandIn):
             return func(*args, **kwargs)
-        device = standins[0]._device
-        with _disable_current_modes():
-            out = func(*tree_map(_meta_of, args), **tree_map(_meta_of, kwargs))
+        out = func(one._meta, *args[1:], **kwargs)
         if isinstance(out, torch.Tensor):
-            return StandIn(out, self, device)
-        return tree_map(lambda value: StandIn(value, self, device) if isinstance(value, torch.Tensor) else value, out)
+            return StandIn(out, self, one._device)
+        return type(out)(StandIn(value, self, one._device) for value in out)
+
+    def _plainly_copied(self, destination: torch.Tensor, source: torch.Tensor) -> bool:
+        """Record the most frequent operation by far, a stand-in of the same shape into the model, without ceremony."""
+        if not isinstance(source, StandIn) or isinstance(destination, StandIn) or source.shape != destination.shape:
+            return False
+        memory = self._memories.get(destination.untyped_storage()._cdata)
+        if memory is None or memory.kind != "model":
+            return False
+        into, of = Region(memory, box_of(destination, self._bases[memory])), self.region(source)
+        self._dirty.add(memory)
+        self.records.append(Op(aten.copy_.default, (into, of), {}, (), (into,), (into, of)))
+        return True
 
     def _value(self, func: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor], standins: list[StandIn]) -> Any:
         if func is aten.is_same_size.default:
@@ -274,8 +295,7 @@ class _Recorder:
         args, kwargs = spec.unflatten(metas)
         if func in _FACTORIES:
             kwargs = {**kwargs, "device": _META}
-        with _disable_current_modes():
-            out = func(*args, **kwargs)
+        out = func(*args, **kwargs)  # The mode that called is off meanwhile, so this is not recorded again.
         known = {id(meta): value for meta, value in zip(metas, flat, strict=True) if isinstance(meta, torch.Tensor)}
         results: list[Region] = []
 
@@ -402,6 +422,10 @@ def _line_of_the_model() -> str:
 class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees operations without a stand-in: fills, and reads of what was written."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch would wrap every single operation to keep its compiler out; there is nothing to compile.
+
     def __init__(self, recorder: _Recorder) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._recorder = recorder
@@ -459,12 +483,20 @@ def in_every_thread(*modes: Callable[[], AbstractContextManager[object]]) -> Ite
 
 
 def anchors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Every tensor that can be reached from ``model``, by a path that leads to it: state first, then attributes."""
-    found: dict[str, torch.Tensor] = {}
+    """Every tensor that can be reached from ``model``, by a path that leads to it: state first, then attributes.
+
+    Where several share memory the first one names it, so buffers that are no state come after those that they view.
+    """
+    parameters: dict[str, torch.Tensor] = {}
+    buffers: dict[str, torch.Tensor] = {}
+    others: dict[str, torch.Tensor] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         dot = f"{prefix}." if prefix else ""
-        for store in (module._parameters, module._buffers):
-            found.update({dot + key: tensor for key, tensor in store.items() if tensor is not None})
+        parameters.update({dot + key: one for key, one in module._parameters.items() if one is not None})
+        for key, one in module._buffers.items():
+            if one is not None:
+                (others if key in module._non_persistent_buffers_set else buffers)[dot + key] = one
+    found = {**parameters, **buffers, **others}
     seen = {id(tensor) for tensor in found.values()}
     for prefix, module in model.named_modules():
         dot = f"{prefix}." if prefix else ""
@@ -542,10 +574,13 @@ def record(
     taken: set[str] = set()
 
     def stream() -> Iterator[tuple[str, torch.Tensor]]:
-        for name, spec in manifest.items():
-            if name not in leave_out and not isinstance(spec.dtype, OpaqueDtype):
-                taken.add(name)
-                yield name, recorder.stand_in(name, spec.shape, spec.dtype, device)
+        wanted = (
+            spec for spec in manifest.values() if spec.name not in leave_out and not isinstance(spec.dtype, OpaqueDtype)
+        )
+        while specs := list(itertools.islice(wanted, _AT_ONCE)):
+            for spec, standin in zip(specs, recorder.stand_ins(specs, device), strict=True):
+                taken.add(spec.name)
+                yield spec.name, standin
 
     error: Exception | None = None
     snapshot = Snapshot(model)
