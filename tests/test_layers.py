@@ -18,7 +18,7 @@ sources.contracts sources.streams sources.header sources.reading sources.checkpo
 casts regions plan snapshot tracing lowering drafting aliases modules replay copying execute report
 engines engines.transformers trace fallback verify load
 testing
-cli.outcome cli.inspect cli.load cli.demo cli
+cli.outcome cli.inspect cli.load cli.fused_bert cli.demo cli
 """.split()
 
 

@@ -2,128 +2,46 @@
 
 from __future__ import annotations
 
-import enum
 import fnmatch
+import math
+import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from itertools import groupby
+from typing import Any, Literal, get_args
 
-import msgspec
 import torch
 
-from .manifest import TensorSpec, format_name
-from .regions import Box, Region, whole
+from . import planfile
+from .errors import UnknownName
+from .manifest import Manifest, OpaqueDtype, TensorSpec, format_name
+from .regions import Box, Region, slices, whole
+from .steps import Copy, Fate, Note, Op, Program, Step, Target
 
-__all__ = ["Copy", "Fate", "LoadPlan", "Note", "Op", "Patterns", "Program", "Step", "Target", "both", "matches"]
+__all__ = [
+    "Copy",
+    "Fate",
+    "LoadPlan",
+    "Note",
+    "Op",
+    "Order",
+    "Patterns",
+    "Program",
+    "Step",
+    "Target",
+    "both",
+    "destinations_of",
+    "matches",
+    "sources_of",
+]
 
 Patterns = str | re.Pattern[str] | Iterable[str | re.Pattern[str]]
 """Names: strings are shell patterns over the whole name (``*.inv_freq``), compiled expressions are searched for."""
 
-
-class Fate(enum.Enum):
-    """What becomes of one tensor of the source, or of one name of the model."""
-
-    WRITTEN = "written"
-    TIED = "tied"  # its destination is another name's too, which is written; equal content is proven
-    CAST = "cast"  # written, in another dtype
-    SKIPPED = "skipped"  # the model's own loading code drops it
-    MISSING = "missing"  # a name of the model that nothing writes, allowed
-    PARTIAL = "partial"  # a name of the model of which some bytes are written, allowed
-    UNEXPECTED = "unexpected"  # a tensor that no name takes, allowed
-
-
-class Copy(msgspec.Struct, frozen=True, gc=False):
-    """A box of one source tensor into a box of one destination, cast if the dtypes differ.
-
-    Attributes:
-        source: the source tensor's name.
-        destination: the model tensor's name.
-        of: which part of the source; ``None`` for all of it.
-        into: which part of the destination; ``None`` for all of it.
-    """
-
-    source: str
-    destination: str
-    of: Box | None = None
-    into: Box | None = None
-
-
-class Op(msgspec.Struct, frozen=True):
-    """One recorded operation.
-
-    Attributes:
-        func: the ATen overload.
-        args: positional arguments, tensors replaced by regions.
-        kwargs: keyword arguments, likewise.
-        results: a region for each tensor that it returns and that is no operand.
-        writes: regions of operands that it changes.
-        reads: regions of all its operands.
-    """
-
-    func: torch._ops.OpOverload
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    results: tuple[Region, ...]
-    writes: tuple[Region, ...]
-    reads: tuple[Region, ...]
-
-
-class Program(msgspec.Struct, frozen=True):
-    """Recorded operations that belong together.
-
-    Attributes:
-        sources: names of the source tensors they take.
-        ops: the operations, in order.
-        writes: regions of the model that they write.
-    """
-
-    sources: tuple[str, ...]
-    ops: tuple[Op, ...]
-    writes: tuple[Region, ...]
-
-
-Step = Copy | Program
-
-
-class Note(msgspec.Struct, frozen=True):
-    """Something that loading code did and a plan cannot repeat.
-
-    Attributes:
-        what: in words.
-        sources: names of the source tensors concerned.
-        where: the line of the model's code, ``file:line``.
-    """
-
-    what: str
-    sources: tuple[str, ...]
-    where: str
-
-    def __str__(self) -> str:
-        return f"{self.what} of {', '.join(self.sources) or 'the model'} at {self.where}"
-
-
-class Target(msgspec.Struct, frozen=True, gc=False):
-    """One name of the model that can be written.
-
-    Attributes:
-        spec: its name, dtype and shape.
-        owner: the first name of the same tensor; its own where it is not tied.
-        problem: why it cannot be written, if it cannot.
-        stride: in elements; ``None`` for a contiguous tensor.
-    """
-
-    spec: TensorSpec
-    owner: str
-    problem: str = ""
-    stride: tuple[int, ...] | None = None
-
-    @property
-    def box(self) -> Box:
-        """All of it, as it lies in memory."""
-        assert isinstance(self.spec.dtype, torch.dtype)
-        return whole(self.spec) if self.stride is None else Box(self.spec.dtype, self.spec.shape, self.stride, 0)
+Order = Literal["layer", "file", "given"]
+"""In which order independent steps are done: layer by layer, as their sources lie in the files, or as traced."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +61,10 @@ class LoadPlan:
         side_effects: attributes that the loading code changes and following the plan does not.
         state_read: tensors of the model whose values the loading code asked for; the plan holds for these values.
         warnings: what a person should read.
+        manifest: what it is a plan for.
+        targets: the tensors of the model it is a plan for, those that only a step names included.
+        digests: of the values of ``state_read``, by name.
+        by_layer: whether each layer is done before the next begins, as far as levels allow.
     """
 
     steps: tuple[Step, ...]
@@ -157,6 +79,10 @@ class LoadPlan:
     side_effects: tuple[str, ...] = ()
     state_read: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    manifest: Manifest = field(default_factory=lambda: Manifest(()))
+    targets: Mapping[str, Target] = field(default_factory=dict)
+    digests: Mapping[str, str] = field(default_factory=dict)
+    by_layer: bool = False
 
     def names(self, fate: Fate) -> tuple[str, ...]:
         """The names with this fate, sorted."""
@@ -173,51 +99,233 @@ class LoadPlan:
         for level in sorted(several):
             yield tuple(several[level])
 
+    def batches(self) -> Iterator[tuple[Step, ...]]:
+        """What is done before the next is begun: the steps of each level; ordered by layer, those of each layer."""
+        for steps in self.by_level():
+            if self.by_layer:
+                yield from (tuple(several) for _, several in groupby(steps, key=layer_of))
+            else:
+                yield steps
+
+    # Order.
+
+    def ordered(self, order: Order, position: Callable[[str], tuple[int, int]] | None = None) -> LoadPlan:
+        """The same plan with its steps in another order; a step still comes after all of lower levels.
+
+        Args:
+            order: ``"layer"``: as the modules that own the destinations appear in the model, then by position;
+                ``"file"``: by position; ``"given"``: as they are.
+            position: where a source tensor lies, ``source.position``; by default its place in the manifest.
+        """
+        if order not in get_args(Order):
+            raise UnknownName("order", order, get_args(Order))
+        if order == "given":
+            return replace(self, by_layer=False)
+        if position is None:
+            places = {name: (0, number) for number, name in enumerate(self.manifest)}
+            position = places.__getitem__
+        layers: dict[str, int] = {}
+        for name in self.targets:
+            layers.setdefault(_layer(name), len(layers))
+        where = position
+
+        def key(item: tuple[int, Step]) -> tuple[int, int, tuple[int, int]]:
+            level, step = item
+            layer = layers.get(layer_of(step), len(layers)) if order == "layer" else 0
+            return level, layer, min(map(where, sources_of(step)), default=(-1, -1))
+
+        pairs = sorted(zip(self.levels or [0] * len(self.steps), self.steps, strict=True), key=key)
+        return replace(
+            self,
+            steps=tuple(step for _, step in pairs),
+            levels=tuple(level for level, _ in pairs) if self.levels else (),
+            by_layer=order == "layer",
+        )
+
+    # Keeping it.
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan to a file, all of it or nothing.
+
+        Raises:
+            PlanFileError: it holds an operation that no file may name; it can still be used as it is.
+        """
+        planfile.write(path, {one.name: getattr(self, one.name) for one in fields(self)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> LoadPlan:
+        """Read a plan that ``save`` wrote. It runs no code of the file; ``hw.load(plan=)`` checks that it fits.
+
+        Raises:
+            PlanFileError: the file is damaged, of another version, or no plan.
+        """
+        return cls(**planfile.read(path))
+
+    def differences(self, manifest: Manifest, targets: Mapping[str, Target]) -> list[str]:
+        """What is not as it was when the plan was made: a line for each tensor of the source or the model."""
+        return [
+            *_differing("source", self.manifest, manifest, str),
+            *_differing("model", self.targets, targets, _as_target),
+            *(f"model: {name}: {targets[name].problem}" for name in sorted(self._written() & targets.keys())
+              if targets[name].problem),
+        ]
+
+    def _written(self) -> set[str]:
+        return {name for step in self.steps for name in destinations_of(step)}
+
+    # For people.
+
     def explain(self, name: str) -> str:
-        """In words: which bytes of which source tensors become the model's tensor ``name``, and how."""
-        lines = [line for step in self.steps for line in _explained(step, name)]
+        """In words: which part of which source tensors becomes the model's tensor ``name``, and how."""
+        lines = [line for step in self.steps for line in self._explained(step, name)]
         lines += [
-            f"  {second.source} is compared with {first.source}"
+            f"  {second.source} is compared with {first.source}: they are one tensor in the model"
             for first, second in self.ties
             if name == first.destination
         ]
-        if not lines:
+        owner = self.targets[name].owner if name in self.targets else name
+        if not lines and owner != name:
+            return f"{self._titled(name)}\n  is one tensor with {owner}\n{self.explain(owner)}"
+        if not lines and name in self.unproven:
+            lines = [f"  the model's own code writes it: {note}" for note in self.notes]
+        if not lines and name in self.targets:
             fate = self.fates.get(name)
-            lines = [f"  nothing writes it{f' ({fate.value})' if fate else ''}"]
-        return "\n".join([name, *lines])
+            lines = [f"  nothing writes it{f' ({fate.value})' if fate else ''}; it keeps its values"]
+        if not lines and name in self.manifest:
+            return self._explain_source(name)
+        if not lines:
+            raise UnknownName("tensor", name, _alike(name, self.targets))
+        return "\n".join([self._titled(name), *lines])
+
+    def _titled(self, name: str) -> str:
+        target = self.targets.get(name)
+        return name if target is None else str(target.spec)
+
+    def _explain_source(self, name: str) -> str:
+        """A tensor of the source: where it goes."""
+        into = dict.fromkeys(one for step in self.steps if name in sources_of(step) for one in destinations_of(step))
+        fate = self.fates.get(name)
+        lines = [f"  goes into {one}" for one in into] or [f"  goes nowhere ({fate.value if fate else 'unused'})"]
+        if name in self.fallback:
+            lines = ["  is given to the model's own loading code"]
+        return "\n".join([f"{self.manifest[name]} (of the source)", *lines])
+
+    def _explained(self, step: Step, name: str) -> Iterator[str]:
+        if isinstance(step, Copy):
+            if step.destination == name:
+                cast = f", cast {self.casts[step.source]}" if step.source in self.casts else ""
+                yield f"  {self._into(step.into, name)} <- {step.source}{self._of(step.of, step.source)}{cast}"
+        elif any(region.memory.name == name for region in step.writes):
+            ops = ", ".join(_named(op) for op in step.ops)
+            parts = " and ".join(
+                dict.fromkeys(self._into(one.box, name) for one in step.writes if one.memory.name == name)
+            )
+            yield f"  {parts} <- a program of {', '.join(step.sources) or 'no source'}: {ops}"
+
+    def _into(self, box: Box | None, name: str) -> str:
+        target = self.targets.get(name)
+        return "all of it" if box is None else _part(box, None if target is None else target.box) or "all of it"
+
+    def _of(self, box: Box | None, name: str) -> str:
+        spec = self.manifest.get(name)
+        if box is None or spec is None or isinstance(spec.dtype, OpaqueDtype):
+            return "" if box is None else _part(box, None)
+        return _part(box, whole(spec))
 
     def __str__(self) -> str:
-        copies = sum(isinstance(step, Copy) for step in self.steps)
-        sliced = sum(isinstance(step, Copy) and (step.of is not None or step.into is not None) for step in self.steps)
-        rows = [
-            ("copies", f"{copies} ({sliced} of slices)"),
-            (
-                "programs",
-                f"{len(self.steps) - copies} "
-                f"({sum(len(step.ops) for step in self.steps if isinstance(step, Program))} operations)",
-            ),
-        ]
-        rows += [(fate.value, f"{len(names)} tensors") for fate in Fate if (names := self.names(fate))]
-        rows += [("fallback", f"{len(self.fallback)} tensors: {note}") for note in self.notes]
+        copies = [step for step in self.steps if isinstance(step, Copy)]
+        programs = [step for step in self.steps if isinstance(step, Program)]
+        sliced = sum(step.of is not None or step.into is not None for step in copies)
+        rows = [("copies", f"{len(copies)}" + (f", {sliced} of them of slices" if sliced else ""))]
+        if programs:
+            ops = Counter(_named(op) for step in programs for op in step.ops)
+            common = ", ".join(f"{count} {name}" for name, count in ops.most_common(4))
+            rows.append(("programs", f"{len(programs)} of {sum(ops.values())} operations: {common}"))
+        if self.levels:
+            rows.append(("levels", f"{max(self.levels) + 1}, done one after the other"))
+        rows += [(fate.value, _some(names)) for fate in Fate if (names := self.names(fate))]
+        if self.fallback:
+            rows.append(("fallback", f"{_some(self.fallback)}, by the model's own code, because of"))
+        rows += [("", f"  {note}") for note in self.notes]
+        rows += [("reads", f"{_some(self.state_read)} of the model: the plan holds for their values")
+                 ] if self.state_read else []
         rows += [("changes", effect) for effect in self.side_effects]
         rows += [("warning", warning) for warning in self.warnings]
         return "\n".join(f"{label:>10}  {text}" for label, text in rows)
 
 
-def _explained(step: Step, name: str) -> Iterator[str]:
-    if isinstance(step, Copy):
-        if step.destination == name:
-            yield f"  {_part(step.into)} <- {step.source} {_part(step.of)}"
-    elif any(region.memory.name == name for region in step.writes):
-        ops = " ".join(str(op.func).removeprefix("aten.").partition(".")[0] for op in step.ops)
-        parts = ", ".join(_part(region.box) for region in step.writes if region.memory.name == name)
-        yield f"  {parts} <- {ops}({', '.join(step.sources)})"
+def sources_of(step: Step) -> tuple[str, ...]:
+    """The source tensors that a step takes."""
+    return (step.source,) if isinstance(step, Copy) else step.sources
 
 
-def _part(box: Box | None) -> str:
-    if box is None:
-        return "[all]"
-    return f"[{format_name(box.dtype)} {list(box.shape)} stride {list(box.stride)} at byte {box.offset}]"
+def destinations_of(step: Step) -> tuple[str, ...]:
+    """The model's tensors that a step writes."""
+    return (step.destination,) if isinstance(step, Copy) else tuple(one.memory.name for one in step.writes)
+
+
+def layer_of(step: Step) -> str:
+    """The module that owns the first tensor that the step writes."""
+    return _layer(next(iter(destinations_of(step)), ""))
+
+
+def _layer(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _named(op: Op) -> str:
+    return str(op.func).removeprefix("aten.").partition(".")[0]
+
+
+def _part(box: Box, of: Box | None) -> str:
+    """``[0:768, :]`` where that says it all; nothing for all of it; bytes where it is no rectangle."""
+    if of is not None:
+        ranges = slices(box, of)
+        if ranges is not None:
+            whole_ones = zip(ranges, of.shape, strict=True)
+            words = [":" if one == (0, length) else f"{one[0]}:{one[1]}" for one, length in whole_ones]
+            return f"[{', '.join(words)}]" if set(words) - {":"} else ""
+    shape, stride = list(box.shape), list(box.stride)
+    return f"[{format_name(box.dtype)} {shape} with strides {stride} from byte {box.offset}]"
+
+
+_SHOWN = 3
+
+
+def _some(names: tuple[str, ...]) -> str:
+    if len(names) > _SHOWN:
+        return f"{len(names)} tensors"
+    return f"{len(names)}: {', '.join(names)}"
+
+
+def _alike(name: str, known: Iterable[str]) -> list[str]:
+    last = name.rpartition(".")[2]
+    near = [one for one in known if name in one] or [one for one in known if one.endswith(last)] or list(known)
+    return [*sorted(near)[:10], *(["..."] if len(near) > 10 else [])]
+
+
+def _as_target(target: Target) -> str:
+    stride = "" if target.stride is None else f" with strides {list(target.stride)}"
+    tied = "" if target.owner == target.spec.name else f" tied with {target.owner}"
+    return f"{format_name(target.spec.dtype)} {list(target.spec.shape)}{stride}{tied}"
+
+
+def _differing(
+    whose: str, expected: Mapping[str, Any], found: Mapping[str, Any], words: Callable[[Any], str]
+) -> Iterator[str]:
+    for name, one in expected.items():
+        other = found.get(name)
+        if other is None:
+            yield f"{whose}: {name}: is not there; the plan has {_short(words(one), name)}"
+        elif other != one and words(other) != words(one):
+            yield f"{whose}: {name}: {_short(words(other), name)} found, the plan has {_short(words(one), name)}"
+    for name, other in found.items():
+        if name not in expected:
+            yield f"{whose}: {name}: {_short(words(other), name)} found, which the plan does not know"
+
+
+def _short(words: str, name: str) -> str:
+    return words.removeprefix(f"{name}: ")
 
 
 def matches(patterns: Patterns) -> Callable[[str], bool]:

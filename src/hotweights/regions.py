@@ -24,6 +24,7 @@ __all__ = [
     "pieces",
     "row_major",
     "runs",
+    "slices",
     "whole",
 ]
 
@@ -175,6 +176,25 @@ def _coordinates(box: Box) -> tuple[int, ...] | None:
         if position and (at[dim] + box.shape[dim]) * box.stride[dim] > box.stride[order[position - 1]]:
             return None
     return tuple(at) if rest == 0 else None
+
+
+def slices(box: Box, of: Box) -> list[tuple[int, int]] | None:
+    """``box`` as a range of indices in each dimension of the contiguous tensor ``of``; None if it is no such part."""
+    if box == of:
+        return [(0, length) for length in of.shape]
+    if box.dtype != of.dtype or not contiguous(of) or box.numel == 0:
+        return None
+    # Seen without the dimensions of one element, which a view may drop or add.
+    lengths = [(n, s) for n, s in zip(box.shape, box.stride, strict=True) if n != 1]
+    rest = (box.offset - of.offset) // of.dtype.itemsize
+    found: list[tuple[int, int]] = []
+    for length, stride in zip(of.shape, row_major(of.shape), strict=True):
+        start, rest = divmod(rest, stride) if stride else (0, rest)
+        count = lengths.pop(0)[0] if lengths and lengths[0][1] == stride and length > 1 else 1
+        if start + count > length:
+            return None
+        found.append((start, start + count))
+    return found if not lengths and rest == 0 else None
 
 
 def covered(boxes: Iterable[Box], target: Box) -> int:

@@ -23,6 +23,8 @@ from ..memory import Pool
 from ..plan import Fate
 from ..report import size
 from ..sources import open as open_source
+from ..trace import trace
+from .fused_bert import FusedBert
 from .outcome import ending
 
 __all__ = ["demo"]
@@ -41,6 +43,7 @@ def demo() -> None:
         _compare_sentences(console, model, checkpoint)
         _refuse_broken(console, model, checkpoint, Path(scratch))
         _catch_stale(console, checkpoint)
+        _plan_fused(console, model, checkpoint)
 
 
 def _minilm() -> Path:
@@ -102,7 +105,10 @@ def _embed(model: Any, checkpoint: Path) -> torch.Tensor:
 
     tokens = transformers.AutoTokenizer.from_pretrained(checkpoint)(list(_SENTENCES), padding=True, return_tensors="pt")
     with torch.no_grad():
-        hidden = model(**tokens).last_hidden_state
+        if isinstance(model, FusedBert):
+            hidden = model(tokens["input_ids"], tokens["attention_mask"])
+        else:
+            hidden = model(**tokens).last_hidden_state
     mask = tokens["attention_mask"].unsqueeze(-1)
     return torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
 
@@ -180,6 +186,40 @@ def _catch_stale(console: Console, checkpoint: Path) -> None:
                 kept["embeddings.LayerNorm.weight"].sum()
             except StaleLease as error:
                 console.print(f'the same with guard="trap": StaleLease: {error}', markup=False)
+
+
+def _plan_fused(console: Console, model: Any, checkpoint: Path) -> None:
+    console.rule("[bold]5. Trace, then move: a model with loading code of its own")
+    fused = FusedBert(model.config)
+    with open_source(checkpoint) as source:
+        plan = trace(fused, source.manifest)
+        console.print("A BERT with fused QKV and its own load_weights, which was run on stand-ins. Its plan:")
+        console.print(str(plan), markup=False)
+        console.print(f"\n{plan.explain('layers.0.qkv.weight')}\n", markup=False)
+        report = load(fused, source, verify="loader")
+        parts = [
+            model.get_parameter(f"encoder.layer.0.attention.self.{part}.weight") for part in ("query", "key", "value")
+        ]
+        _insist(
+            torch.equal(fused.get_parameter("layers.0.qkv.weight"), torch.cat(parts)),
+            "the fused weight is not its three parts",
+        )
+        theirs, ours = _embed(model, checkpoint), _embed(fused, checkpoint)
+        _insist(torch.allclose(theirs, ours, atol=1e-5), "the fused model understands sentences otherwise")
+        console.print(
+            f"{'proof':>10}  every layer equals what its own code makes, bit for bit; "
+            f"sentences differ by {float((theirs - ours).abs().max()):.0e}"
+        )
+        half = load(FusedBert(model.config, rank=1, world=2), source)
+        console.print(
+            f"{'rank 1':>10}  of 2 read {size(half.bytes_read)} of {size(report.bytes_read)}: its slices, nothing else"
+        )
+        _insist(half.bytes_read < 0.52 * report.bytes_read, "a rank of two read more than half")
+
+
+def _insist(true: bool, otherwise: str) -> None:
+    if not true:
+        raise CheckpointError(otherwise)
 
 
 def _digest(model: torch.nn.Module) -> str:

@@ -201,6 +201,7 @@ def _torch_view(name: str, bits: int, attribute: str, shape: tuple[int, ...]) ->
 def _gaps(entries: Iterable[Entry], data_nbytes: int) -> list[str]:
     problems: list[str] = []
     position, before = 0, "the header"
+    cut: list[str] = []
     for spec, offset in entries:
         stop = offset + spec.nbytes
         if offset < position:
@@ -211,10 +212,11 @@ def _gaps(entries: Iterable[Entry], data_nbytes: int) -> list[str]:
                 "and nothing lies between"
             )
         if stop > data_nbytes:
-            problems.append(
-                f"tensor {spec.name!r}: ends at byte {stop} of the data; the file holds {data_nbytes}; is it truncated?"
-            )
+            cut.append(f"tensor {spec.name!r}: ends at byte {stop} of the data; the file holds {data_nbytes}")
         position, before = max(position, offset + spec.nbytes), f"tensor {spec.name!r}"
+    if cut:  # One cut takes all that lay behind it; to name each would bury the reason.
+        others = f", and {len(cut) - 1} tensors behind it" if len(cut) > 1 else ""
+        problems.append(f"{cut[0]}{others}; is it truncated?")
     if not problems and position < data_nbytes:
         problems.append(f"{data_nbytes - position} trailing bytes belong to no tensor")
     return problems
