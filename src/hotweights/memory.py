@@ -28,6 +28,7 @@ __all__ = ["ALIGNMENT", "HUGE_PAGE", "Lease", "Pool", "PoolStats", "Slot", "advi
 ALIGNMENT = 64  # bytes; a cache line, and enough for every dtype
 HUGE_PAGE = 2 * 1024 * 1024
 PAGE = mmap.PAGESIZE
+_ASK = 0.1  # seconds after which a wait asks its `stop` again, for those who forget to `wake`
 _POLL = 0.001  # seconds; device events have no wait with a deadline, so they are asked again this often
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -198,7 +199,7 @@ class Pool:
                 left = timeout - (time.monotonic() - began)
                 if left <= 0:
                     raise PoolTimeout(self._complaint(holder, timeout))
-                self._changed.wait(min(left, _POLL) if self._free else left)
+                self._changed.wait(min(left, _POLL if self._free else _ASK))
             self._waited += time.monotonic() - began
             slot.holder, slot._claims = holder, 1
             late, slot._poison = slot._poison, []
@@ -278,7 +279,9 @@ def _happened(slot: Slot) -> bool:
 
 def _huge_region(nbytes: int) -> torch.Tensor:
     """``nbytes`` of fresh host memory that starts on a huge page. Without that, direct reads are three times slower."""
-    region = mmap.mmap(-1, nbytes + HUGE_PAGE)
+    # Private: shared anonymous memory is shmem, to which the kernel gives no huge pages unless told to, and which a fork
+    # would go on sharing.
+    region = mmap.mmap(-1, nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if _MADV_HUGEPAGE is not None:
         with contextlib.suppress(OSError):  # A kernel without huge pages; everything works, slower.
             region.madvise(_MADV_HUGEPAGE)

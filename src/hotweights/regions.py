@@ -184,17 +184,37 @@ def slices(box: Box, of: Box) -> list[tuple[int, int]] | None:
         return [(0, length) for length in of.shape]
     if box.dtype != of.dtype or not contiguous(of) or box.numel == 0:
         return None
-    # Seen without the dimensions of one element, which a view may drop or add.
-    lengths = [(n, s) for n, s in zip(box.shape, box.stride, strict=True) if n != 1]
+    counts = _counts_of_run(box.numel, of.shape) if contiguous(box) else _counts_of_grid(box, of)
     rest = (box.offset - of.offset) // of.dtype.itemsize
     found: list[tuple[int, int]] = []
-    for length, stride in zip(of.shape, row_major(of.shape), strict=True):
-        start, rest = divmod(rest, stride) if stride else (0, rest)
-        count = lengths.pop(0)[0] if lengths and lengths[0][1] == stride and length > 1 else 1
+    for length, stride, count in zip(of.shape, row_major(of.shape), counts or (), strict=False):
+        start, rest = divmod(rest, stride)
         if start + count > length:
             return None
         found.append((start, start + count))
-    return found if not lengths and rest == 0 else None
+    return found if counts is not None and rest == 0 else None
+
+
+def _counts_of_run(numel: int, shape: tuple[int, ...]) -> list[int] | None:
+    """How far a run of elements that lie one behind the other reaches in each dimension."""
+    counts: list[int] = []
+    for length in reversed(shape):
+        count = min(numel, length)
+        if numel % count:
+            return None
+        counts.append(count)
+        numel //= count
+    return counts[::-1] if numel == 1 else None
+
+
+def _counts_of_grid(box: Box, of: Box) -> list[int] | None:
+    """How far a box of the same strides reaches; dimensions of one element may be dropped or added."""
+    lengths = [pair for pair in zip(box.shape, box.stride, strict=True) if pair[0] != 1]
+    counts = [
+        lengths.pop(0)[0] if lengths and lengths[0][1] == stride and length > 1 else 1
+        for length, stride in zip(of.shape, row_major(of.shape), strict=True)
+    ]
+    return None if lengths else counts
 
 
 def covered(boxes: Iterable[Box], target: Box) -> int:
@@ -204,7 +224,9 @@ def covered(boxes: Iterable[Box], target: Box) -> int:
         return target.numel
     spans = [extent(box) for box in parts if contiguous(box)]
     if contiguous(target) and len(spans) == len(parts):
-        return sum(stop - start for start, stop in _merged(spans)) // target.dtype.itemsize
+        low, high = extent(target)
+        inside = [(max(start, low), min(stop, high)) for start, stop in spans if start < high and stop > low]
+        return sum(stop - start for start, stop in _merged(inside)) // target.dtype.itemsize
     grid = torch.zeros(max((extent(box)[1] for box in (*parts, target)), default=0), dtype=torch.bool)
     for box in parts:
         _bytes(grid, box).fill_(True)

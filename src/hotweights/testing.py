@@ -41,7 +41,7 @@ Tensors = Mapping[str, torch.Tensor]
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor's bytes, ``uint8 [nbytes]``, a copy: NaN equals itself and -0.0 differs from 0.0."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).clone()
+    return tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8).clone()
 
 
 def assert_same_bits(found: Tensors, expected: Tensors) -> None:
@@ -72,6 +72,9 @@ def write_safetensors(path: str | Path, tensors: Tensors, *, metadata: Mapping[s
         }
         data += raw
     text = json.dumps(header).encode()
+    text += b" " * (
+        -len(text) % 8
+    )  # As the reference pads it, so that tensors are aligned unless the mapping says otherwise.
     Path(path).write_bytes(len(text).to_bytes(8, "little") + text + data)
 
 

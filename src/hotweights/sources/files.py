@@ -29,6 +29,7 @@ _BATCH = 32 * 1024 * 1024  # bytes of owned tensors that are read ahead
 class _Place(NamedTuple):
     file: File
     offset: int
+    number: int  # of the file among all
 
 
 class _Run(NamedTuple):
@@ -51,7 +52,9 @@ class FileSource:
         self._shards: tuple[Shard, ...] = open_shards(path)
         self._closed = False
         self._places = {
-            spec.name: _Place(shard.file, offset) for shard in self._shards for spec, offset in shard.header.entries
+            spec.name: _Place(shard.file, offset, number)
+            for number, shard in enumerate(self._shards)
+            for spec, offset in shard.header.entries
         }
         self._manifest = Manifest(spec for shard in self._shards for spec, _ in shard.header.entries)
 
@@ -72,8 +75,8 @@ class FileSource:
 
     def position(self, name: str) -> tuple[int, int]:
         """Which file (as an index into ``files``), and which byte of it, the tensor starts at."""
-        file, offset = self._places[name]
-        return self.files.index(file.path), offset
+        place = self._places[name]
+        return place.number, place.offset
 
     def leases(self, *, guard: Guard = "off", pool: Pool | None = None, reading: Reading = "auto") -> LeaseStream:
         """Stream every tensor as a lease on the pool's memory, in the manifest's order, reading one slot ahead.
@@ -160,7 +163,7 @@ class FileSource:
                 f"tensor {name!r}: {nbytes} bytes go into contiguous host memory of as many bytes, not into "
                 f"{into.nbytes} of {'contiguous' if into.is_contiguous() else 'strided'} memory on {into.device}"
             )
-        file, offset = self._places[name]
+        file, offset, _ = self._places[name]
         return Segment(file, offset + start, nbytes, into)
 
     def _runs(self, limit: int) -> Iterator[_Run]:
@@ -204,7 +207,7 @@ class FileSource:
             return None, self._read_large(run, pool, reading, stopped)
         slot = pool.acquire(run.specs[0].name, stop=stopped.is_set)
         try:
-            file, offset = run.place
+            file, offset, _ = run.place
             data, _ = fill(file, slot.memory, offset, offset + run.nbytes, reading)
             file.check()
         except BaseException:
