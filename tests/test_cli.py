@@ -10,6 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from hotweights import LoadPlan
 from hotweights.cli import app
 from hotweights.testing import write_checkpoint
 
@@ -34,8 +35,11 @@ def flags(command):
 
 
 def test_commands_and_flags():
-    assert {command.callback.__name__ for command in app.registered_commands} == {"inspect", "load", "demo"}
+    assert {command.callback.__name__ for command in app.registered_commands} == {"inspect", "plan", "load", "demo"}
     assert flags("inspect") == {"--json", "--limit", "--help"}
+    assert flags("plan") == {
+        *"--model --order --explain --save --limit --allow-missing --allow-unexpected --json --help".split()
+    }
     assert flags("load") == {
         *"--model --device --dtype --cast --reading --threads --allow-missing --allow-unexpected --json --help".split()
     }
@@ -116,6 +120,36 @@ class TestLoad:
         result = run("load", bert, "--model", tmp_path)
         assert result.exit_code == 1
         assert "config.json" in result.stderr
+
+
+class TestPlan:
+    def test_for_people_and_for_machines(self, bert):
+        result = run("plan", bert, "--model", bert, "--order", "layer")
+        assert result.exit_code == 0
+        assert "embeddings.word_embeddings.weight" in result.output
+        assert "copies" in result.output
+        assert "... and " not in run("plan", bert, "--model", bert, "--limit", 0).output
+        assert "more; --limit 0 lists all" in run("plan", bert, "--model", bert, "--limit", 1).output
+        found = json.loads(run("plan", bert, "--model", bert, "--json").output)
+        assert {"level": 0, "sources": ["pooler.dense.bias"], "destinations": ["pooler.dense.bias"]} in found["steps"]
+        assert found["fates"]["pooler.dense.bias"] == "written"
+
+    def test_explain(self, bert):
+        result = run("plan", bert, "--model", bert, "--explain", "pooler.dense.bias")
+        assert result.output == "pooler.dense.bias: F32 [16]\n  all of it <- pooler.dense.bias\n"
+        found = json.loads(run("plan", bert, "--model", bert, "--explain", "pooler.dense.bias", "--json").output)
+        assert found["name"] == "pooler.dense.bias"
+        assert run("plan", bert, "--model", bert, "--explain", "pooler.tense.bias").exit_code == 2
+
+    def test_save(self, bert, tmp_path):
+        assert run("plan", bert, "--model", bert, "--save", tmp_path / "a.plan").exit_code == 0
+        assert len(LoadPlan.load(tmp_path / "a.plan").steps) > 10
+
+    def test_what_does_not_fit_is_refused(self, bert, checkpoint):
+        result = run("plan", checkpoint, "--model", bert, "--json")
+        assert result.exit_code == 1
+        assert json.loads(result.output)["error"]["kind"] == "PlanError"
+        assert run("plan", bert, "--model", bert, "--order", "sideways").exit_code == 2
 
 
 def test_ctrl_c_is_130(monkeypatch, checkpoint):

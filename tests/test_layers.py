@@ -15,10 +15,10 @@ ROOT = Path(hotweights.__file__).parent
 ORDER = """
 errors manifest progress devices guards memory
 sources.contracts sources.streams sources.header sources.reading sources.checkpoint sources.files sources.state sources
-casts regions plan snapshot tracing lowering drafting aliases modules replay copying execute report
-engines engines.transformers trace fallback verify load
-testing
-cli.outcome cli.inspect cli.load cli.fused_bert cli.demo cli
+casts regions steps planfile plan snapshot tracing lowering drafting aliases modules fit cache replay copying execute
+report engines engines.transformers trace fallback verify load
+testing testing_models
+cli.outcome cli.inspect cli.plan cli.load cli.fused_bert cli.demo cli
 """.split()
 
 
@@ -65,8 +65,9 @@ def test_the_public_words_are_these():
     assert hotweights.__all__ == sorted(hotweights.__all__)
     words = """
     load open trace Manifest TensorSpec OpaqueDtype Lease Pool PoolStats Fate LoadPlan LoadReport
-    HotweightsError CheckpointError CheckpointChanged UnsupportedDtype PlanError PlanDiffers TiedWeightsDiffer IncompleteLoad
-    PoolTimeout UsageError StaleLease BorrowedTensor Closed UnknownName MissingPackage
+    HotweightsError CheckpointError CheckpointChanged UnsupportedDtype PlanError PlanFileError PlanDiffers
+    TiedWeightsDiffer IncompleteLoad PoolTimeout UsageError StaleLease BorrowedTensor Closed UnknownName
+    MissingPackage
     """
     assert set(hotweights.__all__) == set(words.split())
     assert all(hasattr(hotweights, name) for name in hotweights.__all__)

@@ -6,13 +6,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
-from hotweights import Fate, Manifest, OpaqueDtype, PlanError, TensorSpec, UnknownName
+from hotweights import Fate, LoadPlan, Manifest, OpaqueDtype, PlanError, TensorSpec, UnknownName, load, trace
 from hotweights.casts import is_lossless
 from hotweights.drafting import draft
 from hotweights.manifest import FORMAT_DTYPES
-from hotweights.plan import Copy, Target, matches
-from hotweights.regions import pieces
+from hotweights.plan import Copy, Target, matches, sources_of
+from hotweights.regions import Box, pieces, slices
+from hotweights.testing import assert_same_bits, write_checkpoint
 
 
 def manifest(**tensors):
@@ -189,3 +191,100 @@ def test_pieces_cover_a_tensor_once_and_in_order(shape, limit):
         assert torch.equal(piece.reshape(-1), flat[first : first + piece.numel()])
         seen += piece.reshape(-1).tolist()
     assert seen == flat.tolist()
+
+
+class TestFused:
+    """One parameter of three sources, as engines have it, and what its plan says of itself."""
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.Linear(4, 4, bias=False)
+            self.qkv_proj = nn.Linear(4, 12, bias=False)
+            self.scale = nn.Parameter(torch.zeros(4), requires_grad=False)
+
+        def load_weights(self, pairs):
+            with torch.no_grad():
+                for name, tensor in pairs:
+                    if name in ("q", "k", "v"):
+                        self.qkv_proj.weight["qkv".index(name) * 4 :][:4].copy_(tensor)
+                    elif name == "a":
+                        self.scale.copy_(-torch.exp(tensor))
+                    else:
+                        self.norm.weight[:, 1:].copy_(tensor[:, 1:])
+                        self.norm.weight[:, :1].copy_(tensor[:, :1])
+
+    @pytest.fixture
+    def plan(self):
+        return trace(
+            self.Attention(),
+            manifest(v=(F32, (4, 4)), a=(F32, (4,)), n=(F32, (4, 4)), q=(F32, (4, 4)), k=(F32, (4, 4))),
+        )
+
+    def test_explain(self, plan):
+        assert plan.explain("qkv_proj.weight").splitlines() == [
+            "qkv_proj.weight: F32 [12, 4]",
+            "  [0:4, :] <- q",
+            "  [4:8, :] <- k",
+            "  [8:12, :] <- v",
+        ]
+        assert "  [:, 1:4] <- n[:, 1:4]" in plan.explain("norm.weight")
+        assert plan.explain("scale") == "scale: F32 [4]\n  all of it <- a program of a: exp, neg, copy_"
+        assert plan.explain("q") == "q: F32 [4, 4] (of the source)\n  goes into qkv_proj.weight"
+        with pytest.raises(UnknownName, match=r"'weight'; known are: norm\.weight, qkv_proj\.weight"):
+            plan.explain("weight")
+
+    def test_printed(self, plan):
+        assert str(plan).splitlines() == [
+            "    copies  5, 5 of them of slices",
+            "  programs  1 of 3 operations: 1 exp, 1 neg, 1 copy_",
+            "   written  5 tensors",
+        ]
+
+    def test_order(self, plan):
+        def sources(made):
+            return [sources_of(step)[0] for step in made.steps]
+
+        assert sources(plan.ordered("given")) == sources(plan)
+        assert sources(plan.ordered("file")) == ["v", "a", "n", "n", "q", "k"]
+        assert sources(plan.ordered("layer")) == ["a", "n", "n", "v", "q", "k"]
+        backwards = {"v": (1, 0), "a": (0, 9), "n": (0, 5), "q": (0, 3), "k": (0, 1)}
+        assert sources(plan.ordered("file", backwards.__getitem__)) == ["k", "q", "n", "n", "a", "v"]
+        assert [len(batch) for batch in plan.ordered("layer").batches()] == [1, 2, 3]
+        assert [len(batch) for batch in plan.ordered("file").batches()] == [6]
+        with pytest.raises(UnknownName, match="known are: file, given, layer"):
+            plan.ordered("size")
+
+    def test_levels_come_first(self):
+        steps = (Copy("b", "x.b"), Copy("a", "x.a"), Copy("c", "w.c"))
+        plan = LoadPlan(steps, (), {}, {}, levels=(1, 0, 0), manifest=manifest(a=(F32, ()), b=(F32, ()), c=(F32, ())))
+        for order in ("layer", "file"):
+            made = plan.ordered(order)
+            assert made.levels == (0, 0, 1)
+            assert made.steps[-1] == steps[0]
+
+    @pytest.mark.parametrize("order", ["layer", "file", "given"])
+    def test_every_order_loads_the_same(self, order, tmp_path):
+        tensors = {name: torch.randn(4, 4) for name in ("v", "n", "q", "k")} | {"a": torch.randn(4)}
+        ours, theirs = self.Attention(), self.Attention()
+        theirs.load_weights(tensors.items())
+        load(ours, write_checkpoint(tmp_path, tensors, shards=2), order=order)
+        assert_same_bits(ours.state_dict(), theirs.state_dict())
+
+
+def test_boxes_as_slices():
+    def box(shape, stride, offset=0):
+        return Box(F32, shape, stride, offset * 4)
+
+    whole = box((6, 4), (4, 1))
+    assert slices(whole, whole) == [(0, 6), (0, 4)]
+    assert slices(box((2, 4), (4, 1), 8), whole) == [(2, 4), (0, 4)]
+    assert slices(box((8,), (1,), 8), whole) == [(2, 4), (0, 4)]
+    assert slices(box((6, 2), (4, 1), 1), whole) == [(0, 6), (1, 3)]
+    assert slices(box((3,), (4,), 5), whole) == [(1, 4), (1, 2)]
+    assert slices(box((2,), (1,), 5), whole) == [(1, 2), (1, 3)]
+    assert slices(box((3, 4), (8, 1)), whole) is None  # every other row
+    assert slices(box((4, 6), (1, 4)), whole) is None  # transposed
+    assert slices(box((6,), (1,), 2), whole) is None  # around a corner
+    assert slices(box((2, 2), (4, 1), 3), whole) is None
+    assert slices(box((), ()), box((), ())) == []

@@ -88,6 +88,8 @@ def draft(
         unproven=tuple(unproven),
         side_effects=tuple(side_effects),
         state_read=tuple(sorted(state_read)),
+        manifest=manifest,
+        targets=targets,
     )
 
 
@@ -104,6 +106,7 @@ class _Draft:
         self.ties: list[tuple[Copy, Copy]] = []
         self.fates: dict[str, Fate] = {}
         self.casts: dict[str, str] = {}
+        self.changes: dict[str, list[tuple[Box, bool]]] = defaultdict(list)  # Where steps wrote, in order; by a copy?
         # By owner. Whole copies are by far the most, so they have a table of their own.
         self.whole: dict[str, Copy] = {}
         self.parts: dict[str, list[tuple[Box, Step]]] = defaultdict(list)
@@ -129,17 +132,31 @@ class _Draft:
         self.fates.setdefault(step.source, Fate.WRITTEN)
         if target is None:  # A tensor that no name leads to, in a list or an attribute.
             return True
+        box = target.box if step.into is None else step.into
         if step.into is None:
             before = self.whole.setdefault(target.owner, step)
-            if before is not step:
+            if before is not step and self._stands(target.owner, box):
                 return self._add_tie(before, step)
+            self.whole[target.owner] = step
+            self.changes[target.owner].append((box, True))
             self._check(step, self.manifest[step.source], target)
             return True
         before = self.exact.setdefault((target.owner, step.into), step)
-        if before is not step:
+        if before is not step and self._stands(target.owner, box):
             return self._add_tie(before, step)
+        self.exact[target.owner, step.into] = step
+        self.changes[target.owner].append((box, True))
         self.parts[target.owner].append((step.into, step))
         self._check_parts(step, target)
+        return True
+
+    def _stands(self, owner: str, box: Box) -> bool:
+        """Whether nothing has changed these bytes since they were last written as one; else writing them is no tie."""
+        for other, copied in reversed(self.changes[owner]):
+            if other == box:
+                return copied
+            if meets(other, box):
+                return False
         return True
 
     def _add_tie(self, before: Copy, step: Copy) -> bool:
@@ -166,6 +183,7 @@ class _Draft:
                 target = self.targets.get(region.memory.name) if region.memory.kind == "model" else None
                 if target is not None:
                     self.parts[target.owner].append((region.box, step))
+                    self.changes[target.owner].append((region.box, False))
                     self._check_write(step, op, region, target)
         return True
 

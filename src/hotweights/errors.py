@@ -7,6 +7,7 @@
     │   └── CheckpointChanged   it changed between open and the end of reading
     ├── UnsupportedDtype        the installed torch has no type for these bytes
     ├── PlanError               source and model do not fit; nothing was read or written
+    ├── PlanFileError           a saved plan is damaged or forged, or a plan cannot be saved
     ├── IncompleteLoad          the model's own loading code left something unwritten
     ├── PlanDiffers             verify="loader" found what the model's own code makes otherwise
     ├── TiedWeightsDiffer       two names of one tensor carry different bytes; nothing was written
@@ -34,6 +35,7 @@ __all__ = [
     "MissingPackage",
     "PlanDiffers",
     "PlanError",
+    "PlanFileError",
     "PoolTimeout",
     "StaleLease",
     "TiedWeightsDiffer",
@@ -94,6 +96,10 @@ class UnsupportedDtype(HotweightsError):
 
 class PlanError(_Problems):
     """Source and model do not fit. Raised before the first byte is read; the model is unharmed."""
+
+
+class PlanFileError(_Problems):
+    """A saved plan is damaged, forged or of another version; or a plan holds what no file may. Nothing was written."""
 
 
 class IncompleteLoad(_Problems):

@@ -127,7 +127,7 @@ class _Addressed:
     def run(self) -> None:
         _prove_ties(self._plan, self._source.manifest, self._equal)
         self._done.writing = True
-        for steps in self._plan.by_level():
+        for steps in self._plan.batches():
             self._copy([step for step in steps if isinstance(step, Copy)])
             self._run_programs([step for step in steps if isinstance(step, Program)])
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -10,14 +11,15 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .errors import IncompleteLoad
+from .errors import IncompleteLoad, PlanDiffers
 from .execute import Execution, owned
 from .memory import Pool
 from .modules import places
-from .plan import LoadPlan
+from .plan import Copy, LoadPlan
+from .regions import Box, box_of, meets
 from .sources.contracts import Addressed, InMemory, Source
 from .trace import loader_of
-from .tracing import in_every_thread, written_by
+from .tracing import anchors, in_every_thread, written_by
 
 __all__ = ["fall_back"]
 
@@ -45,6 +47,7 @@ def fall_back(
 
     Raises:
         IncompleteLoad: its code left something unwritten.
+        PlanDiffers: its code wrote over what was planned.
     """
     load = loader_of(model)
     assert load is not None, "only models with loading code of their own fall back"
@@ -53,8 +56,8 @@ def fall_back(
         done.arrive(nbytes)
         advance(nbytes)
 
-    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-        for name in plan.fallback:
+    def tensors(names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        for name in names:
             if name in kept:
                 yield name, kept[name]
             elif isinstance(source, Addressed):
@@ -65,9 +68,24 @@ def fall_back(
                 yield name, owned(source, name, lambda reads: {})
 
     before = {place.name: place.tensor for place in places(model)}
-    watch = _Watch()
-    with torch.no_grad(), in_every_thread(lambda: watch):
-        load(tensors())
+    watch = _Watch(_planned(plan, model))
+    error: Exception | None = None
+    try:
+        with torch.no_grad(), in_every_thread(lambda: watch):
+            load(tensors(plan.fallback))
+    except Exception as caught:
+        error = caught
+    if watch.conflicts:
+        raise PlanDiffers(
+            "the model's own loading code wrote over what was planned apart from it", watch.conflicts
+        ) from error
+    if error is not None:
+        whole = len(plan.fallback) == len(source.manifest) or not isinstance(source, (Addressed, InMemory))
+        if whole or any(watch.saw(tensor) for tensor in before.values() if tensor.numel()):
+            raise error
+        # It wrote nothing: it may need the tensors that were planned, and can begin anew.
+        with torch.no_grad(), in_every_thread(lambda: watch):
+            load(tensors(source.manifest))
     unwritten = [
         place.name
         for place in places(model)
@@ -86,12 +104,31 @@ def _counted(
     return roads
 
 
+def _planned(plan: LoadPlan, model: nn.Module) -> dict[int, list[tuple[str, Box]]]:
+    """What the plan writes: boxes within storages, by the storage's address."""
+    reached = anchors(model)
+    found: dict[int, list[tuple[str, Box]]] = defaultdict(list)
+    for step in plan.steps:
+        parts = (
+            [(step.destination, step.into)] if isinstance(step, Copy) else [(w.memory.name, w.box) for w in step.writes]
+        )
+        for name, box in parts:
+            tensor = reached[name]
+            first = int(tensor.storage_offset()) * tensor.element_size()
+            box = box_of(tensor) if box is None else Box(box.dtype, box.shape, box.stride, box.offset + first)
+            found[tensor.untyped_storage().data_ptr()].append((name, box))
+    return found
+
+
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees which memory is written, in whatever way goes through the dispatcher."""
 
-    def __init__(self) -> None:
+    def __init__(self, planned: Mapping[int, list[tuple[str, Box]]]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._written: set[int] = set()
+        self._planned = planned
+        self.conflicts: set[str] = set()
+        """Names of the model where something was written that the plan had written."""
 
     def saw(self, tensor: torch.Tensor) -> bool:
         """Whether something was written to the tensor's memory."""
@@ -99,5 +136,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in written_by(func, args, kwargs or {}):
-            self._written.add(tensor.untyped_storage().data_ptr())
+            address = tensor.untyped_storage().data_ptr()
+            self._written.add(address)
+            if address in self._planned:
+                box = box_of(tensor)
+                self.conflicts |= {name for name, other in self._planned[address] if meets(box, other)}
         return func(*args, **(kwargs or {}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -12,14 +13,17 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
+from .cache import planned
 from .casts import Cast
 from .engines import rules_for
 from .errors import UnknownName, UsageError
 from .execute import Execution, execute, owned
 from .fallback import fall_back
+from .fit import check
+from .manifest import Manifest
 from .memory import Pool
 from .modules import materialise, places
-from .plan import Copy, Fate, LoadPlan, Patterns, Program
+from .plan import Copy, Fate, LoadPlan, Order, Patterns, Program, both
 from .progress import progress
 from .report import LoadReport, size
 from .sources import Addressed, Reading, Source
@@ -39,11 +43,15 @@ def load(
     model: nn.Module,
     source: str | os.PathLike[str] | Mapping[str, torch.Tensor] | nn.Module | Source,
     *,
+    plan: LoadPlan | None = None,
     device: torch.device | str | None = None,
     allow_missing: Patterns = (),
     allow_partial: Patterns = (),
     allow_unexpected: Patterns = (),
     cast: Cast | None = None,
+    order: Order = "given",
+    cache: bool = True,
+    cache_dir: str | os.PathLike[str] | None = None,
     reading: Reading = "auto",
     threads: int | None = None,
     pool: Pool | None = None,
@@ -61,6 +69,8 @@ def load(
     Args:
         model: is written in place; addresses do not change, except those of meta tensors.
         source: an open source, which stays open; or anything that ``hotweights.open`` takes.
+        plan: a plan made or saved before; it is checked to be one for this model and this source. By default it is
+            traced now, unless it was before.
         device: where meta tensors are made real. Without it they are a problem.
         allow_missing: names of the model that may be missing from the source; they keep their values.
         allow_partial: names of the model of which some bytes may keep their values.
@@ -68,6 +78,10 @@ def load(
         cast: whether casts that lose information are problems (``"error"``, the default by name) or done
             (``"loader"``, the default for models with loading code of their own). Casts that lose nothing are
             done and reported; from floats to integers always is a problem.
+        order: what is read first, see ``Order``. Files are read in their own order within a layer, and where no order
+            is asked for.
+        cache: whether a plan that was traced from all the same is used again, and this one kept for that.
+        cache_dir: where plans are kept for other processes too.
         reading: how files are read, see ``Reading``.
         threads: how many read at once; by default a few.
         pool: memory for what cannot be read in place; by default 64 MiB, which is let go at the end.
@@ -94,15 +108,15 @@ def load(
                 f"a source is a path, a mapping of tensors, a module or a Source; this is a {type(source).__name__}"
             )
         target_device = None if device is None else torch.device(device)
-        plan = trace(
-            model,
-            source.manifest,
-            device=target_device,
-            allow_missing=allow_missing,
-            allow_partial=allow_partial,
-            allow_unexpected=allow_unexpected,
-            cast=cast,
-        )
+        if plan is None:
+            may = [both(patterns, ()) for patterns in (allow_missing, allow_partial, allow_unexpected)]
+            make = partial(_trace, model, source.manifest, target_device, may, cast)
+            options = (target_device, may, cast)
+            plan = planned(model, source.manifest, options, make, cache_dir) if cache else make()
+        else:
+            check(plan, model, source.manifest, target_device)
+        if order != "given":
+            plan = plan.ordered(order, source.position if isinstance(source, Addressed) else None)
         done = Execution()
         nbytes = _bytes_to_read(plan, source)
         with _made_real(plan, model, target_device), _noting(done, nbytes):
@@ -118,6 +132,25 @@ def load(
             if verify == "loader":
                 _verify(plan, model, source, destinations, pool)
         return _report(plan, done, pool, time.perf_counter() - began)
+
+
+def _trace(
+    model: nn.Module,
+    manifest: Manifest,
+    device: torch.device | None,
+    may: list[list[str | re.Pattern[str]]],
+    cast: Cast | None,
+) -> LoadPlan:
+    missing, partly, unexpected = may
+    return trace(
+        model,
+        manifest,
+        device=device,
+        allow_missing=missing,
+        allow_partial=partly,
+        allow_unexpected=unexpected,
+        cast=cast,
+    )
 
 
 def _verify(

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import msgspec
 import torch
+from msgspec.structs import force_setattr
 
 from .errors import UsageError
 
@@ -81,18 +82,18 @@ class TensorSpec(msgspec.Struct, frozen=True, gc=False):
         name: as the source spells it.
         dtype: a ``torch.dtype``, or an ``OpaqueDtype`` where torch has none.
         shape: as torch counts it (packed dtypes in packs); as the format counts it for an ``OpaqueDtype``.
+        nbytes: size in bytes, without padding; follows from the others.
     """
 
     name: str
     dtype: DType
     shape: tuple[int, ...]
+    nbytes: int = -1
 
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes, without padding."""
-        if isinstance(self.dtype, OpaqueDtype):
-            return math.prod(self.shape) * self.dtype.bits // 8
-        return math.prod(self.shape) * self.dtype.itemsize
+    def __post_init__(self) -> None:
+        # Asked for again and again on the way of every tensor, so it is worked out once.
+        bits = self.dtype.bits if isinstance(self.dtype, OpaqueDtype) else 8 * self.dtype.itemsize
+        force_setattr(self, "nbytes", math.prod(self.shape) * bits // 8)
 
     def __str__(self) -> str:
         return f"{self.name}: {format_name(self.dtype)} {list(self.shape)}"

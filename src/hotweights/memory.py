@@ -279,7 +279,7 @@ def _happened(slot: Slot) -> bool:
 
 def _huge_region(nbytes: int) -> torch.Tensor:
     """``nbytes`` of fresh host memory that starts on a huge page. Without that, direct reads are three times slower."""
-    # Private: shared anonymous memory is shmem, to which the kernel gives no huge pages unless told to, and which a fork
+    # Private: shared anonymous memory is shmem, which gets no huge pages unless the kernel is told to, and which a fork
     # would go on sharing.
     region = mmap.mmap(-1, nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if _MADV_HUGEPAGE is not None:

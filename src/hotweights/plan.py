@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import math
 import os
 import re
 from collections import Counter, defaultdict
@@ -16,8 +15,8 @@ import torch
 
 from . import planfile
 from .errors import UnknownName
-from .manifest import Manifest, OpaqueDtype, TensorSpec, format_name
-from .regions import Box, Region, slices, whole
+from .manifest import Manifest, OpaqueDtype, format_name
+from .regions import Box, slices, whole
 from .steps import Copy, Fate, Note, Op, Program, Step, Target
 
 __all__ = [
@@ -166,8 +165,11 @@ class LoadPlan:
         return [
             *_differing("source", self.manifest, manifest, str),
             *_differing("model", self.targets, targets, _as_target),
-            *(f"model: {name}: {targets[name].problem}" for name in sorted(self._written() & targets.keys())
-              if targets[name].problem),
+            *(
+                f"model: {name}: {targets[name].problem}"
+                for name in sorted(self._written() & targets.keys())
+                if targets[name].problem
+            ),
         ]
 
     def _written(self) -> set[str]:
@@ -177,7 +179,13 @@ class LoadPlan:
 
     def explain(self, name: str) -> str:
         """In words: which part of which source tensors becomes the model's tensor ``name``, and how."""
-        lines = [line for step in self.steps for line in self._explained(step, name)]
+        levels = self.levels or (0,) * len(self.steps)
+        found = [
+            (level, _first_byte(step, name), line)
+            for level, step in zip(levels, self.steps, strict=True)
+            for line in self._explained(step, name)
+        ]
+        lines = [line for *_, line in sorted(found, key=lambda one: one[:2])]
         lines += [
             f"  {second.source} is compared with {first.source}: they are one tensor in the model"
             for first, second in self.ties
@@ -222,6 +230,16 @@ class LoadPlan:
             )
             yield f"  {parts} <- a program of {', '.join(step.sources) or 'no source'}: {ops}"
 
+    def rows(self, step: Step) -> Iterator[tuple[str, str, str]]:
+        """For a table: a destination, how it comes to be, and from what."""
+        if isinstance(step, Copy):
+            into = self._into(step.into, step.destination).removeprefix("all of it")
+            how = f"cast {self.casts[step.source]}" if step.source in self.casts else "copy"
+            yield step.destination + into, how, step.source + self._of(step.of, step.source)
+            return
+        for name in dict.fromkeys(destinations_of(step)):
+            yield name, "program: " + ", ".join(map(_named, step.ops)), ", ".join(step.sources)
+
     def _into(self, box: Box | None, name: str) -> str:
         target = self.targets.get(name)
         return "all of it" if box is None else _part(box, None if target is None else target.box) or "all of it"
@@ -247,8 +265,11 @@ class LoadPlan:
         if self.fallback:
             rows.append(("fallback", f"{_some(self.fallback)}, by the model's own code, because of"))
         rows += [("", f"  {note}") for note in self.notes]
-        rows += [("reads", f"{_some(self.state_read)} of the model: the plan holds for their values")
-                 ] if self.state_read else []
+        rows += (
+            [("reads", f"{_some(self.state_read)} of the model: the plan holds for their values")]
+            if self.state_read
+            else []
+        )
         rows += [("changes", effect) for effect in self.side_effects]
         rows += [("warning", warning) for warning in self.warnings]
         return "\n".join(f"{label:>10}  {text}" for label, text in rows)
@@ -267,6 +288,12 @@ def destinations_of(step: Step) -> tuple[str, ...]:
 def layer_of(step: Step) -> str:
     """The module that owns the first tensor that the step writes."""
     return _layer(next(iter(destinations_of(step)), ""))
+
+
+def _first_byte(step: Step, name: str) -> int:
+    if isinstance(step, Copy):
+        return 0 if step.into is None else step.into.offset
+    return min(one.box.offset for one in step.writes if one.memory.name == name)
 
 
 def _layer(name: str) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -89,6 +90,22 @@ def run_program(
         model: the model's tensor of that name.
     """
     table = _Table(sources, constants, model)
+    with _no_autocast():
+        _run(program, table)
+
+
+@contextmanager
+def _no_autocast() -> Iterator[None]:
+    """The caller's autocast was none of the loading code's."""
+    with ExitStack() as stack:
+        if torch._C._is_any_autocast_enabled():
+            for kind in ("cpu", "cuda", "xpu", "mps"):
+                if torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+def _run(program: Program, table: _Table) -> None:
     for op in program.ops:
         args, kwargs = _decoded(op.args, table), _decoded(op.kwargs, table)
         out = op.func(*args, **kwargs)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -16,10 +17,12 @@ from .casts import Cast
 from .drafting import draft
 from .engines import rules_for
 from .errors import PlanError
+from .fit import complete
 from .lowering import lower
 from .manifest import Manifest
 from .modules import Place, describe, extra_state_problems, hook_problems, places
 from .plan import Copy, LoadPlan, Note, Patterns, Step, both, matches
+from .regions import Box, Region, covered, meets
 from .tracing import Recording, record
 
 __all__ = ["by_name", "loader_of", "trace"]
@@ -100,7 +103,7 @@ def _trace(
                 raise
             # By name every misfit is found and named, where load_state_dict stops at a summary.
             problems += error.problems
-    return draft(
+    plan = draft(
         manifest,
         {name: describe(tensor, name, owner[name], device=where) for name, tensor in tensors.items()},
         steps=rules.steps if traced is None else traced.steps,
@@ -123,6 +126,7 @@ def _trace(
             *(_left_on_meta(found, may_miss) if where is not None else ()),
         ],
     )
+    return complete(plan, model)
 
 
 def loader_of(model: nn.Module) -> Loader | None:
@@ -169,6 +173,10 @@ class _Traced(NamedTuple):
                 written = {name for _, step in steps for name in _sources(step)}
                 if left_out:  # What its siblings were left out of may have been waiting for them.
                     left_out |= {name for name in recording.taken if name not in written}
+                    if not _separable(model, manifest, load, recording, left_out):
+                        left_out = set(manifest)
+                if manifest and left_out >= set(manifest):
+                    return cls._nothing(recording, manifest, notes)
                 return cls(recording, steps, tuple(name for name in manifest if name in left_out), tuple(notes))
             if not recording.notes and not left_out:
                 assert recording.error is not None
@@ -177,9 +185,55 @@ class _Traced(NamedTuple):
                 ) from recording.error
             notes += (note for note in recording.notes if note not in notes)
             if left_out >= set(manifest):  # It fails even without a tensor: it is not run on stand-ins at all.
-                nothing = recording._replace(ops=[], constants={}, taken=frozenset())
-                return cls(nothing, [], tuple(manifest), tuple(notes))
+                return cls._nothing(recording, manifest, notes)
             left_out |= _left_out(manifest, recording) - left_out or set(manifest)
+
+    @classmethod
+    def _nothing(cls, recording: Recording, manifest: Manifest, notes: list[Note]) -> _Traced:
+        nothing = recording._replace(ops=[], constants={}, taken=frozenset(), state_read=frozenset())
+        return cls(nothing, [], tuple(manifest), tuple(notes))
+
+
+def _separable(
+    model: nn.Module, manifest: Manifest, load: Loader, recording: Recording, left_out: Container[str]
+) -> bool:
+    """Whether loading some tensors by plan and the others by the model's code gives what loading all by its code gives.
+
+    It does not where the code writes without being given a tensor (it would do so twice), or where what is planned
+    reads what only the others write.
+    """
+    loadable = {place.name for place in places(model) if place.persistent}
+    if recording.state_read & loadable:
+        return False
+    written: dict[str, list[Box]] = defaultdict(list)
+    for op in recording.ops:
+        overwrites = op.writes[:1] if op.func in _OVERWRITES else ()
+        for region in op.reads:
+            needed = region.memory.kind == "model" and region not in overwrites
+            if needed and covered(written[region.memory.name], region.box) < region.box.numel:
+                return False
+        for region in op.writes:
+            written[region.memory.name].append(region.box)
+    alone = record(model, manifest, load, device=_CPU, leave_out=manifest)
+    if alone.error is not None or alone.notes or any(_model_writes(alone)):
+        return False
+    # As far as it comes: at the first value that it asks for it may stop.
+    others = record(model, manifest, load, device=_CPU, leave_out={name for name in manifest if name not in left_out})
+    if others.error is not None and not others.notes:
+        return False
+    return not any(meets(region.box, box) for region in _model_writes(others) for box in written[region.memory.name])
+
+
+def _model_writes(recording: Recording) -> Iterator[Region]:
+    return (region for op in recording.ops for region in op.writes if region.memory.kind == "model")
+
+
+_OVERWRITES = {
+    torch.ops.aten.copy_.default,
+    torch.ops.aten.fill_.Scalar,
+    torch.ops.aten.fill_.Tensor,
+    torch.ops.aten.zero_.default,
+}
 
 
 def _words(error: Exception) -> str:

@@ -10,6 +10,7 @@ import typer
 from .demo import demo
 from .inspect import inspect
 from .load import load
+from .plan import plan
 
 __all__ = ["app", "main"]
 
@@ -22,6 +23,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command()(inspect)
+app.command()(plan)
 app.command()(load)
 app.command()(demo)
 

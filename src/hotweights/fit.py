@@ -1,0 +1,73 @@
+"""Whether a plan that was made earlier still fits: the model's tensors, and the values that it was made from."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+import torch
+import xxhash
+from torch import nn
+
+from .aliases import owners
+from .errors import PlanError
+from .manifest import Manifest
+from .modules import describe, places
+from .plan import LoadPlan, Target, destinations_of
+from .tracing import anchors
+
+__all__ = ["check", "complete", "digests"]
+
+
+def complete(plan: LoadPlan, model: nn.Module) -> LoadPlan:
+    """The plan with what only ``model`` knows: digests of the values it read, tensors of no name that it writes."""
+    written = {name for step in plan.steps for name in destinations_of(step)}
+    unnamed = written - plan.targets.keys()
+    if not unnamed and not plan.state_read:
+        return plan
+    reached = anchors(model)
+    found = {name: describe(reached[name], name, name, device=None) for name in sorted(unnamed) if name in reached}
+    return replace(plan, targets={**plan.targets, **found}, digests=digests(reached, plan.state_read))
+
+
+def check(plan: LoadPlan, model: nn.Module, manifest: Manifest, device: torch.device | None) -> None:
+    """See that the plan is one for this model and this manifest.
+
+    Raises:
+        PlanError: with every difference.
+    """
+    found = _targets(model, device)
+    reached: Mapping[str, torch.Tensor] = {}
+    if not plan.targets.keys() <= found.keys() or plan.state_read:
+        reached = anchors(model)
+        unnamed = [name for name in plan.targets if name not in found and name in reached]
+        found |= {name: describe(reached[name], name, name, device=None) for name in unnamed}
+    problems = plan.differences(manifest, found)
+    values = digests(reached, plan.state_read)
+    problems += [
+        f"model: {name}: holds other values, from which the plan was made"
+        for name, digest in plan.digests.items()
+        if values.get(name) != digest
+    ]
+    if problems:
+        raise PlanError("the plan was made for another source or another model; nothing was read or written", problems)
+
+
+def _targets(model: nn.Module, device: torch.device | None) -> dict[str, Target]:
+    tensors = {place.name: place.tensor for place in places(model) if place.persistent}
+    owner = owners(tensors)
+    return {name: describe(tensor, name, owner[name], device=device) for name, tensor in tensors.items()}
+
+
+def digests(tensors: Mapping[str, torch.Tensor], names: Iterable[str]) -> dict[str, str]:
+    """Digests (xxh3) of the values of the named tensors, with what they are; of those that are not there, nothing."""
+    return {name: _digest(tensors[name]) for name in names if name in tensors}
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    digest = xxhash.xxh3_128(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    if not tensor.is_meta and tensor.numel():
+        values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update((ctypes.c_char * values.numel()).from_address(values.data_ptr()))
+    return digest.hexdigest()
