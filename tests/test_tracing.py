@@ -436,6 +436,14 @@ def test_only_the_layers_concerned_fall_back(name, tmp_path):
         assert fingerprint(ours) == fingerprint(theirs), kind
 
 
+def test_a_fallback_that_writes_over_the_plan_is_loud():
+    """Its own code would have loaded the first layer after that; here it was loaded before."""
+    second = lambda m, p, one: (p.data.copy_(one * float(one.max())), m.a.bias.data.zero_())  # noqa: E731
+    tensors = {key: torch.rand(one.shape) for key, one in reversed(list(Layered().named_parameters()))}
+    with pytest.raises(hw.PlanDiffers, match=r"wrote over what was planned apart from it: a\.bias"):
+        hw.load(Layered(second=second), tensors)
+
+
 def test_a_plan_does_not_read_what_only_the_fallback_writes():
     """Without the tensors left out, a parameter looks as if loading never wrote it."""
 

@@ -513,6 +513,19 @@ each(
 each("scalar in full", lambda m, z: m.p.data.copy_(torch.full((4, 4), z.item())), "F", ".item()", wanted="z")
 each("scalar as an operand", lambda m, z: m.p.data.copy_(m.g.data * z.item()), "F", ".item()", wanted="z")
 each(
+    "scalar of what changes later",
+    lambda m, z: (lambda x: (z.zero_(), m.p.data.fill_(x)))(z.item()),
+    "P",
+    wanted="z",
+)
+each(
+    "scalar only looked at",
+    lambda m, z: m.p.data.zero_() if isinstance(z.item(), int) else m.p.data.fill_(2),
+    "F",
+    ".item()",
+    wanted="z",
+)
+each(
     "scalar compared",
     lambda m, z: m.p.data.fill_(z.item()) if z.item() > 0.5 else m.p.data.zero_(),
     "F",

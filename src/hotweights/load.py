@@ -15,6 +15,7 @@ from torch import nn
 
 from .cache import planned
 from .casts import Cast
+from .collection import without_collection
 from .engines import rules_for
 from .errors import UnknownName, UsageError
 from .execute import Execution, execute, owned
@@ -99,7 +100,7 @@ def load(
     if verify not in get_args(Verify):
         raise UnknownName("verify", verify, get_args(Verify))
     began = time.perf_counter()
-    with ExitStack() as stack:
+    with without_collection(), ExitStack() as stack:
         if isinstance(source, (str, os.PathLike, Mapping, nn.Module)):
             source = open_source(source)
             stack.callback(source.close)

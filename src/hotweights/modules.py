@@ -46,14 +46,17 @@ class Place(msgspec.Struct, frozen=True, gc=False):
 
 def places(model: nn.Module) -> Iterator[Place]:
     """Every parameter and buffer, once for each name it has, in the order of the state dict."""
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        dot = f"{prefix}." if prefix else ""
+    stack = [("", model)]
+    while stack:  # named_modules() gives the same in four times the time, and every load comes here.
+        dot, module = stack.pop()
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 yield Place(dot + key, module, key, persistent=True)
         for key, buffer in module._buffers.items():
             if buffer is not None:
                 yield Place(dot + key, module, key, persistent=key not in module._non_persistent_buffers_set)
+        children = [(f"{dot}{key}.", child) for key, child in module._modules.items() if child is not None]
+        stack += reversed(children)
 
 
 def describe(tensor: torch.Tensor, name: str, owner: str, *, device: torch.device | None) -> Target:

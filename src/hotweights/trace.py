@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import re
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +12,7 @@ from torch import nn
 
 from .aliases import overlaps, owners
 from .casts import Cast
+from .collection import without_collection
 from .drafting import draft
 from .engines import rules_for
 from .errors import PlanError
@@ -60,20 +59,8 @@ def trace(
     Raises:
         PlanError: with every problem.
     """
-    with _without_collection():
+    with without_collection():
         return _trace(model, manifest, device, allow_missing, allow_partial, allow_unexpected, cast)
-
-
-@contextmanager
-def _without_collection() -> Iterator[None]:
-    """A trace makes many small objects that stay; collecting garbage meanwhile would look at them again and again."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _trace(

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..collection import without_collection
 from ..errors import Closed, UnsupportedDtype, UsageError
 from ..guards import Guard
 from ..manifest import Manifest, OpaqueDtype, TensorSpec
@@ -49,7 +50,8 @@ class FileSource:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
         self._closed = True  # Until the files are open there is nothing to close.
-        self._shards: tuple[Shard, ...] = open_shards(path)
+        with without_collection():
+            self._shards: tuple[Shard, ...] = open_shards(path)
         self._closed = False
         self._places = {
             spec.name: _Place(shard.file, offset, number)
