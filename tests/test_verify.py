@@ -105,3 +105,51 @@ def test_a_stream_cannot_be_asked_twice():
         hw.load(nn.Linear(2, 2), Stream(source), verify="loader")
     with pytest.raises(hw.UnknownName, match="loader, off"):
         hw.load(nn.Linear(2, 2), nn.Linear(2, 2), verify="twice")
+
+
+class Flat(nn.Module):
+    """Parameters side by side in one buffer, as flattening trainers keep them."""
+
+    def __init__(self):
+        super().__init__()
+        self.flat = torch.zeros(24)
+        self.a = nn.Parameter(self.flat[:8].view(2, 4), requires_grad=False)
+        self.b = nn.Parameter(self.flat[8:20].view(3, 4), requires_grad=False)
+        self.c = nn.Parameter(self.flat[20:], requires_grad=False)
+
+    def load_weights(self, weights):
+        for name, tensor in weights:
+            if name == "all":
+                self.flat[8:].copy_(tensor)
+            else:
+                getattr(self, name).data.copy_(tensor * 1.0 if name == "c" else tensor)
+
+
+@pytest.mark.parametrize("kind", ["apart", "together"])
+def test_parameters_of_one_flat_buffer(tmp_path, kind):
+    apart = {"a": torch.randn(2, 4), "b": torch.randn(3, 4), "c": torch.randn(4)}
+    state = apart if kind == "apart" else {"a": apart["a"], "all": torch.randn(16)}
+    write_checkpoint(tmp_path, state)
+    for source in (tmp_path, state):
+        ours, theirs = Flat(), Flat()
+        report = hw.load(ours, source, verify="loader")
+        theirs.load_weights(state.items())
+        assert torch.equal(ours.flat, theirs.flat)
+        assert report.planned == len(state)
+
+
+def test_a_source_that_is_the_model_itself():
+    """Loading code that swaps two names, from the model's own state dict: each would read what the other wrote."""
+
+    class Swapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = (nn.Parameter(torch.full((2,), value), requires_grad=False) for value in (0.0, 1.0))
+
+        def load_weights(self, weights):
+            for name, tensor in weights:
+                getattr(self, {"a": "b", "b": "a"}[name]).data.copy_(tensor)
+
+    ours = Swapped()
+    hw.load(ours, ours.state_dict())
+    assert (ours.a.tolist(), ours.b.tolist()) == ([1.0, 1.0], [0.0, 0.0])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator, Mapping
 
 import torch
 
-__all__ = ["overlaps", "owners"]
+from .regions import Box, box_of, extent
+
+__all__ = ["homes", "overlaps", "owners"]
 
 
 def owners(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
@@ -52,6 +55,37 @@ def overlaps(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, str]]:
             if _identity(tensors[other]) != _identity(tensors[name]) and _share_bytes(tensors[other], tensors[name]):
                 yield other, name
         open_spans.append(span)
+
+
+def homes(tensors: Mapping[str, torch.Tensor]) -> Callable[[str, Box], list[tuple[str, Box]]]:
+    """A function that says which tensors the bytes of a box belong to, where several lie side by side in one storage.
+
+    It takes a name and a box counted from that tensor's first byte, which may reach beyond the tensor, and returns
+    names with boxes counted from theirs: one if the box lies within one tensor, else the bytes in each.
+    """
+    plain = {name: tensor for name, tensor in tensors.items() if _has_address(tensor) and tensor.numel()}
+    owner = owners(plain)
+    base = {name: int(one.storage_offset()) * one.element_size() for name, one in plain.items()}
+    storage = {name: one.untyped_storage()._cdata for name, one in plain.items()}
+    side_by_side: dict[int, list[tuple[int, int, str]]] = defaultdict(list)
+    for name, tensor in plain.items():
+        if owner[name] == name:
+            start, stop = extent(box_of(tensor))
+            side_by_side[storage[name]].append((start, stop, name))
+
+    def home(name: str, box: Box) -> list[tuple[str, Box]]:
+        several = side_by_side.get(storage.get(name, -1), [])
+        if len(several) < 2:
+            return [(name, box)]
+        start, stop = (base[name] + at for at in extent(box))
+        for low, high, other in several:
+            if low <= start and stop <= high:
+                return [(other, Box(box.dtype, box.shape, box.stride, box.offset + base[name] - base[other]))]
+        parts = [(max(start, low), min(stop, high), other) for low, high, other in several]
+        inside = [(other, Box(torch.uint8, (b - a,), (1,), a - base[other])) for a, b, other in parts if a < b]
+        return inside or [(name, box)]
+
+    return home
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from .regions import Box, Region, covered, extent, meets, whole
 
 __all__ = ["draft"]
 
+Home = Callable[[str, Box], Sequence[tuple[str, Box]]]
 _COPY = torch.ops.aten.copy_.default
 
 
@@ -36,6 +37,7 @@ def draft(
     side_effects: Sequence[str] = (),
     state_read: Iterable[str] = (),
     taken: Container[str] = (),
+    home: Home = lambda name, box: [(name, box)],
     problems: Iterable[str] = (),
 ) -> LoadPlan:
     """Make the plan of loading ``manifest`` into ``targets`` by ``steps``.
@@ -56,6 +58,7 @@ def draft(
         side_effects: attributes that it changes.
         state_read: the model's tensors whose values it asked for.
         taken: tensors that it took; those that it writes nowhere are skipped.
+        home: says which targets the bytes of a box belong to, see ``aliases.homes``.
         problems: what the caller found already.
 
     Raises:
@@ -63,7 +66,7 @@ def draft(
     """
     if cast not in get_args(Cast):
         raise UnknownName("cast", cast, get_args(Cast))
-    made = _Draft(manifest, targets, cast, list(problems))
+    made = _Draft(manifest, targets, cast, home, list(problems))
     if steps is None:
         steps = ((0, Copy(name, name)) for name in manifest if name in targets)
     for level, step in steps:
@@ -96,7 +99,10 @@ def draft(
 class _Draft:
     """A plan in the making: collects steps, fates, coverage and problems."""
 
-    def __init__(self, manifest: Manifest, targets: Mapping[str, Target], cast: Cast, problems: list[str]) -> None:
+    def __init__(
+        self, manifest: Manifest, targets: Mapping[str, Target], cast: Cast, home: Home, problems: list[str]
+    ) -> None:
+        self.home = home
         self.manifest = manifest
         self.targets = targets
         self.cast = cast
@@ -114,10 +120,24 @@ class _Draft:
 
     def add(self, level: int, step: Step) -> None:
         if isinstance(step, Copy):
-            step = self._plain(step)
+            homes = [(step.destination, step.into)] if step.into is None else self.home(step.destination, step.into)
+            if len(homes) > 1:
+                self._add_spread(level, step, homes)
+                return
+            step = self._plain(Copy(step.source, homes[0][0], step.of, homes[0][1]))
         if self._add_copy(step) if isinstance(step, Copy) else self._add_program(step):
             self.steps.append(step)
             self.levels.append(level)
+
+    def _add_spread(self, level: int, step: Copy, homes: Sequence[tuple[str, Box | None]]) -> None:
+        """A copy into memory that several names share side by side."""
+        self.fates.setdefault(step.source, Fate.WRITTEN)
+        for name, box in homes:
+            assert box is not None
+            self.parts[self.targets[name].owner].append((box, step))
+            self.changes[self.targets[name].owner].append((box, True))
+        self.steps.append(step)
+        self.levels.append(level)
 
     def _plain(self, step: Copy) -> Copy:
         """Boxes that are all of a tensor are not worth their words; by name they are checked more exactly too."""
@@ -180,11 +200,12 @@ class _Draft:
                 )
         for op in step.ops:
             for region in op.writes:
-                target = self.targets.get(region.memory.name) if region.memory.kind == "model" else None
-                if target is not None:
-                    self.parts[target.owner].append((region.box, step))
-                    self.changes[target.owner].append((region.box, False))
-                    self._check_write(step, op, region, target)
+                for name, box in self.home(region.memory.name, region.box) if region.memory.kind == "model" else ():
+                    target = self.targets.get(name)
+                    if target is not None:
+                        self.parts[target.owner].append((box, step))
+                        self.changes[target.owner].append((box, False))
+                        self._check_write(step, op, region, target)
         return True
 
     def _check_write(self, step: Program, op: Op, region: Region, target: Target) -> None:

@@ -82,7 +82,8 @@ def execute(
         advance: called as bytes arrive, from any thread.
 
     Returns:
-        The tensors of ``plan.fallback``, owned, if the source comes as it comes: it cannot be asked for them again.
+        Those tensors of ``plan.fallback``, owned, for which the source cannot be asked again: because it comes as it
+        comes, or because its tensors share memory with the model.
 
     Raises:
         TiedWeightsDiffer: nothing was written.
@@ -100,8 +101,7 @@ def execute(
             _Addressed(plan, source, read, destinations, done, pool).run()
             return {}
         if isinstance(source, InMemory):
-            _from_memory(plan, source, destinations, done, arrive)
-            return {}
+            return _from_memory(plan, source, destinations, done, arrive)
         return _from_stream(plan, source, destinations, done, arrive)
 
 
@@ -239,9 +239,15 @@ def _copy_now(step: Copy, tensor: torch.Tensor, destinations: Destinations, done
 
 def _from_memory(
     plan: LoadPlan, source: InMemory, destinations: Destinations, done: Execution, arrive: Callable[[int], None]
-) -> None:
+) -> dict[str, torch.Tensor]:
+    private = _private(source, destinations)
+    done.hold_scratch(sum(tensor.nbytes for tensor in private.values()))
+
+    def borrow(name: str) -> torch.Tensor:
+        return private[name] if name in private else source.borrow(name)
+
     def equal(one: Copy, other: Copy) -> bool:
-        return _same_bits(_part(one, source.borrow(one.source)), _part(other, source.borrow(other.source)))
+        return _same_bits(_part(one, borrow(one.source)), _part(other, borrow(other.source)))
 
     _prove_ties(plan, source.manifest, equal)
     done.writing = True
@@ -249,14 +255,32 @@ def _from_memory(
         for step in steps:
             names = (step.source,) if isinstance(step, Copy) else step.sources
             if isinstance(step, Copy):
-                _copy_now(step, source.borrow(step.source), destinations, done)
+                _copy_now(step, borrow(step.source), destinations, done)
             else:
-                tensors = {name: source.borrow(name).clone(memory_format=torch.contiguous_format) for name in names}
+                tensors = {name: borrow(name).clone(memory_format=torch.contiguous_format) for name in names}
                 done.hold_scratch(sum(tensor.nbytes for tensor in tensors.values()))
                 _run(step, tensors, plan, destinations, done)
             nbytes = _read_nbytes(step, source.manifest)
             done.count({"memory": nbytes})
             arrive(nbytes)
+    return {name: private[name] for name in plan.fallback if name in private}
+
+
+def _private(source: InMemory, destinations: Destinations) -> dict[str, torch.Tensor]:
+    """Copies of the tensors that share memory with the model: they would change under the copying."""
+    written = {tensor.untyped_storage().data_ptr() for tensor in destinations.values() if _has_bytes(tensor)}
+    borrowed = ((name, source.borrow(name)) for name in source.manifest)
+    return {
+        name: tensor.clone(memory_format=torch.contiguous_format)
+        for name, tensor in borrowed
+        if _has_bytes(tensor) and tensor.untyped_storage().data_ptr() in written
+    }
+
+
+def _has_bytes(tensor: torch.Tensor) -> bool:
+    if torch.nn.parameter.is_lazy(tensor) or tensor.layout is not torch.strided or tensor.is_meta:
+        return False
+    return type(tensor).__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl and tensor.numel() > 0
 
 
 def _read_nbytes(step: Step, manifest: Manifest) -> int:

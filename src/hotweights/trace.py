@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .aliases import overlaps, owners
+from .aliases import homes, overlaps, owners
 from .casts import Cast
 from .collection import without_collection
 from .drafting import draft
@@ -101,6 +101,7 @@ def _trace(
         allow_unexpected=allow_unexpected,
         cast=cast or ("loader" if own_code else "error"),
         overlapping=overlaps(tensors),
+        home=homes(tensors),
         constants=rules.constants if traced is None else traced.recording.constants,
         fallback=() if traced is None else traced.fallback,
         notes=() if traced is None else traced.notes,
