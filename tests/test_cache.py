@@ -3,6 +3,7 @@
 import gc
 import sys
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from torch import nn
 
 import hotweights as hw
 from hotweights.testing import assert_same_bits
+
+load = partial(hw.load, cache=True)  # By default only models that are loaded by name keep their plans.
 
 load_module = sys.modules["hotweights.load"]
 FACTOR = 1.0
@@ -58,8 +61,8 @@ def traces(monkeypatch):
 def test_the_same_is_traced_once(traces):
     model, tensors = Loaded(), state()
     for _ in range(3):
-        hw.load(model, tensors)
-    hw.load(model, {name: one.clone() for name, one in tensors.items()})
+        load(model, tensors)
+    load(model, {name: one.clone() for name, one in tensors.items()})
     assert len(traces) == 1
     hw.load(model, tensors, cache=False)
     assert len(traces) == 2
@@ -69,8 +72,8 @@ def test_two_sources_take_turns(traces):
     model = Loaded()
     fewer = {"w": state()["w"]}
     for _ in range(3):
-        hw.load(model, state())
-        hw.load(model, fewer, allow_missing="other")
+        load(model, state())
+        load(model, fewer, allow_missing="other")
     assert len(traces) == 2
 
 
@@ -126,13 +129,13 @@ def changes():
 @pytest.mark.parametrize("part", changes())
 def test_every_part_of_the_key_counts(part, traces, monkeypatch):
     model, tensors = Loaded(), state()
-    hw.load(model, tensors)
+    load(model, tensors)
     changes()[part](model, monkeypatch)
     try:
-        hw.load(model, tensors, cast="loader", allow_missing="*")  # other options: to know what is right
+        load(model, tensors, cast="loader", allow_missing="*")  # other options: to know what is right
         expected = {name: one.clone() for name, one in model.named_parameters()}
         count = len(traces)
-        hw.load(model, tensors)
+        load(model, tensors)
         assert_same_bits(dict(model.named_parameters()), expected)
     except hw.PlanError:
         count = 1
@@ -141,12 +144,12 @@ def test_every_part_of_the_key_counts(part, traces, monkeypatch):
 
 def test_options_and_manifest_count(traces):
     model = Loaded()
-    hw.load(model, state())
+    load(model, state())
     for number, options in enumerate([{"cast": "loader"}, {"allow_missing": "x"}, {"device": "cpu"}], 2):
-        hw.load(model, state(), **options)
+        load(model, state(), **options)
         assert len(traces) == number
-    hw.load(model, state() | {"w": torch.zeros(2, 2, dtype=torch.bfloat16)})
-    hw.load(model, dict(reversed(state().items())))  # The order of a manifest is the order in which code sees it.
+    load(model, state() | {"w": torch.zeros(2, 2, dtype=torch.bfloat16)})
+    load(model, dict(reversed(state().items())))  # The order of a manifest is the order in which code sees it.
     assert len(traces) == number + 2
 
 
@@ -158,7 +161,7 @@ def test_no_model_is_kept_alive():
         return model
 
     model = make()
-    hw.load(model, state())
+    load(model, state())
     gone, tensor = weakref.ref(model), weakref.ref(model.w)
     del model
     gc.collect()
@@ -168,25 +171,25 @@ def test_no_model_is_kept_alive():
 
 class TestOnDisk:
     def test_another_process_need_not_trace(self, traces, tmp_path):
-        hw.load(Loaded(), state(), cache_dir=tmp_path / "plans")
+        load(Loaded(), state(), cache_dir=tmp_path / "plans")
         model = Loaded()
-        hw.load(model, state(), cache_dir=tmp_path / "plans")
+        load(model, state(), cache_dir=tmp_path / "plans")
         assert len(traces) == 1
         assert_same_bits(dict(model.named_parameters()), state())
 
     def test_values_that_were_asked_for_count(self, traces, tmp_path):
-        hw.load(Loaded(), state(), cache_dir=tmp_path)
+        load(Loaded(), state(), cache_dir=tmp_path)
         model = Loaded()
         model.index.fill_(1)
-        hw.load(model, state(), cache_dir=tmp_path)
+        load(model, state(), cache_dir=tmp_path)
         assert len(traces) == 2
         assert torch.equal(model.w, state()["w"].roll(1, 0))
 
     def test_a_damaged_file_is_made_anew(self, traces, tmp_path, caplog):
-        hw.load(Loaded(), state(), cache_dir=tmp_path)
+        load(Loaded(), state(), cache_dir=tmp_path)
         (file,) = tmp_path.iterdir()
         file.write_bytes(b"hotweights plan\nxx")
-        hw.load(Loaded(), state(), cache_dir=tmp_path)
+        load(Loaded(), state(), cache_dir=tmp_path)
         assert len(traces) == 2
         assert "is not used, and made anew" in caplog.text
         hw.LoadPlan.load(file)
@@ -218,10 +221,10 @@ def test_values_of_the_model_are_never_stale(way):
                 WAYS[way](self, tensor)
 
     model, tensor = Model(), torch.arange(4.0)
-    hw.load(model, {"w": tensor})
+    load(model, {"w": tensor})
     model.perm.copy_(torch.tensor([1, 2, 0, 3]))
     model.scale.fill_(3.0)
-    hw.load(model, {"w": tensor})
+    load(model, {"w": tensor})
     found = model.w.tolist()
     WAYS[way](model, tensor)
     assert found == model.w.tolist()

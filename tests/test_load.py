@@ -5,6 +5,7 @@ import threading
 import tracemalloc
 import weakref
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -457,3 +458,85 @@ class TestReport:
         hw.load(ours, tmp_path)
         assert tracemalloc.get_traced_memory()[1] < 1_000_000
         tracemalloc.stop()
+
+
+class TestSurprises:
+    """What a user does on an ordinary day, and what must not end in silence."""
+
+    def test_code_around_load_state_dict(self):
+        hooked = nn.Linear(2, 2, bias=False)
+
+        def doubled(module, keys):
+            module.weight.data.mul_(2)
+
+        hooked.register_load_state_dict_post_hook(doubled)
+        hw.load(hooked, {"weight": torch.ones(2, 2)})
+        assert hooked.weight.tolist() == [[2.0, 2.0]] * 2
+
+        class Doubled(nn.Linear):
+            def load_state_dict(self, state, strict=True, assign=False):
+                return super().load_state_dict({name: 2 * tensor for name, tensor in state.items()}, strict, assign)
+
+        own = Doubled(2, 2)
+        hw.load(own, {"weight": torch.ones(2, 2), "bias": torch.ones(2)})
+        assert own.weight.tolist() == [[2.0, 2.0]] * 2
+
+    def test_loading_code_that_yields_or_rebinds(self, tmp_path):
+        class Yields(nn.Linear):
+            def load_weights(self, weights):
+                for name, tensor in weights:
+                    getattr(self, name).data.copy_(tensor)
+                    yield name
+
+        class Rebinds(nn.Linear):
+            def load_weights(self, weights):
+                for name, tensor in weights:
+                    getattr(self, name).data = tensor
+
+        state = {"weight": torch.randn(2, 2), "bias": torch.randn(2)}
+        write_checkpoint(tmp_path, state)
+        for kind in (Yields, Rebinds):
+            for source in (tmp_path, state):
+                ours = kind(2, 2)
+                hw.load(ours, source)
+                assert_same_bits(ours.state_dict(), state)
+
+    def test_state_that_no_key_can_see_is_traced_anew(self):
+        class Rank(nn.Module):
+            def __init__(self, where):
+                super().__init__()
+                self.p, self.where = nn.Parameter(torch.zeros(4), requires_grad=False), where
+
+            def load_weights(self, weights):
+                for _, tensor in weights:
+                    self.p.data.copy_(tensor[self.where] if isinstance(self.where, slice) else tensor[self.where.part])
+
+        class Slots:
+            __slots__ = ("part",)
+
+        for cache in (None, True):
+            for make in (lambda part: part, lambda part: SimpleNamespace(part=part), None):
+                ours = Rank(None)
+                for part in (slice(0, 4), slice(4, 8)):
+                    if make is None:
+                        ours.where = Slots()
+                        ours.where.part = part
+                    else:
+                        ours.where = make(part)
+                    hw.load(ours, {"w": torch.arange(8.0)}, cache=cache)
+                    assert ours.p.tolist() == list(range(part.start, part.stop))
+
+    def test_models_made_under_inference_mode(self, tmp_path):
+        state = {"weight": torch.randn(2, 2), "bias": torch.randn(2)}
+        write_checkpoint(tmp_path, state)
+        for source in (tmp_path, state):
+            with torch.inference_mode():
+                ours = nn.Linear(2, 2).double()
+            hw.load(ours, source)
+            assert torch.equal(ours.weight, state["weight"].double())
+
+    def test_names_with_brackets_and_wrong_numbers(self):
+        ours = nn.Linear(2, 2)
+        hw.load(ours, {**ours.state_dict(), "a[0].bias": torch.zeros(1)}, allow_unexpected=["a[0].bias"])
+        with pytest.raises(UsageError, match="threads=0"):
+            hw.load(ours, ours, threads=0)

@@ -274,10 +274,15 @@ class _Seen:
             return (name, self._callable(value, depth))
         if isinstance(value, type):
             return f"class {value.__module__}.{value.__qualname__}"
-        if kind.__module__.partition(".")[0] in sys.stdlib_module_names or not hasattr(value, "__dict__"):
-            to_bytes = getattr(value, "tobytes", None)
-            return (name, xxhash.xxh3_64_hexdigest(to_bytes())) if callable(to_bytes) else name
-        return (name, self._attributes(vars(value), depth))
+        if isinstance(value, (slice, range)):
+            return (name, value.start, value.stop, value.step)
+        to_bytes = getattr(value, "tobytes", None)
+        if callable(to_bytes):
+            return (name, xxhash.xxh3_64_hexdigest(to_bytes()))
+        if hasattr(value, "__dict__") and not hasattr(kind, "__slots__"):
+            return (name, self._attributes(vars(value), depth))
+        # Whatever it holds cannot be seen, so it is another one each time: a plan too many, never a stale one.
+        return (name, object())
 
     def _attributes(self, attributes: Mapping[str, object], depth: int) -> object:
         return [(key, self.trait(one, depth + 1)) for key, one in attributes.items()]

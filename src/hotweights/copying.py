@@ -83,7 +83,8 @@ def _copy_into(target: torch.Tensor, box: Box, start: int | None = None) -> Sink
     def sink(raw: torch.Tensor) -> Event | None:
         if raw.data_ptr() % box.dtype.itemsize:
             raw = raw.clone()  # A file may pack a float32 behind three bytes; torch cannot view that in place.
-        with torch.no_grad():  # Grad mode belongs to a thread, and this may be any.
+        # Grad mode belongs to a thread, and this may be any.
+        with torch.inference_mode() if target.is_inference() else torch.no_grad():
             if start is None:
                 seen = raw.view(box.dtype).view(box.shape)
             else:

@@ -95,7 +95,9 @@ def execute(
         if advance is not None:
             advance(nbytes)
 
-    with torch.no_grad():
+    # Tensors made under inference mode may only be written under it.
+    inference = any(tensor.is_inference() for tensor in destinations.values())
+    with torch.inference_mode() if inference else torch.no_grad():
         if isinstance(source, Addressed):
             read = partial(source.read, pool=pool, reading=reading, threads=threads, advance=arrive)
             _Addressed(plan, source, read, destinations, done, pool).run()

@@ -68,6 +68,7 @@ def fall_back(
                 yield name, owned(source, name, lambda reads: {})
 
     before = {place.name: place.tensor for place in places(model)}
+    memory = {name: one.untyped_storage()._cdata for name, one in before.items() if name in plan.unproven}
     watch = _Watch(_planned(plan, model))
     error: Exception | None = None
     try:
@@ -90,7 +91,10 @@ def fall_back(
         place.name
         for place in places(model)
         # Rebound is written: its code put another tensor in its place.
-        if place.name in plan.unproven and place.tensor is before[place.name] and not watch.saw(place.tensor)
+        if place.name in plan.unproven
+        and place.tensor is before[place.name]
+        and place.tensor.untyped_storage()._cdata == memory[place.name]
+        and not watch.saw(place.tensor)
     ]
     if unwritten:
         raise IncompleteLoad("the model's own loading code wrote nothing to", unwritten)

@@ -51,7 +51,7 @@ def load(
     allow_unexpected: Patterns = (),
     cast: Cast | None = None,
     order: Order = "given",
-    cache: bool = True,
+    cache: bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     reading: Reading = "auto",
     threads: int | None = None,
@@ -81,7 +81,8 @@ def load(
             done and reported; from floats to integers always is a problem.
         order: what is read first, see ``Order``. Files are read in their own order within a layer, and where no order
             is asked for.
-        cache: whether a plan that was traced from all the same is used again, and this one kept for that.
+        cache: whether a plan that was traced from all the same is used again, and this one kept for that. By default
+            only for models that are loaded by name: loading code of their own may read what no key can see.
         cache_dir: where plans are kept for other processes too.
         reading: how files are read, see ``Reading``.
         threads: how many read at once; by default a few.
@@ -99,6 +100,8 @@ def load(
     """
     if verify not in get_args(Verify):
         raise UnknownName("verify", verify, get_args(Verify))
+    if threads is not None and threads < 1:
+        raise UsageError(f"at least one thread must read; got threads={threads}")
     began = time.perf_counter()
     with without_collection(), ExitStack() as stack:
         if isinstance(source, (str, os.PathLike, Mapping, nn.Module)):
@@ -113,7 +116,8 @@ def load(
             may = [both(patterns, ()) for patterns in (allow_missing, allow_partial, allow_unexpected)]
             make = partial(_trace, model, source.manifest, target_device, may, cast)
             options = (target_device, may, cast)
-            plan = planned(model, source.manifest, options, make, cache_dir) if cache else make()
+            keep = _is_by_name(model) if cache is None else cache
+            plan = planned(model, source.manifest, options, make, cache_dir) if keep or cache_dir else make()
         else:
             check(plan, model, source.manifest, target_device)
         if order != "given":
@@ -133,6 +137,11 @@ def load(
             if verify == "loader":
                 _verify(plan, model, source, destinations, pool)
         return _report(plan, done, pool, time.perf_counter() - began)
+
+
+def _is_by_name(model: nn.Module) -> bool:
+    """Whether no code of the model's own has a say in its plan: such code may depend on what no key can see."""
+    return not hasattr(model, "load_weights") and loader_of(model) is None
 
 
 def _trace(

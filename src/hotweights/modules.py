@@ -85,17 +85,23 @@ _HARMLESS = ("torch.nn.modules.batchnorm", "torch.nn.modules.instancenorm")  # T
 
 def hook_problems(model: nn.Module) -> Iterator[str]:
     """Modules whose ``load_state_dict`` does more than copy by name: by name that would be skipped, in silence."""
-    for name, module in model.named_modules():
-        override = type(module)._load_from_state_dict
-        plain = override is nn.Module._load_from_state_dict or override.__module__ in _HARMLESS
-        if plain and not module._load_state_dict_pre_hooks:
+    cure = "load_state_dict runs it, loading by name does not"
+    if getattr(model.load_state_dict, "__func__", None) is not nn.Module.load_state_dict:
+        yield f"module {type(model).__name__}: has a load_state_dict of its own; loading by name does not run it"
+    seen: set[int] = set()
+    stack = [("", model)]
+    while stack:
+        dot, module = stack.pop()
+        if id(module) in seen:
             continue
-        cure = "load_state_dict runs it, loading by name does not"
-        where = f"module {name or type(model).__name__}"
-        if not plain:
+        seen.add(id(module))
+        stack += [(f"{dot}{key}.", child) for key, child in module._modules.items() if child is not None]
+        where = f"module {dot[:-1] or type(model).__name__}"
+        override = type(module)._load_from_state_dict
+        if override is not nn.Module._load_from_state_dict and override.__module__ not in _HARMLESS:
             yield f"{where}: {type(module).__name__} has loading code of its own (_load_from_state_dict); {cure}"
-        if module._load_state_dict_pre_hooks:
-            yield f"{where}: has a hook before loading; {cure}"
+        if module._load_state_dict_pre_hooks or module._load_state_dict_post_hooks:
+            yield f"{where}: has a hook around loading; {cure}"
 
 
 def extra_state_problems(model: nn.Module) -> Iterator[str]:

@@ -357,8 +357,11 @@ def _short(words: str, name: str) -> str:
 
 def matches(patterns: Patterns) -> Callable[[str], bool]:
     """A predicate that says whether a name matches any of ``patterns``."""
-    searched = [re.compile(fnmatch.translate(one)) if isinstance(one, str) else one for one in _several(patterns)]
-    return lambda name: any(one.search(name) for one in searched)
+    several = _several(patterns)
+    # A name may hold brackets of its own; as itself it always matches.
+    literal = {one for one in several if isinstance(one, str)}
+    searched = [re.compile(fnmatch.translate(one)) if isinstance(one, str) else one for one in several]
+    return lambda name: name in literal or any(one.search(name) for one in searched)
 
 
 def both(one: Patterns, other: Patterns) -> list[str | re.Pattern[str]]:

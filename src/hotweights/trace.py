@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+import types
+from collections import defaultdict, deque
 from collections.abc import Callable, Container, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -120,13 +121,19 @@ def _trace(
 def loader_of(model: nn.Module) -> Loader | None:
     """The model's own loading code; ``None`` where loading by name is all that it would do."""
     if hasattr(model, "load_weights"):
-        load: Any = model.load_weights
-        return load  # type: ignore[no-any-return]
+        return lambda pairs: _drained(model.load_weights(pairs))  # type: ignore[operator]
     if any(map(nn.parameter.is_lazy, model.parameters())):
         return None  # Its loading code would make them real.
     if any(hook_problems(model)):
         return by_name(model)
     return None
+
+
+def _drained(result: object) -> object:
+    """Loading code that yields does nothing until somebody asks for what it yields."""
+    if isinstance(result, types.GeneratorType):
+        deque(result, maxlen=0)
+    return result
 
 
 def by_name(model: nn.Module) -> Loader:
