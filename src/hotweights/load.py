@@ -23,7 +23,7 @@ from .fallback import fall_back
 from .fit import check
 from .manifest import Manifest
 from .memory import Pool
-from .modules import materialise, places
+from .modules import hook_problems, materialise, places
 from .plan import Copy, Fate, LoadPlan, Order, Patterns, Program, both
 from .progress import progress
 from .report import LoadReport, size
@@ -141,7 +141,7 @@ def load(
 
 def _is_by_name(model: nn.Module) -> bool:
     """Whether no code of the model's own has a say in its plan: such code may depend on what no key can see."""
-    return not hasattr(model, "load_weights") and loader_of(model) is None
+    return not hasattr(model, "load_weights") and not any(hook_problems(model))
 
 
 def _trace(

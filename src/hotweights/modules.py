@@ -89,6 +89,7 @@ def hook_problems(model: nn.Module) -> Iterator[str]:
     if getattr(model.load_state_dict, "__func__", None) is not nn.Module.load_state_dict:
         yield f"module {type(model).__name__}: has a load_state_dict of its own; loading by name does not run it"
     seen: set[int] = set()
+    own: dict[type, bool] = {}
     stack = [("", model)]
     while stack:
         dot, module = stack.pop()
@@ -96,12 +97,14 @@ def hook_problems(model: nn.Module) -> Iterator[str]:
             continue
         seen.add(id(module))
         stack += [(f"{dot}{key}.", child) for key, child in module._modules.items() if child is not None]
-        where = f"module {dot[:-1] or type(model).__name__}"
-        override = type(module)._load_from_state_dict
-        if override is not nn.Module._load_from_state_dict and override.__module__ not in _HARMLESS:
-            yield f"{where}: {type(module).__name__} has loading code of its own (_load_from_state_dict); {cure}"
+        kind = type(module)
+        if kind not in own:
+            override = kind._load_from_state_dict
+            own[kind] = override is not nn.Module._load_from_state_dict and override.__module__ not in _HARMLESS
+        if own[kind]:
+            yield f"module {dot[:-1] or kind.__name__}: {kind.__name__} has loading code of its own; {cure}"
         if module._load_state_dict_pre_hooks or module._load_state_dict_post_hooks:
-            yield f"{where}: has a hook around loading; {cure}"
+            yield f"module {dot[:-1] or kind.__name__}: has a hook around loading; {cure}"
 
 
 def extra_state_problems(model: nn.Module) -> Iterator[str]:
