@@ -96,7 +96,8 @@ def execute(
             advance(nbytes)
 
     # Tensors made under inference mode may only be written under it.
-    inference = any(tensor.is_inference() for tensor in destinations.values())
+    lazy = torch.nn.parameter.is_lazy
+    inference = any(not lazy(tensor) and tensor.is_inference() for tensor in destinations.values())
     with torch.inference_mode() if inference else torch.no_grad():
         if isinstance(source, Addressed):
             read = partial(source.read, pool=pool, reading=reading, threads=threads, advance=arrive)

@@ -68,7 +68,7 @@ def fall_back(
                 yield name, owned(source, name, lambda reads: {})
 
     before = {place.name: place.tensor for place in places(model)}
-    memory = {name: one.untyped_storage()._cdata for name, one in before.items() if name in plan.unproven}
+    memory = {name: _storage(one) for name, one in before.items()}
     watch = _Watch(_planned(plan, model))
     error: Exception | None = None
     try:
@@ -93,11 +93,17 @@ def fall_back(
         # Rebound is written: its code put another tensor in its place.
         if place.name in plan.unproven
         and place.tensor is before[place.name]
-        and place.tensor.untyped_storage()._cdata == memory[place.name]
+        and _storage(place.tensor) == memory[place.name]
         and not watch.saw(place.tensor)
     ]
     if unwritten:
         raise IncompleteLoad("the model's own loading code wrote nothing to", unwritten)
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    """Which memory the tensor has; the same number for all that have none."""
+    plain = tensor.layout is torch.strided and not nn.parameter.is_lazy(tensor)
+    return tensor.untyped_storage()._cdata if plain else 0
 
 
 def _counted(

@@ -9,12 +9,11 @@ damaged or forged, gives ``PlanFileError`` and nothing else.
 from __future__ import annotations
 
 import ctypes
-import gc
 import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -24,6 +23,7 @@ import torch
 import xxhash
 from torch.utils._pytree import tree_flatten
 
+from .collection import without_collection
 from .errors import PlanFileError
 from .manifest import FORMAT_DTYPES, DType, Manifest, OpaqueDtype, TensorSpec
 from .regions import Box, Memory, Region, extent, whole
@@ -181,7 +181,7 @@ def write(path: str | os.PathLike[str], parts: Mapping[str, Any]) -> None:
     Raises:
         PlanFileError: it holds something that a file may not.
     """
-    with _no_collection():
+    with without_collection():
         payload = msgspec.msgpack.encode(_Writer(path, parts).document())
         try:  # What could not be read again is better refused now than when it is needed.
             _Reader(path, msgspec.msgpack.decode(payload, type=_Document)).parts()
@@ -325,7 +325,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise PlanFileError(f"{path}: is no saved plan")
     if xxhash.xxh3_64_intdigest(memoryview(data)[head:]).to_bytes(8, "little") != data[head - 8 : head]:
         raise PlanFileError(f"{path}: is damaged: its digest does not match its bytes")
-    with _no_collection():
+    with without_collection():
         try:
             version = msgspec.msgpack.decode(memoryview(data)[head:], type=_Versioned).version
             if version != VERSION:
@@ -617,15 +617,3 @@ def _fits(value: Any, kind: str) -> bool:
     if kind == "Tensor" and isinstance(value, (bool, int, float, complex)):
         return True  # torch hands numbers to overloads for tensors, and takes them there.
     return isinstance(value, _TYPES[kind])  # type: ignore[arg-type]
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Hundreds of thousands of small objects that stay: looking for garbage among them costs more than making them."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
