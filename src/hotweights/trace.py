@@ -20,7 +20,7 @@ from .errors import PlanError
 from .fit import complete
 from .lowering import lower
 from .manifest import Manifest
-from .modules import Place, describe, extra_state_problems, hook_problems, places
+from .modules import Place, describe, extra_state_problems, hook_problems, places, survey
 from .plan import Copy, LoadPlan, Note, Patterns, Step, both, matches
 from .regions import Box, Region, covered, meets
 from .tracing import Recording, record
@@ -122,11 +122,10 @@ def loader_of(model: nn.Module) -> Loader | None:
     """The model's own loading code; ``None`` where loading by name is all that it would do."""
     if hasattr(model, "load_weights"):
         return lambda pairs: _drained(model.load_weights(pairs))  # type: ignore[operator]
-    if any(map(nn.parameter.is_lazy, model.parameters())):
-        return None  # Its loading code would make them real.
-    if any(hook_problems(model)):
-        return by_name(model)
-    return None
+    found = survey(model)
+    if found.plain or any(map(nn.parameter.is_lazy, found.tensors.values())):
+        return None  # Loading code would make lazy ones real.
+    return by_name(model) if any(hook_problems(model)) else None
 
 
 def _drained(result: object) -> object:
