@@ -220,16 +220,15 @@ class _Seen:
         rows += self._shared()
 
     def plain(self, found: Survey) -> bool:
-        """Every tensor, if none has more to it than its class, dtype, place and form."""
+        """Every tensor, if none has more to it than its dtype, place and form."""
         self.rows += (list(found.tensors), found.transient)
         rows, places = self.rows, self.places
         self.tensors += found.tensors.values()
         try:
             for tensor in self.tensors:
-                kind = type(tensor)
-                if kind not in _PLAIN:
+                if type(tensor) not in _PLAIN:
                     return False
-                rows.append((kind, tensor.dtype, tensor.shape, tensor.stride(), tensor.device))
+                rows.append((tensor.dtype, tensor.shape, tensor.stride(), tensor.device))
                 places.append(tensor.data_ptr() or id(tensor))
         except RuntimeError:  # sparse, or without plain bytes in another way
             return False
