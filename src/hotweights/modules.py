@@ -12,7 +12,17 @@ from torch import nn
 from .manifest import TensorSpec
 from .plan import Target
 
-__all__ = ["Place", "Survey", "describe", "extra_state_problems", "hook_problems", "materialise", "places", "survey"]
+__all__ = [
+    "Place",
+    "Survey",
+    "describe",
+    "dressed",
+    "extra_state_problems",
+    "hook_problems",
+    "materialise",
+    "places",
+    "survey",
+]
 
 
 class Place(msgspec.Struct, frozen=True, gc=False):
@@ -184,10 +194,17 @@ def materialise(
 
 
 def _real(old: torch.Tensor, device: torch.device) -> torch.Tensor:
-    new = torch.empty_like(old, device=device)
-    if isinstance(old, nn.Parameter):
-        new = nn.Parameter(new, requires_grad=old.requires_grad)
-        if type(old) is not nn.Parameter:
-            new = new.as_subclass(type(old))
-    new.__dict__.update(old.__dict__)
+    return dressed(torch.empty_like(old, device=device), old)
+
+
+def dressed(bare: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """``bare``'s memory with the class, the attributes and ``requires_grad`` of another tensor."""
+    new = bare
+    if isinstance(like, nn.Parameter):
+        new = nn.Parameter(bare, requires_grad=like.requires_grad)
+        if type(like) is not nn.Parameter:
+            new = new.as_subclass(type(like))
+    elif type(like) is not torch.Tensor:
+        new = bare.as_subclass(type(like))
+    new.__dict__.update(like.__dict__)
     return new

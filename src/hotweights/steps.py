@@ -11,7 +11,18 @@ import torch
 from .manifest import TensorSpec
 from .regions import Box, Region, whole
 
-__all__ = ["Copy", "Fate", "Note", "Op", "Program", "Step", "Target"]
+__all__ = ["OVERWRITES", "Copy", "Fate", "Note", "Op", "Program", "Step", "Target"]
+
+
+OVERWRITES = frozenset(
+    (
+        torch.ops.aten.copy_.default,
+        torch.ops.aten.fill_.Scalar,
+        torch.ops.aten.fill_.Tensor,
+        torch.ops.aten.zero_.default,
+    )
+)
+"""Operations after which their first operand holds nothing of what it held."""
 
 
 class Fate(enum.Enum):

@@ -23,6 +23,7 @@ from .manifest import Manifest
 from .modules import Survey, describe, extra_state_problems, hook_problems, places, survey
 from .plan import Copy, LoadPlan, Note, Patterns, Step, both, matches
 from .regions import Box, Region, covered, meets
+from .steps import OVERWRITES
 from .tracing import Recording, record
 
 __all__ = ["by_name", "loader_of", "trace"]
@@ -201,7 +202,7 @@ def _separable(
         return False
     written: dict[str, list[Box]] = defaultdict(list)
     for op in recording.ops:
-        overwrites = op.writes[:1] if op.func in _OVERWRITES else ()
+        overwrites = op.writes[:1] if op.func in OVERWRITES else ()
         for region in op.reads:
             needed = region.memory.kind == "model" and region not in overwrites
             if needed and covered(written[region.memory.name], region.box) < region.box.numel:
@@ -220,14 +221,6 @@ def _separable(
 
 def _model_writes(recording: Recording) -> Iterator[Region]:
     return (region for op in recording.ops for region in op.writes if region.memory.kind == "model")
-
-
-_OVERWRITES = {
-    torch.ops.aten.copy_.default,
-    torch.ops.aten.fill_.Scalar,
-    torch.ops.aten.fill_.Tensor,
-    torch.ops.aten.zero_.default,
-}
 
 
 def _words(error: Exception) -> str:
