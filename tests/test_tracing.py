@@ -14,8 +14,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import hotweights as hw
-from hotweights import HotweightsError, Manifest, PlanError, tracing
+from hotweights import HotweightsError, Manifest, PlanError
+from hotweights.anchors import anchors
 from hotweights.plan import Copy, Program
+from hotweights.recorder import Recorder
+from hotweights.standins import ValueRead
 from hotweights.testing import assert_same_bits, bits, write_checkpoint
 from hotweights.testing_models import Engine, engine_checkpoint
 from tracing_idioms import IDIOMS, Model, weights
@@ -264,14 +267,14 @@ class Injected(BaseException):
 def test_a_failure_at_any_operation_leaves_the_model_as_it_was(kind, monkeypatch):
     model, manifest = Engine(), Manifest(hw.open(engine_checkpoint()).manifest.values())
     before, patched = anatomy(model), (threading.Thread.start, ThreadPoolExecutor.submit, torch.utils.swap_tensors)
-    dispatch, count, at = tracing._Recorder.dispatch, itertools.count(), [-1]
+    dispatch, count, at = Recorder.dispatch, itertools.count(), [-1]
 
     def failing(self, func, args, kwargs):
         if next(count) == at[0]:
             raise kind("injected")
         return dispatch(self, func, args, kwargs)
 
-    monkeypatch.setattr(tracing._Recorder, "dispatch", failing)
+    monkeypatch.setattr(Recorder, "dispatch", failing)
     hw.trace(model, manifest)
     total = next(count)
     assert total > 40
@@ -319,7 +322,7 @@ def test_what_outlives_its_trace_says_so():
 
     with pytest.raises(PlanError, match="missing"):
         hw.trace(Model(keeps), hw.open(weights(1)).manifest)
-    with pytest.raises(tracing.ValueRead, match="whose trace is over"):
+    with pytest.raises(ValueRead, match="whose trace is over"):
         outside[0] + 1
 
     def goes_on(model, pairs):
@@ -481,8 +484,8 @@ def engines(rank=0, world=1):
 
 
 def assert_loaded(model, right):
-    assert_same_bits(tracing.anchors(model), tracing.anchors(right))
-    assert not any(one.is_floating_point() and one.isnan().any() for one in tracing.anchors(model).values())
+    assert_same_bits(anchors(model), anchors(right))
+    assert not any(one.is_floating_point() and one.isnan().any() for one in anchors(model).values())
 
 
 class TestField:
@@ -492,7 +495,7 @@ class TestField:
         right, naive = engines()
         naive.load_weights(reused_buffer(engine_checkpoint()))
         with pytest.raises(AssertionError, match="other bytes"):
-            assert_same_bits(tracing.anchors(naive), tracing.anchors(right))
+            assert_same_bits(anchors(naive), anchors(right))
         ours = Engine()
         source = dict(sources(engine_checkpoint(), tmp_path))[kind]
         for _ in range(2):

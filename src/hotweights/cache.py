@@ -28,11 +28,11 @@ from torch import nn
 
 from . import fit
 from .aliases import owners
+from .anchors import anchors
 from .collection import without_collection
 from .errors import PlanError, PlanFileError
 from .manifest import Manifest
 from .plan import LoadPlan
-from .tracing import anchors
 
 __all__ = ["Options", "planned"]
 

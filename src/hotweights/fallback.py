@@ -11,15 +11,17 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .anchors import anchors
 from .errors import IncompleteLoad, PlanDiffers
 from .execute import Execution, owned
 from .memory import Pool
 from .modules import places
+from .operations import written_by
 from .plan import Copy, LoadPlan
 from .regions import Box, box_of, meets
 from .sources.contracts import Addressed, InMemory, Source
+from .threads import in_every_thread
 from .trace import loader_of
-from .tracing import anchors, in_every_thread, written_by
 
 __all__ = ["fall_back"]
 

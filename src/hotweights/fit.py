@@ -11,11 +11,11 @@ import xxhash
 from torch import nn
 
 from .aliases import owners
+from .anchors import anchors
 from .errors import PlanError
 from .manifest import Manifest
 from .modules import describe, places
 from .plan import LoadPlan, Target, destinations_of
-from .tracing import anchors
 
 __all__ = ["check", "complete", "digests"]
 

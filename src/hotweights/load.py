@@ -13,6 +13,7 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
+from .anchors import anchors
 from .cache import planned
 from .casts import Cast
 from .collection import without_collection
@@ -31,7 +32,6 @@ from .sources import Addressed, Reading, Source
 from .sources import open as open_source
 from .sources.contracts import InMemory
 from .trace import by_name, loader_of, trace
-from .tracing import anchors
 from .verify import verify_by_loader
 
 __all__ = ["Verify", "load"]
