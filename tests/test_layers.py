@@ -18,7 +18,7 @@ sources.contracts sources.streams sources.header sources.reading sources.checkpo
 casts regions operations steps document validation planfile plan snapshot
 anchors threads standins recorder bypasses tracing lowering drafting aliases modules fit cache replay copying execute
 report engines engines.transformers trace fallback verify load
-testing testing_models
+testing.checks testing.checkpoints testing.faults testing.sources testing.pools testing testing_models
 cli.outcome cli.inspect cli.plan cli.load cli.fused_bert cli.demo cli
 """.split()
 
