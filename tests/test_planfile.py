@@ -168,8 +168,8 @@ class TestRefusedToRead:
 
     def test_another_version(self, saved):
         document = msgspec.msgpack.decode(saved[1].read_bytes()[HEAD:])
-        saved[1].write_bytes(signed({**document, "version": 2}))
-        with pytest.raises(PlanFileError, match="version 2"):
+        saved[1].write_bytes(signed({**document, "version": 1}))
+        with pytest.raises(PlanFileError, match="version 1"):
             LoadPlan.load(saved[1])
 
     @pytest.mark.parametrize(
@@ -181,6 +181,8 @@ class TestRefusedToRead:
             (("steps", 0, 4, 2), [-4, 1], "not inside"),
             (("steps", 0, 4, 0), "float33", "no dtype"),
             (("steps", 0, 4, 1), [3, 4], "copied into"),
+            (("steps", 0, 4, 2), [0, 1], "several elements in one place"),
+            (("targets", 0, 7), -1, "no memory has a byte"),
             (("targets", 0, 3), 7, "no tensor of a model"),
             (("fates", "nobody"), "written", "nobody"),
             (("manifest", 0, 2), [1 << 60], "no tensor has the shape"),

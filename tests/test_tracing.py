@@ -209,7 +209,14 @@ def composed(program):
 
     def loader(model, pairs):
         kept = dict(pairs)
-        values = [model.p.data, model.q.data, model.g.data, model.bf.data, *(kept[name] for name in "wedh")]
+        values = [
+            model.p.data,
+            model.q.data,
+            model.g.data,
+            model.bf.data,
+            model.middle.data,
+            *(kept[name] for name in "wedh"),
+        ]
         for kind, one, other, n in program:
             x = values[one % len(values)]
             if kind == "copy":

@@ -30,7 +30,7 @@ __all__ = [
     "document_of",
 ]
 
-VERSION = 1
+VERSION = 2
 
 # All of it is tuples and numbers, so that msgspec checks its shape while it decodes.
 
@@ -71,6 +71,8 @@ class WireTarget(msgspec.Struct, array_like=True, gc=False, forbid_unknown_field
     owner: int
     problem: str
     stride: tuple[int, ...] | None
+    memory: str
+    start: int
 
 
 class WireConstant(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
@@ -163,7 +165,9 @@ class _Writer:
 
     def _target(self, name: str, one: Target) -> WireTarget:
         owner = self._targets[one.owner]
-        return WireTarget(name, _dtype_name(one.spec.dtype), one.spec.shape, owner, one.problem, one.stride)
+        return WireTarget(
+            name, _dtype_name(one.spec.dtype), one.spec.shape, owner, one.problem, one.stride, one.memory, one.start
+        )
 
     def _copy(self, step: Copy) -> WireCopy:
         if step.destination not in self._targets:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import get_args
@@ -13,10 +14,10 @@ from .errors import PlanError, UnknownName
 from .manifest import DType, Manifest, OpaqueDtype, TensorSpec, format_name
 from .plan import Copy, Fate, LoadPlan, Note, Op, Patterns, Program, Step, Target, matches
 from .regions import Box, Region, covered, extent, meets, whole
+from .sharing import Sharing
 
 __all__ = ["draft"]
 
-Home = Callable[[str, Box], Sequence[tuple[str, Box]]]
 _COPY = torch.ops.aten.copy_.default
 
 
@@ -37,7 +38,6 @@ def draft(
     side_effects: Sequence[str] = (),
     state_read: Iterable[str] = (),
     taken: Container[str] = (),
-    home: Home = lambda name, box: [(name, box)],
     problems: Iterable[str] = (),
 ) -> LoadPlan:
     """Make the plan of loading ``manifest`` into ``targets`` by ``steps``.
@@ -58,7 +58,6 @@ def draft(
         side_effects: attributes that it changes.
         state_read: the model's tensors whose values it asked for.
         taken: tensors that it took; those that it writes nowhere are skipped.
-        home: says which targets the bytes of a box belong to, see ``aliases.homes``.
         problems: what the caller found already.
 
     Raises:
@@ -66,7 +65,7 @@ def draft(
     """
     if cast not in get_args(Cast):
         raise UnknownName("cast", cast, get_args(Cast))
-    made = _Draft(manifest, targets, cast, home, list(problems))
+    made = _Draft(manifest, targets, cast, list(problems))
     if steps is None:
         steps = ((0, Copy(name, name)) for name in manifest if name in targets)
     for level, step in steps:
@@ -99,10 +98,8 @@ def draft(
 class _Draft:
     """A plan in the making: collects steps, fates, coverage and problems."""
 
-    def __init__(
-        self, manifest: Manifest, targets: Mapping[str, Target], cast: Cast, home: Home, problems: list[str]
-    ) -> None:
-        self.home = home
+    def __init__(self, manifest: Manifest, targets: Mapping[str, Target], cast: Cast, problems: list[str]) -> None:
+        self.sharing = Sharing(targets)
         self.manifest = manifest
         self.targets = targets
         self.cast = cast
@@ -120,11 +117,17 @@ class _Draft:
 
     def add(self, level: int, step: Step) -> None:
         if isinstance(step, Copy):
-            homes = [(step.destination, step.into)] if step.into is None else self.home(step.destination, step.into)
+            homes = (
+                [(step.destination, step.into)]
+                if step.into is None
+                else self.sharing.homes(step.destination, step.into)
+            )
             if len(homes) > 1:
                 self._add_spread(level, step, homes)
                 return
             step = self._plain(Copy(step.source, homes[0][0], step.of, homes[0][1]))
+        else:
+            step = self.sharing.at_home(step)
         if self._add_copy(step) if isinstance(step, Copy) else self._add_program(step):
             self.steps.append(step)
             self.levels.append(level)
@@ -200,7 +203,9 @@ class _Draft:
                 )
         for op in step.ops:
             for region in op.writes:
-                for name, box in self.home(region.memory.name, region.box) if region.memory.kind == "model" else ():
+                for name, box in (
+                    self.sharing.homes(region.memory.name, region.box) if region.memory.kind == "model" else ()
+                ):
                     target = self.targets.get(name)
                     if target is not None:
                         self.parts[target.owner].append((box, step))
@@ -276,25 +281,29 @@ class _Draft:
         for name, target in self.targets.items():
             if target.owner not in self.whole:
                 tied[target.owner].append(name)
+        written = self._pooled()
         for owner, names in tied.items():
             spec = self.targets[names[0]].spec
-            parts = self.parts.get(owner, [])
-            if not parts:
-                if fallback and not any(map(may_miss, names)):
-                    unproven.append(names[0])
-                    continue
-                self._miss(
-                    names, Fate.MISSING, may_miss, f"missing; {format_name(spec.dtype)} {list(spec.shape)} expected"
-                )
+            parts = written(owner)
+            count = covered(parts, self.targets[owner].box) if parts else 0
+            numel = math.prod(spec.shape)
+            if parts and count == numel:
                 continue
-            box = self.targets[owner].box
-            count = covered([part for part, _ in parts], box)
-            if count < box.numel and fallback:
+            if fallback and (count or not any(map(may_miss, names))):
                 unproven.append(names[0])
-            elif count < box.numel:
-                words = f"partial; {count} of {box.numel} elements would be written"
+            elif count == 0:
+                words = f"missing; {format_name(spec.dtype)} {list(spec.shape)} expected"
+                self._miss(names, Fate.MISSING, may_miss, words)
+            else:
+                words = f"partial; {count} of {numel} elements would be written"
                 self._miss(names, Fate.PARTIAL, may_be_partial, words)
         return unproven
+
+    def _pooled(self) -> Callable[[str], list[Box]]:
+        """A function that gives what is written to the bytes of an owner, under whatever name."""
+        parts = [(owner, box) for owner, several in self.parts.items() for box, _ in several]
+        shared = self.sharing.pooled([*parts, *((owner, self.targets[owner].box) for owner in self.whole)])
+        return lambda owner: shared(owner) or [box for box, _ in self.parts.get(owner, ())]
 
     def _miss(self, names: list[str], fate: Fate, allowed: Callable[[str], bool], words: str) -> None:
         if any(map(allowed, names)):

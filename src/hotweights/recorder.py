@@ -10,18 +10,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 
+from .aliases import plain
 from .manifest import TensorSpec
 from .operations import fails_really, is_view, written_by
 from .regions import Memory, Region, box_of
 from .standins import META, Scalar, StandIn, ValueRead, line_of_the_model, meta_of, under_autocast
 from .steps import Note, Op
 
-__all__ = ["Recorder", "plain"]
+__all__ = ["Recorder"]
 
 aten = torch.ops.aten
 
@@ -376,12 +376,3 @@ def _device_of(flat: list[Any], tensors: list[torch.Tensor]) -> torch.device:
             return value
     sized = [one for one in tensors if one.dim()] or tensors
     return sized[0].device if sized else torch.device("cpu")
-
-
-def plain(tensor: torch.Tensor) -> bool:
-    """Whether it has bytes of its own, and no code between them and whoever reads it."""
-    return (
-        tensor.layout is torch.strided
-        and not nn.parameter.is_lazy(tensor)
-        and type(tensor).__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl
-    )

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .aliases import homes, overlaps, owners
+from .aliases import overlaps
 from .casts import Cast
 from .collection import without_collection
 from .drafting import draft
@@ -20,7 +20,7 @@ from .errors import PlanError
 from .fit import complete
 from .lowering import lower
 from .manifest import Manifest
-from .modules import Place, describe, extra_state_problems, hook_problems, places
+from .modules import Place, extra_state_problems, hook_problems, places, targets_of
 from .plan import Copy, LoadPlan, Note, Patterns, Step, both, matches
 from .regions import Box, Region, covered, meets
 from .tracing import Recording, record
@@ -76,7 +76,6 @@ def _trace(
     rules = rules_for(model, manifest)
     found = list(places(model))
     tensors = {place.name: place.tensor for place in found if place.persistent}
-    owner = owners(tensors)
     where = None if device is None else torch.device(device)
     may_miss = both(allow_missing, rules.allow_missing)
     loader = loader_of(model) if rules.steps is None else None
@@ -93,7 +92,7 @@ def _trace(
             problems += error.problems
     plan = draft(
         manifest,
-        {name: describe(tensor, name, owner[name], device=where) for name, tensor in tensors.items()},
+        targets_of(tensors, where),
         steps=rules.steps if traced is None else traced.steps,
         taken=frozenset() if traced is None else traced.recording.taken,
         skip=rules.skip,
@@ -102,7 +101,6 @@ def _trace(
         allow_unexpected=allow_unexpected,
         cast=cast or ("loader" if own_code else "error"),
         overlapping=overlaps(tensors),
-        home=homes(tensors),
         constants=rules.constants if traced is None else traced.recording.constants,
         fallback=() if traced is None else traced.fallback,
         notes=() if traced is None else traced.notes,

@@ -17,10 +17,11 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .aliases import plain
 from .anchors import anchors
 from .bypasses import Bypasses, no_swaps
 from .manifest import Manifest, OpaqueDtype
-from .recorder import Recorder, plain
+from .recorder import Recorder
 from .snapshot import Snapshot
 from .standins import Scalar, StandIn
 from .steps import Note, Op

@@ -105,7 +105,10 @@ class _Reader:
         spec = self._spec(one.name, one.dtype, one.shape)
         if isinstance(spec.dtype, OpaqueDtype) or not 0 <= one.owner < len(self._document.targets):
             self.wrong(f"{one.name}: no tensor of a model is like this")
-        target = Target(spec, self._document.targets[one.owner].name, one.problem, one.stride)
+        if not 0 <= one.start < _LARGEST:
+            self.wrong(f"{one.name}: no memory has a byte {one.start}")
+        owner = self._document.targets[one.owner].name
+        target = Target(spec, owner, one.problem, one.stride, one.memory, one.start)
         if one.stride is not None:
             self._sized(target.box, Memory("model", one.name), _LARGEST)
         self._nbytes[Memory("model", one.name)] = extent(target.box)[1]
@@ -176,6 +179,8 @@ class _Reader:
             into = self.box(wire.into, memory, self._nbytes[memory])
         if isinstance(spec.dtype, OpaqueDtype):
             self.wrong(f"{spec.name}: is copied, and torch has no such type")
+        if into is not None and any(s == 0 and n > 1 for n, s in zip(into.shape, into.stride, strict=True)):
+            self.wrong(f"{target.spec.name}: is written by a copy that puts several elements in one place")
         source_shape = spec.shape if of is None else of.shape
         shape = target.spec.shape if into is None else into.shape
         if math.prod(source_shape) != math.prod(shape):
