@@ -13,7 +13,7 @@ from .casts import Cast, is_float, is_lossless
 from .errors import PlanError, UnknownName
 from .manifest import DType, Manifest, OpaqueDtype, TensorSpec, format_name
 from .plan import Copy, Fate, LoadPlan, Note, Op, Patterns, Program, Step, Target, matches
-from .regions import Box, Region, covered, extent, meets, whole
+from .regions import Box, Memory, Region, covered, extent, meets, whole
 from .sharing import Sharing
 
 __all__ = ["draft"]
@@ -26,6 +26,7 @@ def draft(
     targets: Mapping[str, Target],
     *,
     steps: Iterable[tuple[int, Step]] | None = None,
+    zeroed: Iterable[str] = (),
     skip: Patterns = (),
     allow_missing: Patterns = (),
     allow_partial: Patterns = (),
@@ -46,6 +47,7 @@ def draft(
         manifest: what the source promises.
         targets: the names of the model.
         steps: what to do, with levels; by default each tensor goes to the target of its name.
+        zeroed: names of the model that are filled with zeros besides.
         skip: tensors that the model's own loading code drops.
         allow_missing: names of the model that may stay as they are.
         allow_partial: names of the model of which some bytes may stay as they are.
@@ -70,6 +72,8 @@ def draft(
         steps = ((0, Copy(name, name)) for name in manifest if name in targets)
     for level, step in steps:
         made.add(level, step)
+    for name in zeroed:
+        made.add(0, _zeros(targets[name]))
     for name in fallback:
         made.fates.setdefault(name, Fate.WRITTEN)
     made.find_unexpected(matches(skip), matches(allow_unexpected), taken)
@@ -334,6 +338,12 @@ class _Draft:
         (box, step), (beside, second) = one, other
         if isinstance(step, Copy) and isinstance(second, Copy) and step.source != second.source and meets(box, beside):
             self.problems.append(f"{owner}: bytes written twice, from {step.source} and from {second.source}")
+
+
+def _zeros(target: Target) -> Program:
+    region = Region(Memory("model", target.spec.name), target.box)
+    op = Op(torch.ops.aten.zero_.default, (region,), {}, (), (region,), (region,))
+    return Program((), (op,), (region,))
 
 
 def _shape(step: Copy, spec: TensorSpec) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from .aliases import owners, plain, spots
 from .manifest import TensorSpec
 from .plan import Target
 
-__all__ = ["Place", "extra_state_problems", "hook_problems", "materialise", "places", "targets_of"]
+__all__ = ["Place", "counters", "extra_state_problems", "hook_problems", "materialise", "places", "targets_of"]
 
 
 class Place(msgspec.Struct, frozen=True, gc=False):
@@ -91,6 +91,15 @@ def _unwritable(tensor: torch.Tensor, device: torch.device | None) -> str:
 
 
 _HARMLESS = ("torch.nn.modules.batchnorm", "torch.nn.modules.instancenorm")  # They fill in counters of old files.
+
+
+def counters(found: Iterable[Place]) -> list[Place]:
+    """Counters that torch's own ``load_state_dict`` does without where an old checkpoint has none.
+
+    It keeps the values of real ones, and makes zeros of those on meta.
+    """
+    normed = (place for place in found if place.key == "num_batches_tracked")
+    return [place for place in normed if type(place.module)._load_from_state_dict.__module__ in _HARMLESS]
 
 
 def hook_problems(model: nn.Module) -> Iterator[str]:

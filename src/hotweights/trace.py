@@ -20,7 +20,7 @@ from .errors import PlanError
 from .fit import complete
 from .lowering import lower
 from .manifest import Manifest
-from .modules import Place, extra_state_problems, hook_problems, places, targets_of
+from .modules import Place, counters, extra_state_problems, hook_problems, places, targets_of
 from .plan import Copy, LoadPlan, Note, Patterns, Step, both, matches
 from .regions import Box, Region, covered, meets
 from .tracing import Recording, record
@@ -75,11 +75,12 @@ def _trace(
 ) -> LoadPlan:
     rules = rules_for(model, manifest)
     found = list(places(model))
+    own_code = hasattr(model, "load_weights")
     tensors = {place.name: place.tensor for place in found if place.persistent}
     where = None if device is None else torch.device(device)
-    may_miss = both(allow_missing, rules.allow_missing)
+    absent = [] if own_code else [place for place in counters(found) if place.name not in manifest]
+    may_miss = both(both(allow_missing, rules.allow_missing), [place.name for place in absent])
     loader = loader_of(model) if rules.steps is None else None
-    own_code = hasattr(model, "load_weights")
     problems: list[str] = []
     traced = None
     if loader is not None:
@@ -94,6 +95,7 @@ def _trace(
         manifest,
         targets_of(tensors, where),
         steps=rules.steps if traced is None else traced.steps,
+        zeroed=[place.name for place in absent if place.tensor.is_meta and where is not None and traced is None],
         taken=frozenset() if traced is None else traced.recording.taken,
         skip=rules.skip,
         allow_missing=may_miss,
