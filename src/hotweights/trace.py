@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
 import types
 from collections import defaultdict, deque
-from collections.abc import Callable, Container, Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from .aliases import overlaps
+from .arguments import check_model, device_from, patterns_from
 from .casts import Cast
 from .collection import without_collection
 from .drafting import draft
@@ -23,6 +25,8 @@ from .manifest import Manifest
 from .modules import Place, counters, extra_state_problems, hook_problems, places, targets_of
 from .plan import Copy, LoadPlan, Note, Patterns, Step, both, matches
 from .regions import Box, Region, covered, meets
+from .sources import Source
+from .sources import open as open_source
 from .tracing import Recording, record
 
 __all__ = ["by_name", "loader_of", "trace"]
@@ -33,7 +37,7 @@ _CPU = torch.device("cpu")
 
 def trace(
     model: nn.Module,
-    manifest: Manifest,
+    manifest: Manifest | str | os.PathLike[str] | Mapping[str, torch.Tensor] | nn.Module | Source,
     *,
     device: torch.device | str | None = None,
     allow_missing: Patterns = (),
@@ -49,7 +53,7 @@ def trace(
 
     Args:
         model: whose loading is planned.
-        manifest: what a source promises.
+        manifest: what a source promises; or a source, or anything that ``hotweights.open`` takes.
         device: where meta tensors will be made real. Without it they are a problem.
         allow_missing: names of the model that may stay as they are.
         allow_partial: names of the model of which some bytes may stay as they are.
@@ -59,15 +63,31 @@ def trace(
 
     Raises:
         PlanError: with every problem.
+        UsageError: an argument is of the wrong kind.
     """
+    check_model(model, manifest)
+    missing, partly, unexpected = patterns_from(
+        allow_missing=allow_missing, allow_partial=allow_partial, allow_unexpected=allow_unexpected
+    )
+    where = device_from(device)
     with without_collection():
-        return _trace(model, manifest, device, allow_missing, allow_partial, allow_unexpected, cast)
+        return _trace(model, _promised(manifest), where, missing, partly, unexpected, cast)
+
+
+def _promised(source: Any) -> Manifest:
+    if isinstance(source, Manifest):
+        return source
+    if isinstance(source, Source):
+        return source.manifest
+    with open_source(source) as opened:
+        manifest: Manifest = opened.manifest
+    return manifest
 
 
 def _trace(
     model: nn.Module,
     manifest: Manifest,
-    device: torch.device | str | None,
+    where: torch.device | None,
     allow_missing: Patterns,
     allow_partial: Patterns,
     allow_unexpected: Patterns,
@@ -77,7 +97,6 @@ def _trace(
     found = list(places(model))
     own_code = hasattr(model, "load_weights")
     tensors = {place.name: place.tensor for place in found if place.persistent}
-    where = None if device is None else torch.device(device)
     absent = [] if own_code else [place for place in counters(found) if place.name not in manifest]
     may_miss = both(both(allow_missing, rules.allow_missing), [place.name for place in absent])
     loader = loader_of(model) if rules.steps is None else None
