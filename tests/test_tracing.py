@@ -454,6 +454,69 @@ def test_a_fallback_that_writes_over_the_plan_is_loud():
         hw.load(Layered(second=second), tensors)
 
 
+class Halting(nn.Module):
+    """Layers in one buffer, side by side. All but the first ask for a value; at ``stop`` the code fails."""
+
+    def __init__(self, stop, error):
+        super().__init__()
+        flat = torch.zeros(8, 4)
+        for number, name in enumerate("abcd"):
+            layer = nn.Module()
+            layer.weight = nn.Parameter(flat[2 * number], requires_grad=False)
+            layer.bias = nn.Parameter(flat[2 * number + 1], requires_grad=False)
+            layer.register_buffer("computed", torch.zeros(1), persistent=False)
+            setattr(self, name, layer)
+        self.stop, self.error = stop, error
+
+    def load_weights(self, pairs):
+        for name, one in pairs:
+            if not name.startswith("a"):
+                one = one * float(one.max())
+                if name in self.stop:
+                    if self.error is None:
+                        continue
+                    raise self.error
+            self.get_parameter(name).data.copy_(one)
+
+
+HALTING = {name: torch.arange(1.0, 5.0) for name in Halting((), None).state_dict()}
+HALTED = (
+    "hotweights: by then these layers had been written: a, b; of others these tensors: c.weight; "
+    "these layers hold what they held before: d"
+)
+
+
+class TestHalfway:
+    """The model's own code fails when it has written something: the error says what is of which version."""
+
+    @pytest.mark.parametrize("kind", ["file", "memory", "stream"])
+    @pytest.mark.parametrize("error", [RuntimeError("no"), KeyboardInterrupt()], ids=repr)
+    def test_its_error_says_which_layers_were_written(self, kind, error, tmp_path):
+        model = Halting({"c.bias"}, error)
+        assert hw.trace(model, HALTING).fallback == tuple(name for name in HALTING if name[0] != "a")
+        with pytest.raises(type(error)) as caught:
+            hw.load(model, dict(sources(HALTING, tmp_path))[kind])
+        assert caught.value is error
+        assert caught.value.__notes__[0] == HALTED
+        assert "may hold tensors of both versions" in caught.value.__notes__[1]
+        changed = {name for name, tensor in model.state_dict().items() if tensor.any()}
+        assert changed == {"a.weight", "a.bias", "b.weight", "b.bias", "c.weight"}
+        error.__notes__.clear()
+
+    def test_so_does_what_we_raise(self):
+        """Tensors side by side in one buffer are told apart: one that was written does not speak for its neighbour."""
+        with pytest.raises(hw.IncompleteLoad, match="wrote nothing to: 3 problems") as caught:
+            hw.load(Halting({"c.bias", "d.weight", "d.bias"}, None), HALTING)
+        assert caught.value.problems == ("c.bias", "d.bias", "d.weight")
+        assert caught.value.__notes__[0] == HALTED
+
+    def test_code_that_begins_with_nothing_written_begins_anew(self):
+        model = Halting({"b.weight"}, ValueError("no"))
+        with pytest.raises(ValueError, match="no") as caught:
+            hw.load(model, HALTING)
+        assert "had been written: a; of others these tensors: none" in caught.value.__notes__[0]
+
+
 def test_a_plan_does_not_read_what_only_the_fallback_writes():
     """Without the tensors left out, a parameter looks as if loading never wrote it."""
 
