@@ -121,11 +121,8 @@ class _Draft:
 
     def add(self, level: int, step: Step) -> None:
         if isinstance(step, Copy):
-            homes = (
-                [(step.destination, step.into)]
-                if step.into is None
-                else self.sharing.homes(step.destination, step.into)
-            )
+            name, box = step.destination, step.into
+            homes = [(name, box)] if box is None else self.sharing.homes(name, box)
             if len(homes) > 1:
                 self._add_spread(level, step, homes)
                 return
@@ -207,9 +204,9 @@ class _Draft:
                 )
         for op in step.ops:
             for region in op.writes:
-                for name, box in (
-                    self.sharing.homes(region.memory.name, region.box) if region.memory.kind == "model" else ()
-                ):
+                if region.memory.kind != "model":
+                    continue
+                for name, box in self.sharing.homes(region.memory.name, region.box):
                     target = self.targets.get(name)
                     if target is not None:
                         self.parts[target.owner].append((box, step))

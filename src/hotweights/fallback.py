@@ -20,7 +20,7 @@ from .memory import Pool
 from .modules import Place, places
 from .operations import written_by
 from .plan import Copy, LoadPlan
-from .regions import Box, box_of, meets
+from .regions import Box, box_of, covered, meets
 from .sources.contracts import Addressed, InMemory, Source
 from .threads import in_every_thread
 from .trace import loader_of
@@ -111,10 +111,13 @@ class _Progress:
         return any(self._watch.saw(tensor) for tensor, _ in self._before.values() if tensor.numel())
 
     def wrote(self, place: Place) -> bool:
-        """Whether it has written there. Rebound is written: it put another tensor in the place."""
+        """Whether it has written there."""
+        return self._rebound(place) or self._watch.saw(place.tensor)
+
+    def _rebound(self, place: Place) -> bool:
+        """Rebound is written: it put another tensor in the place."""
         tensor, storage = self._before.get(place.name, (None, 0))
-        rebound = place.tensor is not tensor or _storage(place.tensor) != storage
-        return rebound or self._watch.saw(place.tensor)
+        return place.tensor is not tensor or _storage(place.tensor) != storage
 
     @contextmanager
     def told(self) -> Iterator[None]:
@@ -126,14 +129,16 @@ class _Progress:
             raise
 
     def __str__(self) -> str:
-        layers: dict[str, dict[str, bool]] = defaultdict(dict)
+        layers: dict[str, dict[str, float]] = defaultdict(dict)  # the written share of each tensor
         for place in places(self._model):
-            if not place.persistent or not plain(place.tensor):
-                continue
-            written = self._watch.was_planned(place.tensor) or self.wrote(place)
-            layers[place.name.rpartition(".")[0] or type(self._model).__name__][place.name] = written
-        whole = [layer for layer, one in layers.items() if all(one.values())]
-        partly = [name for one in layers.values() if not all(one.values()) for name, written in one.items() if written]
+            if place.persistent and plain(place.tensor) and place.tensor.numel():
+                layer = place.name.rpartition(".")[0] or type(self._model).__name__
+                layers[layer][place.name] = 1.0 if self._rebound(place) else self._watch.share(place.tensor)
+        whole = [layer for layer, one in layers.items() if min(one.values()) == 1]
+        torn = [one for one in layers.values() if min(one.values()) < 1]
+        partly = [
+            name if share == 1 else f"{name} ({share:.0%})" for one in torn for name, share in one.items() if share
+        ]
         never = [layer for layer, one in layers.items() if not any(one.values())]
         return (
             f"by then these layers had been written: {_some(whole)}; of others these tensors: {_some(partly)}; "
@@ -197,10 +202,11 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         box = box_of(tensor)
         return box in written or any(meets(box, other) for other in written)
 
-    def was_planned(self, tensor: torch.Tensor) -> bool:
-        """Whether the plan writes to the tensor's memory."""
-        planned = self._planned.get(tensor.untyped_storage().data_ptr(), ())
-        return any(meets(box_of(tensor), box) for _, box in planned)
+    def share(self, tensor: torch.Tensor) -> float:
+        """How much of the tensor was written, by plan or by the model's code."""
+        address, box = tensor.untyped_storage().data_ptr(), box_of(tensor)
+        boxes = [*self._written.get(address, ()), *(one for _, one in self._planned.get(address, ()))]
+        return covered([one for one in boxes if meets(one, box)], box) / box.numel
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in written_by(func, args, kwargs or {}):

@@ -210,7 +210,10 @@ class LoadPlan:
         if target is None:
             return name
         beside = [other for other in self.targets if other != name and self._reaches(other, None, name)]
-        return str(target.spec) + (f" (shares memory with {', '.join(beside[:_SHOWN])})" if beside else "")
+        if not beside:
+            return str(target.spec)
+        words = ", ".join(beside) if len(beside) <= _SHOWN else f"{len(beside)} tensors"
+        return f"{target.spec} (shares memory with {words})"
 
     def _explain_source(self, name: str) -> str:
         """A tensor of the source: where it goes."""

@@ -37,8 +37,8 @@ class Sharing:
             box: counted from its first byte; it may reach beyond it.
 
         Returns:
-            The largest target that holds all of the box, with the box counted from its first byte; if none does, the
-            bytes in each.
+            The target that holds all of the box, and the box counted from its first byte; of several that which
+            begins first, and of those the largest. If none does, the bytes in each.
         """
         target = self._targets.get(name)
         if target is None or not target.memory:
@@ -96,9 +96,8 @@ class _Spans(Generic[T]):
 
     def __init__(self, several: Iterable[tuple[Box, T]]) -> None:
         spans = [(*extent(box), one) for box, one in several]
-        self._spans = sorted(
-            spans, key=lambda span: (span[0], -span[1])
-        )  # Of two that begin together the larger first.
+        # Of two that begin together the larger comes first: what is written belongs to that.
+        self._spans = sorted(spans, key=lambda span: (span[0], -span[1]))
         self._starts = [start for start, *_ in self._spans]
         self._longest = max((stop - start for start, stop, _ in spans), default=0)
 
