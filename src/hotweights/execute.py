@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 
 import torch
 
@@ -20,7 +22,7 @@ from .replay import run_program, view
 from .sources.contracts import Addressed, InMemory, Read, Reading, Source
 from .sources.streams import ahead
 
-__all__ = ["Execution", "execute", "owned"]
+__all__ = ["Execution", "Filling", "execute", "owned", "writing_to"]
 
 _COMPARED = 8 * 1024 * 1024  # bytes of each of two tied tensors that are compared at once
 
@@ -95,10 +97,7 @@ def execute(
         if advance is not None:
             advance(nbytes)
 
-    # Tensors made under inference mode may only be written under it.
-    lazy = torch.nn.parameter.is_lazy
-    inference = any(not lazy(tensor) and tensor.is_inference() for tensor in destinations.values())
-    with torch.inference_mode() if inference else torch.no_grad():
+    with writing_to(destinations):
         if isinstance(source, Addressed):
             read = partial(source.read, pool=pool, reading=reading, threads=threads, advance=arrive)
             _Addressed(plan, source, read, destinations, done, pool).run()
@@ -106,6 +105,15 @@ def execute(
         if isinstance(source, InMemory):
             return _from_memory(plan, source, destinations, done, arrive)
         return _from_stream(plan, source, destinations, done, arrive)
+
+
+@contextmanager
+def writing_to(destinations: Destinations) -> Iterator[None]:
+    """Writes inside are not seen by autograd. Tensors made under inference mode may only be written under it."""
+    lazy = torch.nn.parameter.is_lazy
+    inference = any(not lazy(tensor) and tensor.is_inference() for tensor in destinations.values())
+    with torch.inference_mode() if inference else torch.no_grad():
+        yield
 
 
 class _Addressed:
@@ -136,10 +144,9 @@ class _Addressed:
 
     def _copy(self, steps: Sequence[Copy]) -> None:
         manifest, limit = self._source.manifest, self._pool.slot_nbytes - 2 * PAGE
-        reads: list[Read] = []
-        for step in steps:
-            reads += reads_of(step, manifest[step.source], self._destinations[step.destination], limit)
-        self._done.count(self._read(reads))
+        wishes = (reads_of(step, manifest[step.source], self._destinations[step.destination], limit) for step in steps)
+        # Made one by one as they are taken: a model's tensors lie all over the memory, and each visit costs.
+        self._done.count(self._read(chain.from_iterable(wishes)))
         self._done.bytes_written += sum(_written_nbytes(step, self._destinations) for step in steps)
 
     def _run_programs(self, programs: list[Program]) -> None:
@@ -295,38 +302,79 @@ def _read_nbytes(step: Step, manifest: Manifest) -> int:
 def _from_stream(
     plan: LoadPlan, source: Source, destinations: Destinations, done: Execution, arrive: Callable[[int], None]
 ) -> dict[str, torch.Tensor]:
-    """Copies of the lowest level as their tensors pass; what other steps need is kept until its turn."""
-    first, *rest = [*plan.by_level()] or [()]
-    copies: dict[str, list[Copy]] = defaultdict(list)
-    for step in first:
-        if isinstance(step, Copy):
-            copies[step.source].append(step)
-    later = [step for step in first if isinstance(step, Program)], *rest
-    wanted = {name for steps in later for step in steps for name in _names(step)}
-    wanted |= {second.source for _, second in plan.ties} | set(plan.fallback)
-    kept: dict[str, torch.Tensor] = {}
+    filling = Filling(plan, destinations, done)
     done.writing = True
     with source.leases() as stream:
         for lease in stream:
-            if lease.name not in copies and lease.name not in wanted:
+            if lease.name not in filling.missing:
                 continue
-            if lease.name in wanted:
-                kept[lease.name] = lease.own()
-                done.hold_scratch(lease.spec.nbytes)
-            devices = [_copy_now(step, lease.tensor, destinations, done) for step in copies.get(lease.name, ())]
+            device = filling.take(lease.name, lease.tensor, lease.own)
             done.count({"memory": lease.spec.nbytes})
             arrive(lease.spec.nbytes)
-            lease.release(after=record_event(devices[-1]) if devices else None)
-    for steps in later:
-        for step in steps:
+            lease.release(after=None if device is None else record_event(device))
+    return filling.finish()
+
+
+class Filling:
+    """A plan that is followed as its tensors arrive, in any order. What cannot be done at once waits, owned.
+
+    Attributes:
+        missing: names of the tensors that have not arrived. Whoever uses it sees that none comes twice.
+        kept: tensors that wait for others.
+    """
+
+    def __init__(self, plan: LoadPlan, destinations: Destinations, done: Execution) -> None:
+        self._plan, self._destinations, self._done = plan, destinations, done
+        first, *rest = [*plan.by_level()] or [()]
+        self._copies: dict[str, list[Copy]] = defaultdict(list)
+        for step in first:
             if isinstance(step, Copy):
-                _copy_now(step, kept[step.source], destinations, done)
-            else:
-                _run(step, {name: kept[name].clone() for name in step.sources}, plan, destinations, done)
-    _refuse(
-        (one, other) for one, other in plan.ties if not _same_as_written(other, kept[other.source], one, destinations)
-    )
-    return {name: kept[name] for name in plan.fallback}
+                self._copies[step.source].append(step)
+        self._later = [step for step in first if isinstance(step, Program)], *rest
+        self._wanted = {name for steps in self._later for step in steps for name in _names(step)}
+        self._wanted |= {second.source for _, second in plan.ties} | set(plan.fallback)
+        self.missing = self._wanted | self._copies.keys()
+        self.kept: dict[str, torch.Tensor] = {}
+
+    def take(self, name: str, tensor: torch.Tensor, own: Callable[[], torch.Tensor]) -> torch.device | None:
+        """Do what can be done with a tensor that has arrived; it is borrowed until the device's queue is done.
+
+        Args:
+            name: of the tensor, one of ``missing``.
+            tensor: is not kept.
+            own: gives a tensor of the same values that may be kept.
+
+        Returns:
+            The device that still reads it, if any does.
+        """
+        self.missing.discard(name)
+        if name in self._wanted:
+            self.kept[name] = own()
+            self._done.hold_scratch(tensor.nbytes)
+        devices = [_copy_now(step, tensor, self._destinations, self._done) for step in self._copies.get(name, ())]
+        return devices[-1] if devices else None
+
+    def finish(self) -> dict[str, torch.Tensor]:
+        """Do the rest, now that everything is there; returns the tensors of ``plan.fallback``, owned.
+
+        Raises:
+            TiedWeightsDiffer: names of one tensor carry different bytes. They were written.
+        """
+        kept, destinations = self.kept, self._destinations
+        for steps in self._later:
+            for step in steps:
+                if isinstance(step, Copy):
+                    _copy_now(step, kept[step.source], destinations, self._done)
+                else:
+                    _run(
+                        step, {name: kept[name].clone() for name in step.sources}, self._plan, destinations, self._done
+                    )
+        _refuse(
+            (one, other)
+            for one, other in self._plan.ties
+            if not _same_as_written(other, kept[other.source], one, destinations)
+        )
+        return {name: kept[name] for name in self._plan.fallback}
 
 
 def _names(step: Step) -> tuple[str, ...]:

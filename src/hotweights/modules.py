@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 import msgspec
 import torch
@@ -13,7 +14,17 @@ from .aliases import owners, plain, spots
 from .manifest import TensorSpec
 from .plan import Target
 
-__all__ = ["Place", "counters", "extra_state_problems", "hook_problems", "materialise", "places", "targets_of"]
+__all__ = [
+    "Place",
+    "Survey",
+    "counters",
+    "extra_state_problems",
+    "hook_problems",
+    "materialise",
+    "places",
+    "survey",
+    "targets_of",
+]
 
 
 class Place(msgspec.Struct, frozen=True, gc=False):
@@ -61,6 +72,49 @@ def places(model: nn.Module) -> Iterator[Place]:
         stack += reversed(children)
 
 
+class Survey(NamedTuple):
+    """What one walk over a model finds.
+
+    Attributes:
+        tensors: every parameter and buffer, by each name it has, in the order of ``places``.
+        transient: which of them are not persistent.
+        plain: whether loading is copying by name: nowhere is there loading code, a hook or extra state.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    transient: list[str]
+    plain: bool
+
+
+def survey(model: nn.Module) -> Survey:
+    """Look at every module once. Every load does, so it asks all its questions on one walk."""
+    tensors: dict[str, torch.Tensor] = {}
+    transient: list[str] = []
+    plain = not hasattr(model, "load_weights") and _loads_by_name(model)
+    kinds: dict[type, bool] = {}
+    stack = [("", model)]
+    while stack:
+        dot, module = stack.pop()
+        inside = module.__dict__
+        kind = type(module)
+        if kind not in kinds:
+            kinds[kind] = not _has_loading_code(kind) and kind.set_extra_state is nn.Module.set_extra_state
+        if not kinds[kind] or inside["_load_state_dict_pre_hooks"] or inside["_load_state_dict_post_hooks"]:
+            plain = False
+        for key, tensor in inside["_parameters"].items():
+            if tensor is not None:
+                tensors[dot + key] = tensor
+        for key, tensor in inside["_buffers"].items():
+            if tensor is not None:
+                tensors[dot + key] = tensor
+                if key in inside["_non_persistent_buffers_set"]:
+                    transient.append(dot + key)
+        if inside["_modules"]:
+            children = [(f"{dot}{key}.", child) for key, child in inside["_modules"].items() if child is not None]
+            stack += reversed(children)
+    return Survey(tensors, transient, plain)
+
+
 def targets_of(tensors: Mapping[str, torch.Tensor], device: torch.device | None) -> dict[str, Target]:
     """The tensors as targets of a plan; ``device`` is where meta tensors will be made real."""
     owner, spot = owners(tensors), spots(tensors)
@@ -93,19 +147,20 @@ def _unwritable(tensor: torch.Tensor, device: torch.device | None) -> str:
 _HARMLESS = ("torch.nn.modules.batchnorm", "torch.nn.modules.instancenorm")  # They fill in counters of old files.
 
 
-def counters(found: Iterable[Place]) -> list[Place]:
-    """Counters that torch's own ``load_state_dict`` does without where an old checkpoint has none.
+def counters(model: nn.Module, absent: Iterable[str]) -> list[str]:
+    """Those of the ``absent`` names that torch's own ``load_state_dict`` does without, as old checkpoints lack them.
 
     It keeps the values of real ones, and makes zeros of those on meta.
     """
-    normed = (place for place in found if place.key == "num_batches_tracked")
-    return [place for place in normed if type(place.module)._load_from_state_dict.__module__ in _HARMLESS]
+    split = (name.rpartition(".") for name in absent)
+    holders = {"".join(one): model.get_submodule(one[0]) for one in split if one[2] == "num_batches_tracked"}
+    return [name for name, one in holders.items() if type(one)._load_from_state_dict.__module__ in _HARMLESS]
 
 
 def hook_problems(model: nn.Module) -> Iterator[str]:
     """Modules whose ``load_state_dict`` does more than copy by name: by name that would be skipped, in silence."""
     cure = "load_state_dict runs it, loading by name does not"
-    if getattr(model.load_state_dict, "__func__", None) is not nn.Module.load_state_dict:
+    if not _loads_by_name(model):
         yield f"module {type(model).__name__}: has a load_state_dict of its own; loading by name does not run it"
     seen: set[int] = set()
     own: dict[type, bool] = {}
@@ -118,12 +173,20 @@ def hook_problems(model: nn.Module) -> Iterator[str]:
         stack += [(f"{dot}{key}.", child) for key, child in module._modules.items() if child is not None]
         kind = type(module)
         if kind not in own:
-            override = kind._load_from_state_dict
-            own[kind] = override is not nn.Module._load_from_state_dict and override.__module__ not in _HARMLESS
+            own[kind] = _has_loading_code(kind)
         if own[kind]:
             yield f"module {dot[:-1] or kind.__name__}: {kind.__name__} has loading code of its own; {cure}"
         if module._load_state_dict_pre_hooks or module._load_state_dict_post_hooks:
             yield f"module {dot[:-1] or kind.__name__}: has a hook around loading; {cure}"
+
+
+def _loads_by_name(model: nn.Module) -> bool:
+    return getattr(model.load_state_dict, "__func__", None) is nn.Module.load_state_dict
+
+
+def _has_loading_code(kind: type[nn.Module]) -> bool:
+    override = kind._load_from_state_dict
+    return override is not nn.Module._load_from_state_dict and override.__module__ not in _HARMLESS
 
 
 def extra_state_problems(model: nn.Module) -> Iterator[str]:

@@ -22,7 +22,7 @@ from .errors import PlanError
 from .fit import complete
 from .lowering import lower
 from .manifest import Manifest
-from .modules import Place, counters, extra_state_problems, hook_problems, places, targets_of
+from .modules import Survey, counters, extra_state_problems, hook_problems, places, survey, targets_of
 from .plan import Copy, LoadPlan, Note, Patterns, Step, both, matches
 from .regions import Box, Region, covered, meets
 from .sources import Source
@@ -94,12 +94,13 @@ def _trace(
     cast: Cast | None,
 ) -> LoadPlan:
     rules = rules_for(model, manifest)
-    found = list(places(model))
+    found = survey(model)
+    transient = set(found.transient)
+    tensors = {name: tensor for name, tensor in found.tensors.items() if name not in transient}
     own_code = hasattr(model, "load_weights")
-    tensors = {place.name: place.tensor for place in found if place.persistent}
-    absent = [] if own_code else [place for place in counters(found) if place.name not in manifest]
-    may_miss = both(both(allow_missing, rules.allow_missing), [place.name for place in absent])
-    loader = loader_of(model) if rules.steps is None else None
+    absent = [] if own_code else counters(model, sorted(tensors.keys() - manifest.keys()))
+    may_miss = both(both(allow_missing, rules.allow_missing), absent)
+    loader = None if found.plain or rules.steps is not None else loader_of(model)
     problems: list[str] = []
     traced = None
     if loader is not None:
@@ -114,7 +115,7 @@ def _trace(
         manifest,
         targets_of(tensors, where),
         steps=rules.steps if traced is None else traced.steps,
-        zeroed=[place.name for place in absent if place.tensor.is_meta and where is not None and traced is None],
+        zeroed=[name for name in absent if tensors[name].is_meta and where is not None and traced is None],
         taken=frozenset() if traced is None else traced.recording.taken,
         skip=rules.skip,
         allow_missing=may_miss,
@@ -130,7 +131,7 @@ def _trace(
         problems=[
             *problems,
             *rules.problems,
-            *(() if own_code else extra_state_problems(model)),
+            *(() if own_code or found.plain else extra_state_problems(model)),
             *(_left_on_meta(found, may_miss) if where is not None else ()),
         ],
     )
@@ -141,11 +142,9 @@ def loader_of(model: nn.Module) -> Loader | None:
     """The model's own loading code; ``None`` where loading by name is all that it would do."""
     if hasattr(model, "load_weights"):
         return lambda pairs: _drained(model.load_weights(pairs))  # type: ignore[operator]
-    if any(map(nn.parameter.is_lazy, model.parameters())):
-        return None  # Its loading code would make them real.
-    if any(hook_problems(model)):
-        return by_name(model)
-    return None
+    if any(map(nn.parameter.is_lazy, survey(model).tensors.values())):
+        return None  # Loading code would make them real.
+    return by_name(model) if any(hook_problems(model)) else None
 
 
 def _drained(result: object) -> object:
@@ -286,11 +285,11 @@ def _destinations(step: Step) -> tuple[str, ...]:
     return (step.destination,) if isinstance(step, Copy) else tuple(region.memory.name for region in step.writes)
 
 
-def _left_on_meta(found: Iterable[Place], allowed: Patterns) -> list[str]:
+def _left_on_meta(found: Survey, allowed: Patterns) -> list[str]:
     may_stay = matches(allowed)
     return [
-        f"{place.name}: is a non-persistent buffer on the meta device, and no checkpoint carries it; build the model "
+        f"{name}: is a non-persistent buffer on the meta device, and no checkpoint carries it; build the model "
         "with real buffers, or allow it with allow_missing= and fill it yourself"
-        for place in found
-        if not place.persistent and place.tensor.is_meta and not may_stay(place.name)
+        for name in found.transient
+        if found.tensors[name].is_meta and not may_stay(name)
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
 
@@ -54,8 +54,12 @@ def open_shards(path: str | os.PathLike[str]) -> tuple[Shard, ...]:
 
 
 def _open_directory(directory: Path) -> tuple[Shard, ...]:
-    files = sorted(directory.glob("*.safetensors"))
-    indexes = sorted(directory.glob(f"*{_INDEX_SUFFIX}"))
+    try:
+        names = sorted(os.listdir(directory))  # Path.glob would compile an expression first, for milliseconds.
+    except OSError as error:
+        raise CheckpointError(f"{directory}: cannot be listed: {error.strerror}") from error
+    files = [directory / name for name in names if name.endswith(".safetensors")]
+    indexes = [directory / name for name in names if name.endswith(_INDEX_SUFFIX)]
     main = directory / f"model{_INDEX_SUFFIX}"
     if main in indexes:
         indexes = [main]
@@ -67,8 +71,7 @@ def _open_directory(directory: Path) -> tuple[Shard, ...]:
             raise CheckpointError(f"{directory}: holds both {whole.name} and {indexes[0].name}; open the one you mean")
         return _open_index(indexes[0])
     if not files:
-        others = sorted(entry.name for entry in directory.glob("*"))[:5]
-        found = f"it holds {', '.join(others)}" if others else "it is empty"
+        found = f"it holds {', '.join(names[:5])}" if names else "it is empty"
         raise CheckpointError(f"{directory}: no *.safetensors in this directory; {found}")
     return _open_all(files)
 
@@ -112,15 +115,17 @@ def _open_each(paths: Iterable[Path], undo: ExitStack) -> tuple[tuple[Shard, ...
     return tuple(shards), problems + _duplicates(shards)
 
 
-def _duplicates(shards: Iterable[Shard]) -> list[str]:
+def _duplicates(shards: Sequence[Shard]) -> list[str]:
     """One tensor in two files. Every other reader takes the last, silently."""
+    if len(shards) < 2:  # Within a file the header saw to it.
+        return []
     first: dict[str, str] = {}
     problems: list[str] = []
     for shard in shards:
-        for spec, _ in shard.header.entries:
-            other = first.setdefault(spec.name, shard.file.path)
+        for entry in shard.header.entries:
+            other = first.setdefault(entry.spec.name, shard.file.path)
             if other != shard.file.path:
-                problems.append(f"tensor {spec.name!r}: in {other} and again in {shard.file.path}")
+                problems.append(f"tensor {entry.spec.name!r}: in {other} and again in {shard.file.path}")
     return problems
 
 
@@ -187,8 +192,8 @@ def _disagreements(index: Path, weight_map: dict[str, str], shards: Iterable[Sha
     opened = {shard.file.path for shard in shards}
     found: dict[str, list[str]] = {}
     for shard in shards:
-        for spec, _ in shard.header.entries:
-            found.setdefault(spec.name, []).append(shard.file.path)
+        for entry in shard.header.entries:
+            found.setdefault(entry.spec.name, []).append(shard.file.path)
     for name, shard_name in weight_map.items():
         if not shard_name:
             continue
