@@ -112,12 +112,12 @@ def find_again(model: nn.Module, promised: hw.Manifest, plan: hw.LoadPlan, round
     """What a load with a cached plan pays to know that it is still the right one."""
     from hotweights.cache import planned
 
-    planned(model, promised, (), lambda: plan)
+    planned(model, None, promised, (), lambda: plan)
 
     def never() -> hw.LoadPlan:
         raise AssertionError("it was not found again")
 
-    return timed(lambda: planned(model, promised, (), never), rounds)[0]
+    return timed(lambda: planned(model, None, promised, (), never), rounds)[0]
 
 
 if __name__ == "__main__":

@@ -15,9 +15,10 @@ ROOT = Path(hotweights.__file__).parent
 ORDER = """
 collection errors manifest progress devices guards memory
 sources.contracts sources.streams sources.header sources.reading sources.checkpoint sources.files sources.state sources
-casts regions steps planfile plan snapshot tracing lowering drafting aliases modules fit cache replay copying execute
-report engines engines.transformers trace fallback verify load
-testing testing_models
+casts regions operations steps document validation planfile plan snapshot
+aliases anchors threads standins recorder bypasses tracing lowering sharing drafting modules fit cache replay
+copying execute report arguments engines engines.transformers trace fallback verify load
+testing.checks testing.checkpoints testing.faults testing.sources testing.pools testing testing_models
 cli.outcome cli.inspect cli.plan cli.load cli.fused_bert cli.demo cli
 """.split()
 

@@ -5,6 +5,7 @@ import threading
 import tracemalloc
 import weakref
 from contextlib import nullcontext
+from copy import deepcopy
 from types import SimpleNamespace
 
 import pytest
@@ -173,6 +174,32 @@ class TestRight:
         source, options = way(state)
         hw.load(ours, source, **options)
         assert_same_bits(ours.state_dict(), theirs.state_dict())
+
+    @pytest.mark.parametrize("norm", [nn.BatchNorm1d(3), nn.InstanceNorm1d(3, affine=True, track_running_stats=True)])
+    @pytest.mark.parametrize("hooked", [False, True])
+    def test_counters_that_old_checkpoints_lack(self, way, norm, hooked):
+        """As ``load_state_dict`` does it: they keep their values; made of meta tensors, they are zero."""
+        state = {"0." + name: torch.rand(3) for name in norm.state_dict() if name != "num_batches_tracked"}
+        source, options = way(state)
+        ours, theirs = nn.Sequential(deepcopy(norm)), nn.Sequential(deepcopy(norm))
+        for one in (ours, theirs):
+            one[0].num_batches_tracked.fill_(5)
+            if hooked:
+                one.register_load_state_dict_post_hook(lambda module, keys: None)
+        report = hw.load(ours, source, **options)
+        theirs.load_state_dict(state)
+        assert_same_bits(ours.state_dict(), theirs.state_dict())
+        assert ours[0].num_batches_tracked == 5
+        assert hooked or report.tensors[Fate.MISSING] == ("0.num_batches_tracked",)
+        assert hooked or "0.num_batches_tracked" in str(report)
+
+    @pytest.mark.parametrize("verify", ["off", "loader"])
+    def test_counters_on_meta_become_zero(self, verify):
+        with torch.device("meta"):
+            ours = nn.BatchNorm1d(3)
+        state = {name: torch.rand(3) for name in ours.state_dict() if name != "num_batches_tracked"}
+        hw.load(ours, state, device="cpu", verify=verify)
+        assert_same_bits(ours.state_dict(), state | {"num_batches_tracked": torch.tensor(0)})
 
     def test_a_shared_module_has_two_names(self):
         shared = nn.Linear(3, 3)

@@ -14,8 +14,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import hotweights as hw
-from hotweights import HotweightsError, Manifest, PlanError, tracing
+from hotweights import HotweightsError, Manifest, PlanError
+from hotweights.anchors import anchors
 from hotweights.plan import Copy, Program
+from hotweights.recorder import Recorder
+from hotweights.standins import ValueRead
 from hotweights.testing import assert_same_bits, bits, write_checkpoint
 from hotweights.testing_models import Engine, engine_checkpoint
 from tracing_idioms import IDIOMS, Model, weights
@@ -206,7 +209,14 @@ def composed(program):
 
     def loader(model, pairs):
         kept = dict(pairs)
-        values = [model.p.data, model.q.data, model.g.data, model.bf.data, *(kept[name] for name in "wedh")]
+        values = [
+            model.p.data,
+            model.q.data,
+            model.g.data,
+            model.bf.data,
+            model.middle.data,
+            *(kept[name] for name in "wedh"),
+        ]
         for kind, one, other, n in program:
             x = values[one % len(values)]
             if kind == "copy":
@@ -264,14 +274,14 @@ class Injected(BaseException):
 def test_a_failure_at_any_operation_leaves_the_model_as_it_was(kind, monkeypatch):
     model, manifest = Engine(), Manifest(hw.open(engine_checkpoint()).manifest.values())
     before, patched = anatomy(model), (threading.Thread.start, ThreadPoolExecutor.submit, torch.utils.swap_tensors)
-    dispatch, count, at = tracing._Recorder.dispatch, itertools.count(), [-1]
+    dispatch, count, at = Recorder.dispatch, itertools.count(), [-1]
 
     def failing(self, func, args, kwargs):
         if next(count) == at[0]:
             raise kind("injected")
         return dispatch(self, func, args, kwargs)
 
-    monkeypatch.setattr(tracing._Recorder, "dispatch", failing)
+    monkeypatch.setattr(Recorder, "dispatch", failing)
     hw.trace(model, manifest)
     total = next(count)
     assert total > 40
@@ -319,7 +329,7 @@ def test_what_outlives_its_trace_says_so():
 
     with pytest.raises(PlanError, match="missing"):
         hw.trace(Model(keeps), hw.open(weights(1)).manifest)
-    with pytest.raises(tracing.ValueRead, match="whose trace is over"):
+    with pytest.raises(ValueRead, match="whose trace is over"):
         outside[0] + 1
 
     def goes_on(model, pairs):
@@ -444,6 +454,72 @@ def test_a_fallback_that_writes_over_the_plan_is_loud():
         hw.load(Layered(second=second), tensors)
 
 
+class Halting(nn.Module):
+    """Layers in one buffer, side by side. All but the first ask for a value; at ``stop`` the code fails."""
+
+    def __init__(self, stop, error):
+        super().__init__()
+        flat = torch.zeros(8, 4)
+        for number, name in enumerate("abcd"):
+            layer = nn.Module()
+            layer.weight = nn.Parameter(flat[2 * number], requires_grad=False)
+            layer.bias = nn.Parameter(flat[2 * number + 1], requires_grad=False)
+            layer.register_buffer("computed", torch.zeros(1), persistent=False)
+            setattr(self, name, layer)
+        self.stop, self.error = stop, error
+
+    def load_weights(self, pairs):
+        for name, one in pairs:
+            if not name.startswith("a"):
+                one = one * float(one.max())
+                if name in self.stop:
+                    if name == "c.bias":
+                        self.c.bias.data[:1].copy_(one[:1])
+                    if self.error is None:
+                        continue
+                    raise self.error
+            self.get_parameter(name).data.copy_(one)
+
+
+HALTING = {name: torch.arange(1.0, 5.0) for name in Halting((), None).state_dict()}
+HALTED = (
+    "hotweights: by then these layers had been written: a, b; of others these tensors: c.weight, c.bias (25%); "
+    "these layers hold what they held before: d"
+)
+
+
+class TestHalfway:
+    """The model's own code fails when it has written something: the error says what is of which version."""
+
+    @pytest.mark.parametrize("kind", ["file", "memory", "stream"])
+    @pytest.mark.parametrize("error", [RuntimeError("no"), KeyboardInterrupt()], ids=repr)
+    def test_its_error_says_which_layers_were_written(self, kind, error, tmp_path):
+        model = Halting({"c.bias"}, error)
+        assert hw.trace(model, HALTING).fallback == tuple(name for name in HALTING if name[0] != "a")
+        with pytest.raises(type(error)) as caught:
+            hw.load(model, dict(sources(HALTING, tmp_path))[kind])
+        assert caught.value is error
+        assert caught.value.__notes__[0] == HALTED
+        assert "may hold tensors of both versions" in caught.value.__notes__[1]
+        changed = {name for name, tensor in model.state_dict().items() if tensor.any()}
+        assert changed == {"a.weight", "a.bias", "b.weight", "b.bias", "c.weight", "c.bias"}
+        assert model.c.bias[1:].tolist() == [0, 0, 0]
+        error.__notes__.clear()
+
+    def test_so_does_what_we_raise(self):
+        """Tensors side by side in one buffer are told apart: one that was written does not speak for its neighbour."""
+        with pytest.raises(hw.IncompleteLoad, match="wrote nothing to: 2 problems") as caught:
+            hw.load(Halting({"c.bias", "d.weight", "d.bias"}, None), HALTING)
+        assert caught.value.problems == ("d.bias", "d.weight")
+        assert caught.value.__notes__[0] == HALTED
+
+    def test_code_that_begins_with_nothing_written_begins_anew(self):
+        model = Halting({"b.weight"}, ValueError("no"))
+        with pytest.raises(ValueError, match="no") as caught:
+            hw.load(model, HALTING)
+        assert "had been written: a; of others these tensors: none" in caught.value.__notes__[0]
+
+
 def test_a_plan_does_not_read_what_only_the_fallback_writes():
     """Without the tensors left out, a parameter looks as if loading never wrote it."""
 
@@ -481,8 +557,8 @@ def engines(rank=0, world=1):
 
 
 def assert_loaded(model, right):
-    assert_same_bits(tracing.anchors(model), tracing.anchors(right))
-    assert not any(one.is_floating_point() and one.isnan().any() for one in tracing.anchors(model).values())
+    assert_same_bits(anchors(model), anchors(right))
+    assert not any(one.is_floating_point() and one.isnan().any() for one in anchors(model).values())
 
 
 class TestField:
@@ -492,7 +568,7 @@ class TestField:
         right, naive = engines()
         naive.load_weights(reused_buffer(engine_checkpoint()))
         with pytest.raises(AssertionError, match="other bytes"):
-            assert_same_bits(tracing.anchors(naive), tracing.anchors(right))
+            assert_same_bits(anchors(naive), anchors(right))
         ours = Engine()
         source = dict(sources(engine_checkpoint(), tmp_path))[kind]
         for _ in range(2):

@@ -67,6 +67,7 @@ class Model(nn.Module):
         self.zero_d = nn.Parameter(torch.tensor(3.0), requires_grad=False)
         self.cube = nn.Parameter(torch.full((2, 3, 4), 4.0), requires_grad=False)
         self.none = nn.Parameter(torch.empty(0, 4), requires_grad=False)
+        self.middle = nn.Parameter(self.q.data[2:6], requires_grad=False)  # a view of another parameter
         self.register_buffer("expert_map", torch.tensor([-1, 0]))
         self.register_buffer("perm", torch.tensor([3, 2, 1, 0]))
         self.register_buffer("mask", torch.eye(4, dtype=torch.bool), persistent=False)
@@ -220,6 +221,9 @@ each("foreach copy", lambda m, w: torch._foreach_copy_([m.p.data, m.g.data], [w,
 # --- where things are kept -------------------------------------------------------------------------------------------
 
 each("kept reference", lambda m, w: m.shadow.copy_(w), "C")
+each("registered view", lambda m, w: m.middle.data.copy_(w), "C")
+each("registered view, then what it views", lambda m, w: (m.middle.data.copy_(w), m.q.data[:4].copy_(w)), "C")
+each("program into a registered view", lambda m, w: (m.q.data[4:].copy_(w), m.middle.data.mul_(w)), "P")
 each("parameter in a list", lambda m, w: m.listed[0].data.copy_(w), "C")
 each("module in a list", lambda m, w: m.hidden[0].weight.data.copy_(w), "C|F")
 each("tensor of a callable object", lambda m, w: m.holder(w), "C|F")

@@ -27,13 +27,13 @@ import xxhash
 from torch import nn
 
 from . import fit
-from .aliases import owners
+from .aliases import owners, spots
+from .anchors import anchors
 from .collection import without_collection
 from .errors import PlanError, PlanFileError
 from .manifest import Manifest
 from .modules import Survey
 from .plan import LoadPlan
-from .tracing import anchors
 
 __all__ = ["Options", "planned"]
 
@@ -93,9 +93,10 @@ class _Key:
         self.places = seen.places
         self._tensors = seen.tensors
 
-    def ties(self) -> list[str]:
-        """For each tensor of the model, the first name of it."""
-        return list(owners({str(number): one for number, one in enumerate(self._tensors)}).values())
+    def ties(self) -> list[object]:
+        """For each tensor of the model, the first name of it; and where those lie that share memory."""
+        tensors = {str(number): one for number, one in enumerate(self._tensors)}
+        return [*owners(tensors).values(), *spots(tensors).items()]
 
     def digest(self) -> str:
         """The same in every process."""

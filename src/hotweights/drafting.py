@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import get_args
@@ -12,11 +13,11 @@ from .casts import Cast, is_float, is_lossless
 from .errors import PlanError, UnknownName
 from .manifest import DType, Manifest, OpaqueDtype, TensorSpec, format_name
 from .plan import Copy, Fate, LoadPlan, Note, Op, Patterns, Program, Step, Target, matches
-from .regions import Box, Region, covered, extent, meets, whole
+from .regions import Box, Memory, Region, covered, extent, meets, whole
+from .sharing import Sharing
 
 __all__ = ["draft"]
 
-Home = Callable[[str, Box], Sequence[tuple[str, Box]]]
 _COPY = torch.ops.aten.copy_.default
 
 
@@ -25,6 +26,7 @@ def draft(
     targets: Mapping[str, Target],
     *,
     steps: Iterable[tuple[int, Step]] | None = None,
+    zeroed: Iterable[str] = (),
     skip: Patterns = (),
     allow_missing: Patterns = (),
     allow_partial: Patterns = (),
@@ -37,7 +39,6 @@ def draft(
     side_effects: Sequence[str] = (),
     state_read: Iterable[str] = (),
     taken: Container[str] = (),
-    home: Home = lambda name, box: [(name, box)],
     problems: Iterable[str] = (),
 ) -> LoadPlan:
     """Make the plan of loading ``manifest`` into ``targets`` by ``steps``.
@@ -46,6 +47,7 @@ def draft(
         manifest: what the source promises.
         targets: the names of the model.
         steps: what to do, with levels; by default each tensor goes to the target of its name.
+        zeroed: names of the model that are filled with zeros besides.
         skip: tensors that the model's own loading code drops.
         allow_missing: names of the model that may stay as they are.
         allow_partial: names of the model of which some bytes may stay as they are.
@@ -58,7 +60,6 @@ def draft(
         side_effects: attributes that it changes.
         state_read: the model's tensors whose values it asked for.
         taken: tensors that it took; those that it writes nowhere are skipped.
-        home: says which targets the bytes of a box belong to, see ``aliases.homes``.
         problems: what the caller found already.
 
     Raises:
@@ -66,11 +67,13 @@ def draft(
     """
     if cast not in get_args(Cast):
         raise UnknownName("cast", cast, get_args(Cast))
-    made = _Draft(manifest, targets, cast, home, list(problems))
+    made = _Draft(manifest, targets, cast, list(problems))
     if steps is None:
         steps = ((0, Copy(name, name)) for name in manifest if name in targets)
     for level, step in steps:
         made.add(level, step)
+    for name in zeroed:
+        made.add(0, _zeros(targets[name]))
     for name in fallback:
         made.fates.setdefault(name, Fate.WRITTEN)
     made.find_unexpected(matches(skip), matches(allow_unexpected), taken)
@@ -99,10 +102,8 @@ def draft(
 class _Draft:
     """A plan in the making: collects steps, fates, coverage and problems."""
 
-    def __init__(
-        self, manifest: Manifest, targets: Mapping[str, Target], cast: Cast, home: Home, problems: list[str]
-    ) -> None:
-        self.home = home
+    def __init__(self, manifest: Manifest, targets: Mapping[str, Target], cast: Cast, problems: list[str]) -> None:
+        self.sharing = Sharing(targets)
         self.manifest = manifest
         self.targets = targets
         self.cast = cast
@@ -120,11 +121,14 @@ class _Draft:
 
     def add(self, level: int, step: Step) -> None:
         if isinstance(step, Copy):
-            homes = [(step.destination, step.into)] if step.into is None else self.home(step.destination, step.into)
+            name, box = step.destination, step.into
+            homes = [(name, box)] if box is None else self.sharing.homes(name, box)
             if len(homes) > 1:
                 self._add_spread(level, step, homes)
                 return
             step = self._plain(Copy(step.source, homes[0][0], step.of, homes[0][1]))
+        else:
+            step = self.sharing.at_home(step)
         if self._add_copy(step) if isinstance(step, Copy) else self._add_program(step):
             self.steps.append(step)
             self.levels.append(level)
@@ -200,7 +204,9 @@ class _Draft:
                 )
         for op in step.ops:
             for region in op.writes:
-                for name, box in self.home(region.memory.name, region.box) if region.memory.kind == "model" else ():
+                if region.memory.kind != "model":
+                    continue
+                for name, box in self.sharing.homes(region.memory.name, region.box):
                     target = self.targets.get(name)
                     if target is not None:
                         self.parts[target.owner].append((box, step))
@@ -276,25 +282,29 @@ class _Draft:
         for name, target in self.targets.items():
             if target.owner not in self.whole:
                 tied[target.owner].append(name)
+        written = self._pooled()
         for owner, names in tied.items():
             spec = self.targets[names[0]].spec
-            parts = self.parts.get(owner, [])
-            if not parts:
-                if fallback and not any(map(may_miss, names)):
-                    unproven.append(names[0])
-                    continue
-                self._miss(
-                    names, Fate.MISSING, may_miss, f"missing; {format_name(spec.dtype)} {list(spec.shape)} expected"
-                )
+            parts = written(owner)
+            count = covered(parts, self.targets[owner].box) if parts else 0
+            numel = math.prod(spec.shape)
+            if parts and count == numel:
                 continue
-            box = self.targets[owner].box
-            count = covered([part for part, _ in parts], box)
-            if count < box.numel and fallback:
+            if fallback and (count or not any(map(may_miss, names))):
                 unproven.append(names[0])
-            elif count < box.numel:
-                words = f"partial; {count} of {box.numel} elements would be written"
+            elif count == 0:
+                words = f"missing; {format_name(spec.dtype)} {list(spec.shape)} expected"
+                self._miss(names, Fate.MISSING, may_miss, words)
+            else:
+                words = f"partial; {count} of {numel} elements would be written"
                 self._miss(names, Fate.PARTIAL, may_be_partial, words)
         return unproven
+
+    def _pooled(self) -> Callable[[str], list[Box]]:
+        """A function that gives what is written to the bytes of an owner, under whatever name."""
+        parts = [(owner, box) for owner, several in self.parts.items() for box, _ in several]
+        shared = self.sharing.pooled([*parts, *((owner, self.targets[owner].box) for owner in self.whole)])
+        return lambda owner: shared(owner) or [box for box, _ in self.parts.get(owner, ())]
 
     def _miss(self, names: list[str], fate: Fate, allowed: Callable[[str], bool], words: str) -> None:
         if any(map(allowed, names)):
@@ -325,6 +335,12 @@ class _Draft:
         (box, step), (beside, second) = one, other
         if isinstance(step, Copy) and isinstance(second, Copy) and step.source != second.source and meets(box, beside):
             self.problems.append(f"{owner}: bytes written twice, from {step.source} and from {second.source}")
+
+
+def _zeros(target: Target) -> Program:
+    region = Region(Memory("model", target.spec.name), target.box)
+    op = Op(torch.ops.aten.zero_.default, (region,), {}, (), (region,), (region,))
+    return Program((), (op,), (region,))
 
 
 def _shape(step: Copy, spec: TensorSpec) -> tuple[int, ...]:

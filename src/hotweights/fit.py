@@ -10,12 +10,11 @@ import torch
 import xxhash
 from torch import nn
 
-from .aliases import owners
+from .anchors import anchors
 from .errors import PlanError
 from .manifest import Manifest
-from .modules import describe, places
+from .modules import places, targets_of
 from .plan import LoadPlan, Target, destinations_of
-from .tracing import anchors
 
 __all__ = ["check", "complete", "digests"]
 
@@ -27,7 +26,7 @@ def complete(plan: LoadPlan, model: nn.Module) -> LoadPlan:
     if not unnamed and not plan.state_read:
         return plan
     reached = anchors(model)
-    found = {name: describe(reached[name], name, name, device=None) for name in sorted(unnamed) if name in reached}
+    found = targets_of({name: reached[name] for name in sorted(unnamed) if name in reached}, None)
     return replace(plan, targets={**plan.targets, **found}, digests=digests(reached, plan.state_read))
 
 
@@ -42,7 +41,7 @@ def check(plan: LoadPlan, model: nn.Module, manifest: Manifest, device: torch.de
     if not plan.targets.keys() <= found.keys() or plan.state_read:
         reached = anchors(model)
         unnamed = [name for name in plan.targets if name not in found and name in reached]
-        found |= {name: describe(reached[name], name, name, device=None) for name in unnamed}
+        found |= targets_of({name: reached[name] for name in unnamed}, None)
     problems = plan.differences(manifest, found)
     values = digests(reached, plan.state_read)
     problems += [
@@ -56,8 +55,7 @@ def check(plan: LoadPlan, model: nn.Module, manifest: Manifest, device: torch.de
 
 def _targets(model: nn.Module, device: torch.device | None) -> dict[str, Target]:
     tensors = {place.name: place.tensor for place in places(model) if place.persistent}
-    owner = owners(tensors)
-    return {name: describe(tensor, name, owner[name], device=device) for name, tensor in tensors.items()}
+    return targets_of(tensors, device)
 
 
 def digests(tensors: Mapping[str, torch.Tensor], names: Iterable[str]) -> dict[str, str]:

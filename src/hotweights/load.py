@@ -8,30 +8,31 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import nn
 
+from .anchors import anchors
+from .arguments import check_choices, check_kind, check_model, device_from, patterns_from
 from .cache import planned
 from .casts import Cast
 from .collection import without_collection
 from .engines import has_rules, rules_for
-from .errors import UnknownName, UsageError
+from .errors import UsageError
 from .execute import Execution, execute, owned
 from .fallback import fall_back
 from .fit import check
 from .manifest import Manifest
 from .memory import Pool
 from .modules import Survey, materialise, places, survey
-from .plan import Copy, Fate, LoadPlan, Order, Patterns, Program, both
+from .plan import Copy, Fate, LoadPlan, Order, Patterns, Program
 from .progress import progress
 from .report import LoadReport, size
 from .sources import Addressed, Reading, Source
 from .sources import open as open_source
 from .sources.contracts import InMemory
 from .trace import by_name, loader_of, trace
-from .tracing import anchors
 from .verify import verify_by_loader
 
 __all__ = ["Verify", "load"]
@@ -95,13 +96,20 @@ def load(
         PlanError: source and model do not fit; the model is unharmed.
         TiedWeightsDiffer: names of one tensor carry different bytes; the model is unharmed.
         CheckpointChanged: a file changed while it was read.
+        UsageError: an argument is of the wrong kind; the model is unharmed.
         IncompleteLoad: loading fell back to the model's own code, which left something unwritten.
         PlanDiffers: ``verify="loader"`` found a difference.
     """
-    if verify not in get_args(Verify):
-        raise UnknownName("verify", verify, get_args(Verify))
+    check_model(model, source)
+    check_kind("plan", plan, LoadPlan, "a LoadPlan (LoadPlan.load reads one from a file)")
+    check_kind("pool", pool, Pool, "a Pool")
+    check_kind("threads", threads, int, "a number of threads")
+    check_kind("cache_dir", cache_dir, (str, os.PathLike), "a path")
+    check_choices(order=(order, Order), reading=(reading, Reading), verify=(verify, Verify))
     if threads is not None and threads < 1:
         raise UsageError(f"at least one thread must read; got threads={threads}")
+    may = patterns_from(allow_missing=allow_missing, allow_partial=allow_partial, allow_unexpected=allow_unexpected)
+    target_device = device_from(device)
     began = time.perf_counter()
     with without_collection(), ExitStack() as stack:
         if isinstance(source, (str, os.PathLike, Mapping, nn.Module)):
@@ -111,10 +119,8 @@ def load(
             raise UsageError(
                 f"a source is a path, a mapping of tensors, a module or a Source; this is a {type(source).__name__}"
             )
-        target_device = None if device is None else torch.device(device)
         found = survey(model)
         if plan is None:
-            may = [both(patterns, ()) for patterns in (allow_missing, allow_partial, allow_unexpected)]
             make = partial(_trace, model, source.manifest, target_device, may, cast)
             options = (target_device, may, cast)
             # Code of the model's own may depend on what no key can see.

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import msgspec
 import torch
 from torch import nn
 
+from .aliases import owners, plain, spots
 from .manifest import TensorSpec
 from .plan import Target
 
 __all__ = [
     "Place",
     "Survey",
-    "describe",
+    "counters",
     "dressed",
     "extra_state_problems",
     "hook_problems",
     "materialise",
     "places",
     "survey",
+    "targets_of",
 ]
 
 
@@ -113,8 +116,16 @@ def survey(model: nn.Module) -> Survey:
     return Survey(tensors, transient, plain)
 
 
-def describe(tensor: torch.Tensor, name: str, owner: str, *, device: torch.device | None) -> Target:
-    """The tensor as a target of a plan; ``device`` is where meta tensors will be made real."""
+def targets_of(tensors: Mapping[str, torch.Tensor], device: torch.device | None) -> dict[str, Target]:
+    """The tensors as targets of a plan; ``device`` is where meta tensors will be made real."""
+    owner, spot = owners(tensors), spots(tensors)
+    found = {name: _described(tensor, name, owner[name], device) for name, tensor in tensors.items()}
+    for name, (memory, start) in spot.items():
+        found[name] = msgspec.structs.replace(found[name], memory=memory, start=start)
+    return found
+
+
+def _described(tensor: torch.Tensor, name: str, owner: str, device: torch.device | None) -> Target:
     if nn.parameter.is_lazy(tensor):
         return Target(TensorSpec(name, tensor.dtype, ()), owner, "is uninitialised; run the model once first")
     stride = None if tensor.layout is not torch.strided or tensor.is_contiguous() else tensor.stride()
@@ -135,6 +146,16 @@ def _unwritable(tensor: torch.Tensor, device: torch.device | None) -> str:
 
 
 _HARMLESS = ("torch.nn.modules.batchnorm", "torch.nn.modules.instancenorm")  # They fill in counters of old files.
+
+
+def counters(model: nn.Module, absent: Iterable[str]) -> list[str]:
+    """Those of the ``absent`` names that torch's own ``load_state_dict`` does without, as old checkpoints lack them.
+
+    It keeps the values of real ones, and makes zeros of those on meta.
+    """
+    split = (name.rpartition(".") for name in absent)
+    holders = {"".join(one): model.get_submodule(one[0]) for one in split if one[2] == "num_batches_tracked"}
+    return [name for name, one in holders.items() if type(one)._load_from_state_dict.__module__ in _HARMLESS]
 
 
 def hook_problems(model: nn.Module) -> Iterator[str]:
@@ -181,20 +202,34 @@ def materialise(
 ) -> list[tuple[Place, torch.Tensor]]:
     """Replace the meta tensors with these names by uninitialised ones on ``device``, tied ones by one under all names.
 
-    Keeps classes, attributes and ``requires_grad``. Returns what was replaced, so that it can be put back.
+    Those that share memory with them are replaced too, and share it as before. Keeps classes, attributes and
+    ``requires_grad``. Returns what was replaced, so that it can be put back.
     """
-    found = list(found)
-    made = {
-        id(place.tensor): _real(place.tensor, device) for place in found if place.name in names and place.tensor.is_meta
-    }
+    found = [place for place in found if place.tensor.is_meta]
+    wanted = {_memory(place.tensor) for place in found if place.name in names}
+    metas = {id(place.tensor): place.tensor for place in found if _memory(place.tensor) in wanted}
+    sharing = Counter(map(_memory, metas.values()))
+    shared = {_memory(one): _whole(one, device) for one in metas.values() if sharing[_memory(one)] > 1}
+    made = {key: _real(one, device, shared.get(_memory(one))) for key, one in metas.items()}
     replaced = [(place, place.tensor) for place in found if id(place.tensor) in made]
     for place, old in replaced:
         place.put(made[id(old)])
     return replaced
 
 
-def _real(old: torch.Tensor, device: torch.device) -> torch.Tensor:
-    return dressed(torch.empty_like(old, device=device), old)
+def _memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata if plain(tensor) else id(tensor)
+
+
+def _whole(tensor: torch.Tensor, device: torch.device) -> torch.UntypedStorage:
+    return torch.empty(tensor.untyped_storage().nbytes(), dtype=torch.uint8, device=device).untyped_storage()
+
+
+def _real(old: torch.Tensor, device: torch.device, shared: torch.UntypedStorage | None) -> torch.Tensor:
+    if shared is None:
+        return dressed(torch.empty_like(old, device=device), old)
+    new = torch.empty(0, dtype=old.dtype, device=device)
+    return dressed(new.set_(shared, int(old.storage_offset()), old.size(), old.stride()), old)
 
 
 def dressed(bare: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

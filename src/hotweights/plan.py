@@ -16,7 +16,7 @@ import torch
 from . import planfile
 from .errors import UnknownName
 from .manifest import Manifest, OpaqueDtype, format_name
-from .regions import Box, slices, whole
+from .regions import Box, meets, moved, slices, whole
 from .steps import Copy, Fate, Note, Op, Program, Step, Target
 
 __all__ = [
@@ -181,9 +181,9 @@ class LoadPlan:
         """In words: which part of which source tensors becomes the model's tensor ``name``, and how."""
         levels = self.levels or (0,) * len(self.steps)
         found = [
-            (level, _first_byte(step, name), line)
+            (level, first, line)
             for level, step in zip(levels, self.steps, strict=True)
-            for line in self._explained(step, name)
+            for first, line in self._explained(step, name)
         ]
         lines = [line for *_, line in sorted(found, key=lambda one: one[:2])]
         lines += [
@@ -207,7 +207,13 @@ class LoadPlan:
 
     def _titled(self, name: str) -> str:
         target = self.targets.get(name)
-        return name if target is None else str(target.spec)
+        if target is None:
+            return name
+        beside = [other for other in self.targets if other != name and self._reaches(other, None, name)]
+        if not beside:
+            return str(target.spec)
+        words = ", ".join(beside) if len(beside) <= _SHOWN else f"{len(beside)} tensors"
+        return f"{target.spec} (shares memory with {words})"
 
     def _explain_source(self, name: str) -> str:
         """A tensor of the source: where it goes."""
@@ -218,17 +224,32 @@ class LoadPlan:
             lines = ["  is given to the model's own loading code"]
         return "\n".join([f"{self.manifest[name]} (of the source)", *lines])
 
-    def _explained(self, step: Step, name: str) -> Iterator[str]:
+    def _explained(self, step: Step, name: str) -> Iterator[tuple[int, str]]:
+        """Where the step writes to bytes of ``name``, under this name or another: the first byte, and a line."""
+        writes = [(one, box) for one, box in _writes(step) if self._reaches(one, box, name)]
+        if not writes:
+            return
+        first = min(0 if box is None else box.offset for _, box in writes)
+        parts = " and ".join(dict.fromkeys(self._place(one, box, name) for one, box in writes))
         if isinstance(step, Copy):
-            if step.destination == name:
-                cast = f", cast {self.casts[step.source]}" if step.source in self.casts else ""
-                yield f"  {self._into(step.into, name)} <- {step.source}{self._of(step.of, step.source)}{cast}"
-        elif any(region.memory.name == name for region in step.writes):
-            ops = ", ".join(_named(op) for op in step.ops)
-            parts = " and ".join(
-                dict.fromkeys(self._into(one.box, name) for one in step.writes if one.memory.name == name)
-            )
-            yield f"  {parts} <- a program of {', '.join(step.sources) or 'no source'}: {ops}"
+            cast = f", cast {self.casts[step.source]}" if step.source in self.casts else ""
+            yield first, f"  {parts} <- {step.source}{self._of(step.of, step.source)}{cast}"
+        else:
+            ops = ", ".join(map(_named, step.ops))
+            yield first, f"  {parts} <- a program of {', '.join(step.sources) or 'no source'}: {ops}"
+
+    def _reaches(self, written: str, box: Box | None, name: str) -> bool:
+        """Whether a write to ``written`` changes bytes of ``name``: it is that, or shares memory with it."""
+        if written == name:
+            return True
+        one, other = self.targets.get(written), self.targets.get(name)
+        if one is None or other is None or not one.memory or one.memory != other.memory:
+            return False
+        return meets(moved(box or one.box, one.start), moved(other.box, other.start))
+
+    def _place(self, written: str, box: Box | None, name: str) -> str:
+        place = self._into(box, written)
+        return place if written == name else written + place.removeprefix("all of it")
 
     def rows(self, step: Step) -> Iterator[tuple[str, str, str]]:
         """For a table: a destination, how it comes to be, and from what."""
@@ -285,15 +306,16 @@ def destinations_of(step: Step) -> tuple[str, ...]:
     return (step.destination,) if isinstance(step, Copy) else tuple(one.memory.name for one in step.writes)
 
 
+def _writes(step: Step) -> Iterator[tuple[str, Box | None]]:
+    if isinstance(step, Copy):
+        yield step.destination, step.into
+    else:
+        yield from ((one.memory.name, one.box) for one in step.writes)
+
+
 def layer_of(step: Step) -> str:
     """The module that owns the first tensor that the step writes."""
     return _layer(next(iter(destinations_of(step)), ""))
-
-
-def _first_byte(step: Step, name: str) -> int:
-    if isinstance(step, Copy):
-        return 0 if step.into is None else step.into.offset
-    return min(one.box.offset for one in step.writes if one.memory.name == name)
 
 
 def _layer(name: str) -> str:
@@ -333,8 +355,9 @@ def _alike(name: str, known: Iterable[str]) -> list[str]:
 
 def _as_target(target: Target) -> str:
     stride = "" if target.stride is None else f" with strides {list(target.stride)}"
+    beside = f" at byte {target.start} of the memory of {target.memory}" if target.memory else ""
     tied = "" if target.owner == target.spec.name else f" tied with {target.owner}"
-    return f"{format_name(target.spec.dtype)} {list(target.spec.shape)}{stride}{tied}"
+    return f"{format_name(target.spec.dtype)} {list(target.spec.shape)}{stride}{tied}{beside}"
 
 
 def _differing(

@@ -20,6 +20,7 @@ __all__ = [
     "covered",
     "extent",
     "meets",
+    "moved",
     "narrowed",
     "pieces",
     "row_major",
@@ -120,6 +121,11 @@ def narrowed(box: Box, start: tuple[int, ...], lengths: tuple[int, ...]) -> Box:
     return Box(box.dtype, lengths, box.stride, box.offset + skip * box.dtype.itemsize)
 
 
+def moved(box: Box, nbytes: int) -> Box:
+    """The same box so many bytes further on."""
+    return Box(box.dtype, box.shape, box.stride, box.offset + nbytes)
+
+
 def runs(box: Box) -> tuple[int, Iterator[tuple[tuple[int, ...], int]]]:
     """The box as contiguous runs of equal size, in row-major order.
 
@@ -218,7 +224,7 @@ def _counts_of_grid(box: Box, of: Box) -> list[int] | None:
 
 
 def covered(boxes: Iterable[Box], target: Box) -> int:
-    """How many elements of ``target`` the boxes write, each counted once."""
+    """How many elements of ``target`` the boxes write, each counted once; boxes may reach beyond it on both sides."""
     parts = [box for box in boxes if box.numel]
     if any(box == target for box in parts):
         return target.numel
@@ -227,10 +233,14 @@ def covered(boxes: Iterable[Box], target: Box) -> int:
         low, high = extent(target)
         inside = [(max(start, low), min(stop, high)) for start, stop in spans if start < high and stop > low]
         return sum(stop - start for start, stop in _merged(inside)) // target.dtype.itemsize
-    grid = torch.zeros(max((extent(box)[1] for box in (*parts, target)), default=0), dtype=torch.bool)
+    if not target.numel:
+        return 0
+    spans = [extent(box) for box in (*parts, target)]
+    first = min(start for start, _ in spans)
+    grid = torch.zeros(max(stop for _, stop in spans) - first, dtype=torch.bool)
     for box in parts:
-        _bytes(grid, box).fill_(True)
-    return int(_bytes(grid, target)[..., 0].sum()) if target.numel else 0
+        _bytes(grid, moved(box, -first)).fill_(True)
+    return int(_bytes(grid, moved(target, -first)).all(dim=-1).sum())
 
 
 def _merged(spans: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:

@@ -115,12 +115,16 @@ class Target(msgspec.Struct, frozen=True, gc=False):
         owner: the first name of the same tensor; its own where it is not tied.
         problem: why it cannot be written, if it cannot.
         stride: in elements; ``None`` for a contiguous tensor.
+        memory: where it shares memory with others, over or beside them: the first name there; else nothing.
+        start: its first byte in that memory.
     """
 
     spec: TensorSpec
     owner: str
     problem: str = ""
     stride: tuple[int, ...] | None = None
+    memory: str = ""
+    start: int = 0
 
     @property
     def box(self) -> Box:

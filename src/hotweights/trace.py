@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
 import types
 from collections import defaultdict, deque
-from collections.abc import Callable, Container, Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from .aliases import homes, overlaps, owners
+from .aliases import overlaps
+from .arguments import check_model, device_from, patterns_from
 from .casts import Cast
 from .collection import without_collection
 from .drafting import draft
@@ -20,9 +22,11 @@ from .errors import PlanError
 from .fit import complete
 from .lowering import lower
 from .manifest import Manifest
-from .modules import Survey, describe, extra_state_problems, hook_problems, places, survey
+from .modules import Survey, counters, extra_state_problems, hook_problems, places, survey, targets_of
 from .plan import Copy, LoadPlan, Note, Patterns, Step, both, matches
 from .regions import Box, Region, covered, meets
+from .sources import Source
+from .sources import open as open_source
 from .steps import OVERWRITES
 from .tracing import Recording, record
 
@@ -34,7 +38,7 @@ _CPU = torch.device("cpu")
 
 def trace(
     model: nn.Module,
-    manifest: Manifest,
+    manifest: Manifest | str | os.PathLike[str] | Mapping[str, torch.Tensor] | nn.Module | Source,
     *,
     device: torch.device | str | None = None,
     allow_missing: Patterns = (),
@@ -50,7 +54,7 @@ def trace(
 
     Args:
         model: whose loading is planned.
-        manifest: what a source promises.
+        manifest: what a source promises; or a source, or anything that ``hotweights.open`` takes.
         device: where meta tensors will be made real. Without it they are a problem.
         allow_missing: names of the model that may stay as they are.
         allow_partial: names of the model of which some bytes may stay as they are.
@@ -60,15 +64,31 @@ def trace(
 
     Raises:
         PlanError: with every problem.
+        UsageError: an argument is of the wrong kind.
     """
+    check_model(model, manifest)
+    missing, partly, unexpected = patterns_from(
+        allow_missing=allow_missing, allow_partial=allow_partial, allow_unexpected=allow_unexpected
+    )
+    where = device_from(device)
     with without_collection():
-        return _trace(model, manifest, device, allow_missing, allow_partial, allow_unexpected, cast)
+        return _trace(model, _promised(manifest), where, missing, partly, unexpected, cast)
+
+
+def _promised(source: Any) -> Manifest:
+    if isinstance(source, Manifest):
+        return source
+    if isinstance(source, Source):
+        return source.manifest
+    with open_source(source) as opened:
+        manifest: Manifest = opened.manifest
+    return manifest
 
 
 def _trace(
     model: nn.Module,
     manifest: Manifest,
-    device: torch.device | str | None,
+    where: torch.device | None,
     allow_missing: Patterns,
     allow_partial: Patterns,
     allow_unexpected: Patterns,
@@ -78,11 +98,10 @@ def _trace(
     found = survey(model)
     transient = set(found.transient)
     tensors = {name: tensor for name, tensor in found.tensors.items() if name not in transient}
-    owner = owners(tensors)
-    where = None if device is None else torch.device(device)
-    may_miss = both(allow_missing, rules.allow_missing)
-    loader = None if found.plain or rules.steps is not None else loader_of(model)
     own_code = hasattr(model, "load_weights")
+    absent = [] if own_code else counters(model, sorted(tensors.keys() - manifest.keys()))
+    may_miss = both(both(allow_missing, rules.allow_missing), absent)
+    loader = None if found.plain or rules.steps is not None else loader_of(model)
     problems: list[str] = []
     traced = None
     if loader is not None:
@@ -95,8 +114,9 @@ def _trace(
             problems += error.problems
     plan = draft(
         manifest,
-        {name: describe(tensor, name, owner[name], device=where) for name, tensor in tensors.items()},
+        targets_of(tensors, where),
         steps=rules.steps if traced is None else traced.steps,
+        zeroed=[name for name in absent if tensors[name].is_meta and where is not None and traced is None],
         taken=frozenset() if traced is None else traced.recording.taken,
         skip=rules.skip,
         allow_missing=may_miss,
@@ -104,7 +124,6 @@ def _trace(
         allow_unexpected=allow_unexpected,
         cast=cast or ("loader" if own_code else "error"),
         overlapping=overlaps(tensors),
-        home=homes(tensors),
         constants=rules.constants if traced is None else traced.recording.constants,
         fallback=() if traced is None else traced.fallback,
         notes=() if traced is None else traced.notes,

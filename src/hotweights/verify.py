@@ -91,6 +91,8 @@ def _groups(plan: LoadPlan) -> Iterator[_Group]:
     written: dict[str, None] = {}
     for step in plan.steps:
         names = (step.source,) if isinstance(step, Copy) else step.sources
+        if not names:
+            continue  # Constants alone: the loading code, given nothing of the source, would have nothing to put there.
         places = [step.destination] if isinstance(step, Copy) else _written(step)
         sources.update(dict.fromkeys(names))
         written.update(dict.fromkeys(places))

@@ -1,0 +1,92 @@
+"""Faults that happen when a test says so: an event, a source that fails. Nothing here waits or is left to luck."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from types import TracebackType
+
+import torch
+
+from ..guards import Guard
+from ..manifest import Manifest
+from ..memory import Pool
+from ..sources.contracts import Addressed, Read, Reading, Stream
+
+__all__ = ["FailingSource", "ManualEvent"]
+
+
+class ManualEvent:
+    """An event that happens when the test says so."""
+
+    def __init__(self) -> None:
+        self._happened = threading.Event()
+
+    def query(self) -> bool:
+        """Has it happened?"""
+        return self._happened.is_set()
+
+    def happen(self) -> None:
+        """Let it happen."""
+        self._happened.set()
+
+
+class FailingSource:
+    """An addressed source that raises ``error`` at its read, or its tensor, number ``at``, counted from 0."""
+
+    def __init__(self, source: Addressed, *, at: int, error: BaseException) -> None:
+        self._source = source
+        self._at = at
+        self._error = error
+
+    @property
+    def manifest(self) -> Manifest:
+        """That of the source."""
+        return self._source.manifest
+
+    def position(self, name: str) -> tuple[int, int]:
+        """That of the source."""
+        return self._source.position(name)
+
+    def leases(self, *, guard: Guard = "off") -> Stream:
+        """Those of the source."""
+        return self._source.leases(guard=guard)
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Those of the source, up to the fault."""
+        for number, pair in enumerate(self._source.tensors()):
+            if number == self._at:
+                raise self._error
+            yield pair
+
+    def read(
+        self,
+        reads: Iterable[Read],
+        *,
+        pool: Pool,
+        reading: Reading = "auto",
+        threads: int | None = None,
+        advance: Callable[[int], None] | None = None,
+        stop: threading.Event | None = None,
+    ) -> dict[str, int]:
+        """Do the reads one after another, in the given order, up to the fault."""
+        roads: dict[str, int] = {}
+        for read in reads:
+            self._at -= 1
+            if self._at < 0:
+                raise self._error
+            one = self._source.read([read], pool=pool, reading=reading, threads=1, advance=advance, stop=stop)
+            roads = {road: roads.get(road, 0) + count for road, count in one.items()}
+        return roads
+
+    def close(self) -> None:
+        """Close the source."""
+        self._source.close()
+
+    def __enter__(self) -> FailingSource:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
