@@ -36,12 +36,13 @@ def flags(command):
 
 def test_commands_and_flags():
     assert {command.callback.__name__ for command in app.registered_commands} == {"inspect", "plan", "load", "demo"}
-    assert flags("inspect") == {"--json", "--limit", "--help"}
+    assert flags("inspect") == {"--json", "--limit", "--reader", "--help"}
     assert flags("plan") == {
         *"--model --order --explain --save --limit --allow-missing --allow-unexpected --json --help".split()
     }
     assert flags("load") == {
-        *"--model --device --dtype --cast --reading --threads --allow-missing --allow-unexpected --json --help".split()
+        *"--model --reader --device --dtype --cast --reading --threads --allow-missing --allow-unexpected --json".split(),
+        "--help",
     }
     assert flags("demo") == {"--help"}
     assert "Exit codes: 0 done, 1 refused, 2 wrong usage, 130 interrupted" in run("--help").output

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 from .copying import reads_of
-from .devices import record_event
+from .devices import record_events
 from .errors import TiedWeightsDiffer
 from .manifest import Manifest, OpaqueDtype
 from .memory import PAGE, Pool, host_empty
@@ -313,10 +313,10 @@ def _from_stream(
             if lease.name in wanted:
                 kept[lease.name] = lease.own()
                 done.hold_scratch(lease.spec.nbytes)
-            devices = [_copy_now(step, lease.tensor, destinations, done) for step in copies.get(lease.name, ())]
+            devices = {_copy_now(step, lease.tensor, destinations, done) for step in copies.get(lease.name, ())}
             done.count({"memory": lease.spec.nbytes})
             arrive(lease.spec.nbytes)
-            lease.release(after=record_event(devices[-1]) if devices else None)
+            lease.release(after=record_events(devices))
     for steps in later:
         for step in steps:
             if isinstance(step, Copy):
