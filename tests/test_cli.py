@@ -41,8 +41,8 @@ def test_commands_and_flags():
         *"--model --order --explain --save --limit --allow-missing --allow-unexpected --json --help".split()
     }
     assert flags("load") == {
-        *"--model --reader --device --dtype --cast --reading --threads --allow-missing --allow-unexpected --json".split(),
-        "--help",
+        *"--model --reader --device --dtype --cast --reading --threads --allow-missing --allow-unexpected".split(),
+        *"--json --help".split(),
     }
     assert flags("demo") == {"--help"}
     assert "Exit codes: 0 done, 1 refused, 2 wrong usage, 130 interrupted" in run("--help").output
@@ -154,7 +154,7 @@ class TestPlan:
 
 
 def test_ctrl_c_is_130(monkeypatch, checkpoint):
-    def interrupted(path):
+    def interrupted(path, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sys.modules["hotweights.cli.inspect"], "open_source", interrupted)

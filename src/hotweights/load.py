@@ -114,8 +114,8 @@ def load(
             done.hold_scratch(source.manifest.nbytes)
         if not isinstance(source, Source):
             raise UsageError(
-                f"a source is a path, a mapping of tensors, a module or a Source; this is a {type(source).__name__}. An "
-                "iterator of (name, tensor) goes through hotweights.from_iterator"
+                f"a source is a path, a mapping of tensors, a module or a Source; this is a {type(source).__name__}. "
+                "An iterator of (name, tensor) goes through hotweights.from_iterator"
             )
         target_device = None if device is None else torch.device(device)
         if plan is None:

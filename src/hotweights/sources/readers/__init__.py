@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import NamedTuple
 
@@ -44,17 +44,17 @@ class ReaderSource:
 
     def __init__(self, path: str | os.PathLike[str], reader: str) -> None:
         self._closed = True  # Until the files are open there is nothing to close.
-        self._reader = _import(reader)
+        found = _import(reader)
         self.path = os.fspath(path)
         self.reader = reader
-        self._shards: tuple[Shard, ...] = open_shards(path, self._reader.layout)
+        self._shards: tuple[Shard, ...] = open_shards(path, found.layout)
         self._closed = False
         self.manifest = Manifest(spec for shard in self._shards for spec, _ in shard.header.entries)
         self._homes = {spec.name: shard.file.path for shard in self._shards for spec, _ in shard.header.entries}
-        # A relative path would lead elsewhere after a chdir.
-        self._files = [os.path.abspath(file) for file in self.files]
-        self._lent = IteratorSource(_Again(self._read_borrowed), self.manifest, borrowed=self._reader.lends)
-        self._owned = IteratorSource(_Again(self._read_owned), self.manifest, borrowed=not self._reader.owns)
+        lent = _Reading(reader, found, self._shards, borrow=True)
+        owned = _Reading(reader, found, self._shards, borrow=False)
+        self._lent = IteratorSource(lent, self.manifest, borrowed=found.lends)
+        self._owned = IteratorSource(owned, self.manifest, borrowed=not found.owns)
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -114,35 +114,31 @@ class ReaderSource:
         if self._closed:
             raise Closed(f"the source {self.path!r} was closed")
 
-    def _read_borrowed(self) -> Iterator[Pair]:
-        return self._read(borrow=True)
 
-    def _read_owned(self) -> Iterator[Pair]:
-        return self._read(borrow=False)
+class _Reading(Iterable[Pair]):
+    """The files, read from their beginning each time that this is iterated."""
 
-    def _read(self, *, borrow: bool) -> Iterator[Pair]:
+    def __init__(self, name: str, reader: Reader, shards: Sequence[Shard], *, borrow: bool) -> None:
+        self._name = name
+        self._reader = reader
+        self._shards = shards
+        # A relative path would lead elsewhere after a chdir.
+        self._paths = [os.path.abspath(shard.file.path) for shard in shards]
+        self._borrow = borrow
+
+    def __iter__(self) -> Iterator[Pair]:
         try:
-            yield from self._reader.read(self._files, borrow=borrow)
+            yield from self._reader.read(self._paths, borrow=self._borrow)
         except (HotweightsError, UsageError):
             raise
         except Exception as error:
             self._check_files()  # If one was cut or replaced, that is what the package stumbled over.
-            raise SourceError(f"{self.path}: the reader {self.reader!r} failed: {error}") from error
+            raise SourceError(f"the reader {self._name!r} failed: {error}") from error
         self._check_files()
 
     def _check_files(self) -> None:
         for shard in self._shards:
             shard.file.check()
-
-
-class _Again(Iterable[Pair]):
-    """Begins anew each time that it is iterated."""
-
-    def __init__(self, begin: Callable[[], Iterator[Pair]]) -> None:
-        self._begin = begin
-
-    def __iter__(self) -> Iterator[Pair]:
-        return self._begin()
 
 
 def _import(reader: str) -> Reader:

@@ -26,13 +26,11 @@ def _parse(file: File) -> Header:
     tensors = _load(file.path, "meta")
     if not isinstance(tensors, Mapping):
         raise CheckpointError(f"{file.path}: holds a {type(tensors).__name__}, not a dictionary of tensors")
-    strangers = [
-        f"{name!r} is a {type(tensor).__name__}, not a tensor"
-        for name, tensor in tensors.items()
-        if not (isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided)
-    ]
+    strangers = [problem for name, one in tensors.items() if (problem := _strange(name, one))]
     if strangers:
-        raise CheckpointError(f"{file.path}: holds more than tensors by name; open its weights as a mapping", strangers)
+        raise CheckpointError(
+            f"{file.path}: holds more than dense tensors by name; torch.load it, and open its part", strangers
+        )
     return Header(tuple(Entry(TensorSpec(name, t.dtype, tuple(t.shape)), 0) for name, t in tensors.items()), {})
 
 
@@ -46,6 +44,12 @@ def _read(files: Sequence[str], *, borrow: bool) -> Iterator[Pair]:
             tensor = tensors.pop(name)
             shared = tensor.numel() and users[tensor.untyped_storage().data_ptr()] > 1
             yield name, tensor.clone(memory_format=torch.contiguous_format) if shared else tensor
+
+
+def _strange(name: object, one: object) -> str | None:
+    if not isinstance(one, torch.Tensor):
+        return f"{name!r} is a {type(one).__name__}"
+    return f"{name!r} is {one.layout}" if one.layout is not torch.strided or not isinstance(name, str) else None
 
 
 def _load(path: str, device: str) -> Mapping[str, torch.Tensor]:
