@@ -1,9 +1,9 @@
 """IteratorSource: what it promises, when it advances, what it refuses. Its contract is in test_contract."""
 
-import gc
 import threading
 import weakref
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -147,18 +147,24 @@ class TestOwning:
         with hw.from_iterator(layer.named_parameters()) as source:
             assert not any(tensor.requires_grad for _, tensor in source.tensors())
 
-    def test_nothing_is_kept(self):
+    @pytest.mark.parametrize("way", ["tensors", "leases"])
+    def test_what_the_user_drops_is_gone_before_the_next_comes(self, way):
+        memories = []
+
+        def fresh():
+            array = numpy.ones(3)
+            memories.append(weakref.ref(array))
+            return torch.from_numpy(array)
+
         def pairs():
             for name in NAMES:
-                yield name, torch.ones(3)
+                assert all(memory() is None for memory in memories)
+                yield name, fresh()
 
-        with hw.from_iterator(pairs(), borrowed=False) as source, source.leases() as stream:
-            memories = []
-            for lease in stream:
-                memories.append(weakref.ref(lease.tensor))
-                lease.release()
-            gc.collect()
-            assert [memory() for memory in memories] == [None] * 4
+        with hw.from_iterator(pairs(), borrowed=False) as source:
+            for one in getattr(source, way)():
+                del one
+        assert len(memories) == len(NAMES)
 
 
 class TestAdvancing:

@@ -154,11 +154,12 @@ class IteratorSource:
         seen: set[str] = set()
         try:
             for pair in run:
-                spec, tensor = self._checked(pair)
-                if spec.name in seen:
-                    raise _broken([f"tensor {spec.name!r}: came twice"])
-                seen.add(spec.name)
-                yield run.lend(spec, tensor, self._borrowed, guard)
+                lease = run.lend(*self._checked(pair), self._borrowed, guard)
+                if lease.name in seen:
+                    raise _broken([f"tensor {lease.name!r}: came twice"])
+                seen.add(lease.name)
+                del pair  # Nobody but the lease holds the tensor: where memory is not reused, it goes with it.
+                yield lease
             missing = [] if self._promised is None else self._promised.keys() - seen
             if missing:
                 raise _broken(f"tensor {name!r}: was promised, and never came" for name in missing)
@@ -185,9 +186,12 @@ class IteratorSource:
 def _own_all(leases: Generator[Lease, None, None]) -> Generator[Pair, None, None]:
     with closing(leases):
         for lease in leases:
-            tensor = lease.own()
-            lease.release()
-            yield lease.name, tensor
+            yield _owned(lease)
+
+
+def _owned(lease: Lease) -> Pair:
+    with lease:
+        return lease.name, lease.own()
 
 
 def _broken(problems: Iterable[str]) -> SourceError:
@@ -267,9 +271,10 @@ class _Pass:
             if stopped.wait(_POLL):
                 self._check_open()
             if time.monotonic() > end:
+                name, self._lease = self._lease.name, None  # So that close does not wait again.
                 raise PoolTimeout(
-                    f"{self._lease.name!r} was released {_PATIENCE:g} s ago, and its copy has not finished; the "
-                    "iterator may not use the memory before"
+                    f"{name!r} was released {_PATIENCE:g} s ago, and its copy has not finished; the iterator may not "
+                    "use the memory before"
                 )
         if self._private is not None:
             self._private.view(-1).view(torch.uint8).fill_(poison_byte(self._private.dtype))
