@@ -153,6 +153,20 @@ class TestPlan:
         assert run("plan", bert, "--model", bert, "--order", "sideways").exit_code == 2
 
 
+class TestReader:
+    def test_inspect(self, tmp_path):
+        torch.save({"a.weight": torch.zeros(2, 3), "b": torch.tensor(1)}, tmp_path / "model.pt")
+        result = run("inspect", tmp_path / "model.pt", "--reader", "torch")
+        assert "2 tensors (1 F32, 1 I64), 32 B in 1 files" in result.output
+        found = json.loads(run("inspect", tmp_path / "model.pt", "--reader", "torch", "--json").output)
+        assert [set(tensor) for tensor in found["tensors"]] == [{"name", "dtype", "shape", "nbytes", "file"}] * 2
+
+    def test_unknown(self, checkpoint):
+        result = run("inspect", checkpoint, "--reader", "gguf")
+        assert result.exit_code == 2
+        assert "known are: fastsafetensors, hotweights, runai" in result.stderr
+
+
 def test_ctrl_c_is_130(monkeypatch, checkpoint):
     def interrupted(path, **options):
         raise KeyboardInterrupt

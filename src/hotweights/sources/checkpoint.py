@@ -89,6 +89,8 @@ def _open_directory(directory: Path, layout: Layout) -> tuple[Shard, ...]:
     if not files:
         others = sorted(entry.name for entry in directory.glob("*"))[:5]
         found = f"it holds {', '.join(others)}" if others else "it is empty"
+        if layout is SAFETENSORS and any(directory.glob("*.bin")):
+            found += '; reader="torch" opens .bin files'
         raise CheckpointError(f"{directory}: no {layout.pattern} in this directory; {found}")
     return _open_all(files, layout)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -108,8 +108,9 @@ class IteratorSource:
         """Close the iterator, and those of running streams. May be called twice."""
         self._closed = True
         passes, self._passes = self._passes, []
-        for one in passes:
-            one.close()
+        with ExitStack() as stack:  # Each is closed whatever the others do.
+            for one in passes:
+                stack.callback(one.close)
 
     def __enter__(self) -> IteratorSource:
         return self

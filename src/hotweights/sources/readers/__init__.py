@@ -6,6 +6,7 @@ import importlib
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from types import TracebackType
 from typing import NamedTuple
 
@@ -83,14 +84,11 @@ class ReaderSource:
     def close(self) -> None:
         """Close the files and every stream. May be called twice."""
         self._closed = True
-        try:
-            self._lent.close()
-        finally:
-            try:
-                self._owned.close()
-            finally:
-                for shard in self._shards:
-                    shard.close()
+        with ExitStack() as stack:  # The last one goes first, and each goes whatever the others do.
+            for shard in self._shards:
+                stack.callback(shard.close)
+            stack.callback(self._owned.close)
+            stack.callback(self._lent.close)
 
     def __enter__(self) -> ReaderSource:
         return self

@@ -1,6 +1,7 @@
-"""fastsafetensors: each file is read into one buffer, of which its tensors are views. On the CPU.
+"""fastsafetensors: each file is read into one buffer, of which its tensors are views. On the CPU, and only borrowed.
 
-Its tensors keep their file's whole buffer alive. With ``borrowed_tensors`` they do not: it goes when the file is done.
+It can give tensors away, but what it gives away is freed by Python code: freed while an exception is on its way, as
+``list`` does, that exception is lost (0.5.0). So those that are kept are copied.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ def _read(files: Sequence[str], *, borrow: bool) -> Iterator[Pair]:
     for path in files:  # All at once would take the memory of the whole checkpoint.
         with closing(SafeTensorsFileLoader(None, device="cpu", nogds=True)) as loader:
             loader.add_filenames({0: [path]})
-            with closing(loader.copy_files_to_device(borrowed_tensors=borrow)) as buffers:
+            with closing(loader.copy_files_to_device(borrowed_tensors=True)) as buffers:
                 for name in loader.get_keys():
                     yield name, buffers.get_tensor(name)
 
 
-READER = Reader(_read, lends=True, owns=True)
+READER = Reader(_read, lends=True, owns=False)
