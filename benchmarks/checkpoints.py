@@ -71,8 +71,9 @@ def make(directory: Path, *, nbytes: int, tensors: int, shards: int) -> Checkpoi
 def _layout(directory: Path) -> tuple[Place, ...]:
     places = []
     for shard in open_shards(directory):
-        for spec, offset in shard.header.entries:
-            places.append(Place(spec.name, shard.file.path, offset, spec.nbytes, spec.shape))
+        for entry in shard.header.entries:
+            spec = entry.spec
+            places.append(Place(spec.name, shard.file.path, entry.offset, spec.nbytes, spec.shape))
         shard.close()
     return tuple(places)
 

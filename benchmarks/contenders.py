@@ -149,6 +149,13 @@ def hotweights(reading: str, **options: object) -> Contender:
     return prepare
 
 
+def hotweights_again(checkpoint: Checkpoint, model: nn.Module) -> Run:
+    """Ours, when this model was loaded before: its plan is kept."""
+    run = hotweights("auto")(checkpoint, model)
+    run()
+    return run
+
+
 def safetensors_load_file(checkpoint: Checkpoint, model: nn.Module) -> Run:
     from safetensors.torch import load_file
 
@@ -219,6 +226,7 @@ LIMITS: Mapping[str, Contender] = {
 }
 OURS: Mapping[str, Contender] = {
     "hw.load": hotweights("auto"),
+    "hw.load again": hotweights_again,
     "hw.load buffered": hotweights("buffered"),
     "hw.load direct": hotweights("direct"),
 }

@@ -258,7 +258,7 @@ def examine(name: str, directory: Path, rank: int, ranks: int, repeats: int) -> 
         manifest = source.manifest
         result = Result(name, rank, ranks, tensors=len(manifest), nbytes=sum(spec.nbytes for spec in manifest.values()))
         # Shards are streamed in the order of vLLM's default loader: file by file, as the names lie in them.
-        order = [spec.name for shard in open_shards(directory) for spec, _ in shard.header.entries]
+        order = [entry.spec.name for shard in open_shards(directory) for entry in shard.header.entries]
 
         def own(one: nn.Module) -> None:
             one.load_weights((key, state[key]) for key in order)  # type: ignore[operator]

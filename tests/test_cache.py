@@ -1,5 +1,6 @@
 """Plans that are kept: never traced twice for the same, never stale, never in the way of a model that goes."""
 
+import contextlib
 import gc
 import sys
 import weakref
@@ -140,6 +141,83 @@ def test_every_part_of_the_key_counts(part, traces, monkeypatch):
     except hw.PlanError:
         count = 1
     assert len(traces) == count + 1, f"stale: another {part}, and nothing was traced"
+
+
+class ByName(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(2, 2), requires_grad=False)
+        self.other = nn.Parameter(torch.zeros(2, 2), requires_grad=False)
+        self.register_buffer("table", torch.zeros(2, 2))
+        self.register_buffer("scratch", torch.zeros(2, 2), persistent=False)
+
+
+class OtherTensor(torch.Tensor):
+    """Has torch's default behaviour, but is none of torch's own classes."""
+
+
+class WithExtraState(nn.Module):
+    def set_extra_state(self, state):
+        pass
+
+
+def changes_by_name():
+    """Each thing that a plan by name depends on, and how it comes to be another."""
+
+    def put(tensor):
+        return lambda model: setattr(model, "w", nn.Parameter(tensor, requires_grad=False))
+
+    def tie(model):
+        model.other = model.w
+
+    def rename(model):
+        model.another = model.other
+        del model.other
+
+    def subclass(model):
+        model.w = nn.Parameter(torch.zeros(2, 2).as_subclass(OtherTensor), requires_grad=False)
+
+    return {
+        "dtype": put(torch.zeros(2, 2, dtype=torch.float64)),
+        "shape": put(torch.zeros(1, 2)),
+        "strides": put(torch.zeros(2, 2).t()),
+        "device": put(torch.zeros(2, 2, device="meta")),
+        "layout": put(torch.zeros(2, 2).to_sparse()),
+        "class": subclass,
+        "uninitialised": lambda model: setattr(model, "w", nn.UninitializedParameter()),
+        "tie": tie,
+        "name": rename,
+        "persistence of one": lambda model: model._non_persistent_buffers_set.add("table"),
+        "persistence of the other": lambda model: model._non_persistent_buffers_set.clear(),
+        "hook before": lambda model: model.register_load_state_dict_pre_hook(lambda *_: None),
+        "hook after": lambda model: model.register_load_state_dict_post_hook(lambda *_: None),
+        "extra state": lambda model: setattr(model, "child", WithExtraState()),
+        "load_weights": lambda model: setattr(model, "load_weights", lambda pairs: None),
+        "load_state_dict": lambda model: setattr(model, "load_state_dict", lambda *_, **__: None),
+    }
+
+
+@pytest.mark.parametrize("what", changes_by_name())
+def test_every_part_of_the_key_counts_by_name(what, traces):
+    model = ByName()
+    tensors = {name: torch.ones(2, 2) for name in ("w", "other", "table")}
+    for _ in range(2):
+        hw.load(model, tensors)
+    assert len(traces) == 1
+    changes_by_name()[what](model)
+    with contextlib.suppress(hw.HotweightsError):
+        hw.load(model, tensors)
+    assert len(traces) == 2
+
+
+def test_moving_every_tensor_is_not_a_change(traces):
+    model, tensors = ByName(), {name: torch.ones(2, 2) for name in ("w", "other", "table")}
+    hw.load(model, tensors)
+    for tensor in model.parameters():
+        tensor.data = torch.zeros(2, 2)
+    hw.load(model, tensors)
+    assert len(traces) == 1
+    assert torch.equal(model.w, torch.ones(2, 2))
 
 
 def test_options_and_manifest_count(traces):

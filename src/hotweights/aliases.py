@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping
+from functools import cache, partial
 
 import torch
 
@@ -63,18 +64,11 @@ def homes(tensors: Mapping[str, torch.Tensor]) -> Callable[[str, Box], list[tupl
     It takes a name and a box counted from that tensor's first byte, which may reach beyond the tensor, and returns
     names with boxes counted from theirs: one if the box lies within one tensor, else the bytes in each.
     """
-    plain = {name: tensor for name, tensor in tensors.items() if _has_address(tensor) and tensor.numel()}
-    owner = owners(plain)
-    base = {name: int(one.storage_offset()) * one.element_size() for name, one in plain.items()}
-    storage = {name: one.untyped_storage()._cdata for name, one in plain.items()}
-    side_by_side: dict[int, list[tuple[int, int, str]]] = defaultdict(list)
-    for name, tensor in plain.items():
-        if owner[name] == name:
-            start, stop = extent(box_of(tensor))
-            side_by_side[storage[name]].append((start, stop, name))
+    found = cache(partial(_side_by_side, tensors))  # Plans of whole tensors, most of all, never ask.
 
     def home(name: str, box: Box) -> list[tuple[str, Box]]:
-        several = side_by_side.get(storage.get(name, -1), [])
+        base, neighbours = found()
+        several = neighbours.get(name, ())
         if len(several) < 2:
             return [(name, box)]
         start, stop = (base[name] + at for at in extent(box))
@@ -86,6 +80,20 @@ def homes(tensors: Mapping[str, torch.Tensor]) -> Callable[[str, Box], list[tupl
         return inside or [(name, box)]
 
     return home
+
+
+def _side_by_side(
+    tensors: Mapping[str, torch.Tensor],
+) -> tuple[dict[str, int], dict[str, list[tuple[int, int, str]]]]:
+    """Of each tensor its first byte within its storage, and what lies there: first and last byte, and name."""
+    plain = {name: tensor for name, tensor in tensors.items() if _has_address(tensor) and tensor.numel()}
+    base = {name: int(one.storage_offset()) * one.element_size() for name, one in plain.items()}
+    storages: dict[int, list[tuple[int, int, str]]] = defaultdict(list)
+    neighbours = {name: storages[one.untyped_storage()._cdata] for name, one in plain.items()}
+    for name, owner in owners(plain).items():
+        if owner == name:
+            neighbours[name].append((*extent(box_of(plain[name])), name))
+    return base, neighbours
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:

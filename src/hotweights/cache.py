@@ -31,6 +31,7 @@ from .aliases import owners
 from .collection import without_collection
 from .errors import PlanError, PlanFileError
 from .manifest import Manifest
+from .modules import Survey
 from .plan import LoadPlan
 from .tracing import anchors
 
@@ -45,6 +46,7 @@ _log = logging.getLogger("hotweights")
 
 def planned(
     model: nn.Module,
+    found: Survey | None,
     manifest: Manifest,
     options: Options,
     make: Callable[[], LoadPlan],
@@ -54,13 +56,14 @@ def planned(
 
     Args:
         model: whose plan it is. It is not kept alive.
+        found: what was seen of it, if it is loaded by name and nothing but its tensors has a say in that.
         manifest: what will be loaded.
         options: what else ``make`` depends on.
         make: makes a plan; it changes nothing.
         directory: where plans are kept for other processes. It is made if need be.
     """
     with without_collection():
-        key = _Key(model, manifest, options)
+        key = _Key(model, found, manifest, options)
     kept = _kept(model)
     for entry in kept:
         if entry.fits(key) and _values_hold(entry.plan, model):
@@ -79,18 +82,14 @@ def planned(
 class _Key:
     """All that a plan is made from. It holds the model's tensors, so it is let go when the plan is found."""
 
-    def __init__(self, model: nn.Module, manifest: Manifest, options: Options) -> None:
+    def __init__(self, model: nn.Module, found: Survey | None, manifest: Manifest, options: Options) -> None:
         seen = _Seen()
-        seen.model(model)
-        self.facts = (
-            tuple(map(seen.trait, options)),
-            _versions(),
-            _groups(),
-            list(manifest.values()),
-            seen.rows,
-            seen.trait(getattr(model, "config", None)),
-            [seen.of_class(one) for one in seen.classes],
-        )
+        self.facts: list[object] = [tuple(map(seen.trait, options)), _versions(), _groups(), list(manifest.values())]
+        if found is None or not seen.plain(found):
+            seen = _Seen()
+            seen.model(model)
+            self.facts += [seen.trait(getattr(model, "config", None)), [seen.of_class(one) for one in seen.classes]]
+        self.facts.append(seen.rows)
         self.places = seen.places
         self._tensors = seen.tensors
 
@@ -219,6 +218,21 @@ class _Seen:
                 if hooks:
                     rows.append([self.trait(one) for one in hooks.values()])
         rows += self._shared()
+
+    def plain(self, found: Survey) -> bool:
+        """Every tensor, if none has more to it than its dtype, place and form."""
+        self.rows += (list(found.tensors), found.transient)
+        rows, places = self.rows, self.places
+        self.tensors += found.tensors.values()
+        try:
+            for tensor in self.tensors:
+                if type(tensor) not in _PLAIN:
+                    return False
+                rows.append((tensor.dtype, tensor.shape, tensor.stride(), tensor.device))
+                places.append(tensor.data_ptr() or id(tensor))
+        except RuntimeError:  # sparse, or without plain bytes in another way
+            return False
+        return True
 
     def _tensor(self, key: str, tensor: torch.Tensor) -> None:
         kind = type(tensor)

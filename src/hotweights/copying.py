@@ -30,6 +30,10 @@ def reads_of(step: Copy, spec: TensorSpec, destination: torch.Tensor, limit: int
         limit: bytes that a sink's read may have.
     """
     target = destination if step.into is None else view(destination, step.into)
+    small = 0 < spec.nbytes < _LARGE
+    if small and step.of is None and target.dtype == spec.dtype and target.is_cpu and target.is_contiguous():
+        yield Read(spec.name, 0, spec.nbytes, target)  # The only ones that come in their thousands.
+        return
     if spec.nbytes == 0 or target.numel() == 0:
         return
     assert not isinstance(spec.dtype, OpaqueDtype)

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 
 import torch
 
@@ -136,10 +137,9 @@ class _Addressed:
 
     def _copy(self, steps: Sequence[Copy]) -> None:
         manifest, limit = self._source.manifest, self._pool.slot_nbytes - 2 * PAGE
-        reads: list[Read] = []
-        for step in steps:
-            reads += reads_of(step, manifest[step.source], self._destinations[step.destination], limit)
-        self._done.count(self._read(reads))
+        wishes = (reads_of(step, manifest[step.source], self._destinations[step.destination], limit) for step in steps)
+        # Made one by one as they are taken: a model's tensors lie all over the memory, and each visit costs.
+        self._done.count(self._read(chain.from_iterable(wishes)))
         self._done.bytes_written += sum(_written_nbytes(step, self._destinations) for step in steps)
 
     def _run_programs(self, programs: list[Program]) -> None:

@@ -16,14 +16,14 @@ from torch import nn
 from .cache import planned
 from .casts import Cast
 from .collection import without_collection
-from .engines import rules_for
+from .engines import has_rules, rules_for
 from .errors import UnknownName, UsageError
 from .execute import Execution, execute, owned
 from .fallback import fall_back
 from .fit import check
 from .manifest import Manifest
 from .memory import Pool
-from .modules import hook_problems, materialise, places
+from .modules import Survey, materialise, places, survey
 from .plan import Copy, Fate, LoadPlan, Order, Patterns, Program, both
 from .progress import progress
 from .report import LoadReport, size
@@ -118,19 +118,23 @@ def load(
                 "An iterator of (name, tensor) goes through hotweights.from_iterator"
             )
         target_device = None if device is None else torch.device(device)
+        found = survey(model)
         if plan is None:
             may = [both(patterns, ()) for patterns in (allow_missing, allow_partial, allow_unexpected)]
             make = partial(_trace, model, source.manifest, target_device, may, cast)
             options = (target_device, may, cast)
-            keep = _is_by_name(model) if cache is None else cache
-            plan = planned(model, source.manifest, options, make, cache_dir) if keep or cache_dir else make()
+            # Code of the model's own may depend on what no key can see.
+            keep = found.plain if cache is None else cache
+            plain = found if found.plain and not has_rules(model) else None
+            plan = planned(model, plain, source.manifest, options, make, cache_dir) if keep or cache_dir else make()
         else:
             check(plan, model, source.manifest, target_device)
         if order != "given":
             plan = plan.ordered(order, source.position if isinstance(source, Addressed) else None)
         nbytes = _bytes_to_read(plan, source)
-        with _made_real(plan, model, target_device), _noting(done, nbytes):
-            destinations = _destinations(plan, model)
+        with _made_real(plan, model, found, target_device) as tensors, _noting(done, nbytes):
+            # Those in lists and attributes are looked for only if a step writes there.
+            destinations = tensors if plan.targets.keys() <= tensors.keys() else anchors(model)
             if pool is None:
                 pool = stack.enter_context(Pool(device=_slowest(destinations)))
             advance = stack.enter_context(progress("loading", nbytes, show=show_progress))
@@ -142,11 +146,6 @@ def load(
             if verify == "loader":
                 _verify(plan, model, source, destinations, pool)
         return _report(plan, done, pool, time.perf_counter() - began)
-
-
-def _is_by_name(model: nn.Module) -> bool:
-    """Whether no code of the model's own has a say in its plan: such code may depend on what no key can see."""
-    return not hasattr(model, "load_weights") and not any(hook_problems(model))
 
 
 def _trace(
@@ -180,12 +179,6 @@ def _verify(
         raise UsageError('verify="loader" needs a source that can be asked for a tensor twice; this one only streams')
 
 
-def _destinations(plan: LoadPlan, model: nn.Module) -> Mapping[str, torch.Tensor]:
-    """The model's tensors by name; those in lists and attributes are looked for only if a step writes there."""
-    named = {place.name: place.tensor for place in places(model)}
-    return named if _written(plan) <= named.keys() else anchors(model)
-
-
 def _bytes_to_read(plan: LoadPlan, source: Source) -> int:
     used = [name for name, fate in plan.fates.items() if fate in (Fate.WRITTEN, Fate.CAST)]
     compared = [step.source for pair in plan.ties for step in pair]
@@ -199,11 +192,13 @@ def _slowest(destinations: Mapping[str, torch.Tensor]) -> torch.device:
 
 
 @contextmanager
-def _made_real(plan: LoadPlan, model: nn.Module, device: torch.device | None) -> Iterator[None]:
-    """Meta tensors that the plan writes are real inside, and stay so unless it fails."""
+def _made_real(
+    plan: LoadPlan, model: nn.Module, found: Survey, device: torch.device | None
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The model's tensors; meta tensors that the plan writes are real inside, and stay so unless it fails."""
     replaced = [] if device is None else materialise(places(model), _written(plan), device)
     try:
-        yield
+        yield survey(model).tensors if replaced else found.tensors
     except BaseException:
         for place, old in replaced:
             place.put(old)

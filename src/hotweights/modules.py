@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator
+from typing import NamedTuple
 
 import msgspec
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from .manifest import TensorSpec
 from .plan import Target
 
-__all__ = ["Place", "describe", "extra_state_problems", "hook_problems", "materialise", "places"]
+__all__ = ["Place", "Survey", "describe", "extra_state_problems", "hook_problems", "materialise", "places", "survey"]
 
 
 class Place(msgspec.Struct, frozen=True, gc=False):
@@ -59,6 +60,49 @@ def places(model: nn.Module) -> Iterator[Place]:
         stack += reversed(children)
 
 
+class Survey(NamedTuple):
+    """What one walk over a model finds.
+
+    Attributes:
+        tensors: every parameter and buffer, by each name it has, in the order of ``places``.
+        transient: which of them are not persistent.
+        plain: whether loading is copying by name: nowhere is there loading code, a hook or extra state.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    transient: list[str]
+    plain: bool
+
+
+def survey(model: nn.Module) -> Survey:
+    """Look at every module once. Every load does, so it asks all its questions on one walk."""
+    tensors: dict[str, torch.Tensor] = {}
+    transient: list[str] = []
+    plain = not hasattr(model, "load_weights") and _loads_by_name(model)
+    kinds: dict[type, bool] = {}
+    stack = [("", model)]
+    while stack:
+        dot, module = stack.pop()
+        inside = module.__dict__
+        kind = type(module)
+        if kind not in kinds:
+            kinds[kind] = not _has_loading_code(kind) and kind.set_extra_state is nn.Module.set_extra_state
+        if not kinds[kind] or inside["_load_state_dict_pre_hooks"] or inside["_load_state_dict_post_hooks"]:
+            plain = False
+        for key, tensor in inside["_parameters"].items():
+            if tensor is not None:
+                tensors[dot + key] = tensor
+        for key, tensor in inside["_buffers"].items():
+            if tensor is not None:
+                tensors[dot + key] = tensor
+                if key in inside["_non_persistent_buffers_set"]:
+                    transient.append(dot + key)
+        if inside["_modules"]:
+            children = [(f"{dot}{key}.", child) for key, child in inside["_modules"].items() if child is not None]
+            stack += reversed(children)
+    return Survey(tensors, transient, plain)
+
+
 def describe(tensor: torch.Tensor, name: str, owner: str, *, device: torch.device | None) -> Target:
     """The tensor as a target of a plan; ``device`` is where meta tensors will be made real."""
     if nn.parameter.is_lazy(tensor):
@@ -86,7 +130,7 @@ _HARMLESS = ("torch.nn.modules.batchnorm", "torch.nn.modules.instancenorm")  # T
 def hook_problems(model: nn.Module) -> Iterator[str]:
     """Modules whose ``load_state_dict`` does more than copy by name: by name that would be skipped, in silence."""
     cure = "load_state_dict runs it, loading by name does not"
-    if getattr(model.load_state_dict, "__func__", None) is not nn.Module.load_state_dict:
+    if not _loads_by_name(model):
         yield f"module {type(model).__name__}: has a load_state_dict of its own; loading by name does not run it"
     seen: set[int] = set()
     own: dict[type, bool] = {}
@@ -99,12 +143,20 @@ def hook_problems(model: nn.Module) -> Iterator[str]:
         stack += [(f"{dot}{key}.", child) for key, child in module._modules.items() if child is not None]
         kind = type(module)
         if kind not in own:
-            override = kind._load_from_state_dict
-            own[kind] = override is not nn.Module._load_from_state_dict and override.__module__ not in _HARMLESS
+            own[kind] = _has_loading_code(kind)
         if own[kind]:
             yield f"module {dot[:-1] or kind.__name__}: {kind.__name__} has loading code of its own; {cure}"
         if module._load_state_dict_pre_hooks or module._load_state_dict_post_hooks:
             yield f"module {dot[:-1] or kind.__name__}: has a hook around loading; {cure}"
+
+
+def _loads_by_name(model: nn.Module) -> bool:
+    return getattr(model.load_state_dict, "__func__", None) is nn.Module.load_state_dict
+
+
+def _has_loading_code(kind: type[nn.Module]) -> bool:
+    override = kind._load_from_state_dict
+    return override is not nn.Module._load_from_state_dict and override.__module__ not in _HARMLESS
 
 
 def extra_state_problems(model: nn.Module) -> Iterator[str]:

@@ -20,7 +20,7 @@ from .errors import PlanError
 from .fit import complete
 from .lowering import lower
 from .manifest import Manifest
-from .modules import Place, describe, extra_state_problems, hook_problems, places
+from .modules import Survey, describe, extra_state_problems, hook_problems, places, survey
 from .plan import Copy, LoadPlan, Note, Patterns, Step, both, matches
 from .regions import Box, Region, covered, meets
 from .tracing import Recording, record
@@ -74,12 +74,13 @@ def _trace(
     cast: Cast | None,
 ) -> LoadPlan:
     rules = rules_for(model, manifest)
-    found = list(places(model))
-    tensors = {place.name: place.tensor for place in found if place.persistent}
+    found = survey(model)
+    transient = set(found.transient)
+    tensors = {name: tensor for name, tensor in found.tensors.items() if name not in transient}
     owner = owners(tensors)
     where = None if device is None else torch.device(device)
     may_miss = both(allow_missing, rules.allow_missing)
-    loader = loader_of(model) if rules.steps is None else None
+    loader = None if found.plain or rules.steps is not None else loader_of(model)
     own_code = hasattr(model, "load_weights")
     problems: list[str] = []
     traced = None
@@ -111,7 +112,7 @@ def _trace(
         problems=[
             *problems,
             *rules.problems,
-            *(() if own_code else extra_state_problems(model)),
+            *(() if own_code or found.plain else extra_state_problems(model)),
             *(_left_on_meta(found, may_miss) if where is not None else ()),
         ],
     )
@@ -122,11 +123,9 @@ def loader_of(model: nn.Module) -> Loader | None:
     """The model's own loading code; ``None`` where loading by name is all that it would do."""
     if hasattr(model, "load_weights"):
         return lambda pairs: _drained(model.load_weights(pairs))  # type: ignore[operator]
-    if any(map(nn.parameter.is_lazy, model.parameters())):
-        return None  # Its loading code would make them real.
-    if any(hook_problems(model)):
-        return by_name(model)
-    return None
+    if any(map(nn.parameter.is_lazy, survey(model).tensors.values())):
+        return None  # Loading code would make them real.
+    return by_name(model) if any(hook_problems(model)) else None
 
 
 def _drained(result: object) -> object:
@@ -267,11 +266,11 @@ def _destinations(step: Step) -> tuple[str, ...]:
     return (step.destination,) if isinstance(step, Copy) else tuple(region.memory.name for region in step.writes)
 
 
-def _left_on_meta(found: Iterable[Place], allowed: Patterns) -> list[str]:
+def _left_on_meta(found: Survey, allowed: Patterns) -> list[str]:
     may_stay = matches(allowed)
     return [
-        f"{place.name}: is a non-persistent buffer on the meta device, and no checkpoint carries it; build the model "
+        f"{name}: is a non-persistent buffer on the meta device, and no checkpoint carries it; build the model "
         "with real buffers, or allow it with allow_missing= and fill it yourself"
-        for place in found
-        if not place.persistent and place.tensor.is_meta and not may_stay(place.name)
+        for name in found.transient
+        if found.tensors[name].is_meta and not may_stay(name)
     ]

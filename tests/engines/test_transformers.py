@@ -568,3 +568,11 @@ def test_it_is_no_business_of_ours_if_the_model_is_not_of_transformers(saved):
     hw.load(wrapped, {f"0.{name}": tensor for name, tensor in expected.state_dict().items()})
     assert not engine.owns(wrapped)
     assert_same(wrapped[0], expected)
+
+
+def test_a_configuration_changed_since_the_last_load(saved):
+    directory, model = saved("llama").directory, fresh("llama")
+    hw.load(model, directory, show_progress=False)
+    model.config.quantization_config = {"quant_method": "fp8"}
+    with pytest.raises(hw.PlanError, match="quantization_config"):
+        hw.load(model, directory, show_progress=False)

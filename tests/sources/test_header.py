@@ -54,8 +54,9 @@ def ours(raw):
     except CheckpointError:
         return None
     return {
-        spec.name: (format_name(spec.dtype), format_shape(spec), raw[offset : offset + spec.nbytes])
-        for spec, offset in header.entries
+        spec.name: (format_name(spec.dtype), format_shape(spec), raw[entry.offset : entry.offset + spec.nbytes])
+        for entry in header.entries
+        for spec in (entry.spec,)
     }
 
 

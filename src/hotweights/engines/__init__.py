@@ -12,7 +12,7 @@ from torch import nn
 from ..manifest import Manifest
 from ..plan import Patterns, Step
 
-__all__ = ["Rules", "rules_for"]
+__all__ = ["Rules", "has_rules", "rules_for"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +36,19 @@ class Rules:
     load: Callable[[Iterable[tuple[str, torch.Tensor]]], object] | None = None
 
 
-def rules_for(model: nn.Module, manifest: Manifest) -> Rules:
-    """The rules of the model's framework, by the names of its classes: no framework is imported to find out."""
+def has_rules(model: nn.Module) -> bool:
+    """Whether the model's framework has a say in its loading. No framework is imported to find out."""
     if "transformers" in sys.modules:
         from . import transformers
 
-        if transformers.owns(model):
-            return transformers.rules(model, manifest)
+        return transformers.owns(model)
+    return False
+
+
+def rules_for(model: nn.Module, manifest: Manifest) -> Rules:
+    """The rules of the model's framework, by the names of its classes."""
+    if has_rules(model):
+        from . import transformers
+
+        return transformers.rules(model, manifest)
     return Rules()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -21,13 +21,15 @@ class Layout(NamedTuple):
     """How one format lies on disk.
 
     Attributes:
-        main: name of the file, or of the index without its ``.index.json``, that is taken before all others.
-        pattern: the files of a directory that has no index.
+        main: the checkpoint's name without its suffix; of several indexes, the one with this name is taken.
+        prefix: how the names of its files begin.
+        suffix: how they end.
         parse: what a file holds; raises ``CheckpointError``.
     """
 
     main: str
-    pattern: str
+    prefix: str
+    suffix: str
     parse: Callable[[File], Header]
 
 
@@ -35,7 +37,7 @@ def _parse_safetensors(file: File) -> Header:
     return read_header(file.path, file.size, file.pread)
 
 
-SAFETENSORS = Layout("model.safetensors", "*.safetensors", _parse_safetensors)
+SAFETENSORS = Layout("model", "", ".safetensors", _parse_safetensors)
 
 
 class Shard:
@@ -74,9 +76,14 @@ def open_shards(path: str | os.PathLike[str], layout: Layout = SAFETENSORS) -> t
 
 
 def _open_directory(directory: Path, layout: Layout) -> tuple[Shard, ...]:
-    files = sorted(directory.glob(layout.pattern))
-    indexes = sorted(directory.glob(f"{layout.pattern}.index.json"))
-    main = directory / f"{layout.main}.index.json"
+    try:
+        names = sorted(os.listdir(directory))  # Path.glob would compile an expression first, for milliseconds.
+    except OSError as error:
+        raise CheckpointError(f"{directory}: cannot be listed: {error.strerror}") from error
+    mine = [name for name in names if name.startswith(layout.prefix)]
+    files = [directory / name for name in mine if name.endswith(layout.suffix)]
+    indexes = [directory / name for name in mine if name.endswith(f"{layout.suffix}.index.json")]
+    main = directory / f"{layout.main}{layout.suffix}.index.json"
     if main in indexes:
         indexes = [main]
     if len(indexes) > 1:
@@ -87,11 +94,10 @@ def _open_directory(directory: Path, layout: Layout) -> tuple[Shard, ...]:
             raise CheckpointError(f"{directory}: holds both {whole.name} and {indexes[0].name}; open the one you mean")
         return _open_index(indexes[0], layout)
     if not files:
-        others = sorted(entry.name for entry in directory.glob("*"))[:5]
-        found = f"it holds {', '.join(others)}" if others else "it is empty"
-        if layout is SAFETENSORS and any(directory.glob("*.bin")):
+        found = f"it holds {', '.join(names[:5])}" if names else "it is empty"
+        if layout is SAFETENSORS and any(name.endswith(".bin") for name in names):
             found += '; reader="torch" opens .bin files'
-        raise CheckpointError(f"{directory}: no {layout.pattern} in this directory; {found}")
+        raise CheckpointError(f"{directory}: no {layout.prefix}*{layout.suffix} in this directory; {found}")
     return _open_all(files, layout)
 
 
@@ -134,15 +140,17 @@ def _open_each(paths: Iterable[Path], layout: Layout, undo: ExitStack) -> tuple[
     return tuple(shards), problems + _duplicates(shards)
 
 
-def _duplicates(shards: Iterable[Shard]) -> list[str]:
+def _duplicates(shards: Sequence[Shard]) -> list[str]:
     """One tensor in two files. Every other reader takes the last, silently."""
+    if len(shards) < 2:  # Within a file the header saw to it.
+        return []
     first: dict[str, str] = {}
     problems: list[str] = []
     for shard in shards:
-        for spec, _ in shard.header.entries:
-            other = first.setdefault(spec.name, shard.file.path)
+        for entry in shard.header.entries:
+            other = first.setdefault(entry.spec.name, shard.file.path)
             if other != shard.file.path:
-                problems.append(f"tensor {spec.name!r}: in {other} and again in {shard.file.path}")
+                problems.append(f"tensor {entry.spec.name!r}: in {other} and again in {shard.file.path}")
     return problems
 
 
@@ -209,8 +217,8 @@ def _disagreements(index: Path, weight_map: dict[str, str], shards: Iterable[Sha
     opened = {shard.file.path for shard in shards}
     found: dict[str, list[str]] = {}
     for shard in shards:
-        for spec, _ in shard.header.entries:
-            found.setdefault(spec.name, []).append(shard.file.path)
+        for entry in shard.header.entries:
+            found.setdefault(entry.spec.name, []).append(shard.file.path)
     for name, shard_name in weight_map.items():
         if not shard_name:
             continue

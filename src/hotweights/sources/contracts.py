@@ -9,8 +9,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
+import msgspec
 import torch
 
 from ..devices import Event
@@ -27,7 +28,7 @@ Sink = Callable[[torch.Tensor], "Event | None"]
 """Takes borrowed bytes (``uint8 [n]``), valid until it returns, or until the event it returns has happened."""
 
 
-class Read(NamedTuple):
+class Read(msgspec.Struct, frozen=True, gc=False):
     """A wish: the bytes ``start .. start + nbytes`` of a tensor, into memory.
 
     Attributes:

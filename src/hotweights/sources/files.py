@@ -10,6 +10,7 @@ from functools import partial
 from types import TracebackType
 from typing import NamedTuple
 
+import msgspec
 import torch
 
 from ..collection import without_collection
@@ -18,7 +19,7 @@ from ..guards import Guard
 from ..manifest import Manifest, OpaqueDtype, TensorSpec
 from ..memory import PAGE, Lease, Pool, Slot, host_empty
 from .checkpoint import Shard, open_shards
-from .contracts import Read, Reading, Sink
+from .contracts import Read, Reading
 from .reading import File, Segment, fill, read_segments
 from .streams import LeaseStream, ahead
 
@@ -27,9 +28,10 @@ __all__ = ["FileSource"]
 _BATCH = 32 * 1024 * 1024  # bytes of owned tensors that are read ahead
 
 
-class _Place(NamedTuple):
+class _Place(msgspec.Struct, frozen=True, gc=False):
     file: File
     offset: int
+    nbytes: int
     number: int  # of the file among all
 
 
@@ -54,11 +56,11 @@ class FileSource:
             self._shards: tuple[Shard, ...] = open_shards(path)
         self._closed = False
         self._places = {
-            spec.name: _Place(shard.file, offset, number)
+            entry.spec.name: _Place(shard.file, entry.offset, entry.spec.nbytes, number)
             for number, shard in enumerate(self._shards)
-            for spec, offset in shard.header.entries
+            for entry in shard.header.entries
         }
-        self._manifest = Manifest(spec for shard in self._shards for spec, _ in shard.header.entries)
+        self._manifest = Manifest(entry.spec for shard in self._shards for entry in shard.header.entries)
 
     @property
     def manifest(self) -> Manifest:
@@ -127,7 +129,7 @@ class FileSource:
     ) -> dict[str, int]:
         """Do all the reads, see ``contracts.Addressed``."""
         self._check_open()
-        segments = [self._segment(*read) for read in reads]
+        segments = [self._segment(read) for read in reads]
         return read_segments(segments, pool=pool, reading=reading, threads=threads, advance=advance, stop=stop)
 
     def close(self) -> None:
@@ -158,19 +160,19 @@ class FileSource:
         if self._closed:
             raise Closed(f"the source {self.path!r} was closed")
 
-    def _segment(self, name: str, start: int, nbytes: int, into: torch.Tensor | Sink) -> Segment:
+    def _segment(self, read: Read) -> Segment:
+        place, into = self._places[read.name], read.into
         # Memory is written by address: a wish that does not fit would read a neighbour or overwrite a stranger.
-        if start < 0 or nbytes < 0 or start + nbytes > self._manifest[name].nbytes:
+        if read.start < 0 or read.nbytes < 0 or read.start + read.nbytes > place.nbytes:
             raise UsageError(
-                f"tensor {name!r} has {self._manifest[name].nbytes} bytes; {nbytes} from {start} were asked for"
+                f"tensor {read.name!r} has {place.nbytes} bytes; {read.nbytes} from {read.start} were asked for"
             )
-        if isinstance(into, torch.Tensor) and (into.nbytes != nbytes or not into.is_cpu or not into.is_contiguous()):
+        if isinstance(into, torch.Tensor) and not (into.nbytes == read.nbytes and into.is_cpu and into.is_contiguous()):
             raise UsageError(
-                f"tensor {name!r}: {nbytes} bytes go into contiguous host memory of as many bytes, not into "
+                f"tensor {read.name!r}: {read.nbytes} bytes go into contiguous host memory of as many bytes, not into "
                 f"{into.nbytes} of {'contiguous' if into.is_contiguous() else 'strided'} memory on {into.device}"
             )
-        file, offset, _ = self._places[name]
-        return Segment(file, offset + start, nbytes, into)
+        return Segment(place.file, place.offset + read.start, read.nbytes, into)
 
     def _runs(self, limit: int) -> Iterator[_Run]:
         """The manifest cut into runs of neighbours of at most ``limit`` bytes; a larger tensor is a run of its own."""
@@ -213,9 +215,9 @@ class FileSource:
             return None, self._read_large(run, pool, reading, stopped)
         slot = pool.acquire(run.specs[0].name, stop=stopped.is_set)
         try:
-            file, offset, _ = run.place
-            data, _ = fill(file, slot.memory, offset, offset + run.nbytes, reading)
-            file.check()
+            place = run.place
+            data, _ = fill(place.file, slot.memory, place.offset, place.offset + run.nbytes, reading)
+            place.file.check()
         except BaseException:
             slot.release()
             raise

@@ -28,7 +28,7 @@ _ELSEWHERE = {b"PK\x03\x04": 'a zip archive (a torch .bin file? reader="torch" o
 _ELSEWHERE |= {bytes([0x80, protocol]): "a pickle" for protocol in range(2, 6)}
 
 
-class Entry(NamedTuple):
+class Entry(msgspec.Struct, frozen=True, gc=False):
     """One tensor of a file: its spec, and the byte of the file at which its data starts."""
 
     spec: TensorSpec
@@ -119,7 +119,7 @@ def _parse(file: str, raw: bytes, *, data_start: int, size: int) -> Header:
         start, stop = entry.data_offsets
         spec = _spec(name, entry, problems)
         if spec is not None:
-            entries.append(Entry(spec, start))
+            entries.append(Entry(spec, data_start + start))
             if stop - start != (nbytes := spec.nbytes):
                 problems.append(
                     f"tensor {name!r}: {entry.dtype} {list(entry.shape)} is {nbytes} bytes; "
@@ -128,10 +128,10 @@ def _parse(file: str, raw: bytes, *, data_start: int, size: int) -> Header:
     # Only sound entries can be laid side by side; with a broken one among them every neighbour would be blamed.
     if not problems:
         entries.sort(key=_by_offset)
-        problems = _gaps(entries, size - data_start)
+        problems = _gaps(entries, data_start, size)
     if problems:
         raise CheckpointError(file, problems)
-    return Header(tuple(Entry(spec, data_start + offset) for spec, offset in entries), metadata)
+    return Header(tuple(entries), metadata)
 
 
 def _free_text(file: str, field: msgspec.Raw | bytes) -> dict[str, str]:
@@ -198,25 +198,28 @@ def _torch_view(name: str, bits: int, attribute: str, shape: tuple[int, ...]) ->
     return OpaqueDtype(name, bits), shape
 
 
-def _gaps(entries: Iterable[Entry], data_nbytes: int) -> list[str]:
+def _gaps(entries: Iterable[Entry], data_start: int, size: int) -> list[str]:
     problems: list[str] = []
-    position, before = 0, "the header"
+    position, last = data_start, ""
     cut: list[str] = []
-    for spec, offset in entries:
+    for entry in entries:
+        spec, offset = entry.spec, entry.offset
         stop = offset + spec.nbytes
-        if offset < position:
-            problems.append(f"tensor {spec.name!r}: starts at byte {offset} of the data, inside {before}")
-        elif offset > position:
+        if offset != position:
+            before, at = f"tensor {last!r}" if last else "the header", offset - data_start
             problems.append(
-                f"tensor {spec.name!r}: starts at byte {offset} of the data; {before} ends at {position}, "
-                "and nothing lies between"
+                f"tensor {spec.name!r}: starts at byte {at} of the data, inside {before}"
+                if offset < position
+                else f"tensor {spec.name!r}: starts at byte {at} of the data; {before} ends at "
+                f"{position - data_start}, and nothing lies between"
             )
-        if stop > data_nbytes:
-            cut.append(f"tensor {spec.name!r}: ends at byte {stop} of the data; the file holds {data_nbytes}")
-        position, before = max(position, offset + spec.nbytes), f"tensor {spec.name!r}"
+        if stop > size:
+            end, held = stop - data_start, size - data_start
+            cut.append(f"tensor {spec.name!r}: ends at byte {end} of the data; the file holds {held}")
+        position, last = max(position, stop), spec.name
     if cut:  # One cut takes all that lay behind it; to name each would bury the reason.
         others = f", and {len(cut) - 1} tensors behind it" if len(cut) > 1 else ""
         problems.append(f"{cut[0]}{others}; is it truncated?")
-    if not problems and position < data_nbytes:
-        problems.append(f"{data_nbytes - position} trailing bytes belong to no tensor")
+    if not problems and position < size:
+        problems.append(f"{size - position} trailing bytes belong to no tensor")
     return problems

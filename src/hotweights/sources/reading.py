@@ -17,8 +17,10 @@ import stat
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from operator import attrgetter
 from typing import NamedTuple, get_args
 
+import msgspec
 import torch
 
 from ..errors import CheckpointChanged, CheckpointError, Closed, UnknownName, UsageError
@@ -226,7 +228,7 @@ def _kind(mode: int) -> str:
     return "a directory" if stat.S_ISDIR(mode) else "a pipe, a socket or a device"
 
 
-class Segment(NamedTuple):
+class Segment(msgspec.Struct, frozen=True, gc=False):
     """``nbytes`` of a file from ``offset``, into memory or to a sink. See ``contracts.Read``."""
 
     file: File
@@ -235,13 +237,16 @@ class Segment(NamedTuple):
     into: torch.Tensor | Sink
 
 
+_Part = tuple[int, int, torch.Tensor | Sink]  # nbytes, first byte within the target, target
+
+
 class _Job(NamedTuple):
     """Neighbouring pieces that share a read: ``file[start:stop]``, and where each part of it goes."""
 
     file: File
     start: int
     stop: int
-    parts: list[tuple[int, int, torch.Tensor | Sink]]  # nbytes, first byte within the target, target
+    parts: list[_Part]
     by_slot: bool
 
 
@@ -273,31 +278,41 @@ def _default_threads() -> int:
     return min(4, 2 * (os.cpu_count() or 1))
 
 
-def _plan_jobs(segments: Iterable[Segment], limit: int) -> list[_Job]:
+def _plan_jobs(segments: Sequence[Segment], limit: int) -> list[_Job]:
+    """Neighbours joined, large ones cut, in the order in which they lie in the files."""
     jobs: list[_Job] = []
-    for file, offset, nbytes, into in sorted(segments, key=_place):
+    parts: list[_Part] = []
+    last, begin, end, room, slot = None, 0, 0, 0, False  # of the job at hand, whose parts are being collected
+
+    def finish() -> None:
+        if last is not None:
+            jobs.append(_Job(last, begin, end, parts, slot))
+
+    for segment in _in_place(segments):
+        file, offset, nbytes, into = segment.file, segment.offset, segment.nbytes, segment.into
         by_slot = not isinstance(into, torch.Tensor)
         if by_slot and nbytes > limit:
             raise UsageError(f"a sink's read of {nbytes} bytes does not fit into a slot; at most {limit} do")
-        done = 0
-        while done < nbytes:
-            job = jobs[-1] if jobs else None
-            fits = job is not None and job.file is file and job.stop == offset + done and job.by_slot == by_slot
-            room = limit - (job.stop - job.start) if job and fits and len(job.parts) < _IOV_MAX else 0
-            # A part that would be cut begins a job of its own: cuts cost more than a shorter neighbour.
-            if job is None or nbytes - done > room:
-                size = min(limit, nbytes - done)
-                jobs.append(_Job(file, offset + done, offset + done + size, [(size, done, into)], by_slot))
-            else:
-                size = nbytes - done
-                job.parts.append((size, done, into))
-                jobs[-1] = job._replace(stop=job.stop + size)
-            done += size
+        # A part that would be cut begins a job of its own: cuts cost more than a shorter neighbour.
+        if 0 < nbytes <= room and offset == end and file is last and by_slot is slot and len(parts) < _IOV_MAX:
+            parts.append((nbytes, 0, into))
+            end += nbytes
+            room -= nbytes
+            continue
+        for done in range(0, nbytes, limit):
+            finish()
+            size = min(limit, nbytes - done)
+            last, begin, end, slot = file, offset + done, offset + done + size, by_slot
+            parts, room = [(size, done, into)], limit - size
+    finish()
     return jobs
 
 
-def _place(segment: Segment) -> tuple[str, int]:
-    return segment.file.path, segment.offset
+def _in_place(segments: Sequence[Segment]) -> list[Segment]:
+    found = sorted(segments, key=attrgetter("offset"))
+    if any(segment.file is not found[0].file for segment in found):
+        found.sort(key=lambda segment: segment.file.path)
+    return found
 
 
 class _Crew:

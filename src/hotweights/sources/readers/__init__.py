@@ -50,8 +50,8 @@ class ReaderSource:
         self.reader = reader
         self._shards: tuple[Shard, ...] = open_shards(path, found.layout)
         self._closed = False
-        self.manifest = Manifest(spec for shard in self._shards for spec, _ in shard.header.entries)
-        self._homes = {spec.name: shard.file.path for shard in self._shards for spec, _ in shard.header.entries}
+        self.manifest = Manifest(entry.spec for shard in self._shards for entry in shard.header.entries)
+        self._homes = {entry.spec.name: shard.file.path for shard in self._shards for entry in shard.header.entries}
         lent = _Reading(reader, found, self._shards, borrow=True)
         owned = _Reading(reader, found, self._shards, borrow=False)
         self._lent = IteratorSource(lent, self.manifest, borrowed=found.lends)

@@ -68,4 +68,4 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {text.strip().partition(chr(10))[0]}"
 
 
-READER = Reader(_read, lends=False, owns=True, layout=Layout("pytorch_model.bin", "pytorch_model*.bin", _parse))
+READER = Reader(_read, lends=False, owns=True, layout=Layout("pytorch_model", "pytorch_model", ".bin", _parse))
