@@ -16,7 +16,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from rich.table import Table
 
 import checkpoints
 from checkpoints import Checkpoint
-from contenders import ALL, LIMITS, NO_RESULT, OURS
+from contenders import ALL, LIMITS, NO_RESULT, OURS, Contender
 from isolate import Peak, Stage, call, wait_for_quiet
 
 CASES = {
@@ -42,16 +42,24 @@ _noise: list[str] = []  # contenders that were measured beside other work after 
 Seconds = dict[str, list[float]]
 
 
-def measure(name: str, case: str, checkpoint: Checkpoint, *, watch: bool = False) -> tuple[float, Peak]:
+def measure(
+    name: str,
+    case: str,
+    checkpoint: Checkpoint,
+    *,
+    watch: bool = False,
+    contenders: Mapping[str, Contender] = ALL,
+    patience: float = _PATIENCE,
+) -> tuple[float, Peak]:
     """Seconds of one load in a fresh process, and the memory that it took."""
     (checkpoints.cool_down if case == "cold" else checkpoints.warm_up)(checkpoint.files)
 
-    if not wait_for_quiet(_PATIENCE):
+    if not wait_for_quiet(patience):
         _noise.append(name)
 
     def child(stage: Stage) -> float:
         model = checkpoints.module(checkpoint, touched=case != "untouched")
-        run = ALL[name](checkpoint, model)
+        run = contenders[name](checkpoint, model)
         stage.begin()
         began = time.perf_counter()
         run()
@@ -66,14 +74,24 @@ def measure(name: str, case: str, checkpoint: Checkpoint, *, watch: bool = False
     return call(child, watch=watch)
 
 
-def rounds(names: Sequence[str], case: str, checkpoint: Checkpoint, repeats: int, console: Console) -> Seconds:
+def rounds(
+    names: Sequence[str],
+    case: str,
+    checkpoint: Checkpoint,
+    repeats: int,
+    console: Console,
+    *,
+    contenders: Mapping[str, Contender] = ALL,
+    patience: float = _PATIENCE,
+) -> Seconds:
     """Seconds of every contender, one of each in turn."""
     seconds: Seconds = {name: [] for name in names}
     for turn in range(repeats):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             with console.status(f"{case}, round {turn + 1} of {repeats}: {name}"):
                 try:
-                    seconds[name].append(measure(name, case, checkpoint)[0])
+                    took, _ = measure(name, case, checkpoint, contenders=contenders, patience=patience)
+                    seconds[name].append(took)
                 except RuntimeError as error:
                     console.print(f"{case}: {name}: {error}")
     return {name: found for name, found in seconds.items() if found}

@@ -36,12 +36,13 @@ def flags(command):
 
 def test_commands_and_flags():
     assert {command.callback.__name__ for command in app.registered_commands} == {"inspect", "plan", "load", "demo"}
-    assert flags("inspect") == {"--json", "--limit", "--help"}
+    assert flags("inspect") == {"--json", "--limit", "--reader", "--help"}
     assert flags("plan") == {
         *"--model --order --explain --save --limit --allow-missing --allow-unexpected --json --help".split()
     }
     assert flags("load") == {
-        *"--model --device --dtype --cast --reading --threads --allow-missing --allow-unexpected --json --help".split()
+        *"--model --reader --device --dtype --cast --reading --threads --allow-missing --allow-unexpected".split(),
+        *"--json --help".split(),
     }
     assert flags("demo") == {"--help"}
     assert "Exit codes: 0 done, 1 refused, 2 wrong usage, 130 interrupted" in run("--help").output
@@ -152,8 +153,22 @@ class TestPlan:
         assert run("plan", bert, "--model", bert, "--order", "sideways").exit_code == 2
 
 
+class TestReader:
+    def test_inspect(self, tmp_path):
+        torch.save({"a.weight": torch.zeros(2, 3), "b": torch.tensor(1)}, tmp_path / "model.pt")
+        result = run("inspect", tmp_path / "model.pt", "--reader", "torch")
+        assert "2 tensors (1 F32, 1 I64), 32 B in 1 files" in result.output
+        found = json.loads(run("inspect", tmp_path / "model.pt", "--reader", "torch", "--json").output)
+        assert [set(tensor) for tensor in found["tensors"]] == [{"name", "dtype", "shape", "nbytes", "file"}] * 2
+
+    def test_unknown(self, checkpoint):
+        result = run("inspect", checkpoint, "--reader", "gguf")
+        assert result.exit_code == 2
+        assert "known are: fastsafetensors, hotweights, runai" in result.stderr
+
+
 def test_ctrl_c_is_130(monkeypatch, checkpoint):
-    def interrupted(path):
+    def interrupted(path, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sys.modules["hotweights.cli.inspect"], "open_source", interrupted)

@@ -14,7 +14,9 @@ ROOT = Path(hotweights.__file__).parent
 # A file may import from those above it, and a package's `__init__` stands for the package. Data flows downwards.
 ORDER = """
 collection errors manifest progress devices guards memory
-sources.contracts sources.streams sources.header sources.reading sources.checkpoint sources.files sources.state sources
+sources.contracts sources.streams sources.header sources.reading sources.checkpoint sources.files sources.state
+sources.iterators sources.readers.reader sources.readers.fastsafetensors sources.readers.runai
+sources.readers.safetensors sources.readers.torch sources.readers sources
 casts regions operations steps document validation planfile plan snapshot
 aliases anchors threads standins recorder bypasses tracing lowering sharing drafting modules fit cache replay
 copying execute report arguments engines engines.transformers trace fallback verify load
@@ -65,10 +67,10 @@ def test_imports_run_one_way(module):
 def test_the_public_words_are_these():
     assert hotweights.__all__ == sorted(hotweights.__all__)
     words = """
-    load open trace Manifest TensorSpec OpaqueDtype Lease Pool PoolStats Fate LoadPlan LoadReport
+    from_iterator load open trace Manifest TensorSpec OpaqueDtype Lease Pool PoolStats Fate LoadPlan LoadReport
     HotweightsError CheckpointError CheckpointChanged UnsupportedDtype PlanError PlanFileError PlanDiffers
     TiedWeightsDiffer IncompleteLoad PoolTimeout UsageError StaleLease BorrowedTensor Closed UnknownName
-    MissingPackage
+    MissingPackage NoManifest SourceError
     """
     assert set(hotweights.__all__) == set(words.split())
     assert all(hasattr(hotweights, name) for name in hotweights.__all__)
@@ -88,7 +90,8 @@ def test_importing_does_nothing():
         "import logging, sys, threading, torch; before = set(sys.modules);"
         "import hotweights;"
         "new = {name.partition('.')[0] for name in set(sys.modules) - before};"
-        "bad = new & {'transformers', 'safetensors', 'numpy', 'matplotlib', 'typer', 'runai_model_streamer', 'ray'};"
+        "bad = new & {'transformers', 'safetensors', 'numpy', 'matplotlib', 'typer', 'runai_model_streamer', 'ray',"
+        "             'fastsafetensors'};"
         "assert not bad, bad;"
         "assert threading.active_count() == 1; assert not torch.cuda.is_initialized();"
         "assert not logging.getLogger('hotweights').handlers"

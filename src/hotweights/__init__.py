@@ -8,10 +8,12 @@ from .errors import (
     HotweightsError,
     IncompleteLoad,
     MissingPackage,
+    NoManifest,
     PlanDiffers,
     PlanError,
     PlanFileError,
     PoolTimeout,
+    SourceError,
     StaleLease,
     TiedWeightsDiffer,
     UnknownName,
@@ -23,7 +25,7 @@ from .manifest import Manifest, OpaqueDtype, TensorSpec
 from .memory import Lease, Pool, PoolStats
 from .plan import Fate, LoadPlan
 from .report import LoadReport
-from .sources import open
+from .sources import from_iterator, open
 from .trace import trace
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "LoadReport",
     "Manifest",
     "MissingPackage",
+    "NoManifest",
     "OpaqueDtype",
     "PlanDiffers",
     "PlanError",
@@ -46,12 +49,14 @@ __all__ = [
     "Pool",
     "PoolStats",
     "PoolTimeout",
+    "SourceError",
     "StaleLease",
     "TensorSpec",
     "TiedWeightsDiffer",
     "UnknownName",
     "UnsupportedDtype",
     "UsageError",
+    "from_iterator",
     "load",
     "open",
     "trace",

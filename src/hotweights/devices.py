@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Iterable
+from typing import NamedTuple, Protocol
 
 import torch
 
-__all__ = ["Event", "is_host", "pinned_empty", "record_event"]
+__all__ = ["Event", "is_host", "pinned_empty", "record_event", "record_events"]
 
 
 class Event(Protocol):
@@ -31,6 +32,24 @@ def record_event(device: torch.device) -> Event | None:
     event = torch.Event(device=device)
     event.record(torch.accelerator.current_stream(device))
     return event
+
+
+class _All(NamedTuple):
+    """Several events as one: it has happened when all of them have."""
+
+    events: tuple[Event, ...]
+
+    def query(self) -> bool:
+        return all(event.query() for event in self.events)
+
+
+def record_events(devices: Iterable[torch.device]) -> Event | None:
+    """The event after which all copies queued so far by this thread on any of ``devices`` are done.
+
+    Returns ``None`` where every copy has happened when the call returns.
+    """
+    events = tuple(event for device in set(devices) if (event := record_event(device)) is not None)
+    return _All(events) if events else None
 
 
 def pinned_empty(nbytes: int) -> torch.Tensor:

@@ -11,12 +11,14 @@
     ├── IncompleteLoad          the model's own loading code left something unwritten
     ├── PlanDiffers             verify="loader" found what the model's own code makes otherwise
     ├── TiedWeightsDiffer       two names of one tensor carry different bytes; nothing was written
-    └── PoolTimeout             no slot came free in time
+    ├── SourceError             a source failed, or streamed something else than its manifest promises
+    └── PoolTimeout             no memory came free in time
 
     UsageError                  fix the program
     ├── StaleLease              a tensor was used after its lease ended
     ├── BorrowedTensor          a borrowed tensor was about to be written, or its address to escape
     ├── Closed                  something was used after close()
+    ├── NoManifest              an iterator came without a manifest; the message says what to pass
     ├── UnknownName             an option or a kind nobody knows; the message lists the known ones
     └── MissingPackage          an optional package is needed; the message says what to install
 """
@@ -33,10 +35,12 @@ __all__ = [
     "HotweightsError",
     "IncompleteLoad",
     "MissingPackage",
+    "NoManifest",
     "PlanDiffers",
     "PlanError",
     "PlanFileError",
     "PoolTimeout",
+    "SourceError",
     "StaleLease",
     "TiedWeightsDiffer",
     "UnknownName",
@@ -114,8 +118,15 @@ class TiedWeightsDiffer(_Problems):
     """Names that share one tensor in the model carry different bytes. Raised before the first write."""
 
 
+class SourceError(_Problems):
+    """A source failed while it streamed, or streamed something else than its manifest promises. Tensors are named.
+
+    What it had streamed by then is in the hands of whoever took it.
+    """
+
+
 class PoolTimeout(HotweightsError, TimeoutError):
-    """No slot of a pool came free before the deadline. The message says who holds the slots."""
+    """Memory that is used again did not come free before the deadline. The message says who holds it."""
 
 
 class StaleLease(UsageError):
@@ -128,6 +139,10 @@ class BorrowedTensor(UsageError):
 
 class Closed(UsageError):
     """A source, stream or pool was used after it was closed."""
+
+
+class NoManifest(UsageError, AttributeError):
+    """The manifest of an iterator was asked for that came without one. The message says what to pass."""
 
 
 class UnknownName(UsageError, ValueError):

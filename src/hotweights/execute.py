@@ -13,7 +13,7 @@ from itertools import chain
 import torch
 
 from .copying import reads_of
-from .devices import record_event
+from .devices import record_events
 from .errors import TiedWeightsDiffer
 from .manifest import Manifest, OpaqueDtype
 from .memory import PAGE, Pool, host_empty
@@ -308,10 +308,10 @@ def _from_stream(
         for lease in stream:
             if lease.name not in filling.missing:
                 continue
-            device = filling.take(lease.name, lease.tensor, lease.own)
+            devices = filling.take(lease.name, lease.tensor, lease.own)
             done.count({"memory": lease.spec.nbytes})
             arrive(lease.spec.nbytes)
-            lease.release(after=None if device is None else record_event(device))
+            lease.release(after=record_events(devices))
     return filling.finish()
 
 
@@ -336,7 +336,7 @@ class Filling:
         self.missing = self._wanted | self._copies.keys()
         self.kept: dict[str, torch.Tensor] = {}
 
-    def take(self, name: str, tensor: torch.Tensor, own: Callable[[], torch.Tensor]) -> torch.device | None:
+    def take(self, name: str, tensor: torch.Tensor, own: Callable[[], torch.Tensor]) -> set[torch.device]:
         """Do what can be done with a tensor that has arrived; it is borrowed until the device's queue is done.
 
         Args:
@@ -345,14 +345,13 @@ class Filling:
             own: gives a tensor of the same values that may be kept.
 
         Returns:
-            The device that still reads it, if any does.
+            The devices whose queues may still read it.
         """
         self.missing.discard(name)
         if name in self._wanted:
             self.kept[name] = own()
             self._done.hold_scratch(tensor.nbytes)
-        devices = [_copy_now(step, tensor, self._destinations, self._done) for step in self._copies.get(name, ())]
-        return devices[-1] if devices else None
+        return {_copy_now(step, tensor, self._destinations, self._done) for step in self._copies.get(name, ())}
 
     def finish(self) -> dict[str, torch.Tensor]:
         """Do the rest, now that everything is there; returns the tensors of ``plan.fallback``, owned.

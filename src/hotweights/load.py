@@ -29,7 +29,7 @@ from .modules import Survey, materialise, places, survey
 from .plan import Copy, Fate, LoadPlan, Order, Patterns, Program
 from .progress import progress
 from .report import LoadReport, size
-from .sources import Addressed, Reading, Source
+from .sources import Addressed, IteratorSource, Reading, Source
 from .sources import open as open_source
 from .sources.contracts import InMemory
 from .trace import by_name, loader_of, trace
@@ -43,7 +43,7 @@ Verify = Literal["off", "loader"]
 
 def load(
     model: nn.Module,
-    source: str | os.PathLike[str] | Mapping[str, torch.Tensor] | nn.Module | Source,
+    source: str | os.PathLike[str] | Mapping[str, torch.Tensor] | nn.Module | Source | IteratorSource,
     *,
     plan: LoadPlan | None = None,
     device: torch.device | str | None = None,
@@ -70,7 +70,8 @@ def load(
 
     Args:
         model: is written in place; addresses do not change, except those of meta tensors.
-        source: an open source, which stays open; or anything that ``hotweights.open`` takes.
+        source: an open source, which stays open; or anything that ``hotweights.open`` takes. An iterator that came
+            without a manifest is read to its end first, and all its tensors are in memory until this returns.
         plan: a plan made or saved before; it is checked to be one for this model and this source. By default it is
             traced now, unless it was before.
         device: where meta tensors are made real. Without it they are a problem.
@@ -111,13 +112,18 @@ def load(
     may = patterns_from(allow_missing=allow_missing, allow_partial=allow_partial, allow_unexpected=allow_unexpected)
     target_device = device_from(device)
     began = time.perf_counter()
+    done = Execution()
     with without_collection(), ExitStack() as stack:
         if isinstance(source, (str, os.PathLike, Mapping, nn.Module)):
             source = open_source(source)
             stack.callback(source.close)
+        elif isinstance(source, IteratorSource) and not isinstance(source, Source):
+            source = stack.enter_context(source.collect())
+            done.hold_scratch(source.manifest.nbytes)
         if not isinstance(source, Source):
             raise UsageError(
-                f"a source is a path, a mapping of tensors, a module or a Source; this is a {type(source).__name__}"
+                f"a source is a path, a mapping of tensors, a module or a Source; this is a {type(source).__name__}. "
+                "An iterator of (name, tensor) goes through hotweights.from_iterator"
             )
         found = survey(model)
         if plan is None:
@@ -131,7 +137,6 @@ def load(
             check(plan, model, source.manifest, target_device)
         if order != "given":
             plan = plan.ordered(order, source.position if isinstance(source, Addressed) else None)
-        done = Execution()
         nbytes = _bytes_to_read(plan, source)
         with _made_real(plan, model, found, target_device) as tensors, _noting(done, nbytes):
             # Those in lists and attributes are looked for only if a step writes there.

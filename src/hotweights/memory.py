@@ -301,7 +301,7 @@ class Lease:
         borrowed: whether the memory will be reused; if not, ``own()`` costs nothing.
     """
 
-    __slots__ = ("_raw", "_slot", "_tensor", "_wire", "_wrapped", "borrowed", "guard", "name", "spec")
+    __slots__ = ("_after", "_raw", "_slot", "_tensor", "_wire", "_wrapped", "borrowed", "guard", "name", "spec")
 
     def __init__(
         self,
@@ -323,6 +323,7 @@ class Lease:
         self._slot = slot
         self._wire = Tripwire(spec.name)
         self._wrapped: torch.Tensor | None = None
+        self._after: Event | None = None  # Set once, by ``release``.
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -355,22 +356,27 @@ class Lease:
         """
         self._wire.check()
         plain = self._plain()
-        return plain.detach().clone(memory_format=torch.contiguous_format) if self.borrowed else plain
+        return plain.detach().clone(memory_format=torch.contiguous_format) if self.borrowed else plain.contiguous()
+
+    def pending(self) -> bool:
+        """Whether the event given to ``release`` has yet to happen. Never blocks; for sources that reuse memory."""
+        return self._after is not None and not self._after.query()
 
     def release(self, after: Event | None = None) -> None:
         """End the lease. Its memory may be reused at once, or once ``after`` has happened. May be called twice."""
         if self._wire.over:
             return
         self._wire.over = True
-        slot, self._slot = self._slot, None
+        self._after = after
+        slot, raw = self._slot, self._raw
+        self._slot = self._raw = self._tensor = self._wrapped = None
         if slot is None:
             return
         poison = None
         if self.guard != "off":
-            assert self._raw is not None
-            start = self._raw.data_ptr() - slot.memory.data_ptr()
-            poison = (start, start + self._raw.numel(), poison_byte(self.spec.dtype))
-        self._raw = self._tensor = self._wrapped = None
+            assert raw is not None
+            start = raw.data_ptr() - slot.memory.data_ptr()
+            poison = (start, start + raw.numel(), poison_byte(self.spec.dtype))
         slot._end(() if after is None else (after,), poison)
 
     def __enter__(self) -> Lease:

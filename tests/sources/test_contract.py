@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import hotweights as hw
-from hotweights.testing import SOURCE_CONTRACT, write_checkpoint
+from hotweights.testing import SOURCE_CONTRACT, ReusedBuffer, write_checkpoint
 
 TENSORS = {
     "embed.weight": torch.randn(33, 17),
@@ -25,9 +25,18 @@ def strided():
     return {"t": wide.t(), "columns": wide[:, ::2], "expanded": torch.randn(1, 4).expand(3, 4), "scalar": wide[2, 3]}
 
 
-@pytest.fixture(params=["file", "shards", "mapping", "strided mapping", "module"])
-def case(request, tmp_path):
+OURS = ["file", "shards", "mapping", "strided mapping", "module"]
+ITERATORS = ["owned iterator", "borrowed iterator", "strided iterator", "reused buffer"]
+READERS = ["runai", "runai, reusing", "fastsafetensors", "safetensors", "torch"]
+
+
+@pytest.fixture(params=[*OURS, *ITERATORS, *READERS])
+def case(request, tmp_path, monkeypatch):
     """What makes a source, and what it holds."""
+    if request.param in ITERATORS:
+        return iterator(request.param)
+    if request.param in READERS:
+        return reader(request.param.partition(",")[0], tmp_path, monkeypatch, reusing="reusing" in request.param)
     if request.param == "file":
         path = write_checkpoint(tmp_path, TENSORS) / "model.safetensors"
         return lambda: hw.open(path), TENSORS
@@ -39,6 +48,37 @@ def case(request, tmp_path):
         return lambda: hw.open(module), dict(module.state_dict())
     tensors = TENSORS if request.param == "mapping" else strided()
     return lambda: hw.open(tensors), tensors
+
+
+def iterator(kind):
+    tensors = strided() if kind == "strided iterator" else TENSORS
+    manifest = hw.open(tensors).manifest
+    if kind == "owned iterator":  # A new clone each time: what it gives belongs to whoever gets it.
+        pairs = Fresh(tensors)
+        return lambda: hw.from_iterator(pairs, manifest, borrowed=False), tensors
+    pairs = ReusedBuffer(tensors) if kind == "reused buffer" else list(tensors.items())
+    return lambda: hw.from_iterator(pairs, manifest), tensors
+
+
+class Fresh:
+    def __init__(self, tensors):
+        self.tensors = tensors
+
+    def __iter__(self):
+        return ((name, tensor.clone()) for name, tensor in self.tensors.items())
+
+
+def reader(name, tmp_path, monkeypatch, *, reusing):
+    if reusing:
+        monkeypatch.setenv("RUNAI_STREAMER_MEMORY_LIMIT", "0")
+    tensors = dict(TENSORS)
+    if name == "fastsafetensors":
+        del tensors["complex"]  # It knows no such dtype.
+    if name == "torch":
+        torch.save(tensors, tmp_path / "pytorch_model.bin")
+    else:
+        write_checkpoint(tmp_path, tensors, shards=3)
+    return lambda: hw.open(tmp_path, reader=name), tensors
 
 
 @pytest.mark.parametrize("check", SOURCE_CONTRACT, ids=lambda check: check.__name__)

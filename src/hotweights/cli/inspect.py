@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ..manifest import format_name
 from ..report import size
-from ..sources import FileSource
+from ..sources import READERS, FileSource, ReaderSource
 from ..sources import open as open_source
 from .outcome import ending, print_json
 
@@ -23,27 +23,30 @@ def inspect(
     path: Annotated[Path, typer.Argument(help="A safetensors file, a checkpoint directory, an index, a hub cache.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
     limit: Annotated[int, typer.Option(help="Tensors to list at most; 0 for all.", min=0)] = 40,
+    reader: Annotated[str, typer.Option(help=f"Who reads the files: hotweights, {', '.join(READERS)}.")] = "hotweights",
 ) -> None:
     """List the tensors of a checkpoint and check its files. No weight is read."""
-    with ending(as_json=as_json), open_source(path) as source:
+    with ending(as_json=as_json), open_source(path, reader=reader) as source:
         if as_json:
             print_json(_as_dict(source))
         else:
             _print(source, limit)
 
 
-def _as_dict(source: FileSource) -> dict[str, object]:
-    tensors = [
+def _as_dict(source: FileSource | ReaderSource) -> dict[str, object]:
+    tensors: list[dict[str, object]] = [
         {
             "name": spec.name,
             "dtype": format_name(spec.dtype),
             "shape": list(spec.shape),
             "nbytes": spec.nbytes,
-            "file": source.files[source.position(spec.name)[0]],
-            "offset": source.position(spec.name)[1],
+            "file": source.file_of(spec.name),
         }
         for spec in source.manifest.values()
     ]
+    if isinstance(source, FileSource):  # Only there is a tensor a range of its file.
+        for tensor in tensors:
+            tensor["offset"] = source.position(str(tensor["name"]))[1]
     return {
         "files": list(source.files),
         "metadata": source.metadata,
@@ -52,11 +55,11 @@ def _as_dict(source: FileSource) -> dict[str, object]:
     }
 
 
-def _print(source: FileSource, limit: int) -> None:
+def _print(source: FileSource | ReaderSource, limit: int) -> None:
     console = Console()
     table = Table("tensor", "dtype", "shape", "bytes", "file", box=None, header_style="bold")
     for spec in list(source.manifest.values())[: limit or None]:
-        file = Path(source.files[source.position(spec.name)[0]]).name
+        file = Path(source.file_of(spec.name)).name
         table.add_row(spec.name, format_name(spec.dtype), str(list(spec.shape)), size(spec.nbytes), file)
     console.print(table)
     hidden = len(source.manifest) - limit

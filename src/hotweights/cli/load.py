@@ -12,6 +12,8 @@ from ..engines import transformers
 from ..errors import UnknownName
 from ..load import load as load_weights
 from ..manifest import FORMAT_DTYPES
+from ..sources import READERS
+from ..sources import open as open_source
 from .outcome import ending, print_json
 
 __all__ = ["load"]
@@ -20,6 +22,7 @@ __all__ = ["load"]
 def load(
     path: Annotated[Path, typer.Argument(help="The checkpoint: a file, a directory, an index, a hub cache.")],
     model: Annotated[Path, typer.Option(help="A directory with the config.json of a transformers model.")],
+    reader: Annotated[str, typer.Option(help=f"Who reads the files: hotweights, {', '.join(READERS)}.")] = "hotweights",
     device: Annotated[str, typer.Option(help="Where the parameters are made real.")] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="Of the parameters (BF16, F32, ...); else the config's.")] = None,
     cast: Annotated[Literal["error", "loader"], typer.Option(help="What a cast that loses information is.")] = "error",
@@ -32,11 +35,11 @@ def load(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Build a model from its config, load a checkpoint into it, and report. The model is thrown away."""
-    with ending(as_json=as_json):
+    with ending(as_json=as_json), open_source(path, reader=reader) as source:
         built = transformers.build(model, dtype=None if dtype is None else _dtype(dtype))
         report = load_weights(
             built,
-            path,
+            source,
             device=device,
             allow_missing=allow_missing or (),
             allow_unexpected=allow_unexpected or (),

@@ -5,17 +5,39 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from ..errors import CheckpointError
 from .header import MAX_HEADER_NBYTES, Header, read_header
 from .reading import File
 
-__all__ = ["Shard", "open_shards"]
+__all__ = ["SAFETENSORS", "Layout", "Shard", "open_shards"]
 
-_INDEX_SUFFIX = ".safetensors.index.json"
+
+class Layout(NamedTuple):
+    """How one format lies on disk.
+
+    Attributes:
+        main: the checkpoint's name without its suffix; of several indexes, the one with this name is taken.
+        prefix: how the names of its files begin.
+        suffix: how they end.
+        parse: what a file holds; raises ``CheckpointError``.
+    """
+
+    main: str
+    prefix: str
+    suffix: str
+    parse: Callable[[File], Header]
+
+
+def _parse_safetensors(file: File) -> Header:
+    return read_header(file.path, file.size, file.pread)
+
+
+SAFETENSORS = Layout("model", "", ".safetensors", _parse_safetensors)
 
 
 class Shard:
@@ -23,10 +45,10 @@ class Shard:
 
     __slots__ = ("file", "header")
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, layout: Layout = SAFETENSORS) -> None:
         self.file = File(path)
         try:
-            self.header: Header = read_header(path, self.file.size, self.file.pread)
+            self.header: Header = layout.parse(self.file)
         except BaseException:
             self.file.close()
             raise
@@ -36,7 +58,7 @@ class Shard:
         self.file.close()
 
 
-def open_shards(path: str | os.PathLike[str]) -> tuple[Shard, ...]:
+def open_shards(path: str | os.PathLike[str], layout: Layout = SAFETENSORS) -> tuple[Shard, ...]:
     """Find, open and validate every file of the checkpoint at ``path``. The caller closes them.
 
     Raises:
@@ -47,20 +69,21 @@ def open_shards(path: str | os.PathLike[str]) -> tuple[Shard, ...]:
         broken = " (a link that leads nowhere)" if os.path.islink(place) else ""
         raise CheckpointError(f"{place}: there is no such file or directory{broken}")
     if place.is_dir():
-        return _open_directory(_snapshot(place))
+        return _open_directory(_snapshot(place), layout)
     if place.name.endswith(".json"):
-        return _open_index(place)
-    return _open_all([place])
+        return _open_index(place, layout)
+    return _open_all([place], layout)
 
 
-def _open_directory(directory: Path) -> tuple[Shard, ...]:
+def _open_directory(directory: Path, layout: Layout) -> tuple[Shard, ...]:
     try:
         names = sorted(os.listdir(directory))  # Path.glob would compile an expression first, for milliseconds.
     except OSError as error:
         raise CheckpointError(f"{directory}: cannot be listed: {error.strerror}") from error
-    files = [directory / name for name in names if name.endswith(".safetensors")]
-    indexes = [directory / name for name in names if name.endswith(_INDEX_SUFFIX)]
-    main = directory / f"model{_INDEX_SUFFIX}"
+    mine = [name for name in names if name.startswith(layout.prefix)]
+    files = [directory / name for name in mine if name.endswith(layout.suffix)]
+    indexes = [directory / name for name in mine if name.endswith(f"{layout.suffix}.index.json")]
+    main = directory / f"{layout.main}{layout.suffix}.index.json"
     if main in indexes:
         indexes = [main]
     if len(indexes) > 1:
@@ -69,11 +92,13 @@ def _open_directory(directory: Path) -> tuple[Shard, ...]:
         whole = directory / indexes[0].name.removesuffix(".index.json")
         if whole in files:
             raise CheckpointError(f"{directory}: holds both {whole.name} and {indexes[0].name}; open the one you mean")
-        return _open_index(indexes[0])
+        return _open_index(indexes[0], layout)
     if not files:
         found = f"it holds {', '.join(names[:5])}" if names else "it is empty"
-        raise CheckpointError(f"{directory}: no *.safetensors in this directory; {found}")
-    return _open_all(files)
+        if layout is SAFETENSORS and any(name.endswith(".bin") for name in names):
+            found += '; reader="torch" opens .bin files'
+        raise CheckpointError(f"{directory}: no {layout.prefix}*{layout.suffix} in this directory; {found}")
+    return _open_all(files, layout)
 
 
 def _snapshot(directory: Path) -> Path:
@@ -93,22 +118,22 @@ def _snapshot(directory: Path) -> Path:
     raise CheckpointError(f"{directory}: {len(revisions)} snapshots and no refs/main; open the one you mean")
 
 
-def _open_all(paths: Iterable[Path]) -> tuple[Shard, ...]:
+def _open_all(paths: Iterable[Path], layout: Layout) -> tuple[Shard, ...]:
     with ExitStack() as undo:
-        shards, problems = _open_each(paths, undo)
+        shards, problems = _open_each(paths, layout, undo)
         if problems:
             raise CheckpointError("the checkpoint is broken", problems)
         undo.pop_all()
     return shards
 
 
-def _open_each(paths: Iterable[Path], undo: ExitStack) -> tuple[tuple[Shard, ...], list[str]]:
+def _open_each(paths: Iterable[Path], layout: Layout, undo: ExitStack) -> tuple[tuple[Shard, ...], list[str]]:
     """The files that can be opened, and what is wrong with the others and between them. ``undo`` closes them."""
     shards: list[Shard] = []
     problems: list[str] = []
     for path in paths:
         try:
-            shards.append(Shard(str(path)))
+            shards.append(Shard(str(path), layout))
             undo.callback(shards[-1].close)
         except CheckpointError as error:
             problems += [f"{error.title}: {problem}" for problem in error.problems] or [error.title]
@@ -129,7 +154,7 @@ def _duplicates(shards: Sequence[Shard]) -> list[str]:
     return problems
 
 
-def _open_index(index: Path) -> tuple[Shard, ...]:
+def _open_index(index: Path, layout: Layout) -> tuple[Shard, ...]:
     weight_map, problems = _read_index(index)
     names = sorted(set(weight_map.values()) - {""})
     problems += [f"{index.name}: shard {name!r} lies outside the directory" for name in names if _outside(name)]
@@ -140,7 +165,7 @@ def _open_index(index: Path) -> tuple[Shard, ...]:
         count = sum(1 for shard in weight_map.values() if index.parent / shard == path)
         problems.append(f"{path}: named by the index for {count} tensors, but there is no such file")
     with ExitStack() as undo:
-        shards, broken = _open_each([path for path in paths if path not in absent], undo)
+        shards, broken = _open_each([path for path in paths if path not in absent], layout, undo)
         problems += broken + _disagreements(index, weight_map, shards)
         if problems:
             raise CheckpointError(str(index), problems)

@@ -82,6 +82,10 @@ class FileSource:
         place = self._places[name]
         return place.number, place.offset
 
+    def file_of(self, name: str) -> str:
+        """The path of the file that holds the tensor."""
+        return self._places[name].file.path
+
     def leases(self, *, guard: Guard = "off", pool: Pool | None = None, reading: Reading = "auto") -> LeaseStream:
         """Stream every tensor as a lease on the pool's memory, in the manifest's order, reading one slot ahead.
 

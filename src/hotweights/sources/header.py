@@ -24,7 +24,7 @@ __all__ = ["MAX_HEADER_NBYTES", "Entry", "Header", "read_header"]
 MAX_HEADER_NBYTES = 100_000_000  # bytes; the bound of the reference implementation
 _LARGEST = 2**63 - 1  # elements; torch counts in int64
 _POINTER = b"version https://git-lfs.github.com/spec/"
-_ELSEWHERE = {b"PK\x03\x04": "a zip archive (a torch .bin file?)", b"GGUF": "a GGUF file"}
+_ELSEWHERE = {b"PK\x03\x04": 'a zip archive (a torch .bin file? reader="torch" opens those)', b"GGUF": "a GGUF file"}
 _ELSEWHERE |= {bytes([0x80, protocol]): "a pickle" for protocol in range(2, 6)}
 
 

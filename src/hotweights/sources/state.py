@@ -13,7 +13,7 @@ from ..manifest import Manifest, TensorSpec
 from ..memory import Lease
 from .streams import LeaseStream
 
-__all__ = ["StateSource"]
+__all__ = ["StateSource", "unfit"]
 
 
 class StateSource:
@@ -25,7 +25,7 @@ class StateSource:
 
     def __init__(self, state: Mapping[str, torch.Tensor] | torch.nn.Module) -> None:
         tensors = state.state_dict() if isinstance(state, torch.nn.Module) else state
-        problems = [message for name, tensor in tensors.items() if (message := _unfit(name, tensor))]
+        problems = [message for name, tensor in tensors.items() if (message := unfit(name, tensor))]
         if problems:
             raise UsageError("these are no tensors with values: " + "; ".join(sorted(problems)))
         # Lazily conjugated and negated views have no bytes of their own to lease; others stay as they are.
@@ -79,7 +79,8 @@ class StateSource:
             yield Lease(spec, tensor=self._tensors[spec.name], guard=guard)
 
 
-def _unfit(name: object, tensor: object) -> str | None:
+def unfit(name: object, tensor: object) -> str | None:
+    """What keeps this pair from being a named tensor with values; ``None`` if nothing does."""
     if not isinstance(name, str):
         return f"key {name!r} is no name"
     if not isinstance(tensor, torch.Tensor):

@@ -9,7 +9,7 @@ A contract is a tuple of checks; each takes what makes the thing under test and 
 
 from .checkpoints import write_checkpoint, write_safetensors
 from .checks import assert_same_bits, bits
-from .faults import FailingSource, ManualEvent
+from .faults import FailingSource, ManualEvent, ReusedBuffer
 from .pools import POOL_CONTRACT
 from .sources import SOURCE_CONTRACT
 
@@ -18,6 +18,7 @@ __all__ = [
     "SOURCE_CONTRACT",
     "FailingSource",
     "ManualEvent",
+    "ReusedBuffer",
     "assert_same_bits",
     "bits",
     "write_checkpoint",

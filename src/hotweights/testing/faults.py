@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 
 import torch
@@ -13,7 +13,7 @@ from ..manifest import Manifest
 from ..memory import Pool
 from ..sources.contracts import Addressed, Read, Reading, Stream
 
-__all__ = ["FailingSource", "ManualEvent"]
+__all__ = ["FailingSource", "ManualEvent", "ReusedBuffer"]
 
 
 class ManualEvent:
@@ -29,6 +29,27 @@ class ManualEvent:
     def happen(self) -> None:
         """Let it happen."""
         self._happened.set()
+
+
+class ReusedBuffer:
+    """Gives every tensor in the same memory, filled with 0xFF as soon as the iterator advances or ends.
+
+    It does at once what a reader that uses its buffers again does sooner or later: whoever keeps a tensor finds NaN in
+    it, or the tensor that came after it. Can be iterated again and again.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._tensors = tensors
+        self._memory = torch.empty(max((tensor.nbytes for tensor in tensors.values()), default=0), dtype=torch.uint8)
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in self._tensors.items():
+            lent = self._memory[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            lent.copy_(tensor)
+            try:
+                yield name, lent
+            finally:
+                self._memory.fill_(0xFF)
 
 
 class FailingSource:

@@ -1,0 +1,33 @@
+"""runai-model-streamer: threads of its own fill a ring of buffers, of ``RUNAI_STREAMER_MEMORY_LIMIT`` bytes.
+
+Up to 0.16 the ring is always used again. Since 0.17 ``owned=True`` gives a drained buffer away and takes a new one.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+
+from runai_model_streamer import SafetensorsStreamer
+
+from ..iterators import Pair
+from .reader import Reader
+
+__all__ = ["READER"]
+
+_CAN_OWN = "owned" in inspect.signature(SafetensorsStreamer.stream_files).parameters
+
+
+def _read(files: Sequence[str], *, borrow: bool) -> Iterator[Pair]:
+    with SafetensorsStreamer() as streamer:
+        if _CAN_OWN:
+            streamer.stream_files(list(files), owned=not borrow)
+        else:
+            streamer.stream_files(list(files))
+        # Before the streamer ends: its threads may still be writing into the ring.
+        with closing(streamer.get_tensors()) as pairs:
+            yield from pairs
+
+
+READER = Reader(_read, lends=True, owns=_CAN_OWN)

@@ -1,0 +1,28 @@
+"""safetensors, the reference implementation: ``safe_open``, one tensor after another.
+
+It reads with ``pread`` where it can. Older ones only map the file: such memory follows a file that is rewritten, and
+kills the process when the file is cut, so it counts as borrowed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from safetensors import safe_open
+
+from ..iterators import Pair
+from .reader import Reader
+
+__all__ = ["READER"]
+
+_CAN_PREAD = "backend" in (safe_open.__text_signature__ or "")  # Native: it shows no other signature.
+
+
+def _read(files: Sequence[str], *, borrow: bool) -> Iterator[Pair]:
+    for path in files:
+        with safe_open(path, framework="pt", **({"backend": "pread"} if _CAN_PREAD else {})) as file:
+            for name in file.offset_keys():
+                yield name, file.get_tensor(name)
+
+
+READER = Reader(_read, lends=not _CAN_PREAD, owns=_CAN_PREAD)

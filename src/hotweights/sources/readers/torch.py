@@ -1,0 +1,71 @@
+"""Torch's own format: .bin, .pt and .pth that hold one flat dictionary of tensors. Read with ``weights_only=True``.
+
+A file has no header: opening runs its pickle once on the meta device, which allocates no tensor. Streaming holds one
+file in memory at a time.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+
+from ...errors import CheckpointError
+from ...manifest import TensorSpec
+from ..checkpoint import Layout
+from ..header import Entry, Header
+from ..iterators import Pair
+from ..reading import File
+from .reader import Reader
+
+__all__ = ["READER"]
+
+
+def _parse(file: File) -> Header:
+    tensors = _load(file.path, "meta")
+    if not isinstance(tensors, Mapping):
+        raise CheckpointError(f"{file.path}: holds a {type(tensors).__name__}, not a dictionary of tensors")
+    strangers = [problem for name, one in tensors.items() if (problem := _strange(name, one))]
+    if strangers:
+        raise CheckpointError(
+            f"{file.path}: holds more than dense tensors by name; torch.load it, and open its part", strangers
+        )
+    return Header(tuple(Entry(TensorSpec(name, t.dtype, tuple(t.shape)), 0) for name, t in tensors.items()), {})
+
+
+def _read(files: Sequence[str], *, borrow: bool) -> Iterator[Pair]:
+    for path in files:
+        tensors = dict(_load(path, "cpu"))
+        # Tied weights, and slices of one tensor, lie in one storage of the file.
+        users = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors.values())
+        while tensors:
+            name = next(iter(tensors))
+            tensor = tensors.pop(name)
+            shared = tensor.numel() and users[tensor.untyped_storage().data_ptr()] > 1
+            yield name, tensor.clone(memory_format=torch.contiguous_format) if shared else tensor
+
+
+def _strange(name: object, one: object) -> str | None:
+    if not isinstance(one, torch.Tensor):
+        return f"{name!r} is a {type(one).__name__}"
+    return f"{name!r} is {one.layout}" if one.layout is not torch.strided or not isinstance(name, str) else None
+
+
+def _load(path: str, device: str) -> Mapping[str, torch.Tensor]:
+    try:
+        loaded: Mapping[str, torch.Tensor] = torch.load(path, map_location=device, weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # By what is wrong with the file: KeyError, EOFError, UnpicklingError, RuntimeError, ...
+        raise CheckpointError(f"{path}: torch.load with weights_only=True refuses it: {_reason(error)}") from error
+    return loaded
+
+
+def _reason(error: Exception) -> str:
+    # Torch's text begins by telling how to run whatever the file holds.
+    text = str(error).partition("WeightsUnpickler error:")[2] or str(error)
+    return f"{type(error).__name__}: {text.strip().partition(chr(10))[0]}"
+
+
+READER = Reader(_read, lends=False, owns=True, layout=Layout("pytorch_model", "pytorch_model", ".bin", _parse))

@@ -1,0 +1,18 @@
+"""Benchmarks run, at a size that measures nothing. Their flags are tested with the READMEs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_readers(tmp_path):
+    """Every contender brings the right bytes: one that does not is left out of the numbers."""
+    found = tmp_path / "out.json"
+    command = [sys.executable, ROOT / "benchmarks" / "readers.py", "--quick", "--json", found, "--dir", tmp_path]
+    done = subprocess.run(command, check=True, timeout=100, capture_output=True, text=True)
+    seconds = json.loads(found.read_text())["seconds"]["16"]
+    assert len(seconds) == 14, done.stdout
+    assert "hw runai leases" in done.stdout
