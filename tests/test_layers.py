@@ -20,6 +20,7 @@ sources.readers.safetensors sources.readers.torch sources.readers sources
 casts regions operations steps document validation planfile plan snapshot
 aliases anchors threads standins recorder bypasses tracing lowering sharing drafting modules fit cache replay
 copying execute report arguments engines engines.transformers trace fallback verify load
+live.spans live.serving live.accounting live.layers live.report live.units live.ways live.update live.model live
 testing.checks testing.checkpoints testing.faults testing.sources testing.pools testing testing_models
 cli.outcome cli.inspect cli.plan cli.load cli.fused_bert cli.demo cli
 """.split()
@@ -69,6 +70,7 @@ def test_the_public_words_are_these():
     words = """
     from_iterator load open trace Manifest TensorSpec OpaqueDtype Lease Pool PoolStats Fate LoadPlan LoadReport
     HotweightsError CheckpointError CheckpointChanged UnsupportedDtype PlanError PlanFileError PlanDiffers
+    LiveModel State Update UpdateReport Digest UpdateAborted CommitHookError
     TiedWeightsDiffer IncompleteLoad PoolTimeout UsageError StaleLease BorrowedTensor Closed UnknownName
     MissingPackage NoManifest SourceError
     """

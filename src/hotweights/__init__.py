@@ -5,6 +5,7 @@ from .errors import (
     CheckpointChanged,
     CheckpointError,
     Closed,
+    CommitHookError,
     HotweightsError,
     IncompleteLoad,
     MissingPackage,
@@ -18,8 +19,10 @@ from .errors import (
     TiedWeightsDiffer,
     UnknownName,
     UnsupportedDtype,
+    UpdateAborted,
     UsageError,
 )
+from .live import Digest, LiveModel, State, Update, UpdateReport
 from .load import load
 from .manifest import Manifest, OpaqueDtype, TensorSpec
 from .memory import Lease, Pool, PoolStats
@@ -33,10 +36,13 @@ __all__ = [
     "CheckpointChanged",
     "CheckpointError",
     "Closed",
+    "CommitHookError",
+    "Digest",
     "Fate",
     "HotweightsError",
     "IncompleteLoad",
     "Lease",
+    "LiveModel",
     "LoadPlan",
     "LoadReport",
     "Manifest",
@@ -51,10 +57,14 @@ __all__ = [
     "PoolTimeout",
     "SourceError",
     "StaleLease",
+    "State",
     "TensorSpec",
     "TiedWeightsDiffer",
     "UnknownName",
     "UnsupportedDtype",
+    "Update",
+    "UpdateAborted",
+    "UpdateReport",
     "UsageError",
     "from_iterator",
     "load",

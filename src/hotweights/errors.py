@@ -10,6 +10,8 @@
     ├── PlanFileError           a saved plan is damaged or forged, or a plan cannot be saved
     ├── IncompleteLoad          the model's own loading code left something unwritten
     ├── PlanDiffers             verify="loader" found what the model's own code makes otherwise
+    ├── UpdateAborted           an update failed; what is live is as it was, or torn and says so
+    ├── CommitHookError         the new version is live, and a hook that ran after the commit failed
     ├── TiedWeightsDiffer       two names of one tensor carry different bytes; nothing was written
     ├── SourceError             a source failed, or streamed something else than its manifest promises
     └── PoolTimeout             no memory came free in time
@@ -32,6 +34,7 @@ __all__ = [
     "CheckpointChanged",
     "CheckpointError",
     "Closed",
+    "CommitHookError",
     "HotweightsError",
     "IncompleteLoad",
     "MissingPackage",
@@ -45,6 +48,7 @@ __all__ = [
     "TiedWeightsDiffer",
     "UnknownName",
     "UnsupportedDtype",
+    "UpdateAborted",
     "UsageError",
 ]
 
@@ -123,6 +127,17 @@ class SourceError(_Problems):
 
     What it had streamed by then is in the hands of whoever took it.
     """
+
+
+class UpdateAborted(HotweightsError):
+    """An update of a live model failed. Version N is live, byte for byte; with ``atomic=False`` it may be torn.
+
+    The cause is the error that ended it.
+    """
+
+
+class CommitHookError(_Problems):
+    """A hook failed after a commit. The new version is live and whole; caches may hold what the old one made."""
 
 
 class PoolTimeout(HotweightsError, TimeoutError):

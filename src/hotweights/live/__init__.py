@@ -1,0 +1,7 @@
+"""Live models: new weights into a model while it serves, in place, all or nothing."""
+
+from .model import Digest, LiveModel, State
+from .report import Event, UpdateReport
+from .update import Update
+
+__all__ = ["Digest", "Event", "LiveModel", "State", "Update", "UpdateReport"]

@@ -1,0 +1,110 @@
+"""UpdateReport: what one update did. Frozen facts that print as a short table, and a timeline for a trace viewer."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ..plan import Fate
+from ..report import size
+
+__all__ = ["Event", "UpdateReport"]
+
+
+class Event(NamedTuple):
+    """Something that an update spent time on.
+
+    Attributes:
+        what: ``"read"``, ``"process"``, ``"write"``, ``"prepare"``, ``"commit"`` or ``"fall back"``.
+        of: the layer; empty for what concerns all.
+        start: seconds since the update began.
+        seconds: how long it took.
+        open_nbytes: device memory of open layers when it ended.
+    """
+
+    what: str
+    of: str
+    start: float
+    seconds: float
+    open_nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateReport:
+    """What one update did.
+
+    Attributes:
+        version: which version is live now.
+        previous: which was before; ``None`` if none.
+        atomic: how it was all or nothing; ``None`` for the first load.
+        bytes_read: bytes that came from the source.
+        bytes_written: bytes of the model, and of copies beside it, that were written.
+        seconds: from its beginning to the commit, without hooks.
+        stall_seconds: how long nobody might read the model.
+        peak_buffer_bytes: the most memory that the pool held at once.
+        peak_scratch_bytes: the most memory that open layers and waiting tensors of programs took at once.
+        peak_host_bytes: the most memory of tensors that waited on the host because of ``memory_limit``.
+        copy_bytes: memory of the copy of the model that is kept on the host between updates.
+        open_layers: the most layers that were open at once.
+        open_bytes: the most device memory that they took.
+        tensors: names by fate.
+        planned: how many source tensors the plan moved.
+        fell_back: why the model's own code loaded the others.
+        roads: bytes read by road.
+        warnings: what a person should read.
+        events: what the time was spent on.
+    """
+
+    version: str | int
+    previous: str | int | None
+    atomic: str | bool | None
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+    stall_seconds: float
+    peak_buffer_bytes: int
+    peak_scratch_bytes: int
+    peak_host_bytes: int
+    copy_bytes: int
+    open_layers: int
+    open_bytes: int
+    tensors: Mapping[Fate, tuple[str, ...]]
+    planned: int
+    fell_back: tuple[str, ...]
+    roads: Mapping[str, int]
+    warnings: tuple[str, ...]
+    events: tuple[Event, ...]
+
+    def save_timeline(self, path: str | os.PathLike[str]) -> None:
+        """Write what the time was spent on in the Chrome trace format, for ``chrome://tracing`` or ui.perfetto.dev."""
+        spans = [
+            {"name": f"{one.what} {one.of}".strip(), "cat": one.what, "ph": "X", "pid": 0, "tid": one.what}
+            | {"ts": one.start * 1e6, "dur": one.seconds * 1e6}
+            for one in self.events
+        ]
+        counters = [
+            {"name": "open layers, device bytes", "ph": "C", "pid": 0, "args": {"bytes": one.open_nbytes}}
+            | {"ts": (one.start + one.seconds) * 1e6}
+            for one in self.events
+        ]
+        with open(path, "w") as file:
+            json.dump({"traceEvents": [*spans, *counters]}, file)
+
+    def __str__(self) -> str:
+        rate = self.bytes_read / max(self.seconds, 1e-9) / 1e9
+        roads = ", ".join(f"{size(nbytes)} {road}" for road, nbytes in self.roads.items() if nbytes) or "nothing"
+        rows = [
+            ("version", f"{self.previous} -> {self.version}" if self.previous is not None else str(self.version)),
+            ("read", f"{size(self.bytes_read)} in {self.seconds:.3f} s ({rate:.2f} GB/s): {roads}"),
+            ("written", f"{size(self.bytes_written)}; nobody could read the model for {self.stall_seconds:.3f} s"),
+            ("memory", f"scratch {size(self.peak_scratch_bytes)} at peak, copy of the model {size(self.copy_bytes)}"),
+        ]
+        if self.open_bytes:
+            rows.append(("open", f"{self.open_layers} layers, {size(self.open_bytes)} of device memory at peak"))
+        rows += [(fate.value, f"{len(names)} tensors") for fate, names in self.tensors.items() if names]
+        rows += [("fell back", reason) for reason in self.fell_back]
+        rows += [("warning", warning) for warning in self.warnings]
+        return "\n".join(f"{label:>10}  {text}" for label, text in rows)
