@@ -195,6 +195,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES), help="which cases")
     parser.add_argument("--only", default="", help="contenders whose names contain one of these, split by commas")
     parser.add_argument("--no-memory", action="store_true", help="leave out the rounds that watch memory")
+    parser.add_argument(
+        "--patience", type=float, default=_PATIENCE, help="seconds to wait, each time, for a quiet machine (2)"
+    )
     parser.add_argument("--quick", action="store_true", help="small files, two rounds")
     parser.add_argument("--dir", help="where the files are written, some of the disk that is measured")
     parser.add_argument("--json", help="write all numbers to this file")
@@ -215,7 +218,7 @@ def main() -> None:
             big = written(Path(directory, "big"), options.size, options.tensors, options.shards)
             for case in options.cases:
                 mine = [name for name in names if name not in NO_RESULT or case == "cold"]
-                seconds = rounds(mine, case, big, options.repeats, console)
+                seconds = rounds(mine, case, big, options.repeats, console, patience=options.patience)
                 results["seconds"][case] = seconds
                 console.print(speed_table(seconds, case, big.nbytes))
             if not options.no_memory:
@@ -244,11 +247,12 @@ def many(
     few = written(directory / "few", options.small_size, 64, 1)
     small = written(directory / "many", options.small_size, options.small_tensors, 1)
     limits = [name for name in LIMITS if name not in NO_RESULT]
+    mine = [name for name in names if name not in NO_RESULT]
     floor: list[float] = []
     seconds: Seconds = {}
     for _ in range(options.repeats):
-        floor.append(limit(rounds(limits, "warm", few, 1, console), "warm"))
-        for name, found in rounds([n for n in names if n not in NO_RESULT], "warm", small, 1, console).items():
+        floor.append(limit(rounds(limits, "warm", few, 1, console, patience=options.patience), "warm"))
+        for name, found in rounds(mine, "warm", small, 1, console, patience=options.patience).items():
             seconds.setdefault(name, []).extend(found)
     results["small"] = {"floor": floor, "seconds": seconds}
     console.print(small_table(seconds, statistics.median(floor), options.small_tensors))

@@ -22,7 +22,7 @@ aliases anchors threads standins recorder bypasses tracing lowering sharing draf
 copying execute report arguments engines engines.transformers trace fallback verify load
 live.spans live.serving live.accounting live.layers live.report live.units live.ways live.update live.model live
 testing.checks testing.checkpoints testing.faults testing.sources testing.pools testing testing_models
-cli.outcome cli.inspect cli.plan cli.load cli.fused_bert cli.demo cli
+cli.outcome cli.inspect cli.plan cli.load cli.fused_bert cli.demo_live cli.demo cli
 """.split()
 
 

@@ -24,6 +24,7 @@ from ..plan import Fate
 from ..report import size
 from ..sources import open as open_source
 from ..trace import trace
+from .demo_live import serve_and_reload
 from .fused_bert import FusedBert
 from .outcome import ending
 
@@ -33,7 +34,7 @@ _SENTENCES = ("A cat sits on the mat.", "A kitten rests on a rug.", "The central
 
 
 def demo() -> None:
-    """Load MiniLM's real weights, prove them exact, compare sentences, then see broken checkpoints refused."""
+    """Load real weights, prove them exact, see broken checkpoints refused, reload the model while it serves."""
     # Nothing is fetched; without this transformers would look for newer files at the hub.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     console = Console(highlight=False, soft_wrap=True)
@@ -44,6 +45,7 @@ def demo() -> None:
         _refuse_broken(console, model, checkpoint, Path(scratch))
         _catch_stale(console, checkpoint)
         _plan_fused(console, model, checkpoint)
+        serve_and_reload(console, checkpoint, lambda one: _embed(one, checkpoint))
 
 
 def _minilm() -> Path:
