@@ -14,9 +14,9 @@ ROOT = Path(hotweights.__file__).parent
 # A file may import from those above it, and a package's `__init__` stands for the package. Data flows downwards.
 ORDER = """
 collection errors manifest progress devices guards memory
-sources.contracts sources.streams sources.header sources.reading sources.checkpoint sources.files sources.state sources
+sources.contracts sources.streams sources.header sources.parts sources.reading sources.checkpoint sources.files sources.state sources
 casts regions steps planfile plan snapshot tracing lowering drafting aliases modules fit cache replay copying execute
-report engines engines.transformers trace fallback verify load
+report engines engines.transformers trace fallback verify load routing route
 testing testing_models
 cli.outcome cli.inspect cli.plan cli.load cli.fused_bert cli.demo cli
 """.split()
@@ -65,6 +65,7 @@ def test_the_public_words_are_these():
     assert hotweights.__all__ == sorted(hotweights.__all__)
     words = """
     load open trace Manifest TensorSpec OpaqueDtype Lease Pool PoolStats Fate LoadPlan LoadReport
+    route Component RouteReport RoutingError
     HotweightsError CheckpointError CheckpointChanged UnsupportedDtype PlanError PlanFileError PlanDiffers
     TiedWeightsDiffer IncompleteLoad PoolTimeout UsageError StaleLease BorrowedTensor Closed UnknownName
     MissingPackage

@@ -12,6 +12,7 @@ from .errors import (
     PlanError,
     PlanFileError,
     PoolTimeout,
+    RoutingError,
     StaleLease,
     TiedWeightsDiffer,
     UnknownName,
@@ -22,7 +23,9 @@ from .load import load
 from .manifest import Manifest, OpaqueDtype, TensorSpec
 from .memory import Lease, Pool, PoolStats
 from .plan import Fate, LoadPlan
-from .report import LoadReport
+from .report import LoadReport, RouteReport
+from .route import route
+from .routing import Component
 from .sources import open
 from .trace import trace
 
@@ -31,6 +34,7 @@ __all__ = [
     "CheckpointChanged",
     "CheckpointError",
     "Closed",
+    "Component",
     "Fate",
     "HotweightsError",
     "IncompleteLoad",
@@ -46,6 +50,8 @@ __all__ = [
     "Pool",
     "PoolStats",
     "PoolTimeout",
+    "RouteReport",
+    "RoutingError",
     "StaleLease",
     "TensorSpec",
     "TiedWeightsDiffer",
@@ -54,5 +60,6 @@ __all__ = [
     "UsageError",
     "load",
     "open",
+    "route",
     "trace",
 ]

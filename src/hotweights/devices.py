@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-__all__ = ["Event", "is_host", "pinned_empty", "record_event"]
+__all__ = ["Event", "is_host", "pinned_empty", "record_event", "wait_for_copies"]
 
 
 class Event(Protocol):
@@ -31,6 +31,12 @@ def record_event(device: torch.device) -> Event | None:
     event = torch.Event(device=device)
     event.record(torch.accelerator.current_stream(device))
     return event
+
+
+def wait_for_copies(device: torch.device) -> None:
+    """Return when all copies queued so far on ``device`` by this thread are done. On a CPU they are."""
+    if not is_host(device) and device.type != "meta":
+        torch.accelerator.current_stream(device).synchronize()
 
 
 def pinned_empty(nbytes: int) -> torch.Tensor:
