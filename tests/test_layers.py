@@ -14,7 +14,8 @@ ROOT = Path(hotweights.__file__).parent
 # A file may import from those above it, and a package's `__init__` stands for the package. Data flows downwards.
 ORDER = """
 collection errors manifest progress devices guards memory
-sources.contracts sources.streams sources.header sources.parts sources.reading sources.checkpoint sources.files sources.state sources
+sources.contracts sources.streams sources.parts sources.header sources.reading sources.checkpoint sources.files
+sources.state sources
 casts regions steps planfile plan snapshot tracing lowering drafting aliases modules fit cache replay copying execute
 report engines engines.transformers trace fallback verify load routing route
 testing testing_models

@@ -76,17 +76,22 @@ def route(
         raise UsageError(f"a limit of memory is a number of bytes; got memory_limit={memory_limit}")
     routes = Routes(components)
     with ExitStack() as stack:
+        given: Source | Pairs
         if isinstance(source, (str, os.PathLike, Mapping, nn.Module)):
             opened: Source = open_source(source)
-            source = stack.enter_context(opened)
+            given = stack.enter_context(opened)
+        else:
+            given = source
         done = _Done()
         stack.callback(done.waiting.clear)  # The frames of an error would keep the copies alive.
-        if not isinstance(source, Source):
-            _from_pairs(source, routes, done, stack, borrowed, memory_limit)
-        elif isinstance(source, (Addressed, InMemory)):
-            _one_after_another(source, routes, done, borrowed)
+        if isinstance(given, (Addressed, InMemory)):
+            _one_after_another(given, routes, done, borrowed)
+        elif isinstance(given, Source):
+            _from_stream(given, routes, done, memory_limit)
+        elif isinstance(given, Iterable):
+            _from_pairs(given, routes, done, stack, borrowed, memory_limit)
         else:
-            _from_stream(source, routes, done, memory_limit)
+            raise UsageError(f"a {type(given).__name__} is no source, and yields no pairs of names and tensors")
     return _report(routes, done, time.perf_counter() - began)
 
 

@@ -12,6 +12,8 @@ from .errors import UsageError
 
 __all__ = ["Component", "Routes", "unfilled"]
 
+_SHOWN = 3  # names a line
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Component:
@@ -79,8 +81,8 @@ class Routes:
         ours = self._renamed(component, name) if component.enabled else name
         origins = self._origins[component]
         if ours in origins:
-            other = origins[ours]
-            twice = f"{name} comes twice" if other == name else f"{other} and {name} both become {ours}"
+            one, other = sorted((name, origins[ours]))
+            twice = f"{name} comes twice" if one == other else f"{one} and {other} both become {ours}"
             self.problems.append(f"{component.name}: {twice}")
             return None
         origins[ours] = name
@@ -130,15 +132,15 @@ def unfilled(routes: Routes) -> Iterator[str]:
             continue
         if component.load_weights is None and names:
             yield (
-                f"{component.name}: there are {len(names)} tensors for it ({_shown(names)}), but its load_weights is "
-                "None; enabled=False leaves them alone"
+                f"{component.name}: its load_weights is None, but there are tensors for it: {_shown(names)}; "
+                "enabled=False leaves them alone"
             )
         elif component.load_weights is not None and component.required and not names:
             yield f"{component.name}: is missing, for there is no tensor for it; required=False allows that"
 
 
 def _shown(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
 def _check(components: tuple[Component, ...]) -> None:
