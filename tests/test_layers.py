@@ -17,7 +17,7 @@ collection errors manifest progress devices guards memory
 sources.contracts sources.streams sources.parts sources.header sources.reading sources.checkpoint sources.files
 sources.state sources
 casts regions steps planfile plan snapshot tracing lowering drafting aliases modules fit cache replay copying execute
-report engines engines.transformers trace fallback verify load routing route
+report engines engines.transformers trace fallback verify load routing handing route
 testing testing_models
 cli.outcome cli.inspect cli.plan cli.load cli.fused_bert cli.demo cli
 """.split()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,11 +14,10 @@ import torch
 from msgspec.structs import replace
 from torch import nn
 
-from .devices import record_event, wait_for_copies
 from .errors import PlanError, RoutingError, UsageError
+from .handing import Handed, Pairs, Stream, own
 from .load import load
 from .manifest import Manifest
-from .memory import Lease
 from .plan import LoadPlan
 from .report import RouteReport
 from .routing import Component, Routes, unfilled
@@ -32,10 +30,7 @@ from .tracing import StandIn
 
 __all__ = ["route"]
 
-Pairs = Iterable[tuple[str, torch.Tensor]]
 _Load = Callable[[Pairs], object]
-_Item = torch.Tensor | Lease
-_Place = Callable[[str], "tuple[Component, str] | None"]
 
 
 def route(
@@ -83,11 +78,10 @@ def route(
         else:
             given = source
         done = _Done()
-        stack.callback(done.waiting.clear)  # The frames of an error would keep the copies alive.
         if isinstance(given, (Addressed, InMemory)):
             _one_after_another(given, routes, done, borrowed)
         elif isinstance(given, Source):
-            _from_stream(given, routes, done, memory_limit)
+            _from_stream(given, routes, done, stack, memory_limit)
         elif isinstance(given, Iterable):
             _from_pairs(given, routes, done, stack, borrowed, memory_limit)
         else:
@@ -102,8 +96,7 @@ class _Done:
     returned: dict[str, object] = field(default_factory=dict)
     nbytes: dict[str, int] = field(default_factory=dict)
     taken: dict[str, set[str]] = field(default_factory=dict)
-    waiting: dict[Component, deque[tuple[str, torch.Tensor]]] = field(default_factory=dict)
-    waiting_nbytes: int = 0
+    peak: int = 0
     streamed: str | None = None
 
 
@@ -120,7 +113,7 @@ def _report(routes: Routes, done: _Done, seconds: float) -> RouteReport:
         untaken={name: names for name, names in untaken.items() if names},
         disabled={one.name: tuple(routes.names(one).values()) for one in routes.components if not one.enabled},
         streamed=done.streamed,
-        peak_waiting_bytes=done.waiting_nbytes,
+        peak_waiting_bytes=done.peak,
         seconds=seconds,
     )
 
@@ -137,7 +130,7 @@ def _code(component: Component) -> _Load | None:
 
 def _give(component: Component, load: _Load, pairs: Pairs, done: _Done) -> None:
     """Let the component's code load ``pairs``."""
-    handed = _Handed(pairs)
+    handed = Handed(pairs)
     try:
         with torch.no_grad():
             returned = load(handed)
@@ -157,42 +150,6 @@ def _give(component: Component, load: _Load, pairs: Pairs, done: _Done) -> None:
     done.returned[component.name] = returned
     done.taken[component.name] = handed.taken
     done.nbytes[component.name] = handed.nbytes
-
-
-class _Handed:
-    """The pairs on their way to one component: they can be ended, and a failure is remembered."""
-
-    def __init__(self, pairs: Pairs) -> None:
-        self._pairs = iter(pairs)
-        self._over = False
-        self.taken: set[str] = set()
-        self.last = ""
-        self.nbytes = 0
-        self.failure: BaseException | None = None
-
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return self
-
-    def __next__(self) -> tuple[str, torch.Tensor]:
-        if self._over:
-            raise StopIteration
-        try:
-            pair = next(self._pairs)
-        except BaseException as error:
-            self._over = True
-            if not isinstance(error, StopIteration):
-                self.failure = error
-            raise
-        self.last = pair[0]
-        self.taken.add(self.last)
-        self.nbytes += pair[1].nbytes
-        return pair
-
-    def end(self) -> None:
-        """Give nothing more, also to code that kept this."""
-        self._over = True
-        if isinstance(self._pairs, GeneratorType):
-            self._pairs.close()
 
 
 # --- with a manifest -------------------------------------------------------------------------------------------------
@@ -245,7 +202,7 @@ def _one_after_another(source: Addressed | InMemory, routes: Routes, done: _Done
 def _owned(source: Addressed | InMemory, names: Mapping[str, str], borrowed: bool) -> Pairs:
     if isinstance(source, Addressed):
         return Part(source, names).tensors()
-    return ((ours, _own(theirs, source.borrow(theirs), borrowed)) for ours, theirs in names.items())
+    return ((ours, own(theirs, source.borrow(theirs), borrowed)) for ours, theirs in names.items())
 
 
 def _part(source: Addressed | InMemory, names: Mapping[str, str]) -> Source:
@@ -271,32 +228,10 @@ def _when_whole(component: Component, state: dict[str, torch.Tensor]) -> object:
     return _by_name(component, StateSource(state), None)
 
 
-def _own(name: str, item: _Item, borrowed: bool) -> torch.Tensor:
-    """A tensor that nobody will overwrite: the one that was given, or a contiguous copy."""
-    if isinstance(item, Lease):
-        tensor = item.own()
-        item.release(after=record_event(tensor.device))
-        return tensor
-    if not isinstance(item, torch.Tensor):
-        raise UsageError(f"{name!r} is a {type(item).__name__}, not a tensor")
-    if not borrowed:
-        return item
-    copy = item.detach().clone(memory_format=torch.contiguous_format)
-    # Whoever lent it may overwrite it at the next step, and does not know what still runs on our stream.
-    wait_for_copies(copy.device)
-    return copy
-
-
-def _nbytes(item: _Item) -> int:
-    if isinstance(item, Lease):
-        return item.spec.nbytes
-    return 0 if isinstance(item, StandIn) else item.nbytes  # A stand-in holds no memory that could be too much.
-
-
 # --- streams ---------------------------------------------------------------------------------------------------------
 
 
-def _from_stream(source: Source, routes: Routes, done: _Done, limit: int | None) -> None:
+def _from_stream(source: Source, routes: Routes, done: _Done, stack: ExitStack, limit: int | None) -> None:
     """A source that comes as it comes, with a manifest."""
     planned = _plan(source.manifest, routes, limit=limit)
     promised = {theirs: (one, ours) for one in planned for ours, theirs in routes.names(one).items()}
@@ -304,11 +239,12 @@ def _from_stream(source: Source, routes: Routes, done: _Done, limit: int | None)
     loads = {component: _load(component, part, plan) for component, (part, plan) in planned.items()}
     with source.leases() as leases:
         items = ((lease.name, lease) for lease in leases)
-        _Stream(items, lambda name: promised.pop(name, None), done, largest, limit=limit).run(loads)
+        stream = Stream(items, lambda name: promised.pop(name, None), largest, limit=limit)
+        _pass_through(stream, loads, done, stack)
     if promised:
         never = [f"{component.name}: {name}" for name, (component, _) in promised.items()]
         raise RoutingError("the source's manifest promised what never came", never)
-    _load_waiting(loads, done)
+    _load_waiting(stream, loads, done)
 
 
 def _from_pairs(pairs: Pairs, routes: Routes, done: _Done, stack: ExitStack, borrowed: bool, limit: int | None) -> None:
@@ -316,13 +252,14 @@ def _from_pairs(pairs: Pairs, routes: Routes, done: _Done, stack: ExitStack, bor
     items = iter(pairs)
     stack.callback(getattr(items, "close", bool))
     present = [one for one in routes.components if one.enabled and one.load_weights is not None]
-    loads = {component: _load(component) for component in present}
     first = next((one for one in present if _code(one) is not None), None)
-    _Stream(items, routes.place, done, first, borrowed=borrowed, limit=limit).run(loads)
+    loads = {component: _load(component) for component in present}
+    stream = Stream(items, routes.place, first, borrowed=borrowed, limit=limit)
+    _pass_through(stream, loads, done, stack)
     problems = [*routes.problems, *unfilled(routes)]
     if problems:
         raise RoutingError("stream and components do not fit", problems)
-    _load_waiting(loads, done)
+    _load_waiting(stream, loads, done)
 
 
 def _load(component: Component, part: Manifest | None = None, plan: LoadPlan | None = None) -> _Load:
@@ -335,79 +272,18 @@ def _load(component: Component, part: Manifest | None = None, plan: LoadPlan | N
     return lambda pairs: _by_name(component, Passing(part, pairs), plan)
 
 
-def _load_waiting(loads: Mapping[Component, _Load], done: _Done) -> None:
+def _pass_through(stream: Stream, loads: Mapping[Component, _Load], done: _Done, stack: ExitStack) -> None:
+    """Load the first component, and pass on to the end of the stream, wherever its loading code stopped."""
+    stack.callback(stream.waiting.clear)  # The frames of an error would keep the copies alive.
+    if stream.seek() and stream.first is not None:
+        _give(stream.first, loads[stream.first], stream, done)
+        done.streamed = stream.first.name
+    while stream.seek():
+        pass
+    done.peak = stream.waiting_nbytes
+
+
+def _load_waiting(stream: Stream, loads: Mapping[Component, _Load], done: _Done) -> None:
     for component, code in loads.items():
-        if component in done.waiting:
-            _give(component, code, _emptied(done.waiting.pop(component)), done)
-
-
-def _emptied(queue: deque[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Nothing here keeps a tensor that has been given away."""
-    while queue:
-        yield queue.popleft()
-
-
-class _Stream:
-    """One pass through a stream. An iterator over the tensors of one component; copies of the others' wait."""
-
-    def __init__(
-        self,
-        items: Iterator[tuple[str, _Item]],
-        place: _Place,
-        done: _Done,
-        first: Component | None,
-        *,
-        borrowed: bool = True,
-        limit: int | None,
-    ) -> None:
-        self._items = items
-        self._place = place
-        self._done = done
-        self._first = first
-        self._borrowed = borrowed
-        self._limit = limit
-        self._found: tuple[str, str, _Item] | None = None
-
-    def run(self, loads: Mapping[Component, _Load]) -> None:
-        """Load the first component, and pass on to the end of the stream, wherever its loading code stopped."""
-        if self._seek() and self._first is not None:
-            _give(self._first, loads[self._first], self, self._done)
-            self._done.streamed = self._first.name
-        while self._seek():
-            pass
-
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return self
-
-    def __next__(self) -> tuple[str, torch.Tensor]:
-        if self._found is None and not self._seek():
-            raise StopIteration
-        assert self._found is not None
-        (ours, name, item), self._found = self._found, None
-        return ours, _own(name, item, self._borrowed)
-
-    def _seek(self) -> bool:
-        """Pass on to the next tensor of the first component."""
-        self._found = None
-        for name, item in self._items:
-            placed = self._place(name)
-            if placed is None:
-                continue
-            component, ours = placed
-            if component is self._first:
-                self._found = ours, name, item
-                return True
-            self._keep(component, ours, name, item)
-        self._items = iter(())  # An iterator of somebody's may not like to be asked again after its end.
-        return False
-
-    def _keep(self, component: Component, ours: str, name: str, item: _Item) -> None:
-        nbytes = _nbytes(item)
-        self._done.waiting_nbytes += nbytes
-        if self._limit is not None and self._done.waiting_nbytes > self._limit:
-            raise RoutingError(
-                f"{component.name}: with {name} ({nbytes} bytes) {self._done.waiting_nbytes} bytes would wait for the "
-                f"end of the stream, more than memory_limit={self._limit}; put the largest component first, or give a "
-                "source that is read in any order"
-            )
-        self._done.waiting.setdefault(component, deque()).append((ours, _own(name, item, self._borrowed)))
+        if component in stream.waiting:
+            _give(component, code, stream.emptied(component), done)
