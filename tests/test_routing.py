@@ -219,6 +219,15 @@ class TestBorrowed:
         assert not load.kept["w"].requires_grad
         assert load.kept["w"].is_contiguous()
 
+    @pytest.mark.parametrize("shape", [(3, 1 << 20), (1 << 20, 3)])
+    def test_a_large_tensor_is_copied_as_a_small_one(self, shape):
+        tensor = torch.randn(shape)
+        load = Collecting()
+        hw.route(reused({"a.w": tensor}), [Component("a.", load)])
+        hw.route([("a.t", tensor.t())], [Component("a.", load)])
+        assert_same_bits(load.kept, {"w": tensor, "t": tensor.t()})
+        assert load.kept["t"].is_contiguous()
+
     def test_of_the_streaming_component_no_more_than_two_copies_live(self):
         state = {f"a.{number}": torch.zeros(8) for number in range(20)}
         alive, peak = weakref.WeakSet(), []
@@ -258,6 +267,13 @@ class TestOrder:
         assert_same_bits(model.state_dict(), right(state))
         waited = sum(count for name, count in report.nbytes.items() if name != report.streamed)
         assert report.peak_waiting_bytes == waited
+
+    def test_files_are_read_as_they_lie(self, tmp_path):
+        write_checkpoint(tmp_path, small(), shards=2)
+        load = Collecting()
+        with hw.open(tmp_path) as source:
+            hw.route(source, [Component("", load)])
+            assert list(load.kept) == sorted(load.kept, key=source.position) != sorted(load.kept)
 
     def test_nothing_waits_where_the_source_is_asked_in_our_order(self, way):
         report = hw.route(way(small()), parts(collecting()))
@@ -573,7 +589,8 @@ class TestMatching:
     def test_what_is_disabled_is_not_looked_at(self):
         pairs = [("a.0", torch.ones(2)), ("off.0", Gone()), ("a.1", torch.ones(2)), ("off.1", Gone())]
         load = Collecting()
-        report = hw.route(iter(pairs), [Component("a.", load), Component("off.", Gone(), enabled=False)])
+        off = Component("off.", Gone(), strip="no", rename=lambda name: pytest.fail("renamed"), enabled=False)
+        report = hw.route(iter(pairs), [Component("a.", load), off])
         assert list(load.kept) == ["0", "1"]
         assert report.disabled == {"off": ("off.0", "off.1")}
 
@@ -669,6 +686,14 @@ class TestTogether:
         assert_same_bits(model.state_dict(), right(state))
         assert report.fell_back == ()
         assert report.planned == len(state)
+
+    def test_stand_ins_wait_in_no_memory(self, tmp_path):
+        class Limited(VisionLanguage):
+            def load_weights(self, pairs):
+                return hw.route(pairs, self.components(), memory_limit=0)
+
+        report = hw.load(Limited(), write_checkpoint(tmp_path, vision_language_checkpoint()))
+        assert report.fell_back == ()
 
     def test_the_report_is_frozen_and_prints(self):
         model = VisionLanguage(limits={"audio": 0})

@@ -14,6 +14,7 @@ import torch
 from msgspec.structs import replace
 from torch import nn
 
+from .collection import without_collection
 from .errors import PlanError, RoutingError, UsageError
 from .handing import Handed, Pairs, Stream, own
 from .load import load
@@ -155,6 +156,7 @@ def _give(component: Component, load: _Load, pairs: Pairs, done: _Done) -> None:
 # --- with a manifest -------------------------------------------------------------------------------------------------
 
 
+@without_collection()
 def _plan(
     manifest: Manifest, routes: Routes, *, limit: int | None
 ) -> dict[Component, tuple[Manifest, LoadPlan | None]]:
