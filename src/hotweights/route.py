@@ -25,7 +25,7 @@ from .routing import Component, Routes, unfilled
 from .sources import Addressed, Source, StateSource
 from .sources import open as open_source
 from .sources.contracts import InMemory
-from .sources.parts import Part, Passing, unsupported
+from .sources.parts import Part, Passing, Readings, unsupported
 from .trace import trace
 from .tracing import StandIn
 
@@ -80,7 +80,7 @@ def route(
             given = source
         done = _Done()
         if isinstance(given, (Addressed, InMemory)):
-            _one_after_another(given, routes, done, borrowed)
+            _one_after_another(given, routes, done, stack, borrowed)
         elif isinstance(given, Source):
             _from_stream(given, routes, done, stack, memory_limit)
         elif isinstance(given, Iterable):
@@ -188,22 +188,30 @@ def _plan_by_name(component: Component, part: Manifest) -> tuple[LoadPlan | None
         return None, list(error.problems)
 
 
-def _one_after_another(source: Addressed | InMemory, routes: Routes, done: _Done, borrowed: bool) -> None:
+def _one_after_another(
+    source: Addressed | InMemory, routes: Routes, done: _Done, stack: ExitStack, borrowed: bool
+) -> None:
     planned = _plan(source.manifest, routes, limit=None)
+    coded = [routes.names(component) for component in planned if _code(component) is not None]
+    pairs: Callable[[Mapping[str, str]], Pairs]
+    if isinstance(source, Addressed):
+        readings = Readings(source, coded)
+        stack.callback(readings.close)
+        pairs = readings.pairs
+    else:
+        pairs = partial(_from_memory, source, borrowed)
     for component, (part, plan) in planned.items():
         names = routes.names(component)
         code = _code(component)
         if code is not None:
-            _give(component, code, _owned(source, names, borrowed), done)
+            _give(component, code, pairs(names), done)
         else:
             # Straight from where the bytes are to where they belong.
             _give(component, partial(_directly, component, _part(source, names), plan), (), done)
             done.taken[component.name], done.nbytes[component.name] = set(names), part.nbytes
 
 
-def _owned(source: Addressed | InMemory, names: Mapping[str, str], borrowed: bool) -> Pairs:
-    if isinstance(source, Addressed):
-        return Part(source, names).tensors()
+def _from_memory(source: InMemory, borrowed: bool, names: Mapping[str, str]) -> Pairs:
     return ((ours, own(theirs, source.borrow(theirs), borrowed)) for ours, theirs in names.items())
 
 

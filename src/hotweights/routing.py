@@ -97,7 +97,7 @@ class Routes:
         return [one for one in self.components if one.enabled and one.load_weights is not None and self._origins[one]]
 
     def _component(self, name: str) -> Component | None:
-        found = [component for matches, component in self._predicates if matches(name)]
+        found = [component for matches, component in self._predicates if matches(name)] if self._predicates else ()
         if len(found) > 1:
             self.problems.append(f"{name}: fits {' and '.join(component.name for component in found)}")
             return None

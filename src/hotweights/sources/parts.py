@@ -1,8 +1,10 @@
-"""Part and Passing: some tensors of a source as a source of their own. They read; they never decide which."""
+"""Part, Passing and Readings: some tensors of a source, apart from the others. They never decide which."""
 
 from __future__ import annotations
 
+import itertools
 import threading
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from functools import partial
 from types import TracebackType
@@ -17,7 +19,7 @@ from ..memory import Lease, Pool, host_empty
 from .contracts import Addressed, Read, Reading
 from .streams import LeaseStream, ahead
 
-__all__ = ["Part", "Passing", "owned_tensors", "unsupported"]
+__all__ = ["Part", "Passing", "Readings", "owned_tensors", "unsupported"]
 
 _BATCH = 32 * 1024 * 1024  # bytes of owned tensors that are read ahead
 
@@ -30,22 +32,24 @@ def unsupported(spec: TensorSpec) -> str | None:
 
 
 def owned_tensors(
-    source: Addressed, specs: Iterable[TensorSpec], *, reading: Reading = "auto"
-) -> Iterator[tuple[str, torch.Tensor]]:
+    source: Addressed, *groups: Iterable[TensorSpec], reading: Reading = "auto"
+) -> Generator[tuple[str, torch.Tensor], None, None]:
     """Yield these tensors of ``source``, in this order, each in memory of its own, read one batch ahead.
+
+    No batch holds tensors of two groups: what cannot be read fails in its own group.
 
     Raises:
         UnsupportedDtype: before the first tensor, if torch has no type for one.
     """
-    specs = list(specs)
-    for spec in specs:
+    specs = [list(group) for group in groups]
+    for spec in itertools.chain(*specs):
         if (problem := unsupported(spec)) is not None:
             raise UnsupportedDtype(problem)
-    return _own_all(source, specs, reading)
+    return _own_all(source, [batch for group in specs for batch in _batches(group)], reading)
 
 
 def _own_all(
-    source: Addressed, specs: list[TensorSpec], reading: Reading
+    source: Addressed, wanted: list[list[TensorSpec]], reading: Reading
 ) -> Generator[tuple[str, torch.Tensor], None, None]:
     stopped = threading.Event()
 
@@ -54,7 +58,7 @@ def _own_all(
         pool.wake()
 
     with Pool() as pool:
-        work = (partial(_read_batch, source, batch, pool, reading, stopped) for batch in _batches(specs))
+        work = (partial(_read_batch, source, batch, pool, reading, stopped) for batch in wanted)
         batches = ahead(work, depth=1, stop=stop)
         try:
             for batch in batches:
@@ -88,6 +92,44 @@ def _read_batch(
         (Read(name, 0, tensor.nbytes, tensor) for name, tensor in batch), pool=pool, reading=reading, stop=stopped
     )
     return batch
+
+
+class Readings:
+    """Owned tensors of one part of a source after the other, read ahead across their borders. ``close`` ends that."""
+
+    def __init__(self, source: Addressed, parts: Iterable[Mapping[str, str]]) -> None:
+        """``parts``: the names of each, as for ``Part``, in the order in which they will be asked for."""
+        self._source = source
+        self._left = deque(parts)
+        self._running: Generator[tuple[str, torch.Tensor], None, None] | None = None
+        self._whole = True  # Whether the part before was read to its end: only then does the next one follow.
+
+    def pairs(self, part: Mapping[str, str]) -> Generator[tuple[str, torch.Tensor], None, None]:
+        """The tensors of the next part. What is left of the part before is not read any more."""
+        if not self._whole:
+            self.close()
+        if self._running is None:
+            self._running = owned_tensors(self._source, *map(self._in_order, self._left))
+        assert self._left[0] is part, "the parts are asked for in their order"
+        self._left.popleft()
+        self._whole = False
+        return self._read({theirs: ours for ours, theirs in part.items()}, self._running)
+
+    def _in_order(self, part: Mapping[str, str]) -> list[TensorSpec]:
+        return [self._source.manifest[name] for name in sorted(part.values(), key=self._source.position)]
+
+    def _read(
+        self, ours: Mapping[str, str], running: Iterator[tuple[str, torch.Tensor]]
+    ) -> Generator[tuple[str, torch.Tensor], None, None]:
+        for name, tensor in itertools.islice(running, len(ours)):
+            yield ours[name], tensor
+        self._whole = True
+
+    def close(self) -> None:
+        """End the reading ahead. May be called twice."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.close()
 
 
 class Passing:
