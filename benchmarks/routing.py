@@ -152,12 +152,12 @@ def check(parts: dict[str, Part], state: State) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--mb", type=int, default=1000, help="of weights, 10^6 bytes")
-    parser.add_argument("--tensors", type=int, default=300, help="that they are in")
+    parser.add_argument("--mb", type=int, default=500, help="of weights, 10^6 bytes")
+    parser.add_argument("--tensors", type=int, default=150, help="that they are in")
     parser.add_argument(
         "--small-tensors", type=int, default=20_000, help="of 4 kB each, for the cost of one; 0 for none"
     )
-    parser.add_argument("--rounds", type=int, default=7, help="medians of how many")
+    parser.add_argument("--rounds", type=int, default=15, help="medians of how many")
     parser.add_argument("--json", type=Path, help="write the numbers there")
     options = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; limit {LIMIT}")
