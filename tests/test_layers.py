@@ -14,12 +14,12 @@ ROOT = Path(hotweights.__file__).parent
 # A file may import from those above it, and a package's `__init__` stands for the package. Data flows downwards.
 ORDER = """
 collection errors manifest progress devices guards memory
-sources.contracts sources.streams sources.header sources.reading sources.checkpoint sources.files sources.state
-sources.iterators sources.readers.reader sources.readers.fastsafetensors sources.readers.runai
+sources.contracts sources.streams sources.parts sources.header sources.reading sources.checkpoint sources.files
+sources.state sources.iterators sources.readers.reader sources.readers.fastsafetensors sources.readers.runai
 sources.readers.safetensors sources.readers.torch sources.readers sources
 casts regions operations steps document validation planfile plan snapshot
 aliases anchors threads standins recorder bypasses tracing lowering sharing drafting modules fit cache replay
-copying execute report arguments engines engines.transformers trace fallback verify load
+copying execute report arguments engines engines.transformers trace fallback verify load routing handing route
 live.spans live.serving live.accounting live.layers live.report live.units live.ways live.update live.model live
 testing.checks testing.checkpoints testing.faults testing.sources testing.pools testing testing_models
 cli.outcome cli.inspect cli.plan cli.load cli.fused_bert cli.demo_live cli.demo cli
@@ -69,6 +69,7 @@ def test_the_public_words_are_these():
     assert hotweights.__all__ == sorted(hotweights.__all__)
     words = """
     from_iterator load open trace Manifest TensorSpec OpaqueDtype Lease Pool PoolStats Fate LoadPlan LoadReport
+    route Component RouteReport RoutingError
     HotweightsError CheckpointError CheckpointChanged UnsupportedDtype PlanError PlanFileError PlanDiffers
     LiveModel State Update UpdateReport Digest UpdateAborted CommitHookError
     TiedWeightsDiffer IncompleteLoad PoolTimeout UsageError StaleLease BorrowedTensor Closed UnknownName

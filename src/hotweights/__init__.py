@@ -14,6 +14,7 @@ from .errors import (
     PlanError,
     PlanFileError,
     PoolTimeout,
+    RoutingError,
     SourceError,
     StaleLease,
     TiedWeightsDiffer,
@@ -27,7 +28,9 @@ from .load import load
 from .manifest import Manifest, OpaqueDtype, TensorSpec
 from .memory import Lease, Pool, PoolStats
 from .plan import Fate, LoadPlan
-from .report import LoadReport
+from .report import LoadReport, RouteReport
+from .route import route
+from .routing import Component
 from .sources import from_iterator, open
 from .trace import trace
 
@@ -37,6 +40,7 @@ __all__ = [
     "CheckpointError",
     "Closed",
     "CommitHookError",
+    "Component",
     "Digest",
     "Fate",
     "HotweightsError",
@@ -55,6 +59,8 @@ __all__ = [
     "Pool",
     "PoolStats",
     "PoolTimeout",
+    "RouteReport",
+    "RoutingError",
     "SourceError",
     "StaleLease",
     "State",
@@ -69,5 +75,6 @@ __all__ = [
     "from_iterator",
     "load",
     "open",
+    "route",
     "trace",
 ]

@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-__all__ = ["Event", "is_host", "pinned_empty", "record_event", "record_events"]
+__all__ = ["Event", "is_host", "pinned_empty", "record_event", "record_events", "wait_for_copies"]
 
 
 class Event(Protocol):
@@ -50,6 +50,12 @@ def record_events(devices: Iterable[torch.device]) -> Event | None:
     """
     events = tuple(event for device in set(devices) if (event := record_event(device)) is not None)
     return _All(events) if events else None
+
+
+def wait_for_copies(device: torch.device) -> None:
+    """Return when all copies queued so far on ``device`` by this thread are done. On a CPU they are."""
+    if not is_host(device) and device.type != "meta":
+        torch.accelerator.current_stream(device).synchronize()
 
 
 def pinned_empty(nbytes: int) -> torch.Tensor:

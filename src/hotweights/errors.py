@@ -8,6 +8,7 @@
     ├── UnsupportedDtype        the installed torch has no type for these bytes
     ├── PlanError               source and model do not fit; nothing was read or written
     ├── PlanFileError           a saved plan is damaged or forged, or a plan cannot be saved
+    ├── RoutingError            a stream without a manifest carried what its components do not take
     ├── IncompleteLoad          the model's own loading code left something unwritten
     ├── PlanDiffers             verify="loader" found what the model's own code makes otherwise
     ├── UpdateAborted           an update failed; what is live is as it was, or torn and says so
@@ -43,6 +44,7 @@ __all__ = [
     "PlanError",
     "PlanFileError",
     "PoolTimeout",
+    "RoutingError",
     "SourceError",
     "StaleLease",
     "TiedWeightsDiffer",
@@ -108,6 +110,13 @@ class PlanError(_Problems):
 
 class PlanFileError(_Problems):
     """A saved plan is damaged, forged or of another version; or a plan holds what no file may. Nothing was written."""
+
+
+class RoutingError(_Problems):
+    """A stream without a manifest carried what its components do not take, or more than may wait.
+
+    The component that is loaded from the passing stream may have been loaded by then; the others are unharmed.
+    """
 
 
 class IncompleteLoad(_Problems):

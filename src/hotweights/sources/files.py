@@ -14,18 +14,17 @@ import msgspec
 import torch
 
 from ..collection import without_collection
-from ..errors import Closed, UnsupportedDtype, UsageError
+from ..errors import Closed, UsageError
 from ..guards import Guard
 from ..manifest import Manifest, OpaqueDtype, TensorSpec
 from ..memory import PAGE, Lease, Pool, Slot, host_empty
 from .checkpoint import Shard, open_shards
 from .contracts import Read, Reading
+from .parts import owned_tensors
 from .reading import File, Segment, fill, read_segments
 from .streams import LeaseStream, ahead
 
 __all__ = ["FileSource"]
-
-_BATCH = 32 * 1024 * 1024  # bytes of owned tensors that are read ahead
 
 
 class _Place(msgspec.Struct, frozen=True, gc=False):
@@ -110,12 +109,7 @@ class FileSource:
             UnsupportedDtype: before the first tensor, if torch has no type for one; ``leases()`` carries its bytes.
         """
         self._check_open()
-        for spec in self._manifest.values():
-            if isinstance(spec.dtype, OpaqueDtype):
-                raise UnsupportedDtype(
-                    f"tensor {spec.name!r} has dtype {spec.dtype}, for which torch {torch.__version__} has no type"
-                )
-        return self._own_all(reading)
+        return owned_tensors(self, self._manifest.values(), reading=reading)
 
     def read(
         self,
@@ -240,30 +234,6 @@ class FileSource:
                 yield Lease(spec, raw=raw if slot is None else raw.clone(), borrowed=False, guard=guard)
             else:
                 yield slot.lease(spec, raw.data_ptr() - slot.memory.data_ptr())
-
-    def _own_all(self, reading: Reading) -> Generator[tuple[str, torch.Tensor], None, None]:
-        stopped = threading.Event()
-        with Pool() as pool:
-            work = (partial(self._read_run, run, pool, reading, stopped) for run in self._runs(_BATCH))
-            batches = ahead(work, depth=1, stop=partial(_stop, stopped, pool))
-            try:
-                for batch in batches:
-                    yield from batch
-            finally:
-                batches.close()
-
-    def _read_run(
-        self, run: _Run, pool: Pool, reading: Reading, stopped: threading.Event
-    ) -> list[tuple[str, torch.Tensor]]:
-        batch = [
-            (spec.name, host_empty(spec.shape, spec.dtype))
-            for spec in run.specs
-            if not isinstance(spec.dtype, OpaqueDtype)
-        ]
-        self.read(
-            (Read(name, 0, tensor.nbytes, tensor) for name, tensor in batch), pool=pool, reading=reading, stop=stopped
-        )
-        return batch
 
 
 def _stop(stopped: threading.Event, pool: Pool) -> None:
