@@ -1,7 +1,8 @@
 """Live models: new weights into a model while it serves, in place, all or nothing."""
 
-from .model import Digest, LiveModel, State
+from .model import LiveModel
 from .report import Event, UpdateReport
+from .state import Digest, State
 from .update import Update
 
 __all__ = ["Digest", "Event", "LiveModel", "State", "Update", "UpdateReport"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 
 import torch
 
@@ -18,7 +18,7 @@ def is_device(device: torch.device) -> bool:
 
 
 class OpenLayers:
-    """Layers whose scratch is open, by update. Empty after commit and after abort; holds names and numbers only.
+    """Layers whose scratch is open, by update. Empty after commit and after abort.
 
     Attributes:
         limit: bytes of device memory that open layers may take together; ``None`` for no limit.
@@ -33,7 +33,7 @@ class OpenLayers:
         self.peak_nbytes = 0
         self.peak_layers = 0
         self.warning = ""
-        self._open: dict[str, tuple[int, tuple[str, ...]]] = {}
+        self._open: dict[Hashable, tuple[int, tuple[str, ...]]] = {}
 
     def __len__(self) -> int:
         return len(self._open)
@@ -47,7 +47,7 @@ class OpenLayers:
         """Whether so much more may be opened. What needs no device memory always may."""
         return nbytes == 0 or self.limit is None or self.nbytes + nbytes <= self.limit
 
-    def open(self, unit: str, layers: Iterable[str], nbytes: int) -> None:
+    def open(self, unit: Hashable, layers: Iterable[str], nbytes: int) -> None:
         """A unit's scratch is open from now on."""
         self._open[unit] = nbytes, tuple(layers)
         self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
@@ -62,6 +62,6 @@ class OpenLayers:
             )
             _log.warning("%s", self.warning)
 
-    def close(self, unit: str) -> None:
+    def close(self, unit: Hashable) -> None:
         """Its scratch is freed."""
         self._open.pop(unit, None)

@@ -6,7 +6,7 @@ dtypes and attributes of its tensors, and its own attributes. It is kept as twin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,9 +16,13 @@ from ..errors import HotweightsError
 from ..modules import dressed
 from .spans import has_bytes
 
-__all__ = ["Contents", "Difference", "Layer", "contents", "differences", "layers_of", "put"]
+__all__ = ["Contents", "Dressing", "Layer", "assign", "assigned", "contents", "differences", "layers_of", "put"]
 
 _PRIVATE = frozenset(nn.Module().__dict__)
+_ABSENT = object()
+
+Dressing = dict[int, torch.Tensor]
+"""What was made of each twin while some layers are open: a parameter that two layers hold is one object in both."""
 
 
 class Contents(NamedTuple):
@@ -49,7 +53,7 @@ def contents(module: nn.Module) -> Contents:
         dict(module._parameters),
         dict(module._buffers),
         set(module._non_persistent_buffers_set),
-        {key: value for key, value in module.__dict__.items() if key not in _PRIVATE},
+        assigned(module),
     )
 
 
@@ -60,9 +64,20 @@ def put(module: nn.Module, held: Contents) -> None:
         store.update(wanted)  # type: ignore[arg-type]
     module._non_persistent_buffers_set.clear()
     module._non_persistent_buffers_set.update(held.transient)
-    for key in [key for key in module.__dict__ if key not in _PRIVATE and key not in held.attributes]:
-        del module.__dict__[key]
-    module.__dict__.update(held.attributes)
+    assign(module, held.attributes)
+
+
+def assigned(holder: nn.Module | torch.Tensor) -> dict[str, object]:
+    """The attributes of a module or a tensor that are its own, not torch's."""
+    private = _PRIVATE if isinstance(holder, nn.Module) else ()
+    return {key: value for key, value in holder.__dict__.items() if key not in private}
+
+
+def assign(holder: nn.Module | torch.Tensor, wanted: Mapping[str, object]) -> None:
+    """Make these its attributes, and no others."""
+    for key in assigned(holder).keys() - wanted.keys():
+        del holder.__dict__[key]
+    holder.__dict__.update(wanted)
 
 
 class Layer:
@@ -70,94 +85,160 @@ class Layer:
 
     Attributes:
         name: qualified; empty for the model itself.
+        names: all names under which the model has the module.
         module: the module.
         deferred: whether it is processed after all others.
+        acted: keys of attributes that processing has set, changed or removed at any time.
     """
 
-    def __init__(self, name: str, module: nn.Module, *, deferred: bool) -> None:
-        self.name = name
+    def __init__(self, names: Sequence[str], module: nn.Module, *, deferred: bool, twins: Dressing) -> None:
+        """``twins`` is what was made for other layers of the model, by the tensors' ids; it is added to."""
+        self.name = names[0]
+        self.names = tuple(names)
         self.module = module
         self.deferred = deferred
+        self.acted: set[str] = set()
         held = contents(module)
-        self._format = held.replaced({key: _twin(tensor) for key, tensor in held.tensors() if has_bytes(tensor)})
+        self._twins = {key: _twin(tensor, twins) for key, tensor in held.tensors() if has_bytes(tensor)}
+        self._format = held.replaced(self._twins)
 
     def full(self, key: str) -> str:
         """The qualified name of one of its tensors."""
-        return f"{self.name}.{key}" if self.name else key
+        return _joined(self.name, key)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What it holds now, by qualified name."""
-        return {self.full(key): tensor for key, tensor in contents(self.module).tensors()}
+        """What it holds now, by every qualified name."""
+        return {_joined(name, key): one for name in self.names for key, one in contents(self.module).tensors()}
 
     def captured(self) -> dict[str, torch.Tensor]:
-        """The twins of its checkpoint format, by qualified name."""
-        return {self.full(key): twin for key, twin in self._format.tensors() if twin.is_meta}
+        """The twins of its checkpoint format, by every qualified name."""
+        return {_joined(name, key): twin for name in self.names for key, twin in self._twins.items()}
 
-    def open(self, scratch: Callable[[str], torch.Tensor]) -> None:
-        """Put it into checkpoint format. ``scratch(name)`` gives the memory of each tensor, in that format's shape."""
-        made = {key: dressed(scratch(self.full(key)), twin) for key, twin in self._format.tensors() if twin.is_meta}
-        put(self.module, self._format.replaced(made))
+    def open(self, scratch: Callable[[str], torch.Tensor], dressing: Dressing, *, anew: bool = False) -> Contents:
+        """Put it into checkpoint format, as processing saw it the first time. Returns what it holds then.
 
-    def show_twins(self) -> None:
-        """Put it into checkpoint format without memory: for loading code that is traced."""
-        put(self.module, self._format)
+        Attributes that processing never touched stay as they are, unless it is made ``anew``.
 
-    def differs(self, held: Contents) -> bool:
-        """Whether ``held`` is of another format than the checkpoint's: then only twins can be traced."""
-        found = dict(held.tensors())
-        ours = {key: twin for key, twin in self._format.tensors() if twin.is_meta}
-        return any(key not in found or _facts(found[key]) != _facts(twin) for key, twin in ours.items())
+        Args:
+            scratch: gives the memory of each tensor by its qualified name, in that format's shape.
+            dressing: what was made for layers that are open too; it is added to.
+            anew: whether all its attributes become those of before the first load.
+        """
+        made = {key: _dressed(scratch, self.full(key), twin, dressing) for key, twin in self._twins.items()}
+        held = self._format.replaced(made)
+        if not anew:
+            now = {key: one for key, one in assigned(self.module).items() if key not in self.acted | made.keys()}
+            then = {key: one for key, one in held.attributes.items() if key in self.acted | made.keys()}
+            held = held._replace(attributes=now | then)
+        put(self.module, held)
+        return held
+
+    def processed(self, before: Contents, after: Contents) -> None:
+        """Take note of what processing did to its attributes."""
+        keys = before.attributes.keys() | after.attributes.keys()
+        self.acted |= {
+            key for key in keys if before.attributes.get(key, _ABSENT) is not after.attributes.get(key, _ABSENT)
+        }
+
+    def free(self) -> set[str]:
+        """Keys of tensors in attributes that processing never set: others may set them, a cache for instance."""
+        return {key for key, one in assigned(self.module).items() if isinstance(one, torch.Tensor)} - self.acted
+
+    def twin(self, key: str) -> torch.Tensor | None:
+        """The twin of one of its tensors."""
+        return self._twins.get(key)
 
 
-def _facts(tensor: torch.Tensor) -> tuple[object, ...]:
-    if nn.parameter.is_lazy(tensor) or tensor.layout is not torch.strided:
-        return (type(tensor), tensor.dtype)
-    return type(tensor), tensor.dtype, tensor.shape, tensor.stride(), sorted(tensor.__dict__)
+def _joined(name: str, key: str) -> str:
+    return f"{name}.{key}" if name else key
 
 
-def _twin(tensor: torch.Tensor) -> torch.Tensor:
-    bare = torch.empty_strided(tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype, device="meta")
-    return dressed(bare, tensor)
+def _twin(tensor: torch.Tensor, twins: Dressing) -> torch.Tensor:
+    if id(tensor) not in twins:
+        bare = torch.empty_strided(tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype, device="meta")
+        twins[id(tensor)] = dressed(bare, tensor)
+    return twins[id(tensor)]
+
+
+def _dressed(scratch: Callable[[str], torch.Tensor], name: str, twin: torch.Tensor, dressing: Dressing) -> torch.Tensor:
+    if id(twin) not in dressing:
+        dressing[id(twin)] = dressed(scratch(name), twin)
+    return dressing[id(twin)]
 
 
 class Difference(NamedTuple):
-    """What processing made new: values for live tensors, and objects for attributes.
+    """What processing made new: values for live tensors, and attributes of the module and of its live tensors.
 
     Attributes:
         values: pairs of a live tensor's qualified name and its new value.
-        attributes: the layer's own attributes that are no tensors, as they shall be.
+        attributes: pairs of a module or live tensor and all its attributes, as they shall be.
     """
 
     values: list[tuple[str, torch.Tensor]]
-    attributes: dict[str, object]
+    attributes: list[tuple[nn.Module | torch.Tensor, dict[str, object]]]
 
 
-def differences(layer: Layer, live: Contents, made: Contents) -> Difference:
+def differences(
+    layer: Layer, live: Contents, made: Contents, known: Container[str], idle: Container[str]
+) -> Difference:
     """How ``made`` by processing differs from what is live.
+
+    Args:
+        layer: the layer.
+        live: what it holds in kernel format.
+        made: what processing made.
+        known: qualified names of tensors that are live since the first load; others are none of ours.
+        idle: qualified names of tensors that neither the update nor processing touches.
 
     Raises:
         HotweightsError: a live tensor would have to change its shape or dtype, or to come or go.
     """
-    old, new = dict(live.tensors()), dict(made.tensors())
-    problems = [f"{layer.full(key)}: is gone after processing" for key in old.keys() - new.keys()]
-    problems += [
-        f"{layer.full(key)}: was made by processing, but not the first time" for key in new.keys() - old.keys()
-    ]
-    for key in old.keys() & new.keys():
-        if (old[key].dtype, old[key].shape) != (new[key].dtype, new[key].shape):
-            problems.append(
-                f"{layer.full(key)}: {old[key].dtype} {list(old[key].shape)} is live, processing made "
-                f"{new[key].dtype} {list(new[key].shape)}"
-            )
+    ours = {key: one for key, one in live.tensors() if layer.full(key) in known and layer.full(key) not in idle}
+    new = {key: one for key, one in made.tensors() if layer.full(key) not in idle}
+    new = {key: one for key, one in new.items() if key in ours or one is not live.attributes.get(key)}
+    problems = [*_changes(layer, ours, new)]
     if problems:
         raise HotweightsError("; ".join(sorted(problems)))
-    values = [(layer.full(key), tensor) for key, tensor in new.items() if tensor is not old[key]]
-    plain = {key: value for key, value in made.attributes.items() if not isinstance(value, torch.Tensor)}
-    return Difference(values, plain)
+    values = [(layer.full(key), tensor) for key, tensor in new.items() if tensor is not ours[key]]
+    own = {key: one for key, one in live.attributes.items() if key not in layer.acted}
+    acted = {key: one for key, one in made.attributes.items() if key in layer.acted}
+    kept = {key: one for key, one in live.attributes.items() if key in acted and isinstance(one, torch.Tensor)}
+    replaced = {id(one): ours[key] for key, one in new.items()}
+    acted = {key: replaced.get(id(one), one) for key, one in acted.items()}
+    attributes: list[tuple[nn.Module | torch.Tensor, dict[str, object]]] = [(layer.module, own | acted | kept)]
+    for key, tensor in new.items():
+        if changed := _set_on(tensor, layer.twin(key), ours[key]):
+            attributes.append((ours[key], ours[key].__dict__ | changed))
+    return Difference(values, attributes)
 
 
-def layers_of(model: nn.Module, chosen: Callable[[str, nn.Module], bool]) -> Iterator[tuple[str, nn.Module]]:
-    """The modules for which ``chosen`` holds, each once, by their first names."""
-    for name, module in model.named_modules():
-        if chosen(name, module):
-            yield name, module
+def _changes(layer: Layer, old: Mapping[str, torch.Tensor], new: Mapping[str, torch.Tensor]) -> Iterator[str]:
+    yield from (f"{layer.full(key)}: is gone after processing" for key in old.keys() - new.keys())
+    for key, tensor in new.items():
+        if key not in old:
+            yield f"{layer.full(key)}: was made by processing, but not the first time"
+        elif _form(old[key]) != _form(tensor):
+            yield f"{layer.full(key)}: {_form(old[key])} is live, processing made {_form(tensor)}"
+
+
+def _form(tensor: torch.Tensor) -> str:
+    return f"{tensor.dtype}" if nn.parameter.is_lazy(tensor) else f"{tensor.dtype} {list(tensor.shape)}"
+
+
+def _set_on(tensor: torch.Tensor, twin: torch.Tensor | None, live: torch.Tensor) -> dict[str, object]:
+    """Attributes that processing set on a tensor, and that the live one has otherwise."""
+    before = {} if twin is None else twin.__dict__
+    return {
+        key: value
+        for key, value in tensor.__dict__.items()
+        if before.get(key, _ABSENT) is not value and live.__dict__.get(key, _ABSENT) is not value
+    }
+
+
+def layers_of(model: nn.Module, chosen: Callable[[nn.Module], bool]) -> dict[nn.Module, list[str]]:
+    """The modules for which ``chosen`` holds, each with all its names, in the model's order."""
+    found: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if module in found or chosen(module):
+            found.setdefault(module, []).append(name)
+    return found

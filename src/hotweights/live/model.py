@@ -2,70 +2,41 @@
 
 from __future__ import annotations
 
-import enum
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 
 import torch
-import xxhash
 from torch import nn
 
-from ..anchors import anchors
 from ..arguments import check_model
 from ..casts import Cast
 from ..collection import without_collection
 from ..errors import CommitHookError, HotweightsError, UnknownName, UpdateAborted, UsageError
-from ..fit import digests
 from ..manifest import Manifest
 from ..memory import Pool
-from ..modules import dressed, materialise, places, survey
-from ..plan import LoadPlan, Patterns, both, destinations_of, matches
+from ..modules import Place, materialise, places
+from ..plan import Patterns, matches
 from ..progress import progress
 from ..sources import open as open_source
-from ..sources.contracts import Addressed, InMemory, Reading, Source
+from ..sources.contracts import Addressed, Reading, Source
 from ..sources.iterators import IteratorSource
-from ..sources.state import StateSource
-from ..trace import trace
-from . import ways
 from .accounting import OpenLayers
-from .layers import Layer, contents, put
+from .known import Known
+from .plans import Options
+from .processing import Job
 from .report import UpdateReport
-from .serving import Serving
-from .spans import Mirror, Spans, has_bytes
-from .units import Unit, coverage, needs_initial, units_of
-from .update import Job, Update
-from .ways import Atomic, InPlace, Journal, Staged, Way
+from .serving import Serving, Turn
+from .state import Digest, State, digest_of
+from .update import Update, check_version
+from .ways import Atomic, InPlace, Way
+from .work import Work
 
-__all__ = ["Digest", "LiveModel", "State", "process_by_quant_method"]
+__all__ = ["LiveModel", "process_by_quant_method"]
 
 Process = Callable[[nn.Module], object]
 AnySource = str | os.PathLike[str] | Mapping[str, torch.Tensor] | nn.Module | Source
-_PLANS = 4  # kept plans: several manifests take turns, none of them for long
-
-
-class State(enum.Enum):
-    """What a live model is in. Only one update runs at a time."""
-
-    EMPTY = "empty"  # nothing was loaded yet
-    SERVING = "serving"  # all of one version
-    UPDATING = "updating"  # an update runs; version N is what an abort leaves
-    PREPARED = "prepared"  # it can be committed; version N still
-    TORN = "torn"  # tensors of two versions: an update with atomic=False failed
-
-
-@dataclass(frozen=True, slots=True)
-class Digest:
-    """What a model holds.
-
-    Attributes:
-        whole: xxh3 of all tensors, names included.
-        tensors: xxh3 of each parameter and buffer, by name.
-    """
-
-    whole: str
-    tensors: Mapping[str, str]
 
 
 def process_by_quant_method(layer: nn.Module) -> None:
@@ -75,6 +46,10 @@ def process_by_quant_method(layer: nn.Module) -> None:
 
 def _has_quant_method(layer: nn.Module) -> bool:
     return hasattr(getattr(layer, "quant_method", None), "process_weights_after_loading")
+
+
+def _has_tensors(layer: nn.Module) -> bool:
+    return any(one is not None for store in (layer._parameters, layer._buffers) for one in store.values())
 
 
 class LiveModel:
@@ -109,21 +84,20 @@ class LiveModel:
         _check_atomic(atomic)
         self.model = model
         self._process: Process = process or process_by_quant_method
-        self._has_process = process is not None
+        self._is_processed = _has_tensors if process is not None else _has_quant_method
         self._deferred = matches(deferred)
         self._atomic: Atomic = atomic
         self._limit = memory_limit
         self._state = State.EMPTY
+        self._was = State.EMPTY  # before the running update
         self._version: str | int | None = None
         self._commits = 0
         self._hooks: list[Callable[[str | int], object]] = []
         self._serving = Serving()
-        self._update: Update | None = None
-        self._layers: list[Layer] = []
-        self._live: dict[str, torch.Tensor] = {}
-        self._where: dict[str, tuple[object, ...]] = {}
-        self._mirror: Mirror | None = None
+        self._busy = threading.Lock()  # held while an update runs
+        self._work: Work | None = None  # of that update
         self._warned = False
+        self._known: Known | None = None
 
     def __repr__(self) -> str:
         return f"<LiveModel of {type(self.model).__name__}: version {self._version!r}, {self._state.value}>"
@@ -141,7 +115,9 @@ class LiveModel:
     def on_commit(self, hook: Callable[[str | int], object]) -> None:
         """Call ``hook(version)`` after each commit, never after an abort: to drop caches that hold the old weights.
 
-        All hooks run, also when one fails; then ``CommitHookError`` is raised, with the new version in place.
+        Nobody else reads the model until all hooks have run; a hook may. All of them run, also when one fails; then
+        ``CommitHookError`` is raised, with the new version in place. A hook must not wait for a thread that reads the
+        model within ``serving()``.
         """
         self._hooks.append(hook)
 
@@ -160,10 +136,7 @@ class LiveModel:
 
     def digest(self) -> Digest:
         """Digests of all parameters and buffers, as they are now. Reads every byte of the model."""
-        tensors = {name: one for name, one in survey(self.model).tensors.items() if not nn.parameter.is_lazy(one)}
-        found = digests(tensors, tensors)
-        whole = xxhash.xxh3_128("".join(f"{name} {one}\n" for name, one in sorted(found.items())).encode())
-        return Digest(whole.hexdigest(), found)
+        return digest_of(self.model)
 
     # The first load.
 
@@ -190,74 +163,28 @@ class LiveModel:
             PlanError, CheckpointError: as ``hotweights.load``; nothing was changed.
             Exception: what failed while loading. The model is in checkpoint format again, its values are undefined.
         """
-        if self._state is not State.EMPTY:
-            raise UsageError(f"the model holds version {self._version!r}; use update")
-        self._options = {
-            "allow_missing": both(allow_missing, ()),
-            "allow_partial": both(allow_partial, ()),
-            "allow_unexpected": both(allow_unexpected, ()),
-            "cast": cast,
-        }
-        with without_collection(), _opened(source) as found, ExitStack() as stack:
-            where = None if device is None else torch.device(device)
-            plan = trace(self.model, found.manifest, device=where, **self._options)  # type: ignore[arg-type]
-            stack.enter_context(self._real(plan, where))
-            job = self._first_job(plan)
-            self._state = State.UPDATING
-            update = self._update = Update(
-                _Owner(self), job, InPlace(self._live), self._open_layers(), self._serving, first=True
-            )
-            return self._run(update, found, version, reading, threads, pool, show_progress)
+        check_version(version)
+        options = Options(allow_missing, allow_partial, allow_unexpected, cast)
+        where = None if device is None else torch.device(device)
+        with without_collection(), ExitStack() as stack:
+            found = stack.enter_context(_opened(source))
+            with self._reserved():
+                if self._state is not State.EMPTY:
+                    raise UsageError(f"the model holds version {self._version!r}; use update")
+                plan = options.traced(self.model, found.manifest, where)
+                replaced = [] if where is None else materialise(places(self.model), set(plan.targets), where)
+                stack.callback(self._put_back, replaced)
+                self._known = Known(self.model, plan, options, self._is_processed, self._deferred)
+                update = self._started(self._known.first_job(self._process), InPlace(self._known.live))
+            with update:
+                return self._run(update, found, _version_of(found, version), reading, threads, pool, show_progress)
 
-    @contextmanager
-    def _real(self, plan: LoadPlan, device: torch.device | None) -> Iterator[None]:
-        """Meta tensors are made real; they are on meta again if the load fails."""
-        wanted = set(plan.targets)
-        replaced = [] if device is None else materialise(places(self.model), wanted, device)
-        try:
-            yield
-        except BaseException:
+    def _put_back(self, replaced: list[tuple[Place, torch.Tensor]]) -> None:
+        """Tensors that were on meta are so again after a first load that failed."""
+        if self._state is State.EMPTY:
+            self._known = None
             for place, old in replaced:
                 place.put(old)
-            raise
-
-    def _first_job(self, plan: LoadPlan) -> Job:
-        self._layers = [
-            Layer(name, module, deferred=self._deferred(name))
-            for name, module in self.model.named_modules()
-            if self._is_processed(module)
-        ]
-        self._live = self._tensors(plan)
-        self._spans = Spans(self._live)
-        direct, units = units_of(plan, self._layers, self._spans)
-        wanted = {name for unit in (direct, *units) for name in needs_initial(plan, unit, self._live)}
-        self._initial = {name: self._live[name].detach().to("cpu", copy=True) for name in wanted if name in self._spans}
-        self._coverage = coverage(plan)
-        self._plans = [plan]
-        return self._job(plan, direct, units)
-
-    def _job(self, plan: LoadPlan, direct: Unit, units: list[Unit]) -> Job:
-        covers = coverage(plan)
-        names = {name for name in self._live if covers.get(_owner(plan, name), 0) < self._live[name].numel()}
-        return Job(
-            self.model, self._process, plan, direct, units, self._spans, self._initial, self._live, frozenset(names)
-        )
-
-    def _is_processed(self, module: nn.Module) -> bool:
-        if not self._has_process:
-            return _has_quant_method(module)
-        return any(one is not None for store in (module._parameters, module._buffers) for one in store.values())
-
-    def _tensors(self, plan: LoadPlan) -> dict[str, torch.Tensor]:
-        """Every tensor that is kept in place: parameters, buffers, attributes of layers, what only the plan knows."""
-        found = survey(self.model).tensors
-        for layer in self._layers:
-            found |= layer.tensors()
-        unnamed = {name for step in plan.steps for name in destinations_of(step)} - found.keys()
-        if unnamed:
-            reached = anchors(self.model)
-            found |= {name: reached[name] for name in unnamed}
-        return {name: one for name, one in found.items() if not nn.parameter.is_lazy(one)}
 
     # Updates.
 
@@ -291,16 +218,16 @@ class LiveModel:
                 model may be TORN, and says so in ``state``.
             CommitHookError: the new version is live, and a hook failed.
         """
+        check_version(version)
         with without_collection(), ExitStack() as stack:
             try:
                 found = stack.enter_context(_opened(source))
             except HotweightsError as error:
-                raise UpdateAborted(
-                    f"version {self._version!r} is live; the source cannot be opened: {error}"
-                ) from error
-            version = getattr(found, "version", None) if version is None else version
+                raise UpdateAborted(f"{self._left()}; the source cannot be opened: {error}") from error
             update = stack.enter_context(self.begin(found.manifest, atomic=atomic, only=only))
-            return self._run(update, self._apart(found), version, reading, threads, pool, show_progress)
+            assert self._known is not None
+            found = self._known.apart(found)
+            return self._run(update, found, _version_of(found, version), reading, threads, pool, show_progress)
 
     def begin(
         self, manifest: Manifest | None = None, *, atomic: Atomic | None = None, only: Patterns | None = None
@@ -308,7 +235,7 @@ class LiveModel:
         """Begin an update that is fed by hand. Use it in a ``with``: leaving it without a commit aborts.
 
         Args:
-            manifest: what will come; by default what came last time. Everything that does not fit is found here.
+            manifest: what will come; by default what the live version came by. What does not fit is found here.
             atomic: see ``update``.
             only: see ``update``.
 
@@ -317,111 +244,37 @@ class LiveModel:
         """
         atomic = self._atomic if atomic is None else atomic
         _check_atomic(atomic)
-        if self._state is State.EMPTY:
-            raise UsageError("nothing was loaded yet; the first time, use load")
-        if self._update is not None:
-            raise UsageError("another update runs; commit or abort it first")
-        if self._state is State.TORN and only is not None:
-            raise UsageError("the model is torn; only a complete update mends it")
-        try:
-            self._prove()
-            plan = self._plan(self._plans[0].manifest if manifest is None else manifest, only)
-            direct, units = units_of(plan, self._layers, self._spans)
-            job = self._job(plan, direct, self._whole(units, plan, only))
-            way = self._way(atomic, job)
-        except HotweightsError as error:
-            raise UpdateAborted(f"version {self._version!r} is live; nothing was changed: {error}") from error
-        self._was = self._state
-        self._state = State.UPDATING
-        self._update = Update(_Owner(self), job, way, self._open_layers(), self._serving, first=False)
-        return self._update
-
-    def _plan(self, manifest: Manifest, only: Patterns | None) -> LoadPlan:
-        if only is None:
-            for plan in self._plans:
-                if plan.manifest is manifest or list(plan.manifest.values()) == list(manifest.values()):
-                    return plan
-        plan = self._traced(manifest, only)
-        if only is not None:
-            return plan
-        problems = [
-            f"{name}: {plan_covers} of {covers} elements would be written, which the first load wrote"
-            for name, covers in self._coverage.items()
-            if (plan_covers := coverage(plan).get(name, 0)) != covers
-        ]
-        if problems:
-            raise HotweightsError("; ".join(sorted(problems)))
-        self._plans = [plan, *self._plans][:_PLANS]
-        return plan
-
-    def _traced(self, manifest: Manifest, only: Patterns | None) -> LoadPlan:
-        """The plan for another manifest, traced while layers whose live tensors were processed hold their twins."""
-        options = dict(self._options)
-        if only is not None:
-            chosen = matches(only)
-            others = [name for name in self._plans[0].targets if not chosen(name)]
-            options["allow_missing"] = both(options["allow_missing"], others)  # type: ignore[arg-type]
-            options["allow_partial"] = both(options["allow_partial"], others)  # type: ignore[arg-type]
-        with self._serving.writing():
-            before = [(layer.module, contents(layer.module)) for layer in self._layers]
-            held = {layer.module: found for layer, (_, found) in zip(self._layers, before, strict=True)}
+        with self._reserved():
+            if self._state is State.EMPTY:
+                raise UsageError("nothing was loaded yet; the first time, use load")
+            if self._state is State.TORN and only is not None:
+                raise UsageError("the model is torn; only a complete update mends it")
+            assert self._known is not None
             try:
-                for layer in self._layers:
-                    if layer.differs(held[layer.module]):
-                        layer.show_twins()
-                meta = [name for name, one in survey(self.model).tensors.items() if one.is_meta]
-                options["allow_missing"] = both(options["allow_missing"], set(meta) & self._unloaded())  # type: ignore[arg-type]
-                return trace(self.model, manifest, device="cpu", **options)  # type: ignore[arg-type]
-            finally:
-                for module, found in before:
-                    put(module, found)
+                self._known.prove()
+                with self._serving.writing():
+                    found = self._known.plans.find(manifest, only, self._known.live)
+                job = self._known.job(self._process, *found)
+                return self._started(job, self._known.way(atomic, job))
+            except HotweightsError as error:
+                raise UpdateAborted(f"{self._left()}; nothing was changed: {error}") from error
 
-    def _unloaded(self) -> set[str]:
-        return set(self._live) - self._coverage.keys()
+    @contextmanager
+    def _reserved(self) -> Iterator[None]:
+        """Nobody else updates from now on, unless what is inside fails; until then, who commits or aborts lets go."""
+        if not self._busy.acquire(blocking=False):
+            raise UsageError("another update runs; commit or abort it first")
+        try:
+            yield
+        except BaseException:
+            self._busy.release()
+            raise
 
-    def _whole(self, units: list[Unit], plan: LoadPlan, only: Patterns | None) -> list[Unit]:
-        """With ``only``, the units that it concerns; they must be complete."""
-        if only is None:
-            return units
-        concerned = [unit for unit in units if unit.sources]
-        covers = coverage(plan)
-        lacking = [
-            f"{name}: layer {unit.name} is processed as one, so an update of a part must bring this too"
-            for unit in concerned
-            for name in unit.names
-            if covers.get(_owner(plan, name), 0) != self._coverage.get(_owner(plan, name), 0)
-        ]
-        if lacking:
-            raise HotweightsError("; ".join(sorted(lacking)))
-        return concerned
-
-    def _way(self, atomic: Atomic, job: Job) -> Way:
-        if atomic is False:
-            return InPlace(self._live)
-        if self._mirror is None:
-            self._mirror = Mirror(Spans(self._live), ways.host_copy)
-        touched = {name for unit in (job.direct, *job.units) for name in (*unit.names, *unit.touched)}
-        ways.check_room(self._mirror, (name for name in touched if has_bytes(self._live[name])), atomic)
-        # The model's own loading code writes to live tensors by references that nobody can swap.
-        if atomic == "staged" and not job.plan.fallback:
-            return Staged(self._live, self._mirror)
-        return Journal(self._live, self._mirror)
-
-    def _apart(self, source: Source) -> Source:
-        """A source whose tensors share no memory with the model: writing one layer would change what another reads."""
-        if not isinstance(source, InMemory):
-            return source
-        storages = {one.untyped_storage().data_ptr() for one in self._live.values() if has_bytes(one)}
-        borrowed = {name: source.borrow(name) for name in source.manifest}
-        shared = [
-            name for name, one in borrowed.items() if has_bytes(one) and one.untyped_storage().data_ptr() in storages
-        ]
-        if not shared:
-            return source
-        return StateSource({**borrowed, **{name: borrowed[name].clone() for name in shared}})
-
-    def _open_layers(self) -> OpenLayers:
-        return OpenLayers(self._limit, warned=self._warned)
+    def _started(self, job: Job, way: Way) -> Update:
+        self._was, self._state = self._state, State.UPDATING
+        layers = OpenLayers(self._limit, warned=self._warned)
+        self._work = Work(job, way, layers, Turn(self._serving))
+        return Update(_Owner(self), self._work)
 
     def _run(
         self,
@@ -433,102 +286,116 @@ class LiveModel:
         pool: Pool | None,
         show_progress: bool | None,
     ) -> UpdateReport:
+        work = self._work
+        assert work is not None
         with ExitStack() as stack:
             pool = pool or stack.enter_context(Pool())
             nbytes = sum(spec.nbytes for spec in source.manifest.values())
             advance = stack.enter_context(progress("loading", nbytes, show=show_progress))
             roads = {"reading": reading, "threads": threads} if isinstance(source, Addressed) else {}
-            update.run(source, pool=pool, advance=advance, **roads)
-            update.peak_buffer = pool.stats().peak * pool.slot_nbytes
+            with self._failing(work):
+                work.run(source, pool=pool, advance=advance, **roads)
+            work.peak_buffer = pool.stats().peak * pool.slot_nbytes
             return update.commit(version)
 
     # What updates call.
 
     @contextmanager
-    def _failing(self, update: Update) -> Iterator[None]:
+    def _failing(self, work: Work) -> Iterator[None]:
         """Any failure inside aborts the update, and is told as such."""
         try:
             yield
         except BaseException as error:
-            self._abort(update)
-            if update.first or not isinstance(error, Exception):
+            self._abort(work)
+            if work.job.first or not isinstance(error, Exception):
                 raise
-            left = (
-                f"the model is {self._state.value}"
-                if self._state is State.TORN
-                else f"version {self._version!r} is live"
-            )
-            raise UpdateAborted(f"{left}; the update failed: {error}") from error
+            raise UpdateAborted(f"{self._left()}; the update failed: {error}") from error
 
-    def _prepared(self, update: Update) -> None:
-        assert update is self._update
+    def _left(self) -> str:
+        return "the model is torn" if self._state is State.TORN else f"version {self._version!r} is live"
+
+    def _prepare(self, work: Work) -> None:
+        assert self._known is not None
+        with self._failing(work), work.event("prepare", ""):
+            work.finish()
+            self._known.prove()
         self._state = State.PREPARED
 
-    def _prove(self) -> None:
-        """Every live tensor is where it was, as it was: so aliases and ties hold too."""
-        if not self._where:
-            return
-        now = self._tensors(self._plans[0])
-        moved = [
-            f"{name}: is not the tensor that it was; something else replaced or moved it"
-            for name, where in self._where.items()
-            if name not in now or _where(now[name]) != where
-        ]
-        if moved:
-            raise HotweightsError("; ".join(sorted(moved)[:10]))
-
-    @contextmanager
-    def _showing(self, way: Way) -> Iterator[None]:
-        """The model holds what it will hold, for layers that read others while they are processed."""
-        found = [(place, place.tensor) for place in places(self.model)]
+    def _commit(self, work: Work, version: str | int | None) -> UpdateReport:
+        assert self._known is not None
+        work.turn.take()
+        # From here on version M comes, whatever interrupts: not every way has kept what N was.
+        failures: list[BaseException] = []
         try:
-            for place, tensor in found:
-                value = way.value(place.name)
-                if value is not tensor:
-                    place.put(_as(value, tensor))
-            yield
-        finally:
-            for place, tensor in found:
-                place.put(tensor)
-
-    def _commit(self, update: Update, version: str | int | None) -> UpdateReport:
-        with update.committing():
-            update.written = update.way.commit()
+            with work.event("commit", ""):
+                written = self._written(work, failures)
             previous, self._version = self._version, self._commits + 1 if version is None else version
             self._commits += 1
-            self._state = State.SERVING
-            self._update = None
-            if update.first:
-                self._live = self._tensors(self._plans[0])
-                self._where = {name: _where(one) for name, one in self._live.items()}
-        self._warned = update.warned
-        report = update.report(previous, self._version, self._mirror.nbytes if self._mirror is not None else 0)
-        self._call_hooks(report.version)
-        return report
+            self._state, self._work, self._warned = State.SERVING, None, work.warned
+            self._known.committed(work.job)
+            report = work.report(previous, self._version, written, self._known.copy_nbytes)
+            self._serving.let_writer_read()
+            self._call_hooks(self._version, failures)
+            _raise_first(failures)
+            return report
+        finally:
+            failures.clear()  # Their tracebacks hold this frame.
+            self._end(work)
 
-    def _call_hooks(self, version: str | int) -> None:
-        failed: list[tuple[Callable[[str | int], object], Exception]] = []
+    def _written(self, work: Work, failures: list[BaseException]) -> int:
+        try:
+            return work.way.commit()
+        except BaseException as error:
+            if not isinstance(error, Exception):
+                failures.append(error)
+        try:
+            return work.way.commit()  # It copies what lies beside the model: that can be done again.
+        except BaseException:
+            self._state, self._work = State.TORN, None
+            raise
+
+    def _call_hooks(self, version: str | int, failures: list[BaseException]) -> None:
+        problems, first = [], None
         for hook in self._hooks:
             try:
                 hook(version)
-            except Exception as error:
-                failed.append((hook, error))
-        if failed:
-            problems = [f"{getattr(hook, '__qualname__', hook)}: {error!r}" for hook, error in failed]
-            raise CommitHookError(f"version {version!r} is live, and hooks failed", problems) from failed[0][1]
+            except BaseException as error:
+                problems.append(f"{getattr(hook, '__qualname__', hook)}: {error!r}")
+                first = first or error
+                if not isinstance(error, Exception):
+                    failures.append(error)
+        if problems:
+            told = CommitHookError(f"version {version!r} is live, and hooks failed", problems)
+            told.__cause__ = first
+            failures.append(told)
+        del first
 
-    def _abort(self, update: Update) -> None:
-        with update.aborting():
-            update.way.abort()
-            self._update = None
-            self._warned = update.warned
-            if update.first:
-                for layer in self._layers:
-                    layer.open(Mirror(self._spans, ways.host_copy).__getitem__)
+    def _abort(self, work: Work) -> None:
+        if self._work is not work:
+            return
+        self._work, self._warned = None, work.warned
+        torn = type(work.way) is InPlace and work.way.wrote
+        try:
+            _twice(work.way.abort)
+            if work.job.first:
+                assert self._known is not None
+                self._known.reset(work.processing.begun)
+        except BaseException:
+            torn = True
+            raise
+        finally:
+            if work.job.first:
                 self._state = State.EMPTY
             else:
-                torn = update.way.wrote and type(update.way) is InPlace
                 self._state = State.TORN if torn else self._was
+            self._end(work)
+
+    def _end(self, work: Work) -> None:
+        work.forget()
+        self._busy.release()
+
+    def _is_over(self, work: Work) -> bool:
+        return self._work is not work
 
 
 class _Owner:
@@ -536,31 +403,35 @@ class _Owner:
 
     def __init__(self, live: LiveModel) -> None:
         self.failing = live._failing
-        self.prepared = live._prepared
-        self.prove = live._prove
-        self.showing = live._showing
+        self.prepare = live._prepare
         self.commit = live._commit
         self.abort = live._abort
+        self.over = live._is_over
 
 
-def _where(tensor: torch.Tensor) -> tuple[object, ...]:
-    if not has_bytes(tensor):
-        return (id(tensor),)
-    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+def _twice(act: Callable[[], object]) -> None:
+    """An interruption (Ctrl-C, say) does not keep it from being done; it is raised when it is."""
+    try:
+        act()
+    except BaseException:
+        act()
+        raise
 
 
-def _as(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return dressed(value.detach(), like)
-
-
-def _owner(plan: LoadPlan, name: str) -> str:
-    target = plan.targets.get(name)
-    return name if target is None else target.owner
+def _raise_first(failures: list[BaseException]) -> None:
+    """Interruptions come first: nobody may swallow them."""
+    for error in failures:
+        raise error
 
 
 def _check_atomic(atomic: object) -> None:
     if atomic is not False and atomic not in ("staged", "journal"):
         raise UnknownName("atomic", atomic, ("staged", "journal", "False"))
+
+
+def _version_of(source: Source, version: str | int | None) -> str | int | None:
+    found: str | int | None = getattr(source, "version", None) if version is None else version
+    return found
 
 
 @contextmanager

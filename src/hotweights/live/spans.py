@@ -39,6 +39,7 @@ class Spans:
         self.devices: list[torch.device] = []
         """Where each span lies."""
         self._places: dict[str, _Place] = {}
+        self._names: list[list[str]] = []
         for device, start, stop, inside in _merged(tensors):
             for name in inside:
                 box = box_of(tensors[name])
@@ -46,6 +47,7 @@ class Spans:
                 self._places[name] = _Place(len(self.nbytes), Box(box.dtype, box.shape, box.stride, offset))
             self.nbytes.append(stop - start)
             self.devices.append(device)
+            self._names.append(inside)
 
     def __contains__(self, name: str) -> bool:
         return name in self._places
@@ -60,10 +62,11 @@ class Spans:
 
     def together(self) -> Iterator[list[str]]:
         """The names of each span."""
-        found: dict[int, list[str]] = {}
-        for name, place in self._places.items():
-            found.setdefault(place.span, []).append(name)
-        yield from found.values()
+        yield from self._names
+
+    def inside(self, span: int) -> list[str]:
+        """Names of all that lies in a span; of tied tensors one."""
+        return list({self._places[name].box: name for name in self._names[span]}.values())
 
 
 def _merged(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[torch.device, int, int, list[str]]]:
@@ -97,7 +100,7 @@ class Mirror:
 
     def __init__(self, spans: Spans, make: Callable[[int, torch.device], torch.Tensor]) -> None:
         """``make(nbytes, device)`` gives memory, ``uint8 [nbytes]``, for a tensor on that device."""
-        self._spans = spans
+        self.spans = spans
         self._make = make
         self._memory: dict[int, torch.Tensor] = {}
 
@@ -108,11 +111,11 @@ class Mirror:
 
     def lacking(self, names: Iterable[str]) -> int:
         """Bytes that would have to be taken for these tensors."""
-        return sum(self._spans.nbytes[span] for span in {self._spans.of(name) for name in names} - self._memory.keys())
+        return sum(self.spans.nbytes[span] for span in {self.spans.of(name) for name in names} - self._memory.keys())
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        span = self._spans.of(name)
+        span = self.spans.of(name)
         memory = self._memory.get(span)
         if memory is None:
-            memory = self._memory[span] = self._make(self._spans.nbytes[span], self._spans.devices[span])
-        return view(memory, self._spans.box(name))
+            memory = self._memory[span] = self._make(self.spans.nbytes[span], self.spans.devices[span])
+        return view(memory, self.spans.box(name))

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
-import torch
-
-from ..plan import Copy, LoadPlan, Program, Step
+from ..plan import Copy, LoadPlan, Program, Step, sources_of
 from ..regions import Box, covered
 from ..steps import OVERWRITES
-from .accounting import is_device
+from . import accounting
 from .layers import Layer
 from .spans import Spans
 
-__all__ = ["Unit", "coverage", "needs_initial", "units_of"]
+__all__ = ["Coverage", "Unit", "coverage", "elements", "needs_initial", "parts_of", "units_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,11 +21,15 @@ class Unit:
 
     Attributes:
         name: of its first layer, for people.
-        layers: in the order in which they are processed; none in the unit of all that is written where it lies.
-        names: the tensors for which it takes scratch: its layers', and what shares memory or a program with them.
+        layers: in the order in which they are processed.
+        names: the tensors for which it takes scratch: its layers', and what shares memory or a program with them; none
+            in a unit of what is written where it lies.
         loose: those of ``names`` that belong to no layer of it; they are copied as they are.
+        still: those of ``names`` whose memory no step writes.
         plan: the steps that fill it.
         touched: every tensor of the model that the steps name.
+        sources: every tensor of the source that they take.
+        direct: whether it is written where it lies.
         deferred: whether it comes after all others.
     """
 
@@ -35,34 +37,25 @@ class Unit:
     layers: tuple[Layer, ...]
     names: tuple[str, ...]
     loose: tuple[str, ...]
+    still: frozenset[str]
     plan: LoadPlan
     touched: frozenset[str]
-    deferred: bool = False
-    sources: frozenset[str] = field(default_factory=frozenset)
+    sources: frozenset[str]
+    direct: bool
+    deferred: bool
 
     def device_nbytes(self, spans: Spans) -> int:
         """Bytes of scratch that it takes on devices."""
-        numbers = {spans.of(name) for name in self.names if name in spans}
-        return sum(spans.nbytes[one] for one in numbers if is_device(spans.devices[one]))
+        numbers = {spans.of(name) for name in self.names}
+        return sum(spans.nbytes[one] for one in numbers if accounting.is_device(spans.devices[one]))
 
 
 def units_of(plan: LoadPlan, layers: Sequence[Layer], spans: Spans) -> tuple[Unit, list[Unit]]:
     """What is written where it lies, as one unit without layers; and the others, in the order of their layers."""
-    together = _Together()
-    own: dict[str, Layer] = {}
+    together = _joined(plan, layers, spans)
+    scratched: dict[str, list[Layer]] = {}
     for layer in layers:
-        captured = list(layer.captured())
-        own |= dict.fromkeys(captured, layer)
-        together.join([f"\0{layer.name}", *captured])
-    for group in spans.together():
-        together.join(group)
-    for step in plan.steps:
-        together.join(_named(step))
-    if plan.fallback:  # The model's own code may write to all of them.
-        together.join(f"\0{layer.name}" for layer in layers)
-    scratched: dict[str, list[Layer]] = {together.of(f"\0{layer.name}"): [] for layer in layers}
-    for layer in layers:
-        scratched[together.of(f"\0{layer.name}")].append(layer)
+        scratched.setdefault(together.of(f"\0{layer.name}"), []).append(layer)
     for step in plan.steps:  # On a device, programs run where they ran at first, to the last bit.
         if isinstance(step, Program) and any(name in spans and _on_device(spans, name) for name in _named(step)):
             scratched.setdefault(together.of(_named(step)[0]), [])
@@ -72,38 +65,54 @@ def units_of(plan: LoadPlan, layers: Sequence[Layer], spans: Spans) -> tuple[Uni
         steps.setdefault(root if root in scratched else "", []).append(number)
     names: dict[str, list[str]] = {}
     for group in spans.together():
-        for name in group:
-            names.setdefault(together.of(name), []).append(name)
-    direct = _unit("", (), (), (), plan, steps.get("", ()))
-    return direct, [
-        _unit(
-            found[0].name if found else names[root][0],
-            tuple(found),
-            tuple(names.get(root, ())),
-            tuple(name for name in names.get(root, ()) if name not in own),
-            plan,
-            steps.get(root, ()),
-        )
-        for root, found in scratched.items()
-    ]
+        names.setdefault(together.of(group[0]), []).extend(group)
+    units = [_unit(plan, steps.get(root, ()), found, names.get(root, ()), spans) for root, found in scratched.items()]
+    return _unit(plan, steps.get("", ()), (), (), spans), units
+
+
+def _joined(plan: LoadPlan, layers: Sequence[Layer], spans: Spans) -> _Together:
+    together = _Together()
+    for layer in layers:
+        together.join([f"\0{layer.name}", *layer.captured()])
+    for group in spans.together():
+        together.join(group)
+    for step in plan.steps:
+        together.join(_named(step))
+    if plan.fallback:  # The model's own code may write to all of them.
+        together.join(f"\0{layer.name}" for layer in layers)
+    return together
+
+
+def parts_of(unit: Unit, spans: Spans) -> Iterator[Unit]:
+    """A unit without layers as several: all plain copies, and each group of steps that must wait for one another."""
+    plan = unit.plan
+    together = _Together()
+    waiting: set[str] = set()
+    for group in spans.together():
+        together.join(group)
+    for step in plan.steps:
+        together.join(_named(step))
+    for step in plan.steps:
+        waiting |= {together.of(name) for name in _named(step)} if isinstance(step, Program) else set()
+    waiting |= {together.of(one.destination) for pair in plan.ties for one in pair}
+    steps: dict[str, list[int]] = {}
+    for number, step in enumerate(plan.steps):
+        root = together.of(_named(step)[0]) if _named(step) else ""
+        steps.setdefault(root if root in waiting else "", []).append(number)
+    yield from (_unit(plan, numbers, (), (), spans) for numbers in steps.values())
 
 
 def _on_device(spans: Spans, name: str) -> bool:
     return spans.devices[spans.of(name)].type != "cpu"
 
 
-def _unit(
-    name: str,
-    layers: tuple[Layer, ...],
-    names: tuple[str, ...],
-    loose: tuple[str, ...],
-    plan: LoadPlan,
-    numbers: Iterable[int],
-) -> Unit:
+def _unit(plan: LoadPlan, numbers: Iterable[int], layers: Sequence[Layer], names: Sequence[str], spans: Spans) -> Unit:
     numbers = list(numbers)
     steps = tuple(plan.steps[number] for number in numbers)
-    written = {name for step in steps for name in _named(step)}
-    ties = tuple(pair for pair in plan.ties if pair[0].destination in written)
+    touched = {name for step in steps for name in _named(step)}
+    written = {spans.of(name) for step in steps for name, _ in _writes(step) if name in spans}
+    own = {name for layer in layers for name in layer.captured()}
+    ties = tuple(pair for pair in plan.ties if pair[0].destination in touched)
     part = replace(
         plan,
         steps=steps,
@@ -111,9 +120,21 @@ def _unit(
         ties=ties,
         fallback=(),
     )
-    sources = {name for step in (*steps, *(one for pair in ties for one in pair)) for name in _sources(step)}
-    deferred = any(layer.deferred for layer in layers)
-    return Unit(name, layers, names, loose, part, frozenset(written), deferred, frozenset(sources))
+    first = layers[0].name or type(layers[0].module).__name__ if layers else "".join(names[:1])
+    return Unit(
+        name=first,
+        layers=tuple(layers),
+        names=tuple(names),
+        loose=tuple(name for name in names if name not in own),
+        still=frozenset(name for name in names if spans.of(name) not in written),
+        plan=part,
+        touched=frozenset(touched),
+        sources=frozenset(
+            name for step in (*steps, *(one for pair in ties for one in pair)) for name in sources_of(step)
+        ),
+        direct=not layers and not names,
+        deferred=any(layer.deferred for layer in layers),
+    )
 
 
 class _Together:
@@ -136,10 +157,6 @@ class _Together:
             self._above[root] = first
 
 
-def _sources(step: Step) -> tuple[str, ...]:
-    return (step.source,) if isinstance(step, Copy) else step.sources
-
-
 def _named(step: Step) -> list[str]:
     """The model's tensors that a step writes or reads, those that it writes first."""
     if isinstance(step, Copy):
@@ -155,55 +172,52 @@ def _writes(step: Step) -> Iterator[tuple[str, Box | None]]:
         yield from ((region.memory.name, region.box) for region in step.writes)
 
 
-def coverage(plan: LoadPlan) -> dict[str, int]:
-    """How many elements of each of the model's tensors the plan writes, by its first name."""
-    boxes: dict[str, list[Box]] = {}
-    whole: dict[str, int] = {}
+Coverage = Mapping[str, list[Box]]
+"""Which boxes of each of the model's tensors a plan writes, by the tensor's first name."""
+
+
+def coverage(plan: LoadPlan) -> dict[str, list[Box]]:
+    """What the plan writes."""
+    found: dict[str, dict[Box, None]] = {}
     for step in plan.steps:
         for name, box in _writes(step):
             target = plan.targets.get(name)
-            owner = name if target is None else target.owner
-            if target is not None and (box is None or box == target.box):
-                whole[owner] = target.box.numel
-            elif box is not None:
-                boxes.setdefault(owner, []).append(box)
-    for owner, several in boxes.items():
-        if owner not in whole and owner in plan.targets:
-            whole[owner] = covered(several, plan.targets[owner].box)
-    return whole
+            if target is not None:
+                found.setdefault(target.owner, {})[target.box if box is None else box] = None
+    return {owner: list(boxes) for owner, boxes in found.items()}
 
 
-def needs_initial(plan: LoadPlan, unit: Unit, tensors: Mapping[str, torch.Tensor]) -> set[str]:
+def elements(covers: Coverage, plan: LoadPlan, name: str) -> int:
+    """How many elements of one of the model's tensors are written."""
+    target = plan.targets.get(name)
+    return 0 if target is None else covered(covers.get(target.owner, ()), plan.targets[target.owner].box)
+
+
+def needs_initial(plan: LoadPlan, unit: Unit, covers: Coverage, spans: Spans) -> set[str]:
     """Tensors whose values from before the first load have a say in what the unit becomes.
 
     Those of its layers that the plan does not write, or not all of, and those that a step reads before it writes them.
     """
-    full = coverage(plan)
-    found = set()
-    for name in unit.names:
-        target = plan.targets.get(name)
-        owner = name if target is None else target.owner
-        if name in tensors and full.get(owner, 0) < tensors[name].numel():
-            found.add(name)
+    found = {name for name in unit.names if elements(covers, plan, name) < spans.box(name).numel}
     written: dict[str, list[Box]] = {}
     for step in unit.plan.steps:
         if isinstance(step, Program):
             found |= _read_too_early(step, written)
         for name, box in _writes(step):
-            if name in tensors:
+            if name in plan.targets:
                 written.setdefault(name, []).append(plan.targets[name].box if box is None else box)
-    return {name for name in found if name in tensors and (name in unit.names or name in written)}
+    return {name for name in found if name in spans}
 
 
 def _read_too_early(step: Program, written: dict[str, list[Box]]) -> set[str]:
     found = set()
-    here = {name: list(boxes) for name, boxes in written.items()}
+    here = {name: list(written.get(name, ())) for name in _named(step)}
     for op in step.ops:
         overwritten = op.writes[:1] if op.func in OVERWRITES else ()
         for region in op.reads:
             if region.memory.kind == "model" and region not in overwritten:
                 name = region.memory.name
-                if covered(here.get(name, []), region.box) < region.box.numel:
+                if region.box.numel and covered(here.get(name, []), region.box) < region.box.numel:
                     found.add(name)
         for region in op.writes:
             here.setdefault(region.memory.name, []).append(region.box)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Literal, Protocol
 
 import torch
@@ -11,18 +12,33 @@ from torch import nn
 from ..devices import pinned_empty
 from ..errors import HotweightsError
 from ..memory import host_empty
+from ..modules import dressed
 from ..report import size
-from .layers import Contents, contents, put
+from .layers import assign, assigned, contents, put
 from .spans import Mirror, has_bytes
 
-__all__ = ["Atomic", "InPlace", "Journal", "Staged", "Way", "check_room", "host_available", "host_copy"]
+__all__ = [
+    "Atomic",
+    "InPlace",
+    "Journal",
+    "Staged",
+    "Way",
+    "check_room",
+    "copy_bytes",
+    "host_available",
+    "host_copy",
+    "scratch",
+]
 
 Atomic = Literal["staged", "journal", False]
 """How an update is all or nothing: collected beside the live version; written in place, the old bytes kept; not."""
 
 
+Holder = nn.Module | torch.Tensor
+
+
 class Way(Protocol):
-    """Where an update's bytes go. ``commit`` and ``abort`` cannot fail but for what the machine does."""
+    """Where an update's bytes go. ``commit`` and ``abort`` may be called again when they were interrupted."""
 
     name: Atomic
     wrote: bool
@@ -36,11 +52,11 @@ class Way(Protocol):
     def deliver(self, name: str, value: torch.Tensor) -> None:
         """The new value of a live tensor; it is not kept."""
 
-    def attribute(self, module: nn.Module, held: Contents) -> None:
-        """What a module shall hold beside its tensors."""
+    def attribute(self, holder: Holder, wanted: Mapping[str, object]) -> None:
+        """What attributes a module or a live tensor shall have."""
 
-    def value(self, name: str) -> torch.Tensor:
-        """The tensor as it will be: what was delivered, or else what is live."""
+    def showing(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Inside, the model is what it will be: what was delivered, or else what is live."""
 
     def commit(self) -> int:
         """Make it version M; returns the bytes that were written by this call."""
@@ -68,22 +84,20 @@ class InPlace:
 
     def deliver(self, name: str, value: torch.Tensor) -> None:
         """Copy into the live tensor."""
-        live = self._live[name]
-        if live.numel() == 0:
-            return
-        if not has_bytes(live):
-            raise HotweightsError(f"{name}: is a {type(live).__name__}, which cannot be written in place")
-        self._keep([name])
-        self.wrote = True
-        _copy(live, value)
+        if _takes_bytes(name, self._live[name]):
+            self._keep([name])
+            self.wrote = True
+            copy_bytes(self._live[name], value)
 
-    def attribute(self, module: nn.Module, held: Contents) -> None:
+    def attribute(self, holder: Holder, wanted: Mapping[str, object]) -> None:
         """Put it in place."""
-        put(module, held)
+        self.wrote = True
+        assign(holder, wanted)
 
-    def value(self, name: str) -> torch.Tensor:
-        """The live tensor."""
-        return self._live[name]
+    @contextmanager
+    def showing(self, model: nn.Module) -> Iterator[None]:
+        """It is so already."""
+        yield
 
     def commit(self) -> int:
         """Nothing is left to do."""
@@ -104,28 +118,30 @@ class Journal(InPlace):
     def __init__(self, live: Mapping[str, torch.Tensor], mirror: Mirror) -> None:
         super().__init__(live)
         self._mirror = mirror
-        self._saved: dict[str, None] = {}
-        self._held: list[tuple[nn.Module, Contents]] = []
+        self._saved: set[int] = set()  # spans
+        self._held: list[tuple[Holder, dict[str, object]]] = []
 
-    def attribute(self, module: nn.Module, held: Contents) -> None:
+    def attribute(self, holder: Holder, wanted: Mapping[str, object]) -> None:
         """Put it in place, and remember what was there."""
-        self._held.append((module, contents(module)))
-        put(module, held)
+        self._held.append((holder, assigned(holder)))
+        super().attribute(holder, wanted)
 
     def abort(self) -> None:
         """Put everything back, the last first."""
-        for module, held in reversed(self._held):
-            put(module, held)
-        for name in reversed(self._saved):
-            _copy(self._live[name], self._mirror[name])
-        self._saved.clear()
-        self._held.clear()
+        for holder, held in reversed(self._held):
+            assign(holder, held)
+        for span in self._saved:
+            for name in self._mirror.spans.inside(span):
+                copy_bytes(self._live[name], self._mirror[name])
 
     def _keep(self, names: Iterable[str]) -> None:
-        for name in names:
-            if name not in self._saved and has_bytes(self._live[name]):
-                _copy(self._mirror[name], self._live[name])
-                self._saved[name] = None
+        spans = self._mirror.spans
+        for span in dict.fromkeys(spans.of(name) for name in names if name in spans):
+            # All that overlaps at once: saved one by one, the second would be saved when the first was written over.
+            if span not in self._saved:
+                for name in spans.inside(span):
+                    copy_bytes(self._mirror[name], self._live[name])
+                self._saved.add(span)
 
 
 class Staged:
@@ -139,52 +155,69 @@ class Staged:
         self._live = live
         self._mirror = mirror
         self._staged: dict[str, None] = {}
-        self._held: list[tuple[nn.Module, Contents]] = []
+        self._held: list[tuple[Holder, dict[str, object]]] = []
 
     def direct(self, names: Iterable[str], partial: Iterable[str]) -> Mapping[str, torch.Tensor]:
         """Memory beside the live tensors, with their bytes where not all will be written."""
-        names = [name for name in names if has_bytes(self._live[name])]
+        names = [name for name in names if name in self._mirror.spans]
         for name in set(partial).intersection(names):
-            _copy(self._mirror[name], self._live[name])
+            copy_bytes(self._mirror[name], self._live[name])
         self._staged.update(dict.fromkeys(names))
         return {name: self._mirror[name] for name in names}
 
     def deliver(self, name: str, value: torch.Tensor) -> None:
         """Collect it."""
-        live = self._live[name]
-        if live.numel() == 0:
-            return
-        if not has_bytes(live):
-            raise HotweightsError(f"{name}: is a {type(live).__name__}, which cannot be written in place")
-        _copy(self._mirror[name], value)
-        self._staged[name] = None
+        if _takes_bytes(name, self._live[name]):
+            copy_bytes(self._mirror[name], value)
+            self._staged[name] = None
 
-    def attribute(self, module: nn.Module, held: Contents) -> None:
+    def attribute(self, holder: Holder, wanted: Mapping[str, object]) -> None:
         """Remember it."""
-        self._held.append((module, held))
+        self._held.append((holder, dict(wanted)))
 
-    def value(self, name: str) -> torch.Tensor:
-        """What was collected, on the live tensor's device."""
-        return self._mirror[name].to(self._live[name].device) if name in self._staged else self._live[name]
+    @contextmanager
+    def showing(self, model: nn.Module) -> Iterator[None]:
+        """Put what was collected into the model's places, and take it out again."""
+        shown = {id(self._live[name]): self._value(name) for name in self._staged}
+        before = [(module, contents(module)) for module in model.modules()]
+        wanted = {id(holder): attributes for holder, attributes in self._held}
+        try:
+            for module, held in before:
+                held = held._replace(attributes=wanted.get(id(module), held.attributes))
+                put(module, held.replaced({key: shown.get(id(one), one) for key, one in held.tensors()}))
+            yield
+        finally:
+            for module, held in before:
+                put(module, held)
+
+    def _value(self, name: str) -> torch.Tensor:
+        live = self._live[name]
+        return dressed(self._mirror[name].to(live.device), live)
 
     def commit(self) -> int:
         """Copy everything into place."""
         nbytes = 0
         for name in self._staged:
-            _copy(self._live[name], self._mirror[name])
+            copy_bytes(self._live[name], self._mirror[name])
             nbytes += self._live[name].nbytes
-        for module, held in self._held:
-            put(module, held)
-        self.abort()
+        for holder, wanted in self._held:
+            assign(holder, wanted)
         return nbytes
 
     def abort(self) -> None:
-        """Forget it."""
-        self._staged.clear()
-        self._held.clear()
+        """Nothing was written."""
 
 
-def _copy(target: torch.Tensor, value: torch.Tensor) -> None:
+def _takes_bytes(name: str, live: torch.Tensor) -> bool:
+    if nn.parameter.is_lazy(live) or live.numel() == 0:
+        return False
+    if not has_bytes(live):
+        raise HotweightsError(f"{name}: is a {type(live).__name__}, which cannot be written in place")
+    return True
+
+
+def copy_bytes(target: torch.Tensor, value: torch.Tensor) -> None:
+    """Copy into ``target`` unseen by autograd; also into tensors that were made under inference mode."""
     with torch.inference_mode() if target.is_inference() else torch.no_grad():
         target.detach().copy_(value.detach())
 
@@ -215,3 +248,12 @@ def check_room(mirror: Mirror, names: Iterable[str], atomic: Atomic) -> None:
 def host_copy(nbytes: int, device: torch.device) -> torch.Tensor:
     """Memory on the host for what lies on ``device``; pinned where that is an accelerator."""
     return host_empty((nbytes,), torch.uint8) if device.type == "cpu" else pinned_empty(nbytes)
+
+
+def scratch(nbytes: int, device: torch.device) -> torch.Tensor:
+    """Memory for open layers, on the device on which they are live."""
+    return (
+        host_empty((nbytes,), torch.uint8)
+        if device.type == "cpu"
+        else torch.empty(nbytes, dtype=torch.uint8, device=device)
+    )

@@ -1,0 +1,178 @@
+"""Known: what the first load of a live model finds out, and every update needs. It runs no update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from ..anchors import anchors
+from ..errors import HotweightsError
+from ..modules import dressed, places, survey
+from ..plan import LoadPlan, destinations_of
+from ..sources.contracts import InMemory, Source
+from ..sources.state import StateSource
+from . import ways
+from .layers import Dressing, Layer, layers_of
+from .plans import Options, Plans
+from .processing import Job
+from .spans import Mirror, Spans, has_bytes
+from .units import Unit, coverage, elements, units_of
+from .ways import Atomic, InPlace, Journal, Staged, Way
+
+__all__ = ["Known"]
+
+
+class Known:
+    """A model as it was in checkpoint format, and as it is live.
+
+    Attributes:
+        plans: how it is loaded.
+        live: every tensor that is kept in place, by name; those of checkpoint format until the first load commits.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: LoadPlan,
+        options: Options,
+        is_processed: Callable[[nn.Module], bool],
+        is_deferred: Callable[[str], bool],
+    ) -> None:
+        """Look at a model in checkpoint format."""
+        self._model = model
+        twins: Dressing = {}
+        self._layers = [
+            Layer(names, module, deferred=any(map(is_deferred, names)), twins=twins)
+            for module, names in layers_of(model, is_processed).items()
+        ]
+        self.live = self._tensors(plan)
+        self._spans = Spans(self.live)
+        self.plans = Plans(model, plan, options, self._layers, self._spans)
+        self._initial = {name: self.live[name].detach().to("cpu", copy=True) for name in self.plans.initial()}
+        self._acted: set[str] = set()
+        self._where: dict[str, tuple[object, ...]] = {}
+        self._mirror: Mirror | None = None
+
+    @property
+    def copy_nbytes(self) -> int:
+        """Bytes of the copy of the model that is kept on the host."""
+        return 0 if self._mirror is None else self._mirror.nbytes
+
+    def first_job(self, process: Callable[[nn.Module], object]) -> Job:
+        """The work of the first load."""
+        plan = self.plans.first
+        return self._job(process, plan, *units_of(plan, self._layers, self._spans), first=True)
+
+    def job(self, process: Callable[[nn.Module], object], plan: LoadPlan, direct: Unit, units: list[Unit]) -> Job:
+        """The work of an update."""
+        return self._job(process, plan, direct, units, first=False)
+
+    def _job(
+        self, process: Callable[[nn.Module], object], plan: LoadPlan, direct: Unit, units: list[Unit], *, first: bool
+    ) -> Job:
+        covers = coverage(plan)
+        partial = {name for name in direct.touched if elements(covers, plan, name) < self.live[name].numel()}
+        return Job(
+            model=self._model,
+            process=process,
+            plan=plan,
+            direct=direct,
+            units=units,
+            spans=self._spans,
+            initial=self._initial,
+            live=self.live,
+            partial=frozenset(partial),
+            acted=self._acted,
+            first=first,
+        )
+
+    def _tensors(self, plan: LoadPlan) -> dict[str, torch.Tensor]:
+        """Every tensor that is kept in place: parameters, buffers, attributes of layers, what only the plan knows."""
+        found = survey(self._model).tensors
+        for layer in self._layers:
+            found |= layer.tensors()
+        unnamed = {name for step in plan.steps for name in destinations_of(step)} - found.keys()
+        if unnamed:
+            reached = anchors(self._model)
+            found |= {name: reached[name] for name in unnamed if name in reached}
+        return {name: one for name, one in found.items() if not nn.parameter.is_lazy(one)}
+
+    def committed(self, job: Job) -> None:
+        """A version came by this job. After the first, all is kept where it is."""
+        self.plans.committed(job.plan)
+        if job.first:
+            self.live = self._tensors(self.plans.first)
+            free = {layer.full(key) for layer in self._layers for key in layer.free()} - self._acted
+            written = {name for step in self.plans.first.steps for name in destinations_of(step)}
+            self._where = {name: _where(one) for name, one in self.live.items() if name not in free - written}
+
+    def prove(self) -> None:
+        """Every live tensor is where it was, as it was: so aliases and ties hold too.
+
+        Raises:
+            HotweightsError: with the names of those that are not.
+        """
+        now = self._tensors(self.plans.first) if self._where else {}
+        moved = sorted(name for name, where in self._where.items() if name not in now or _where(now[name]) != where)
+        if moved:
+            more = f" and {len(moved) - 10} more" if len(moved) > 10 else ""
+            raise HotweightsError(
+                f"these are not the tensors that they were; something else replaced or moved them: "
+                f"{', '.join(moved[:10])}{more}"
+            )
+
+    def way(self, atomic: Atomic, job: Job) -> Way:
+        """Where the bytes of an update go.
+
+        Raises:
+            HotweightsError: the host cannot hold the copy of the model.
+        """
+        if atomic is False:
+            return InPlace(self.live)
+        if self._mirror is None:
+            self._mirror = Mirror(Spans(self.live), ways.host_copy)
+        touched = {name for unit in (job.direct, *job.units) for name in (*unit.names, *unit.touched)}
+        ways.check_room(self._mirror, touched, atomic)
+        # The model's own loading code writes to live tensors by references that nobody can swap.
+        if atomic == "staged" and not job.plan.fallback:
+            return Staged(self.live, self._mirror)
+        return Journal(self.live, self._mirror)
+
+    def apart(self, source: Source) -> Source:
+        """A source whose tensors share no memory with the model: writing one layer would change what another reads."""
+        if not isinstance(source, InMemory):
+            return source
+        borrowed = {name: source.borrow(name) for name in source.manifest}
+        both = {f"model {name}": one for name, one in self.live.items()}
+        both |= {f"source {name}": one for name, one in borrowed.items()}
+        groups = (group for group in Spans(both).together() if any(name.startswith("model ") for name in group))
+        shared = {name.removeprefix("source ") for group in groups for name in group if name.startswith("source ")}
+        if not shared:
+            return source
+        return StateSource({name: one.clone() if name in shared else one for name, one in borrowed.items()})
+
+    def reset(self, begun: Sequence[Unit]) -> None:
+        """After a first load that failed: checkpoint format again, and of what no load writes the old values.
+
+        Layers that were processed get new memory.
+        """
+        renewed = {name for unit in begun for name in unit.names}
+        loose = {name for unit in begun for name in unit.loose}
+        memory = Mirror(self._spans, ways.scratch)
+        for name, value in self._initial.items():
+            ways.copy_bytes(memory[name] if name in renewed else self.live[name], value)
+        for place in list(places(self._model)):
+            if place.name in loose:
+                place.put(dressed(memory[place.name], place.tensor))
+        dressing: Dressing = {}
+        for unit in begun:
+            for layer in unit.layers:
+                layer.open(memory.__getitem__, dressing, anew=True)
+
+
+def _where(tensor: torch.Tensor) -> tuple[object, ...]:
+    if not has_bytes(tensor):
+        return (id(tensor),)
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()

@@ -1,0 +1,245 @@
+"""Plans: how one live model is loaded, by manifest; traced anew for another one. It reads and writes no bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..anchors import anchors
+from ..casts import Cast
+from ..errors import HotweightsError
+from ..fit import digests
+from ..manifest import Manifest
+from ..modules import dressed, places, survey
+from ..plan import Fate, LoadPlan, Patterns, both, destinations_of, matches, sources_of
+from ..regions import covered
+from ..trace import trace
+from .layers import Dressing, Layer, contents, put
+from .spans import Mirror, Spans, has_bytes
+from .units import Coverage, Unit, coverage, elements, needs_initial, units_of
+
+__all__ = ["Options", "Plans"]
+
+_KEPT = 4  # several manifests take turns, none of them for long
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is allowed to every load of one model, see ``hotweights.load``."""
+
+    allow_missing: Patterns = ()
+    allow_partial: Patterns = ()
+    allow_unexpected: Patterns = ()
+    cast: Cast | None = None
+
+    def traced(self, model: nn.Module, manifest: Manifest, device: torch.device | None, may: Patterns = ()) -> LoadPlan:
+        """The plan; ``may`` names what may be missing or partial besides."""
+        return trace(
+            model,
+            manifest,
+            device=device,
+            allow_missing=both(self.allow_missing, may),
+            allow_partial=both(self.allow_partial, may),
+            allow_unexpected=self.allow_unexpected,
+            cast=self.cast,
+        )
+
+
+class Plans:
+    """The plan of the first load, and those made since.
+
+    Attributes:
+        first: that of the first load; every update covers exactly what it covers.
+        covers: what that is.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        first: LoadPlan,
+        options: Options,
+        layers: Sequence[Layer],
+        spans: Spans,
+    ) -> None:
+        self.first = first
+        self.covers = coverage(first)
+        self._model = model
+        self._options = options
+        self._layers = layers
+        self._spans = spans
+        self._kept = [first]
+
+    @property
+    def last(self) -> LoadPlan:
+        """The one by which the last version came."""
+        return self._kept[0]
+
+    def initial(self) -> set[str]:
+        """Names of the tensors whose values from before the first load every update needs."""
+        direct, units = units_of(self.first, self._layers, self._spans)
+        return self._initial(self.first, direct, units)
+
+    def committed(self, plan: LoadPlan) -> None:
+        """A version came by this plan; the next comes by the same unless it is told otherwise."""
+        if any(one is plan for one in self._kept):
+            self._kept = [plan, *(one for one in self._kept if one is not plan)]
+
+    def find(
+        self, manifest: Manifest | None, only: Patterns | None, live: Mapping[str, torch.Tensor]
+    ) -> tuple[LoadPlan, Unit, list[Unit]]:
+        """The plan for a manifest, by default that of the last version, and its units. Nobody reads meanwhile.
+
+        Raises:
+            HotweightsError: with everything that does not fit.
+        """
+        plan = self._whole(self.last.manifest if manifest is None else manifest, only, live)
+        if only is None:
+            return plan, *units_of(plan, self._layers, self._spans)
+        plan = _restricted(plan, only)
+        if manifest is None:
+            used = {name for step in plan.steps for name in sources_of(step)}
+            plan = replace(plan, manifest=Manifest(spec for spec in plan.manifest.values() if spec.name in used))
+        direct, units = units_of(plan, self._layers, self._spans)
+        return plan, direct, self._concerned(units, plan, only)
+
+    def _whole(self, manifest: Manifest, only: Patterns | None, live: Mapping[str, torch.Tensor]) -> LoadPlan:
+        for plan in self._kept:
+            same = plan.manifest is manifest or list(plan.manifest.values()) == list(manifest.values())
+            if same and (not plan.state_read or digests(anchors(self._model), plan.state_read) == plan.digests):
+                return plan
+        may: list[str] = []
+        if only is not None:
+            chosen = _chosen(self.first, only)
+            may = [name for name in self.first.targets if not chosen(name)]
+        with self._in_checkpoint_format(live):
+            meta = {name for name, one in survey(self._model).tensors.items() if one.is_meta}
+            unloaded = meta - {name for name in self.first.targets if elements(self.covers, self.first, name)}
+            plan = self._options.traced(self._model, manifest, torch.device("cpu"), [*may, *unloaded])
+        if only is None:
+            self._check(plan)
+            self._kept = [self._kept[0], plan, *self._kept[1:]][:_KEPT]
+        return plan
+
+    def _check(self, plan: LoadPlan) -> None:
+        """An update writes what the first load wrote, and needs of the time before it what was kept."""
+        covers = coverage(plan)
+        problems = [
+            f"{name}: {elements(covers, plan, name)} elements would be written, not the "
+            f"{elements(self.covers, self.first, name)} that the first load wrote"
+            for name in self.covers.keys() | covers.keys()
+            if not _same(self.covers, covers, name, plan if name in plan.targets else self.first)
+        ]
+        early = self._initial(plan, *units_of(plan, self._layers, self._spans)) - self.initial()
+        problems += [f"{name}: is read as it was before the first load, which is not known any more" for name in early]
+        if problems:
+            raise HotweightsError("; ".join(sorted(problems)))
+
+    def _initial(self, plan: LoadPlan, direct: Unit, units: Sequence[Unit]) -> set[str]:
+        covers = coverage(plan)
+        return {name for unit in (direct, *units) for name in needs_initial(plan, unit, covers, self._spans)}
+
+    def _concerned(self, units: list[Unit], plan: LoadPlan, only: Patterns) -> list[Unit]:
+        """The units that a partial update concerns; they must be complete, and so must be all that was chosen."""
+        concerned = [unit for unit in units if unit.plan.steps]
+        covers = coverage(plan)
+        chosen = _chosen(self.first, only)
+        inside = {name: unit for unit in concerned for name in unit.names}
+        lacking = []
+        for name in self.covers:
+            if (name in inside or chosen(name)) and not _same(self.covers, covers, name, self.first):
+                why = f"layer {inside[name].name} is processed as one, so an update of a part must bring this too"
+                lacking.append(f"{name}: {why if name in inside else 'nothing that comes writes what only= asks for'}")
+        if not lacking and not plan.steps:
+            lacking = [f"only={only!r} matches no tensor that the first load wrote"]
+        if lacking:
+            raise HotweightsError("; ".join(sorted(lacking)))
+        return concerned
+
+    @contextmanager
+    def _in_checkpoint_format(self, live: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Processed layers show their checkpoint format: their own memory where it is in that still, else none."""
+        if not self._layers:
+            yield
+            return
+        before = [(module, contents(module)) for module in self._model.modules()]
+        twins = Mirror(self._spans, lambda nbytes, device: torch.empty(nbytes, dtype=torch.uint8, device="meta"))
+        own = {name for layer in self._layers for name in layer.captured()}
+        spans = {self._spans.of(name) for name in own}
+        as_before = {span for span in spans if self._is_as_before(span, live)}
+
+        def scratch(name: str) -> torch.Tensor:
+            return live[name].detach() if self._spans.of(name) in as_before else twins[name]
+
+        dressing: Dressing = {}
+        try:
+            for place in places(self._model):
+                if place.name not in own and place.name in self._spans and self._spans.of(place.name) in spans:
+                    place.put(dressed(scratch(place.name), place.tensor))
+            for layer in self._layers:
+                layer.open(scratch, dressing)
+            yield
+        finally:
+            for module, held in before:
+                put(module, held)
+
+    def _is_as_before(self, span: int, live: Mapping[str, torch.Tensor]) -> bool:
+        """Whether all that lies in a span lies in live memory as it did before the first load."""
+        names = self._spans.inside(span)
+        if any(name not in live or not has_bytes(live[name]) for name in names):
+            return False
+        first = live[names[0]].data_ptr() - self._spans.box(names[0]).offset
+        boxes = ((live[name], self._spans.box(name)) for name in names)
+        return all(
+            (one.data_ptr() - first, one.dtype, tuple(one.shape), one.stride())
+            == (box.offset, box.dtype, box.shape, box.stride)
+            for one, box in boxes
+        )
+
+
+def _same(one: Coverage, other: Coverage, name: str, plan: LoadPlan) -> bool:
+    """Whether both cover the same elements."""
+    a, b = one.get(name, []), other.get(name, [])
+    if a == b:
+        return True
+    box = plan.targets[name].box
+    return covered(a, box) == covered(b, box) == covered([*a, *b], box)
+
+
+def _chosen(plan: LoadPlan, only: Patterns) -> Callable[[str], bool]:
+    """Whether a tensor is chosen under any of its names."""
+    match = matches(only)
+    owners = {target.owner for name, target in plan.targets.items() if match(name)}
+    return lambda name: match(name) or (name in plan.targets and plan.targets[name].owner in owners)
+
+
+def _restricted(plan: LoadPlan, only: Patterns) -> LoadPlan:
+    """The plan without what it writes elsewhere."""
+    chosen = _chosen(plan, only)
+    if plan.fallback:
+        raise HotweightsError("only= needs a plan, and this model's own loading code must load a part of it")
+    inside: list[Any] = []
+    problems = []
+    for level, step in zip(plan.levels or (0,) * len(plan.steps), plan.steps, strict=True):
+        asked = {name: chosen(name) for name in destinations_of(step)}
+        if any(asked.values()):
+            inside.append((level, step))
+            problems += [
+                f"{name}: is written together with what only= asks for" for name, one in asked.items() if not one
+            ]
+    if problems:
+        raise HotweightsError("; ".join(sorted(problems)))
+    used = {name for _, step in inside for name in sources_of(step)}
+    used |= {one.source for pair in plan.ties if chosen(pair[0].destination) for one in pair}
+    moved = (Fate.WRITTEN, Fate.CAST, Fate.TIED)
+    return replace(
+        plan,
+        steps=tuple(step for _, step in inside),
+        levels=tuple(level for level, _ in inside) if plan.levels else (),
+        ties=tuple(pair for pair in plan.ties if chosen(pair[0].destination)),
+        fates={name: Fate.SKIPPED if one in moved and name not in used else one for name, one in plan.fates.items()},
+    )

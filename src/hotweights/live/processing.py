@@ -1,0 +1,137 @@
+"""Processing: layers in checkpoint format become what their kernels use. It opens and fills none; a way keeps them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..modules import dressed, places
+from ..plan import LoadPlan
+from .layers import Contents, Dressing, contents, differences, put
+from .spans import Mirror, Spans, has_bytes
+from .units import Unit
+from .ways import Way
+
+__all__ = ["Job", "Processing"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What an update works with.
+
+    Attributes:
+        model: the model.
+        process: processes one layer.
+        plan: the whole plan.
+        direct: what is written where it lies.
+        units: the others.
+        spans: of the checkpoint format; scratch is laid out like it.
+        initial: values from before the first load that units begin with, by name, on the host.
+        live: every live tensor by name.
+        partial: those of which the plan writes not all bytes.
+        acted: names of tensors that no plan writes and processing has changed at any time; it is added to.
+        first: whether the model itself is in checkpoint format: its own tensors are filled.
+    """
+
+    model: nn.Module
+    process: Callable[[nn.Module], object]
+    plan: LoadPlan
+    direct: Unit
+    units: list[Unit]
+    spans: Spans
+    initial: Mapping[str, torch.Tensor]
+    live: Mapping[str, torch.Tensor]
+    partial: frozenset[str]
+    acted: set[str]
+    first: bool
+
+
+class Processing:
+    """That of one update.
+
+    Attributes:
+        begun: units that were processed, or nearly, where they are.
+    """
+
+    def __init__(self, job: Job, way: Way, event: Callable[[str, str], AbstractContextManager[None]]) -> None:
+        self.begun: list[Unit] = []
+        self._job = job
+        self._way = way
+        self._event = event
+
+    def first(self, unit: Unit) -> None:
+        """Process its layers where they are, for the first time."""
+        if unit.layers:
+            self.begun.append(unit)
+        for layer in unit.layers:
+            before = contents(layer.module)
+            with self._event("process", layer.name), torch.no_grad():
+                self._job.process(layer.module)
+            layer.processed(before, contents(layer.module))
+        now = {name: one for layer in unit.layers for name, one in layer.tensors().items()}
+        self._job.acted.update(unit.still - self._untouched(unit, now))
+
+    def run(self, unit: Unit, scratch: Mirror, *, ready: Callable[[], None]) -> None:
+        """Process the layers of a unit in their scratch, and hand over what came of it.
+
+        ``ready`` is called when they are open and not yet processed. Nobody may read the model meanwhile.
+        """
+        live = [contents(layer.module) for layer in unit.layers]
+        with self._way.showing(self._job.model) if unit.deferred else nullcontext():
+            made = self._processed(unit, scratch, ready)
+        with self._event("write", unit.name):
+            self._hand_over(unit, scratch, live, made)
+
+    def _hand_over(self, unit: Unit, scratch: Mirror, live: list[Contents], made: list[Contents]) -> None:
+        pairs = [*zip(unit.layers, made, strict=True)]
+        now = {layer.full(key): one for layer, held in pairs for key, one in held.tensors()}
+        idle = self._untouched(unit, now | {name: scratch[name] for name in unit.loose}) - self._job.acted
+        self._job.acted.update(unit.still - idle)
+        found = [
+            differences(layer, old, new, self._job.live, idle)
+            for layer, old, new in zip(unit.layers, live, made, strict=True)
+        ]
+        loose = [(name, scratch[name]) for name in unit.loose if name not in idle and name in self._job.live]
+        for name, value in (*(pair for one in found for pair in one.values), *loose):
+            self._way.deliver(name, value)
+        for holder, attributes in (pair for one in found for pair in one.attributes):
+            self._way.attribute(holder, attributes)
+
+    def _processed(self, unit: Unit, scratch: Mirror, ready: Callable[[], None]) -> list[Contents]:
+        """What the layers hold after processing. The model is as it was when this returns."""
+        loose = [(place, place.tensor) for place in places(self._job.model) if place.name in unit.loose]
+        before = [(layer, contents(layer.module)) for layer in unit.layers]
+        dressing: Dressing = {}
+        try:
+            for place, tensor in loose:
+                place.put(dressed(scratch[place.name], tensor))
+            opened = [layer.open(scratch.__getitem__, dressing) for layer in unit.layers]
+            ready()
+            for layer in unit.layers:
+                with self._event("process", layer.name), torch.no_grad():
+                    self._job.process(layer.module)
+            made = [contents(layer.module) for layer in unit.layers]
+            for layer, then, now in zip(unit.layers, opened, made, strict=True):
+                layer.processed(then, now)
+            return made
+        finally:
+            for layer, held in before:
+                put(layer.module, held)
+            for place, tensor in loose:
+                place.put(tensor)
+
+    def _untouched(self, unit: Unit, now: Mapping[str, torch.Tensor]) -> set[str]:
+        """Names of tensors that no step writes and that hold what they held before the first load."""
+        initial = {name: self._job.initial[name] for name in unit.still & self._job.initial.keys()}
+        return {name for name, one in initial.items() if name in now and _same_bits(one, now[name])}
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if (one.dtype, one.shape) != (other.dtype, other.shape) or not has_bytes(other):
+        return False
+    raw = (tensor.detach().cpu().contiguous().view(-1).view(torch.uint8) for tensor in (one, other))
+    return torch.equal(*raw)

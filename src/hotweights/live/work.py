@@ -1,0 +1,326 @@
+"""Work: what one update does. It takes tensors, fills and processes units in order; a way keeps what comes of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from ..devices import record_events
+from ..errors import HotweightsError
+from ..execute import Execution, Filling, execute, writing_to
+from ..fallback import fall_back
+from ..manifest import Manifest, TensorSpec
+from ..memory import Pool
+from ..plan import Fate
+from ..report import size
+from ..sources.contracts import Addressed, InMemory, Source
+from ..sources.state import StateSource
+from . import ways
+from .accounting import OpenLayers
+from .processing import Job, Processing
+from .report import Event, UpdateReport
+from .serving import Turn
+from .spans import Mirror, has_bytes
+from .units import Unit, parts_of
+from .ways import Way
+
+__all__ = ["Work"]
+
+Own = Callable[[], torch.Tensor]
+
+
+@dataclass(eq=False)
+class _Open:
+    """A unit that is being filled."""
+
+    unit: Unit
+    scratch: Mirror | None
+    destinations: Mapping[str, torch.Tensor]
+    filling: Filling | None = None
+
+
+class Work:
+    """One attempt.
+
+    Attributes:
+        job: what it works with.
+        way: where its bytes go.
+        turn: its hold on the guard of readers.
+        processing: what processes its units.
+        peak_buffer: bytes of the pool at peak.
+    """
+
+    def __init__(self, job: Job, way: Way, layers: OpenLayers, turn: Turn) -> None:
+        self.job, self.way, self.turn = job, way, turn
+        self.processing = Processing(job, way, self.event)
+        self.peak_buffer = 0
+        self._layers = layers
+        self._began = time.perf_counter()
+        self._done = Execution()
+        self._events: list[Event] = []
+        self._todo = dict.fromkeys((job.direct, *job.units))  # those that were never opened
+        self._open: dict[Unit, _Open] = {}
+        self._late: list[_Open] = []
+        self._waiting: dict[Unit, dict[str, torch.Tensor]] = {}
+        self._held = 0  # bytes of tensors that wait on the host for their layer's turn
+        self._peak_held = 0
+        self._arrived: set[str] = set()
+        self._fallen: dict[str, torch.Tensor] = {}  # what the model's own code gets
+        self._source: Addressed | InMemory | None = None
+        self._fell_back = False
+
+    @property
+    def manifest(self) -> Manifest:
+        """What must come."""
+        return self.job.plan.manifest
+
+    @property
+    def warned(self) -> bool:
+        """Whether the one warning of open layers was given."""
+        return self._layers.warned
+
+    # Whole sources.
+
+    def run(self, source: Source, *, pool: Pool, advance: Callable[[int], None], **reading: object) -> None:
+        """Take everything from a source: what it is asked for, layer by layer; or as it comes."""
+        if not isinstance(source, (Addressed, InMemory)):
+            self._stream(source, advance)
+            return
+        self._source = source
+        self._arrived |= set(self.manifest)
+        for unit in (self.job.direct, *sorted(self.job.units, key=self._comes_late)):
+            opened = self._opened(unit)
+            with self.event("read", unit.name):
+                execute(unit.plan, source, opened.destinations, self._done, pool=pool, advance=advance, **reading)  # type: ignore[arg-type]
+            self._close_in_time(opened)
+
+    def _stream(self, source: Source, advance: Callable[[int], None]) -> None:
+        with source.leases() as stream:
+            for lease in stream:
+                devices = self.take(lease.name, lease.tensor, lease.own)
+                advance(lease.spec.nbytes)
+                lease.release(after=record_events(devices))
+
+    # Tensors that come.
+
+    @cached_property
+    def _wanted(self) -> dict[str, list[Unit]]:
+        """Which units want each tensor. What waits for nothing is not held up by what does."""
+        self._todo = dict.fromkeys((*parts_of(self.job.direct, self.job.spans), *self.job.units))
+        found: dict[str, list[Unit]] = {}
+        for unit in self._todo:
+            for name in unit.sources:
+                found.setdefault(name, []).append(unit)
+        return found
+
+    def take(self, name: str, tensor: torch.Tensor, own: Own) -> set[torch.device]:
+        """Take one tensor; it is borrowed. Returns the devices whose queues may still read it."""
+        spec = self.manifest.get(name)
+        if spec is None:
+            raise HotweightsError(f"{name}: unexpected; it was not promised")
+        _check_kept(spec, tensor)
+        if name in self._arrived:
+            raise HotweightsError(f"{name}: came twice")
+        self._arrived.add(name)
+        self._done.count({"memory": spec.nbytes})
+        self._done.arrive(spec.nbytes)
+        if name in self.job.plan.fallback:
+            self._fallen[name] = own()
+        devices: set[torch.device] = set()
+        for unit in self._wanted.get(name, ()):
+            opened = self._open.get(unit)
+            if opened is None and not self._may_open(unit):
+                self._hold(unit, name, tensor)
+                continue
+            devices |= self._fill(opened or self._opened(unit), name, tensor, own)
+        self._drain()
+        return devices
+
+    def _fill(self, opened: _Open, name: str, tensor: torch.Tensor, own: Own) -> set[torch.device]:
+        filling = self._filling(opened)
+        with writing_to(opened.destinations):
+            devices = filling.take(name, tensor, own)
+        if not filling.missing:
+            self._complete(opened)
+        return devices
+
+    def _filling(self, opened: _Open) -> Filling:
+        if opened.filling is None:
+            opened.filling = Filling(opened.unit.plan, opened.destinations, self._done)
+        return opened.filling
+
+    def _complete(self, opened: _Open) -> None:
+        with writing_to(opened.destinations):
+            self._filling(opened).finish()
+        opened.filling = None
+        self._close_in_time(opened)
+
+    def _hold(self, unit: Unit, name: str, tensor: torch.Tensor) -> None:
+        """Keep it on the host until its layer's turn."""
+        there = ways.host_available()
+        if there is not None and tensor.nbytes > there:
+            raise HotweightsError(f"{name}: waits for memory_limit, and the host has {size(there)} left")
+        held = torch.empty_like(tensor, device="cpu").copy_(tensor)
+        self._waiting.setdefault(unit, {})[name] = held
+        self._held += held.nbytes
+        self._peak_held = max(self._peak_held, self._held)
+
+    def _drain(self) -> None:
+        """Open what waits, as far as it fits."""
+        while (unit := next(filter(self._may_open, self._waiting), None)) is not None:
+            opened = self._opened(unit)
+            tensors = self._waiting.pop(unit)
+            for name in list(tensors):
+                held = tensors.pop(name)
+                self._held -= held.nbytes
+                self._fill(opened, name, held, held.clone)
+
+    def finish(self) -> None:
+        """See that everything came, and finish what waited."""
+        needed = self._wanted.keys() if self._source is None else set()
+        missing = sorted((needed | set(self.job.plan.fallback)) - self._arrived)
+        if missing:
+            shown = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
+            raise HotweightsError(f"{len(missing)} tensors were promised and did not come: {shown}")
+        for unit in list(self._todo):  # What takes no tensor is filled and processed all the same.
+            self._complete(self._opened(unit))
+        for opened in sorted(self._late, key=lambda one: one.unit.deferred):
+            self._close(opened)
+        self._late.clear()
+        self._fall_back()
+
+    # Units.
+
+    def _comes_late(self, unit: Unit) -> bool:
+        """Deferred ones, and those that the model's own code will write to when all else is done."""
+        return unit.deferred or bool(unit.layers and self.job.plan.fallback)
+
+    def _may_open(self, unit: Unit) -> bool:
+        nbytes = self._counted(unit)
+        if self._layers.fits(nbytes):
+            return True
+        if not len(self._layers):
+            raise HotweightsError(
+                f"{unit.name}: {size(nbytes)} of device memory are needed to open it, memory_limit is "
+                f"{size(self._layers.limit or 0)}"
+            )
+        return False
+
+    def _counted(self, unit: Unit) -> int:
+        """Bytes of device memory that it takes, as far as they count."""
+        return 0 if self.job.first or unit.deferred else unit.device_nbytes(self.job.spans)
+
+    def _opened(self, unit: Unit) -> _Open:
+        self._todo.pop(unit, None)
+        if self.way.exclusive:
+            self.turn.take()
+        opened = self._made(unit)
+        for name in (*unit.names, *unit.touched) if not self.job.first else ():
+            if name in self.job.initial:
+                ways.copy_bytes(opened.destinations[name], self.job.initial[name])
+        if not unit.deferred and not unit.direct:
+            self._layers.open(unit, (layer.name for layer in unit.layers), self._counted(unit))
+        self._open[unit] = opened
+        return opened
+
+    def _made(self, unit: Unit) -> _Open:
+        live = {name: self.job.live[name] for name in unit.touched if name in self.job.live}
+        if self.job.first:
+            return _Open(unit, None, live)
+        if unit.direct:
+            return _Open(unit, None, {**live, **self.way.direct(unit.touched, self.job.partial & unit.touched)})
+        scratch = Mirror(self.job.spans, ways.scratch)
+        inside = {name: scratch[name] for name in unit.names}
+        self._done.hold_scratch(scratch.nbytes)
+        return _Open(unit, scratch, {**live, **inside})
+
+    def _close_in_time(self, opened: _Open) -> None:
+        if self._comes_late(opened.unit):
+            self._late.append(opened)
+        else:
+            self._close(opened)
+
+    def _close(self, opened: _Open) -> None:
+        unit, scratch = opened.unit, opened.scratch
+        self._open.pop(unit, None)
+        if self.job.first:
+            if unit.layers:
+                self._fall_back()
+            self.processing.first(unit)
+        elif scratch is not None:
+            with self.turn.briefly() if unit.layers else nullcontext():  # Layers hold scratch then.
+                self.processing.run(unit, scratch, ready=self._fall_back)
+            self._done.hold_scratch(-scratch.nbytes)
+        self._layers.close(unit)
+
+    def _fall_back(self) -> None:
+        """Let the model's own code load what could not be planned, once, when all else that it may need is there."""
+        plan = self.job.plan
+        if not plan.fallback or self._fell_back:
+            return
+        self._fell_back = True
+        if self.way.exclusive:
+            self.turn.take()
+        self.way.direct([name for name, one in self.job.live.items() if has_bytes(one)], ())
+        source = self._source or StateSource(self._fallen)
+        with Pool() as pool, self.event("fall back", ""):
+            fall_back(plan, self.job.model, source, {}, self._done, pool=pool, advance=lambda nbytes: None)
+
+    # Its end.
+
+    def forget(self) -> None:
+        """Let go of everything that is open or waits, and of readers."""
+        for unit in [*self._open, *(opened.unit for opened in self._late)]:
+            self._layers.close(unit)
+        for kept in (self._todo, self._open, self._late, self._waiting, self._fallen):
+            kept.clear()
+        self._source = None
+        self.turn.give_back()
+
+    @contextmanager
+    def event(self, what: str, of: str) -> Iterator[None]:
+        """What is done inside goes into the report."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            now = time.perf_counter()
+            self._events.append(Event(what, of, began - self._began, now - began, self._layers.nbytes))
+
+    def report(self, previous: str | int | None, version: str | int, written: int, copied: int) -> UpdateReport:
+        """What it did, to make a version that is live; its commit wrote ``written`` bytes, ``copied`` are kept."""
+        plan, done = self.job.plan, self._done
+        used = [name for name, fate in plan.fates.items() if fate in (Fate.WRITTEN, Fate.CAST, Fate.TIED)]
+        return UpdateReport(
+            version=version,
+            previous=previous,
+            atomic=None if self.job.first else self.way.name,
+            bytes_read=done.bytes_read,
+            bytes_written=done.bytes_written + written,
+            seconds=time.perf_counter() - self._began,
+            stall_seconds=self.turn.seconds,
+            peak_buffer_bytes=self.peak_buffer,
+            peak_scratch_bytes=done.peak_scratch,
+            peak_host_bytes=self._peak_held,
+            copy_bytes=copied,
+            open_layers=self._layers.peak_layers,
+            open_bytes=self._layers.peak_nbytes,
+            tensors={fate: plan.names(fate) for fate in Fate},
+            planned=sum(name not in plan.fallback for name in used),
+            fell_back=tuple(map(str, plan.notes)),
+            roads=dict(done.roads),
+            warnings=(*plan.warnings, *((self._layers.warning,) if self._layers.warning else ())),
+            events=tuple(self._events),
+        )
+
+
+def _check_kept(spec: TensorSpec, tensor: torch.Tensor) -> None:
+    if (tensor.dtype, tuple(tensor.shape)) != (spec.dtype, spec.shape):
+        raise HotweightsError(
+            f"{spec.name}: {spec.dtype} {list(spec.shape)} was promised, {tensor.dtype} {list(tensor.shape)} came"
+        )
