@@ -31,6 +31,7 @@ __all__ = ["File", "Segment", "fill", "read_segments"]
 
 _IOV_MAX = 1024  # buffers of one preadv
 _PIECE = 16 * 1024 * 1024  # bytes of one job at most; between two jobs a stop is seen
+_FADVISE = getattr(os, "posix_fadvise", None)  # not on macOS
 _NOWAIT: int = getattr(os, "RWF_NOWAIT", 0)
 _DIRECT: int = getattr(os, "O_DIRECT", 0)
 _NOT_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP)
@@ -129,6 +130,15 @@ class File:
         if nbytes == 0 or _libc.syscall(_CACHESTAT, self._fd, ctypes.byref(asked), ctypes.byref(found), 0):
             return False  # Older kernels do not have it, and some sandboxes refuse it.
         return bool(2 * PAGE * found.cached < nbytes)
+
+    def will_need(self, start: int, stop: int) -> None:
+        """Let the kernel begin to read all of ``file[start:stop]``, where it is not cached: it would go by small steps.
+
+        Several threads that read one file look like random reads to its readahead.
+        """
+        if _FADVISE is not None and self._mostly_absent(start, stop - start):
+            with contextlib.suppress(OSError):
+                _FADVISE(self._fd, start, stop - start, os.POSIX_FADV_WILLNEED)
 
     def direct_into(self, memory: torch.Tensor, offset: int) -> bool:
         """Fill page-aligned ``memory`` from page-aligned ``offset`` around the page cache, up to the file's end.
@@ -390,6 +400,7 @@ class _Crew:
                 if self._reading == "auto" and job.file.has_direct():
                     direct = self._through_slot(job, done)
                 else:
+                    job.file.will_need(job.start + done, job.stop)
                     job.file.read_into(_rest(buffers, done), job.start + done)
             job.file.check()
         total = job.stop - job.start
