@@ -706,3 +706,26 @@ class TestTogether:
         assert "1.4 kB waiting at peak" in text
         stopped = hw.route(small(), parts(collecting(a={"stop": 1})))
         assert "12 B in 3 tensors; stopped before 2: a.1, a.2" in str(stopped)
+
+
+@pytest.mark.parametrize("kind", ["no manifest", "a manifest", "runai", "fastsafetensors", "safetensors", "torch"])
+def test_iterators_and_readers_of_other_packages(kind, tmp_path, monkeypatch):
+    """The real packages; runai with the memory limit that makes it use its memory again."""
+    monkeypatch.setenv("RUNAI_STREAMER_MEMORY_LIMIT", "0")
+    state = {f"{part}.{number}": torch.full((64,), float(number)) for part in "ab" for number in range(8)}
+    if kind == "torch":
+        torch.save(state, tmp_path / "pytorch_model.bin")
+        source = hw.open(tmp_path, reader=kind)
+    elif kind == "no manifest":
+        source = hw.from_iterator(reused(state))
+    elif kind == "a manifest":
+        source = hw.from_iterator(reused(state), manifest=hw.open(state).manifest)
+    else:
+        write_checkpoint(tmp_path, state)
+        source = hw.open(tmp_path, reader=kind)
+    kept = {"a": {}, "b": {}}
+    with source:
+        hw.route(source, [Component(f"{part}.", lambda pairs, part=part: kept[part].update(pairs)) for part in kept])
+    for part, tensors in kept.items():
+        assert_same_bits(tensors, {name[2:]: one for name, one in state.items() if name.startswith(part)})
+        assert len({one.data_ptr() for one in tensors.values()}) == 8

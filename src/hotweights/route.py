@@ -25,6 +25,7 @@ from .routing import Component, Routes, unfilled
 from .sources import Addressed, Source, StateSource
 from .sources import open as open_source
 from .sources.contracts import InMemory
+from .sources.iterators import IteratorSource
 from .sources.parts import Part, Passing, Readings, unsupported
 from .standins import StandIn
 from .trace import trace
@@ -83,6 +84,8 @@ def route(
             _one_after_another(given, routes, done, stack, borrowed)
         elif isinstance(given, Source):
             _from_stream(given, routes, done, stack, memory_limit)
+        elif isinstance(given, IteratorSource):  # Without a manifest; what it yields is owned.
+            _from_pairs(given.tensors(), routes, done, stack, False, memory_limit)
         elif isinstance(given, Iterable):
             _from_pairs(given, routes, done, stack, borrowed, memory_limit)
         else:
