@@ -134,6 +134,7 @@ class Known:
         if self._mirror is None:
             self._mirror = Mirror(Spans(self.live), ways.host_copy)
         touched = {name for unit in (job.direct, *job.units) for name in (*unit.names, *unit.touched)}
+        touched.update(name for unit in job.units for layer in unit.layers for name in layer.tensors())
         ways.check_room(self._mirror, touched, atomic)
         # The model's own loading code writes to live tensors by references that nobody can swap.
         if atomic == "staged" and not job.plan.fallback:

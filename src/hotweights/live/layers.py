@@ -193,9 +193,10 @@ def differences(
     Raises:
         HotweightsError: a live tensor would have to change its shape or dtype, or to come or go.
     """
-    ours = {key: one for key, one in live.tensors() if layer.full(key) in known and layer.full(key) not in idle}
+    old = {key: one for key, one in live.tensors() if layer.full(key) not in idle}
+    ours = {key: one for key, one in old.items() if layer.full(key) in known}
     new = {key: one for key, one in made.tensors() if layer.full(key) not in idle}
-    new = {key: one for key, one in new.items() if key in ours or one is not live.attributes.get(key)}
+    new = {key: one for key, one in new.items() if key in ours or one is not old.get(key)}
     problems = [*_changes(layer, ours, new)]
     if problems:
         raise HotweightsError("; ".join(sorted(problems)))

@@ -97,7 +97,7 @@ class Work:
             opened = self._opened(unit)
             with self.event("read", unit.name):
                 execute(unit.plan, source, opened.destinations, self._done, pool=pool, advance=advance, **reading)  # type: ignore[arg-type]
-            self._close_in_time(opened)
+            self._close(opened)
 
     def _stream(self, source: Source, advance: Callable[[int], None]) -> None:
         with source.leases() as stream:
