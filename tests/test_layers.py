@@ -22,7 +22,7 @@ aliases anchors threads standins recorder bypasses tracing lowering sharing draf
 copying execute report arguments engines engines.transformers trace fallback verify load routing handing route
 live.spans live.serving live.accounting live.layers live.report live.units live.plans live.ways
 live.processing live.work live.update live.known live.state live.model live
-testing.checks testing.checkpoints testing.faults testing.sources testing.pools testing testing_models
+testing.checks testing.checkpoints testing.engine testing.faults testing.sources testing.pools testing.vision testing
 cli.outcome cli.inspect cli.plan cli.load cli.fused_bert cli.demo_live cli.demo cli
 """.split()
 
