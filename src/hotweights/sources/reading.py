@@ -114,9 +114,13 @@ class File:
     def cached_into(self, buffers: Sequence[Buffer], offset: int) -> int:
         """Like ``read_into``, but only what the page cache holds; returns how many bytes that was."""
         total, done = sum(map(len, buffers)), 0
+        cached = self._cached(offset, total)
         # A read that may not wait still starts the kernel's readahead of what it misses, and the disk reads it twice.
-        if self._mostly_absent(offset, total):
+        if cached is not None and 2 * cached < total:
             return 0
+        if cached is not None and cached >= total:
+            self.read_into(buffers, offset)
+            return total
         while _NOWAIT and done < total:
             got = self._preadv(_rest(buffers, done), offset + done, _NOWAIT)
             if got == 0:
@@ -124,19 +128,20 @@ class File:
             done += got
         return done
 
-    def _mostly_absent(self, offset: int, nbytes: int) -> bool:
-        """Whether the page cache is known to hold less than half of these bytes. Costs some microseconds."""
+    def _cached(self, offset: int, nbytes: int) -> int | None:
+        """Bytes of the pages in this range that the page cache holds, if the kernel says. Costs some microseconds."""
         asked, found = _CacheRange(offset, nbytes), _CacheState()
         if nbytes == 0 or _libc.syscall(_CACHESTAT, self._fd, ctypes.byref(asked), ctypes.byref(found), 0):
-            return False  # Older kernels do not have it, and some sandboxes refuse it.
-        return bool(2 * PAGE * found.cached < nbytes)
+            return None  # Older kernels do not have it, and some sandboxes refuse it.
+        return PAGE * int(found.cached)
 
     def will_need(self, start: int, stop: int) -> None:
         """Let the kernel begin to read all of ``file[start:stop]``, where it is not cached: it would go by small steps.
 
         Several threads that read one file look like random reads to its readahead.
         """
-        if _FADVISE is not None and self._mostly_absent(start, stop - start):
+        cached = self._cached(start, stop - start)
+        if _FADVISE is not None and cached is not None and 2 * cached < stop - start:
             with contextlib.suppress(OSError):
                 _FADVISE(self._fd, start, stop - start, os.POSIX_FADV_WILLNEED)
 
