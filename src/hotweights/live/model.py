@@ -316,7 +316,7 @@ class LiveModel:
 
     def _prepare(self, work: Work) -> None:
         assert self._known is not None
-        with self._failing(work), work.event("prepare", ""):
+        with self._failing(work), work.timeline.event("prepare", ""):
             work.finish()
             self._known.prove()
         self._state = State.PREPARED
@@ -327,7 +327,7 @@ class LiveModel:
         # From here on version M comes, whatever interrupts: not every way has kept what N was.
         failures: list[BaseException] = []
         try:
-            with work.event("commit", ""):
+            with work.timeline.event("commit", ""):
                 written = self._written(work, failures)
             previous, self._version = self._version, self._commits + 1 if version is None else version
             self._commits += 1
@@ -336,7 +336,8 @@ class LiveModel:
             report = work.report(previous, self._version, written, self._known.copy_nbytes)
             self._serving.let_writer_read()
             self._call_hooks(self._version, failures)
-            _raise_first(failures)
+            if failures:
+                raise failures[0]
             return report
         finally:
             failures.clear()  # Their tracebacks hold this frame.
@@ -355,20 +356,15 @@ class LiveModel:
             raise
 
     def _call_hooks(self, version: str | int, failures: list[BaseException]) -> None:
-        problems, first = [], None
+        problems = []
         for hook in self._hooks:
             try:
                 hook(version)
             except BaseException as error:
                 problems.append(f"{getattr(hook, '__qualname__', hook)}: {error!r}")
-                first = first or error
-                if not isinstance(error, Exception):
-                    failures.append(error)
+                failures.append(error)
         if problems:
-            told = CommitHookError(f"version {version!r} is live, and hooks failed", problems)
-            told.__cause__ = first
-            failures.append(told)
-        del first
+            _tell(failures, CommitHookError(f"version {version!r} is live, and hooks failed", problems))
 
     def _abort(self, work: Work) -> None:
         if self._work is not work:
@@ -418,10 +414,11 @@ def _twice(act: Callable[[], object]) -> None:
         raise
 
 
-def _raise_first(failures: list[BaseException]) -> None:
-    """Interruptions come first: nobody may swallow them."""
-    for error in failures:
-        raise error
+def _tell(failures: list[BaseException], told: CommitHookError) -> None:
+    """What is raised for failures of hooks comes first; but before all an interruption, which nobody may swallow."""
+    told.__cause__ = failures[0]
+    failures.sort(key=lambda error: isinstance(error, Exception))
+    failures.insert(sum(not isinstance(error, Exception) for error in failures), told)
 
 
 def _check_atomic(atomic: object) -> None:
