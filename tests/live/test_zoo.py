@@ -96,6 +96,7 @@ def test_everything_at_once(tmp_path, atomic, processed, road):
 def test_what_falls_back_is_updated_too(tmp_path, atomic, road):
     """Loading code that reads values cannot be planned: the model's own code loads those layers."""
     blocks = (("Plain", "transpose"), ("Asking", "nothing"), ("Asking", "quantise"), ("Tied", "nothing", "in_place"))
+    blocks = (*blocks, ("Sum", "nothing"), ("Aliased", "in_place"), ("Shared", "nothing"))
     for processed in ("none", "quant_method", "all"):
         spec = zoo.Spec((*blocks, ("Attention", "once")), processed)
         model, live = loaded(spec, atomic=atomic)

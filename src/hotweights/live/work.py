@@ -22,6 +22,7 @@ from ..sources.contracts import Addressed, InMemory, Source
 from ..sources.state import StateSource
 from . import ways
 from .accounting import OpenLayers
+from .layers import unmoved
 from .processing import Job, Processing
 from .report import Timeline, UpdateReport
 from .serving import Turn
@@ -280,7 +281,13 @@ class Work:
         self.way.direct([name for name, one in self.job.live.items() if has_bytes(one)], ())
         self.way.wrote = True
         source = self._source or StateSource(self._fallen)
-        with Pool() as pool, self.timeline.event("fall back", ""):
+        layers = {layer.module for unit in self.job.units for layer in unit.layers}
+        others = [module for module in self.job.model.modules() if module not in layers]
+        with (
+            Pool() as pool,
+            self.timeline.event("fall back", ""),
+            nullcontext() if self.job.first else unmoved(others),
+        ):
             fall_back(plan, self.job.model, source, {}, self._done, pool=pool, advance=lambda nbytes: None)
 
     # Its end.
