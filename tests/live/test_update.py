@@ -549,3 +549,19 @@ def test_the_report_prints_and_its_timeline_is_saved(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert "SERVING".lower() in repr(live)
+
+
+def test_what_processing_makes_is_new_also_when_it_is_as_at_first():
+    """A buffer that no checkpoint carries: by chance it gets the value that it had before the first load."""
+
+    def process(layer):
+        layer.largest.copy_(layer.weight.data.max())
+
+    model = nn.Module()
+    model.weight = zoo.parameter(2, 2)
+    model.register_buffer("largest", torch.zeros(()), persistent=False)
+    live = hw.LiveModel(model, process=process)
+    live.load({"weight": torch.ones(2, 2)})
+    for value in (0.0, 3.0, 0.0):
+        live.update({"weight": torch.full((2, 2), value)})
+        assert float(model.largest) == value

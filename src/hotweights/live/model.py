@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -19,11 +18,10 @@ from ..memory import Pool
 from ..modules import Place, materialise, places
 from ..plan import Patterns, matches
 from ..progress import progress
-from ..sources import open as open_source
 from ..sources.contracts import Addressed, Reading, Source
-from ..sources.iterators import IteratorSource
 from .accounting import OpenLayers
 from .known import Known
+from .opening import AnySource, opened, version_of
 from .plans import Options
 from .processing import Job
 from .report import UpdateReport
@@ -36,7 +34,6 @@ from .work import Work
 __all__ = ["LiveModel", "process_by_quant_method"]
 
 Process = Callable[[nn.Module], object]
-AnySource = str | os.PathLike[str] | Mapping[str, torch.Tensor] | nn.Module | Source
 
 
 def process_by_quant_method(layer: nn.Module) -> None:
@@ -167,7 +164,7 @@ class LiveModel:
         options = Options(allow_missing, allow_partial, allow_unexpected, cast)
         where = None if device is None else torch.device(device)
         with without_collection(), ExitStack() as stack:
-            found = stack.enter_context(_opened(source))
+            found = stack.enter_context(opened(source))
             with self._reserved():
                 if self._state is not State.EMPTY:
                     raise UsageError(f"the model holds version {self._version!r}; use update")
@@ -177,7 +174,7 @@ class LiveModel:
                 self._known = Known(self.model, plan, options, self._is_processed, self._deferred)
                 update = self._started(self._known.first_job(self._process), InPlace(self._known.live))
             with update:
-                return self._run(update, found, _version_of(found, version), reading, threads, pool, show_progress)
+                return self._run(update, found, version_of(found, version), reading, threads, pool, show_progress)
 
     def _put_back(self, replaced: list[tuple[Place, torch.Tensor]]) -> None:
         """Tensors that were on meta are so again after a first load that failed."""
@@ -221,13 +218,13 @@ class LiveModel:
         check_version(version)
         with without_collection(), ExitStack() as stack:
             try:
-                found = stack.enter_context(_opened(source))
+                found = stack.enter_context(opened(source))
             except HotweightsError as error:
                 raise UpdateAborted(f"{self._left()}; the source cannot be opened: {error}") from error
             update = stack.enter_context(self.begin(found.manifest, atomic=atomic, only=only))
             assert self._known is not None
             found = self._known.apart(found)
-            return self._run(update, found, _version_of(found, version), reading, threads, pool, show_progress)
+            return self._run(update, found, version_of(found, version), reading, threads, pool, show_progress)
 
     def begin(
         self, manifest: Manifest | None = None, *, atomic: Atomic | None = None, only: Patterns | None = None
@@ -424,25 +421,3 @@ def _tell(failures: list[BaseException], told: CommitHookError) -> None:
 def _check_atomic(atomic: object) -> None:
     if atomic is not False and atomic not in ("staged", "journal"):
         raise UnknownName("atomic", atomic, ("staged", "journal", "False"))
-
-
-def _version_of(source: Source, version: str | int | None) -> str | int | None:
-    found: str | int | None = getattr(source, "version", None) if version is None else version
-    return found
-
-
-@contextmanager
-def _opened(source: AnySource) -> Iterator[Source]:
-    """The source; one that is opened here is closed here."""
-    if isinstance(source, (str, os.PathLike, Mapping, nn.Module)):
-        with open_source(source) as found:
-            yield found
-    elif isinstance(source, IteratorSource) and not isinstance(source, Source):
-        with source.collect() as found:
-            yield found
-    elif isinstance(source, Source):
-        yield source
-    else:
-        raise UsageError(
-            f"a source is a path, a mapping of tensors, a module or a Source; found {type(source).__name__}"
-        )
