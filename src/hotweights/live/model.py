@@ -12,7 +12,7 @@ from torch import nn
 from ..arguments import check_model
 from ..casts import Cast
 from ..collection import without_collection
-from ..errors import CommitHookError, HotweightsError, UnknownName, UpdateAborted, UsageError
+from ..errors import HotweightsError, UnknownName, UpdateAborted, UsageError
 from ..manifest import Manifest
 from ..memory import Pool
 from ..modules import Place, materialise, places
@@ -20,6 +20,7 @@ from ..plan import Patterns, matches
 from ..progress import progress
 from ..sources.contracts import Addressed, Reading, Source
 from .accounting import OpenLayers
+from .hooks import Hooks
 from .known import Known
 from .opening import AnySource, opened, version_of
 from .plans import Options
@@ -89,7 +90,7 @@ class LiveModel:
         self._was = State.EMPTY  # before the running update
         self._version: str | int | None = None
         self._commits = 0
-        self._hooks: list[Callable[[str | int], object]] = []
+        self._hooks = Hooks()
         self._serving = Serving()
         self._busy = threading.Lock()  # held while an update runs
         self._work: Work | None = None  # of that update
@@ -116,7 +117,7 @@ class LiveModel:
         ``CommitHookError`` is raised, with the new version in place. A hook must not wait for a thread that reads the
         model within ``serving()``.
         """
-        self._hooks.append(hook)
+        self._hooks.add(hook)
 
     @contextmanager
     def serving(self, timeout: float | None = None) -> Iterator[str | int | None]:
@@ -332,7 +333,7 @@ class LiveModel:
             self._known.committed(work.job)
             report = work.report(previous, self._version, written, self._known.copy_nbytes)
             self._serving.let_writer_read()
-            self._call_hooks(self._version, failures)
+            self._hooks.call(self._version, failures)
             if failures:
                 raise failures[0]
             return report
@@ -351,17 +352,6 @@ class LiveModel:
         except BaseException:
             self._state, self._work = State.TORN, None
             raise
-
-    def _call_hooks(self, version: str | int, failures: list[BaseException]) -> None:
-        problems = []
-        for hook in self._hooks:
-            try:
-                hook(version)
-            except BaseException as error:
-                problems.append(f"{getattr(hook, '__qualname__', hook)}: {error!r}")
-                failures.append(error)
-        if problems:
-            _tell(failures, CommitHookError(f"version {version!r} is live, and hooks failed", problems))
 
     def _abort(self, work: Work) -> None:
         if self._work is not work:
@@ -409,13 +399,6 @@ def _twice(act: Callable[[], object]) -> None:
     except BaseException:
         act()
         raise
-
-
-def _tell(failures: list[BaseException], told: CommitHookError) -> None:
-    """What is raised for failures of hooks comes first; but before all an interruption, which nobody may swallow."""
-    told.__cause__ = failures[0]
-    failures.sort(key=lambda error: isinstance(error, Exception))
-    failures.insert(sum(not isinstance(error, Exception) for error in failures), told)
 
 
 def _check_atomic(atomic: object) -> None:
