@@ -130,7 +130,7 @@ def test_while_an_update_runs(atomic):
 
 
 def test_a_reader_that_waits_gets_the_new_version():
-    model, live = live_model()
+    model, live = live_model(atomic="journal")  # From its first write on, nobody may read.
     model.go_on.set()
     with live.begin() as update:
         update.feed(weights(2))

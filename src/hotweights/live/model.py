@@ -63,7 +63,7 @@ class LiveModel:
         *,
         process: Process | None = None,
         deferred: Patterns = (),
-        atomic: Atomic = "journal",
+        atomic: Atomic = "staged",
         memory_limit: int | None = None,
     ) -> None:
         """Take a model in checkpoint format: as its own loading code expects it. Nothing is read or changed.

@@ -76,6 +76,11 @@ class Work:
         self._fell_back = False
 
     @property
+    def open_nbytes(self) -> int:
+        """Device memory that open layers take now."""
+        return self._layers.nbytes
+
+    @property
     def manifest(self) -> Manifest:
         """What must come."""
         return self.job.plan.manifest
