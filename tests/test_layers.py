@@ -14,9 +14,9 @@ ROOT = Path(hotweights.__file__).parent
 # A file may import from those above it, and a package's `__init__` stands for the package. Data flows downwards.
 ORDER = """
 collection errors manifest progress devices guards memory
-sources.contracts sources.streams sources.parts sources.header sources.reading sources.checkpoint sources.files
-sources.state sources.iterators sources.readers.reader sources.readers.fastsafetensors sources.readers.runai
-sources.readers.safetensors sources.readers.torch sources.readers sources
+sources.contracts sources.streams sources.parts sources.header sources.file sources.reading sources.checkpoint
+sources.files sources.state sources.iterators sources.readers.reader sources.readers.fastsafetensors
+sources.readers.runai sources.readers.safetensors sources.readers.torch sources.readers sources
 casts regions operations steps document validation planfile plan snapshot
 aliases anchors threads standins recorder bypasses tracing lowering sharing drafting modules fit cache replay
 copying execute report arguments engines engines.transformers trace fallback verify load routing handing route
