@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -22,7 +22,7 @@ from .replay import run_program, view
 from .sources.contracts import Addressed, InMemory, Read, Reading, Source
 from .sources.streams import ahead
 
-__all__ = ["Execution", "Filling", "execute", "owned", "writing_to"]
+__all__ = ["Execution", "Filling", "execute", "owned"]
 
 _COMPARED = 8 * 1024 * 1024  # bytes of each of two tied tensors that are compared at once
 
@@ -97,7 +97,7 @@ def execute(
         if advance is not None:
             advance(nbytes)
 
-    with writing_to(destinations):
+    with _mode(_any_inference(destinations)):
         if isinstance(source, Addressed):
             read = partial(source.read, pool=pool, reading=reading, threads=threads, advance=arrive)
             _Addressed(plan, source, read, destinations, done, pool).run()
@@ -107,13 +107,14 @@ def execute(
         return _from_stream(plan, source, destinations, done, arrive)
 
 
-@contextmanager
-def writing_to(destinations: Destinations) -> Iterator[None]:
-    """Writes inside are not seen by autograd. Tensors made under inference mode may only be written under it."""
+def _any_inference(destinations: Destinations) -> bool:
     lazy = torch.nn.parameter.is_lazy
-    inference = any(not lazy(tensor) and tensor.is_inference() for tensor in destinations.values())
-    with torch.inference_mode() if inference else torch.no_grad():
-        yield
+    return any(not lazy(tensor) and tensor.is_inference() for tensor in destinations.values())
+
+
+def _mode(inference: bool) -> AbstractContextManager[object]:
+    """Writes inside are not seen by autograd. Tensors made under inference mode may only be written under it."""
+    return torch.inference_mode() if inference else torch.no_grad()
 
 
 class _Addressed:
@@ -250,7 +251,7 @@ def _copy_now(step: Copy, tensor: torch.Tensor, destinations: Destinations, done
 def _from_memory(
     plan: LoadPlan, source: InMemory, destinations: Destinations, done: Execution, arrive: Callable[[int], None]
 ) -> dict[str, torch.Tensor]:
-    private = _private(source, destinations)
+    private = _private(plan, source, destinations)
     done.hold_scratch(sum(tensor.nbytes for tensor in private.values()))
 
     def borrow(name: str) -> torch.Tensor:
@@ -276,10 +277,12 @@ def _from_memory(
     return {name: private[name] for name in plan.fallback if name in private}
 
 
-def _private(source: InMemory, destinations: Destinations) -> dict[str, torch.Tensor]:
-    """Copies of the tensors that share memory with the model: they would change under the copying."""
+def _private(plan: LoadPlan, source: InMemory, destinations: Destinations) -> dict[str, torch.Tensor]:
+    """Copies of the plan's tensors that share memory with the model: they would change under the copying."""
     written = {tensor.untyped_storage().data_ptr() for tensor in destinations.values() if _has_bytes(tensor)}
-    borrowed = ((name, source.borrow(name)) for name in source.manifest)
+    steps = (*plan.steps, *(step for pair in plan.ties for step in pair))
+    names = dict.fromkeys((*(name for step in steps for name in _names(step)), *plan.fallback))
+    borrowed = ((name, source.borrow(name)) for name in names)
     return {
         name: tensor.clone(memory_format=torch.contiguous_format)
         for name, tensor in borrowed
@@ -325,6 +328,7 @@ class Filling:
 
     def __init__(self, plan: LoadPlan, destinations: Destinations, done: Execution) -> None:
         self._plan, self._destinations, self._done = plan, destinations, done
+        self._inference = _any_inference(destinations)  # Asked once: take() comes for every tensor.
         first, *rest = [*plan.by_level()] or [()]
         self._copies: dict[str, list[Copy]] = defaultdict(list)
         for step in first:
@@ -351,7 +355,8 @@ class Filling:
         if name in self._wanted:
             self.kept[name] = own()
             self._done.hold_scratch(tensor.nbytes)
-        return {_copy_now(step, tensor, self._destinations, self._done) for step in self._copies.get(name, ())}
+        with _mode(self._inference):
+            return {_copy_now(step, tensor, self._destinations, self._done) for step in self._copies.get(name, ())}
 
     def finish(self) -> dict[str, torch.Tensor]:
         """Do the rest, now that everything is there; returns the tensors of ``plan.fallback``, owned.
@@ -360,14 +365,13 @@ class Filling:
             TiedWeightsDiffer: names of one tensor carry different bytes. They were written.
         """
         kept, destinations = self.kept, self._destinations
-        for steps in self._later:
-            for step in steps:
+        with _mode(self._inference):
+            for step in (step for steps in self._later for step in steps):
                 if isinstance(step, Copy):
                     _copy_now(step, kept[step.source], destinations, self._done)
                 else:
-                    _run(
-                        step, {name: kept[name].clone() for name in step.sources}, self._plan, destinations, self._done
-                    )
+                    sources = {name: kept[name].clone() for name in step.sources}
+                    _run(step, sources, self._plan, destinations, self._done)
         _refuse(
             (one, other)
             for one, other in self._plan.ties

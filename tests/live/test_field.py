@@ -1,5 +1,8 @@
 """What went wrong in the field when models were reloaded: first seen to bite a naive reload, then not to bite ours."""
 
+import copy
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -175,3 +178,77 @@ def test_16_tied_weights_stay_tied(atomic, processed):
         live.update({"embed.weight": torch.full((3, 2), value)})
         assert model.head.weight is model.embed.weight
         assert torch.equal(model.embed.weight, torch.full((3, 2), value * 2 ** len(processed)))
+
+
+class Stack(nn.Module):
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(2, 2, bias=False).requires_grad_(False) for _ in range(layers))
+
+
+def stack_weights(layers, value):
+    return {f"layers.{number}.weight": torch.full((2, 2), float(value + number)) for number in range(layers)}
+
+
+@pytest.mark.parametrize("atomic", WAYS)
+def test_the_models_own_tensors_fed_in_another_order(atomic):
+    naive = Stack(2)
+    naive.load_state_dict(stack_weights(2, 1))
+    ours = naive.state_dict()
+    swapped = {"layers.0.weight": ours["layers.1.weight"], "layers.1.weight": ours["layers.0.weight"]}
+    for name, tensor in swapped.items():
+        naive.get_parameter(name).copy_(tensor)
+    assert torch.equal(*naive.parameters()), "the second was read after the first was written"
+
+    model = Stack(2)
+    live = hw.LiveModel(model, atomic=atomic)
+    live.load(stack_weights(2, 1), version="N")
+    ours, digest = model.state_dict(), live.digest()
+    swapped = {"layers.0.weight": ours["layers.1.weight"], "layers.1.weight": ours["layers.0.weight"]}
+    if atomic != "staged":
+        with live.begin() as update, pytest.raises(hw.UpdateAborted, match="own memory"):
+            update.feed(swapped)
+        assert (live.state, live.digest()) == (hw.State.SERVING, digest)
+    else:
+        with live.begin() as update:
+            update.feed(swapped)
+            update.commit()
+        assert [one[0, 0].item() for one in model.parameters()] == [2, 1]
+    live.update(stack_weights(2, 1))
+    assert live.digest() == digest
+
+
+def work_for(layers, feed, monkeypatch):
+    """How often tensors and places of the model are looked at in one update of so many layers."""
+    model = Stack(layers)
+    live = hw.LiveModel(model, process=lambda layer: None)
+    live.load(stack_weights(layers, 0))
+    count = [0]
+    for where, name in (("hotweights.execute", "_has_bytes"), ("hotweights.live.processing", "places")):
+        found = getattr(sys.modules[where], name)
+
+        def counted(*args, found=found):
+            result = found(*args)
+            count[0] += 1 if isinstance(result, bool) else len(result := list(result))
+            return result
+
+        monkeypatch.setattr(f"{where}.{name}", counted)
+    feed(live, stack_weights(layers, 1))
+    monkeypatch.undo()
+    return count[0]
+
+
+def pushed(live, weights):
+    with live.begin() as update:
+        update.feed(weights)
+        update.commit()
+
+
+@pytest.mark.parametrize("feed", [lambda live, weights: live.update(weights), pushed])
+def test_the_work_grows_with_the_layers_and_not_with_their_square(feed, monkeypatch):
+    assert work_for(40, feed, monkeypatch) <= 2 * work_for(20, feed, monkeypatch) + 10
+
+
+def test_a_live_model_is_not_copied():
+    with pytest.raises(hw.UsageError, match="bound to addresses"):
+        copy.deepcopy(hw.LiveModel(Stack(1)))

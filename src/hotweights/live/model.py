@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import SupportsIndex
 
 import torch
 from torch import nn
@@ -99,6 +100,9 @@ class LiveModel:
 
     def __repr__(self) -> str:
         return f"<LiveModel of {type(self.model).__name__}: version {self._version!r}, {self._state.value}>"
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> str:
+        raise UsageError("a live model is bound to addresses; copy its model, and make a live model of the copy")
 
     @property
     def version(self) -> str | int | None:

@@ -104,7 +104,9 @@ class Processing:
 
     def _processed(self, unit: Unit, scratch: Mirror, ready: Callable[[], None]) -> list[Contents]:
         """What the layers hold after processing. The model is as it was when this returns."""
-        loose = [(place, place.tensor) for place in places(self._job.model) if place.name in unit.loose]
+        # Hardly any unit has loose ones, and a walk over the model for each layer would be quadratic.
+        all_places = places(self._job.model) if unit.loose else ()
+        loose = [(place, place.tensor) for place in all_places if place.name in unit.loose]
         before = [(layer, contents(layer.module)) for layer in unit.layers]
         dressing: Dressing = {}
         try:

@@ -64,18 +64,18 @@ class Update:
     def feed(self, pairs: Iterable[tuple[str, torch.Tensor]] | Mapping[str, torch.Tensor]) -> None:
         """Take tensors, in any order and any number of calls. They may be borrowed: nothing is kept but by copy.
 
-        A tensor is read until the iterator is advanced, on a device until its queue is done. It shall not lie in the
-        model's own memory, which is written meanwhile.
+        A tensor is read until the iterator is advanced, on a device until its queue is done.
 
         Raises:
-            UpdateAborted: a tensor is unknown, of another dtype or shape than promised, or comes twice; or the iterator
-                raised.
+            UpdateAborted: a tensor is unknown, of another dtype or shape than promised, or comes twice; it lies in the
+                model's own memory, and that is written in place; or the iterator raised.
         """
         self._check("feed")
         if self._prepared:
             raise UsageError("this update is prepared; it cannot be fed any more")
         with self._owner.failing(self._work):
             for name, tensor in pairs.items() if isinstance(pairs, Mapping) else pairs:
+                self._work.check_apart(name, tensor)
                 devices = self._work.take(name, tensor, tensor.clone)
                 _wait_for(devices | {tensor.device})  # Behind the next tensor this one may be written over.
 

@@ -12,7 +12,7 @@ import torch
 
 from ..devices import record_events
 from ..errors import HotweightsError
-from ..execute import Execution, Filling, execute, writing_to
+from ..execute import Execution, Filling, execute
 from ..fallback import fall_back
 from ..manifest import Manifest, TensorSpec
 from ..memory import Pool
@@ -132,6 +132,18 @@ class Work:
                 found.setdefault(name, []).append(unit)
         return found
 
+    def check_apart(self, name: str, tensor: torch.Tensor) -> None:
+        """Refuse what lies in the model's own memory where that is written meanwhile: it may hold version M by now."""
+        if self.way.exclusive and has_bytes(tensor) and tensor.untyped_storage().data_ptr() in self._own:
+            raise HotweightsError(
+                f"{name}: lies in the model's own memory, which is written in place; feed a copy, or use "
+                'atomic="staged" or update()'
+            )
+
+    @cached_property
+    def _own(self) -> set[int]:
+        return {one.untyped_storage().data_ptr() for one in self.job.live.values() if has_bytes(one)}
+
     def take(self, name: str, tensor: torch.Tensor, own: Own) -> set[torch.device]:
         """Take one tensor; it is borrowed. Returns the devices whose queues may still read it."""
         spec = self.manifest.get(name)
@@ -158,8 +170,7 @@ class Work:
     def _fill(self, opened: _Open, name: str, tensor: torch.Tensor, own: Own) -> set[torch.device]:
         filling = self._filling(opened)
         self.way.wrote |= opened.unit.direct
-        with writing_to(opened.destinations):
-            devices = filling.take(name, tensor, own)
+        devices = filling.take(name, tensor, own)
         if not filling.missing:
             self._complete(opened)
         return devices
@@ -171,8 +182,7 @@ class Work:
 
     def _complete(self, opened: _Open) -> None:
         self.way.wrote |= opened.unit.direct
-        with writing_to(opened.destinations):
-            self._filling(opened).finish()
+        self._filling(opened).finish()
         opened.filling = None
         self._close_in_time(opened)
 
