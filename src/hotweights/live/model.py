@@ -20,7 +20,7 @@ from ..modules import Place, materialise, places
 from ..plan import Patterns, matches
 from ..progress import progress
 from ..sources import open as open_source
-from ..sources.contracts import Addressed, Reading, Source
+from ..sources.contracts import Addressed, Deciding, Reading, Source
 from ..sources.iterators import IteratorSource
 from .accounting import OpenLayers
 from .known import Known
@@ -167,6 +167,7 @@ class LiveModel:
         options = Options(allow_missing, allow_partial, allow_unexpected, cast)
         where = None if device is None else torch.device(device)
         with without_collection(), ExitStack() as stack:
+            stack.enter_context(_refusing(source))
             found = stack.enter_context(_opened(source))
             with self._reserved():
                 if self._state is not State.EMPTY:
@@ -220,6 +221,7 @@ class LiveModel:
         """
         check_version(version)
         with without_collection(), ExitStack() as stack:
+            stack.enter_context(_refusing(source))
             try:
                 found = stack.enter_context(_opened(source))
             except HotweightsError as error:
@@ -294,8 +296,14 @@ class LiveModel:
             advance = stack.enter_context(progress("loading", nbytes, show=show_progress))
             roads = {"reading": reading, "threads": threads} if isinstance(source, Addressed) else {}
             with self._failing(work):
+                if isinstance(source, Deciding):
+                    source.wanted(work.wanted)
                 work.run(source, pool=pool, advance=advance, **roads)
             work.peak_buffer = pool.stats().peak * pool.slot_nbytes
+            if isinstance(source, Deciding):
+                update.prepare()
+                with self._failing(work):
+                    stack.enter_context(source.decision())
             return update.commit(version)
 
     # What updates call.
@@ -432,6 +440,17 @@ def _check_atomic(atomic: object) -> None:
 def _version_of(source: Source, version: str | int | None) -> str | int | None:
     found: str | int | None = getattr(source, "version", None) if version is None else version
     return found
+
+
+@contextmanager
+def _refusing(source: object) -> Iterator[None]:
+    """A group that waits for this model is told of any failure inside, whatever it was."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(source, Deciding):
+            source.refuse(error)
+        raise
 
 
 @contextmanager
