@@ -80,12 +80,15 @@ class Listener:
         """
         self._path = os.path.realpath(path)
         self._lock = -1
+        self._ours: list[str] = []  # what close removes
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
         try:
             _check_directory(os.path.dirname(self._path))
             self._lock = _lock(self._path)
+            self._ours.append(_lock_path(self._path))
             _remove_stale(self._path)
             self.socket.bind(self._path)
+            self._ours.append(self._path)
             os.chmod(self._path, 0o600)
             self.socket.listen(_BACKLOG)
         except BaseException:
@@ -107,7 +110,7 @@ class Listener:
         if lock < 0:
             return
         with _held_lock:  # Removed while it is held: nobody else's is removed.
-            for left in (self._path, _lock_path(self._path)):
+            for left in self._ours:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(left)
             os.close(lock)

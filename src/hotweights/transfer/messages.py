@@ -47,6 +47,7 @@ __all__ = [
 PROTOCOL = 1
 MAX_FRAME = 32 * 1024 * 1024  # bytes; a manifest of 100,000 tensors takes about 10
 _MAGIC = b"hotw"
+_ADDRESSES = 2**48  # bytes that a process can address
 _REASONS = 50  # An error of 20,000 tensors must not outgrow a frame; both sides keep their own in full.
 _REASON = 2000  # characters
 HEADER = struct.Struct("<4sHHQI")  # magic, protocol, number of descriptors, update, bytes that follow
@@ -226,9 +227,13 @@ def specs_of(offer: Offer) -> Manifest:
         ProtocolError: it names a tensor twice, an unknown dtype or an impossible shape.
     """
     try:
-        return Manifest(TensorSpec(name, _dtype(dtype), shape) for name, dtype, shape in offer.tensors)
+        found = Manifest(TensorSpec(name, _dtype(dtype), shape) for name, dtype, shape in offer.tensors)
     except UsageError as error:
         raise ProtocolError(f"the offer is broken: {error}") from error
+    impossible = [str(spec) for spec in found.values() if min(spec.shape, default=0) < 0 or spec.nbytes > _ADDRESSES]
+    if impossible:
+        raise ProtocolError("the offer is broken; no tensor can have these shapes", impossible)
+    return found
 
 
 def described(manifest: Mapping[str, TensorSpec]) -> tuple[tuple[str, str, tuple[int, ...]], ...]:

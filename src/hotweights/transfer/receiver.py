@@ -137,6 +137,8 @@ class Receiver:
 
     def _offered(self) -> Taking:
         self._check_open()
+        if self._taking is not None and self._taking.aborted:  # Nobody refused what the group had given up.
+            self._taking.refuse(UsageError("refuse was not called"))
         if self._taking is None or self._taking.over:
             frame = self._uplink.offer(self._offer_timeout)
             self._taking = Taking(self._uplink, frame, self._private, self._timeout)
@@ -169,7 +171,7 @@ class _Stream(LeaseStream):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
-            self._taking.refuse(error)
+            self._taking.fail(error)
         super().__exit__(kind, error, trace)
 
     def _cancel(self) -> None:

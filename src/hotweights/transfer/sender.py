@@ -90,6 +90,7 @@ class Sender:
         *,
         version: str | int,
         manifest: Manifest | None = None,
+        receivers: int | None = None,
         show_progress: bool | None = None,
     ) -> SendReport:
         """Send one version; return when every receiver has it.
@@ -101,6 +102,7 @@ class Sender:
                 generator without ``manifest`` is read to its end first, and its tensors are kept until then.
             version: its name.
             manifest: what a generator will give.
+            receivers: how many must be there this time.
             show_progress: whether to draw a progress bar; by default on a terminal.
 
         Raises:
@@ -112,7 +114,7 @@ class Sender:
         """
         _check_version(version)
         with self._alone(), _opened(tensors, manifest) as source:
-            members = self._group.gather(self._receivers)
+            members = self._group.gather(self._receivers if receivers is None else receivers)
             self._update += 1
             with progress("sending", source.manifest.nbytes, show=show_progress) as advance:
                 return Round(
@@ -128,9 +130,9 @@ class Sender:
 
     def close(self) -> None:
         """Let go of the address and the memory. A ``send`` in another thread is aborted. May be called twice."""
+        self._closed = True
         self._group.stop()
         with self._sending:  # Whoever sends is on the way out: every wait of it has ended.
-            self._closed = True
             self._group.close()
             self._slots.close()
 
@@ -148,6 +150,8 @@ class Sender:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         if not self._sending.acquire(blocking=False):
+            if self._closed:
+                raise Closed("this sender was closed")
             raise UsageError("this sender is sending; one version at a time")
         try:
             if self._closed:

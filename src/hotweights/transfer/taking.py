@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterable
-from contextlib import suppress
 
 import torch
 from xxhash import xxh3_64
@@ -108,6 +107,11 @@ class Taking:
         return self._over
 
     @property
+    def aborted(self) -> bool:
+        """Whether the group gave it up, and the sender still waits to hear that it was put back."""
+        return not self._over and self._uplink.connected and self.state in (State.ABORTED, State.REFUSED)
+
+    @property
     def state(self) -> State:
         """Where the two sides stand."""
         return self._uplink.session.state
@@ -140,7 +144,7 @@ class Taking:
             self._end_with(error)
             raise
         except Exception as error:
-            self.refuse(error)
+            self.fail(error)
             raise
         if not self._decides:
             self.prepare()
@@ -295,16 +299,22 @@ class Taking:
         if interrupted is not None and error is None:
             raise interrupted
 
+    def fail(self, error: BaseException) -> None:
+        """Within the stream it failed. Whoever decides puts version N back now, and refuses when that is done."""
+        if not self._decides:
+            self.refuse(error)
+        elif not self._over and self._uplink.connected:
+            self._say_no(error)
+
     def refuse(self, error: BaseException) -> None:
-        """Tell the sender why this version cannot be taken. Does nothing when it is over."""
+        """Tell the sender why this version cannot be taken; whatever it wrote is put back. Nothing when it is over."""
         if self._over:
             return
         try:
-            if self.state in (State.OFFERED, State.STREAMING, State.ENDED):
-                self._uplink.send(Refuse(reasons_of(error)))
-            with suppress(TransferAborted):
-                while True:
-                    self._next(self._timeout, cancel=False)
+            self._say_no(error)
+            while self.state is not State.ABORTED:  # Slots may be under way still.
+                self._uplink.receive(time.monotonic() + self._timeout, meanwhile=self._give_back)
+            self._put_back()
         except (TransferError, Closed) as failure:
             self._end_with(failure)
         except BaseException as failure:
@@ -312,9 +322,19 @@ class Taking:
             raise
 
     def leave(self) -> None:
-        """The consumer went away before the end."""
-        if not self._over and self.state in (State.OFFERED, State.STREAMING):
-            self.refuse(TransferError("the consumer left before the last tensor"))
+        """The consumer went away; if that was before the end, it refuses."""
+        if not self._over and self._uplink.connected and self.state in (State.OFFERED, State.STREAMING):
+            self.fail(TransferError("the consumer left before the last tensor"))
+
+    def _say_no(self, error: BaseException) -> None:
+        if self.state in (State.OFFERED, State.STREAMING, State.ENDED):
+            self._uplink.send(Refuse(reasons_of(error)))
+
+    def _put_back(self) -> None:
+        """The abort is carried out, and the sender may use its slots again."""
+        self._settle()
+        self._uplink.send(Done(""))
+        self._finish()
 
     def _next(self, seconds: float, *, cancel: bool = True) -> Message:
         """The sender's next word, unless it is an abort. ``cancel``: whether closing the stream ends the wait."""
@@ -322,9 +342,8 @@ class Taking:
             time.monotonic() + seconds, stop=lambda: cancel and self.cancelled, meanwhile=self._give_back
         )
         if isinstance(frame.message, Abort):
-            self._settle()  # The sender will use its slots again.
-            self._uplink.send(Done(""))
-            self._finish()
+            if not self._decides:
+                self._put_back()
             raise TransferAborted("the update was aborted", [frame.message.reason])
         return frame.message
 
