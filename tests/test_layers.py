@@ -26,7 +26,7 @@ transfer.messages transfer.states transfer.ballot transfer.slots transfer.addres
 transfer.parts transfer.report transfer.group transfer.round transfer.sender transfer.uplink transfer.taking
 transfer.receiver transfer
 testing.checks testing.checkpoints testing.faults testing.sources testing.pools testing testing_models
-cli.outcome cli.inspect cli.plan cli.load cli.fused_bert cli.demo_live cli.demo cli
+cli.outcome cli.inspect cli.plan cli.load cli.send cli.receive cli.fused_bert cli.demo_live cli.demo cli
 """.split()
 
 

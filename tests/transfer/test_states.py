@@ -1,6 +1,7 @@
 """The table of states is walked: both sides, with what is under way between them, in every order."""
 
 from collections import deque
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -120,3 +121,8 @@ def test_a_message_of_an_earlier_update_is_refused():
 
 def test_the_drawing_names_every_row():
     assert len([line for line in drawing().splitlines() if line]) == len(TABLE)
+
+
+def test_the_docs_draw_the_table():
+    page = Path(__file__).parents[2] / "docs" / "transfer.md"
+    assert drawing() in page.read_text()

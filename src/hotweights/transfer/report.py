@@ -34,6 +34,19 @@ class SendReport:
     seconds: float
     waited: Mapping[str, float]
 
+    def as_dict(self) -> dict[str, object]:
+        """The same, of plain values."""
+        return {
+            "version": self.version,
+            "committed": list(self.committed),
+            "lost": dict(self.lost),
+            "problems": dict(self.problems),
+            "tensors": self.tensors,
+            "nbytes": self.nbytes,
+            "seconds": self.seconds,
+            "waited": dict(self.waited),
+        }
+
     def __str__(self) -> str:
         rate = self.nbytes / max(self.seconds, 1e-9) / 1e9
         rows = [
