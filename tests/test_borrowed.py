@@ -11,8 +11,7 @@ from torch import nn
 import hotweights as hw
 from hotweights import execute
 from hotweights.sources import READERS
-from hotweights.testing import ManualEvent, ReusedBuffer, assert_same_bits, write_checkpoint
-from hotweights.testing_models import Engine, engine_checkpoint
+from hotweights.testing import Engine, ManualEvent, ReusedBuffer, assert_same_bits, engine_checkpoint, write_checkpoint
 
 TENSORS = {f"{part}.{n}.weight": torch.full((8, 8), 10.0 * p + n) for p, part in enumerate("ab") for n in range(8)}
 TENSORS = {name: TENSORS[name] for name in sorted(TENSORS, key=lambda name: name[2:])}  # parts in turn

@@ -14,8 +14,13 @@ from torch import nn
 
 import hotweights as hw
 from hotweights import Component, PlanError, RoutingError, UsageError
-from hotweights.testing import FailingSource, assert_same_bits, write_checkpoint
-from hotweights.testing_models import VisionLanguage, vision_language_checkpoint
+from hotweights.testing import (
+    FailingSource,
+    VisionLanguage,
+    assert_same_bits,
+    vision_language_checkpoint,
+    write_checkpoint,
+)
 
 LANGUAGE, ADAPTER, VISION, SOUND = "language_model", "mlp1", "vision_model.radio_model", "sound_encoder"
 

@@ -19,8 +19,7 @@ from hotweights.anchors import anchors
 from hotweights.plan import Copy, Program
 from hotweights.recorder import Recorder
 from hotweights.standins import ValueRead
-from hotweights.testing import assert_same_bits, bits, write_checkpoint
-from hotweights.testing_models import Engine, engine_checkpoint
+from hotweights.testing import Engine, assert_same_bits, bits, engine_checkpoint, write_checkpoint
 from tracing_idioms import IDIOMS, Model, weights
 
 ALLOWED = {"allow_missing": "*", "allow_partial": "*", "allow_unexpected": "*"}

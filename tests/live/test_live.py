@@ -4,8 +4,7 @@ import pytest
 from torch import nn
 
 import hotweights as hw
-from hotweights.testing import ReusedBuffer, assert_same_bits
-from hotweights.testing_models import Engine, engine_checkpoint
+from hotweights.testing import Engine, ReusedBuffer, assert_same_bits, engine_checkpoint
 
 WAYS = ("journal", "staged", False)
 

@@ -43,9 +43,12 @@ class Known:
         """Look at a model in checkpoint format."""
         self._model = model
         twins: Dressing = {}
+        self._processed = set(layers_of(model, is_processed))
+        # Loading code of the model's own may replace tensors, and write here today and there tomorrow: into scratch.
+        loose = _by_own_code(model, plan)
         self._layers = [
             Layer(names, module, deferred=any(map(is_deferred, names)), twins=twins)
-            for module, names in layers_of(model, is_processed).items()
+            for module, names in layers_of(model, lambda one: one in self._processed or one in loose).items()
         ]
         self.live = self._tensors(plan)
         self._spans = Spans(self.live)
@@ -72,11 +75,11 @@ class Known:
     def _job(
         self, process: Callable[[nn.Module], object], plan: LoadPlan, direct: Unit, units: list[Unit], *, first: bool
     ) -> Job:
-        covers = coverage(plan)
+        covers, processed = coverage(plan), self._processed
         partial = {name for name in direct.touched if elements(covers, plan, name) < self.live[name].numel()}
         return Job(
             model=self._model,
-            process=process,
+            process=lambda layer: process(layer) if layer in processed else None,
             plan=plan,
             direct=direct,
             units=units,
@@ -134,6 +137,7 @@ class Known:
         if self._mirror is None:
             self._mirror = Mirror(Spans(self.live), ways.host_copy)
         touched = {name for unit in (job.direct, *job.units) for name in (*unit.names, *unit.touched)}
+        touched.update(name for unit in job.units for layer in unit.layers for name in layer.tensors())
         ways.check_room(self._mirror, touched, atomic)
         # The model's own loading code writes to live tensors by references that nobody can swap.
         if atomic == "staged" and not job.plan.fallback:
@@ -170,6 +174,15 @@ class Known:
         for unit in begun:
             for layer in unit.layers:
                 layer.open(memory.__getitem__, dressing, anew=True)
+
+
+def _by_own_code(model: nn.Module, plan: LoadPlan) -> set[nn.Module]:
+    """Modules of which the plan does not write everything, where the model's own code must load a part."""
+    if not plan.fallback:
+        return set()
+    covers = coverage(plan)
+    found = ((place.module, place.tensor, elements(covers, plan, place.name)) for place in places(model))
+    return {module for module, tensor, count in found if nn.parameter.is_lazy(tensor) or count < tensor.numel()}
 
 
 def _where(tensor: torch.Tensor) -> tuple[object, ...]:

@@ -6,7 +6,8 @@ dtypes and attributes of its tensors, and its own attributes. It is kept as twin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,18 @@ from ..errors import HotweightsError
 from ..modules import dressed
 from .spans import has_bytes
 
-__all__ = ["Contents", "Dressing", "Layer", "assign", "assigned", "contents", "differences", "layers_of", "put"]
+__all__ = [
+    "Contents",
+    "Dressing",
+    "Layer",
+    "assign",
+    "assigned",
+    "contents",
+    "differences",
+    "layers_of",
+    "put",
+    "unmoved",
+]
 
 _PRIVATE = frozenset(nn.Module().__dict__)
 _ABSENT = object()
@@ -193,9 +205,10 @@ def differences(
     Raises:
         HotweightsError: a live tensor would have to change its shape or dtype, or to come or go.
     """
-    ours = {key: one for key, one in live.tensors() if layer.full(key) in known and layer.full(key) not in idle}
+    old = {key: one for key, one in live.tensors() if layer.full(key) not in idle}
+    ours = {key: one for key, one in old.items() if layer.full(key) in known}
     new = {key: one for key, one in made.tensors() if layer.full(key) not in idle}
-    new = {key: one for key, one in new.items() if key in ours or one is not live.attributes.get(key)}
+    new = {key: one for key, one in new.items() if key in ours or one is not old.get(key)}
     problems = [*_changes(layer, ours, new)]
     if problems:
         raise HotweightsError("; ".join(sorted(problems)))
@@ -233,6 +246,36 @@ def _set_on(tensor: torch.Tensor, twin: torch.Tensor | None, live: torch.Tensor)
         for key, value in tensor.__dict__.items()
         if before.get(key, _ABSENT) is not value and live.__dict__.get(key, _ABSENT) is not value
     }
+
+
+@contextmanager
+def unmoved(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Code inside may write tensors, and not replace or move them; if it does or fails, they are where they were.
+
+    Raises:
+        HotweightsError: it has replaced or moved some.
+    """
+    before = [(module, contents(module)) for module in modules]
+    memory = [(one, one.data) for _, held in before for _, one in held.tensors() if has_bytes(one)]
+    try:
+        yield
+        replaced = sum(not _same_objects(contents(module), held) for module, held in before)
+        replaced += sum(one.data_ptr() != data.data_ptr() for one, data in memory)
+        if replaced:
+            raise HotweightsError(
+                "the model's own loading code replaced tensors that are live, instead of writing them"
+            )
+    except BaseException:
+        for module, held in before:
+            put(module, held)
+        for one, data in memory:
+            if one.data_ptr() != data.data_ptr():
+                one.data = data
+        raise
+
+
+def _same_objects(one: Contents, other: Contents) -> bool:
+    return {key: id(tensor) for key, tensor in one.tensors()} == {key: id(tensor) for key, tensor in other.tensors()}
 
 
 def layers_of(model: nn.Module, chosen: Callable[[nn.Module], bool]) -> dict[nn.Module, list[str]]:

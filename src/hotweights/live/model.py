@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -13,17 +12,17 @@ from torch import nn
 from ..arguments import check_model
 from ..casts import Cast
 from ..collection import without_collection
-from ..errors import CommitHookError, HotweightsError, UnknownName, UpdateAborted, UsageError
+from ..errors import HotweightsError, UnknownName, UpdateAborted, UsageError
 from ..manifest import Manifest
 from ..memory import Pool
 from ..modules import Place, materialise, places
 from ..plan import Patterns, matches
 from ..progress import progress
-from ..sources import open as open_source
 from ..sources.contracts import Addressed, Deciding, Reading, Source
-from ..sources.iterators import IteratorSource
 from .accounting import OpenLayers
+from .hooks import Hooks
 from .known import Known
+from .opening import AnySource, opened, refusing, version_of
 from .plans import Options
 from .processing import Job
 from .report import UpdateReport
@@ -36,7 +35,6 @@ from .work import Work
 __all__ = ["LiveModel", "process_by_quant_method"]
 
 Process = Callable[[nn.Module], object]
-AnySource = str | os.PathLike[str] | Mapping[str, torch.Tensor] | nn.Module | Source
 
 
 def process_by_quant_method(layer: nn.Module) -> None:
@@ -65,7 +63,7 @@ class LiveModel:
         *,
         process: Process | None = None,
         deferred: Patterns = (),
-        atomic: Atomic = "journal",
+        atomic: Atomic = "staged",
         memory_limit: int | None = None,
     ) -> None:
         """Take a model in checkpoint format: as its own loading code expects it. Nothing is read or changed.
@@ -92,7 +90,7 @@ class LiveModel:
         self._was = State.EMPTY  # before the running update
         self._version: str | int | None = None
         self._commits = 0
-        self._hooks: list[Callable[[str | int], object]] = []
+        self._hooks = Hooks()
         self._serving = Serving()
         self._busy = threading.Lock()  # held while an update runs
         self._work: Work | None = None  # of that update
@@ -119,7 +117,7 @@ class LiveModel:
         ``CommitHookError`` is raised, with the new version in place. A hook must not wait for a thread that reads the
         model within ``serving()``.
         """
-        self._hooks.append(hook)
+        self._hooks.add(hook)
 
     @contextmanager
     def serving(self, timeout: float | None = None) -> Iterator[str | int | None]:
@@ -167,8 +165,8 @@ class LiveModel:
         options = Options(allow_missing, allow_partial, allow_unexpected, cast)
         where = None if device is None else torch.device(device)
         with without_collection(), ExitStack() as stack:
-            stack.enter_context(_refusing(source))
-            found = stack.enter_context(_opened(source))
+            stack.enter_context(refusing(source))
+            found = stack.enter_context(opened(source))
             with self._reserved():
                 if self._state is not State.EMPTY:
                     raise UsageError(f"the model holds version {self._version!r}; use update")
@@ -178,7 +176,7 @@ class LiveModel:
                 self._known = Known(self.model, plan, options, self._is_processed, self._deferred)
                 update = self._started(self._known.first_job(self._process), InPlace(self._known.live))
             with update:
-                return self._run(update, found, _version_of(found, version), reading, threads, pool, show_progress)
+                return self._run(update, found, version_of(found, version), reading, threads, pool, show_progress)
 
     def _put_back(self, replaced: list[tuple[Place, torch.Tensor]]) -> None:
         """Tensors that were on meta are so again after a first load that failed."""
@@ -221,15 +219,15 @@ class LiveModel:
         """
         check_version(version)
         with without_collection(), ExitStack() as stack:
-            stack.enter_context(_refusing(source))
+            stack.enter_context(refusing(source))
             try:
-                found = stack.enter_context(_opened(source))
+                found = stack.enter_context(opened(source))
             except HotweightsError as error:
                 raise UpdateAborted(f"{self._left()}; the source cannot be opened: {error}") from error
             update = stack.enter_context(self.begin(found.manifest, atomic=atomic, only=only))
             assert self._known is not None
             found = self._known.apart(found)
-            return self._run(update, found, _version_of(found, version), reading, threads, pool, show_progress)
+            return self._run(update, found, version_of(found, version), reading, threads, pool, show_progress)
 
     def begin(
         self, manifest: Manifest | None = None, *, atomic: Atomic | None = None, only: Patterns | None = None
@@ -324,7 +322,7 @@ class LiveModel:
 
     def _prepare(self, work: Work) -> None:
         assert self._known is not None
-        with self._failing(work), work.event("prepare", ""):
+        with self._failing(work), work.timeline.event("prepare", ""):
             work.finish()
             self._known.prove()
         self._state = State.PREPARED
@@ -335,7 +333,7 @@ class LiveModel:
         # From here on version M comes, whatever interrupts: not every way has kept what N was.
         failures: list[BaseException] = []
         try:
-            with work.event("commit", ""):
+            with work.timeline.event("commit", ""):
                 written = self._written(work, failures)
             previous, self._version = self._version, self._commits + 1 if version is None else version
             self._commits += 1
@@ -343,8 +341,9 @@ class LiveModel:
             self._known.committed(work.job)
             report = work.report(previous, self._version, written, self._known.copy_nbytes)
             self._serving.let_writer_read()
-            self._call_hooks(self._version, failures)
-            _raise_first(failures)
+            self._hooks.call(self._version, failures)
+            if failures:
+                raise failures[0]
             return report
         finally:
             failures.clear()  # Their tracebacks hold this frame.
@@ -361,22 +360,6 @@ class LiveModel:
         except BaseException:
             self._state, self._work = State.TORN, None
             raise
-
-    def _call_hooks(self, version: str | int, failures: list[BaseException]) -> None:
-        problems, first = [], None
-        for hook in self._hooks:
-            try:
-                hook(version)
-            except BaseException as error:
-                problems.append(f"{getattr(hook, '__qualname__', hook)}: {error!r}")
-                first = first or error
-                if not isinstance(error, Exception):
-                    failures.append(error)
-        if problems:
-            told = CommitHookError(f"version {version!r} is live, and hooks failed", problems)
-            told.__cause__ = first
-            failures.append(told)
-        del first
 
     def _abort(self, work: Work) -> None:
         if self._work is not work:
@@ -426,45 +409,6 @@ def _twice(act: Callable[[], object]) -> None:
         raise
 
 
-def _raise_first(failures: list[BaseException]) -> None:
-    """Interruptions come first: nobody may swallow them."""
-    for error in failures:
-        raise error
-
-
 def _check_atomic(atomic: object) -> None:
     if atomic is not False and atomic not in ("staged", "journal"):
         raise UnknownName("atomic", atomic, ("staged", "journal", "False"))
-
-
-def _version_of(source: Source, version: str | int | None) -> str | int | None:
-    found: str | int | None = getattr(source, "version", None) if version is None else version
-    return found
-
-
-@contextmanager
-def _refusing(source: object) -> Iterator[None]:
-    """A group that waits for this model is told of any failure inside, whatever it was."""
-    try:
-        yield
-    except BaseException as error:
-        if isinstance(source, Deciding):
-            source.refuse(error)
-        raise
-
-
-@contextmanager
-def _opened(source: AnySource) -> Iterator[Source]:
-    """The source; one that is opened here is closed here."""
-    if isinstance(source, (str, os.PathLike, Mapping, nn.Module)):
-        with open_source(source) as found:
-            yield found
-    elif isinstance(source, IteratorSource) and not isinstance(source, Source):
-        with source.collect() as found:
-            yield found
-    elif isinstance(source, Source):
-        yield source
-    else:
-        raise UsageError(
-            f"a source is a path, a mapping of tensors, a module or a Source; found {type(source).__name__}"
-        )

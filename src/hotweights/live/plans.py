@@ -189,7 +189,7 @@ class Plans:
 
     def _is_as_before(self, span: int, live: Mapping[str, torch.Tensor]) -> bool:
         """Whether all that lies in a span lies in live memory as it did before the first load."""
-        names = self._spans.inside(span)
+        names = self._spans.names(span)
         if any(name not in live or not has_bytes(live[name]) for name in names):
             return False
         first = live[names[0]].data_ptr() - self._spans.box(names[0]).offset

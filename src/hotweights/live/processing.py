@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 from ..modules import dressed, places
 from ..plan import LoadPlan
 from .layers import Contents, Dressing, contents, differences, put
+from .report import Timeline
 from .spans import Mirror, Spans, has_bytes
 from .units import Unit
 from .ways import Way
@@ -57,11 +58,11 @@ class Processing:
         begun: units that were processed, or nearly, where they are.
     """
 
-    def __init__(self, job: Job, way: Way, event: Callable[[str, str], AbstractContextManager[None]]) -> None:
+    def __init__(self, job: Job, way: Way, timeline: Timeline) -> None:
         self.begun: list[Unit] = []
         self._job = job
         self._way = way
-        self._event = event
+        self._timeline = timeline
 
     def first(self, unit: Unit) -> None:
         """Process its layers where they are, for the first time."""
@@ -69,7 +70,7 @@ class Processing:
             self.begun.append(unit)
         for layer in unit.layers:
             before = contents(layer.module)
-            with self._event("process", layer.name), torch.no_grad():
+            with self._timeline.event("process", layer.name), torch.no_grad():
                 self._job.process(layer.module)
             layer.processed(before, contents(layer.module))
         now = {name: one for layer in unit.layers for name, one in layer.tensors().items()}
@@ -83,7 +84,7 @@ class Processing:
         live = [contents(layer.module) for layer in unit.layers]
         with self._way.showing(self._job.model) if unit.deferred else nullcontext():
             made = self._processed(unit, scratch, ready)
-        with self._event("write", unit.name):
+        with self._timeline.event("write", unit.name):
             self._hand_over(unit, scratch, live, made)
 
     def _hand_over(self, unit: Unit, scratch: Mirror, live: list[Contents], made: list[Contents]) -> None:
@@ -112,7 +113,7 @@ class Processing:
             opened = [layer.open(scratch.__getitem__, dressing) for layer in unit.layers]
             ready()
             for layer in unit.layers:
-                with self._event("process", layer.name), torch.no_grad():
+                with self._timeline.event("process", layer.name), torch.no_grad():
                     self._job.process(layer.module)
             made = [contents(layer.module) for layer in unit.layers]
             for layer, then, now in zip(unit.layers, opened, made, strict=True):

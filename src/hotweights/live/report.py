@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..plan import Fate
 from ..report import size
+from .accounting import OpenLayers
 
-__all__ = ["Event", "UpdateReport"]
+__all__ = ["Event", "Timeline", "UpdateReport"]
 
 
 class Event(NamedTuple):
@@ -30,6 +33,30 @@ class Event(NamedTuple):
     start: float
     seconds: float
     open_nbytes: int
+
+
+class Timeline:
+    """The events of one update, as they happen.
+
+    Attributes:
+        events: those that have ended.
+        began: when the update began, by ``time.perf_counter``.
+    """
+
+    def __init__(self, layers: OpenLayers) -> None:
+        self.events: list[Event] = []
+        self.began = time.perf_counter()
+        self._layers = layers
+
+    @contextmanager
+    def event(self, what: str, of: str) -> Iterator[None]:
+        """What is done inside is one."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            now = time.perf_counter()
+            self.events.append(Event(what, of, began - self.began, now - began, self._layers.nbytes))
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,6 +64,10 @@ class Spans:
         """The names of each span."""
         yield from self._names
 
+    def names(self, span: int) -> list[str]:
+        """Names of all that lies in a span, those of tied tensors too."""
+        return self._names[span]
+
     def inside(self, span: int) -> list[str]:
         """Names of all that lies in a span; of tied tensors one."""
         return list({self._places[name].box: name for name in self._names[span]}.values())
@@ -110,8 +114,9 @@ class Mirror:
         return sum(memory.nbytes for memory in self._memory.values())
 
     def lacking(self, names: Iterable[str]) -> int:
-        """Bytes that would have to be taken for these tensors."""
-        return sum(self.spans.nbytes[span] for span in {self.spans.of(name) for name in names} - self._memory.keys())
+        """Bytes that would have to be taken for these tensors, as far as they have bytes."""
+        wanted = {self.spans.of(name) for name in names if name in self.spans}
+        return sum(self.spans.nbytes[span] for span in wanted - self._memory.keys())
 
     def __getitem__(self, name: str) -> torch.Tensor:
         span = self.spans.of(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from ..plan import Copy, LoadPlan, Program, Step, sources_of
 from ..regions import Box, covered
@@ -200,7 +201,7 @@ def needs_initial(plan: LoadPlan, unit: Unit, covers: Coverage, spans: Spans) ->
     """
     found = {name for name in unit.names if elements(covers, plan, name) < spans.box(name).numel}
     written: dict[str, list[Box]] = {}
-    for step in unit.plan.steps:
+    for step in chain.from_iterable(unit.plan.by_level()):
         if isinstance(step, Program):
             found |= _read_too_early(step, written)
         for name, box in _writes(step):

@@ -56,6 +56,11 @@ class Update:
         """What it must be fed: names, dtypes and shapes."""
         return self._work.manifest
 
+    @property
+    def open_nbytes(self) -> int:
+        """Device memory that layers take which have begun and lack tensors."""
+        return self._work.open_nbytes
+
     def feed(self, pairs: Iterable[tuple[str, torch.Tensor]] | Mapping[str, torch.Tensor]) -> None:
         """Take tensors, in any order and any number of calls. They may be borrowed: nothing is kept but by copy.
 

@@ -42,7 +42,7 @@ class Way(Protocol):
 
     name: Atomic
     wrote: bool
-    """Whether a live tensor may have changed."""
+    """Whether a live tensor may have changed; whoever writes into what ``direct`` gave says so."""
     exclusive: bool
     """Whether live tensors change before the commit, so that nobody may read them from the first write on."""
 
@@ -79,7 +79,6 @@ class InPlace:
         """The live tensors themselves."""
         names = list(names)
         self._keep(names)
-        self.wrote = True
         return {name: self._live[name] for name in names}
 
     def deliver(self, name: str, value: torch.Tensor) -> None:
@@ -149,11 +148,11 @@ class Staged:
 
     name: Atomic = "staged"
     exclusive = False
-    wrote = False
 
     def __init__(self, live: Mapping[str, torch.Tensor], mirror: Mirror) -> None:
         self._live = live
         self._mirror = mirror
+        self.wrote = False
         self._staged: dict[str, None] = {}
         self._held: list[tuple[Holder, dict[str, object]]] = []
 

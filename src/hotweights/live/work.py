@@ -22,8 +22,9 @@ from ..sources.contracts import Addressed, InMemory, Source
 from ..sources.state import StateSource
 from . import ways
 from .accounting import OpenLayers
+from .layers import unmoved
 from .processing import Job, Processing
-from .report import Event, UpdateReport
+from .report import Timeline, UpdateReport
 from .serving import Turn
 from .spans import Mirror, has_bytes
 from .units import Unit, parts_of
@@ -51,18 +52,18 @@ class Work:
         job: what it works with.
         way: where its bytes go.
         turn: its hold on the guard of readers.
+        timeline: what it spent time on.
         processing: what processes its units.
         peak_buffer: bytes of the pool at peak.
     """
 
     def __init__(self, job: Job, way: Way, layers: OpenLayers, turn: Turn) -> None:
         self.job, self.way, self.turn = job, way, turn
-        self.processing = Processing(job, way, self.event)
+        self.timeline = Timeline(layers)
+        self.processing = Processing(job, way, self.timeline)
         self.peak_buffer = 0
         self._layers = layers
-        self._began = time.perf_counter()
         self._done = Execution()
-        self._events: list[Event] = []
         self._todo = dict.fromkeys((job.direct, *job.units))  # those that were never opened
         self._open: dict[Unit, _Open] = {}
         self._late: list[_Open] = []
@@ -73,6 +74,11 @@ class Work:
         self._fallen: dict[str, torch.Tensor] = {}  # what the model's own code gets
         self._source: Addressed | InMemory | None = None
         self._fell_back = False
+
+    @property
+    def open_nbytes(self) -> int:
+        """Device memory that open layers take now."""
+        return self._layers.nbytes
 
     @property
     def manifest(self) -> Manifest:
@@ -103,9 +109,17 @@ class Work:
         self._arrived |= set(self.manifest)
         for unit in (self.job.direct, *sorted(self.job.units, key=self._comes_late)):
             opened = self._opened(unit)
-            with self.event("read", unit.name):
+            with self._reading(unit):
                 execute(unit.plan, source, opened.destinations, self._done, pool=pool, advance=advance, **reading)  # type: ignore[arg-type]
-            self._close_in_time(opened)
+            self._close(opened)
+
+    @contextmanager
+    def _reading(self, unit: Unit) -> Iterator[None]:
+        try:
+            with self.timeline.event("read", unit.name):
+                yield
+        finally:
+            self.way.wrote |= unit.direct and self._done.writing  # Ties are proven first: that may end it unwritten.
 
     def _stream(self, source: Source, advance: Callable[[int], None]) -> None:
         with source.leases() as stream:
@@ -151,6 +165,7 @@ class Work:
 
     def _fill(self, opened: _Open, name: str, tensor: torch.Tensor, own: Own) -> set[torch.device]:
         filling = self._filling(opened)
+        self.way.wrote |= opened.unit.direct
         with writing_to(opened.destinations):
             devices = filling.take(name, tensor, own)
         if not filling.missing:
@@ -163,6 +178,7 @@ class Work:
         return opened.filling
 
     def _complete(self, opened: _Open) -> None:
+        self.way.wrote |= opened.unit.direct
         with writing_to(opened.destinations):
             self._filling(opened).finish()
         opened.filling = None
@@ -230,6 +246,7 @@ class Work:
         opened = self._made(unit)
         for name in (*unit.names, *unit.touched) if not self.job.first else ():
             if name in self.job.initial:
+                self.way.wrote |= unit.direct
                 ways.copy_bytes(opened.destinations[name], self.job.initial[name])
         if not unit.deferred and not unit.direct:
             self._layers.open(unit, (layer.name for layer in unit.layers), self._counted(unit))
@@ -275,8 +292,15 @@ class Work:
         if self.way.exclusive:
             self.turn.take()
         self.way.direct([name for name, one in self.job.live.items() if has_bytes(one)], ())
+        self.way.wrote = True
         source = self._source or StateSource(self._fallen)
-        with Pool() as pool, self.event("fall back", ""):
+        layers = {layer.module for unit in self.job.units for layer in unit.layers}
+        others = [module for module in self.job.model.modules() if module not in layers]
+        with (
+            Pool() as pool,
+            self.timeline.event("fall back", ""),
+            nullcontext() if self.job.first else unmoved(others),
+        ):
             fall_back(plan, self.job.model, source, {}, self._done, pool=pool, advance=lambda nbytes: None)
 
     # Its end.
@@ -290,16 +314,6 @@ class Work:
         self._source = None
         self.turn.give_back()
 
-    @contextmanager
-    def event(self, what: str, of: str) -> Iterator[None]:
-        """What is done inside goes into the report."""
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            now = time.perf_counter()
-            self._events.append(Event(what, of, began - self._began, now - began, self._layers.nbytes))
-
     def report(self, previous: str | int | None, version: str | int, written: int, copied: int) -> UpdateReport:
         """What it did, to make a version that is live; its commit wrote ``written`` bytes, ``copied`` are kept."""
         plan, done = self.job.plan, self._done
@@ -310,7 +324,7 @@ class Work:
             atomic=None if self.job.first else self.way.name,
             bytes_read=done.bytes_read,
             bytes_written=done.bytes_written + written,
-            seconds=time.perf_counter() - self._began,
+            seconds=time.perf_counter() - self.timeline.began,
             stall_seconds=self.turn.seconds,
             peak_buffer_bytes=self.peak_buffer,
             peak_scratch_bytes=done.peak_scratch,
@@ -323,7 +337,7 @@ class Work:
             fell_back=tuple(map(str, plan.notes)),
             roads=dict(done.roads),
             warnings=(*plan.warnings, *((self._layers.warning,) if self._layers.warning else ())),
-            events=tuple(self._events),
+            events=tuple(self.timeline.events),
         )
 
 

@@ -11,8 +11,8 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from ..errors import CheckpointError
+from .file import File
 from .header import MAX_HEADER_NBYTES, Header, read_header
-from .reading import File
 
 __all__ = ["SAFETENSORS", "Layout", "Shard", "open_shards"]
 

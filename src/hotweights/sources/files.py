@@ -20,8 +20,9 @@ from ..manifest import Manifest, OpaqueDtype, TensorSpec
 from ..memory import PAGE, Lease, Pool, Slot, host_empty
 from .checkpoint import Shard, open_shards
 from .contracts import Read, Reading
+from .file import File
 from .parts import owned_tensors
-from .reading import File, Segment, fill, read_segments
+from .reading import Segment, fill, read_segments
 from .streams import LeaseStream, ahead
 
 __all__ = ["FileSource"]

@@ -1,4 +1,4 @@
-"""Public contract tests for sources and pools, tiny checkpoints, faulty sources. Needs no GPU, no network, no luck.
+"""Public contract tests for sources and pools; tiny checkpoints and models; faulty sources. No GPU, no network.
 
 A contract is a tuple of checks; each takes what makes the thing under test and raises ``AssertionError``::
 
@@ -9,18 +9,24 @@ A contract is a tuple of checks; each takes what makes the thing under test and 
 
 from .checkpoints import write_checkpoint, write_safetensors
 from .checks import assert_same_bits, bits
+from .engine import Engine, engine_checkpoint
 from .faults import FailingSource, ManualEvent, ReusedBuffer
 from .pools import POOL_CONTRACT
 from .sources import SOURCE_CONTRACT
+from .vision import VisionLanguage, vision_language_checkpoint
 
 __all__ = [
     "POOL_CONTRACT",
     "SOURCE_CONTRACT",
+    "Engine",
     "FailingSource",
     "ManualEvent",
     "ReusedBuffer",
+    "VisionLanguage",
     "assert_same_bits",
     "bits",
+    "engine_checkpoint",
+    "vision_language_checkpoint",
     "write_checkpoint",
     "write_safetensors",
 ]

@@ -14,9 +14,9 @@ import torch
 from ...errors import CheckpointError
 from ...manifest import TensorSpec
 from ..checkpoint import Layout
+from ..file import File
 from ..header import Entry, Header
 from ..iterators import Pair
-from ..reading import File
 from .reader import Reader
 
 __all__ = ["READER"]

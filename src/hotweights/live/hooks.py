@@ -1,0 +1,39 @@
+"""Hooks: what is called after a commit, all of it, whatever fails. It knows no model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..errors import CommitHookError
+
+__all__ = ["Hooks"]
+
+
+class Hooks:
+    """Functions of a version, called in the order in which they were added."""
+
+    def __init__(self) -> None:
+        self._hooks: list[Callable[[str | int], object]] = []
+
+    def add(self, hook: Callable[[str | int], object]) -> None:
+        """Call it too, from now on."""
+        self._hooks.append(hook)
+
+    def call(self, version: str | int, failures: list[BaseException]) -> None:
+        """Call all; what is to be raised comes first in ``failures``, whose owner clears it: tracebacks hold frames."""
+        problems = []
+        for hook in self._hooks:
+            try:
+                hook(version)
+            except BaseException as error:
+                problems.append(f"{getattr(hook, '__qualname__', hook)}: {error!r}")
+                failures.append(error)
+        if problems:
+            _tell(failures, CommitHookError(f"version {version!r} is live, and hooks failed", problems))
+
+
+def _tell(failures: list[BaseException], told: CommitHookError) -> None:
+    """Before an error that tells of hooks comes an interruption only, which nobody may swallow."""
+    told.__cause__ = failures[0]
+    failures.sort(key=lambda error: isinstance(error, Exception))
+    failures.insert(sum(not isinstance(error, Exception) for error in failures), told)

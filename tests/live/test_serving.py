@@ -1,0 +1,225 @@
+"""Readers in other threads see N or M, never a mix. Nothing here sleeps: threads meet at events."""
+
+import threading
+import time
+
+import pytest
+import torch
+import zoo
+from torch import nn
+
+import hotweights as hw
+from hotweights.live.serving import Serving
+
+WAYS = ("journal", "staged", False)
+WAIT = 30  # seconds after which a test is wrong, not slow
+
+
+class Yielding(nn.Module):
+    """Its forward stops between two layers until it is told to go on."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = zoo.Weight(), zoo.Weight()
+        self.between, self.go_on = threading.Event(), threading.Event()
+
+    def forward(self):
+        first = self.first.weight.clone()
+        self.between.set()
+        assert self.go_on.wait(WAIT)
+        return first, self.second.weight.clone()
+
+
+def weights(value):
+    return {f"{layer}.weight": torch.full((zoo.N, zoo.N), float(value)) for layer in ("first", "second")}
+
+
+def live_model(**options):
+    model = Yielding()
+    live = hw.LiveModel(model, **options)
+    live.load(weights(1), version=1)
+    return model, live
+
+
+class Thread(threading.Thread):
+    """Runs at once; ``result`` waits for it."""
+
+    def __init__(self, act):
+        super().__init__(daemon=True)
+        self.act, self.found, self.error = act, None, None
+        self.start()
+
+    def run(self):
+        try:
+            self.found = self.act()
+        except BaseException as error:
+            self.error = error
+
+    def result(self):
+        self.join(WAIT)
+        assert not self.is_alive()
+        if self.error is not None:
+            raise self.error
+        return self.found
+
+
+def values(pair):
+    return {float(one) for tensor in pair for one in tensor.view(-1)}
+
+
+@pytest.mark.parametrize("process", [None, zoo.process])
+@pytest.mark.parametrize("atomic", WAYS)
+def test_a_forward_sees_one_version(atomic, process):
+    model, live = live_model(atomic=atomic, process=process)
+
+    def forward():
+        with live.serving(WAIT) as version:
+            return version, values(model())
+
+    reader = Thread(forward)
+    assert model.between.wait(WAIT)
+    waits, begin_writing = threading.Event(), Serving.begin_writing
+
+    def told(serving):
+        waits.set()  # From here on the update can only wait for the reader.
+        begin_writing(serving)
+
+    live._serving.begin_writing = lambda: told(live._serving)
+    writer = Thread(lambda: live.update(weights(2), version=2))
+    assert waits.wait(WAIT)
+    model.go_on.set()
+    assert reader.result() == (1, {1.0})
+    writer.result()
+    assert Thread(forward).result() == (2, {2.0})
+
+
+def test_without_the_guard_it_sees_a_mix():
+    """The same without ``serving``: what the test above would find."""
+    model, live = live_model(atomic=False)
+    reader = Thread(lambda: values(model()))
+    assert model.between.wait(WAIT)
+    live.update(weights(2))
+    model.go_on.set()
+    assert reader.result() == {1.0, 2.0}
+
+
+@pytest.mark.parametrize("atomic", WAYS)
+def test_while_an_update_runs(atomic):
+    """Staged, N serves on until the commit; otherwise readers wait, as long as they will."""
+    model, live = live_model(atomic=atomic)
+    model.go_on.set()
+
+    def forward():
+        with live.serving(0.01) as version:
+            return version, values(model())
+
+    with live.begin() as update:
+        update.feed(weights(2))
+        if atomic == "staged":
+            assert Thread(forward).result() == (1, {1.0})
+            update.prepare()
+            assert live.state is hw.State.PREPARED
+            assert Thread(forward).result() == (1, {1.0})
+        else:
+            with pytest.raises(TimeoutError, match="an update is writing"):
+                Thread(forward).result()
+            with pytest.raises(hw.UsageError, match="this thread is writing"), live.serving():
+                pass
+        update.commit(2)
+    assert Thread(forward).result() == (2, {2.0})
+
+
+def test_a_reader_that_waits_gets_the_new_version():
+    model, live = live_model(atomic="journal")  # From its first write on, nobody may read.
+    model.go_on.set()
+    with live.begin() as update:
+        update.feed(weights(2))
+
+        def forward():
+            with live.serving(WAIT) as version:
+                return version, values(model())
+
+        reader = Thread(forward)
+        update.commit(2)
+    assert reader.result() == (2, {2.0})
+
+
+def test_no_reader_comes_between_the_commit_and_its_hooks():
+    """FAILURES 30: a cache that holds the old weights is dropped before anybody reads the new ones."""
+    model, live = live_model()
+    model.go_on.set()
+    cache, tried = {}, []
+
+    def serve():
+        with live.serving(0.01) as version:
+            return version, cache.setdefault("values", values(model()))
+
+    assert Thread(serve).result() == (1, {1.0})
+
+    def hook(version):
+        with pytest.raises(TimeoutError):
+            Thread(serve).result()
+        with live.serving() as seen:  # The hook itself may read.
+            assert seen == version
+        cache.clear()
+        tried.append(version)
+
+    live.on_commit(hook)
+    live.update(weights(2), version=2)
+    assert tried == [2]
+    assert Thread(serve).result() == (2, {2.0})
+
+
+def test_who_reads_cannot_update():
+    """It would wait for itself."""
+    _, live = live_model()
+    with live.serving(), pytest.raises(hw.UsageError, match="cannot update"):
+        live.update(weights(2))
+    assert live.state is hw.State.SERVING
+    live.update(weights(2))
+
+
+def test_a_hook_cannot_update():
+    _, live = live_model()
+    live.on_commit(lambda version: live.update(weights(3)))
+    with pytest.raises(hw.CommitHookError, match="another update runs"):
+        live.update(weights(2), version=2)
+    assert (live.version, live.state) == (2, hw.State.SERVING)
+
+
+def test_who_reads_may_read_again_before_a_writer_that_waits():
+    serving = Serving()
+
+    def read():
+        with serving.reading(0):
+            pass
+
+    with serving.reading(WAIT):
+        serving._waiting += 1  # a writer, in another thread
+        with serving.reading(0):
+            pass
+        with pytest.raises(TimeoutError):
+            Thread(read).result()
+        serving._waiting -= 1
+    Thread(read).result()
+
+
+def test_before_the_first_load_there_is_nothing_to_serve():
+    with pytest.raises(hw.HotweightsError, match="empty"), hw.LiveModel(Yielding()).serving():
+        pass
+
+
+def test_a_timeout_ends_the_wait_for_a_writer():
+    serving = Serving()
+    serving.begin_writing()
+
+    def read():
+        with serving.reading(0):
+            pass
+
+    began = time.monotonic()
+    with pytest.raises(TimeoutError):
+        Thread(read).result()
+    assert time.monotonic() - began < WAIT
+    serving.end_writing()
+    Thread(read).result()
