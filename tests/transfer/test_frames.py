@@ -112,32 +112,32 @@ def test_a_receiver_refuses_it_and_takes_the_next(frame, address):
 
 
 LIES = {
-    "another slot": Filled(7, (Part(0, 0, 20, 0),)),
-    "a negative slot": Filled(-1, (Part(0, 0, 20, 0),)),
-    "an unknown tensor": Filled(0, (Part(9, 0, 20, 0),)),
-    "past the slot": Filled(0, (Part(0, 0, 20, 4096 - 64 + 64),)),
-    "past the tensor": Filled(0, (Part(0, 0, 24, 0),)),
-    "a hole": Filled(0, (Part(0, 4, 16, 0),)),
-    "nothing": Filled(0, ()),
-    "no bytes": Filled(0, (Part(0, 0, 0, 0),)),
-    "negative": Filled(0, (Part(0, 0, -4, 0),)),
-    "unaligned": Filled(0, (Part(0, 0, 20, 4),)),
-    "interleaved": Filled(0, (Part(0, 0, 4, 0), Part(1, 0, 24, 64))),
-    "twice": Filled(0, (Part(0, 0, 20, 0), Part(0, 0, 20, 0))),
-    "the end too early": End(()),
+    "another slot": (Filled(7, (Part(0, 0, 20, 0),)), "not asked for"),
+    "a negative slot": (Filled(-1, (Part(0, 0, 20, 0),)), "not asked for"),
+    "an unknown tensor": (Filled(0, (Part(9, 0, 20, 0),)), "not asked for"),
+    "past the slot": (Filled(0, (Part(0, 0, 20, 4096),)), "does not lie in its slot"),
+    "past the tensor": (Filled(0, (Part(0, 0, 24, 0),)), "it has 20 bytes"),
+    "a hole": (Filled(0, (Part(0, 4, 16, 0),)), "byte 0 was to come next"),
+    "nothing": (Filled(0, ()), "nothing in it"),
+    "no bytes": (Filled(0, (Part(0, 0, 0, 0),)), "does not lie in its slot"),
+    "negative": (Filled(0, (Part(0, 0, -4, 0),)), "it has 20 bytes"),
+    "unaligned": (Filled(0, (Part(0, 0, 20, 4),)), "it has 20 bytes"),
+    "interleaved": (Filled(0, (Part(0, 0, 4, 0), Part(1, 0, 24, 64))), "byte 4 was to come next"),
+    "twice": (Filled(0, (Part(0, 0, 20, 0), Part(0, 0, 20, 0))), "not asked for"),
+    "the end too early": (End(()), "these never came: a, b"),
 }
 
 
 @pytest.mark.parametrize("lie", LIES, ids=str)
 def test_a_receiver_reads_no_byte_that_it_was_not_promised(lie, address, monkeypatch):
-    say, lies = Channel.send, [LIES[lie]]
+    say, lies = Channel.send, [LIES[lie][0]]
 
     def lying(channel, message, **options):
         say(channel, lies.pop() if isinstance(message, Filled) and lies else message, **options)
 
     def take():
         with receiver(address) as source:
-            with pytest.raises(hw.ProtocolError):
+            with pytest.raises(hw.ProtocolError, match=LIES[lie][1]):
                 dict(source.tensors())
             return dict(source.tensors())
 

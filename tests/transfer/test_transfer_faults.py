@@ -143,6 +143,32 @@ def test_an_exception_in_a_live_model_at_every_layer_leaves_version_n_everywhere
     assert {value_of(live.model) for live in (bad, good)} == {3}
 
 
+def test_a_sender_returns_when_version_n_is_back_and_not_before(address):
+    returned = threading.Event()
+
+    def refuse():
+        with receiver(address) as source:
+            assert source.manifest
+            source.refuse(ValueError("no"))
+
+    def put_back():
+        with receiver(address) as source:
+            source.wanted(["w"])
+            with pytest.raises(hw.TransferAborted, match="ValueError: no"), source.leases() as stream:
+                list(stream)
+            assert not returned.wait(0.3)  # It waits for what this member has yet to do.
+            source.refuse(ValueError("put back"))
+            assert returned.wait(10)
+
+    taking = [Thread(refuse), Thread(put_back)]
+    with sender(address, receivers=2) as sending:
+        with pytest.raises(hw.TransferAborted, match="ValueError: no"):
+            sending.send({"w": torch.zeros(3)}, version=1)
+        returned.set()
+        for thread in taking:
+            thread.result()
+
+
 @pytest.mark.parametrize("on_lost", ["abort", "drop"])
 def test_a_receiver_that_never_releases_is_named_after_the_deadline(on_lost, address):
     go_on = threading.Event()
@@ -295,11 +321,10 @@ def test_a_forked_child_does_not_hide_its_parents_death(address):
     def trainer(pipe):
         with sender(address) as sending:
             sending.send(Tiny(1), version=1)
-            left, right = os.pipe()
+            left, _ = os.pipe()
             child = os.fork()
             if child == 0:
-                os.close(right)
-                os.read(left, 1)  # until the test ends
+                os.read(left, 1)  # until the test ends: it holds the other end, too
                 os._exit(0)
             pipe.send(child)
             sending.send(Tiny(2), version=2)
