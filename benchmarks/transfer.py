@@ -4,7 +4,7 @@
     python benchmarks/transfer.py --size 200MB     # quicker; the slots' cost of starting weighs more
 
 Each process has one thread. Ways take turns, round after round; medians are shown. What a way does only once (greeting,
-planning, mapping the slots, touching memory) is in a first round that does not count. Every receiver compares its
+planning, mapping the slots, touching memory) is in two updates that do not count. Every receiver compares its
 parameters with what was sent, outside the timing.
 
 * *plain copy*: ``parameter.copy_(tensor)`` for all tensors, in as many processes at once as there are receivers.
@@ -34,7 +34,6 @@ from isolate import wait_for_quiet
 from load import parse_size
 
 WAYS = {"in place (False)": False, "staged": "staged", "journal": "journal"}
-SLOTS: tuple[int, int] | None = None
 BUCKET = 16 * 1024 * 1024
 _fork = multiprocessing.get_context("fork")
 
@@ -126,8 +125,7 @@ def ours(
 ) -> Callable[[nn.Module, float], float]:
     address = f"unix:{stack.enter_context(tempfile.TemporaryDirectory())}/socket"
     workers = [stack.enter_context(Worker(receiving, nbytes, tensors, address, atomic)) for _ in range(receivers)]
-    slots = {} if SLOTS is None else {"slots": SLOTS[0], "slot_nbytes": SLOTS[1]}
-    sender = stack.enter_context(hw.Sender(address, receivers=receivers, digests=digests, **slots))
+    sender = stack.enter_context(hw.Sender(address, receivers=receivers, digests=digests))
 
     def run(trainer: nn.Module, value: float) -> float:
         for worker in workers:
@@ -195,7 +193,7 @@ def measure(options: argparse.Namespace, receivers: int) -> dict[str, list[float
             with ExitStack() as stack:  # One way's processes at a time: they hold a model each.
                 run = make(stack)
                 trainer = Layers(nbytes, tensors)
-                for counted in (False, True, True):
+                for counted in (False, False, True, True):  # The first update makes the copy of the model.
                     value = value % 100 + 1
                     for one in trainer.parameters():
                         one.fill_(value)
