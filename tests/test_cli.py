@@ -167,6 +167,31 @@ class TestReader:
         assert "known are: fastsafetensors, hotweights, runai" in result.stderr
 
 
+class TestTransfer:
+    def test_from_one_terminal_to_another(self, bert, tmp_path):
+        """Two processes; whoever starts first waits for the other."""
+        command = [sys.executable, "-m", "hotweights"]
+        address = f"unix:{tmp_path / 'run' / 'socket'}"
+        receiving = [*command, "receive", "--from", address, "--model", str(bert), "--offer-timeout", "60", "--json"]
+        with subprocess.Popen(receiving, stdout=subprocess.PIPE, text=True) as receiver:
+            sent = run("send", bert, "--to", address, "--version", "step-1", "--json")
+            received = json.loads(receiver.communicate(timeout=60)[0])
+        assert (sent.exit_code, receiver.returncode) == (0, 0)
+        assert json.loads(sent.output)["committed"] == [f"process {receiver.pid}"]
+        assert received["version"] == "step-1"
+        assert received["bytes_written"] > 0
+
+    def test_nobody_there(self, bert, tmp_path):
+        address = f"unix:{tmp_path / 'run' / 'socket'}"
+        refused = run("send", bert, "--to", address, "--timeout", "0.05")
+        assert refused.exit_code == 1
+        assert "0 of 1 receivers" in refused.stderr
+        refused = run("receive", "--from", address, "--model", bert, "--offer-timeout", "0.05")
+        assert refused.exit_code == 1
+        assert "nobody listens there" in refused.stderr
+        assert run("send", bert, "--to", "somewhere").exit_code == 2
+
+
 def test_ctrl_c_is_130(monkeypatch, checkpoint):
     def interrupted(path, **options):
         raise KeyboardInterrupt

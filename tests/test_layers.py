@@ -22,8 +22,11 @@ aliases anchors threads standins recorder bypasses tracing lowering sharing draf
 copying execute report arguments engines engines.transformers trace fallback verify load routing handing route
 live.spans live.serving live.accounting live.layers live.report live.units live.plans live.ways
 live.processing live.work live.update live.known live.state live.opening live.hooks live.model live
+transfer.messages transfer.states transfer.ballot transfer.slots transfer.address transfer.channel transfer.waiting
+transfer.parts transfer.report transfer.group transfer.round transfer.sender transfer.uplink transfer.taking
+transfer.receiver transfer
 testing.checks testing.checkpoints testing.engine testing.faults testing.sources testing.pools testing.vision testing
-cli.outcome cli.inspect cli.plan cli.load cli.fused_bert cli.demo_live cli.demo cli
+cli.outcome cli.inspect cli.plan cli.load cli.send cli.receive cli.fused_bert cli.demo_live cli.demo cli
 """.split()
 
 
@@ -75,6 +78,8 @@ def test_the_public_words_are_these():
     LiveModel State Update UpdateReport Digest UpdateAborted CommitHookError
     TiedWeightsDiffer IncompleteLoad PoolTimeout UsageError StaleLease BorrowedTensor Closed UnknownName
     MissingPackage NoManifest SourceError
+    Sender Receiver SendReport TransferError TransferAborted TransferIncomplete TransferTimeout PeerLost ProtocolError
+    AddressTaken
     """
     assert set(hotweights.__all__) == set(words.split())
     assert all(hasattr(hotweights, name) for name in hotweights.__all__)

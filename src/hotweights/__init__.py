@@ -1,6 +1,7 @@
 """Put weights into live PyTorch models: fast, exact, all or nothing. Importing this does nothing."""
 
 from .errors import (
+    AddressTaken,
     BorrowedTensor,
     CheckpointChanged,
     CheckpointError,
@@ -10,14 +11,20 @@ from .errors import (
     IncompleteLoad,
     MissingPackage,
     NoManifest,
+    PeerLost,
     PlanDiffers,
     PlanError,
     PlanFileError,
     PoolTimeout,
+    ProtocolError,
     RoutingError,
     SourceError,
     StaleLease,
     TiedWeightsDiffer,
+    TransferAborted,
+    TransferError,
+    TransferIncomplete,
+    TransferTimeout,
     UnknownName,
     UnsupportedDtype,
     UpdateAborted,
@@ -33,8 +40,10 @@ from .route import route
 from .routing import Component
 from .sources import from_iterator, open
 from .trace import trace
+from .transfer import Receiver, Sender, SendReport
 
 __all__ = [
+    "AddressTaken",
     "BorrowedTensor",
     "CheckpointChanged",
     "CheckpointError",
@@ -53,19 +62,28 @@ __all__ = [
     "MissingPackage",
     "NoManifest",
     "OpaqueDtype",
+    "PeerLost",
     "PlanDiffers",
     "PlanError",
     "PlanFileError",
     "Pool",
     "PoolStats",
     "PoolTimeout",
+    "ProtocolError",
+    "Receiver",
     "RouteReport",
     "RoutingError",
+    "SendReport",
+    "Sender",
     "SourceError",
     "StaleLease",
     "State",
     "TensorSpec",
     "TiedWeightsDiffer",
+    "TransferAborted",
+    "TransferError",
+    "TransferIncomplete",
+    "TransferTimeout",
     "UnknownName",
     "UnsupportedDtype",
     "Update",

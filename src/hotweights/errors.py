@@ -15,6 +15,13 @@
     ├── CommitHookError         the new version is live, and a hook that ran after the commit failed
     ├── TiedWeightsDiffer       two names of one tensor carry different bytes; nothing was written
     ├── SourceError             a source failed, or streamed something else than its manifest promises
+    ├── TransferError           a transfer between processes failed
+    │   ├── TransferAborted     this update was given up; every member holds what it held before
+    │   ├── TransferIncomplete  the group took the version, and some members were lost on the way
+    │   ├── TransferTimeout     nobody answered in time
+    │   ├── PeerLost            the process on the other end is gone
+    │   ├── ProtocolError       what the other end said is not what may be said
+    │   └── AddressTaken        another sender listens there; the message says which process
     └── PoolTimeout             no memory came free in time
 
     UsageError                  fix the program
@@ -31,6 +38,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 __all__ = [
+    "AddressTaken",
     "BorrowedTensor",
     "CheckpointChanged",
     "CheckpointError",
@@ -40,14 +48,20 @@ __all__ = [
     "IncompleteLoad",
     "MissingPackage",
     "NoManifest",
+    "PeerLost",
     "PlanDiffers",
     "PlanError",
     "PlanFileError",
     "PoolTimeout",
+    "ProtocolError",
     "RoutingError",
     "SourceError",
     "StaleLease",
     "TiedWeightsDiffer",
+    "TransferAborted",
+    "TransferError",
+    "TransferIncomplete",
+    "TransferTimeout",
     "UnknownName",
     "UnsupportedDtype",
     "UpdateAborted",
@@ -136,6 +150,45 @@ class SourceError(_Problems):
 
     What it had streamed by then is in the hands of whoever took it.
     """
+
+
+class TransferError(_Problems):
+    """A transfer between processes failed. The kinds below say what that leaves behind."""
+
+
+class TransferAborted(TransferError):
+    """The update was given up before the group decided to take it: every member holds what it held before.
+
+    At a sender, each problem names a receiver and what it said.
+    """
+
+
+class TransferIncomplete(TransferError):
+    """The group took the version. Those named did not say that they did: they were lost, or it failed there.
+
+    Attributes:
+        committed: who has the new version for certain.
+    """
+
+    def __init__(self, title: str, problems: Iterable[str] = (), *, committed: tuple[str, ...] = ()) -> None:
+        super().__init__(title, problems)
+        self.committed = committed
+
+
+class TransferTimeout(TransferError, TimeoutError):
+    """Nobody came, or answered, before the deadline. The message says who was waited for."""
+
+
+class PeerLost(TransferError):
+    """The process on the other end is gone, or ended the connection; its last words are in the message."""
+
+
+class ProtocolError(TransferError):
+    """The other end said what it may not say: damaged, stale, of another protocol or another user."""
+
+
+class AddressTaken(TransferError):
+    """Another sender listens at this address. The message says which process."""
 
 
 class UpdateAborted(HotweightsError):

@@ -11,6 +11,8 @@ from .demo import demo
 from .inspect import inspect
 from .load import load
 from .plan import plan
+from .receive import receive
+from .send import send
 
 __all__ = ["app", "main"]
 
@@ -25,6 +27,8 @@ app = typer.Typer(
 app.command()(inspect)
 app.command()(plan)
 app.command()(load)
+app.command()(send)
+app.command()(receive)
 app.command()(demo)
 
 

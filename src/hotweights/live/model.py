@@ -19,11 +19,11 @@ from ..memory import Pool
 from ..modules import Place, materialise, places
 from ..plan import Patterns, matches
 from ..progress import progress
-from ..sources.contracts import Addressed, Reading, Source
+from ..sources.contracts import Addressed, Deciding, Reading, Source
 from .accounting import OpenLayers
 from .hooks import Hooks
 from .known import Known
-from .opening import AnySource, opened, version_of
+from .opening import AnySource, opened, refusing, version_of
 from .plans import Options
 from .processing import Job
 from .report import UpdateReport
@@ -169,6 +169,7 @@ class LiveModel:
         options = Options(allow_missing, allow_partial, allow_unexpected, cast)
         where = None if device is None else torch.device(device)
         with without_collection(), ExitStack() as stack:
+            stack.enter_context(refusing(source))
             found = stack.enter_context(opened(source))
             with self._reserved():
                 if self._state is not State.EMPTY:
@@ -222,6 +223,7 @@ class LiveModel:
         """
         check_version(version)
         with without_collection(), ExitStack() as stack:
+            stack.enter_context(refusing(source))
             try:
                 found = stack.enter_context(opened(source))
             except HotweightsError as error:
@@ -296,8 +298,14 @@ class LiveModel:
             advance = stack.enter_context(progress("loading", nbytes, show=show_progress))
             roads = {"reading": reading, "threads": threads} if isinstance(source, Addressed) else {}
             with self._failing(work):
+                if isinstance(source, Deciding):
+                    source.wanted(work.wanted)
                 work.run(source, pool=pool, advance=advance, **roads)
             work.peak_buffer = pool.stats().peak * pool.slot_nbytes
+            if isinstance(source, Deciding):
+                update.prepare()
+                with self._failing(work):
+                    stack.enter_context(source.decision())
             return update.commit(version)
 
     # What updates call.

@@ -90,6 +90,14 @@ class Work:
         """Whether the one warning of open layers was given."""
         return self._layers.warned
 
+    @property
+    def wanted(self) -> list[str]:
+        """Which tensors a source that can choose shall send, layer by layer; what waits for all others comes last."""
+        units = sorted((self.job.direct, *self.job.units), key=self._comes_late)
+        place = {name: number for number, name in enumerate(self.manifest)}
+        names = (name for unit in units for name in sorted(unit.sources, key=place.__getitem__))
+        return list(dict.fromkeys((*names, *self.job.plan.fallback)))
+
     # Whole sources.
 
     def run(self, source: Source, *, pool: Pool, advance: Callable[[int], None], **reading: object) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Literal, Protocol, runtime_checkable
 
@@ -19,7 +20,7 @@ from ..guards import Guard
 from ..manifest import Manifest
 from ..memory import Lease, Pool
 
-__all__ = ["Addressed", "InMemory", "Read", "Reading", "Sink", "Source", "Stream"]
+__all__ = ["Addressed", "Deciding", "InMemory", "Read", "Reading", "Sink", "Source", "Stream"]
 
 Reading = Literal["auto", "buffered", "direct"]
 """How files are read: ``buffered`` through the page cache, ``direct`` around it, ``auto`` by what is cached."""
@@ -123,3 +124,17 @@ class Addressed(Source, Protocol):
         Raises:
             CheckpointChanged: a file is not the one that was opened.
         """
+
+
+@runtime_checkable
+class Deciding(Protocol):
+    """A source whose versions are taken by a group, all or nobody. Whoever takes it into a live model asks for this."""
+
+    def wanted(self, names: Iterable[str]) -> None:
+        """Say, before the stream, which tensors are wanted, best in this order. Whoever says so decides too."""
+
+    def decision(self) -> AbstractContextManager[None]:
+        """Enter it when a commit cannot fail any more: it waits for the group. Commit inside; if it raises, abort."""
+
+    def refuse(self, error: BaseException) -> None:
+        """Tell the group that this version cannot be taken, and why. Does nothing when it is decided."""

@@ -1,0 +1,7 @@
+"""From a trainer to workers on one host: ``Sender`` and ``Receiver``. Each part of a transfer has a file of its own."""
+
+from .receiver import Receiver
+from .report import SendReport
+from .sender import Sender
+
+__all__ = ["Receiver", "SendReport", "Sender"]

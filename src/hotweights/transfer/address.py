@@ -1,0 +1,175 @@
+"""Where a sender listens: a socket that one process holds, in a directory that one user can enter. No messages here."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+import stat
+import struct
+import threading
+
+from ..errors import AddressTaken, ProtocolError, UsageError
+
+__all__ = ["Listener", "check_peer", "connect", "path_of"]
+
+_LONGEST = 107  # bytes of a path in sockaddr_un, without its NUL
+_BACKLOG = 128
+_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
+
+# Record locks belong to a process: within one they exclude nobody, so its own are listed. Changes under the lock.
+_held: set[str] = set()
+_held_lock = threading.Lock()
+
+
+def path_of(address: str) -> str:
+    """The path of ``unix:PATH``.
+
+    Raises:
+        UsageError: it is no such address, or too long for the kernel.
+    """
+    kind, colon, path = address.partition(":")
+    if kind != "unix" or not colon or not path:
+        raise UsageError(f"an address looks like unix:/run/user/1000/trainer/socket; this is {address!r}")
+    if len(os.fsencode(path)) > _LONGEST:
+        raise UsageError(f"the path of a socket has {_LONGEST} bytes at most; this one has {len(os.fsencode(path))}")
+    return path
+
+
+def check_peer(peer: socket.socket) -> int:
+    """The pid on the other end.
+
+    Raises:
+        ProtocolError: it belongs to another user.
+    """
+    raw = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    pid, uid, _ = _CREDENTIALS.unpack(raw)
+    if uid != os.geteuid():
+        raise ProtocolError(f"the process {pid} on the other end belongs to user {uid}, this one to {os.geteuid()}")
+    return int(pid)
+
+
+def connect(path: str) -> socket.socket | None:
+    """A connection to whoever listens there; ``None`` while nobody does. The caller closes it."""
+    found = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+    try:
+        found.connect(path)
+    except (FileNotFoundError, ConnectionRefusedError, BlockingIOError):
+        found.close()
+        return None
+    except BaseException:
+        found.close()
+        raise
+    return found
+
+
+class Listener:
+    """A listening socket at a path. Its lock file is held until ``close``, or until the process dies.
+
+    Attributes:
+        socket: it never blocks.
+    """
+
+    def __init__(self, path: str) -> None:
+        """Take the path; a socket that a dead process left there is replaced.
+
+        Raises:
+            AddressTaken: another sender holds it; says which process.
+            UsageError: others may enter the directory, or something else lies at the path.
+        """
+        self._path = os.path.realpath(path)
+        self._lock = -1
+        self._ours: list[str] = []  # what close removes
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+        try:
+            _check_directory(os.path.dirname(self._path))
+            self._lock = _lock(self._path)
+            self._ours.append(_lock_path(self._path))
+            _remove_stale(self._path)
+            self.socket.bind(self._path)
+            self._ours.append(self._path)
+            os.chmod(self._path, 0o600)
+            self.socket.listen(_BACKLOG)
+        except BaseException:
+            self.close()
+            raise
+
+    def accept(self) -> socket.socket | None:
+        """The next connection, if one waits. The caller closes it."""
+        try:
+            found, _ = self.socket.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return None
+        return found
+
+    def close(self) -> None:
+        """Stop listening and remove the socket and its lock. May be called twice."""
+        self.socket.close()
+        lock, self._lock = self._lock, -1
+        if lock < 0:
+            return
+        with _held_lock:  # Removed while it is held: nobody else's is removed.
+            for left in self._ours:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(left)
+            os.close(lock)
+            _held.discard(self._path)
+
+    def forget(self) -> None:
+        """In a forked child: close the copies, and leave the parent's files alone."""
+        self.socket.close()
+        if self._lock >= 0:
+            os.close(self._lock)
+        self._lock = -1
+
+
+def _lock_path(path: str) -> str:
+    return f"{path}.lock"
+
+
+def _check_directory(directory: str) -> None:
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(directory, 0o700)
+    found = os.stat(directory)
+    if found.st_uid != os.geteuid() or found.st_mode & 0o077:
+        raise UsageError(
+            f"the directory {directory} is not this user's alone (mode {stat.S_IMODE(found.st_mode):o}); put the "
+            "socket into one of mode 700. One that does not exist is made so"
+        )
+
+
+def _lock(path: str) -> int:
+    """A descriptor of the lock file, which this process holds from now on."""
+    with _held_lock:
+        if path in _held:
+            raise AddressTaken(f"{path} is held by another sender in this process, {os.getpid()}")
+        while True:
+            descriptor = os.open(_lock_path(path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            try:
+                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "one that just started"
+                os.close(descriptor)
+                raise AddressTaken(f"{path} is held by another sender, process {holder}") from None
+            if _same_file(descriptor, _lock_path(path)):
+                break
+            os.close(descriptor)  # Whoever held it before removed it between our two steps.
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        _held.add(path)
+        return descriptor
+
+
+def _same_file(descriptor: int, path: str) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False))
+    except FileNotFoundError:
+        return False
+
+
+def _remove_stale(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise UsageError(f"{path} is no socket; it is left alone")
+        os.unlink(path)

@@ -1,0 +1,170 @@
+"""Channel: frames and descriptors over one socket, in the order that the table allows. It decides nothing."""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import os
+import socket
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from typing import Protocol
+
+from ..errors import PeerLost, ProtocolError
+from .messages import DESCRIPTORS, HEADER, Broken, Frame, Message, decode, decode_header, encode, kind_of
+from .states import Session, Side
+
+__all__ = ["Channel", "close_in_children"]
+
+_CHUNK = 256 * 1024  # bytes asked for at once
+_MANY = 8  # descriptors; the most that may come at once; the protocol never sends two
+
+
+class Channel:
+    """One end of a connection. It never blocks; whoever uses it waits until the socket is ready.
+
+    Attributes:
+        socket: closed by ``close``.
+        session: the state, as this end sees it.
+    """
+
+    def __init__(self, connected: socket.socket, side: Side) -> None:
+        """Takes over the socket."""
+        connected.setblocking(False)
+        self.socket = connected
+        self.session = Session(side)
+        self._out: deque[tuple[memoryview, tuple[int, ...]]] = deque()
+        self._in = bytearray()
+        self._descriptors: deque[int] = deque()
+        close_in_children(self)
+
+    @property
+    def unsent(self) -> bool:
+        """Whether something waits until the socket can be written to."""
+        return bool(self._out)
+
+    def send(self, message: Message, *, update: int | None = None, descriptors: Sequence[int] = ()) -> None:
+        """Say something; what the socket does not take now waits. Descriptors stay the caller's, open until then.
+
+        A dead peer is not noticed here: reading says so, and what it said last.
+        """
+        update = self.session.update if update is None else update
+        if not isinstance(message, Broken):
+            self.session.sent(kind_of(message), update)
+        frame = encode(update, message, len(descriptors))
+        self._out.append((memoryview(frame), tuple(descriptors)))
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what waits, as far as the socket takes it."""
+        while self._out:
+            raw, descriptors = self._out[0]
+            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+            try:
+                count = self.socket.sendmsg([raw], ancillary)
+            except BlockingIOError:
+                return
+            except OSError:
+                self._out.clear()
+                return
+            if count == len(raw):
+                self._out.popleft()
+            else:
+                self._out[0] = raw[count:], ()
+
+    def read(self) -> Frame | None:
+        """The next frame, if it is there. Its descriptors are the caller's.
+
+        Raises:
+            PeerLost: the other end is gone, or says that it goes; with its words.
+            ProtocolError: what came breaks the protocol. The other end is told.
+        """
+        try:
+            while (frame := self._next()) is None:
+                if not self._fill():
+                    return None
+        except ProtocolError as error:
+            self.say_goodbye(str(error))
+            raise
+        if isinstance(frame.message, Broken):
+            raise PeerLost(f"the other side ended the connection: {frame.message.reason}")
+        return frame
+
+    def say_goodbye(self, reason: str) -> None:
+        """Tell the other end why nothing more will come, as far as the socket takes it, and close."""
+        self.send(Broken(reason[:2000]), update=0)
+        self.close()
+
+    def close(self) -> None:
+        """Close the socket, and descriptors that nobody took. May be called twice."""
+        self.socket.close()
+        self._out.clear()
+        while self._descriptors:
+            os.close(self._descriptors.popleft())
+
+    def forget(self) -> None:
+        """In a forked child: close the copy, so that the parent's death is noticed."""
+        self.close()
+
+    def _next(self) -> Frame | None:
+        if len(self._in) < HEADER.size:
+            return None
+        header = decode_header(self._in)
+        end = HEADER.size + header.nbytes
+        if len(self._in) < end:
+            return None
+        message = decode(memoryview(self._in)[HEADER.size : end])
+        del self._in[:end]
+        if not isinstance(message, Broken):
+            self.session.came(kind_of(message), header.update)
+        expected = DESCRIPTORS.get(kind_of(message), 0)
+        if header.descriptors != expected or expected > len(self._descriptors):
+            raise ProtocolError(
+                f"{kind_of(message)!r} comes with {expected} descriptors, not with {header.descriptors}"
+            )
+        return Frame(header.update, message, tuple(self._descriptors.popleft() for _ in range(header.descriptors)))
+
+    def _fill(self) -> bool:
+        """Take what the socket has. False if it has nothing now."""
+        space = socket.CMSG_SPACE(_MANY * array.array("i").itemsize)
+        try:
+            raw, ancillary, flags, _ = self.socket.recvmsg(_CHUNK, space, socket.MSG_CMSG_CLOEXEC)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            raise PeerLost(f"the connection is gone: {error}") from error
+        for level, kind, data in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                found = array.array("i")
+                found.frombytes(data[: len(data) - len(data) % found.itemsize])
+                self._descriptors.extend(found)
+        if flags & socket.MSG_CTRUNC or len(self._descriptors) > _MANY:
+            raise ProtocolError("more descriptors came than the protocol knows")
+        if not raw:
+            raise PeerLost("the other side is gone" + (", in the middle of a frame" if self._in else ""))
+        self._in += raw
+        return True
+
+
+class _Forgetting(Protocol):
+    def forget(self) -> None: ...
+
+
+# What a forked child must close: a copy that it holds would hide the parent's death from the other side.
+_inherited: weakref.WeakSet[_Forgetting] = weakref.WeakSet()
+_registered: list[bool] = []
+
+
+def close_in_children(what: _Forgetting) -> None:
+    """Have ``what.forget()`` called in every forked child."""
+    if not _registered:
+        os.register_at_fork(after_in_child=_forget_all)
+        _registered.append(True)
+    _inherited.add(what)
+
+
+def _forget_all() -> None:
+    for what in list(_inherited):
+        with contextlib.suppress(OSError):
+            what.forget()

@@ -1,0 +1,59 @@
+"""SendReport: what one sending did. It is only facts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..report import size
+
+__all__ = ["SendReport"]
+
+
+@dataclass(frozen=True, slots=True)
+class SendReport:
+    """What one ``send`` did.
+
+    Attributes:
+        version: what was sent.
+        committed: receivers that have it, and said so.
+        lost: receivers that were dropped on the way, and why. They may hold any version.
+        problems: by receiver that has it, what failed there after its commit: a hook, say.
+        tensors: how many were sent; nobody wanted the others.
+        nbytes: their bytes. They were copied once, however many receivers there were.
+        seconds: from the call to the last answer.
+        waited: seconds of those, by receiver that was waited for; several may be waited for at once.
+    """
+
+    version: str | int
+    committed: tuple[str, ...]
+    lost: Mapping[str, str]
+    problems: Mapping[str, str]
+    tensors: int
+    nbytes: int
+    seconds: float
+    waited: Mapping[str, float]
+
+    def as_dict(self) -> dict[str, object]:
+        """The same, of plain values."""
+        return {
+            "version": self.version,
+            "committed": list(self.committed),
+            "lost": dict(self.lost),
+            "problems": dict(self.problems),
+            "tensors": self.tensors,
+            "nbytes": self.nbytes,
+            "seconds": self.seconds,
+            "waited": dict(self.waited),
+        }
+
+    def __str__(self) -> str:
+        rate = self.nbytes / max(self.seconds, 1e-9) / 1e9
+        rows = [
+            ("sent", f"{size(self.nbytes)} in {self.tensors} tensors in {self.seconds:.3f} s ({rate:.2f} GB/s)"),
+            ("version", f"{self.version!r}, taken by {', '.join(self.committed) or 'nobody'}"),
+            *(("waited", f"{seconds:.3f} s for {name}") for name, seconds in self.waited.items()),
+            *(("lost", f"{name}: {reason}") for name, reason in self.lost.items()),
+            *(("problem", f"{name}: {reason}") for name, reason in self.problems.items()),
+        ]
+        return "\n".join(f"{label:>10}  {text}" for label, text in rows)

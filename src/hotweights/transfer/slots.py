@@ -1,0 +1,103 @@
+"""The memory of the slots: one sealed memfd that a sender writes and receivers map read-only. Nobody waits here."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import mmap
+import os
+import warnings
+
+import torch
+
+from ..errors import ProtocolError, UsageError
+from ..memory import ALIGNMENT, PAGE
+
+__all__ = ["ReadSlots", "WriteSlots", "aligned"]
+
+_FUTURE_WRITE = getattr(fcntl, "F_SEAL_FUTURE_WRITE", 0x10)
+_SIZE = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+_log = logging.getLogger("hotweights")
+
+
+def aligned(offset: int) -> int:
+    """The next offset at which a tensor may begin, whatever its dtype."""
+    return -(-offset // ALIGNMENT) * ALIGNMENT
+
+
+class WriteSlots:
+    """The sender's side. The memory goes with the last tensor over it and the last receiver.
+
+    Attributes:
+        memories: one ``uint8 [slot_nbytes]`` for each slot, page-aligned.
+        descriptor: what receivers get.
+        write_protected: whether the kernel keeps receivers from mapping it writable.
+    """
+
+    def __init__(self, slots: int, slot_nbytes: int) -> None:
+        if slots < 1 or slot_nbytes < 1:
+            raise UsageError(f"at least one slot of one byte is needed; got {slots} slots of {slot_nbytes} bytes")
+        self.slot_nbytes = -(-slot_nbytes // PAGE) * PAGE
+        nbytes = slots * self.slot_nbytes
+        self.descriptor = os.memfd_create("hotweights-slots", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.posix_fallocate(self.descriptor, 0, nbytes)  # What is not there is missed here, not by SIGBUS later.
+            region = mmap.mmap(self.descriptor, nbytes)
+            whole = torch.frombuffer(region, dtype=torch.uint8)
+            whole.zero_()  # Touched once: page faults cost more than copies.
+            self.write_protected = _seal(self.descriptor)
+        except BaseException:
+            self.close()
+            raise
+        self.memories: tuple[torch.Tensor, ...] = torch.split(whole, self.slot_nbytes)
+
+    def close(self) -> None:
+        """Let go. May be called twice."""
+        self.memories = ()
+        descriptor, self.descriptor = self.descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+def _seal(descriptor: int) -> bool:
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SIZE | _FUTURE_WRITE | fcntl.F_SEAL_SEAL)
+    except OSError:  # Linux before 5.1 does not know it. Receivers of ours map read-only by themselves.
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SIZE | fcntl.F_SEAL_SEAL)
+        _log.warning("this kernel cannot forbid receivers to write into the slots; F_SEAL_FUTURE_WRITE needs Linux 5.1")
+        return False
+    return True
+
+
+class ReadSlots:
+    """A receiver's side: never written, never smaller than promised.
+
+    Attributes:
+        memories: as the sender's; writing to one kills the process.
+    """
+
+    def __init__(self, descriptor: int, slots: int, slot_nbytes: int) -> None:
+        """Map them. The descriptor stays the caller's.
+
+        Raises:
+            ProtocolError: it is smaller than promised, or may become so: then reading could kill the process.
+        """
+        nbytes = slots * slot_nbytes
+        try:
+            seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
+        except OSError as error:
+            raise ProtocolError(f"the slots are no sealed memory: {error}") from error
+        if not seals & fcntl.F_SEAL_SHRINK:
+            raise ProtocolError("the slots are not sealed against shrinking")
+        found = os.fstat(descriptor).st_size
+        if slots < 1 or slot_nbytes < 1 or found < nbytes:
+            raise ProtocolError(f"{slots} slots of {slot_nbytes} bytes were promised; the memory has {found} bytes")
+        region = mmap.mmap(descriptor, nbytes, mmap.MAP_SHARED | mmap.MAP_POPULATE, mmap.PROT_READ)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torch has no read-only tensors, and says so.
+            whole = torch.frombuffer(region, dtype=torch.uint8)
+        self.memories: tuple[torch.Tensor, ...] = torch.split(whole, slot_nbytes)
+
+    def close(self) -> None:
+        """Let go. The mapping goes with the last tensor over it."""
+        self.memories = ()

@@ -1,0 +1,362 @@
+"""Taking: one version on its way into a receiver. It leases, acknowledges, compares and waits for the decision."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterable
+
+import torch
+from xxhash import xxh3_64
+
+from ..errors import (
+    Closed,
+    CommitHookError,
+    PeerLost,
+    ProtocolError,
+    TransferAborted,
+    TransferError,
+    TransferTimeout,
+    UsageError,
+)
+from ..guards import Guard, poison_byte
+from ..manifest import TensorSpec
+from ..memory import ALIGNMENT, Lease, host_empty
+from .ballot import Ballot, Decision
+from .messages import (
+    Abort,
+    Accept,
+    Commit,
+    Done,
+    End,
+    Filled,
+    Frame,
+    Message,
+    Offer,
+    Part,
+    Prepared,
+    Refuse,
+    Release,
+    reasons_of,
+    specs_of,
+)
+from .parts import copy_hashed
+from .states import State
+from .uplink import Uplink
+from .waiting import left
+
+__all__ = ["Private", "Taking"]
+
+_POLL = 0.001  # seconds; device events have no wait with a deadline, so they are asked again this often
+
+
+class Private:
+    """Memory of a receiver's own for one tensor at a time, used again and again. Grows to the largest."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, nbytes: int) -> torch.Tensor:
+        """``uint8 [nbytes]``, until the next call."""
+        if self._memory.numel() < nbytes:
+            self._memory = host_empty((nbytes,), torch.uint8)
+        return self._memory[:nbytes]
+
+
+class Taking:
+    """One update, from its offer on. Owns the ballot until it is over.
+
+    Attributes:
+        manifest: what is offered.
+        version: its name.
+        cancelled: set by whoever wants the stream's wait to end.
+    """
+
+    def __init__(self, uplink: Uplink, frame: Frame, private: Private, timeout: float) -> None:
+        assert isinstance(frame.message, Offer)
+        offer = frame.message
+        self._ballot = Ballot(frame.descriptors[0])
+        self._uplink = uplink
+        self._private = private
+        self._timeout = timeout
+        self._hashing = offer.digests
+        try:
+            self.manifest = specs_of(offer)
+        except ProtocolError as error:
+            self._ballot.close()
+            uplink.drop(str(error))
+            raise
+        self.version = offer.version
+        self.cancelled = False
+        self._specs = list(self.manifest.values())
+        self._numbers = {name: number for number, name in enumerate(self.manifest)}
+        self._wanted: tuple[int, ...] = tuple(range(len(self._specs)))
+        self._decides = False
+        self._over = False
+        self._memory = private.take(0)  # of the tensor that is being put together
+        self._digest = xxh3_64()
+        self._digests: dict[int, int] = {}
+        self._next_part = (-1, 0)  # the number and the first byte that must come next; any number at byte 0
+        self._missing: set[int] = set()
+        self._kept: Lease | None = None  # the last one in private memory
+        self._held: list[tuple[int, list[Lease]]] = []  # slots, and leases whose events may have yet to happen
+        self._interrupted: BaseException | None = None  # by what, after the group had decided to commit
+
+    @property
+    def over(self) -> bool:
+        """Whether it was decided, or the sender lost."""
+        return self._over
+
+    @property
+    def aborted(self) -> bool:
+        """Whether the group gave it up, and the sender still waits to hear that it was put back."""
+        return not self._over and self._uplink.connected and self.state in (State.ABORTED, State.REFUSED)
+
+    @property
+    def state(self) -> State:
+        """Where the two sides stand."""
+        return self._uplink.session.state
+
+    def want(self, names: Iterable[str]) -> None:
+        """Only these, best in this order. Whoever says this decides too: the end of the stream is not its consent."""
+        if self.state is not State.OFFERED:
+            raise UsageError("this version is streaming already; say before that what is wanted")
+        names = list(dict.fromkeys(names))
+        unknown = [name for name in names if name not in self._numbers]
+        if unknown:
+            raise UsageError(f"these are not offered: {', '.join(sorted(unknown))}")
+        self._wanted = tuple(self._numbers[name] for name in names)
+        self._decides = True
+
+    # The stream.
+
+    def leases(self, guard: Guard) -> Generator[Lease, None, None]:
+        """Every wanted tensor, as it comes; each lease ends when the next is asked for."""
+        self._require(State.OFFERED, "was streamed before; the next offer brings the next")
+        self._missing = set(self._wanted)
+        self._uplink.send(Accept(self._wanted))
+        try:
+            while not isinstance(message := self._next(self._timeout), End):
+                assert isinstance(message, Filled), "the table lets nothing else pass"
+                yield from self._slot(message, guard)
+            self._settle()
+            self._check(message)
+        except (PeerLost, ProtocolError, TransferTimeout) as error:
+            self._end_with(error)
+            raise
+        except Exception as error:
+            self.fail(error)
+            raise
+        if not self._decides:
+            self.prepare()
+            self.done(None)
+
+    def _slot(self, filled: Filled, guard: Guard) -> Generator[Lease, None, None]:
+        if not filled.parts:
+            raise ProtocolError("a slot came with nothing in it")
+        borrowed: list[Lease] = []
+        for part in filled.parts:
+            is_last = part is filled.parts[-1]
+            lease = self._lease(filled.slot, part, guard)
+            ours = lease is None or lease is self._kept
+            if ours and is_last:  # Before its tensor is used: the bytes are copied, so the sender may go on.
+                self._return(filled.slot, borrowed)
+            if lease is None:
+                continue
+            yield lease
+            lease.release()
+            if ours:
+                self._vacate(wait=False)
+            else:
+                borrowed.append(lease)
+                if is_last:
+                    self._return(filled.slot, borrowed)
+
+    def _lease(self, slot: int, part: Part, guard: Guard) -> Lease | None:
+        """The tensor that a part belongs to; ``None`` while some of it is still to come."""
+        raw, spec = self._raw(slot, part)
+        complete = part.start + part.nbytes == spec.nbytes
+        if complete:
+            self._missing.discard(part.tensor)
+        if not self._hashing and guard == "off" and part.nbytes == spec.nbytes:
+            return Lease(spec, raw=raw)
+        if part.start == 0:
+            self._vacate(wait=True)
+            self._memory, self._digest = self._private.take(spec.nbytes), xxh3_64()
+        piece = self._memory[part.start : part.start + part.nbytes]
+        copy_hashed(raw, piece, self._digest if self._hashing else None, of=piece)
+        if not complete:
+            return None
+        self._digests[part.tensor] = self._digest.intdigest()
+        self._kept = Lease(spec, raw=self._memory, guard=guard)
+        return self._kept
+
+    def _raw(self, slot: int, part: Part) -> tuple[torch.Tensor, TensorSpec]:
+        """The bytes of a part, if they are what must come now."""
+        memories = self._uplink.slots.memories
+        if not 0 <= slot < len(memories) or part.tensor not in self._missing:
+            raise ProtocolError(f"{part} of slot {slot} was not asked for")
+        spec = self._specs[part.tensor]
+        number, start = self._next_part
+        if part.start != start or (start and part.tensor != number):
+            raise ProtocolError(f"{spec.name}: byte {start} was to come next, not {part}")
+        if min(part.nbytes, part.offset) < 0 or part.start + part.nbytes > spec.nbytes or part.offset % ALIGNMENT:
+            raise ProtocolError(f"{spec.name}: it has {spec.nbytes} bytes, not {part}")
+        if part.offset + part.nbytes > memories[slot].numel() or (part.nbytes == 0 and spec.nbytes):
+            raise ProtocolError(f"{spec.name}: {part} does not lie in its slot")
+        end = part.start + part.nbytes
+        self._next_part = (-1, 0) if end == spec.nbytes else (part.tensor, end)
+        return memories[slot][part.offset : part.offset + part.nbytes], spec
+
+    def _return(self, slot: int, borrowed: list[Lease]) -> None:
+        self._held.append((slot, borrowed))
+        self._give_back()
+
+    def _give_back(self) -> float:
+        """Release the slots that nothing reads any more; says in how many seconds to look again, if at all."""
+        still = []
+        for slot, leases in self._held:
+            if any(lease.pending() for lease in leases):
+                still.append((slot, leases))
+            elif self._uplink.connected and self.state is State.STREAMING:
+                self._uplink.send(Release(slot))
+        self._held = still
+        return _POLL if still else 0.0
+
+    def _vacate(self, *, wait: bool) -> None:
+        """Private memory is free again when the device has read it."""
+        lease = self._kept
+        if lease is None:
+            return
+        if wait:
+            self._until(lambda: not lease.pending())
+        if not lease.pending():
+            self._kept = None
+            if lease.guard != "off":
+                self._memory.fill_(poison_byte(lease.spec.dtype))
+
+    def _settle(self) -> None:
+        """Wait until no device reads what was leased."""
+        self._vacate(wait=True)
+        self._until(lambda: not self._give_back())
+
+    def _until(self, happened: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + self._timeout
+        while not happened():
+            if not left(deadline):
+                raise TransferTimeout(f"a device did not finish its copy within {self._timeout:g} s")
+            self._uplink.pause(_POLL)
+
+    def _check(self, end: End) -> None:
+        if self._missing:
+            names = ", ".join(sorted(self._specs[number].name for number in self._missing))
+            raise ProtocolError(f"the sender ended, and these never came: {names}")
+        if not self._hashing:
+            return
+        if len(end.digests) != len(self._wanted):
+            raise ProtocolError(f"{len(end.digests)} digests came for {len(self._wanted)} tensors")
+        problems = [
+            f"{self._specs[number].name}: {digest:016x} was sent, {self._digests[number]:016x} was copied"
+            for number, digest in zip(self._wanted, end.digests, strict=True)
+            if self._digests[number] != digest
+        ]
+        if problems:
+            raise TransferError("what was copied is not what the sender held; did somebody write to it", problems)
+
+    # The decision.
+
+    def prepare(self) -> None:
+        """Say that a commit cannot fail from here on, and wait for the group's decision. Returns if it is to commit.
+
+        Raises:
+            TransferAborted: it is not; the message says why.
+            TransferError: the sender is gone, and had not decided; so this is an abort for all.
+        """
+        self._require(State.ENDED, "has not streamed to its end")
+        try:
+            self._uplink.send(Prepared())
+            # Until then the sender may be waiting for others.
+            message = self._next(self._uplink.patience + self._timeout, cancel=not self._decides)
+            assert isinstance(message, Commit), "the table lets nothing else pass"
+        except TransferAborted:
+            raise
+        except BaseException as error:
+            if self._ballot.decide(Decision.ABORT) is Decision.ABORT:
+                self._end_with(error)
+                raise
+            self._uplink.drop("it waited for the decision in vain, and read it")
+            self._interrupted = None if isinstance(error, Exception) else error
+
+    def done(self, error: BaseException | None) -> None:
+        """Say that the commit was carried out, and what went wrong after it."""
+        if self._over:
+            return
+        if error is not None and not isinstance(error, CommitHookError):
+            self._uplink.drop(f"the version was to be taken, and was not: {' '.join(reasons_of(error))}")
+        elif self._uplink.connected:
+            self._uplink.send(Done("" if error is None else "; ".join(reasons_of(error))))
+        self._finish()
+        interrupted, self._interrupted = self._interrupted, None
+        if interrupted is not None and error is None:
+            raise interrupted
+
+    def fail(self, error: BaseException) -> None:
+        """Within the stream it failed. Whoever decides puts version N back now, and refuses when that is done."""
+        if not self._decides:
+            self.refuse(error)
+        elif not self._over and self._uplink.connected:
+            self._say_no(error)
+
+    def refuse(self, error: BaseException) -> None:
+        """Tell the sender why this version cannot be taken; whatever it wrote is put back. Nothing when it is over."""
+        if self._over:
+            return
+        try:
+            self._say_no(error)
+            while self.state is not State.ABORTED:  # Slots may be under way still.
+                self._uplink.receive(time.monotonic() + self._timeout, meanwhile=self._give_back)
+            self._put_back()
+        except (TransferError, Closed) as failure:
+            self._end_with(failure)
+        except BaseException as failure:
+            self._end_with(failure)
+            raise
+
+    def leave(self) -> None:
+        """The consumer went away; if that was before the end, it refuses."""
+        if not self._over and self._uplink.connected and self.state in (State.OFFERED, State.STREAMING):
+            self.fail(TransferError("the consumer left before the last tensor"))
+
+    def _say_no(self, error: BaseException) -> None:
+        if self.state in (State.OFFERED, State.STREAMING, State.ENDED):
+            self._uplink.send(Refuse(reasons_of(error)))
+
+    def _put_back(self) -> None:
+        """The abort is carried out, and the sender may use its slots again."""
+        self._settle()
+        self._uplink.send(Done(""))
+        self._finish()
+
+    def _next(self, seconds: float, *, cancel: bool = True) -> Message:
+        """The sender's next word, unless it is an abort. ``cancel``: whether closing the stream ends the wait."""
+        frame = self._uplink.receive(
+            time.monotonic() + seconds, stop=lambda: cancel and self.cancelled, meanwhile=self._give_back
+        )
+        if isinstance(frame.message, Abort):
+            if not self._decides:
+                self._put_back()
+            raise TransferAborted("the update was aborted", [frame.message.reason])
+        return frame.message
+
+    def _require(self, state: State, otherwise: str) -> None:
+        if self._over or self.state is not state:
+            raise UsageError(f"version {self.version!r} {'is over' if self._over else otherwise}")
+
+    def _end_with(self, error: BaseException) -> None:
+        self._uplink.drop("; ".join(reasons_of(error)))
+        self._finish()
+
+    def _finish(self) -> None:
+        self._over = True
+        self._held.clear()
+        self._kept = None
+        self._ballot.close()

@@ -1,0 +1,40 @@
+"""Where the ends of a transfer meet in tests."""
+
+import contextlib
+import gc
+import os
+import threading
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def address(tmp_path):
+    """An address that nobody has."""
+    return f"unix:{tmp_path / 'run' / 'socket'}"
+
+
+def held():
+    """Descriptors and mappings of transfers that this process holds, and its threads."""
+    gc.collect()
+    links = []
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the directory's own
+            links.append(os.readlink(f"/proc/self/fd/{name}"))
+    with open("/proc/self/maps") as maps:
+        mapped = sum("hotweights" in line for line in maps)
+    return (
+        len([one for one in links if one.startswith(("socket", "/memfd:hotweights", "anon_inode:[eventfd]"))]),
+        mapped,
+        threading.active_count(),
+    )
+
+
+@pytest.fixture(autouse=True)
+def nothing_left():
+    """After each test descriptors, mappings and threads are as before it."""
+    torch.set_num_threads(1)
+    before = held()
+    yield
+    assert held() == before
