@@ -11,7 +11,8 @@ from torch import nn
 
 from ..modules import dressed, places
 from ..plan import LoadPlan
-from .layers import Contents, Dressing, contents, differences, put
+from .differences import differences
+from .layers import Contents, Dressing, put
 from .report import Timeline
 from .spans import Mirror, Spans, has_bytes
 from .units import Unit
@@ -56,10 +57,12 @@ class Processing:
 
     Attributes:
         begun: units that were processed, or nearly, where they are.
+        replaced: qualified names of objects in which nobody sees tensors, and which are others now.
     """
 
     def __init__(self, job: Job, way: Way, timeline: Timeline) -> None:
         self.begun: list[Unit] = []
+        self.replaced: list[str] = []
         self._job = job
         self._way = way
         self._timeline = timeline
@@ -69,10 +72,10 @@ class Processing:
         if unit.layers:
             self.begun.append(unit)
         for layer in unit.layers:
-            before = contents(layer.module)
+            before = layer.contents()
             with self._timeline.event("process", layer.name), torch.no_grad():
                 self._job.process(layer.module)
-            layer.processed(before, contents(layer.module))
+            layer.processed(before, layer.contents())
         now = {name: one for layer in unit.layers for name, one in layer.tensors().items()}
         self._job.acted.update(unit.still - self._untouched(unit, now))
 
@@ -81,7 +84,7 @@ class Processing:
 
         ``ready`` is called when they are open and not yet processed. Nobody may read the model meanwhile.
         """
-        live = [contents(layer.module) for layer in unit.layers]
+        live = [layer.contents() for layer in unit.layers]
         with self._way.showing(self._job.model) if unit.deferred else nullcontext():
             made = self._processed(unit, scratch, ready)
         with self._timeline.event("write", unit.name):
@@ -101,21 +104,26 @@ class Processing:
             self._way.deliver(name, value)
         for holder, attributes in (pair for one in found for pair in one.attributes):
             self._way.attribute(holder, attributes)
+        self.replaced += [name for one in found for name in one.replaced]
 
     def _processed(self, unit: Unit, scratch: Mirror, ready: Callable[[], None]) -> list[Contents]:
         """What the layers hold after processing. The model is as it was when this returns."""
         loose = [(place, place.tensor) for place in places(self._job.model) if place.name in unit.loose]
-        before = [(layer, contents(layer.module)) for layer in unit.layers]
+        before = [(layer, layer.contents()) for layer in unit.layers]
         dressing: Dressing = {}
         try:
             for place, tensor in loose:
                 place.put(dressed(scratch[place.name], tensor))
             opened = [layer.open(scratch.__getitem__, dressing) for layer in unit.layers]
             ready()
+            # What loading code keeps in containers is none of processing's.
+            opened = [
+                held._replace(holders=layer.contents().holders) for layer, held in zip(unit.layers, opened, strict=True)
+            ]
             for layer in unit.layers:
                 with self._timeline.event("process", layer.name), torch.no_grad():
                     self._job.process(layer.module)
-            made = [contents(layer.module) for layer in unit.layers]
+            made = [layer.contents() for layer in unit.layers]
             for layer, then, now in zip(unit.layers, opened, made, strict=True):
                 layer.processed(then, now)
             return made

@@ -322,6 +322,7 @@ class Work:
             tensors={fate: plan.names(fate) for fate in Fate},
             planned=sum(name not in plan.fallback for name in used),
             fell_back=tuple(map(str, plan.notes)),
+            replaced=tuple(self.processing.replaced),
             roads=dict(done.roads),
             warnings=(*plan.warnings, *((self._layers.warning,) if self._layers.warning else ())),
             events=tuple(self.timeline.events),
