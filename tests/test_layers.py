@@ -24,7 +24,8 @@ routing handing route
 live.spans live.serving live.accounting live.wrappers live.holders live.layers live.differences live.report
 live.units live.plans live.ways live.processing live.work live.update live.known live.state live.opening live.hooks
 live.model live
-testing.checks testing.checkpoints testing.engine testing.faults testing.sources testing.pools testing.vision testing
+testing.checks testing.checkpoints testing.engine testing.faults testing.sources testing.pools testing.vision
+testing.processed testing
 cli.outcome cli.inspect cli.plan cli.load cli.fused_bert cli.demo_live cli.demo cli
 """.split()
 

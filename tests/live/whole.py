@@ -41,3 +41,27 @@ def objects(model):
 def everything(model):
     """To be compared after an abort: values, addresses, objects."""
     return values(model), {name: one.data_ptr() for name, one in tensors(model).items()}, objects(model)
+
+
+def holders(model):
+    """Ids of containers and objects but tuples, by path."""
+    found = {}
+    for name, module in model.named_modules():
+        for path, held in held_by(state_of(module)).items():
+            if not isinstance(held.holder, tuple):
+                found[f"{name}.{path}"] = id(held.holder)
+    return found
+
+
+def plain(model):
+    """Everything that is no tensor and no object: numbers, flags, words, classes of tensors and their attributes."""
+    found = {}
+    for name, module in model.named_modules():
+        holders = {"": (module, state_of(module)), **held_by(state_of(module))}
+        for path, (_, state) in holders.items():
+            found[name, path] = {
+                key: one for key, one in state.items() if isinstance(one, (str, int, float, type(None)))
+            }
+    for path, tensor in anchors(model).items():
+        found[path] = type(tensor), tensor.requires_grad, tensor.stride(), dict(tensor.__dict__)
+    return found

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -98,7 +99,8 @@ class _Merge:
         yield self._layer.module, self._changes(self._live.attributes, self._made.attributes, str)
         for path, (_, state) in self._made.holders.items():
             holder, before = self._targets[path]
-            changes = self._changes(before, state, lambda key, path=path, holder=holder: step(path, holder, key))
+            named = partial(step, path, holder)
+            changes = self._changes(before, state, named, every=self._layer.shares(holder))
             if changes and not isinstance(holder, tuple):
                 yield holder, changes
 
@@ -119,13 +121,21 @@ class _Merge:
         live = self._live.holders.get(path)
         return live if live is not None and type(live.holder) is type(made.holder) else made
 
-    def _changes(self, old: Mapping[Any, object], new: Mapping[Any, object], named: Any) -> dict[Any, object]:
+    def _changes(
+        self,
+        old: Mapping[Any, object],
+        new: Mapping[Any, object],
+        named: Callable[[Any], str],
+        *,
+        every: bool = False,
+    ) -> dict[Any, object]:
+        """Of what processing has to do with, what is other than before; or ``every`` key, where others write too."""
         acted = {key: named(key) for key in (*old, *new) if named(key) in self._layer.acted}
         wanted = {
             key: self._merged(name, new[key], old.get(key, ABSENT)) if key in new else ABSENT
             for key, name in acted.items()
         }
-        return {key: one for key, one in wanted.items() if one is not old.get(key, ABSENT)}
+        return {key: one for key, one in wanted.items() if every or one is not old.get(key, ABSENT)}
 
     def _merged(self, path: str, value: object, live: object) -> object:
         if path in self._ours:

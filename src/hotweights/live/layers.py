@@ -182,6 +182,10 @@ class Layer:
                     first.state[key] = old.state.get(key, ABSENT)
                 self.acted.add(name)
 
+    def shares(self, holder: object) -> bool:
+        """Whether other modules reach the holder too."""
+        return id(holder) in self._shared
+
     def free(self) -> set[str]:
         """Keys of tensors in attributes that processing never set: others may set them, a cache for instance."""
         held = self.contents()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from torch import nn
 from ..modules import dressed, places
 from ..plan import LoadPlan
 from .differences import differences
-from .layers import Contents, Dressing, put
+from .layers import Contents, Dressing, Layer, put
 from .report import Timeline
 from .spans import Mirror, Spans, has_bytes
 from .units import Unit
@@ -63,6 +64,7 @@ class Processing:
     def __init__(self, job: Job, way: Way, timeline: Timeline) -> None:
         self.begun: list[Unit] = []
         self.replaced: list[str] = []
+        self._shared: list[tuple[Layer, object, dict[Any, object]]] = []
         self._job = job
         self._way = way
         self._timeline = timeline
@@ -90,6 +92,13 @@ class Processing:
         with self._timeline.event("write", unit.name):
             self._hand_over(unit, scratch, live, made)
 
+    def settle(self) -> None:
+        """What layers share is as the last of them has it, in the order of the first load, whatever came last here."""
+        units = sorted(self._job.units, key=lambda unit: unit.deferred)
+        order = {layer: number for number, layer in enumerate(layer for unit in units for layer in unit.layers)}
+        for _, holder, changes in sorted(self._shared, key=lambda one: order[one[0]]):
+            self._way.attribute(holder, changes)
+
     def _hand_over(self, unit: Unit, scratch: Mirror, live: list[Contents], made: list[Contents]) -> None:
         pairs = [*zip(unit.layers, made, strict=True)]
         now = {layer.full(key): one for layer, held in pairs for key, one in held.tensors()}
@@ -104,6 +113,8 @@ class Processing:
             self._way.deliver(name, value)
         for holder, attributes in (pair for one in found for pair in one.attributes):
             self._way.attribute(holder, attributes)
+        for layer, one in zip(unit.layers, found, strict=True):
+            self._shared += [(layer, *pair) for pair in one.attributes if layer.shares(pair[0])]
         self.replaced += [name for one in found for name in one.replaced]
 
     def _processed(self, unit: Unit, scratch: Mirror, ready: Callable[[], None]) -> list[Contents]:

@@ -204,6 +204,7 @@ class Work:
             self._close(opened)
         self._late.clear()
         self._fall_back()
+        self.processing.settle()
 
     # Units.
 
