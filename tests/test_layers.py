@@ -21,9 +21,9 @@ casts regions operations steps document validation planfile plan snapshot
 aliases anchors threads standins recorder bypasses tracing lowering sharing drafting modules fit cache replay
 copying execute report arguments engines engines.torchao engines.transformers trace fallback verify load
 routing handing route
-live.spans live.serving live.accounting live.wrappers live.holders live.layers live.differences live.report
-live.units live.plans live.ways live.processing live.work live.update live.known live.state live.opening live.hooks
-live.model live
+live.spans live.serving live.accounting live.compiled live.wrappers live.holders live.layers live.differences
+live.report live.units live.plans live.ways live.processing live.work live.update live.known live.state live.opening
+live.hooks live.model live
 testing.checks testing.checkpoints testing.engine testing.faults testing.sources testing.pools testing.vision
 testing.processed testing
 cli.outcome cli.inspect cli.plan cli.load cli.fused_bert cli.demo_live cli.demo cli
