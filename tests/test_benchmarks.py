@@ -16,3 +16,11 @@ def test_readers(tmp_path):
     seconds = json.loads(found.read_text())["seconds"]["16"]
     assert len(seconds) == 14, done.stdout
     assert "hw runai leases" in done.stdout
+
+
+def test_quantised():
+    """Its results are those of a cold load, or it ends with an error."""
+    flags = ["--layers", "2", "--width", "64", "--repeats", "1"]
+    command = [sys.executable, ROOT / "benchmarks" / "quantised.py", *flags]
+    done = subprocess.run(command, check=True, timeout=100, capture_output=True, text=True)
+    assert "journal" in done.stdout

@@ -19,13 +19,16 @@ sources.files sources.state sources.iterators sources.readers.reader sources.rea
 sources.readers.runai sources.readers.safetensors sources.readers.torch sources.readers sources
 casts regions operations steps document validation planfile plan snapshot
 aliases anchors threads standins recorder bypasses tracing lowering sharing drafting modules fit cache replay
-copying execute report arguments engines engines.transformers trace fallback verify load routing handing route
-live.spans live.serving live.accounting live.layers live.report live.units live.plans live.ways
-live.processing live.work live.update live.known live.state live.opening live.hooks live.model live
+copying execute report arguments engines engines.torchao engines.transformers trace fallback verify load
+routing handing route
+live.spans live.serving live.accounting live.compiled live.wrappers live.holders live.layers live.differences
+live.report live.units live.plans live.ways live.processing live.work live.update live.known live.state live.opening
+live.hooks live.model live
 transfer.messages transfer.states transfer.ballot transfer.slots transfer.address transfer.channel transfer.waiting
 transfer.parts transfer.report transfer.group transfer.round transfer.sender transfer.uplink transfer.taking
 transfer.receiver transfer
-testing.checks testing.checkpoints testing.engine testing.faults testing.sources testing.pools testing.vision testing
+testing.checks testing.checkpoints testing.engine testing.faults testing.sources testing.pools testing.vision
+testing.processed testing
 cli.outcome cli.inspect cli.plan cli.load cli.send cli.receive cli.fused_bert cli.demo_live cli.demo cli
 """.split()
 
@@ -100,7 +103,7 @@ def test_importing_does_nothing():
         "import hotweights;"
         "new = {name.partition('.')[0] for name in set(sys.modules) - before};"
         "bad = new & {'transformers', 'safetensors', 'numpy', 'matplotlib', 'typer', 'runai_model_streamer', 'ray',"
-        "             'fastsafetensors'};"
+        "             'fastsafetensors', 'torchao'};"
         "assert not bad, bad;"
         "assert threading.active_count() == 1; assert not torch.cuda.is_initialized();"
         "assert not logging.getLogger('hotweights').handlers"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
@@ -14,6 +15,7 @@ from ..plan import LoadPlan, destinations_of
 from ..sources.contracts import InMemory, Source
 from ..sources.state import StateSource
 from . import ways
+from .holders import held_by, state_of
 from .layers import Dressing, Layer, layers_of
 from .plans import Options, Plans
 from .processing import Job
@@ -46,8 +48,9 @@ class Known:
         self._processed = set(layers_of(model, is_processed))
         # Loading code of the model's own may replace tensors, and write here today and there tomorrow: into scratch.
         loose = _by_own_code(model, plan)
+        shared = _shared(model)
         self._layers = [
-            Layer(names, module, deferred=any(map(is_deferred, names)), twins=twins)
+            Layer(names, module, deferred=any(map(is_deferred, names)), twins=twins, shared=shared)
             for module, names in layers_of(model, lambda one: one in self._processed or one in loose).items()
         ]
         self.live = self._tensors(plan)
@@ -183,6 +186,14 @@ def _by_own_code(model: nn.Module, plan: LoadPlan) -> set[nn.Module]:
     covers = coverage(plan)
     found = ((place.module, place.tensor, elements(covers, plan, place.name)) for place in places(model))
     return {module for module, tensor, count in found if nn.parameter.is_lazy(tensor) or count < tensor.numel()}
+
+
+def _shared(model: nn.Module) -> set[int]:
+    """Ids of the containers and objects that attributes of several modules lead to."""
+    seen: Counter[int] = Counter()
+    for module in model.modules():
+        seen.update(id(held.holder) for held in held_by(state_of(module)).values())
+    return {one for one, count in seen.items() if count > 1}
 
 
 def _where(tensor: torch.Tensor) -> tuple[object, ...]:

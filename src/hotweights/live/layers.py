@@ -8,88 +8,87 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from ..errors import HotweightsError
 from ..modules import dressed
+from .holders import ABSENT, Held, assign, by_name, exchanged, held_by, state_of, step, tensors_in
 from .spans import has_bytes
+from .wrappers import leaves
 
-__all__ = [
-    "Contents",
-    "Dressing",
-    "Layer",
-    "assign",
-    "assigned",
-    "contents",
-    "differences",
-    "layers_of",
-    "put",
-    "unmoved",
-]
-
-_PRIVATE = frozenset(nn.Module().__dict__)
-_ABSENT = object()
+__all__ = ["Contents", "Dressing", "Layer", "contents", "layers_of", "put", "unmoved"]
 
 Dressing = dict[int, torch.Tensor]
 """What was made of each twin while some layers are open: a parameter that two layers hold is one object in both."""
 
 
 class Contents(NamedTuple):
-    """What a module holds, as objects; its children are not among them."""
+    """What a module holds, as objects; its children are not among them.
+
+    Attributes:
+        parameters, buffers, transient, attributes: what torch keeps in the module, and what is the module's own.
+        holders: containers and objects that the attributes lead to, by path, with what they hold.
+        others: paths of tensors in holders that are none of this module's.
+    """
 
     parameters: dict[str, nn.Parameter | None]
     buffers: dict[str, torch.Tensor | None]
     transient: set[str]
     attributes: dict[str, object]
+    holders: dict[str, Held]
+    others: frozenset[str] = frozenset()
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor that is a parameter, a buffer or an attribute, by key."""
+    def own(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor that is a parameter, a buffer or an attribute, by key; and what wrappers wrap."""
         for store in (self.parameters, self.buffers, self.attributes):
             for key, value in store.items():
                 if isinstance(value, torch.Tensor):
-                    yield key, value
+                    yield from leaves(key, value)
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Those, and every tensor in holders, by path."""
+        yield from self.own()
+        yield from ((path, one) for path, one in tensors_in(self.holders) if path not in self.others)
 
     def replaced(self, made: Mapping[str, torch.Tensor]) -> Contents:
-        """The same with other tensors, by key."""
+        """The same with other tensors, by key or path."""
+        change = by_name(made)
         stores = (self.parameters, self.buffers, self.attributes)
-        parameters, buffers, attributes = ({key: made.get(key, one) for key, one in store.items()} for store in stores)
-        return Contents(parameters, buffers, set(self.transient), attributes)  # type: ignore[arg-type]
+        parameters, buffers, attributes = (
+            {key: exchanged(key, one, change) for key, one in store.items()} for store in stores
+        )
+        holders = {
+            path: Held(holder, {key: exchanged(step(path, holder, key), one, change) for key, one in state.items()})
+            for path, (holder, state) in self.holders.items()
+        }
+        return Contents(parameters, buffers, set(self.transient), attributes, holders, self.others)  # type: ignore[arg-type]
 
 
 def contents(module: nn.Module) -> Contents:
     """What ``module`` holds now."""
+    attributes = state_of(module)
     return Contents(
         dict(module._parameters),
         dict(module._buffers),
         set(module._non_persistent_buffers_set),
-        assigned(module),
+        attributes,
+        held_by(attributes),
     )
 
 
 def put(module: nn.Module, held: Contents) -> None:
-    """Make ``module`` hold this, and nothing else."""
+    """Make ``module`` and its holders hold this, and nothing else."""
     for store, wanted in ((module._parameters, held.parameters), (module._buffers, held.buffers)):
         store.clear()
         store.update(wanted)  # type: ignore[arg-type]
     module._non_persistent_buffers_set.clear()
     module._non_persistent_buffers_set.update(held.transient)
     assign(module, held.attributes)
-
-
-def assigned(holder: nn.Module | torch.Tensor) -> dict[str, object]:
-    """The attributes of a module or a tensor that are its own, not torch's."""
-    private = _PRIVATE if isinstance(holder, nn.Module) else ()
-    return {key: value for key, value in holder.__dict__.items() if key not in private}
-
-
-def assign(holder: nn.Module | torch.Tensor, wanted: Mapping[str, object]) -> None:
-    """Make these its attributes, and no others."""
-    for key in assigned(holder).keys() - wanted.keys():
-        del holder.__dict__[key]
-    holder.__dict__.update(wanted)
+    for holder, state in held.holders.values():
+        assign(holder, state)
 
 
 class Layer:
@@ -103,16 +102,36 @@ class Layer:
         acted: keys of attributes that processing has set, changed or removed at any time.
     """
 
-    def __init__(self, names: Sequence[str], module: nn.Module, *, deferred: bool, twins: Dressing) -> None:
-        """``twins`` is what was made for other layers of the model, by the tensors' ids; it is added to."""
+    def __init__(
+        self,
+        names: Sequence[str],
+        module: nn.Module,
+        *,
+        deferred: bool,
+        twins: Dressing,
+        shared: Container[int] = (),
+    ) -> None:
+        """``twins`` is what was made for other layers of the model, by the tensors' ids; it is added to.
+
+        ``shared`` are the ids of holders that other modules reach too: of what they hold only that is the layer's which
+        processing the layer has put there.
+        """
         self.name = names[0]
         self.names = tuple(names)
         self.module = module
         self.deferred = deferred
         self.acted: set[str] = set()
-        held = contents(module)
+        self._shared = shared
+        held = self.contents()
         self._twins = {key: _twin(tensor, twins) for key, tensor in held.tensors() if has_bytes(tensor)}
         self._format = held.replaced(self._twins)
+
+    def contents(self) -> Contents:
+        """What it holds now."""
+        held = contents(self.module)
+        shared = {path: one for path, one in held.holders.items() if id(one.holder) in self._shared}
+        others = frozenset(path for path, _ in tensors_in(shared)) - self.acted if shared else frozenset()
+        return held._replace(others=others)
 
     def full(self, key: str) -> str:
         """The qualified name of one of its tensors."""
@@ -120,7 +139,7 @@ class Layer:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What it holds now, by every qualified name."""
-        return {_joined(name, key): one for name in self.names for key, one in contents(self.module).tensors()}
+        return {_joined(name, key): one for name in self.names for key, one in self.contents().tensors()}
 
     def captured(self) -> dict[str, torch.Tensor]:
         """The twins of its checkpoint format, by every qualified name."""
@@ -139,26 +158,63 @@ class Layer:
         made = {key: _dressed(scratch, self.full(key), twin, dressing) for key, twin in self._twins.items()}
         held = self._format.replaced(made)
         if not anew:
-            now = {key: one for key, one in assigned(self.module).items() if key not in self.acted | made.keys()}
-            then = {key: one for key, one in held.attributes.items() if key in self.acted | made.keys()}
-            held = held._replace(attributes=now | then)
+            back = self.acted | made.keys()
+            attributes = _partly(state_of(self.module), held.attributes, lambda key: key in back)
+            holders = {path: _opened(path, one, back) for path, one in held.holders.items()}
+            held = held._replace(attributes=attributes, holders=holders)
         put(self.module, held)
         return held
 
     def processed(self, before: Contents, after: Contents) -> None:
-        """Take note of what processing did to its attributes."""
-        keys = before.attributes.keys() | after.attributes.keys()
-        self.acted |= {
-            key for key in keys if before.attributes.get(key, _ABSENT) is not after.attributes.get(key, _ABSENT)
-        }
+        """Take note of what processing did to its attributes, and to what they lead to."""
+        self.acted |= _changed(before.attributes, after.attributes)
+        for path, (holder, state) in after.holders.items():
+            old = before.holders.get(path)
+            if old is None or old.holder is not holder:
+                self.acted |= {step(path, holder, key) for key in state}
+                continue
+            changed = _changed(old.state, state)
+            if not (first := self._format.holders.get(path)) or first.holder is not holder:
+                first = self._format.holders[path] = Held(holder, dict(old.state))
+            for key in changed:
+                name = step(path, holder, key)
+                if name not in self.acted | self._twins.keys():  # As the layer saw it, not as it was before all layers.
+                    first.state[key] = old.state.get(key, ABSENT)
+                self.acted.add(name)
+
+    def shares(self, holder: object) -> bool:
+        """Whether other modules reach the holder too."""
+        return id(holder) in self._shared
 
     def free(self) -> set[str]:
         """Keys of tensors in attributes that processing never set: others may set them, a cache for instance."""
-        return {key for key, one in assigned(self.module).items() if isinstance(one, torch.Tensor)} - self.acted
+        held = self.contents()
+        return (
+            {key for key, _ in held.tensors()}
+            - {key for key, _ in held._replace(attributes={}, holders={}).own()}
+            - self.acted
+        )
 
     def twin(self, key: str) -> torch.Tensor | None:
         """The twin of one of its tensors."""
         return self._twins.get(key)
+
+
+def _changed(old: Mapping[Any, object], new: Mapping[Any, object]) -> set[Any]:
+    return {key for key in old.keys() | new.keys() if old.get(key, ABSENT) is not new.get(key, ABSENT)}
+
+
+def _partly(now: Mapping[Any, object], then: Mapping[Any, object], back: Callable[[Any], bool]) -> dict[Any, object]:
+    """What is there now; and what ``back`` holds for, as it was then."""
+    found = {key: one for key, one in now.items() if not back(key)} | {
+        key: one for key, one in then.items() if back(key)
+    }
+    return {key: one for key, one in found.items() if one is not ABSENT}
+
+
+def _opened(path: str, then: Held, back: Container[str]) -> Held:
+    holder = then.holder
+    return Held(holder, _partly(state_of(holder), then.state, lambda key: step(path, holder, key) in back))
 
 
 def _joined(name: str, key: str) -> str:
@@ -178,76 +234,6 @@ def _dressed(scratch: Callable[[str], torch.Tensor], name: str, twin: torch.Tens
     return dressing[id(twin)]
 
 
-class Difference(NamedTuple):
-    """What processing made new: values for live tensors, and attributes of the module and of its live tensors.
-
-    Attributes:
-        values: pairs of a live tensor's qualified name and its new value.
-        attributes: pairs of a module or live tensor and all its attributes, as they shall be.
-    """
-
-    values: list[tuple[str, torch.Tensor]]
-    attributes: list[tuple[nn.Module | torch.Tensor, dict[str, object]]]
-
-
-def differences(
-    layer: Layer, live: Contents, made: Contents, known: Container[str], idle: Container[str]
-) -> Difference:
-    """How ``made`` by processing differs from what is live.
-
-    Args:
-        layer: the layer.
-        live: what it holds in kernel format.
-        made: what processing made.
-        known: qualified names of tensors that are live since the first load; others are none of ours.
-        idle: qualified names of tensors that neither the update nor processing touches.
-
-    Raises:
-        HotweightsError: a live tensor would have to change its shape or dtype, or to come or go.
-    """
-    old = {key: one for key, one in live.tensors() if layer.full(key) not in idle}
-    ours = {key: one for key, one in old.items() if layer.full(key) in known}
-    new = {key: one for key, one in made.tensors() if layer.full(key) not in idle}
-    new = {key: one for key, one in new.items() if key in ours or one is not old.get(key)}
-    problems = [*_changes(layer, ours, new)]
-    if problems:
-        raise HotweightsError("; ".join(sorted(problems)))
-    values = [(layer.full(key), tensor) for key, tensor in new.items() if tensor is not ours[key]]
-    own = {key: one for key, one in live.attributes.items() if key not in layer.acted}
-    acted = {key: one for key, one in made.attributes.items() if key in layer.acted}
-    kept = {key: one for key, one in live.attributes.items() if key in acted and isinstance(one, torch.Tensor)}
-    replaced = {id(one): ours[key] for key, one in new.items()}
-    acted = {key: replaced.get(id(one), one) for key, one in acted.items()}
-    attributes: list[tuple[nn.Module | torch.Tensor, dict[str, object]]] = [(layer.module, own | acted | kept)]
-    for key, tensor in new.items():
-        if changed := _set_on(tensor, layer.twin(key), ours[key]):
-            attributes.append((ours[key], ours[key].__dict__ | changed))
-    return Difference(values, attributes)
-
-
-def _changes(layer: Layer, old: Mapping[str, torch.Tensor], new: Mapping[str, torch.Tensor]) -> Iterator[str]:
-    yield from (f"{layer.full(key)}: is gone after processing" for key in old.keys() - new.keys())
-    for key, tensor in new.items():
-        if key not in old:
-            yield f"{layer.full(key)}: was made by processing, but not the first time"
-        elif _form(old[key]) != _form(tensor):
-            yield f"{layer.full(key)}: {_form(old[key])} is live, processing made {_form(tensor)}"
-
-
-def _form(tensor: torch.Tensor) -> str:
-    return f"{tensor.dtype}" if nn.parameter.is_lazy(tensor) else f"{tensor.dtype} {list(tensor.shape)}"
-
-
-def _set_on(tensor: torch.Tensor, twin: torch.Tensor | None, live: torch.Tensor) -> dict[str, object]:
-    """Attributes that processing set on a tensor, and that the live one has otherwise."""
-    before = {} if twin is None else twin.__dict__
-    return {
-        key: value
-        for key, value in tensor.__dict__.items()
-        if before.get(key, _ABSENT) is not value and live.__dict__.get(key, _ABSENT) is not value
-    }
-
-
 @contextmanager
 def unmoved(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Code inside may write tensors, and not replace or move them; if it does or fails, they are where they were.
@@ -256,7 +242,7 @@ def unmoved(modules: Iterable[nn.Module]) -> Iterator[None]:
         HotweightsError: it has replaced or moved some.
     """
     before = [(module, contents(module)) for module in modules]
-    memory = [(one, one.data) for _, held in before for _, one in held.tensors() if has_bytes(one)]
+    memory = [(one, one.data) for _, held in before for _, one in held.own() if has_bytes(one)]
     try:
         yield
         replaced = sum(not _same_objects(contents(module), held) for module, held in before)
@@ -275,7 +261,7 @@ def unmoved(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def _same_objects(one: Contents, other: Contents) -> bool:
-    return {key: id(tensor) for key, tensor in one.tensors()} == {key: id(tensor) for key, tensor in other.tensors()}
+    return {key: id(tensor) for key, tensor in one.own()} == {key: id(tensor) for key, tensor in other.own()}
 
 
 def layers_of(model: nn.Module, chosen: Callable[[nn.Module], bool]) -> dict[nn.Module, list[str]]:

@@ -21,6 +21,7 @@ from ..plan import Patterns, matches
 from ..progress import progress
 from ..sources.contracts import Addressed, Deciding, Reading, Source
 from .accounting import OpenLayers
+from .compiled import refuse_frozen
 from .hooks import Hooks
 from .known import Known
 from .opening import AnySource, opened, refusing, version_of
@@ -255,6 +256,7 @@ class LiveModel:
                 raise UsageError("the model is torn; only a complete update mends it")
             assert self._known is not None
             try:
+                refuse_frozen()
                 self._known.prove()
                 with self._serving.writing():
                     found = self._known.plans.find(manifest, only, self._known.live)

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..modules import dressed, places
 from ..plan import LoadPlan
-from .layers import Contents, Dressing, contents, differences, put
+from .differences import differences
+from .layers import Contents, Dressing, Layer, put
 from .report import Timeline
 from .spans import Mirror, Spans, has_bytes
 from .units import Unit
@@ -56,10 +58,13 @@ class Processing:
 
     Attributes:
         begun: units that were processed, or nearly, where they are.
+        replaced: qualified names of objects in which nobody sees tensors, and which are others now.
     """
 
     def __init__(self, job: Job, way: Way, timeline: Timeline) -> None:
         self.begun: list[Unit] = []
+        self.replaced: list[str] = []
+        self._shared: list[tuple[Layer, object, dict[Any, object]]] = []
         self._job = job
         self._way = way
         self._timeline = timeline
@@ -69,10 +74,10 @@ class Processing:
         if unit.layers:
             self.begun.append(unit)
         for layer in unit.layers:
-            before = contents(layer.module)
+            before = layer.contents()
             with self._timeline.event("process", layer.name), torch.no_grad():
                 self._job.process(layer.module)
-            layer.processed(before, contents(layer.module))
+            layer.processed(before, layer.contents())
         now = {name: one for layer in unit.layers for name, one in layer.tensors().items()}
         self._job.acted.update(unit.still - self._untouched(unit, now))
 
@@ -81,11 +86,18 @@ class Processing:
 
         ``ready`` is called when they are open and not yet processed. Nobody may read the model meanwhile.
         """
-        live = [contents(layer.module) for layer in unit.layers]
+        live = [layer.contents() for layer in unit.layers]
         with self._way.showing(self._job.model) if unit.deferred else nullcontext():
             made = self._processed(unit, scratch, ready)
         with self._timeline.event("write", unit.name):
             self._hand_over(unit, scratch, live, made)
+
+    def settle(self) -> None:
+        """What layers share is as the last of them has it, in the order of the first load, whatever came last here."""
+        units = sorted(self._job.units, key=lambda unit: unit.deferred)
+        order = {layer: number for number, layer in enumerate(layer for unit in units for layer in unit.layers)}
+        for _, holder, changes in sorted(self._shared, key=lambda one: order[one[0]]):
+            self._way.attribute(holder, changes)
 
     def _hand_over(self, unit: Unit, scratch: Mirror, live: list[Contents], made: list[Contents]) -> None:
         pairs = [*zip(unit.layers, made, strict=True)]
@@ -101,23 +113,30 @@ class Processing:
             self._way.deliver(name, value)
         for holder, attributes in (pair for one in found for pair in one.attributes):
             self._way.attribute(holder, attributes)
+        for layer, one in zip(unit.layers, found, strict=True):
+            self._shared += [(layer, *pair) for pair in one.attributes if layer.shares(pair[0])]
+        self.replaced += [name for one in found for name in one.replaced]
 
     def _processed(self, unit: Unit, scratch: Mirror, ready: Callable[[], None]) -> list[Contents]:
         """What the layers hold after processing. The model is as it was when this returns."""
         # Hardly any unit has loose ones, and a walk over the model for each layer would be quadratic.
         all_places = places(self._job.model) if unit.loose else ()
         loose = [(place, place.tensor) for place in all_places if place.name in unit.loose]
-        before = [(layer, contents(layer.module)) for layer in unit.layers]
+        before = [(layer, layer.contents()) for layer in unit.layers]
         dressing: Dressing = {}
         try:
             for place, tensor in loose:
                 place.put(dressed(scratch[place.name], tensor))
             opened = [layer.open(scratch.__getitem__, dressing) for layer in unit.layers]
             ready()
+            # What loading code keeps in containers is none of processing's.
+            opened = [
+                held._replace(holders=layer.contents().holders) for layer, held in zip(unit.layers, opened, strict=True)
+            ]
             for layer in unit.layers:
                 with self._timeline.event("process", layer.name), torch.no_grad():
                     self._job.process(layer.module)
-            made = [contents(layer.module) for layer in unit.layers]
+            made = [layer.contents() for layer in unit.layers]
             for layer, then, now in zip(unit.layers, opened, made, strict=True):
                 layer.processed(then, now)
             return made

@@ -80,6 +80,8 @@ class UpdateReport:
         tensors: names by fate.
         planned: how many source tensors the plan moved.
         fell_back: why the model's own code loaded the others.
+        replaced: objects of layers in which no tensor is seen (closures, prepacked weights), and which are others now:
+            memory in them has moved, for all that is known.
         roads: bytes read by road.
         warnings: what a person should read.
         events: what the time was spent on.
@@ -101,6 +103,7 @@ class UpdateReport:
     tensors: Mapping[Fate, tuple[str, ...]]
     planned: int
     fell_back: tuple[str, ...]
+    replaced: tuple[str, ...]
     roads: Mapping[str, int]
     warnings: tuple[str, ...]
     events: tuple[Event, ...]
@@ -133,5 +136,8 @@ class UpdateReport:
             rows.append(("open", f"{self.open_layers} layers, {size(self.open_bytes)} of device memory at peak"))
         rows += [(fate.value, f"{len(names)} tensors") for fate, names in self.tensors.items() if names]
         rows += [("fell back", reason) for reason in self.fell_back]
+        if self.replaced:
+            more = f" and {len(self.replaced) - 3} more" if len(self.replaced) > 3 else ""
+            rows.append(("replaced", f"not known to be where it was: {', '.join(self.replaced[:3])}{more}"))
         rows += [("warning", warning) for warning in self.warnings]
         return "\n".join(f"{label:>10}  {text}" for label, text in rows)

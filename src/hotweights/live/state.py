@@ -11,6 +11,7 @@ from torch import nn
 
 from ..fit import digests
 from ..modules import survey
+from .wrappers import is_wrapper, leaves
 
 __all__ = ["Digest", "State", "digest_of"]
 
@@ -31,7 +32,7 @@ class Digest:
 
     Attributes:
         whole: xxh3 of all tensors, names included.
-        tensors: xxh3 of each parameter and buffer, by name.
+        tensors: xxh3 of each parameter and buffer, by name; of a wrapper, of the tensors inside.
     """
 
     whole: str
@@ -40,7 +41,8 @@ class Digest:
 
 def digest_of(model: nn.Module) -> Digest:
     """Digests of all parameters and buffers of a model."""
-    tensors = {name: one for name, one in survey(model).tensors.items() if not nn.parameter.is_lazy(one)}
-    found = digests(tensors, tensors)
-    whole = xxhash.xxh3_128("".join(f"{name} {one}\n" for name, one in sorted(found.items())).encode())
-    return Digest(whole.hexdigest(), found)
+    found = (pair for name, one in survey(model).tensors.items() for pair in leaves(name, one))
+    tensors = {name: one for name, one in found if not nn.parameter.is_lazy(one) and not is_wrapper(one)}
+    each = digests(tensors, tensors)
+    whole = xxhash.xxh3_128("".join(f"{name} {one}\n" for name, one in sorted(each.items())).encode())
+    return Digest(whole.hexdigest(), each)

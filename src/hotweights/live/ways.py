@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -14,8 +14,10 @@ from ..errors import HotweightsError
 from ..memory import host_empty
 from ..modules import dressed
 from ..report import size
-from .layers import assign, assigned, contents, put
+from .holders import amend, assign, exchanged, state_of
+from .layers import contents, put
 from .spans import Mirror, has_bytes
+from .wrappers import is_wrapper
 
 __all__ = [
     "Atomic",
@@ -34,7 +36,8 @@ Atomic = Literal["staged", "journal", False]
 """How an update is all or nothing: collected beside the live version; written in place, the old bytes kept; not."""
 
 
-Holder = nn.Module | torch.Tensor
+Changes = Mapping[Any, object]
+"""Of the state of a module, a tensor or a holder: values by key, or ``holders.ABSENT``."""
 
 
 class Way(Protocol):
@@ -52,8 +55,8 @@ class Way(Protocol):
     def deliver(self, name: str, value: torch.Tensor) -> None:
         """The new value of a live tensor; it is not kept."""
 
-    def attribute(self, holder: Holder, wanted: Mapping[str, object]) -> None:
-        """What attributes a module or a live tensor shall have."""
+    def attribute(self, holder: object, changes: Changes) -> None:
+        """What changes in the state of a live module, tensor or holder."""
 
     def showing(self, model: nn.Module) -> AbstractContextManager[None]:
         """Inside, the model is what it will be: what was delivered, or else what is live."""
@@ -88,10 +91,10 @@ class InPlace:
             self.wrote = True
             copy_bytes(self._live[name], value)
 
-    def attribute(self, holder: Holder, wanted: Mapping[str, object]) -> None:
+    def attribute(self, holder: object, changes: Changes) -> None:
         """Put it in place."""
         self.wrote = True
-        assign(holder, wanted)
+        amend(holder, changes)
 
     @contextmanager
     def showing(self, model: nn.Module) -> Iterator[None]:
@@ -118,12 +121,12 @@ class Journal(InPlace):
         super().__init__(live)
         self._mirror = mirror
         self._saved: set[int] = set()  # spans
-        self._held: list[tuple[Holder, dict[str, object]]] = []
+        self._held: list[tuple[object, dict[Any, object]]] = []
 
-    def attribute(self, holder: Holder, wanted: Mapping[str, object]) -> None:
+    def attribute(self, holder: object, changes: Changes) -> None:
         """Put it in place, and remember what was there."""
-        self._held.append((holder, assigned(holder)))
-        super().attribute(holder, wanted)
+        self._held.append((holder, state_of(holder)))
+        super().attribute(holder, changes)
 
     def abort(self) -> None:
         """Put everything back, the last first."""
@@ -154,7 +157,7 @@ class Staged:
         self._mirror = mirror
         self.wrote = False
         self._staged: dict[str, None] = {}
-        self._held: list[tuple[Holder, dict[str, object]]] = []
+        self._held: list[tuple[object, dict[Any, object]]] = []
 
     def direct(self, names: Iterable[str], partial: Iterable[str]) -> Mapping[str, torch.Tensor]:
         """Memory beside the live tensors, with their bytes where not all will be written."""
@@ -170,20 +173,24 @@ class Staged:
             copy_bytes(self._mirror[name], value)
             self._staged[name] = None
 
-    def attribute(self, holder: Holder, wanted: Mapping[str, object]) -> None:
+    def attribute(self, holder: object, changes: Changes) -> None:
         """Remember it."""
-        self._held.append((holder, dict(wanted)))
+        self._held.append((holder, dict(changes)))
 
     @contextmanager
     def showing(self, model: nn.Module) -> Iterator[None]:
         """Put what was collected into the model's places, and take it out again."""
         shown = {id(self._live[name]): self._value(name) for name in self._staged}
         before = [(module, contents(module)) for module in model.modules()]
-        wanted = {id(holder): attributes for holder, attributes in self._held}
         try:
             for module, held in before:
-                held = held._replace(attributes=wanted.get(id(module), held.attributes))
-                put(module, held.replaced({key: shown.get(id(one), one) for key, one in held.tensors()}))
+                put(module, held.replaced({key: shown[id(one)] for key, one in held.tensors() if id(one) in shown}))
+            for holder, changes in self._held:
+                if not isinstance(holder, torch.Tensor):
+                    amend(
+                        holder,
+                        {key: exchanged("", one, lambda _, t: shown.get(id(t), t)) for key, one in changes.items()},
+                    )
             yield
         finally:
             for module, held in before:
@@ -199,8 +206,8 @@ class Staged:
         for name in self._staged:
             copy_bytes(self._live[name], self._mirror[name])
             nbytes += self._live[name].nbytes
-        for holder, wanted in self._held:
-            assign(holder, wanted)
+        for holder, changes in self._held:
+            amend(holder, changes)
         return nbytes
 
     def abort(self) -> None:
@@ -208,7 +215,7 @@ class Staged:
 
 
 def _takes_bytes(name: str, live: torch.Tensor) -> bool:
-    if nn.parameter.is_lazy(live) or live.numel() == 0:
+    if nn.parameter.is_lazy(live) or live.numel() == 0 or is_wrapper(live):  # What it wraps has names of its own.
         return False
     if not has_bytes(live):
         raise HotweightsError(f"{name}: is a {type(live).__name__}, which cannot be written in place")

@@ -227,6 +227,7 @@ class Work:
             self._close(opened)
         self._late.clear()
         self._fall_back()
+        self.processing.settle()
 
     # Units.
 
@@ -345,6 +346,7 @@ class Work:
             tensors={fate: plan.names(fate) for fate in Fate},
             planned=sum(name not in plan.fallback for name in used),
             fell_back=tuple(map(str, plan.notes)),
+            replaced=tuple(self.processing.replaced),
             roads=dict(done.roads),
             warnings=(*plan.warnings, *((self._layers.warning,) if self._layers.warning else ())),
             events=tuple(self.timeline.events),

@@ -12,20 +12,25 @@ from .checks import assert_same_bits, bits
 from .engine import Engine, engine_checkpoint
 from .faults import FailingSource, ManualEvent, ReusedBuffer
 from .pools import POOL_CONTRACT
+from .processed import PROCESSED_LAYERS, Processed, ProcessedLayer, processed_checkpoint
 from .sources import SOURCE_CONTRACT
 from .vision import VisionLanguage, vision_language_checkpoint
 
 __all__ = [
     "POOL_CONTRACT",
+    "PROCESSED_LAYERS",
     "SOURCE_CONTRACT",
     "Engine",
     "FailingSource",
     "ManualEvent",
+    "Processed",
+    "ProcessedLayer",
     "ReusedBuffer",
     "VisionLanguage",
     "assert_same_bits",
     "bits",
     "engine_checkpoint",
+    "processed_checkpoint",
     "vision_language_checkpoint",
     "write_checkpoint",
     "write_safetensors",

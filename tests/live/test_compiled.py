@@ -1,0 +1,75 @@
+"""Compiled models: an update is seen without a recompilation, and no constant is stale."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+import hotweights as hw
+from hotweights.testing import PROCESSED_LAYERS, Processed, processed_checkpoint
+
+NUMBERS = {
+    "other class",
+    "attention",
+}  # a number in the layer is a constant of the code, so another one needs other code
+X = torch.linspace(-1, 1, 16).view(2, 8)
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def loaded(kind, **options):
+    model = Processed([kind])
+    live = hw.LiveModel(model, deferred=model.deferred, **options)
+    live.load(processed_checkpoint([kind], seed=0), allow_missing=model.allow_missing)
+    return model, live
+
+
+def cold(kind, seed):
+    model = Processed([kind])
+    model.load_state_dict(processed_checkpoint([kind], seed=seed), strict=False)
+    model.process()
+    return model
+
+
+@pytest.mark.parametrize("atomic", ["journal", "staged"])
+@pytest.mark.parametrize("kind", PROCESSED_LAYERS)
+def test_an_update_is_seen_without_a_recompilation(kind, atomic):
+    model, live = loaded(kind, atomic=atomic)
+    compiled = torch.compile(model, backend="aot_eager")
+    compiled(X)
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs == 1
+    for seed in (1, 2):
+        live.update(processed_checkpoint([kind], seed=seed))
+        assert torch.equal(compiled(X), cold(kind, seed)(X))
+    assert (counters["stats"]["unique_graphs"] == graphs) == (kind not in NUMBERS)
+
+
+@pytest.mark.filterwarnings("ignore")  # inductor's own
+@pytest.mark.parametrize("kind", ["hidden", "fp8", "prepacked"])
+def test_inductors_code_sees_it_too(kind):
+    model, live = loaded(kind)
+    compiled = torch.compile(model)
+    old = compiled(X)
+    graphs = counters["stats"]["unique_graphs"]
+    live.update(processed_checkpoint([kind], seed=1))
+    torch.testing.assert_close(compiled(X), cold(kind, 1)(X))
+    assert not torch.allclose(compiled(X), old)
+    assert counters["stats"]["unique_graphs"] == graphs == 1
+
+
+def test_frozen_weights_are_refused():
+    import torch._inductor.config
+
+    _, live = loaded("plain")
+    digest = live.digest()
+    with torch._inductor.config.patch(freezing=True), pytest.raises(hw.UpdateAborted, match="compile anew"):
+        live.update(processed_checkpoint(["plain"], seed=1))
+    assert live.digest() == digest
+    assert live.state is hw.State.SERVING
+    live.update(processed_checkpoint(["plain"], seed=1))
