@@ -35,7 +35,11 @@ def flags(command):
 
 
 def test_commands_and_flags():
-    assert {command.callback.__name__ for command in app.registered_commands} == {"inspect", "plan", "load", "demo"}
+    commands = {command.callback.__name__ for command in app.registered_commands}
+    assert commands == {"inspect", "plan", "load", "send", "receive", "demo"}
+    shared = {"--json", "--timeout", "--help"}
+    assert flags("send") == shared | {"--to", "--receivers", "--version", "--on-lost", "--digests", "--no-digests"}
+    assert flags("receive") == shared | {"--from", "--model", "--device", "--versions", "--offer-timeout"}
     assert flags("inspect") == {"--json", "--limit", "--reader", "--help"}
     assert flags("plan") == {
         *"--model --order --explain --save --limit --allow-missing --allow-unexpected --json --help".split()
