@@ -8,7 +8,7 @@ from functools import cache
 
 import torch
 
-__all__ = ["overlaps", "owners", "plain", "spots"]
+__all__ = ["has_bytes", "overlaps", "owners", "plain", "spots"]
 
 
 def owners(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
@@ -31,6 +31,11 @@ def plain(tensor: torch.Tensor) -> bool:
     if type(tensor) not in _PLAIN and type(tensor).__torch_dispatch__ is not _NO_DISPATCH:
         return False
     return tensor.layout is torch.strided and not torch.nn.parameter.is_lazy(tensor)
+
+
+def has_bytes(tensor: torch.Tensor) -> bool:
+    """Whether it lies in plain memory of its own or others': not lazy, sparse, meta, empty or a wrapper."""
+    return plain(tensor) and not tensor.is_meta and tensor.numel() > 0
 
 
 _PLAIN = {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}

@@ -12,6 +12,7 @@ from itertools import chain
 
 import torch
 
+from .aliases import has_bytes
 from .copying import reads_of
 from .devices import record_events
 from .errors import TiedWeightsDiffer
@@ -279,21 +280,15 @@ def _from_memory(
 
 def _private(plan: LoadPlan, source: InMemory, destinations: Destinations) -> dict[str, torch.Tensor]:
     """Copies of the plan's tensors that share memory with the model: they would change under the copying."""
-    written = {tensor.untyped_storage().data_ptr() for tensor in destinations.values() if _has_bytes(tensor)}
+    written = {tensor.untyped_storage().data_ptr() for tensor in destinations.values() if has_bytes(tensor)}
     steps = (*plan.steps, *(step for pair in plan.ties for step in pair))
     names = dict.fromkeys((*(name for step in steps for name in _names(step)), *plan.fallback))
     borrowed = ((name, source.borrow(name)) for name in names)
     return {
         name: tensor.clone(memory_format=torch.contiguous_format)
         for name, tensor in borrowed
-        if _has_bytes(tensor) and tensor.untyped_storage().data_ptr() in written
+        if has_bytes(tensor) and tensor.untyped_storage().data_ptr() in written
     }
-
-
-def _has_bytes(tensor: torch.Tensor) -> bool:
-    if torch.nn.parameter.is_lazy(tensor) or tensor.layout is not torch.strided or tensor.is_meta:
-        return False
-    return type(tensor).__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl and tensor.numel() > 0
 
 
 def _read_nbytes(step: Step, manifest: Manifest) -> int:

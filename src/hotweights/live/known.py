@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
+from ..aliases import has_bytes
 from ..anchors import anchors
 from ..errors import HotweightsError
 from ..modules import dressed, places, survey
@@ -19,7 +20,7 @@ from .holders import held_by, state_of
 from .layers import Dressing, Layer, layers_of
 from .plans import Options, Plans
 from .processing import Job
-from .spans import Mirror, Spans, has_bytes
+from .spans import Mirror, Spans
 from .units import Unit, coverage, elements, units_of
 from .ways import Atomic, InPlace, Journal, Staged, Way
 

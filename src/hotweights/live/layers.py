@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ..aliases import has_bytes
 from ..errors import HotweightsError
 from ..modules import dressed
 from .holders import ABSENT, Held, assign, by_name, exchanged, held_by, state_of, step, tensors_in
-from .spans import has_bytes
 from .wrappers import leaves
 
 __all__ = ["Contents", "Dressing", "Layer", "contents", "layers_of", "put", "unmoved"]

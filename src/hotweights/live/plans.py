@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..aliases import has_bytes
 from ..anchors import anchors
 from ..casts import Cast
 from ..errors import HotweightsError
@@ -20,7 +21,7 @@ from ..plan import Fate, LoadPlan, Patterns, both, destinations_of, matches, sou
 from ..regions import covered
 from ..trace import trace
 from .layers import Dressing, Layer, contents, put
-from .spans import Mirror, Spans, has_bytes
+from .spans import Mirror, Spans
 from .units import Coverage, Unit, coverage, elements, needs_initial, units_of
 
 __all__ = ["Options", "Plans"]

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..aliases import has_bytes
 from ..modules import dressed, places
 from ..plan import LoadPlan
 from .differences import differences
 from .layers import Contents, Dressing, Layer, put
 from .report import Timeline
-from .spans import Mirror, Spans, has_bytes
+from .spans import Mirror, Spans
 from .units import Unit
 from .ways import Way
 

@@ -7,19 +7,13 @@ from typing import NamedTuple
 
 import torch
 
+from ..aliases import has_bytes
 from ..regions import Box, box_of, extent
 from ..replay import view
 
-__all__ = ["Mirror", "Spans", "has_bytes"]
+__all__ = ["Mirror", "Spans"]
 
 _GRAIN = 64  # bytes; spans begin on a multiple, so that every tensor in one keeps its alignment
-
-
-def has_bytes(tensor: torch.Tensor) -> bool:
-    """Whether it lies in plain memory of its own or others': not lazy, sparse, meta, empty or a wrapper."""
-    if torch.nn.parameter.is_lazy(tensor) or tensor.layout is not torch.strided or tensor.is_meta:
-        return False
-    return type(tensor).__torch_dispatch__ is torch._C._disabled_torch_dispatch_impl and tensor.numel() > 0
 
 
 class _Place(NamedTuple):

@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import nn
 
+from ..aliases import has_bytes
 from ..devices import pinned_empty
 from ..errors import HotweightsError
 from ..memory import host_empty
@@ -16,7 +17,7 @@ from ..modules import dressed
 from ..report import size
 from .holders import amend, assign, exchanged, state_of
 from .layers import contents, put
-from .spans import Mirror, has_bytes
+from .spans import Mirror
 from .wrappers import is_wrapper
 
 __all__ = [

@@ -10,6 +10,7 @@ from functools import cached_property
 
 import torch
 
+from ..aliases import has_bytes
 from ..devices import record_events
 from ..errors import HotweightsError
 from ..execute import Execution, Filling, execute
@@ -26,7 +27,7 @@ from .layers import unmoved
 from .processing import Job, Processing
 from .report import Timeline, UpdateReport
 from .serving import Turn
-from .spans import Mirror, has_bytes
+from .spans import Mirror
 from .units import Unit, parts_of
 from .ways import Way
 
