@@ -18,7 +18,7 @@ from .collection import without_collection
 from .errors import PlanError, RoutingError, UsageError
 from .handing import Handed, Pairs, Stream, own
 from .load import load
-from .manifest import Manifest
+from .manifest import Manifest, TensorSpec
 from .plan import LoadPlan
 from .report import RouteReport
 from .routing import Component, Routes, unfilled
@@ -159,23 +159,39 @@ def _give(component: Component, load: _Load, pairs: Pairs, done: _Done) -> None:
 # --- with a manifest -------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class _ByName:
+    """How a module is loaded that has no loading code; ``manifest`` has its tensors as it knows them."""
+
+    manifest: Manifest
+    plan: LoadPlan
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """What a component will get. ``by_name`` is ``None`` where its own code loads it."""
+
+    nbytes: int
+    by_name: _ByName | None = None
+
+
 @without_collection()
-def _plan(
-    manifest: Manifest, routes: Routes, *, limit: int | None
-) -> dict[Component, tuple[Manifest, LoadPlan | None]]:
+def _plan(manifest: Manifest, routes: Routes, *, limit: int | None) -> dict[Component, _Planned]:
     """What each component gets, and how it is loaded if it is by name. Raises with every problem that is known now."""
     for name in manifest:
         routes.place(name)
     problems = [*routes.problems, *unfilled(routes)]
-    planned: dict[Component, tuple[Manifest, LoadPlan | None]] = {}
+    planned: dict[Component, _Planned] = {}
     for component in routes.loaded():
-        part = Manifest(replace(manifest[theirs], name=ours) for ours, theirs in routes.names(component).items())
-        plan, misfits = None, [why for spec in part.values() if (why := unsupported(spec)) is not None]
+        specs = [manifest[theirs] for theirs in routes.names(component).values()]
+        by_name = None
         if _code(component) is None:
-            plan, misfits = _plan_by_name(component, part)
+            by_name, misfits = _plan_by_name(component, specs, routes)
+        else:
+            misfits = [why for spec in specs if (why := unsupported(spec)) is not None]
         problems += (f"{component.name}: {misfit}" for misfit in misfits)
-        planned[component] = part, plan
-    waiting = sum(sorted(part.nbytes for part, _ in planned.values())[:-1])
+        planned[component] = _Planned(sum(spec.nbytes for spec in specs), by_name)
+    waiting = sum(sorted(one.nbytes for one in planned.values())[:-1])
     if limit is not None and waiting > limit:
         problems.append(f"{waiting} bytes would have to wait, more than memory_limit={limit}")
     if problems:
@@ -183,10 +199,11 @@ def _plan(
     return planned
 
 
-def _plan_by_name(component: Component, part: Manifest) -> tuple[LoadPlan | None, list[str]]:
+def _plan_by_name(component: Component, specs: list[TensorSpec], routes: Routes) -> tuple[_ByName | None, list[str]]:
     assert isinstance(component.load_weights, nn.Module)
+    part = Manifest(replace(spec, name=ours) for spec, ours in zip(specs, routes.names(component), strict=True))
     try:
-        return trace(component.load_weights, part), []
+        return _ByName(part, trace(component.load_weights, part)), []
     except PlanError as error:
         return None, list(error.problems)
 
@@ -203,15 +220,16 @@ def _one_after_another(
         pairs = readings.pairs
     else:
         pairs = partial(_from_memory, source, borrowed)
-    for component, (part, plan) in planned.items():
+    for component, what in planned.items():
         names = routes.names(component)
-        code = _code(component)
-        if code is not None:
+        if what.by_name is None:
+            code = _code(component)
+            assert code is not None
             _give(component, code, pairs(names), done)
         else:
             # Straight from where the bytes are to where they belong.
-            _give(component, partial(_directly, component, _part(source, names), plan), (), done)
-            done.taken[component.name], done.nbytes[component.name] = set(names), part.nbytes
+            _give(component, partial(_directly, component, _part(source, names), what.by_name.plan), (), done)
+            done.taken[component.name], done.nbytes[component.name] = set(names), what.nbytes
 
 
 def _from_memory(source: InMemory, borrowed: bool, names: Mapping[str, str]) -> Pairs:
@@ -248,8 +266,8 @@ def _from_stream(source: Source, routes: Routes, done: _Done, stack: ExitStack, 
     """A source that comes as it comes, with a manifest."""
     planned = _plan(source.manifest, routes, limit=limit)
     promised = {theirs: (one, ours) for one in planned for ours, theirs in routes.names(one).items()}
-    largest = max(planned, key=lambda component: planned[component][0].nbytes, default=None)
-    loads = {component: _load(component, part, plan) for component, (part, plan) in planned.items()}
+    largest = max(planned, key=lambda component: planned[component].nbytes, default=None)
+    loads = {component: _load(component, what.by_name) for component, what in planned.items()}
     with source.leases() as leases:
         items = ((lease.name, lease) for lease in leases)
         stream = Stream(items, lambda name: promised.pop(name, None), largest, limit=limit)
@@ -275,14 +293,11 @@ def _from_pairs(pairs: Pairs, routes: Routes, done: _Done, stack: ExitStack, bor
     _load_waiting(stream, loads, done)
 
 
-def _load(component: Component, part: Manifest | None = None, plan: LoadPlan | None = None) -> _Load:
+def _load(component: Component, by_name: _ByName | None = None) -> _Load:
     """What loads the component from owned tensors."""
-    code = _code(component)
-    if code is not None:
-        return code
-    if part is None:
-        return lambda pairs: _when_whole(component, dict(pairs))
-    return lambda pairs: _by_name(component, Passing(part, pairs), plan)
+    if by_name is not None:
+        return lambda pairs: _by_name(component, Passing(by_name.manifest, pairs), by_name.plan)
+    return _code(component) or (lambda pairs: _when_whole(component, dict(pairs)))
 
 
 def _pass_through(stream: Stream, loads: Mapping[Component, _Load], done: _Done, stack: ExitStack) -> None:

@@ -28,8 +28,7 @@ class StateSource:
         problems = [message for name, tensor in tensors.items() if (message := unfit(name, tensor))]
         if problems:
             raise UsageError("these are no tensors with values: " + "; ".join(sorted(problems)))
-        # Lazily conjugated and negated views have no bytes of their own to lease; others stay as they are.
-        self._tensors = {name: tensor.detach().resolve_conj().resolve_neg() for name, tensor in tensors.items()}
+        self._tensors = {name: _with_bytes(tensor.detach()) for name, tensor in tensors.items()}
         self._manifest = Manifest(TensorSpec(name, t.dtype, tuple(t.shape)) for name, t in self._tensors.items())
         self._closed = False
 
@@ -77,6 +76,11 @@ class StateSource:
     def _lease_all(self, guard: Guard) -> Generator[Lease, None, None]:
         for spec in self._manifest.values():
             yield Lease(spec, tensor=self._tensors[spec.name], guard=guard)
+
+
+def _with_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor; a lazily conjugated or negated view has no bytes of its own to lease, and is worked out."""
+    return tensor.resolve_conj().resolve_neg() if tensor.is_conj() or tensor.is_neg() else tensor
 
 
 def unfit(name: object, tensor: object) -> str | None:
