@@ -117,12 +117,12 @@ def test_what_was_asked_to_freeze_is_right_or_refused(kind, compiling):
     """Today torch hands weights to such code as inputs, so nothing is frozen; it may do otherwise tomorrow."""
     model, live = loaded(kind)
     compiled = compiling(model)
+    refused = ""
     with torch.no_grad():
         old = compiled(X)
         try:
             live.update(processed_checkpoint([kind], seed=1))
         except hw.UpdateAborted as error:
-            assert "inductor froze" in str(error)
-            torch.testing.assert_close(compiled(X), old)
-        else:
-            torch.testing.assert_close(compiled(X), cold(kind, 1)(X))
+            refused = str(error)
+        torch.testing.assert_close(compiled(X), old if refused else cold(kind, 1)(X))
+    assert not refused or "inductor froze" in refused
