@@ -46,11 +46,12 @@ class Known:
         """Look at a model in checkpoint format."""
         self._model = model
         twins: Dressing = {}
-        self._children = [
-            (name, module, key, child)
+        loaded = {name.rpartition(".")[0] for step in plan.steps for name in destinations_of(step)}
+        self._loaded = [
+            (_joined(name, key), module, key, child)
             for name, module in model.named_modules(remove_duplicate=False)
             for key, child in module._modules.items()
-            if child is not None and (child._parameters or child._buffers)
+            if child is not None and _joined(name, key) in loaded
         ]
         self._processed = set(layers_of(model, is_processed))
         # Loading code of the model's own may replace tensors, and write here today and there tomorrow: into scratch.
@@ -128,11 +129,7 @@ class Known:
         Raises:
             HotweightsError: with the names of those that are not.
         """
-        lost = [
-            f"{name}.{key}".lstrip(".")
-            for name, module, key, one in self._children
-            if module._modules.get(key) is not one
-        ]
+        lost = [name for name, module, key, child in self._loaded if module._modules.get(key) is not child]
         if lost:
             raise HotweightsError(
                 f"modules that weights are loaded into were replaced, so nothing can be loaded into them: {_some(lost)}"
@@ -181,7 +178,7 @@ class Known:
 
         Layers that were processed get new memory.
         """
-        for _, module, key, child in self._children:
+        for _, module, key, child in self._loaded:
             module._modules[key] = child
         renewed = {name for unit in begun for name in unit.names}
         loose = {name for unit in begun for name in unit.loose}
@@ -195,6 +192,10 @@ class Known:
         for unit in begun:
             for layer in unit.layers:
                 layer.open(memory.__getitem__, dressing, anew=True)
+
+
+def _joined(name: str, key: str) -> str:
+    return f"{name}.{key}" if name else key
 
 
 def _some(names: Sequence[str]) -> str:

@@ -175,8 +175,9 @@ class Layer:
         Raises:
             HotweightsError: it has replaced a module into which weights are loaded.
         """
+        was, now = (held.holders["_modules"].state for held in (before, after))
         for key, child in self._children.items():
-            if self.module._modules.get(key) is not child:
+            if was.get(key) is child is not now.get(key):
                 raise HotweightsError(
                     f"{self.full(key)}: processing replaced a module that weights are loaded into, so nothing can be "
                     "loaded into it again; let it replace what that module holds"
