@@ -16,6 +16,7 @@ one layer.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import itertools
 import resource
 import statistics
@@ -33,6 +34,7 @@ from hotweights.engines.torchao import quantise
 from isolate import Stage, call
 
 WAYS = {"update, in place": False, "update, journal": "journal", "update, staged": "staged"}
+_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 COPIES = {"by hand": (1, 1), "update, in place": (1, 1), "update, journal": (1, 2), "update, staged": (1, 2)}
 """How often the checkpoint's bytes and those that are live are copied."""
 
@@ -130,6 +132,8 @@ def peak(name: str, options: argparse.Namespace) -> int:
     """Bytes that the process has more while it does it than before. Call it before torch has started threads."""
 
     def run(stage: Stage) -> None:
+        # What is let go goes back to the system: kept by the allocator it would count for others, or for nothing.
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1024 * 1024)
         process, (one, two, three) = int8(), (weights(model_of(options.layers, options.width), n) for n in range(3))
         if name in WAYS:
             live = LiveModel(model_of(options.layers, options.width), process=process, atomic=WAYS[name])
