@@ -223,3 +223,6 @@ def test_demo():
     assert "equal those of transformers' own loading, bit for bit" in done.stdout
     assert done.stdout.count("model unharmed") == 3  # one for each refusal
     assert "StaleLease" in done.stdout
+    assert done.stdout.count("equal to a cold load, bit for bit") == 2  # as it is, and in int8
+    assert done.stdout.count("none of a mix") == 2
+    assert not done.stderr

@@ -29,7 +29,8 @@ transfer.parts transfer.report transfer.group transfer.round transfer.sender tra
 transfer.receiver transfer
 testing.checks testing.checkpoints testing.engine testing.faults testing.sources testing.pools testing.vision
 testing.processed testing
-cli.outcome cli.inspect cli.plan cli.load cli.send cli.receive cli.fused_bert cli.demo_live cli.demo cli
+cli.outcome cli.inspect cli.plan cli.load cli.send cli.receive cli.fused_bert cli.demo_live cli.demo_quantised
+cli.demo cli
 """.split()
 
 

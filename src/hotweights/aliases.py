@@ -99,7 +99,7 @@ def _share_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
     if one.is_contiguous() and other.is_contiguous():
         return True
     base = min(_extent(one)[1], _extent(other)[1])
-    touched = torch.zeros(max(_extent(one)[2], _extent(other)[2]) - base, dtype=torch.bool)
+    touched = torch.zeros(max(_extent(one)[2], _extent(other)[2]) - base, dtype=torch.bool, device="cpu")
     _bytes_of(touched, one, base).fill_(True)
     return bool(_bytes_of(touched, other, base).any())
 

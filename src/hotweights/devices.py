@@ -60,4 +60,4 @@ def wait_for_copies(device: torch.device) -> None:
 
 def pinned_empty(nbytes: int) -> torch.Tensor:
     """Page-locked host memory, ``uint8 [nbytes]``, the caller's; accelerators copy from it asynchronously."""
-    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+    return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)

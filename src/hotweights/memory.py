@@ -53,7 +53,7 @@ def advise_huge_pages(tensor: torch.Tensor) -> None:
 
 def host_empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Uninitialised contiguous host memory, on huge pages where it is large. The caller's alone."""
-    tensor = torch.empty(shape, dtype=dtype)
+    tensor = torch.empty(shape, dtype=dtype, device="cpu")  # Not the default one: the caller's code may have set it.
     if tensor.nbytes >= 2 * HUGE_PAGE:
         advise_huge_pages(tensor)
     return tensor

@@ -137,7 +137,7 @@ def fails_really(func: Any, args: Any, kwargs: Any) -> bool:
     def real(value: Any) -> Any:
         if isinstance(value, torch.device):
             return torch.device("cpu")
-        return torch.zeros(value.shape, dtype=value.dtype) if isinstance(value, torch.Tensor) else value
+        return torch.zeros(value.shape, dtype=value.dtype, device="cpu") if isinstance(value, torch.Tensor) else value
 
     try:
         func(*tree_map(real, args), **tree_map(real, kwargs))

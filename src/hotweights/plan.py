@@ -383,8 +383,8 @@ def matches(patterns: Patterns) -> Callable[[str], bool]:
     several = _several(patterns)
     # A name may hold brackets of its own; as itself it always matches.
     literal = {one for one in several if isinstance(one, str)}
-    searched = [re.compile(fnmatch.translate(one)) if isinstance(one, str) else one for one in several]
-    return lambda name: name in literal or any(one.search(name) for one in searched)
+    found = [re.compile(fnmatch.translate(one)).match if isinstance(one, str) else one.search for one in several]
+    return lambda name: name in literal or any(one(name) for one in found)
 
 
 def both(one: Patterns, other: Patterns) -> list[str | re.Pattern[str]]:

@@ -237,7 +237,7 @@ def covered(boxes: Iterable[Box], target: Box) -> int:
         return 0
     spans = [extent(box) for box in (*parts, target)]
     first = min(start for start, _ in spans)
-    grid = torch.zeros(max(stop for _, stop in spans) - first, dtype=torch.bool)
+    grid = torch.zeros(max(stop for _, stop in spans) - first, dtype=torch.bool, device="cpu")
     for box in parts:
         _bytes(grid, moved(box, -first)).fill_(True)
     return int(_bytes(grid, moved(target, -first)).all(dim=-1).sum())

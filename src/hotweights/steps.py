@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
 import torch
 
 from .manifest import TensorSpec
-from .regions import Box, Region, whole
+from .regions import Box, Region, covered, whole
 
-__all__ = ["OVERWRITES", "Copy", "Fate", "Note", "Op", "Program", "Step", "Target"]
+__all__ = ["Copy", "Fate", "Note", "Op", "Program", "Step", "Target", "read_too_early"]
 
 
-OVERWRITES = frozenset(
+_OVERWRITES = frozenset(
     (
         torch.ops.aten.copy_.default,
         torch.ops.aten.fill_.Scalar,
@@ -71,6 +72,25 @@ class Op(msgspec.Struct, frozen=True):
     results: tuple[Region, ...]
     writes: tuple[Region, ...]
     reads: tuple[Region, ...]
+
+
+def read_too_early(ops: Iterable[Op], written: dict[str, list[Box]]) -> set[str]:
+    """Names of the model's tensors of which operations read what nothing has written before.
+
+    ``written`` says what was, by name; what these operations write is added to it.
+    """
+    found = set()
+    for op in ops:
+        overwritten = op.writes[:1] if op.func in _OVERWRITES else ()
+        for region in op.reads:
+            if region.memory.kind == "model" and region not in overwritten:
+                name = region.memory.name
+                if covered(written.get(name, ()), region.box) < region.box.numel:
+                    found.add(name)
+        for region in op.writes:
+            if region.memory.kind == "model":
+                written.setdefault(region.memory.name, []).append(region.box)
+    return found
 
 
 class Program(msgspec.Struct, frozen=True):

@@ -24,10 +24,10 @@ from .lowering import lower
 from .manifest import Manifest
 from .modules import Survey, counters, extra_state_problems, hook_problems, places, survey, targets_of
 from .plan import Copy, LoadPlan, Note, Patterns, Step, both, matches
-from .regions import Box, Region, covered, meets
+from .regions import Box, Region, meets
 from .sources import Source
 from .sources import open as open_source
-from .steps import OVERWRITES
+from .steps import read_too_early
 from .tracing import Recording, record
 
 __all__ = ["by_name", "loader_of", "trace"]
@@ -220,14 +220,8 @@ def _separable(
     if recording.state_read & loadable:
         return False
     written: dict[str, list[Box]] = defaultdict(list)
-    for op in recording.ops:
-        overwrites = op.writes[:1] if op.func in OVERWRITES else ()
-        for region in op.reads:
-            needed = region.memory.kind == "model" and region not in overwrites
-            if needed and covered(written[region.memory.name], region.box) < region.box.numel:
-                return False
-        for region in op.writes:
-            written[region.memory.name].append(region.box)
+    if read_too_early(recording.ops, written):
+        return False
     alone = record(model, manifest, load, device=_CPU, leave_out=manifest)
     if alone.error is not None or alone.notes or any(_model_writes(alone)):
         return False

@@ -121,7 +121,11 @@ class _Reader:
         self._sized(Box(spec.dtype, one.shape, one.stride, 0), Memory("constant", name), len(one.data))
         self._nbytes[Memory("constant", name)] = len(one.data)
         try:
-            raw = torch.frombuffer(bytearray(one.data), dtype=torch.uint8) if one.data else torch.empty(0).byte()
+            raw = (
+                torch.frombuffer(bytearray(one.data), dtype=torch.uint8)
+                if one.data
+                else torch.empty(0, dtype=torch.uint8, device="cpu")
+            )
             storage = raw.to(torch.device(one.device)).untyped_storage()
             return torch.empty(0, dtype=spec.dtype, device=one.device).set_(storage, 0, one.shape, one.stride)
         except Exception as error:  # Devices have many ways of not being there.

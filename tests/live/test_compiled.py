@@ -73,3 +73,56 @@ def test_frozen_weights_are_refused():
     assert live.digest() == digest
     assert live.state is hw.State.SERVING
     live.update(processed_checkpoint(["plain"], seed=1))
+
+
+def frozen(model):
+    compiled = torch.compile(model)
+    with torch._inductor.config.patch(freezing=True), torch.no_grad():
+        compiled(X)
+    return compiled
+
+
+@pytest.mark.filterwarnings("ignore")  # inductor's own
+@pytest.mark.parametrize("compiling", [frozen, lambda model: frozen(lambda x: model(x))], ids=["model", "function"])
+def test_weights_that_were_frozen_when_freezing_was_on_are_refused(compiling):
+    model, live = loaded("plain")
+    compiled = compiling(model)
+    model.layers[0].weight.data.mul_(2)
+    with torch.no_grad():
+        assert not torch.allclose(compiled(X), model(X))  # This is what must not happen to an update.
+    model.layers[0].weight.data.div_(2)
+    digest = live.digest()
+    with pytest.raises(hw.UpdateAborted, match=r"inductor froze .* torch\._dynamo\.reset"):
+        live.update(processed_checkpoint(["plain"], seed=1))
+    assert live.digest() == digest
+    torch._dynamo.reset()
+    del compiled
+    live.update(processed_checkpoint(["plain"], seed=1))
+    assert torch.equal(model(X), cold("plain", 1)(X))
+
+
+def by_options(model):
+    return torch.compile(model, options={"freezing": True})
+
+
+def by_method(model):
+    model.compile(options={"freezing": True})
+    return model
+
+
+@pytest.mark.filterwarnings("ignore")  # inductor's own
+@pytest.mark.parametrize("compiling", [by_options, by_method, lambda model: by_options(lambda x: model(x))])
+@pytest.mark.parametrize("kind", ["plain", "hidden", "derived"])
+def test_what_was_asked_to_freeze_is_right_or_refused(kind, compiling):
+    """Today torch hands weights to such code as inputs, so nothing is frozen; it may do otherwise tomorrow."""
+    model, live = loaded(kind)
+    compiled = compiling(model)
+    refused = ""
+    with torch.no_grad():
+        old = compiled(X)
+        try:
+            live.update(processed_checkpoint([kind], seed=1))
+        except hw.UpdateAborted as error:
+            refused = str(error)
+        torch.testing.assert_close(compiled(X), old if refused else cold(kind, 1)(X))
+    assert not refused or "inductor froze" in refused

@@ -180,6 +180,47 @@ def test_16_tied_weights_stay_tied(atomic, processed):
         assert torch.equal(model.embed.weight, torch.full((3, 2), value * 2 ** len(processed)))
 
 
+class Deriving(nn.Module):
+    """Keeps what follows from its weight where nobody looks: a copy, made when it is first needed, and a view."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.derived = parameter(2, 2), None
+        self.row = self.weight.data[0]
+
+    def forward(self, x):
+        if self.derived is None:
+            self.derived = self.weight.t().contiguous()
+        return x @ self.derived + self.row
+
+    def refresh(self, version):
+        self.derived.copy_(self.weight.t())
+
+
+@pytest.mark.parametrize("processed", [None, lambda layer: None])
+@pytest.mark.parametrize("atomic", WAYS)
+def test_35_a_hook_refreshes_what_was_derived(atomic, processed):
+    x, new = torch.ones(1, 2), {"weight": torch.full((2, 2), 3.0)}
+    naive = Deriving()
+    naive(x)
+    naive.load_state_dict(new)
+    assert not torch.equal(naive(x), torch.full((1, 2), 9.0)), "the derived copy is the old one, and no tensor shows it"
+
+    model = Deriving()
+    live = hw.LiveModel(model, process=processed, atomic=atomic)
+    live.load({"weight": torch.ones(2, 2)})
+    assert torch.equal(model(x), torch.full((1, 2), 3.0))
+    live.on_commit(model.refresh)
+    address = model.derived.data_ptr()
+    live.update(new)
+    assert torch.equal(model(x), torch.full((1, 2), 9.0))
+    assert model.derived.data_ptr() == address
+    assert model.row.data_ptr() == model.weight.data_ptr()  # A view needs no hook.
+    with pytest.raises(hw.UpdateAborted):
+        live.update({"weight": torch.zeros(1)})
+    assert torch.equal(model(x), torch.full((1, 2), 9.0))
+
+
 class Stack(nn.Module):
     def __init__(self, layers):
         super().__init__()

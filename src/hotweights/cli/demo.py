@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import sys
@@ -25,6 +26,7 @@ from ..report import size
 from ..sources import open as open_source
 from ..trace import trace
 from .demo_live import serve_and_reload
+from .demo_quantised import serve_quantised
 from .fused_bert import FusedBert
 from .outcome import ending
 
@@ -37,6 +39,8 @@ def demo() -> None:
     """Load real weights, prove them exact, see broken checkpoints refused, reload the model while it serves."""
     # Nothing is fetched; without this transformers would look for newer files at the hub.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    for name in ("torchao", "torch.utils._pytree"):  # What they say of each other when transformers imports them.
+        logging.getLogger(name).setLevel(logging.ERROR)
     console = Console(highlight=False, soft_wrap=True)
     with ending(as_json=False), tempfile.TemporaryDirectory() as scratch:
         checkpoint = _minilm()
@@ -46,6 +50,7 @@ def demo() -> None:
         _catch_stale(console, checkpoint)
         _plan_fused(console, model, checkpoint)
         serve_and_reload(console, checkpoint, lambda one: _embed(one, checkpoint))
+        serve_quantised(console, checkpoint, lambda one: _embed(one, checkpoint))
 
 
 def _minilm() -> Path:

@@ -14,26 +14,43 @@ from rich.console import Console
 from ..engines import transformers as engine
 from ..errors import CheckpointError, UpdateAborted
 from ..live import LiveModel
+from ..live.wrappers import is_wrapper, leaves
 from ..load import load
 from ..report import size
 from ..sources import open as open_source
 
-__all__ = ["serve_and_reload"]
+__all__ = ["prove_reloads", "serve_and_reload"]
 
 Embed = Callable[[Any], torch.Tensor]
 
 
 def serve_and_reload(console: Console, checkpoint: Path, embed: Embed) -> None:
-    """Serve, reload to other weights and back, fail once, and prove each step."""
+    """The demo's part: MiniLM as it is."""
     console.rule("[bold]6. New weights while it serves: all or nothing")
+    prove_reloads(console, checkpoint, embed)
+
+
+def prove_reloads(
+    console: Console,
+    checkpoint: Path,
+    embed: Embed,
+    *,
+    process: Callable[[torch.nn.Module], object] | None = None,
+    finish: Callable[[torch.nn.Module], object] = lambda model: None,
+) -> LiveModel:
+    """Serve, reload to other weights and back, fail once, and prove each step. Returns what served.
+
+    ``process`` is the live model's; ``finish`` does the same to a whole model that was loaded without one.
+    """
     model = engine.build(checkpoint)
-    live = LiveModel(model)
+    live = LiveModel(model, process=process)
     live.load(checkpoint, device="cpu", version="trained")
     trained, addresses = live.digest(), _addresses(model)
     with open_source(checkpoint) as source:
         perturbed = {name: _perturbed(tensor) for name, tensor in source.tensors()}
     cold = engine.build(checkpoint)
     load(cold, perturbed, device="cpu")
+    finish(cold)
     expected = {"trained": embed(model), "perturbed": embed(cold)}
     with _Client(live, embed) as client:
         client.wait_for_answers()
@@ -62,6 +79,7 @@ def serve_and_reload(console: Console, checkpoint: Path, embed: Embed) -> None:
         f"{'served':>10}  {', '.join(f'{count} answers by {version!r}' for version, count in counts.items())}, "
         "meanwhile: each of one version, none of a mix\n"
     )
+    return live
 
 
 class _Client:
@@ -109,7 +127,8 @@ def _half_of(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.T
 
 
 def _addresses(model: torch.nn.Module) -> dict[str, int]:
-    return {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+    found = (pair for name, tensor in model.state_dict().items() for pair in leaves(name, tensor))
+    return {name: tensor.data_ptr() for name, tensor in found if not is_wrapper(tensor)}
 
 
 def _prove(true: bool, otherwise: str) -> None:

@@ -13,12 +13,12 @@ __all__ = ["quantise"]
 
 
 def quantise(
-    config: object, *, chosen: Callable[[nn.Module], bool] = lambda layer: isinstance(layer, nn.Linear)
+    config: object = None, *, chosen: Callable[[nn.Module], bool] = lambda layer: isinstance(layer, nn.Linear)
 ) -> Callable[[nn.Module], None]:
     """Processing for ``LiveModel(process=...)`` that hands each chosen layer to ``torchao.quantization.quantize_``.
 
     Args:
-        config: one of torchao's, ``Int8WeightOnlyConfig()`` for instance.
+        config: one of torchao's; by default ``Int8WeightOnlyConfig()``.
         chosen: which layers; by default every linear one.
 
     Raises:
@@ -26,12 +26,12 @@ def quantise(
     """
     try:
         from torchao.core.config import AOBaseConfig
-        from torchao.quantization import quantize_
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
     except ImportError as error:
         raise MissingPackage("torchao", "torchao") from error
-    if not isinstance(config, AOBaseConfig):
-        raise UsageError(f"quantise takes a config of torchao's; this is a {type(config).__name__}")
-    known: Any = config
+    known: Any = Int8WeightOnlyConfig() if config is None else config
+    if not isinstance(known, AOBaseConfig):
+        raise UsageError(f"quantise takes a config of torchao's; this is a {type(known).__name__}")
 
     def process(layer: nn.Module) -> None:
         if chosen(layer):

@@ -1,13 +1,15 @@
-"""Holders: containers and objects that a layer's attributes lead to, and what they hold. It follows no module.
+"""Holders: containers and objects that a layer's attributes lead to, and what they hold. It follows no module's own.
 
-What a holder holds is its *state*, a dict: attributes of an object, items of a dict, a list (by number) or a set.
+What a holder holds is its *state*, a dict: attributes of an object, items of a dict, a list (by number) or a set. A
+module that is none of the model's own (processing made it) is an object like others.
 """
 
 from __future__ import annotations
 
 import enum
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Container, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -35,7 +37,18 @@ ABSENT: Any = object()
 """In changes of a state: that it holds the key no more."""
 
 _DEPTH = 6
-_PRIVATE = frozenset(nn.Module().__dict__)
+_STORES = ("_parameters", "_buffers", "_non_persistent_buffers_set")
+# Of what torch keeps in a module, processing changes the children and what is called in a forward pass. Whether it
+# trains is the caller's: a module that is made anew would not be in eval mode.
+_PRIVATE = set(nn.Module().__dict__) - {
+    "_modules",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+}
+_CLASS = "__class__"
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type, enum.Enum, types.ModuleType, range, slice)
 _TORCH = (torch.dtype, torch.device, torch.layout, torch.Size, torch.memory_format)
 _CODE = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, partial)
@@ -49,25 +62,42 @@ class Held(NamedTuple):
     state: dict[Any, object]
 
 
-def held_by(attributes: Mapping[str, object]) -> dict[str, Held]:
-    """Every holder that attributes lead to, by its path; one that several lead to has the first of them in order."""
-    found: dict[str, Held] = {}
-    seen: set[int] = set()
+def held_by(attributes: Mapping[str, object], own: Container[int] | None = None) -> dict[str, Held]:
+    """Every holder that attributes lead to, by its path; one that several lead to has the first of them in order.
+
+    ``own`` are the ids of the model's own modules, which are not followed; without it, none is.
+    """
+    walk = _Walk(own)
     for key in sorted(attributes):
-        _walk(key, attributes[key], found, seen, 0)
-    return found
+        walk.on(key, attributes[key], 0)
+    return walk.found
 
 
-def _walk(path: str, value: object, found: dict[str, Held], seen: set[int], depth: int) -> None:
-    if type(value) in _LEAVES or id(value) in seen or depth > _DEPTH or not _is_holder(value):
-        return
-    seen.add(id(value))
-    state = state_of(value)
-    found[path] = Held(value, state)
-    for key, one in state.items():
-        _walk(step(path, value, key), one, found, seen, depth + 1)
+class _Walk:
+    def __init__(self, own: Container[int] | None) -> None:
+        self.found: dict[str, Held] = {}
+        self._seen: set[int] = set()
+        self._own = own
+
+    def on(self, path: str, value: object, depth: int) -> None:
+        kind = type(value)  # Asked first, for every module has many containers and most of them are empty.
+        if kind in _LEAVES or id(value) in self._seen or depth > _DEPTH:
+            return
+        is_module = kind not in _CONTAINERS and isinstance(value, nn.Module)
+        if kind not in _CONTAINERS and not (self._is_foreign(value) if is_module else _is_holder(value)):
+            return
+        self._seen.add(id(value))
+        state = state_of(value)
+        self.found[path] = Held(value, state)
+        inside = state if not is_module else state | {key: value.__dict__[key] for key in _STORES}
+        for key, one in inside.items():
+            self.on(step(path, value, key), one, depth if is_module else depth + 1)
+
+    def _is_foreign(self, module: object) -> bool:
+        return self._own is not None and id(module) not in self._own
 
 
+_CONTAINERS = {dict, OrderedDict, list, set, tuple}
 _LEAVES = {*_PLAIN, *_TORCH, torch.Tensor, nn.Parameter, types.FunctionType, types.MethodType}
 
 
@@ -90,9 +120,11 @@ def step(path: str, holder: object, key: object) -> str:
 
 
 def state_of(holder: Any) -> dict[Any, object]:
-    """What it holds now. Of modules and tensors: attributes that are their own, not torch's."""
+    """What it holds now. Of modules and tensors: attributes but for tensors that torch keeps; of modules the class."""
+    if type(holder) in _CONTAINERS and not holder:
+        return {}
     if isinstance(holder, nn.Module):
-        return {key: value for key, value in holder.__dict__.items() if key not in _PRIVATE}
+        return {_CLASS: type(holder)} | {key: value for key, value in holder.__dict__.items() if key not in _PRIVATE}
     if isinstance(holder, torch.Tensor):
         return attributes_of(holder)
     if isinstance(holder, dict):
@@ -116,7 +148,12 @@ def assign(holder: Any, wanted: Mapping[Any, object]) -> None:
         store = holder if isinstance(holder, dict) else holder.__dict__
         for key in now.keys() - wanted.keys():
             del store[key]
-        store.update(wanted)
+        if not isinstance(holder, nn.Module):
+            store.update(wanted)
+            return
+        store.update((key, value) for key, value in wanted.items() if key != _CLASS)
+        if type(holder) is not wanted[_CLASS]:
+            holder.__class__ = wanted[_CLASS]  # type: ignore[assignment]
 
 
 def amend(holder: object, changes: Mapping[Any, object]) -> None:

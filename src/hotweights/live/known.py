@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 
 import torch
 from torch import nn
@@ -46,12 +46,20 @@ class Known:
         """Look at a model in checkpoint format."""
         self._model = model
         twins: Dressing = {}
+        loaded = {name.rpartition(".")[0] for step in plan.steps for name in destinations_of(step)}
+        self._loaded = [
+            (_joined(name, key), module, key, child)
+            for name, module in model.named_modules(remove_duplicate=False)
+            for key, child in module._modules.items()
+            if child is not None and _joined(name, key) in loaded
+        ]
         self._processed = set(layers_of(model, is_processed))
         # Loading code of the model's own may replace tensors, and write here today and there tomorrow: into scratch.
         loose = _by_own_code(model, plan)
-        shared = _shared(model)
+        own = frozenset(map(id, model.modules()))
+        shared = _shared(model, own)
         self._layers = [
-            Layer(names, module, deferred=any(map(is_deferred, names)), twins=twins, shared=shared)
+            Layer(names, module, deferred=any(map(is_deferred, names)), twins=twins, own=own, shared=shared)
             for module, names in layers_of(model, lambda one: one in self._processed or one in loose).items()
         ]
         self.live = self._tensors(plan)
@@ -116,18 +124,22 @@ class Known:
             self._where = {name: _where(one) for name, one in self.live.items() if name not in free - written}
 
     def prove(self) -> None:
-        """Every live tensor is where it was, as it was: so aliases and ties hold too.
+        """Every live tensor is where it was, as it was: so aliases and ties hold too. And so is every module.
 
         Raises:
             HotweightsError: with the names of those that are not.
         """
+        lost = [name for name, module, key, child in self._loaded if module._modules.get(key) is not child]
+        if lost:
+            raise HotweightsError(
+                f"modules that weights are loaded into were replaced, so nothing can be loaded into them: {_some(lost)}"
+            )
         now = self._tensors(self.plans.first) if self._where else {}
         moved = sorted(name for name, where in self._where.items() if name not in now or _where(now[name]) != where)
         if moved:
-            more = f" and {len(moved) - 10} more" if len(moved) > 10 else ""
             raise HotweightsError(
-                f"these are not the tensors that they were; something else replaced or moved them: "
-                f"{', '.join(moved[:10])}{more}"
+                "these are not the tensors that they were; something else replaced or moved them, so put them back or "
+                f"make a new live model: {_some(moved)}"
             )
 
     def way(self, atomic: Atomic, job: Job) -> Way:
@@ -166,6 +178,8 @@ class Known:
 
         Layers that were processed get new memory.
         """
+        for _, module, key, child in self._loaded:
+            module._modules[key] = child
         renewed = {name for unit in begun for name in unit.names}
         loose = {name for unit in begun for name in unit.loose}
         memory = Mirror(self._spans, ways.scratch)
@@ -180,6 +194,14 @@ class Known:
                 layer.open(memory.__getitem__, dressing, anew=True)
 
 
+def _joined(name: str, key: str) -> str:
+    return f"{name}.{key}" if name else key
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+
+
 def _by_own_code(model: nn.Module, plan: LoadPlan) -> set[nn.Module]:
     """Modules of which the plan does not write everything, where the model's own code must load a part."""
     if not plan.fallback:
@@ -189,11 +211,11 @@ def _by_own_code(model: nn.Module, plan: LoadPlan) -> set[nn.Module]:
     return {module for module, tensor, count in found if nn.parameter.is_lazy(tensor) or count < tensor.numel()}
 
 
-def _shared(model: nn.Module) -> set[int]:
+def _shared(model: nn.Module, own: Container[int]) -> set[int]:
     """Ids of the containers and objects that attributes of several modules lead to."""
     seen: Counter[int] = Counter()
     for module in model.modules():
-        seen.update(id(held.holder) for held in held_by(state_of(module)).values())
+        seen.update(id(held.holder) for held in held_by(state_of(module), own).values())
     return {one for one, count in seen.items() if count > 1}
 
 

@@ -67,15 +67,15 @@ class Contents(NamedTuple):
         return Contents(parameters, buffers, set(self.transient), attributes, holders, self.others)  # type: ignore[arg-type]
 
 
-def contents(module: nn.Module) -> Contents:
-    """What ``module`` holds now."""
+def contents(module: nn.Module, own: Container[int] | None = None) -> Contents:
+    """What ``module`` holds now; ``own`` is that of ``held_by``."""
     attributes = state_of(module)
     return Contents(
         dict(module._parameters),
         dict(module._buffers),
         set(module._non_persistent_buffers_set),
         attributes,
-        held_by(attributes),
+        held_by(attributes, own),
     )
 
 
@@ -109,26 +109,30 @@ class Layer:
         *,
         deferred: bool,
         twins: Dressing,
+        own: Container[int],
         shared: Container[int] = (),
     ) -> None:
         """``twins`` is what was made for other layers of the model, by the tensors' ids; it is added to.
 
-        ``shared`` are the ids of holders that other modules reach too: of what they hold only that is the layer's which
-        processing the layer has put there.
+        ``own`` are the ids of the model's modules; others that its attributes lead to are as much the layer's as other
+        objects. ``shared`` are the ids of holders that other modules reach too: of what they hold only that is the
+        layer's which processing the layer has put there.
         """
         self.name = names[0]
         self.names = tuple(names)
         self.module = module
         self.deferred = deferred
         self.acted: set[str] = set()
+        self._own = own
         self._shared = shared
+        self._children = {key: child for key, child in module._modules.items() if child is not None and _loads(child)}
         held = self.contents()
         self._twins = {key: _twin(tensor, twins) for key, tensor in held.tensors() if has_bytes(tensor)}
         self._format = held.replaced(self._twins)
 
     def contents(self) -> Contents:
         """What it holds now."""
-        held = contents(self.module)
+        held = contents(self.module, self._own)
         shared = {path: one for path, one in held.holders.items() if id(one.holder) in self._shared}
         others = frozenset(path for path, _ in tensors_in(shared)) - self.acted if shared else frozenset()
         return held._replace(others=others)
@@ -166,7 +170,18 @@ class Layer:
         return held
 
     def processed(self, before: Contents, after: Contents) -> None:
-        """Take note of what processing did to its attributes, and to what they lead to."""
+        """Take note of what processing did to its attributes, and to what they lead to.
+
+        Raises:
+            HotweightsError: it has replaced a module into which weights are loaded.
+        """
+        was, now = (held.holders["_modules"].state for held in (before, after))
+        for key, child in self._children.items():
+            if was.get(key) is child is not now.get(key):
+                raise HotweightsError(
+                    f"{self.full(key)}: processing replaced a module that weights are loaded into, so nothing can be "
+                    "loaded into it again; let it replace what that module holds"
+                )
         self.acted |= _changed(before.attributes, after.attributes)
         for path, (holder, state) in after.holders.items():
             old = before.holders.get(path)
@@ -198,6 +213,11 @@ class Layer:
     def twin(self, key: str) -> torch.Tensor | None:
         """The twin of one of its tensors."""
         return self._twins.get(key)
+
+
+def _loads(module: nn.Module) -> bool:
+    """Whether there are tensors in it."""
+    return any(one._parameters or one._buffers for one in module.modules())
 
 
 def _changed(old: Mapping[Any, object], new: Mapping[Any, object]) -> set[Any]:

@@ -8,7 +8,7 @@ from itertools import chain
 
 from ..plan import Copy, LoadPlan, Program, Step, sources_of
 from ..regions import Box, covered
-from ..steps import OVERWRITES
+from ..steps import read_too_early
 from . import accounting
 from .layers import Layer
 from .spans import Spans
@@ -203,23 +203,8 @@ def needs_initial(plan: LoadPlan, unit: Unit, covers: Coverage, spans: Spans) ->
     written: dict[str, list[Box]] = {}
     for step in chain.from_iterable(unit.plan.by_level()):
         if isinstance(step, Program):
-            found |= _read_too_early(step, written)
-        for name, box in _writes(step):
-            if name in plan.targets:
-                written.setdefault(name, []).append(plan.targets[name].box if box is None else box)
+            found |= read_too_early(step.ops, written)
+        elif step.destination in plan.targets:
+            box = plan.targets[step.destination].box if step.into is None else step.into
+            written.setdefault(step.destination, []).append(box)
     return {name for name in found if name in spans}
-
-
-def _read_too_early(step: Program, written: dict[str, list[Box]]) -> set[str]:
-    found = set()
-    here = {name: list(written.get(name, ())) for name in _named(step)}
-    for op in step.ops:
-        overwritten = op.writes[:1] if op.func in OVERWRITES else ()
-        for region in op.reads:
-            if region.memory.kind == "model" and region not in overwritten:
-                name = region.memory.name
-                if region.box.numel and covered(here.get(name, []), region.box) < region.box.numel:
-                    found.add(name)
-        for region in op.writes:
-            here.setdefault(region.memory.name, []).append(region.box)
-    return found

@@ -182,7 +182,9 @@ class Staged:
     def showing(self, model: nn.Module) -> Iterator[None]:
         """Put what was collected into the model's places, and take it out again."""
         shown = {id(self._live[name]): self._value(name) for name in self._staged}
-        before = [(module, contents(module)) for module in model.modules()]
+        modules = list(model.modules())
+        own = frozenset(map(id, modules))
+        before = [(module, contents(module, own)) for module in modules]
         try:
             for module, held in before:
                 put(module, held.replaced({key: shown[id(one)] for key, one in held.tensors() if id(one) in shown}))
@@ -226,7 +228,11 @@ def _takes_bytes(name: str, live: torch.Tensor) -> bool:
 def copy_bytes(target: torch.Tensor, value: torch.Tensor) -> None:
     """Copy into ``target`` unseen by autograd; also into tensors that were made under inference mode."""
     with torch.inference_mode() if target.is_inference() else torch.no_grad():
-        target.detach().copy_(value.detach())
+        target, value = target.detach(), value.detach()
+        for dim, stride in enumerate(target.stride()):  # What was expanded has one place for many elements.
+            if stride == 0 and target.shape == value.shape and target.shape[dim] > 1 and value.stride(dim) == 0:
+                target, value = target.narrow(dim, 0, 1), value.narrow(dim, 0, 1)
+        target.copy_(value)
 
 
 def host_available() -> int | None:

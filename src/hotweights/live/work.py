@@ -109,10 +109,14 @@ class Work:
         self._source = source
         self._arrived |= set(self.manifest)
         for unit in (self.job.direct, *sorted(self.job.units, key=self._comes_late)):
-            opened = self._opened(unit)
-            with self._reading(unit):
-                execute(unit.plan, source, opened.destinations, self._done, pool=pool, advance=advance, **reading)  # type: ignore[arg-type]
-            self._close(opened)
+            # Nothing of it outlives the call: scratch of the layer before would be held beside the next one's.
+            self._read(unit, source, pool=pool, advance=advance, **reading)
+
+    def _read(self, unit: Unit, source: Source, **reading: object) -> None:
+        opened = self._opened(unit)
+        with self._reading(unit):
+            execute(unit.plan, source, opened.destinations, self._done, **reading)  # type: ignore[arg-type]
+        self._close(opened)
 
     @contextmanager
     def _reading(self, unit: Unit) -> Iterator[None]:

@@ -72,7 +72,9 @@ def read_segments(
     roads = crew.run(max(1, min(threads or _default_threads(), len(jobs))))
     for segment in segments:
         if segment.nbytes == 0 and not isinstance(segment.into, torch.Tensor):
-            segment.into(torch.empty(0, dtype=torch.uint8))  # Nothing to read, but its sink was promised a call.
+            segment.into(
+                torch.empty(0, dtype=torch.uint8, device="cpu")
+            )  # Nothing to read, but its sink was promised a call.
     return roads
 
 

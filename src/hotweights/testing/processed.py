@@ -280,6 +280,20 @@ class _Scales(nn.Module):
         self.k_scale_float = float(self.k_scale)
 
 
+class TiedHead(nn.Module):
+    """A head that is tied to the embedding and prepacked; only the embedding has a name in files. Qwen3 does so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = ProcessedLayer(), Prepacked()
+        self.head.weight = self.embed.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Both are used."""
+        found: torch.Tensor = self.head(self.embed(x))
+        return found
+
+
 PROCESSED_LAYERS: Mapping[str, Callable[[], list[nn.Module]]] = {
     "plain": lambda: [ProcessedLayer()],
     "late parameter": lambda: [LateParameter()],
@@ -294,6 +308,7 @@ PROCESSED_LAYERS: Mapping[str, Callable[[], list[nn.Module]]] = {
     "fp8": lambda: [Fp8()],
     "scaled pair": lambda: [ScaledPair()],
     "attention": lambda: [Attention()],
+    "tied head": lambda: [TiedHead()],
 }
 """What makes the layers of each kind, by what is odd about it."""
 
