@@ -11,6 +11,7 @@ import torch
 from ..errors import Closed, UsageError
 from ..guards import Guard, check_guard
 from ..manifest import Manifest
+from ..sources.contracts import Wish
 from ..sources.streams import LeaseStream
 from .address import path_of
 from .taking import Private, Taking
@@ -84,12 +85,15 @@ class Receiver:
         self._check_open()
         return self._tensors()
 
-    def wanted(self, names: Iterable[str]) -> None:
-        """Say which tensors are wanted, in which order, before the stream; whoever does also decides.
+    def wanted(self, wishes: Iterable[str | Wish]) -> None:
+        """Say before the stream what is wanted, tensors or ranges of them, in which order; whoever does also decides.
 
         The order is a wish. Then the end of the stream consents to nothing: use ``decision``.
+
+        Raises:
+            UsageError: something is wanted that is not offered.
         """
-        self._offered().want(names)
+        self._offered().want(wishes)
 
     @contextmanager
     def decision(self) -> Iterator[None]:
