@@ -262,11 +262,11 @@ def test_a_frame_may_come_byte_by_byte_and_two_at_once():
     made, theirs = channel(State.STREAMING)
     made.session.update = 3
     with contextlib.closing(made), theirs:
-        for byte in encode(3, Release(1)):
+        for byte in encode(3, Release((1,))):
             assert made.read() is None
             theirs.sendall(bytes([byte]))
-        theirs.sendall(encode(3, Release(2)) + encode(3, Release(3)))
-        assert [made.read().message.slot for _ in range(3)] == [1, 2, 3]
+        theirs.sendall(encode(3, Release((2,))) + encode(3, Release((3,))))
+        assert [made.read().message.slots for _ in range(3)] == [(1,), (2,), (3,)]
         assert made.read() is None
 
 

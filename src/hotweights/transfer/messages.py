@@ -117,9 +117,9 @@ class Filled(_Message, frozen=True):
 
 
 class Release(_Message, frozen=True):
-    """This receiver reads the slot no more. It is the acknowledgement."""
+    """This receiver reads these slots no more. It is the acknowledgement."""
 
-    slot: int
+    slots: tuple[int, ...]
 
 
 class End(_Message, frozen=True):

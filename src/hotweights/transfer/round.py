@@ -231,8 +231,8 @@ class Round:
         match frame.message:
             case Accept(wanted):
                 peer.wanted = wanted
-            case Release(slot):
-                peer.holds.discard(slot)
+            case Release(slots):
+                peer.holds.difference_update(slots)
             case Refuse(reasons) if peer.state is State.REFUSED:
                 self._lose(peer, "; ".join(reasons))
             case Done(problem):

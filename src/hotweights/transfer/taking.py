@@ -244,16 +244,16 @@ class Taking:
 
     def _return(self, slot: int, borrowed: list[Lease]) -> None:
         self._held.append((slot, borrowed))
-        self._give_back()
+        # Each release wakes the sender: half of the slots at once keep it busy as well, and wake it less often.
+        if 2 * len(self._held) >= len(self._uplink.slots.memories):
+            self._give_back()
 
     def _give_back(self) -> float:
         """Release the slots that nothing reads any more; says in how many seconds to look again, if at all."""
-        still = []
-        for slot, leases in self._held:
-            if any(lease.pending() for lease in leases):
-                still.append((slot, leases))
-            elif self._uplink.connected and self.state is State.STREAMING:
-                self._uplink.send(Release(slot))
+        still = [(slot, leases) for slot, leases in self._held if any(lease.pending() for lease in leases)]
+        free = tuple(slot for slot, _ in self._held if all(slot != other for other, _ in still))
+        if free and self._uplink.connected and self.state is State.STREAMING:
+            self._uplink.send(Release(free))
         self._held = still
         return _POLL if still else 0.0
 
