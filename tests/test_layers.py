@@ -13,7 +13,7 @@ ROOT = Path(hotweights.__file__).parent
 
 # A file may import from those above it, and a package's `__init__` stands for the package. Data flows downwards.
 ORDER = """
-collection errors manifest regions ranges progress devices guards memory
+collection interruptions errors manifest regions ranges progress devices guards memory
 sources.contracts sources.streams sources.parts sources.header sources.file sources.reading sources.checkpoint
 sources.files sources.state sources.iterators sources.readers.reader sources.readers.fastsafetensors
 sources.readers.runai sources.readers.safetensors sources.readers.torch sources.readers sources

@@ -214,7 +214,7 @@ def decode_header(raw: bytes | bytearray) -> Header:
     return Header(descriptors, update, nbytes)
 
 
-def decode(raw: bytes | bytearray | memoryview) -> Message:
+def decode(raw: bytes | bytearray) -> Message:
     """The message in the body of a frame.
 
     Raises:

@@ -10,6 +10,7 @@ import torch
 
 from ..errors import Closed, UsageError
 from ..guards import Guard, check_guard
+from ..interruptions import held_back
 from ..manifest import Manifest
 from ..sources.contracts import Wish
 from ..sources.streams import LeaseStream
@@ -99,18 +100,22 @@ class Receiver:
     def decision(self) -> Iterator[None]:
         """Wait until the group has decided; inside, commit. Leaving says that this was done.
 
+        Ctrl-C ends the wait while the decision can still be that nobody commits; from there on it waits until the
+        commit is done, and is raised then. A second one does not wait.
+
         Raises:
             TransferAborted: the group decided not to.
             TransferError: the sender is lost and had not decided: nobody takes the version.
         """
         taking = self._offered()
-        taking.prepare()
-        try:
-            yield
-        except BaseException as error:
-            taking.done(error)
-            raise
-        taking.done(None)
+        with held_back(self._uplink.wake) as interruption:
+            taking.prepare(interruption)
+            try:
+                yield
+            except BaseException as error:
+                taking.done(error)
+                raise
+            taking.done(None)
 
     def refuse(self, error: BaseException) -> None:
         """Tell the sender that this version cannot be taken, and why. Does nothing when none is under way."""

@@ -94,6 +94,9 @@ class Round:
             return self._commit(version)
         finally:
             ballot.close()
+            for peer in (*self._members, *self._leaving):  # None but after an interruption.
+                if peer.state is not State.IDLE:
+                    self._group.part_with(peer, "the sender gave up waiting")
 
     # The steps.
 
@@ -189,14 +192,8 @@ class Round:
 
     def _part(self) -> None:
         """Wait for those that abort. Who does not answer is parted with."""
-        try:
-            everybody = [*self._members, *self._leaving]
-            self._wait(lambda: [peer for peer in everybody if peer.state is State.ABORTED and _open(peer)], "abort")
-        except BaseException:
-            for peer in [*self._members, *self._leaving]:
-                if peer.state is not State.IDLE:
-                    self._group.part_with(peer, "the sender gave up waiting")
-            raise
+        everybody = [*self._members, *self._leaving]
+        self._wait(lambda: [peer for peer in everybody if peer.state is State.ABORTED and _open(peer)], "abort")
 
     # Waiting.
 

@@ -18,6 +18,7 @@ from ..errors import (
     UsageError,
 )
 from ..guards import Guard, poison_byte
+from ..interruptions import Interruption, held_back
 from ..manifest import TensorSpec
 from ..memory import ALIGNMENT, Lease, host_empty
 from ..ranges import disjoint
@@ -143,7 +144,7 @@ class Taking:
         self._missing = set(self._wishes)
         self._uplink.send(Accept(tuple(Wanted(number, wish.ranges or ()) for number, wish in self._wishes.items())))
         try:
-            while not isinstance(message := self._next(self._timeout), End):
+            while not isinstance(message := self._next(self._timeout, self._is_cancelled), End):
                 assert isinstance(message, Filled), "the table lets nothing else pass"
                 yield from self._slot(message, guard)
             self._settle()
@@ -155,8 +156,9 @@ class Taking:
             self.fail(error)
             raise
         if not self._decides:
-            self.prepare()
-            self.done(None)
+            with held_back(self._uplink.wake) as interruption:
+                self.prepare(interruption)
+                self.done(None)
 
     def _slot(self, filled: Filled, guard: Guard) -> Generator[Lease, None, None]:
         if not filled.parts:
@@ -288,8 +290,11 @@ class Taking:
 
     # The decision.
 
-    def prepare(self) -> None:
+    def prepare(self, interruption: Interruption) -> None:
         """Say that a commit cannot fail from here on, and wait for the group's decision. Returns if it is to commit.
+
+        Args:
+            interruption: ends the wait, unless the decision has fallen already.
 
         Raises:
             TransferAborted: it is not; the message says why.
@@ -298,17 +303,29 @@ class Taking:
         self._require(State.ENDED, "has not streamed to its end")
         try:
             self._uplink.send(Prepared())
-            # Until then the sender may be waiting for others.
-            message = self._next(self._uplink.patience + self._timeout, cancel=not self._decides)
-            assert isinstance(message, Commit), "the table lets nothing else pass"
+            self._hear(lambda: interruption.came or (self.cancelled and not self._decides))
         except TransferAborted:
             raise
         except BaseException as error:
             if self._ballot.decide(Decision.ABORT) is Decision.ABORT:
-                self._end_with(error)
+                self._end_with(TransferError("it was interrupted") if interruption.came else error)
                 raise
-            self._uplink.drop("it waited for the decision in vain, and read it")
             self._interrupted = None if isinstance(error, Exception) else error
+            if not interruption.came or not self._hears_late():
+                self._uplink.drop("it waited for the decision in vain, and read it")
+
+    def _hear(self, stop: Callable[[], bool]) -> None:
+        """The sender's word to commit. Until it says it, it may be waiting for others."""
+        message = self._next(self._uplink.patience + self._timeout, stop)
+        assert isinstance(message, Commit), "the table lets nothing else pass"
+
+    def _hears_late(self) -> bool:
+        """Whether the sender says what was read from the ballot, which it does unless it is lost."""
+        try:
+            self._hear(bool)
+        except (TransferError, Closed):
+            return False
+        return True
 
     def done(self, error: BaseException | None) -> None:
         """Say that the commit was carried out, and what went wrong after it."""
@@ -360,16 +377,17 @@ class Taking:
         self._uplink.send(Done(""))
         self._finish()
 
-    def _next(self, seconds: float, *, cancel: bool = True) -> Message:
-        """The sender's next word, unless it is an abort. ``cancel``: whether closing the stream ends the wait."""
-        frame = self._uplink.receive(
-            time.monotonic() + seconds, stop=lambda: cancel and self.cancelled, meanwhile=self._give_back
-        )
+    def _next(self, seconds: float, stop: Callable[[], bool]) -> Message:
+        """The sender's next word, unless it is an abort. ``stop`` ends the wait when it says true."""
+        frame = self._uplink.receive(time.monotonic() + seconds, stop=stop, meanwhile=self._give_back)
         if isinstance(frame.message, Abort):
             if not self._decides:
                 self._put_back()
             raise TransferAborted("the update was aborted", [frame.message.reason])
         return frame.message
+
+    def _is_cancelled(self) -> bool:
+        return self.cancelled
 
     def _require(self, state: State, otherwise: str) -> None:
         if self._over or self.state is not state:
