@@ -223,3 +223,7 @@ def test_demo():
     assert "equal those of transformers' own loading, bit for bit" in done.stdout
     assert done.stdout.count("model unharmed") == 3  # one for each refusal
     assert "StaleLease" in done.stdout
+    assert "SIGKILL, with" in done.stdout
+    said = [line for line in done.stdout.splitlines() if "workers  both at" in line]
+    assert [line.split("'")[1] for line in said] == ["step-1", "step-2", "step-3", "step-3", "step-5"]
+    assert said[2].split("digest ")[1] == said[3].split("digest ")[1].partition(" ")[0]

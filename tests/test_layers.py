@@ -28,8 +28,9 @@ transfer.messages transfer.states transfer.ballot transfer.slots transfer.addres
 transfer.parts transfer.packing transfer.report transfer.group transfer.round transfer.sender transfer.uplink
 transfer.arrival transfer.taking transfer.receiver transfer
 testing.checks testing.checkpoints testing.engine testing.faults testing.sources testing.pools testing.vision
-testing.processed testing
-cli.outcome cli.inspect cli.plan cli.load cli.send cli.receive cli.fused_bert cli.demo_live cli.demo cli
+testing.processed testing.transports testing
+cli.outcome cli.inspect cli.plan cli.load cli.send cli.receive cli.fused_bert cli.demo_live cli.demo_transfer cli.demo
+cli
 """.split()
 
 

@@ -25,6 +25,7 @@ from ..report import size
 from ..sources import open as open_source
 from ..trace import trace
 from .demo_live import serve_and_reload
+from .demo_transfer import follow_a_trainer
 from .fused_bert import FusedBert
 from .outcome import ending
 
@@ -34,7 +35,7 @@ _SENTENCES = ("A cat sits on the mat.", "A kitten rests on a rug.", "The central
 
 
 def demo() -> None:
-    """Load real weights, prove them exact, see broken checkpoints refused, reload the model while it serves."""
+    """Load real weights, prove them exact, see broken ones refused; reload the model in place, send it to workers."""
     # Nothing is fetched; without this transformers would look for newer files at the hub.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     console = Console(highlight=False, soft_wrap=True)
@@ -46,6 +47,7 @@ def demo() -> None:
         _catch_stale(console, checkpoint)
         _plan_fused(console, model, checkpoint)
         serve_and_reload(console, checkpoint, lambda one: _embed(one, checkpoint))
+        follow_a_trainer(console, checkpoint, Path(scratch))
 
 
 def _minilm() -> Path:
