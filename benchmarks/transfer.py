@@ -12,8 +12,7 @@ parameters with what was sent, outside the timing.
 * *POSIX shared memory*: the control. Two buckets of ``multiprocessing.shared_memory``, pipes for signals, no checks.
 * *verl, 128 MB*: ``BucketedWeightSender`` and ``BucketedWeightReceiver`` of the checkout, over shared memory, with a
   callback that copies into the parameters; its device module is replaced by one for the CPU. It goes from one to one.
-  It needs pyzmq. Its receiver acknowledges a bucket before the callback has read it; here that does not show, since all
-  bytes of a version are alike.
+  It needs pyzmq.
 """
 
 from __future__ import annotations
@@ -198,6 +197,7 @@ def verl_module(checkout: Path) -> Any:
         setattr(nothing, name, lambda: None)
     device: Any = stubs["verl.utils.device"]
     device.get_device_id, device.get_device_name, device.get_torch_device = lambda: 0, lambda: "cpu", lambda: nothing
+    device.is_support_ipc = lambda: False
     helper: Any = stubs["verl.workers.rollout.utils"]
     helper.ensure_async_iterator = one_by_one
     sys.modules.update(stubs)
@@ -218,7 +218,7 @@ def from_verl(pipe: Connection, nbytes: int, tensors: int, checkout: Path, handl
     model, module = Layers(nbytes, tensors), verl_module(checkout)
     parameters = dict(model.named_parameters())
 
-    def load(weights: list[tuple[str, torch.Tensor]]) -> None:
+    def load(weights: list[tuple[str, torch.Tensor]], *_: object) -> None:  # Of late it is told which is the last.
         for name, tensor in weights:
             parameters[name].copy_(tensor)
 

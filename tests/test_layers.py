@@ -26,7 +26,7 @@ live.report live.units live.plans live.ways live.processing live.wishes live.wor
 live.opening live.hooks live.model live
 transfer.messages transfer.states transfer.ballot transfer.slots transfer.address transfer.channel transfer.waiting
 transfer.parts transfer.packing transfer.report transfer.group transfer.round transfer.sender transfer.uplink
-transfer.arrival transfer.taking transfer.receiver transfer
+transfer.arrival transfer.private transfer.taking transfer.receiver transfer
 testing.checks testing.checkpoints testing.engine testing.faults testing.sources testing.pools testing.vision
 testing.processed testing.transports testing
 cli.outcome cli.inspect cli.plan cli.load cli.send cli.receive cli.fused_bert cli.demo_live cli.demo_transfer cli.demo

@@ -15,7 +15,8 @@ from ..manifest import Manifest
 from ..sources.contracts import Wish
 from ..sources.streams import LeaseStream
 from .address import path_of
-from .taking import Private, Taking
+from .private import Private
+from .taking import Taking
 from .uplink import Uplink
 
 __all__ = ["Receiver"]

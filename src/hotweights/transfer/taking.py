@@ -20,7 +20,7 @@ from ..errors import (
 from ..guards import Guard, poison_byte
 from ..interruptions import Interruption, held_back
 from ..manifest import TensorSpec
-from ..memory import ALIGNMENT, Lease, host_empty
+from ..memory import ALIGNMENT, Lease
 from ..ranges import disjoint
 from ..sources.contracts import Wish
 from .arrival import Arrival
@@ -44,26 +44,14 @@ from .messages import (
     specs_of,
 )
 from .parts import copy_out
+from .private import Private
 from .states import State
 from .uplink import Uplink
 from .waiting import left
 
-__all__ = ["Private", "Taking"]
+__all__ = ["Taking"]
 
 _POLL = 0.001  # seconds; device events have no wait with a deadline, so they are asked again this often
-
-
-class Private:
-    """Memory of a receiver's own for one tensor at a time, used again and again. Grows to the largest."""
-
-    def __init__(self) -> None:
-        self._memory = torch.empty(0, dtype=torch.uint8)
-
-    def take(self, nbytes: int) -> torch.Tensor:
-        """``uint8 [nbytes]``, until the next call."""
-        if self._memory.numel() < nbytes:
-            self._memory = host_empty((nbytes,), torch.uint8)
-        return self._memory[:nbytes]
 
 
 class Taking:
