@@ -271,7 +271,7 @@ def measure(options: argparse.Namespace, receivers: int) -> dict[str, list[float
         for name, make in makes.items():
             with ExitStack() as stack:  # One way's processes at a time: they hold a model each.
                 run = make(stack)
-                for counted in (False, False, True, True, True):  # The first update makes the copy of the model.
+                for counted in (False, False, True, True):  # The first update makes the copy of the model.
                     value = value % 100 + 1
                     for one in trainer.parameters():
                         one.fill_(value)
@@ -299,7 +299,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=parse_size, default="1.7GB", help="bytes of the model (1.7GB)")
     parser.add_argument("--tensors", type=int, default=145, help="tensors in it (145)")
-    parser.add_argument("--repeats", type=int, default=2, help="rounds, three updates each (2)")
+    parser.add_argument("--repeats", type=int, default=2, help="rounds, two updates each (2)")
     parser.add_argument("--verl", type=Path, help=f"a checkout of verl, with {VERL}")
     parser.add_argument("--buckets", type=int, nargs="+", default=[128, 512, 2048], help="verl's, in MB (128 512 2048)")
     parser.add_argument("--receivers", type=int, nargs="+", default=[1, 2], help="how many at once (1 2)")
