@@ -210,13 +210,14 @@ def test_as_a_module():
     assert "inspect" in done.stdout
 
 
+@pytest.mark.timeout(330)  # Four more processes import torch and transformers.
 def test_demo():
     """All of ``make demo``: it proves and refuses by itself, and fails if a proof fails."""
     done = subprocess.run(
         [sys.executable, "-m", "hotweights", "demo"],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=300,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
     assert done.returncode == 0, done.stderr
@@ -226,3 +227,7 @@ def test_demo():
     assert done.stdout.count("equal to a cold load, bit for bit") == 2  # as it is, and in int8
     assert done.stdout.count("none of a mix") == 2
     assert not done.stderr
+    assert "SIGKILL, with" in done.stdout
+    said = [line for line in done.stdout.splitlines() if "workers  both at" in line]
+    assert [line.split("'")[1] for line in said] == ["step-1", "step-2", "step-3", "step-3", "step-5"]
+    assert said[2].split("digest ")[1] == said[3].split("digest ")[1].partition(" ")[0]

@@ -13,24 +13,24 @@ ROOT = Path(hotweights.__file__).parent
 
 # A file may import from those above it, and a package's `__init__` stands for the package. Data flows downwards.
 ORDER = """
-collection errors manifest progress devices guards memory
+collection interruptions errors manifest regions ranges progress devices guards memory
 sources.contracts sources.streams sources.parts sources.header sources.file sources.reading sources.checkpoint
 sources.files sources.state sources.iterators sources.readers.reader sources.readers.fastsafetensors
 sources.readers.runai sources.readers.safetensors sources.readers.torch sources.readers sources
-casts regions operations steps document validation planfile plan snapshot
+casts operations steps document validation planfile plan snapshot
 aliases anchors threads standins recorder bypasses tracing lowering sharing drafting modules fit cache replay
 copying execute report arguments engines engines.torchao engines.transformers trace fallback verify load
 routing handing route
 live.spans live.serving live.accounting live.compiled live.wrappers live.holders live.layers live.differences
-live.report live.units live.plans live.ways live.processing live.work live.update live.known live.state live.opening
-live.hooks live.model live
+live.report live.units live.plans live.ways live.processing live.wishes live.work live.update live.known live.state
+live.opening live.hooks live.model live
 transfer.messages transfer.states transfer.ballot transfer.slots transfer.address transfer.channel transfer.waiting
-transfer.parts transfer.report transfer.group transfer.round transfer.sender transfer.uplink transfer.taking
-transfer.receiver transfer
+transfer.parts transfer.packing transfer.report transfer.group transfer.round transfer.sender transfer.uplink
+transfer.arrival transfer.private transfer.taking transfer.receiver transfer
 testing.checks testing.checkpoints testing.engine testing.faults testing.sources testing.pools testing.vision
-testing.processed testing
-cli.outcome cli.inspect cli.plan cli.load cli.send cli.receive cli.fused_bert cli.demo_live cli.demo_quantised
-cli.demo cli
+testing.processed testing.transports testing
+cli.outcome cli.quiet cli.inspect cli.plan cli.load cli.send cli.receive cli.fused_bert cli.demo_live
+cli.demo_quantised cli.demo_transfer cli.demo cli
 """.split()
 
 

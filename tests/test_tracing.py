@@ -714,3 +714,41 @@ class TestField:
             hw.load(ours, engine_checkpoint())
         hw.load(ours, write_checkpoint(tmp_path, engine_checkpoint()), device="cpu")
         assert_same_bits(dict(ours.named_parameters()), dict(right.named_parameters()))
+
+
+def test_two_threads_trace_at_once_and_leave_nothing_behind():
+    """Each is followed into its own threads only; whoever began first ends first."""
+    before = threading.Thread.start, ThreadPoolExecutor.submit
+    inside, first_left = threading.Barrier(2), threading.Event()
+
+    class Loader(nn.Module):
+        def __init__(self, number):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(3))
+            self.number = number
+
+        def load_weights(self, pairs):
+            inside.wait(10)
+            if self.number:
+                assert first_left.wait(10)
+            tensors = dict(pairs)
+            worker = threading.Thread(target=lambda: self.weight.data.copy_(tensors["w"][self.number]))
+            worker.start()
+            worker.join()
+
+    manifest = hw.Manifest([hw.TensorSpec("w", torch.float32, (2, 3))])
+    plans = {}
+
+    def trace(number):
+        plans[number] = hw.trace(Loader(number), manifest)
+        first_left.set()
+
+    threads = [threading.Thread(target=trace, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert (threading.Thread.start, ThreadPoolExecutor.submit) == before
+    for number in range(2):
+        (step,) = plans[number].steps
+        assert step.of.offset == 12 * number

@@ -23,7 +23,7 @@ from .replay import run_program, view
 from .sources.contracts import Addressed, InMemory, Read, Reading, Source
 from .sources.streams import ahead
 
-__all__ = ["Execution", "Filling", "execute", "owned"]
+__all__ = ["Execution", "Filling", "execute", "owned", "place_of"]
 
 _COMPARED = 8 * 1024 * 1024  # bytes of each of two tied tensors that are compared at once
 
@@ -232,7 +232,8 @@ def _part(step: Copy, tensor: torch.Tensor) -> torch.Tensor:
     return view(tensor.contiguous(), step.of)
 
 
-def _place(step: Copy, destinations: Destinations) -> torch.Tensor:
+def place_of(step: Copy, destinations: Destinations) -> torch.Tensor:
+    """The part of the model's tensor that ``step`` writes."""
     destination = destinations[step.destination]
     return destination if step.into is None else view(destination, step.into)
 
@@ -242,7 +243,7 @@ def _written_nbytes(step: Copy, destinations: Destinations) -> int:
 
 
 def _copy_now(step: Copy, tensor: torch.Tensor, destinations: Destinations, done: Execution) -> torch.device:
-    place = _place(step, destinations)
+    place = place_of(step, destinations)
     part = _part(step, tensor)
     place.copy_(part if part.shape == place.shape else part.reshape(place.shape), non_blocking=True)
     done.bytes_written += place.nbytes
@@ -353,6 +354,11 @@ class Filling:
         with _mode(self._inference):
             return {_copy_now(step, tensor, self._destinations, self._done) for step in self._copies.get(name, ())}
 
+    def placed(self, name: str) -> None:
+        """The bytes of one of ``missing`` lie where its only copy would have put them."""
+        self.missing.discard(name)
+        self._done.bytes_written += sum(_written_nbytes(step, self._destinations) for step in self._copies[name])
+
     def finish(self) -> dict[str, torch.Tensor]:
         """Do the rest, now that everything is there; returns the tensors of ``plan.fallback``, owned.
 
@@ -380,7 +386,7 @@ def _names(step: Step) -> tuple[str, ...]:
 
 
 def _same_as_written(other: Copy, tensor: torch.Tensor, one: Copy, destinations: Destinations) -> bool:
-    place = _place(one, destinations)
+    place = place_of(one, destinations)
     return _same_bits(_part(other, tensor).to(place.dtype), place.cpu())
 
 

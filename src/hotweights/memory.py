@@ -299,9 +299,22 @@ class Lease:
         name: the tensor's name.
         spec: its spec.
         borrowed: whether the memory will be reused; if not, ``own()`` costs nothing.
+        placed: whether the bytes lie where the consumer wished them (``Wish.into``); then ``tensor`` is that memory.
     """
 
-    __slots__ = ("_after", "_raw", "_slot", "_tensor", "_wire", "_wrapped", "borrowed", "guard", "name", "spec")
+    __slots__ = (
+        "_after",
+        "_raw",
+        "_slot",
+        "_tensor",
+        "_wire",
+        "_wrapped",
+        "borrowed",
+        "guard",
+        "name",
+        "placed",
+        "spec",
+    )
 
     def __init__(
         self,
@@ -312,11 +325,13 @@ class Lease:
         borrowed: bool = True,
         guard: Guard = "off",
         slot: Slot | None = None,
+        placed: bool = False,
     ) -> None:
         """For sources. Give ``raw`` (``uint8 [nbytes]``, aligned for the dtype) or ``tensor``, not both."""
         self.name = spec.name
         self.spec = spec
         self.borrowed = borrowed
+        self.placed = placed
         self.guard = guard
         self._raw = raw
         self._tensor = tensor

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
 import shutil
 import sys
 import tempfile
@@ -27,8 +25,10 @@ from ..sources import open as open_source
 from ..trace import trace
 from .demo_live import serve_and_reload
 from .demo_quantised import serve_quantised
+from .demo_transfer import follow_a_trainer
 from .fused_bert import FusedBert
 from .outcome import ending
+from .quiet import quiet
 
 __all__ = ["demo"]
 
@@ -36,11 +36,8 @@ _SENTENCES = ("A cat sits on the mat.", "A kitten rests on a rug.", "The central
 
 
 def demo() -> None:
-    """Load real weights, prove them exact, see broken checkpoints refused, reload the model while it serves."""
-    # Nothing is fetched; without this transformers would look for newer files at the hub.
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    for name in ("torchao", "torch.utils._pytree"):  # What they say of each other when transformers imports them.
-        logging.getLogger(name).setLevel(logging.ERROR)
+    """Load real weights, prove them exact, see broken ones refused; reload the model in place, send it to workers."""
+    quiet()
     console = Console(highlight=False, soft_wrap=True)
     with ending(as_json=False), tempfile.TemporaryDirectory() as scratch:
         checkpoint = _minilm()
@@ -51,6 +48,7 @@ def demo() -> None:
         _plan_fused(console, model, checkpoint)
         serve_and_reload(console, checkpoint, lambda one: _embed(one, checkpoint))
         serve_quantised(console, checkpoint, lambda one: _embed(one, checkpoint))
+        follow_a_trainer(console, checkpoint, Path(scratch))
 
 
 def _minilm() -> Path:

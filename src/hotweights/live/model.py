@@ -301,7 +301,7 @@ class LiveModel:
             roads = {"reading": reading, "threads": threads} if isinstance(source, Addressed) else {}
             with self._failing(work):
                 if isinstance(source, Deciding):
-                    source.wanted(work.wanted)
+                    source.wanted(work.wishes())
                 work.run(source, pool=pool, advance=advance, **roads)
             work.peak_buffer = pool.stats().peak * pool.slot_nbytes
             if isinstance(source, Deciding):

@@ -17,9 +17,9 @@ from ..execute import Execution, Filling, execute
 from ..fallback import fall_back
 from ..manifest import Manifest, TensorSpec
 from ..memory import Pool
-from ..plan import Fate
+from ..plan import Copy, Fate
 from ..report import size
-from ..sources.contracts import Addressed, InMemory, Source
+from ..sources.contracts import Addressed, InMemory, Source, Wish
 from ..sources.state import StateSource
 from . import ways
 from .accounting import OpenLayers
@@ -30,6 +30,7 @@ from .serving import Turn
 from .spans import Mirror
 from .units import Unit, parts_of
 from .ways import Way
+from .wishes import room, wishes
 
 __all__ = ["Work"]
 
@@ -91,13 +92,21 @@ class Work:
         """Whether the one warning of open layers was given."""
         return self._layers.warned
 
-    @property
-    def wanted(self) -> list[str]:
-        """Which tensors a source that can choose shall send, layer by layer; what waits for all others comes last."""
-        units = sorted((self.job.direct, *self.job.units), key=self._comes_late)
-        place = {name: number for number, name in enumerate(self.manifest)}
-        names = (name for unit in units for name in sorted(unit.sources, key=place.__getitem__))
-        return list(dict.fromkeys((*names, *self.job.plan.fallback)))
+    def wishes(self) -> list[Wish]:
+        """What a source that can choose shall send, layer by layer; what waits for all others comes last."""
+        _ = self._wanted  # From here on tensors come as they come.
+        return wishes(sorted(self._todo, key=self._comes_late), self.job.plan, self._room)
+
+    def _room(self, unit: Unit, step: Copy) -> torch.Tensor | None:
+        """The memory that a copy would fill with the bytes as they are, if its layer may be opened now."""
+        opened = self._open.get(unit)
+        if opened is None:
+            if not self._may_open(unit):
+                return None
+            opened = self._opened(unit)
+        found = room(step, self.manifest[step.source], opened.destinations)
+        self.way.wrote |= unit.direct and found is not None
+        return found
 
     # Whole sources.
 
@@ -129,6 +138,10 @@ class Work:
     def _stream(self, source: Source, advance: Callable[[int], None]) -> None:
         with source.leases() as stream:
             for lease in stream:
+                if lease.placed:
+                    self._placed(lease.name, lease.raw.nbytes)
+                    advance(lease.raw.nbytes)
+                    continue
                 devices = self.take(lease.name, lease.tensor, lease.own)
                 advance(lease.spec.nbytes)
                 lease.release(after=record_events(devices))
@@ -163,11 +176,7 @@ class Work:
         if spec is None:
             raise HotweightsError(f"{name}: unexpected; it was not promised")
         _check_kept(spec, tensor)
-        if name in self._arrived:
-            raise HotweightsError(f"{name}: came twice")
-        self._arrived.add(name)
-        self._done.count({"memory": spec.nbytes})
-        self._done.arrive(spec.nbytes)
+        self._arrive(name, spec.nbytes)
         if name in self.job.plan.fallback:
             self._fallen[name] = own()
         devices: set[torch.device] = set()
@@ -179,6 +188,24 @@ class Work:
             devices |= self._fill(opened or self._opened(unit), name, tensor, own)
         self._drain()
         return devices
+
+    def _arrive(self, name: str, nbytes: int) -> None:
+        if name in self._arrived:
+            raise HotweightsError(f"{name}: came twice")
+        self._arrived.add(name)
+        self._done.count({"memory": nbytes})
+        self._done.arrive(nbytes)
+
+    def _placed(self, name: str, nbytes: int) -> None:
+        """A tensor came whose bytes lie in the room that its wish gave."""
+        self._arrive(name, nbytes)
+        (unit,) = self._wanted[name]
+        opened = self._open[unit]
+        filling = self._filling(opened)
+        filling.placed(name)
+        if not filling.missing:
+            self._complete(opened)
+        self._drain()
 
     def _fill(self, opened: _Open, name: str, tensor: torch.Tensor, own: Own) -> set[torch.device]:
         filling = self._filling(opened)

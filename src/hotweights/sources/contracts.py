@@ -19,8 +19,9 @@ from ..devices import Event
 from ..guards import Guard
 from ..manifest import Manifest
 from ..memory import Lease, Pool
+from ..ranges import Range
 
-__all__ = ["Addressed", "Deciding", "InMemory", "Read", "Reading", "Sink", "Source", "Stream"]
+__all__ = ["Addressed", "Deciding", "InMemory", "Read", "Reading", "Sink", "Source", "Stream", "Wish"]
 
 Reading = Literal["auto", "buffered", "direct"]
 """How files are read: ``buffered`` through the page cache, ``direct`` around it, ``auto`` by what is cached."""
@@ -44,6 +45,22 @@ class Read(msgspec.Struct, frozen=True, gc=False):
     start: int
     nbytes: int
     into: torch.Tensor | Sink
+
+
+class Wish(msgspec.Struct, frozen=True, gc=False):
+    """A tensor that is wanted of a version, or a part of it.
+
+    Attributes:
+        name: which tensor.
+        ranges: which bytes, ascending and apart; ``None`` for all.
+        into: where the bytes of the one range may be put as they are. Called once, by the stream, when the first of
+            them are there; gives a contiguous ``uint8`` host tensor of that size, which stays the caller's; then the
+            lease says ``placed``. Or it gives ``None``, and has them leased.
+    """
+
+    name: str
+    ranges: tuple[Range, ...] | None = None
+    into: Callable[[], torch.Tensor | None] | None = None
 
 
 class Stream(Protocol):
@@ -130,8 +147,11 @@ class Addressed(Source, Protocol):
 class Deciding(Protocol):
     """A source whose versions are taken by a group, all or nobody. Whoever takes it into a live model asks for this."""
 
-    def wanted(self, names: Iterable[str]) -> None:
-        """Say, before the stream, which tensors are wanted, best in this order. Whoever says so decides too."""
+    def wanted(self, wishes: Iterable[str | Wish]) -> None:
+        """Say, before the stream, what is wanted, best in this order; a name is all of its tensor.
+
+        Whoever says so decides too. Of a tensor that is wanted in part, a lease shows the rest undefined.
+        """
 
     def decision(self) -> AbstractContextManager[None]:
         """Enter it when a commit cannot fail any more: it waits for the group. Commit inside; if it raises, abort."""

@@ -1,4 +1,4 @@
-"""Public contract tests for sources and pools; tiny checkpoints and models; faulty sources. No GPU, no network.
+"""Contracts of sources, pools and transports as tests; tiny checkpoints and models; faulty sources. No GPU, no network.
 
 A contract is a tuple of checks; each takes what makes the thing under test and raises ``AssertionError``::
 
@@ -14,12 +14,14 @@ from .faults import FailingSource, ManualEvent, ReusedBuffer
 from .pools import POOL_CONTRACT
 from .processed import PROCESSED_LAYERS, Processed, ProcessedLayer, processed_checkpoint
 from .sources import SOURCE_CONTRACT
+from .transports import TRANSPORT_CONTRACT
 from .vision import VisionLanguage, vision_language_checkpoint
 
 __all__ = [
     "POOL_CONTRACT",
     "PROCESSED_LAYERS",
     "SOURCE_CONTRACT",
+    "TRANSPORT_CONTRACT",
     "Engine",
     "FailingSource",
     "ManualEvent",

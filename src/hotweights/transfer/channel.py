@@ -114,7 +114,9 @@ class Channel:
         end = HEADER.size + header.nbytes
         if len(self._in) < end:
             return None
-        message = decode(memoryview(self._in)[HEADER.size : end])
+        message = decode(
+            self._in[HEADER.size : end]
+        )  # A copy: a view that a traceback keeps would forbid the next line.
         del self._in[:end]
         if not isinstance(message, Broken):
             self.session.came(kind_of(message), header.update)

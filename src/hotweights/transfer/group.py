@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from ..errors import Closed, PeerLost, ProtocolError, TransferError, TransferTimeout
 from .address import Listener, check_peer
 from .channel import Channel, close_in_children
-from .messages import Hello, Welcome
+from .messages import Hello, Wanted, Welcome
 from .slots import WriteSlots
 from .states import Side, State
 from .waiting import Waker, left
@@ -24,14 +24,14 @@ class Peer:
     Attributes:
         channel: the way to it.
         name: for people.
-        wanted: numbers of the tensors that it wants in the running update.
+        wanted: what it wants of the running update.
         holds: slots that it has not released.
         problem: what it said was wrong when it was done.
     """
 
     channel: Channel
     name: str
-    wanted: tuple[int, ...] = ()
+    wanted: tuple[Wanted, ...] = ()
     holds: set[int] = field(default_factory=set)
     problem: str = ""
 

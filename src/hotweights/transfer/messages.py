@@ -11,6 +11,7 @@ import torch
 
 from ..errors import ProtocolError, UsageError
 from ..manifest import Manifest, OpaqueDtype, TensorSpec
+from ..ranges import Range
 
 __all__ = [
     "DESCRIPTORS",
@@ -34,6 +35,7 @@ __all__ = [
     "Prepared",
     "Refuse",
     "Release",
+    "Wanted",
     "Welcome",
     "decode",
     "decode_header",
@@ -79,10 +81,17 @@ class Offer(_Message, frozen=True):
     tensors: tuple[tuple[str, str, tuple[int, ...]], ...]
 
 
-class Accept(_Message, frozen=True):
-    """Which tensors of the offer are wanted, by number, in the order that suits best."""
+class Wanted(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
+    """Which bytes of a tensor are wanted, ascending; without ranges all of it."""
 
-    wanted: tuple[int, ...]
+    tensor: int
+    ranges: tuple[Range, ...] = ()
+
+
+class Accept(_Message, frozen=True):
+    """What of the offer is wanted, each tensor once, in the order that suits best."""
+
+    wanted: tuple[Wanted, ...]
 
 
 class Refuse(_Message, frozen=True):
@@ -91,13 +100,13 @@ class Refuse(_Message, frozen=True):
     reasons: tuple[str, ...]
 
 
-class Part(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """Bytes ``start .. start + nbytes`` of a tensor, which lie at ``offset`` of a slot."""
+class Part(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
+    """Bytes of a tensor, one behind the other from ``offset`` of a slot on; and the digest of what they shall be."""
 
     tensor: int
-    start: int
-    nbytes: int
+    range: Range
     offset: int
+    digest: int | None
 
 
 class Filled(_Message, frozen=True):
@@ -108,15 +117,13 @@ class Filled(_Message, frozen=True):
 
 
 class Release(_Message, frozen=True):
-    """This receiver reads the slot no more. It is the acknowledgement."""
+    """This receiver reads these slots no more. It is the acknowledgement."""
 
-    slot: int
+    slots: tuple[int, ...]
 
 
 class End(_Message, frozen=True):
-    """Everything wanted was sent; digests of what the trainer holds, by number, in the order of ``wanted``."""
-
-    digests: tuple[int, ...]
+    """Everything wanted was sent."""
 
 
 class Prepared(_Message, frozen=True):
@@ -207,7 +214,7 @@ def decode_header(raw: bytes | bytearray) -> Header:
     return Header(descriptors, update, nbytes)
 
 
-def decode(raw: bytes | bytearray | memoryview) -> Message:
+def decode(raw: bytes | bytearray) -> Message:
     """The message in the body of a frame.
 
     Raises:

@@ -10,10 +10,13 @@ import torch
 
 from ..errors import Closed, UsageError
 from ..guards import Guard, check_guard
+from ..interruptions import held_back
 from ..manifest import Manifest
+from ..sources.contracts import Wish
 from ..sources.streams import LeaseStream
 from .address import path_of
-from .taking import Private, Taking
+from .private import Private
+from .taking import Taking
 from .uplink import Uplink
 
 __all__ = ["Receiver"]
@@ -84,29 +87,36 @@ class Receiver:
         self._check_open()
         return self._tensors()
 
-    def wanted(self, names: Iterable[str]) -> None:
-        """Say which tensors are wanted, in which order, before the stream; whoever does also decides.
+    def wanted(self, wishes: Iterable[str | Wish]) -> None:
+        """Say before the stream what is wanted, tensors or ranges of them, in which order; whoever does also decides.
 
         The order is a wish. Then the end of the stream consents to nothing: use ``decision``.
+
+        Raises:
+            UsageError: something is wanted that is not offered.
         """
-        self._offered().want(names)
+        self._offered().want(wishes)
 
     @contextmanager
     def decision(self) -> Iterator[None]:
         """Wait until the group has decided; inside, commit. Leaving says that this was done.
+
+        Ctrl-C ends the wait while the decision can still be that nobody commits; from there on it waits until the
+        commit is done, and is raised then. A second one does not wait.
 
         Raises:
             TransferAborted: the group decided not to.
             TransferError: the sender is lost and had not decided: nobody takes the version.
         """
         taking = self._offered()
-        taking.prepare()
-        try:
-            yield
-        except BaseException as error:
-            taking.done(error)
-            raise
-        taking.done(None)
+        with held_back(self._uplink.wake) as interruption:
+            taking.prepare(interruption)
+            try:
+                yield
+            except BaseException as error:
+                taking.done(error)
+                raise
+            taking.done(None)
 
     def refuse(self, error: BaseException) -> None:
         """Tell the sender that this version cannot be taken, and why. Does nothing when none is under way."""

@@ -6,17 +6,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from xxhash import xxh3_64
 
 from ..errors import PeerLost, ProtocolError, TransferAborted, TransferIncomplete
-from ..manifest import Manifest
+from ..manifest import Manifest, TensorSpec
+from ..ranges import Range, disjoint
 from ..sources.contracts import InMemory, Source
 from .ballot import Ballot, Decision
 from .group import Group, Peer, told
-from .messages import Abort, Accept, Commit, Done, End, Filled, Frame, Offer, Part, Refuse, Release, described
-from .parts import flat, parts, put
+from .messages import Abort, Accept, Commit, Done, End, Filled, Frame, Offer, Refuse, Release, Wanted, described
+from .packing import Packing, Piece, pieces
 from .report import SendReport
-from .slots import WriteSlots, aligned
+from .slots import WriteSlots
 from .states import State
 from .waiting import left
 
@@ -55,7 +55,8 @@ class Round:
         self._slots = slots
         self._update = update
         self._timeout = timeout
-        self._digests: dict[int, xxh3_64] | None = {} if digests else None
+        self._hashed = digests
+        self._packing = Packing(slots, hashed=digests)
         self._may_lose = drop
         self._over = False  # Nobody is waited for any more but to say goodbye: whoever is lost changes nothing.
         self._advance = advance
@@ -63,9 +64,6 @@ class Round:
         self._waited: dict[str, float] = {}
         self._lost: dict[str, str] = {}
         self._tensors = self._nbytes = 0
-        self._slot: int | None = None  # the one that is being filled
-        self._parts: list[Part] = []
-        self._offset = 0
 
     def run(self, source: Source, version: str | int) -> SendReport:
         """Offer, send, decide.
@@ -96,50 +94,53 @@ class Round:
             return self._commit(version)
         finally:
             ballot.close()
+            for peer in (*self._members, *self._leaving):  # None but after an interruption.
+                if peer.state is not State.IDLE:
+                    self._group.part_with(peer, "the sender gave up waiting")
 
     # The steps.
 
     def _offer(self, manifest: Manifest, version: str | int, ballot: Ballot) -> None:
-        offer = Offer(version, self._digests is not None, described(manifest))
+        offer = Offer(version, self._hashed, described(manifest))
         for peer in self._members:
             peer.channel.send(offer, update=self._update, descriptors=(ballot.descriptor,))
         self._wait(self._in(State.OFFERED), "answer the offer")
         for peer in list(self._members):
-            if any(not 0 <= number < len(manifest) for number in peer.wanted) or _twice(peer.wanted):
-                self._lose(peer, "it wants tensors that were not offered, or one twice")
+            if problem := _problem(peer.wanted, list(manifest.values())):
+                self._lose(peer, problem)
 
     def _send(self, source: Source) -> None:
-        for number, tensor in _tensors(source, merged([peer.wanted for peer in self._members])):
-            bytes_of = flat(tensor)
+        asking = list(self._members)
+        wishes: dict[int, list[tuple[int, tuple[Range, ...]]]] = {}
+        for place, peer in enumerate(asking):
+            for one in peer.wanted:
+                wishes.setdefault(one.tensor, []).append((place, one.ranges))
+        order = merged([[one.tensor for one in peer.wanted] for peer in asking])
+        for number, tensor in _tensors(source, order):
             self._tensors += 1
-            self._nbytes += bytes_of.nbytes
-            for start, part in parts(bytes_of, self._slots.slot_nbytes):
-                self._put(number, start, part)
-        self._hand_over()
+            for piece in pieces(tensor, wishes[number], self._slots.slot_nbytes):
+                self._put(number, piece, asking)
+        self._hand_over(asking)
 
-    def _put(self, number: int, start: int, part: torch.Tensor) -> None:
-        nbytes = part.nbytes
-        if self._slot is None or self._offset + nbytes > self._slots.slot_nbytes:
-            self._hand_over()
-            self._slot = self._free_slot()
-        assert self._slot is not None
-        digest = None if self._digests is None else self._digests.setdefault(number, xxh3_64())
-        put(part, self._slots.memories[self._slot][self._offset : self._offset + nbytes], digest)
-        self._parts.append(Part(number, start, nbytes, self._offset))
-        self._offset = aligned(self._offset + nbytes)
+    def _put(self, number: int, piece: Piece, asking: Sequence[Peer]) -> None:
+        nbytes = piece.range.size
+        if not self._packing.has_room(nbytes):
+            self._hand_over(asking)
+            self._packing.slot = self._free_slot()
+        self._packing.put(number, piece)
+        self._nbytes += nbytes
 
-    def _hand_over(self) -> None:
+    def _hand_over(self, asking: Sequence[Peer]) -> None:
         """Give the slot to all who want something of it; it holds still until the last of them releases it."""
-        slot, found, self._slot, self._parts, self._offset = self._slot, tuple(self._parts), None, [], 0
+        slot, packed = self._packing.take()
         if slot is None:
             return
-        for peer in self._members:
-            wanted = set(peer.wanted)
-            theirs = tuple(part for part in found if part.tensor in wanted)
-            if theirs:
+        for place, peer in enumerate(asking):
+            theirs = tuple(part for part, wanting in packed if place in wanting)
+            if theirs and peer in self._members:
                 peer.holds.add(slot)
                 peer.channel.send(Filled(slot, theirs))
-        self._advance(sum(part.nbytes for part in found))
+        self._advance(sum(part.range.size for part, _ in packed))
         self._look()
 
     def _free_slot(self) -> int:
@@ -151,10 +152,8 @@ class Round:
         return [slot for slot in range(len(self._slots.memories)) if slot not in held]
 
     def _end(self) -> None:
-        digests = self._digests
         for peer in self._members:
-            told = () if digests is None else tuple(digests[number].intdigest() for number in peer.wanted)
-            peer.channel.send(End(told))
+            peer.channel.send(End())
         self._wait(self._in(State.ENDED, State.STREAMING), "prepare")
         self._look()
 
@@ -193,14 +192,8 @@ class Round:
 
     def _part(self) -> None:
         """Wait for those that abort. Who does not answer is parted with."""
-        try:
-            everybody = [*self._members, *self._leaving]
-            self._wait(lambda: [peer for peer in everybody if peer.state is State.ABORTED and _open(peer)], "abort")
-        except BaseException:
-            for peer in [*self._members, *self._leaving]:
-                if peer.state is not State.IDLE:
-                    self._group.part_with(peer, "the sender gave up waiting")
-            raise
+        everybody = [*self._members, *self._leaving]
+        self._wait(lambda: [peer for peer in everybody if peer.state is State.ABORTED and _open(peer)], "abort")
 
     # Waiting.
 
@@ -235,8 +228,8 @@ class Round:
         match frame.message:
             case Accept(wanted):
                 peer.wanted = wanted
-            case Release(slot):
-                peer.holds.discard(slot)
+            case Release(slots):
+                peer.holds.difference_update(slots)
             case Refuse(reasons) if peer.state is State.REFUSED:
                 self._lose(peer, "; ".join(reasons))
             case Done(problem):
@@ -277,5 +270,13 @@ def _open(peer: Peer) -> bool:
     return peer.channel.socket.fileno() >= 0
 
 
-def _twice(numbers: Sequence[int]) -> bool:
-    return len(set(numbers)) != len(numbers)
+def _problem(wanted: Sequence[Wanted], offered: Sequence[TensorSpec]) -> str:
+    """What is wrong with what a receiver wants, if anything."""
+    if any(not 0 <= one.tensor < len(offered) for one in wanted) or len({one.tensor for one in wanted}) != len(wanted):
+        return "it wants tensors that were not offered, or one twice"
+    for one in wanted:
+        spec = offered[one.tensor]
+        inside = all(each.size and each.fits(spec.nbytes) for each in one.ranges)
+        if one.ranges and not (inside and disjoint(one.ranges)):
+            return f"it wants bytes of {spec} that there are not, or some twice: {one.ranges}"
+    return ""

@@ -44,7 +44,7 @@ class Sender:
         *,
         receivers: int = 1,
         slots: int = 4,
-        slot_nbytes: int = 16 * 1024 * 1024,
+        slot_nbytes: int = 4 * 1024 * 1024,
         digests: bool = True,
         timeout: float = 60.0,
         on_lost: OnLost = "abort",
@@ -55,7 +55,7 @@ class Sender:
             address: ``unix:PATH``. The directory must be this user's alone; one that does not exist is made so.
             receivers: how many must be there before anything is sent. All that are there take part.
             slots: pieces of shared memory; two are enough for filling one while another is read.
-            slot_nbytes: bytes of each. Larger tensors are split, and put together again by receivers.
+            slot_nbytes: bytes of each; best when all of them fit into the last cache. Larger tensors are split.
             digests: whether receivers compare what they copied with what this side held.
             timeout: seconds that each single wait may take.
             on_lost: what becomes of an update when a receiver dies, fails or does not answer, see ``OnLost``.

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Generator, Iterable
 
 import torch
-from xxhash import xxh3_64
 
 from ..errors import (
     Closed,
@@ -19,8 +18,12 @@ from ..errors import (
     UsageError,
 )
 from ..guards import Guard, poison_byte
+from ..interruptions import Interruption, held_back
 from ..manifest import TensorSpec
-from ..memory import ALIGNMENT, Lease, host_empty
+from ..memory import ALIGNMENT, Lease
+from ..ranges import disjoint
+from ..sources.contracts import Wish
+from .arrival import Arrival
 from .ballot import Ballot, Decision
 from .messages import (
     Abort,
@@ -36,30 +39,19 @@ from .messages import (
     Prepared,
     Refuse,
     Release,
+    Wanted,
     reasons_of,
     specs_of,
 )
-from .parts import copy_hashed
+from .parts import copy_out
+from .private import Private
 from .states import State
 from .uplink import Uplink
 from .waiting import left
 
-__all__ = ["Private", "Taking"]
+__all__ = ["Taking"]
 
 _POLL = 0.001  # seconds; device events have no wait with a deadline, so they are asked again this often
-
-
-class Private:
-    """Memory of a receiver's own for one tensor at a time, used again and again. Grows to the largest."""
-
-    def __init__(self) -> None:
-        self._memory = torch.empty(0, dtype=torch.uint8)
-
-    def take(self, nbytes: int) -> torch.Tensor:
-        """``uint8 [nbytes]``, until the next call."""
-        if self._memory.numel() < nbytes:
-            self._memory = host_empty((nbytes,), torch.uint8)
-        return self._memory[:nbytes]
 
 
 class Taking:
@@ -89,13 +81,10 @@ class Taking:
         self.cancelled = False
         self._specs = list(self.manifest.values())
         self._numbers = {name: number for number, name in enumerate(self.manifest)}
-        self._wanted: tuple[int, ...] = tuple(range(len(self._specs)))
+        self._wishes = {number: Wish(name) for name, number in self._numbers.items()}  # in the order that suits best
         self._decides = False
         self._over = False
-        self._memory = private.take(0)  # of the tensor that is being put together
-        self._digest = xxh3_64()
-        self._digests: dict[int, int] = {}
-        self._next_part = (-1, 0)  # the number and the first byte that must come next; any number at byte 0
+        self._arriving: Arrival | None = None
         self._missing: set[int] = set()
         self._kept: Lease | None = None  # the last one in private memory
         self._held: list[tuple[int, list[Lease]]] = []  # slots, and leases whose events may have yet to happen
@@ -116,30 +105,38 @@ class Taking:
         """Where the two sides stand."""
         return self._uplink.session.state
 
-    def want(self, names: Iterable[str]) -> None:
-        """Only these, best in this order. Whoever says this decides too: the end of the stream is not its consent."""
+    def want(self, wishes: Iterable[str | Wish]) -> None:
+        """Only this, best in this order. Whoever says so decides too: the end of the stream is not its consent."""
         if self.state is not State.OFFERED:
             raise UsageError("this version is streaming already; say before that what is wanted")
-        names = list(dict.fromkeys(names))
-        unknown = [name for name in names if name not in self._numbers]
-        if unknown:
+        found = {wish.name: wish for wish in (Wish(one) if isinstance(one, str) else one for one in wishes)}
+        if unknown := found.keys() - self._numbers.keys():
             raise UsageError(f"these are not offered: {', '.join(sorted(unknown))}")
-        self._wanted = tuple(self._numbers[name] for name in names)
+        if odd := [wish.name for wish in found.values() if not self._can_be(wish)]:
+            raise UsageError(f"of these, bytes are wanted that there are not, or some twice: {', '.join(sorted(odd))}")
+        self._wishes = {self._numbers[name]: wish for name, wish in found.items()}
         self._decides = True
+
+    def _can_be(self, wish: Wish) -> bool:
+        nbytes = self.manifest[wish.name].nbytes
+        if wish.ranges is None:
+            return True
+        inside = all(one.size and one.fits(nbytes) for one in wish.ranges)
+        return inside and bool(wish.ranges) and disjoint(wish.ranges)
 
     # The stream.
 
     def leases(self, guard: Guard) -> Generator[Lease, None, None]:
         """Every wanted tensor, as it comes; each lease ends when the next is asked for."""
         self._require(State.OFFERED, "was streamed before; the next offer brings the next")
-        self._missing = set(self._wanted)
-        self._uplink.send(Accept(self._wanted))
+        self._missing = set(self._wishes)
+        self._uplink.send(Accept(tuple(Wanted(number, wish.ranges or ()) for number, wish in self._wishes.items())))
         try:
-            while not isinstance(message := self._next(self._timeout), End):
+            while not isinstance(message := self._next(self._timeout, self._is_cancelled), End):
                 assert isinstance(message, Filled), "the table lets nothing else pass"
                 yield from self._slot(message, guard)
             self._settle()
-            self._check(message)
+            self._check()
         except (PeerLost, ProtocolError, TransferTimeout) as error:
             self._end_with(error)
             raise
@@ -147,78 +144,106 @@ class Taking:
             self.fail(error)
             raise
         if not self._decides:
-            self.prepare()
-            self.done(None)
+            with held_back(self._uplink.wake) as interruption:
+                self.prepare(interruption)
+                self.done(None)
 
     def _slot(self, filled: Filled, guard: Guard) -> Generator[Lease, None, None]:
         if not filled.parts:
             raise ProtocolError("a slot came with nothing in it")
-        borrowed: list[Lease] = []
+        borrowed: list[Lease] = []  # those that lie in the slot
         for part in filled.parts:
             is_last = part is filled.parts[-1]
             lease = self._lease(filled.slot, part, guard)
-            ours = lease is None or lease is self._kept
-            if ours and is_last:  # Before its tensor is used: the bytes are copied, so the sender may go on.
+            in_slot = lease is not None and lease is not self._kept and not lease.placed
+            if is_last and not in_slot:  # Before its tensor is used: the bytes are copied, so the sender may go on.
                 self._return(filled.slot, borrowed)
             if lease is None:
                 continue
             yield lease
             lease.release()
-            if ours:
+            if not in_slot:
                 self._vacate(wait=False)
-            else:
-                borrowed.append(lease)
-                if is_last:
-                    self._return(filled.slot, borrowed)
+                continue
+            borrowed.append(lease)
+            if is_last:
+                self._return(filled.slot, borrowed)
 
     def _lease(self, slot: int, part: Part, guard: Guard) -> Lease | None:
         """The tensor that a part belongs to; ``None`` while some of it is still to come."""
-        raw, spec = self._raw(slot, part)
-        complete = part.start + part.nbytes == spec.nbytes
-        if complete:
+        arrival = self._arrival(part)
+        arrival.take(part.range)
+        raw = self._raw(slot, part, arrival.spec)
+        if arrival.complete:
             self._missing.discard(part.tensor)
-        if not self._hashing and guard == "off" and part.nbytes == spec.nbytes:
-            return Lease(spec, raw=raw)
-        if part.start == 0:
+            self._arriving = None
+        if arrival.memory is None:
+            self._place(arrival, guard)
+        if arrival.memory is None and not self._hashing and guard == "off" and arrival.is_all(part.range):
+            return Lease(arrival.spec, raw=raw)
+        if arrival.memory is None:
             self._vacate(wait=True)
-            self._memory, self._digest = self._private.take(spec.nbytes), xxh3_64()
-        piece = self._memory[part.start : part.start + part.nbytes]
-        copy_hashed(raw, piece, self._digest if self._hashing else None, of=piece)
-        if not complete:
+            arrival.memory = self._private.take(arrival.spec.nbytes)
+        self._copy(raw, part, arrival)
+        if not arrival.complete:
             return None
-        self._digests[part.tensor] = self._digest.intdigest()
-        self._kept = Lease(spec, raw=self._memory, guard=guard)
+        if arrival.placed:
+            return Lease(arrival.spec, raw=arrival.memory, tensor=arrival.memory, placed=True)
+        self._kept = Lease(arrival.spec, raw=arrival.memory, guard=guard)
         return self._kept
 
-    def _raw(self, slot: int, part: Part) -> tuple[torch.Tensor, TensorSpec]:
-        """The bytes of a part, if they are what must come now."""
+    def _arrival(self, part: Part) -> Arrival:
+        """The tensor that comes now, if the part is of it."""
+        running = self._arriving
+        if running is not None and running.number != part.tensor:
+            raise ProtocolError(f"{running.spec.name}: the rest of it was to come next, not {part}")
+        if part.tensor not in self._missing:
+            raise ProtocolError(f"{part} was not asked for")
+        if (part.digest is None) is self._hashing:
+            raise ProtocolError(f"{part}: a digest came that was not promised, or none came")
+        if running is None:
+            spec = self._specs[part.tensor]
+            running = self._arriving = Arrival(part.tensor, spec, self._wishes[part.tensor].ranges or ())
+        return running
+
+    def _raw(self, slot: int, part: Part, spec: TensorSpec) -> torch.Tensor:
+        """The bytes of a part, if they lie in a slot."""
         memories = self._uplink.slots.memories
-        if not 0 <= slot < len(memories) or part.tensor not in self._missing:
-            raise ProtocolError(f"{part} of slot {slot} was not asked for")
-        spec = self._specs[part.tensor]
-        number, start = self._next_part
-        if part.start != start or (start and part.tensor != number):
-            raise ProtocolError(f"{spec.name}: byte {start} was to come next, not {part}")
-        if min(part.nbytes, part.offset) < 0 or part.start + part.nbytes > spec.nbytes or part.offset % ALIGNMENT:
-            raise ProtocolError(f"{spec.name}: it has {spec.nbytes} bytes, not {part}")
-        if part.offset + part.nbytes > memories[slot].numel() or (part.nbytes == 0 and spec.nbytes):
+        if not 0 <= slot < len(memories):
+            raise ProtocolError(f"there is no slot {slot}; {part} was to lie in it")
+        stop = part.offset + part.range.size
+        if part.offset < 0 or part.offset % ALIGNMENT or stop > memories[slot].numel():
             raise ProtocolError(f"{spec.name}: {part} does not lie in its slot")
-        end = part.start + part.nbytes
-        self._next_part = (-1, 0) if end == spec.nbytes else (part.tensor, end)
-        return memories[slot][part.offset : part.offset + part.nbytes], spec
+        return memories[slot][part.offset : stop]
+
+    def _place(self, arrival: Arrival, guard: Guard) -> None:
+        """Have it go straight to where the consumer wishes it, if it says where."""
+        into = self._wishes[arrival.number].into
+        room = None if into is None or guard != "off" else into()
+        if room is not None:
+            assert (room.dtype, room.numel()) == (torch.uint8, arrival.nbytes), "not the room that was promised"
+            arrival.memory, arrival.placed = room, True
+
+    def _copy(self, raw: torch.Tensor, part: Part, arrival: Arrival) -> None:
+        found = copy_out(raw, arrival.room(part.range), hashed=self._hashing)
+        if found != part.digest:
+            raise TransferError(
+                "what was copied is not what the sender held; did somebody write to it",
+                [f"{arrival.spec.name}: {part.digest:016x} was sent, {found:016x} was copied"],
+            )
 
     def _return(self, slot: int, borrowed: list[Lease]) -> None:
         self._held.append((slot, borrowed))
-        self._give_back()
+        # Each release wakes the sender: half of the slots at once keep it busy as well, and wake it less often.
+        if 2 * len(self._held) >= len(self._uplink.slots.memories):
+            self._give_back()
 
     def _give_back(self) -> float:
         """Release the slots that nothing reads any more; says in how many seconds to look again, if at all."""
-        still = []
-        for slot, leases in self._held:
-            if any(lease.pending() for lease in leases):
-                still.append((slot, leases))
-            elif self._uplink.connected and self.state is State.STREAMING:
-                self._uplink.send(Release(slot))
+        still = [(slot, leases) for slot, leases in self._held if any(lease.pending() for lease in leases)]
+        free = tuple(slot for slot, _ in self._held if all(slot != other for other, _ in still))
+        if free and self._uplink.connected and self.state is State.STREAMING:
+            self._uplink.send(Release(free))
         self._held = still
         return _POLL if still else 0.0
 
@@ -232,7 +257,7 @@ class Taking:
         if not lease.pending():
             self._kept = None
             if lease.guard != "off":
-                self._memory.fill_(poison_byte(lease.spec.dtype))
+                self._private.take(lease.spec.nbytes).fill_(poison_byte(lease.spec.dtype))
 
     def _settle(self) -> None:
         """Wait until no device reads what was leased."""
@@ -246,26 +271,18 @@ class Taking:
                 raise TransferTimeout(f"a device did not finish its copy within {self._timeout:g} s")
             self._uplink.pause(_POLL)
 
-    def _check(self, end: End) -> None:
+    def _check(self) -> None:
         if self._missing:
             names = ", ".join(sorted(self._specs[number].name for number in self._missing))
             raise ProtocolError(f"the sender ended, and these never came: {names}")
-        if not self._hashing:
-            return
-        if len(end.digests) != len(self._wanted):
-            raise ProtocolError(f"{len(end.digests)} digests came for {len(self._wanted)} tensors")
-        problems = [
-            f"{self._specs[number].name}: {digest:016x} was sent, {self._digests[number]:016x} was copied"
-            for number, digest in zip(self._wanted, end.digests, strict=True)
-            if self._digests[number] != digest
-        ]
-        if problems:
-            raise TransferError("what was copied is not what the sender held; did somebody write to it", problems)
 
     # The decision.
 
-    def prepare(self) -> None:
+    def prepare(self, interruption: Interruption) -> None:
         """Say that a commit cannot fail from here on, and wait for the group's decision. Returns if it is to commit.
+
+        Args:
+            interruption: ends the wait, unless the decision has fallen already.
 
         Raises:
             TransferAborted: it is not; the message says why.
@@ -274,17 +291,29 @@ class Taking:
         self._require(State.ENDED, "has not streamed to its end")
         try:
             self._uplink.send(Prepared())
-            # Until then the sender may be waiting for others.
-            message = self._next(self._uplink.patience + self._timeout, cancel=not self._decides)
-            assert isinstance(message, Commit), "the table lets nothing else pass"
+            self._hear(lambda: interruption.came or (self.cancelled and not self._decides))
         except TransferAborted:
             raise
         except BaseException as error:
             if self._ballot.decide(Decision.ABORT) is Decision.ABORT:
-                self._end_with(error)
+                self._end_with(TransferError("it was interrupted") if interruption.came else error)
                 raise
-            self._uplink.drop("it waited for the decision in vain, and read it")
             self._interrupted = None if isinstance(error, Exception) else error
+            if not interruption.came or not self._hears_late():
+                self._uplink.drop("it waited for the decision in vain, and read it")
+
+    def _hear(self, stop: Callable[[], bool]) -> None:
+        """The sender's word to commit. Until it says it, it may be waiting for others."""
+        message = self._next(self._uplink.patience + self._timeout, stop)
+        assert isinstance(message, Commit), "the table lets nothing else pass"
+
+    def _hears_late(self) -> bool:
+        """Whether the sender says what was read from the ballot, which it does unless it is lost."""
+        try:
+            self._hear(bool)
+        except (TransferError, Closed):
+            return False
+        return True
 
     def done(self, error: BaseException | None) -> None:
         """Say that the commit was carried out, and what went wrong after it."""
@@ -336,16 +365,17 @@ class Taking:
         self._uplink.send(Done(""))
         self._finish()
 
-    def _next(self, seconds: float, *, cancel: bool = True) -> Message:
-        """The sender's next word, unless it is an abort. ``cancel``: whether closing the stream ends the wait."""
-        frame = self._uplink.receive(
-            time.monotonic() + seconds, stop=lambda: cancel and self.cancelled, meanwhile=self._give_back
-        )
+    def _next(self, seconds: float, stop: Callable[[], bool]) -> Message:
+        """The sender's next word, unless it is an abort. ``stop`` ends the wait when it says true."""
+        frame = self._uplink.receive(time.monotonic() + seconds, stop=stop, meanwhile=self._give_back)
         if isinstance(frame.message, Abort):
             if not self._decides:
                 self._put_back()
             raise TransferAborted("the update was aborted", [frame.message.reason])
         return frame.message
+
+    def _is_cancelled(self) -> bool:
+        return self.cancelled
 
     def _require(self, state: State, otherwise: str) -> None:
         if self._over or self.state is not state:

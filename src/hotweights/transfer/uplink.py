@@ -99,7 +99,6 @@ class Uplink:
         with self._using:
             while True:
                 self._check_open(stop)
-                again = meanwhile()
                 channel = self._channel
                 if channel is None:
                     raise PeerLost("the connection to the sender is gone")
@@ -110,6 +109,7 @@ class Uplink:
                     raise
                 if frame is not None:
                     return frame
+                again = meanwhile()
                 if not left(deadline):
                     raise TransferTimeout("the sender said nothing in time")
                 seconds = min(left(deadline), again) if again else left(deadline)

@@ -1,0 +1,142 @@
+"""Ranges against sets of bytes: what is cut is what was asked for, each byte once."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hotweights.ranges import Range, disjoint, pieces_of, range_of, ranges_of, shared, within
+from hotweights.regions import box_of
+
+ROW = 24
+
+
+def places(one):
+    """The bytes of a range, in its order."""
+    return [one.start + run * one.stride + byte for run in range(one.count) for byte in range(one.nbytes)]
+
+
+def union(ranges):
+    return {byte for one in ranges for byte in places(one)}
+
+
+@st.composite
+def columns(draw):
+    """Some columns of some rows of a matrix with rows of 24 bytes; whole rows are one run."""
+    first, last = sorted(draw(st.lists(st.integers(0, ROW), min_size=2, max_size=2, unique=True)))
+    row, rows = draw(st.integers(0, 5)), draw(st.integers(1, 6))
+    if last - first == ROW:
+        return Range(row * ROW, rows * ROW)
+    return Range(row * ROW + first, last - first, rows, ROW if rows > 1 else 0)
+
+
+anything = st.builds(Range, st.integers(0, 200), st.integers(1, 100)) | columns()
+strided = st.builds(lambda a, n, c, more: Range(a, n, c, n + more), *(st.integers(1, 9) for _ in range(4))).filter(
+    lambda one: one.count > 1
+)
+
+
+@settings(deadline=None)
+@given(st.lists(columns().map(lambda one: (one,)), min_size=1, max_size=4))
+def test_what_several_want_is_cut_into_pieces_that_each_wants_wholly_or_not(wishes):
+    found = shared(wishes)
+    whole = [byte for one, _ in found for byte in places(one)]
+    assert len(whole) == len(set(whole)), "a byte is sent twice"
+    assert set(whole) == union(one for wish in wishes for one in wish)
+    for number, wish in enumerate(wishes):
+        mine = [one for one, asking in found if number in asking]
+        assert union(mine) == union(wish)
+        assert all(any(within(one, whole) for whole in wish) for one in mine)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(anything | strided), min_size=1, max_size=4))
+def test_however_odd_the_wishes_everybody_gets_what_it_asked_for(wishes):
+    for number, wish in enumerate(wishes):
+        mine = [one for one, asking in shared(wishes) if number in asking]
+        assert sorted(byte for one in mine for byte in places(one)) == sorted(union(wish))
+
+
+def test_ranks_that_want_a_slice_each_are_sent_the_tensor_once():
+    rows = [(Range(rank * 100, 100),) for rank in range(4)]
+    assert [(one, set(asking)) for one, asking in shared(rows)] == [(rows[rank][0], {rank}) for rank in range(4)]
+    halves = [(Range(0, 12, 10, ROW),), (Range(12, 12, 10, ROW),), (Range(0, 240),)]
+    assert [(one, set(asking)) for one, asking in shared(halves)] == [(halves[0][0], {0, 2}), (halves[1][0], {1, 2})]
+
+
+@given(anything | strided, st.integers(1, 64))
+def test_pieces_are_the_range_in_order_and_small_enough(one, limit):
+    found = list(pieces_of(one, limit))
+    assert [byte for piece in found for byte in places(piece)] == places(one)
+    assert all(piece.size <= limit and piece.fits(one.stop) for piece in found)
+
+
+@given(anything | strided, anything | strided)
+def test_disjoint_is_never_said_of_what_is_not(one, other):
+    apart = not union([one]) & union([other])
+    assert apart or not disjoint((one, other))
+    if one.count == other.count == 1:
+        assert disjoint((one, other)) == apart
+
+
+@settings(deadline=None)
+@given(anything | strided, anything | strided)
+def test_within_says_where_the_bytes_lie_among_the_others(part, whole):
+    found = within(part, whole)
+    if found is not None:
+        order = places(whole)
+        assert [order[byte] for byte in places(found)] == places(part)
+    elif part.count == whole.count == 1:
+        assert not set(places(part)) <= set(places(whole))
+
+
+@given(anything | strided, st.integers(0, 400))
+def test_what_fits_has_all_its_bytes_in_the_tensor(one, nbytes):
+    assert one.fits(nbytes) == (max(places(one)) < nbytes)
+
+
+def test_malformed_ranges_fit_nowhere():
+    for odd in (
+        Range(-1, 2),
+        Range(0, -2),
+        Range(0, 2, 0),
+        Range(0, 2, -1, 4),
+        Range(0, 2, 2, 0),
+        Range(0, 4, 2, 2),
+        Range(0, 4, 1, 4),
+    ):
+        assert not odd.fits(100)
+
+
+def bytes_of(view):
+    """Which bytes of its storage a tensor is, in its order."""
+    first, item = view.storage_offset() * view.element_size(), view.element_size()
+    index = torch.arange(view.untyped_storage().nbytes() // item).as_strided(view.shape, view.stride())
+    return [first + at * item + byte for at in index.reshape(-1).tolist() for byte in range(item)]
+
+
+def test_slices_of_tensors_are_ranges():
+    matrix, stack = torch.zeros(8, 6), torch.zeros(4, 3, 10, dtype=torch.bfloat16)
+    views = [matrix, matrix[2:5], matrix[:, 2:4], matrix[1:3, 5:], matrix[3], stack[1:], stack[:, 1:2], stack[:, :, :5]]
+    views += [stack[1], stack[2, :, 4:6], stack[:, 0], torch.tensor(3.0), matrix[:0]]
+    for view in views:
+        found = range_of(box_of(view))
+        assert found is not None, view.shape
+        assert places(found) == bytes_of(view)
+    for odd in (
+        matrix.t(),
+        stack[:, :2, :5],
+        torch.zeros(1, 5).expand(3, 5),
+        matrix[:, ::2][:, :, None].expand(8, 3, 2),
+    ):
+        assert range_of(box_of(odd)) is None
+
+
+def test_small_gaps_and_short_runs_are_sent_rather_than_cut():
+    rows = torch.zeros(1000, 1000)
+    assert ranges_of([box_of(rows[:, :10])]) == (Range(0, 999 * 4000 + 40),)
+    assert ranges_of([box_of(rows[:, :500])]) == (Range(0, 2000, 1000, 4000),)
+    near = [box_of(rows[10:20]), box_of(rows[30:40])]
+    assert ranges_of(near) == (Range(40_000, 120_000),)
+    far = [box_of(rows[500:600]), box_of(rows[10:20])]
+    assert ranges_of(far) == (Range(40_000, 40_000), Range(2_000_000, 400_000))
+    assert ranges_of([*far, *far]) == ranges_of(far)

@@ -1,0 +1,170 @@
+"""Ctrl-C at every line from the wait for the decision on: a member is never alone with its version."""
+
+import contextlib
+import itertools
+import os
+import signal
+import sys
+import threading
+
+import pytest
+import torch
+from ends import Thread, receiver, sender
+from processes import Tiny, value_of
+
+import hotweights as hw
+from hotweights.interruptions import held_back
+from hotweights.transfer.ballot import Ballot, Decision
+from hotweights.transfer.receiver import Receiver
+from hotweights.transfer.round import Round
+
+OURS = os.path.dirname(hw.__file__) + os.sep
+
+
+class Interrupting:
+    """Raises a real SIGINT in this thread at the ``at``-th line of ours after ``armed`` was set."""
+
+    def __init__(self, at):
+        self.left, self.armed, self.where = at, False, None
+
+    def trace(self, frame, event, argument):
+        names = {one.f_code.co_name for one in (frame, frame.f_back) if one is not None}
+        if not frame.f_code.co_filename.startswith(OURS) or "__del__" in names:  # That swallows whatever is raised.
+            return None
+        if event == "line" and self.armed and self.where is None:
+            if self.left == 0:
+                self.where = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+                signal.raise_signal(signal.SIGINT)
+            self.left -= 1
+        return self.trace
+
+    def __enter__(self):
+        sys.settrace(self.trace)
+        return self
+
+    def __exit__(self, *error):
+        sys.settrace(None)
+
+
+@pytest.mark.parametrize("atomic", ["staged", "journal"])
+def test_ctrl_c_at_any_line_leaves_no_member_alone(atomic, address, monkeypatch):
+    handler = signal.getsignal(signal.SIGINT)
+    decided, decide, decision = threading.Event(), Ballot.decide, Receiver.decision
+    running = {"interrupting": Interrupting(-1)}
+
+    def noting(ballot, wish):
+        found = decide(ballot, wish)
+        if found is Decision.COMMIT:
+            decided.set()
+        return found
+
+    def arming(source):
+        if threading.current_thread() is threading.main_thread():
+            running["interrupting"].armed = True
+        return decision(source)
+
+    monkeypatch.setattr(Ballot, "decide", noting)
+    monkeypatch.setattr(Receiver, "decision", arming)
+    live, other = (hw.LiveModel(Tiny(), atomic=atomic) for _ in range(2))
+    outcomes = set()
+
+    def follow(source):
+        with contextlib.suppress(hw.UpdateAborted):
+            other.update(source)
+
+    def send(sending, version):
+        try:
+            return len(sending.send(Tiny(version % 100), version=version).committed)
+        except hw.TransferAborted:
+            return 0
+
+    with receiver(address) as mine, receiver(address) as theirs, sender(address, receivers=2) as sending:
+        first = [Thread(send, sending, 0), Thread(other.load, theirs)]
+        live.load(mine)
+        for thread in first:
+            thread.result()
+        for at in itertools.count():
+            decided.clear()
+            threads = [Thread(send, sending, at + 1), Thread(follow, theirs)]
+            with Interrupting(at) as interrupting:
+                running["interrupting"] = interrupting
+                with contextlib.suppress(KeyboardInterrupt):
+                    live.update(mine)
+                    assert interrupting.where is None, f"{interrupting.where}: it was swallowed"
+            committed = threads[0].result()
+            threads[1].result()
+            took = live.version == at + 1
+            assert took == (other.version == at + 1) == decided.is_set(), interrupting.where
+            assert committed == (2 if took else 0), interrupting.where
+            assert value_of(live.model) == live.version % 100
+            assert signal.getsignal(signal.SIGINT) is handler, interrupting.where
+            outcomes.add(took)
+            if interrupting.where is None:
+                break
+    assert outcomes == {False, True}
+    assert at > 100
+
+
+def test_the_first_of_each_kind_waits_and_the_second_does_not():
+    woken = []
+
+    def work():
+        with held_back(lambda: woken.append("woken")) as interruption:
+            signal.raise_signal(signal.SIGINT)
+            assert interruption.came
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+            woken.append("went on")
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert woken == ["woken", "went on"]
+
+
+def test_in_other_threads_nothing_is_touched():
+    handler = signal.getsignal(signal.SIGINT)
+
+    def hold():
+        with held_back(lambda: None):
+            return signal.getsignal(signal.SIGINT) is handler
+
+    assert Thread(hold).result()
+
+
+def test_a_handler_that_somebody_sets_inside_stays():
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        with held_back(lambda: None):
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("look", range(1, 12))
+def test_a_trainer_that_is_interrupted_at_any_wait_sends_again(look, address, monkeypatch):
+    """Whoever waited for it then is parted with, or has the version; the next one reaches all."""
+    looks, look_as_ever = itertools.count(), Round._look
+
+    def interrupted(self, *arguments):
+        if next(looks) == look:
+            raise KeyboardInterrupt
+        return look_as_ever(self, *arguments)
+
+    def take():
+        with receiver(address) as source:
+            while source.version != "last":
+                with contextlib.suppress(hw.TransferError):
+                    found = dict(source.tensors())
+            return found
+
+    content = {f"w{number}": torch.full((1000,), float(number)) for number in range(4)}
+    taking = Thread(take)
+    with sender(address) as sending:
+        with monkeypatch.context() as patch:
+            patch.setattr(Round, "_look", interrupted)
+            with contextlib.suppress(KeyboardInterrupt):
+                sending.send(content, version="first")
+        sending.send(content, version="last")
+    assert taking.result()["w3"].tolist() == [3.0] * 1000
