@@ -67,6 +67,15 @@ def test_an_update_is_a_cold_load(kinds, atomic, road):
         assert bool(report.replaced) == ("prepacked" in kinds)
 
 
+def test_what_others_put_into_a_layer_after_loading_stays_theirs():
+    model, live = loaded(["remade"])
+    cache = model.layers[0].cache = torch.ones(3, 5)
+    for seed in (1, 0):
+        live.update(processed_checkpoint(["remade"], seed=seed))
+        assert model.layers[0].cache is cache
+        assert torch.equal(cache, torch.ones(3, 5))
+
+
 def test_the_report_names_what_was_replaced():
     model, live = loaded(["plain", "prepacked"])
     kernel = model.layers[1].kernel

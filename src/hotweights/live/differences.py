@@ -55,7 +55,9 @@ def differences(
     if problems:
         raise HotweightsError("; ".join(sorted(problems)))
     values = [(layer.full(key), tensor) for key, tensor in new.items() if tensor is not ours[key]]
-    merge = _Merge(layer, live, made, ours, new)
+    # What processing made anew with the value that it had is not written, and the live tensor stays all the same.
+    kept = {key: one for key, one in live.tensors() if layer.full(key) in known}
+    merge = _Merge(layer, live, made, kept, new)
     return Difference(values, [*merge.attributes(), *merge.of_tensors()], merge.replaced)
 
 
@@ -90,7 +92,7 @@ class _Merge:
     ) -> None:
         self.replaced: list[str] = []
         self._layer, self._live, self._made, self._ours, self._new = layer, live, made, ours, new
-        self._tensors = {id(one): ours[key] for key, one in new.items()}
+        self._tensors = {id(one): ours[key] for key, one in made.tensors() if key in ours}
         self._targets = {path: self._target(path, held) for path, held in made.holders.items()}
         self._holders = {id(held.holder): self._targets[path].holder for path, held in made.holders.items()}
 

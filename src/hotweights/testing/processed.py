@@ -216,6 +216,23 @@ class SharedKernel(ProcessedLayer):
         return found
 
 
+class Remade(ProcessedLayer):
+    """Processing makes a tensor anew that has the same value each time; another holds what a step last saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = torch.tensor(1.0)
+        self.cache = torch.tensor([])  # Whoever uses the layer puts another there.
+
+    def process(self) -> None:
+        """Defaults, as vLLM's attention has for its scales."""
+        self.one = torch.tensor(1.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """As before."""
+        return linear(x, self.weight) * self.one
+
+
 class Fp8(ProcessedLayer):
     """Quantised as it comes: fp8 with one scale for each channel."""
 
@@ -291,6 +308,7 @@ PROCESSED_LAYERS: Mapping[str, Callable[[], list[nn.Module]]] = {
     "once only": lambda: [OnceOnly()],
     "hidden": lambda: [Hidden()],
     "shared kernel": lambda: [SharedKernel(shared) for shared in [dict[str, Any]()] for _ in range(3)],
+    "remade": lambda: [Remade()],
     "fp8": lambda: [Fp8()],
     "scaled pair": lambda: [ScaledPair()],
     "attention": lambda: [Attention()],
