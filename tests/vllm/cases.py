@@ -41,7 +41,11 @@ def _int8(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> dict[str,
                 "targets": ["Linear"],
                 "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False},
                 "input_activations": {
-                    "num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True
+                    "num_bits": 8,
+                    "type": "int",
+                    "symmetric": True,
+                    "strategy": "token",
+                    "dynamic": True,
                 },
             }
         },

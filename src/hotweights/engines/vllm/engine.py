@@ -11,8 +11,8 @@ from ...errors import CommitHookError, UnknownName, UpdateAborted, UsageError
 __all__ = ["Mode", "Outcome", "status", "status_async", "update", "update_async"]
 
 Mode = Literal["wait", "abort", "keep"]
-"""What becomes of requests in flight: they finish first; they are ended; they go on afterwards, with what they have said
-so far computed anew by the new weights."""
+"""What becomes of requests in flight: they finish first; they are ended; they go on afterwards, with what they have
+said so far computed anew by the new weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,4 +208,6 @@ def _refused(name: str, answer: object) -> str | None:
 def _raise_if(failures: Sequence[str | None], version: str | int) -> None:
     problems = [one for one in failures if one is not None]
     if problems:
-        raise CommitHookError(f"version {version!r} is live, and the engine stays paused, because caches are stale", problems)
+        raise CommitHookError(
+            f"version {version!r} is live, and the engine stays paused, because caches are stale", problems
+        )

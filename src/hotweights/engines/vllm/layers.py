@@ -17,7 +17,7 @@ from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.model_executor.model_loader.reload.layerwise import LAYERWISE_INFO
 from vllm.model_executor.model_loader.utils import device_loading_context
 
-__all__ = ["deferred", "is_processed", "may_be_missing", "processing", "processes_itself", "unwrap", "without_lora"]
+__all__ = ["deferred", "is_processed", "may_be_missing", "processes_itself", "processing", "unwrap", "without_lora"]
 
 # Buffers that checkpoints rarely carry, with defaults: scales of the KV cache, and maps that vLLM computes.
 _DEFAULTED = (
@@ -56,7 +56,7 @@ def processing(dtype: torch.dtype, device: torch.device) -> Callable[[nn.Module]
             with device_loading_context(layer, device) if moved else nullcontext():
                 method.process_weights_after_loading(layer)
             if hasattr(layer, "update_param_tp_status"):
-                layer.update_param_tp_status()
+                layer.update_param_tp_status()  # type: ignore[operator]
         if is_deferred_attention_layer(layer):
             with device_loading_context(layer, device):
                 layer.process_weights_after_loading(dtype)  # type: ignore[operator]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -78,7 +77,7 @@ class Loader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not installed wh
         return model
 
     def load_weights(self, model: nn.Module, model_config: Any) -> None:
-        """Load a model that stands already: as an update if it was loaded by this format, else as it is, unprocessed."""
+        """Load a model that stands already: an update if this format loaded it, else as it is, unprocessed."""
         live = attached(model)
         with self._opened(model, model_config) as source:
             if live is not None:
@@ -91,9 +90,7 @@ class Loader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not installed wh
         with self._opened(model, model_config) as source:
             yield from source.tensors()
 
-    def _loaded(
-        self, model: nn.Module, model_config: Any, device: torch.device
-    ) -> tuple[LiveModel, UpdateReport]:
+    def _loaded(self, model: nn.Module, model_config: Any, device: torch.device) -> tuple[LiveModel, UpdateReport]:
         unwrap(model)
         options, allowed = self._options, self._allowed(model)
         live = LiveModel(

@@ -37,9 +37,7 @@ class Worker:
     parallel_config: Any
     vllm_config: Any
 
-    def hotweights_update(
-        self, source: str, version: str | int | None = None, timeout: float = 60.0
-    ) -> dict[str, Any]:
+    def hotweights_update(self, source: str, version: str | int | None = None, timeout: float = 60.0) -> dict[str, Any]:
         """Take new weights, if every rank can. To be called on all workers, when nothing is in flight.
 
         Whoever calls it resets the engine's caches afterwards: ``hotweights.engines.vllm.update`` does both.
@@ -113,7 +111,9 @@ def _check(worker: Worker, live: LiveModel) -> None:
     from .layers import processes_itself
 
     if worker.parallel_config.enable_eplb:
-        raise UsageError("experts are moved between ranks while this engine runs (enable_eplb); plans do not know where")
+        raise UsageError(
+            "experts are moved between ranks while this engine runs (enable_eplb); plans do not know where"
+        )
     if processes_itself(live.model):
         raise UsageError(f"{type(live.model).__name__} processes itself as a whole after loading, not layer by layer")
     if live.state is not State.SERVING:
