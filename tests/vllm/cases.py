@@ -69,21 +69,19 @@ class Case:
         config: the class in transformers.
         options: for its constructor.
         engine: what the engine is started with besides.
+        embedding: what its embedding is multiplied by; Gemma's would drown the layers, and each token follow itself.
         convert: makes other tensors of those that transformers saves, and may add to the config.
     """
 
     config: str
     options: Mapping[str, Any]
     engine: Mapping[str, Any] = field(default_factory=dict)
+    embedding: float = 1.0
     convert: Callable[[dict[str, torch.Tensor], dict[str, Any]], dict[str, torch.Tensor]] = _as_it_is
 
 
 _QWEN = {**_BASE, "head_dim": 64}
-_TORCHAO = {
-    "quantization_config": {
-        "torchao": {"_type": "Int8WeightOnlyConfig", "_version": 2, "_data": {}},
-    }
-}
+_TORCHAO = {"_type": "Int8WeightOnlyConfig", "_version": 2, "_data": {}}
 
 CASES = {
     "llama": Case("LlamaConfig", _BASE),
@@ -95,7 +93,11 @@ CASES = {
         "GptOssConfig",
         {**_QWEN, "intermediate_size": 128, "num_local_experts": 4, "num_experts_per_tok": 2},
     ),
-    "gemma3": Case("Gemma3TextConfig", {**_QWEN, "sliding_window": 64, "tie_word_embeddings": True}),
+    "gemma3": Case(
+        "Gemma3TextConfig",
+        {**_QWEN, "sliding_window": 64, "tie_word_embeddings": True},
+        embedding=0.05,
+    ),
     "mamba2": Case(
         "Mamba2Config", {**_MAMBA, "num_heads": 8, "head_dim": 64, "state_size": 32, "n_groups": 2, "expand": 2}
     ),
@@ -116,7 +118,11 @@ CASES = {
     ),
     "int8": Case("LlamaConfig", _BASE, convert=_int8),
     "fp8": Case("Qwen3Config", _QWEN, {"quantization": "fp8_per_channel"}),
-    "torchao": Case("LlamaConfig", _BASE, {"quantization": "torchao"}),
+    "torchao": Case(
+        "LlamaConfig",
+        _BASE,
+        {"quantization": "torchao", "hf_overrides": {"quantization_config_dict_json": json.dumps(_TORCHAO)}},
+    ),
 }
 
 
@@ -132,6 +138,7 @@ def make(name: str, seed: int, directory: Path) -> Path:
     with torch.no_grad():
         for parameter in model.parameters():  # Norms are ones; a wrong one would not be seen.
             parameter.add_(torch.randn_like(parameter) * 0.05)
+        model.get_input_embeddings().weight.mul_(case.embedding)
     model.save_pretrained(directory, max_shard_size="2MB")
     settings = json.loads((directory / "config.json").read_text())
     if case.convert is not _as_it_is:

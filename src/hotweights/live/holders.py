@@ -24,6 +24,7 @@ __all__ = [
     "by_name",
     "exchanged",
     "held_by",
+    "hides_memory",
     "is_opaque",
     "remade",
     "state_of",
@@ -49,10 +50,18 @@ class Held(NamedTuple):
     state: dict[Any, object]
 
 
-def held_by(attributes: Mapping[str, object]) -> dict[str, Held]:
-    """Every holder that attributes lead to, by its path; one that several lead to has the first of them in order."""
+def held_by(attributes: Mapping[str, object], parts: Mapping[str, nn.Module] | None = None) -> dict[str, Held]:
+    """Every holder that attributes lead to, by its path; one that several lead to has the first of them in order.
+
+    ``parts`` are modules that are holders like any other.
+    """
     found: dict[str, Held] = {}
     seen: set[int] = set()
+    for path, part in (parts or {}).items():
+        seen.add(id(part))
+        found[path] = Held(part, state_of(part))
+        for key, one in found[path].state.items():
+            _walk(step(path, part, key), one, found, seen, 1)
     for key in sorted(attributes):
         _walk(key, attributes[key], found, seen, 0)
     return found
@@ -76,12 +85,33 @@ def _is_holder(value: object) -> bool:
         return False
     if isinstance(value, (dict, list, set, tuple)):
         return True
+    if hasattr(type(value), "__del__"):  # It owns something: two objects with one state would free that twice.
+        return False
     return type(getattr(value, "__dict__", None)) is dict and type(value).__module__.split(".")[0] not in _FOREIGN
 
 
 def is_opaque(value: object) -> bool:
     """Whether it may hold memory that nobody sees: code with what it closes over, objects without attributes."""
     return not isinstance(value, (*_PLAIN, *_TORCH, nn.Module, torch.Tensor)) and not _is_holder(value)
+
+
+def hides_memory(value: object, depth: int = 0) -> bool:
+    """Whether it may hold addresses of memory that it does not own, where nobody sees them."""
+    if isinstance(value, (*_PLAIN, *_TORCH, nn.Module, torch.Tensor, types.BuiltinFunctionType)):
+        return False
+    if depth > _DEPTH:
+        return True
+    if isinstance(value, types.FunctionType):
+        inside: list[object] = [cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType()]
+    elif isinstance(value, partial):
+        inside = [value.func, *value.args, *value.keywords.values()]
+    elif isinstance(value, types.MethodType):
+        inside = [value.__self__]
+    elif _is_holder(value):
+        inside = list(state_of(value).values())
+    else:
+        return True
+    return any(hides_memory(one, depth + 1) for one in inside)
 
 
 def step(path: str, holder: object, key: object) -> str:
