@@ -25,7 +25,7 @@ _OPTIONS = {
 OURS = {"load_format": "hotweights", "worker_extension_cls": "hotweights.engines.vllm.Worker"}
 
 Script = Callable[..., Any]
-"""Called in the engine's process with a ``Talker`` and what was given to ``Zoo.run``; its result must pickle."""
+"""Called in a process of its own with what is given, after a ``Talker`` if there is one; its result must pickle."""
 
 
 class Talker:
@@ -50,9 +50,10 @@ class Talker:
         return self.llm.llm_engine.model_executor.driver_worker.worker.get_model()
 
 
-def _work(script: Script, path: str, options: Mapping[str, Any], given: tuple[Any, ...], pipe: Any) -> None:
+def _work(script: Script, path: str | None, options: Mapping[str, Any], given: tuple[Any, ...], pipe: Any) -> None:
     try:
-        pipe.send((script(Talker(path, options), *given), None))
+        engine = () if path is None else (Talker(path, options),)
+        pipe.send((script(*engine, *given), None))
     except BaseException:
         pipe.send((None, traceback.format_exc()))
         raise
@@ -90,11 +91,17 @@ class Zoo:
         return path
 
     def run(
-        self, script: Script, path: Path, *given: Any, options: Mapping[str, Any] | None = None, seconds: float = 100
+        self,
+        script: Script,
+        path: Path | None,
+        *given: Any,
+        options: Mapping[str, Any] | None = None,
+        seconds: float = 100,
     ) -> Any:
-        """What ``script`` returns in a fresh process with an engine for ``path``."""
+        """What ``script`` returns in a fresh process, with an engine for ``path`` if there is one."""
         ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=_work, args=(script, str(path), options or {}, given, theirs))
+        where = None if path is None else str(path)
+        process = self._context.Process(target=_work, args=(script, where, options or {}, given, theirs))
         process.start()
         theirs.close()
         try:
