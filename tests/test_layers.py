@@ -27,6 +27,8 @@ live.opening live.hooks live.model live
 transfer.messages transfer.states transfer.ballot transfer.slots transfer.address transfer.channel transfer.waiting
 transfer.parts transfer.packing transfer.report transfer.group transfer.round transfer.sender transfer.uplink
 transfer.arrival transfer.private transfer.taking transfer.receiver transfer
+engines.vllm.options engines.vllm.attached engines.vllm.guarded engines.vllm.layers engines.vllm.loader
+engines.vllm.ranks engines.vllm.worker engines.vllm.engine engines.vllm
 testing.checks testing.checkpoints testing.engine testing.faults testing.sources testing.pools testing.vision
 testing.processed testing.transports testing
 cli.outcome cli.quiet cli.inspect cli.plan cli.load cli.send cli.receive cli.fused_bert cli.demo_live

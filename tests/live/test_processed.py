@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 import whole
+from torch import nn
 
 import hotweights as hw
 from hotweights.live import ways
@@ -64,7 +65,31 @@ def test_an_update_is_a_cold_load(kinds, atomic, road):
         check(model, kinds, seed)
         assert whole.addresses(model, MOVES) == where
         assert whole.holders(model) == holders
-        assert bool(report.replaced) == bool({"prepacked", "tied head"} & set(kinds))
+        assert bool(report.replaced) == bool({"prepacked", "pointing", "tied head"} & set(kinds))
+
+
+def test_what_others_put_into_a_layer_after_loading_stays_theirs():
+    model, live = loaded(["remade"])
+    cache = model.layers[0].cache = torch.ones(3, 5)
+    for seed in (1, 0):
+        live.update(processed_checkpoint(["remade"], seed=seed))
+        assert model.layers[0].cache is cache
+        assert torch.equal(cache, torch.ones(3, 5))
+
+
+def test_a_table_that_others_replace_is_none_of_ours():
+    """Nothing writes it and no layer has it: vLLM's rotary embeddings cast theirs when they are first used."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Module())
+    model[1].register_buffer("table", torch.ones(3), persistent=False)
+    live = hw.LiveModel(model)
+    weights = {name: torch.rand(one.shape) for name, one in model.state_dict().items()}
+    live.load(weights)
+    model[1].table = model[1].table.to(torch.bfloat16)
+    live.update({name: one * 2 for name, one in weights.items()})
+    assert model[1].table.dtype is torch.bfloat16
+    model[0].weight = nn.Parameter(torch.zeros(4, 4))
+    with pytest.raises(hw.UpdateAborted, match=r"not the tensors that they were.*0\.weight"):
+        live.update(weights)
 
 
 def test_the_report_names_what_was_replaced():

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import HotweightsError
-from .holders import ABSENT, Held, exchanged, is_opaque, remade, step, tensors_in
+from .holders import ABSENT, Held, exchanged, hides_memory, is_opaque, remade, step, tensors_in
 from .layers import Contents, Layer
 from .wrappers import attributes_of, context, is_wrapper
 
@@ -55,8 +55,13 @@ def differences(
     if problems:
         raise HotweightsError("; ".join(sorted(problems)))
     values = [(layer.full(key), tensor) for key, tensor in new.items() if tensor is not ours[key]]
-    merge = _Merge(layer, live, made, ours, new)
-    return Difference(values, [*merge.attributes(), *merge.of_tensors()], merge.replaced)
+    # What processing made anew with the value that it had is not written, and the live tensor stays all the same.
+    kept = {key: one for key, one in live.tensors() if layer.full(key) in known}
+    merge = _Merge(layer, live, made, kept, new)
+    attributes = [*merge.attributes(), *merge.of_tensors()]
+    if merge.hiding:  # They point to what processing made, of which others get a copy.
+        attributes.append((layer.beneath, {"tensors": [one for _, one in made.tensors()]}))
+    return Difference(values, attributes, merge.replaced)
 
 
 def _changes(layer: Layer, old: Mapping[str, torch.Tensor], new: Mapping[str, torch.Tensor]) -> Iterator[str]:
@@ -89,8 +94,9 @@ class _Merge:
         new: Mapping[str, torch.Tensor],
     ) -> None:
         self.replaced: list[str] = []
+        self.hiding = False  # whether any of those may hide addresses
         self._layer, self._live, self._made, self._ours, self._new = layer, live, made, ours, new
-        self._tensors = {id(one): ours[key] for key, one in new.items()}
+        self._tensors = {id(one): ours[key] for key, one in made.tensors() if key in ours}
         self._targets = {path: self._target(path, held) for path, held in made.holders.items()}
         self._holders = {id(held.holder): self._targets[path].holder for path, held in made.holders.items()}
 
@@ -149,6 +155,7 @@ class _Merge:
             return live
         if is_opaque(value) or (found is value and id(value) in self._holders):
             self.replaced.append(self._layer.full(path))
+            self.hiding |= hides_memory(value)
         return found
 
     def _tuple(self, path: str, value: tuple[object, ...], live: object) -> object:

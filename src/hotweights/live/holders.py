@@ -26,6 +26,7 @@ __all__ = [
     "by_name",
     "exchanged",
     "held_by",
+    "hides_memory",
     "is_opaque",
     "remade",
     "state_of",
@@ -62,12 +63,17 @@ class Held(NamedTuple):
     state: dict[Any, object]
 
 
-def held_by(attributes: Mapping[str, object], own: Container[int] | None = None) -> dict[str, Held]:
+def held_by(
+    attributes: Mapping[str, object], own: Container[int] | None = None, parts: Mapping[str, nn.Module] | None = None
+) -> dict[str, Held]:
     """Every holder that attributes lead to, by its path; one that several lead to has the first of them in order.
 
-    ``own`` are the ids of the model's own modules, which are not followed; without it, none is.
+    ``own`` are the ids of the model's own modules, which are not followed; without it, none is. ``parts`` are such that
+    are holders all the same.
     """
     walk = _Walk(own)
+    for path, part in (parts or {}).items():
+        walk.part(path, part)
     for key in sorted(attributes):
         walk.on(key, attributes[key], 0)
     return walk.found
@@ -93,6 +99,13 @@ class _Walk:
         for key, one in inside.items():
             self.on(step(path, value, key), one, depth if is_module else depth + 1)
 
+    def part(self, path: str, module: nn.Module) -> None:
+        self._seen.add(id(module))
+        state = state_of(module)
+        self.found[path] = Held(module, state)
+        for key, one in state.items():
+            self.on(step(path, module, key), one, 1)
+
     def _is_foreign(self, module: object) -> bool:
         return self._own is not None and id(module) not in self._own
 
@@ -106,12 +119,33 @@ def _is_holder(value: object) -> bool:
         return False
     if isinstance(value, (dict, list, set, tuple)):
         return True
+    if hasattr(type(value), "__del__"):  # It owns something: two objects with one state would free that twice.
+        return False
     return type(getattr(value, "__dict__", None)) is dict and type(value).__module__.split(".")[0] not in _FOREIGN
 
 
 def is_opaque(value: object) -> bool:
     """Whether it may hold memory that nobody sees: code with what it closes over, objects without attributes."""
     return not isinstance(value, (*_PLAIN, *_TORCH, nn.Module, torch.Tensor)) and not _is_holder(value)
+
+
+def hides_memory(value: object, depth: int = 0) -> bool:
+    """Whether it may hold addresses of memory that it does not own, where nobody sees them."""
+    if isinstance(value, (*_PLAIN, *_TORCH, nn.Module, torch.Tensor, types.BuiltinFunctionType)):
+        return False
+    if depth > _DEPTH:
+        return True
+    if isinstance(value, types.FunctionType):
+        inside: list[object] = [cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType()]
+    elif isinstance(value, partial):
+        inside = [value.func, *value.args, *value.keywords.values()]
+    elif isinstance(value, types.MethodType):
+        inside = [value.__self__]
+    elif _is_holder(value):
+        inside = list(state_of(value).values())
+    else:
+        return True
+    return any(hides_memory(one, depth + 1) for one in inside)
 
 
 def step(path: str, holder: object, key: object) -> str:

@@ -121,6 +121,9 @@ class Known:
             self.live = self._tensors(self.plans.first)
             free = {layer.full(key) for layer in self._layers for key in layer.free()} - self._acted
             written = {name for step in self.plans.first.steps for name in destinations_of(step)}
+            # Nor is a tensor ours that no step writes and no layer has: whoever uses it may cast it, a table say.
+            alone = {name for group in self._spans.together() if written.isdisjoint(group) for name in group}
+            free |= alone.difference(*(layer.tensors() for layer in self._layers))
             self._where = {name: _where(one) for name, one in self.live.items() if name not in free - written}
 
     def prove(self) -> None:

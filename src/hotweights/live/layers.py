@@ -75,8 +75,14 @@ def contents(module: nn.Module, own: Container[int] | None = None) -> Contents:
         dict(module._buffers),
         set(module._non_persistent_buffers_set),
         attributes,
-        held_by(attributes, own),
+        held_by(attributes, own, _methods(module)),
     )
+
+
+def _methods(module: nn.Module) -> dict[str, nn.Module]:
+    """What processes it, where that is a child: it holds what it made of the layer, as if it were an attribute."""
+    found = module._modules.get("quant_method")
+    return {} if found is None else {"quant_method": found}
 
 
 def put(module: nn.Module, held: Contents) -> None:
@@ -100,6 +106,7 @@ class Layer:
         module: the module.
         deferred: whether it is processed after all others.
         acted: keys of attributes that processing has set, changed or removed at any time.
+        beneath: tensors to whose memory objects of the live layer may point unseen.
     """
 
     def __init__(
@@ -124,6 +131,7 @@ class Layer:
         self.deferred = deferred
         self.acted: set[str] = set()
         self._own = own
+        self.beneath: dict[str, object] = {}
         self._shared = shared
         self._children = {key: child for key, child in module._modules.items() if child is not None and _loads(child)}
         held = self.contents()

@@ -64,6 +64,7 @@ class LiveModel:
         model: nn.Module,
         *,
         process: Process | None = None,
+        layers: Callable[[nn.Module], bool] | None = None,
         deferred: Patterns = (),
         atomic: Atomic = "staged",
         memory_limit: int | None = None,
@@ -75,6 +76,7 @@ class LiveModel:
             process: turns one layer's tensors into what its kernels use, once for each load or update, in place. It is
                 called for every module that has tensors of its own. By default those with a ``quant_method`` are
                 processed, by that.
+            layers: says of a module whether it is processed, where ``process`` is not for all of them.
             deferred: qualified names of layers that are processed after all others, because they read them.
             atomic: how updates are all or nothing, unless they say otherwise, see ``ways.Atomic``.
             memory_limit: bytes of device memory that open layers may take together, when tensors come in an order that
@@ -84,7 +86,7 @@ class LiveModel:
         _check_atomic(atomic)
         self.model = model
         self._process: Process = process or process_by_quant_method
-        self._is_processed = _has_tensors if process is not None else _has_quant_method
+        self._is_processed = layers or (_has_tensors if process is not None else _has_quant_method)
         self._deferred = matches(deferred)
         self._atomic: Atomic = atomic
         self._limit = memory_limit

@@ -5,6 +5,8 @@ Every layer has a ``quant_method``, whose ``process_weights_after_loading`` an e
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, ClassVar
@@ -196,6 +198,86 @@ class Hidden(ProcessedLayer):
         return found + rest
 
 
+class _Library:
+    """Stands for a kernel library in C++: prepared weights by number, and where it found what it did not copy."""
+
+    def __init__(self) -> None:
+        self._numbers = itertools.count(1)
+        self._open: dict[int, tuple[torch.Tensor, weakref.ref[Any]]] = {}
+
+    def prepare(self, weight: torch.Tensor, scale: torch.Tensor) -> int:
+        """The number of a prepared weight; ``scale`` is looked up whenever it is used."""
+        number = next(self._numbers)
+        self._open[number] = (weight.clone(), weakref.ref(scale.untyped_storage()))
+        return number
+
+    def use(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight and scale. Fails where C++ would read memory that is free."""
+        weight, memory = self._open[number]
+        storage = memory()
+        assert storage is not None, "this memory was freed"
+        return weight, torch.empty(0).set_(storage, 0, (1,), (1,))
+
+    def free(self, number: int) -> None:
+        """Twice is an error, as it is in C++."""
+        del self._open[number]
+
+
+_LIBRARY = _Library()
+
+
+class Handle:
+    """Owns what a library prepared. vLLM's int8 layers have one for oneDNN."""
+
+    def __init__(self, weight: torch.Tensor, scale: torch.Tensor) -> None:
+        self.number = _LIBRARY.prepare(weight, scale)
+
+    def __del__(self) -> None:
+        """Let it go."""
+        _LIBRARY.free(self.number)
+
+
+class Pointing(ProcessedLayer):
+    """A handle of a library has the weight, and the address of the scale."""
+
+    def process(self) -> None:
+        """Hand it to the library."""
+        self.scale = _parameter(self.weight.abs().amax().view(1))
+        self.quant_method.handle = Handle(self.weight / self.scale, self.scale)
+        self.register_parameter("weight", None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """By the handle alone."""
+        weight, scale = _LIBRARY.use(self.quant_method.handle.number)
+        return linear(x, weight) * scale
+
+
+class _ModuleMethod(nn.Module):
+    """A method that is a module: a child of its layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel: Kernel | None = None
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Repack, the first time only."""
+        if self.kernel is None:
+            self.kernel = Kernel(layer.weight)
+            layer.weight = _parameter(layer.weight.t().contiguous())
+
+
+class MethodIsModule(ProcessedLayer):
+    """Its ``quant_method`` is a module, and holds the kernel. vLLM's experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.quant_method = _ModuleMethod()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Both take part."""
+        return x @ self.weight + linear(x, self.quant_method.kernel.tensors["packed"].float())
+
+
 class SharedKernel(ProcessedLayer):
     """Layers of one shape share one kernel object, which knows each of them and counts them."""
 
@@ -214,6 +296,23 @@ class SharedKernel(ProcessedLayer):
         """Its own entry, and its turn."""
         found: torch.Tensor = linear(x, self.kernels[f"layer {self.number}"]) + self.rank
         return found
+
+
+class Remade(ProcessedLayer):
+    """Processing makes a tensor anew that has the same value each time; another holds what a step last saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = torch.tensor(1.0)
+        self.cache = torch.tensor([])  # Whoever uses the layer puts another there.
+
+    def process(self) -> None:
+        """Defaults, as vLLM's attention has for its scales."""
+        self.one = torch.tensor(1.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """As before."""
+        return linear(x, self.weight) * self.one
 
 
 class Fp8(ProcessedLayer):
@@ -305,6 +404,9 @@ PROCESSED_LAYERS: Mapping[str, Callable[[], list[nn.Module]]] = {
     "once only": lambda: [OnceOnly()],
     "hidden": lambda: [Hidden()],
     "shared kernel": lambda: [SharedKernel(shared) for shared in [dict[str, Any]()] for _ in range(3)],
+    "remade": lambda: [Remade()],
+    "pointing": lambda: [Pointing()],
+    "method is module": lambda: [MethodIsModule()],
     "fp8": lambda: [Fp8()],
     "scaled pair": lambda: [ScaledPair()],
     "attention": lambda: [Attention()],

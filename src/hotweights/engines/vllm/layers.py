@@ -1,0 +1,104 @@
+"""Layers: what vLLM does with one layer after loading, and which layers those are. It loads nothing.
+
+It follows ``vllm.model_executor.model_loader.utils.process_weights_after_loading``, which does it for a whole model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.model_executor.layers.attention import is_deferred_attention_layer
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
+from vllm.model_executor.model_loader.reload.layerwise import LAYERWISE_INFO
+from vllm.model_executor.model_loader.utils import device_loading_context
+
+__all__ = ["deferred", "is_processed", "may_be_missing", "processes_itself", "processing", "unwrap", "without_lora"]
+
+# Buffers that checkpoints rarely carry, with defaults: scales of the KV cache, and maps that vLLM computes.
+_DEFAULTED = (
+    *("*._k_scale", "*._v_scale", "*._q_scale", "*._prob_scale"),
+    *("*._expert_map", "*.expert_mask", "*.expert_global_to_physical", "*.expert_physical_to_global"),
+    *("*.expert_local_to_global", "*.input_scale_ub"),
+)
+
+
+def is_processed(layer: nn.Module) -> bool:
+    """Whether vLLM does anything with it after loading."""
+    return _by_method(layer) or is_deferred_attention_layer(layer)
+
+
+def _by_method(layer: nn.Module) -> bool:
+    return isinstance(getattr(layer, "quant_method", None), QuantizeMethodBase)
+
+
+def deferred(model: nn.Module) -> list[str]:
+    """Names of the layers that are processed after all others, because they read them."""
+    return [name for name, layer in model.named_modules(remove_duplicate=False) if is_deferred_attention_layer(layer)]
+
+
+def processes_itself(model: nn.Module) -> bool:
+    """Whether its class does something with the whole model after loading."""
+    return callable(getattr(model, "process_weights_after_loading", None)) and not is_deferred_attention_layer(model)
+
+
+def processing(dtype: torch.dtype, device: torch.device) -> Callable[[nn.Module], None]:
+    """What vLLM does with one layer; ``dtype`` is that of activations, ``device`` where layers are processed."""
+
+    def process(layer: nn.Module) -> None:
+        method: Any = getattr(layer, "quant_method", None)
+        if _by_method(layer):
+            moved = getattr(method, "requires_device_loading", True)
+            with device_loading_context(layer, device) if moved else nullcontext():
+                method.process_weights_after_loading(layer)
+            if hasattr(layer, "update_param_tp_status"):
+                layer.update_param_tp_status()  # type: ignore[operator]
+        if is_deferred_attention_layer(layer):
+            with device_loading_context(layer, device):
+                layer.process_weights_after_loading(dtype)  # type: ignore[operator]
+
+    return process
+
+
+def may_be_missing(model: nn.Module) -> list[str]:
+    """Names and patterns of what no checkpoint must carry, because vLLM has defaults for it."""
+    scales = [
+        f"{name}.{key}"
+        for name, layer in model.named_modules(remove_duplicate=False)
+        if isinstance(getattr(layer, "quant_method", None), BaseKVCacheMethod)
+        for key, _ in layer.named_parameters(recurse=False)
+    ]
+    return [*_DEFAULTED, *scales]
+
+
+def unwrap(model: nn.Module) -> None:
+    """Let loading code write, where it would collect tensors and process layers as soon as it thinks them complete."""
+    for layer in model.modules():
+        for tensor in (*layer._parameters.values(), *layer._buffers.values()):
+            loader = getattr(tensor, "weight_loader", None)
+            while getattr(loader, "__name__", "") == "online_process_loader":
+                loader = tensor.weight_loader = loader.__wrapped__  # type: ignore[union-attr]
+        if (info := LAYERWISE_INFO.get(layer)) is not None:
+            info.reset()
+
+
+@contextmanager
+def without_lora(model: nn.Module) -> Iterator[None]:
+    """Inside, layers that are wrapped for LoRA stand where their wrappers stood."""
+    wrappers = [
+        (parent, key, child)
+        for parent in model.modules()
+        for key, child in parent._modules.items()
+        if child is not None and type(child).__module__.startswith("vllm.lora.") and hasattr(child, "base_layer")
+    ]
+    try:
+        for parent, key, wrapper in wrappers:
+            parent._modules[key] = wrapper.base_layer  # type: ignore[assignment]
+        yield
+    finally:
+        for parent, key, wrapper in wrappers:
+            parent._modules[key] = wrapper

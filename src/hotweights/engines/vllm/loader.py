@@ -1,0 +1,137 @@
+"""The load format ``hotweights``: vLLM's models loaded by plan, layer by layer, processed; and kept as live models."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import replace
+from vllm.logger import init_logger
+from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER, register_model_loader
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.utils.torch_utils import set_default_torch_dtype
+
+from ...errors import UsageError
+from ...live.model import LiveModel
+from ...live.report import UpdateReport
+from ...load import load
+from ...report import size
+from ...sources import FileSource
+from ...sources import open as open_source
+from .attached import attach, attached
+from .guarded import guarded
+from .layers import deferred, is_processed, may_be_missing, processes_itself, processing, unwrap
+from .options import options_from
+
+__all__ = ["Loader", "register_loader"]
+
+logger = init_logger("vllm.hotweights")  # Below vLLM's own, so that its handlers and levels apply.
+
+
+def register_loader() -> None:
+    """Make the format known; twice does nothing."""
+    if _LOAD_FORMAT_TO_MODEL_LOADER.get("hotweights") is not Loader:
+        register_model_loader("hotweights")(Loader)
+
+
+class Loader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not installed where types are checked.
+    """What vLLM makes of ``--load-format hotweights``."""
+
+    def __init__(self, load_config: Any) -> None:
+        """Check the options in ``model_loader_extra_config``.
+
+        Raises:
+            UsageError: one is unknown, or of the wrong kind.
+        """
+        super().__init__(load_config)
+        self._options = options_from(load_config.model_loader_extra_config)
+
+    def download_model(self, model_config: Any) -> None:
+        """See that the checkpoint is on this machine."""
+        self._directory(model_config)
+
+    def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> nn.Module:
+        """Build the model, load and process it layer by layer, and keep what updates need with it.
+
+        Raises:
+            CheckpointError, PlanError: as ``hotweights.load``, before a byte of a weight is read.
+        """
+        device = torch.device(self.load_config.device or vllm_config.device_config.device)
+        with set_default_torch_dtype(model_config.dtype):
+            with device:
+                model: nn.Module = self.create_model(vllm_config, model_config, prefix).eval()
+            live, report = self._loaded(model, model_config, device)
+            if processes_itself(model):
+                model.process_weights_after_loading()  # type: ignore[operator]
+        attach(model, live)
+        logger.info("hotweights: %s", _told(report))
+        for warning in report.warnings:
+            logger.warning("hotweights: %s", warning)
+        gc.collect()
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
+        return model
+
+    def load_weights(self, model: nn.Module, model_config: Any) -> None:
+        """Load a model that stands already: an update if this format loaded it, else as it is, unprocessed."""
+        live = attached(model)
+        with self._opened(model, model_config) as source:
+            if live is not None:
+                live.update(source, threads=self._options.threads)
+            else:
+                load(model, source, **self._allowed(model), threads=self._options.threads)
+
+    def get_all_weights(self, model_config: Any, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor of the checkpoint, for vLLM's own ``reload_weights``; the live model does not hear of that."""
+        with self._opened(model, model_config) as source:
+            yield from source.tensors()
+
+    def _loaded(self, model: nn.Module, model_config: Any, device: torch.device) -> tuple[LiveModel, UpdateReport]:
+        unwrap(model)
+        options, allowed = self._options, self._allowed(model)
+        live = LiveModel(
+            model,
+            process=processing(model_config.dtype, device),
+            layers=is_processed,
+            deferred=deferred(model),
+            memory_limit=options.memory_limit,
+        )
+        with self._opened(model, model_config) as source:
+            if options.verify == "loader":
+                load(model, source, device=device, verify="loader", show_progress=False, **allowed)
+            guarded_source = guarded(source, options.guard)
+            report = live.load(guarded_source, device=device, threads=options.threads, show_progress=False, **allowed)
+        return live, report
+
+    def _allowed(self, model: nn.Module) -> dict[str, Any]:
+        return {
+            "allow_missing": [*may_be_missing(model), *self._options.allow_missing],
+            "allow_unexpected": self._options.allow_unexpected,
+        }
+
+    def _opened(self, model: nn.Module, model_config: Any) -> FileSource:
+        for what in ("secondary_weights", "allow_patterns_overrides"):
+            if getattr(model, what, None):
+                raise UsageError(
+                    f"{type(model).__name__} takes its weights from several places ({what}), which the load format "
+                    "hotweights does not; use auto"
+                )
+        return open_source(self._directory(model_config))
+
+    def _directory(self, model_config: Any) -> str:
+        """Where the checkpoint lies, downloaded by vLLM's own means if need be."""
+        theirs = DefaultModelLoader(replace(self.load_config, load_format="safetensors", model_loader_extra_config={}))
+        directory, *_ = theirs._prepare_weights(model_config.model, None, model_config.revision, False, None)
+        return str(directory)
+
+
+def _told(report: UpdateReport) -> str:
+    """One line of vLLM's log."""
+    counts = ", ".join(f"{len(names)} {fate.value}" for fate, names in report.tensors.items() if names)
+    return f"loaded {size(report.bytes_read)} in {report.seconds:.2f} s by plan ({counts})" + "".join(
+        f"; fell back: {why}" for why in report.fell_back
+    )

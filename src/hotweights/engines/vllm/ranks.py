@@ -1,0 +1,124 @@
+"""Ranks: the workers of one engine take a version together, or none does. It moves no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed
+from torch import Tensor
+
+from ...errors import HotweightsError
+from ...guards import Guard
+from ...manifest import Manifest
+from ...sources.contracts import Addressed, Read, Source, Stream
+
+__all__ = ["Ranks", "Refused", "together", "words_of"]
+
+
+class Refused(HotweightsError):
+    """Some rank cannot take this version; each is named with its cause. Nobody has taken it."""
+
+
+class Ranks:
+    """The workers of one engine, who can ask each other.
+
+    Attributes:
+        rank: which this is.
+        size: how many there are.
+    """
+
+    def __init__(self) -> None:
+        from vllm.distributed import parallel_state
+
+        # Replicas that serve other requests are asked by themselves; where there are none, vLLM has but one group.
+        group = parallel_state._INNER_DP_WORLD or parallel_state.get_world_group()
+        self.rank: int = group.rank_in_group
+        self.size: int = group.world_size
+        self._group: Any = group.cpu_group
+
+    def gather(self, word: str | None) -> list[str | None]:
+        """What each rank says. Every rank must ask; it waits for all."""
+        if self.size == 1:
+            return [word]
+        words: list[str | None] = [None] * self.size
+        torch.distributed.all_gather_object(words, word, group=self._group)
+        return words
+
+    def agree(self, problem: str | None) -> None:
+        """Go on together.
+
+        Raises:
+            Refused: a rank has a problem; the message names all that have.
+        """
+        words = self.gather(problem)
+        problems = [f"rank {number}: {word}" for number, word in enumerate(words) if word is not None]
+        if problems:
+            raise Refused("; ".join(problems))
+
+
+class _Together:
+    """A source whose versions all ranks take, or none. Each rank has its own, and asks the others once."""
+
+    def __init__(self, source: Source, ranks: Ranks) -> None:
+        self._source = source
+        self._ranks = ranks
+        self._asked = False
+
+    @property
+    def manifest(self) -> Manifest:
+        return self._source.manifest
+
+    def leases(self, *, guard: Guard = "off") -> Stream:
+        return self._source.leases(guard=guard)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        return self._source.tensors()
+
+    def wanted(self, names: Iterable[object]) -> None:
+        """A file waits for nobody."""
+
+    @contextmanager
+    def decision(self) -> Iterator[None]:
+        self._asked = True
+        self._ranks.agree(None)
+        yield
+
+    def refuse(self, error: BaseException) -> None:
+        if not self._asked:
+            self._asked = True
+            self._ranks.gather(words_of(error))
+
+    def close(self) -> None:
+        self._source.close()
+
+    def __enter__(self) -> _Together:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _AddressedTogether(_Together):
+    """The same, of a source that can be asked for any bytes."""
+
+    _source: Any
+
+    def position(self, name: str) -> tuple[int, int]:
+        found: tuple[int, int] = self._source.position(name)
+        return found
+
+    def read(self, reads: Iterable[Read], **how: Any) -> dict[str, int]:
+        found: dict[str, int] = self._source.read(reads, **how)
+        return found
+
+
+def together(source: Source, ranks: Ranks) -> Source:
+    """The source, as one that takes part in the ranks' decision: a live model waits for it before it commits."""
+    return _AddressedTogether(source, ranks) if isinstance(source, Addressed) else _Together(source, ranks)
+
+
+def words_of(error: BaseException) -> str:
+    """An error as another process can be told of it."""
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,168 @@
+"""Worker: what ``--worker-extension-cls`` adds to vLLM's workers, for ``collective_rpc``. It holds no state.
+
+Everything that fails is told in what is returned: an exception in one worker would leave the engine to guess about
+the others.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...errors import UsageError
+from ...live.model import LiveModel
+from ...live.report import UpdateReport
+from ...live.state import State
+from ...sources import open as open_source
+from ...transfer.receiver import Receiver
+from .attached import attached
+from .ranks import Ranks, together, words_of
+
+__all__ = ["Worker"]
+
+_LOG = logging.getLogger("vllm.hotweights")
+
+
+class Worker:
+    """Adds to vLLM's worker class; ``self`` is a worker of vLLM."""
+
+    get_model: Any
+    model_config: Any
+    model_runner: Any
+    parallel_config: Any
+    vllm_config: Any
+
+    def hotweights_update(self, source: str, version: str | int | None = None, timeout: float = 60.0) -> dict[str, Any]:
+        """Take new weights, if every rank can. To be called on all workers, when nothing is in flight.
+
+        Whoever calls it resets the engine's caches afterwards: ``hotweights.engines.vllm.update`` does both.
+
+        Args:
+            source: path of a checkpoint, or ``unix:PATH`` of a ``hotweights.Sender``, which has as many receivers as
+                there are ranks.
+            version: its name; by default the sender's, or the number of commits.
+            timeout: seconds that each single wait for a sender may take.
+
+        Returns:
+            ``rank``, ``version`` and ``state`` that it has now, and ``error``: what failed, here or elsewhere, in
+            which case every rank has what it had; else ``None``, and ``report`` has numbers.
+        """
+        ranks = Ranks()
+        try:
+            report = _updated(self, ranks, source, version, float(timeout))
+        except Exception as error:
+            _LOG.warning("hotweights: rank %d did not take %s: %s", ranks.rank, source, error)
+            return {**_state(self, ranks), "error": words_of(error), "report": None}
+        if hasattr(self.model_runner, "reset_lora_state"):
+            self.model_runner.reset_lora_state()
+        _LOG.info("hotweights: version %r is live, by %s", report.version, source)
+        return {**_state(self, ranks), "error": None, "report": _numbers(report)}
+
+    def hotweights_status(self, digest: bool = True) -> dict[str, Any]:
+        """What this worker holds.
+
+        Args:
+            digest: whether to read every byte of the model, to tell it from another.
+
+        Returns:
+            ``rank``, ``version``, ``state``; ``digest`` over all parameters and buffers as they are now; ``hidden``,
+            how many weights were packed out of sight, which no digest sees; and ``error``.
+        """
+        ranks = Ranks()
+        try:
+            live = _live(self)
+        except UsageError as error:
+            return {**_state(self, ranks), "digest": None, "hidden": None, "error": str(error)}
+        whole = live.digest().whole if digest else None
+        return {**_state(self, ranks), "digest": whole, "hidden": _hidden(live), "error": None}
+
+
+def _updated(worker: Worker, ranks: Ranks, source: str, version: str | int | None, timeout: float) -> UpdateReport:
+    with ExitStack() as stack:
+        problem = None
+        try:
+            live = _live(worker)
+            _check(worker, live)
+            found = stack.enter_context(_opened(source, ranks, timeout))
+        except Exception as error:
+            problem = words_of(error)
+        ranks.agree(problem)
+        stack.enter_context(_as_loaded(worker, live.model))
+        return live.update(found, version=version, show_progress=False)
+
+
+def _live(worker: Worker) -> LiveModel:
+    live = attached(worker.get_model())
+    if live is None:
+        raise UsageError(
+            "this model was not loaded by hotweights, so nothing is known of how; start the engine with "
+            "--load-format hotweights"
+        )
+    return live
+
+
+def _check(worker: Worker, live: LiveModel) -> None:
+    """What cannot be updated is refused."""
+    from .layers import processes_itself
+
+    if worker.parallel_config.enable_eplb:
+        raise UsageError(
+            "experts are moved between ranks while this engine runs (enable_eplb); plans do not know where"
+        )
+    if processes_itself(live.model):
+        raise UsageError(f"{type(live.model).__name__} processes itself as a whole after loading, not layer by layer")
+    if live.state is not State.SERVING:
+        raise UsageError(f"the model is {live.state.value}")
+
+
+def _opened(source: str, ranks: Ranks, timeout: float) -> Any:
+    """The source, opened; files as one that waits for the other ranks. A sender does that by itself."""
+    if not isinstance(source, str):
+        raise UsageError(f"a source is a path, or unix:PATH of a sender; found {type(source).__name__}")
+    if source.startswith("unix:"):
+        return Receiver(source, timeout=timeout, offer_timeout=timeout)
+    return together(open_source(source), ranks)
+
+
+@contextmanager
+def _as_loaded(worker: Worker, model: nn.Module) -> Iterator[None]:
+    """Inside, everything that processing looks at is as it was when the model was loaded."""
+    from vllm.config import set_current_vllm_config
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    from .layers import without_lora
+
+    with (
+        set_current_vllm_config(worker.vllm_config),
+        set_default_torch_dtype(worker.model_config.dtype),
+        torch.inference_mode(False),  # Tensors made inside could not be written outside.
+        without_lora(model),
+    ):
+        yield
+
+
+def _state(worker: Worker, ranks: Ranks) -> dict[str, Any]:
+    live = attached(worker.get_model())
+    version, state = (None, None) if live is None else (live.version, live.state.value)
+    return {"rank": ranks.rank, "ranks": ranks.size, "version": version, "state": state}
+
+
+def _hidden(live: LiveModel) -> int:
+    """How many parameters were emptied: what they held is in memory that only a kernel sees."""
+    return sum(one.numel() == 0 for one in live.model.parameters())
+
+
+def _numbers(report: UpdateReport) -> dict[str, Any]:
+    names = ("previous", "bytes_read", "bytes_written", "seconds", "stall_seconds", "copy_bytes", "planned")
+    return {
+        **{name: getattr(report, name) for name in names},
+        "tensors": {fate.value: len(names) for fate, names in report.tensors.items()},
+        "fell_back": list(report.fell_back),
+        "replaced": len(report.replaced),
+        "warnings": list(report.warnings),
+    }

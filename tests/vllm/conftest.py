@@ -1,0 +1,20 @@
+"""Tests with a real engine: only where vLLM is installed (``make test-vllm``); elsewhere they are not collected."""
+
+import importlib.util
+import os
+
+import pytest
+
+spec = importlib.util.find_spec("vllm")
+if spec is None or spec.origin is None:  # This directory itself is all that goes by the name.
+    collect_ignore_glob = ["test_*.py"]
+
+
+@pytest.fixture(scope="session")
+def zoo(tmp_path_factory):
+    """Checkpoints and engines, each made once; every engine is a process of its own."""
+    from drive import Zoo
+
+    # Before the server of processes starts, which finds what it imports by the environment alone.
+    os.environ.update(Zoo.environment, PYTHONPATH=os.path.dirname(__file__))
+    return Zoo(tmp_path_factory.mktemp("zoo"))
