@@ -1,5 +1,7 @@
 """Compiled models: an update is seen without a recompilation, and no constant is stale."""
 
+import sys
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -76,6 +78,14 @@ def test_frozen_weights_are_refused():
     live.update(processed_checkpoint(["plain"], seed=1))
 
 
+@pytest.fixture
+def forgotten():
+    """Afterwards nothing is frozen, and no later update of this process looks for what might be."""
+    yield
+    torch._dynamo.reset()
+    sys.modules.pop("torch._inductor.freezing", None)
+
+
 def frozen(model):
     compiled = torch.compile(model)
     with torch._inductor.config.patch(freezing=True), torch.no_grad():
@@ -83,6 +93,7 @@ def frozen(model):
     return compiled
 
 
+@pytest.mark.usefixtures("forgotten")
 @pytest.mark.filterwarnings("ignore")  # inductor's own
 @pytest.mark.parametrize("compiling", [frozen, lambda model: frozen(lambda x: model(x))], ids=["model", "function"])
 def test_weights_that_were_frozen_when_freezing_was_on_are_refused(compiling):
@@ -111,6 +122,7 @@ def by_method(model):
     return model
 
 
+@pytest.mark.usefixtures("forgotten")
 @pytest.mark.filterwarnings("ignore")  # inductor's own
 @pytest.mark.parametrize("compiling", [by_options, by_method, lambda model: by_options(lambda x: model(x))])
 @pytest.mark.parametrize("kind", ["plain", "hidden", "derived"])
