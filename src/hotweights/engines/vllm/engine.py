@@ -139,6 +139,8 @@ def _pause(llm: Any, mode: Mode) -> bool:
                 'use mode="keep" or "abort"'
             )
         mode = "keep"  # There is nothing to keep.
+    if mode == "abort" and in_process:  # Pausing would end them in the scheduler alone, and the front end wait on.
+        engine.abort_request(list(engine.output_processor.request_states), internal=True)
     llm.sleep(level=0, mode=mode)
     return True
 
