@@ -5,6 +5,8 @@ import re
 import pytest
 from drive import OURS, Talker
 
+pytestmark = pytest.mark.timeout(500)  # Each start of two ranks imports vLLM three times.
+
 TWO = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 
 
@@ -52,13 +54,13 @@ def tour(talker: Talker, paths, sockets):
     return said, reports, refused
 
 
-@pytest.mark.parametrize("name", ["qwen3", "qwen3-moe"])
+@pytest.mark.parametrize("name", ["qwen3"])
 def test_ranks_take_a_version_together(zoo, name, tmp_path):
     paths = {weights: str(zoo.checkpoint(name, weights)) for weights in "AB"}
     expected = {weights: zoo.fresh(name, weights, **TWO) for weights in "AB"}
     assert expected["A"] != expected["B"]
     said, reports, refused = zoo.run(
-        tour, zoo.checkpoint(name, "A"), paths, str(tmp_path), options={**OURS, **TWO}, seconds=110
+        tour, zoo.checkpoint(name, "A"), paths, str(tmp_path), options={**OURS, **TWO}, seconds=300
     )
     assert {one: expected[one[0]] == tokens for one, tokens in said.items()} == dict.fromkeys(said, True)
     whole = sum(file.stat().st_size for file in zoo.checkpoint(name, "B").glob("*.safetensors"))

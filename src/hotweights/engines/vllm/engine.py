@@ -185,7 +185,7 @@ def _agreed(answers: Sequence[Mapping[str, Any]]) -> str | int:
 
 def _shortest(problems: Sequence[str]) -> str:
     """Each cause once: ranks that are well repeat what they heard of the others."""
-    own = [one for one in problems if "Refused: " not in one]
+    own = [one for one in problems if ": Refused: " not in one]
     return "; ".join(own or problems[:1])
 
 
