@@ -14,7 +14,7 @@ import cases
 PROMPTS = [[number * 7 % 900 + 1 for number in range(count)] for count in (3, 17, 200)]
 """The last is longer than a block of the prefix cache."""
 
-_OPTIONS = {
+OPTIONS = {
     "skip_tokenizer_init": True,
     "enforce_eager": True,
     "max_model_len": 256,
@@ -37,7 +37,7 @@ class Talker:
 
         if options.get("tensor_parallel_size", 1) > 1:
             os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
-        self.llm = LLM(path, **{**_OPTIONS, **options})
+        self.llm = LLM(path, **{**OPTIONS, **options})
 
     def tokens(self) -> list[list[int]]:
         """What it says, greedily."""
