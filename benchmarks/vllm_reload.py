@@ -93,7 +93,9 @@ def refusals(zoo: Zoo, kind: str, name: str = "llama") -> list[str]:
     for act in (theirs, ours):
         said = asked(zoo, name, act, [str(path)])
         raised = any(isinstance(one, str) for one in said[:-1])
-        last = next((f"serves {weights}" for weights, one in right.items() if one == said[-1]), "serves neither A nor B")
+        last = next(
+            (f"serves {weights}" for weights, one in right.items() if one == said[-1]), "serves neither A nor B"
+        )
         row.append(("an error; " if raised else "no error; ") + (last if isinstance(said[-1], list) else "dead"))
     return row
 

@@ -235,7 +235,9 @@ def test_minilm(zoo, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(real, other)
     tensors = load_file(other / "model.safetensors")
-    save_file({name: one.flip(0) if one.ndim == 2 else one for name, one in tensors.items()}, other / "model.safetensors")
+    save_file(
+        {name: one.flip(0) if one.ndim == 2 else one for name, one in tensors.items()}, other / "model.safetensors"
+    )
     pooling = {"runner": "pooling", "dtype": "float32", "skip_tokenizer_init": False}
     theirs = [zoo.run(embedded, path, (), options=pooling)[0] for path in (real, other)]
     ours = zoo.run(embedded, real, (str(other), str(real)), options={**OURS, **pooling})
@@ -274,5 +276,3 @@ def registered():
     first = table["hotweights"]
     register()
     return [first.__name__, table["hotweights"] is first]
-
-
