@@ -3,10 +3,10 @@
     python benchmarks/vllm_load.py                 # 1.2 GB of bfloat16, three rounds
     python benchmarks/vllm_load.py --layers 2 --rounds 1
 
-It needs an environment with vllm on a CPU (``make test-vllm`` makes one). Each measurement is a process of its own, which
-has imported everything and has loaded something tiny by the same format before; formats take turns. *ready* is all of
-``get_model``: the model is built, loaded and processed (on a CPU: packed for its kernels). *memory* is the most that the
-process held of its own beyond what it held before.
+It needs an environment with vllm on a CPU (``make test-vllm`` makes one). Each measurement is a process of its own,
+which has imported everything and has loaded something tiny by the same format before; formats take turns. *ready* is
+all of ``get_model``: the model is built, loaded and processed (on a CPU: packed for its kernels). *memory* is the most
+that the process held of its own beyond what it held before.
 """
 
 from __future__ import annotations
