@@ -1,6 +1,7 @@
 """Two tensor-parallel ranks: each reads its slices, and they take a version together or not at all."""
 
 import re
+import threading
 
 import pytest
 from drive import OURS, Talker
@@ -29,7 +30,15 @@ def fail_on(worker, rank, count):
     live._process = process if count < 0 else failing
 
 
-def tour(talker: Talker, paths, sockets):
+def send(path, address):
+    """A trainer, of whom both ranks receive."""
+    import hotweights as hw
+
+    with hw.open(path) as source, hw.Sender(address, receivers=2) as sender:
+        sender.send(source, version="sent")
+
+
+def tour(talker: Talker, paths, address):
     import hotweights as hw
     from hotweights.engines import vllm as engine
 
@@ -51,6 +60,12 @@ def tour(talker: Talker, paths, sockets):
     with pytest.raises(hw.UpdateAborted) as caught:
         engine.update(llm, paths["A"] + "-not-there")
     refused["nothing"] = str(caught.value), talker.tokens(), [one["version"] for one in engine.status(llm)]
+    trainer = threading.Thread(target=send, args=(paths["A"], address))
+    trainer.start()
+    outcome = engine.update(llm, address, timeout=30)
+    trainer.join()
+    said["A, sent"] = talker.tokens()
+    assert [one["version"] for one in outcome.ranks] == ["sent", "sent"]
     return said, reports, refused
 
 
@@ -60,7 +75,7 @@ def test_ranks_take_a_version_together(zoo, name, tmp_path):
     expected = {weights: zoo.fresh(name, weights, **TWO) for weights in "AB"}
     assert expected["A"] != expected["B"]
     said, reports, refused = zoo.run(
-        tour, zoo.checkpoint(name, "A"), paths, str(tmp_path), options={**OURS, **TWO}, seconds=300
+        tour, zoo.checkpoint(name, "A"), paths, f"unix:{tmp_path}/t", options={**OURS, **TWO}, seconds=300
     )
     assert {one: expected[one[0]] == tokens for one, tokens in said.items()} == dict.fromkeys(said, True)
     whole = sum(file.stat().st_size for file in zoo.checkpoint(name, "B").glob("*.safetensors"))
