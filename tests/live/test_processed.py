@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import weakref
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 import hotweights as hw
 from hotweights.live import ways
-from hotweights.testing import PROCESSED_LAYERS, Processed, processed_checkpoint
+from hotweights.testing import PROCESSED_LAYERS, Processed, processed_checkpoint, write_checkpoint
 
 WAYS = ("journal", "staged", False)
 KINDS = list(PROCESSED_LAYERS)
@@ -75,6 +76,26 @@ def test_what_others_put_into_a_layer_after_loading_stays_theirs():
         live.update(processed_checkpoint(["remade"], seed=seed))
         assert model.layers[0].cache is cache
         assert torch.equal(cache, torch.ones(3, 5))
+
+
+@pytest.mark.parametrize("source", ["mapping", "files", "stream"])
+def test_the_first_load_holds_no_weight_that_processing_has_replaced(source, tmp_path):
+    """Else loading a model that is repacked takes twice its memory."""
+    tensors = processed_checkpoint(["prepacked"] * 3, seed=0)
+    given = {
+        "mapping": lambda: tensors,
+        "files": lambda: write_checkpoint(tmp_path, tensors, shards=1),
+        "stream": lambda: hw.from_iterator(tensors.items(), manifest=hw.open(tensors).manifest),
+    }[source]()
+    weights, alive = [], []
+
+    def process(layer):
+        alive.append(sum(one() is not None for one in weights))
+        weights.append(weakref.ref(layer.weight.untyped_storage()))
+        layer.quant_method.process_weights_after_loading(layer)
+
+    hw.LiveModel(Processed(["prepacked"] * 3), process=process).load(given)
+    assert alive == [0, 0, 0]
 
 
 def test_a_table_that_others_replace_is_none_of_ours():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +35,7 @@ class Job:
         units: the others.
         spans: of the checkpoint format; scratch is laid out like it.
         initial: values from before the first load that units begin with, by name, on the host.
-        live: every live tensor by name.
+        live: every live tensor by name; of the first load, those of checkpoint format that are not processed yet.
         partial: those of which the plan writes not all bytes.
         acted: names of tensors that no plan writes and processing has changed at any time; it is added to.
         first: whether the model itself is in checkpoint format: its own tensors are filled.
@@ -48,7 +48,7 @@ class Job:
     units: list[Unit]
     spans: Spans
     initial: Mapping[str, torch.Tensor]
-    live: Mapping[str, torch.Tensor]
+    live: MutableMapping[str, torch.Tensor]
     partial: frozenset[str]
     acted: set[str]
     first: bool
@@ -80,6 +80,8 @@ class Processing:
                 self._job.process(layer.module)
             layer.processed(before, layer.contents())
         now = {name: one for layer in unit.layers for name, one in layer.tensors().items()}
+        for name in unit.names if unit.layers else ():  # What processing replaced must not stay until the last layer.
+            self._job.live.pop(name, None)
         self._job.acted.update(unit.still - self._untouched(unit, now))
 
     def run(self, unit: Unit, scratch: Mirror, *, ready: Callable[[], None]) -> None:

@@ -139,6 +139,8 @@ def _pause(llm: Any, mode: Mode) -> bool:
                 'use mode="keep" or "abort"'
             )
         mode = "keep"  # There is nothing to keep.
+    if mode == "abort" and in_process:  # Pausing would end them in the scheduler alone, and the front end wait on.
+        engine.abort_request(list(engine.output_processor.request_states), internal=True)
     llm.sleep(level=0, mode=mode)
     return True
 
@@ -183,7 +185,7 @@ def _agreed(answers: Sequence[Mapping[str, Any]]) -> str | int:
 
 def _shortest(problems: Sequence[str]) -> str:
     """Each cause once: ranks that are well repeat what they heard of the others."""
-    own = [one for one in problems if "Refused: " not in one]
+    own = [one for one in problems if ": Refused: " not in one]
     return "; ".join(own or problems[:1])
 
 

@@ -19,6 +19,7 @@ from ...errors import UsageError
 from ...live.model import LiveModel
 from ...live.report import UpdateReport
 from ...load import load
+from ...plan import Fate
 from ...report import size
 from ...sources import FileSource
 from ...sources import open as open_source
@@ -131,7 +132,8 @@ class Loader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not installed wh
 
 def _told(report: UpdateReport) -> str:
     """One line of vLLM's log."""
-    counts = ", ".join(f"{len(names)} {fate.value}" for fate, names in report.tensors.items() if names)
+    words = {Fate.MISSING: "left as they are"}
+    counts = ", ".join(f"{len(names)} {words.get(fate, fate.value)}" for fate, names in report.tensors.items() if names)
     return f"loaded {size(report.bytes_read)} in {report.seconds:.2f} s by plan ({counts})" + "".join(
         f"; fell back: {why}" for why in report.fell_back
     )

@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed
 from torch import Tensor
 
-from ...errors import HotweightsError
+from ...errors import HotweightsError, UpdateAborted
 from ...guards import Guard
 from ...manifest import Manifest
 from ...sources.contracts import Addressed, Read, Source, Stream
@@ -120,5 +120,7 @@ def together(source: Source, ranks: Ranks) -> Source:
 
 
 def words_of(error: BaseException) -> str:
-    """An error as another process can be told of it."""
+    """An error as another process can be told of it; of an aborted update, what ended it."""
+    if isinstance(error, UpdateAborted) and error.__cause__ is not None:
+        error = error.__cause__
     return f"{type(error).__name__}: {error}"
