@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
-from ...errors import CommitHookError, UnknownName, UpdateAborted, UsageError
+from ...errors import CommitHookError, HotweightsError, UnknownName, UpdateAborted, UsageError
 
 __all__ = ["Mode", "Outcome", "status", "status_async", "update", "update_async"]
 
@@ -49,25 +50,19 @@ def update(
             from before, caches are as they were, the engine goes on.
         CommitHookError: the new version is live, and a cache could not be emptied. The engine stays paused.
         UsageError: the engine has no such worker, or requests would wait for ever.
+        Exception: anything else (a worker that died, replicas that differ, Ctrl-C): what the workers hold is not known,
+            and caches may be stale. The engine stays paused; ``status`` asks, ``llm.wake_up(["scheduling"])`` resumes.
     """
     engine = llm.llm_engine
     paused = _pause(llm, mode)
     try:
         answers = _called(lambda: llm.collective_rpc("hotweights_update", args=(source, version, timeout)))
         found = _agreed(answers)
-    except BaseException:
+    except (UpdateAborted, UsageError):
         if paused:
             llm.wake_up(tags=["scheduling"])
         raise
-    reset = [
-        (name, act)
-        for name, act in (
-            ("prefix", lambda: llm.reset_prefix_cache(mode == "keep", True)),
-            ("multimodal", llm.reset_mm_cache),
-            ("encoder", getattr(engine, "reset_encoder_cache", None)),
-        )
-        if act is not None
-    ]
+    reset = _resets(llm, engine, mode)
     failures = [_failure(name, act) for name, act in reset]
     _raise_if(failures, found)
     if hasattr(engine, "set_weight_version"):
@@ -88,19 +83,11 @@ async def update_async(
     try:
         answers = await _awaited(engine.collective_rpc("hotweights_update", args=(source, version, timeout)))
         found = _agreed(answers)
-    except BaseException:
+    except (UpdateAborted, UsageError):
         if not was_paused:
             await engine.resume_generation()
         raise
-    reset = [
-        (name, act)
-        for name, act in (
-            ("prefix", lambda: engine.reset_prefix_cache(mode == "keep", True)),
-            ("multimodal", engine.reset_mm_cache),
-            ("encoder", getattr(engine, "reset_encoder_cache", None)),
-        )
-        if act is not None
-    ]
+    reset = _resets(engine, engine, mode)
     failures = [await _failure_async(name, act) for name, act in reset]
     _raise_if(failures, found)
     if hasattr(engine, "update_weight_version"):
@@ -118,6 +105,14 @@ def status(llm: Any, *, digest: bool = True) -> list[dict[str, Any]]:
 async def status_async(engine: Any, *, digest: bool = True) -> list[dict[str, Any]]:
     """As ``status``, of an ``AsyncLLM``."""
     return list(await _awaited(engine.collective_rpc("hotweights_status", args=(digest,))))
+
+
+def _resets(holder: Any, engine: Any, mode: Mode) -> list[tuple[str, Callable[[], Any]]]:
+    """What empties each cache that this vLLM has, by name. Requests that were kept lose their part of the first."""
+    prefix = partial(holder.reset_prefix_cache, mode == "keep", True)
+    encoder = getattr(engine, "reset_encoder_cache", None)
+    found: list[tuple[str, Callable[[], Any]]] = [("prefix", prefix), ("multimodal", holder.reset_mm_cache)]
+    return found if encoder is None else [*found, ("encoder", encoder)]
 
 
 def _check_mode(mode: str) -> None:
@@ -176,7 +171,7 @@ def _agreed(answers: Sequence[Mapping[str, Any]]) -> str | int:
     versions = {one["version"] for one in answers}
     if len(versions) > 1:  # Its data-parallel replicas do not decide together.
         held = ", ".join(f"rank {one['rank']} has {one['version']!r}" for one in answers)
-        raise UpdateAborted(f"not all ranks have one version: {held}; {'; '.join(problems)}")
+        raise HotweightsError(f"not all ranks have one version: {held}; {'; '.join(problems)}; the engine stays paused")
     if problems:
         raise UpdateAborted(f"version {versions.pop()!r} is live on all ranks; {_shortest(problems)}")
     found: str | int = versions.pop()
