@@ -37,6 +37,10 @@ def hooks(talker: Talker, paths):
     engine.update(llm, paths["A"], version="four")
     found["still paused"] = llm.llm_engine.is_sleeping()
     llm.wake_up(tags=["scheduling"])
+    llm.collective_rpc = lambda *given, **more: 1 / 0
+    found["lost"] = caught(lambda: engine.update(llm, paths["B"])), llm.llm_engine.is_sleeping()
+    del llm.collective_rpc
+    llm.wake_up(tags=["scheduling"])
     found["said"] = talker.tokens()
     return found
 
@@ -54,6 +58,7 @@ def test_caches_are_emptied_after_a_commit_only(zoo):
     assert "multimodal cache: ZeroDivisionError" in found["hooks"][1]
     assert found["after"] == ("three", True)
     assert found["still paused"]
+    assert found["lost"] == (("ZeroDivisionError", "division by zero"), True), "nobody knows what the workers have"
     assert found["said"] == zoo.fresh("llama", "A")
 
 
