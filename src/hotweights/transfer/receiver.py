@@ -39,7 +39,7 @@ class Receiver:
             timeout: seconds that each single wait within an update may take.
             offer_timeout: seconds to wait for the next version.
         """
-        if min(timeout, offer_timeout) <= 0:
+        if not (timeout > 0 and offer_timeout > 0):
             raise UsageError(f"waits take some time; got {timeout:g} and {offer_timeout:g} s")
         self.address = address
         self._uplink = Uplink(path_of(address))
@@ -109,7 +109,7 @@ class Receiver:
             TransferError: the sender is lost and had not decided: nobody takes the version.
         """
         taking = self._offered()
-        with held_back(self._uplink.wake) as interruption:
+        with held_back(self._uplink.wake) as interruption, taking.deciding():
             taking.prepare(interruption)
             try:
                 yield
@@ -124,7 +124,10 @@ class Receiver:
             self._taking.refuse(error)
 
     def close(self) -> None:
-        """Refuse what is under way, end every wait, let go. May be called twice, and by any thread."""
+        """Refuse what is under way, end every wait, let go. May be called twice, and by any thread.
+
+        A commit that the group decided on is not cut short: another thread's is waited for.
+        """
         self._closed = True
         self._uplink.stop()
         taking = self._taking
