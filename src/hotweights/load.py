@@ -31,7 +31,7 @@ from .progress import progress
 from .report import LoadReport, size
 from .sources import Addressed, IteratorSource, Reading, Source
 from .sources import open as open_source
-from .sources.contracts import InMemory
+from .sources.contracts import InMemory, refusing
 from .trace import by_name, loader_of, trace
 from .verify import verify_by_loader
 
@@ -113,7 +113,7 @@ def load(
     target_device = device_from(device)
     began = time.perf_counter()
     done = Execution()
-    with without_collection(), ExitStack() as stack:
+    with without_collection(), refusing(source), ExitStack() as stack:
         if isinstance(source, (str, os.PathLike, Mapping, nn.Module)):
             source = open_source(source)
             stack.callback(source.close)
