@@ -243,7 +243,7 @@ def test_a_child_takes_the_address_after_its_parent_let_go(address):
         os.close(one)
 
 
-# Plain consumers.
+# hw.load.
 
 
 def test_a_load_that_does_not_fit_is_told_at_once_and_the_worker_may_go_on(address):
@@ -262,3 +262,26 @@ def test_a_load_that_does_not_fit_is_told_at_once_and_the_worker_may_go_on(addre
         sending.send(new, version=2)
         worker.result()
     assert torch.equal(model.weight, new.weight)
+
+
+def test_a_load_that_fails_after_the_last_tensor_takes_no_version(address):
+    tied = nn.ModuleDict({"a": nn.Linear(4, 4, bias=False), "b": nn.Linear(4, 4, bias=False)})
+    tied["b"].weight = tied["a"].weight
+    content = {"a.weight": torch.zeros(4, 4), "b.weight": torch.ones(4, 4)}
+    with sender(address) as sending, receiver(address) as source:
+        worker = Thread(lambda: hw.load(tied, source))
+        with pytest.raises(hw.TransferAborted, match="differ in the source"):
+            sending.send(content, version=1)
+        with pytest.raises(hw.TiedWeightsDiffer):
+            worker.result()
+
+
+def test_a_load_is_sent_what_it_needs_and_no_more(address):
+    model = nn.Linear(4, 4)
+    content = {**nn.Linear(4, 4).state_dict(), "draft.weight": torch.ones(1000)}
+    with sender(address) as sending, receiver(address) as source:
+        worker = Thread(lambda: hw.load(model, source, allow_unexpected="draft.*"))
+        report = sending.send(content, version=1)
+        worker.result()
+    assert (report.tensors, report.nbytes) == (2, 80)
+    assert torch.equal(model.weight, content["weight"])

@@ -27,7 +27,7 @@ class Receiver:
 
     Whatever asks for the manifest, or streams, when no version is under way waits for the next one. Each version is
     streamed once. ``LiveModel.update`` takes part in the group's decision: the model becomes version M only if every
-    member's does. For all others a version is taken when its stream has ended without an error; who leaves it early
+    member's does; ``hotweights.load`` too, but it puts nothing back. For all others a version is taken when its stream has ended without an error; who leaves it early
     refuses it, and so does an exception within its ``with``, or that of the receiver, whose text the sender gets.
     """
 
