@@ -26,9 +26,10 @@ class Receiver:
     """Takes the versions that a ``Sender`` on this host sends, one after another. A source; a context manager.
 
     Whatever asks for the manifest, or streams, when no version is under way waits for the next one. Each version is
-    streamed once. ``LiveModel.update`` takes part in the group's decision: the model becomes version M only if every
-    member's does; ``hotweights.load`` too, but it puts nothing back. For all others a version is taken when its stream has ended without an error; who leaves it early
-    refuses it, and so does an exception within its ``with``, or that of the receiver, whose text the sender gets.
+    streamed once. ``LiveModel.update`` takes part in the group's decision: the model becomes version M only if
+    every member's does; ``hotweights.load`` too, but it puts nothing back. For all others a version is taken when
+    its stream has ended without an error; who leaves it early refuses it, and so does an exception within its
+    ``with``, or that of the receiver, whose text the sender gets.
     """
 
     def __init__(self, address: str, *, timeout: float = 60.0, offer_timeout: float = 3600.0) -> None:
