@@ -125,6 +125,24 @@ def test_a_path_can_be_sent_and_what_holds_no_pairs_cannot(address, tmp_path):
                 sending.send(wrong, version=2)
 
 
+@pytest.mark.parametrize("as_stream", [False, True])
+def test_a_wrapper_is_refused_and_never_read_at_its_null_address(as_stream, address):
+    from torch.testing._internal.two_tensor import TwoTensor  # as DTensor is: its bytes lie in others
+
+    content = {"a": torch.ones(3), "b": TwoTensor(torch.ones(3), torch.ones(3))}
+    manifest = hw.Manifest(hw.TensorSpec(name, torch.float32, (3,)) for name in content) if as_stream else None
+    with sender(address) as sending, receiver(address) as source:
+        worker = Thread(lambda: dict(source.tensors()))
+        with pytest.raises(hw.UsageError, match=r"TwoTensor .*full_tensor"):
+            sending.send(iter(content.items()), version=1, manifest=manifest)
+        if as_stream:
+            with pytest.raises(hw.TransferAborted, match="TwoTensor"):
+                worker.result()
+        else:
+            sending.send({"c": torch.ones(1)}, version=2)
+            worker.result()
+
+
 # Wishes.
 
 

@@ -13,14 +13,16 @@ from typing import Literal, get_args
 import torch
 
 from ..errors import Closed, UnknownName, UsageError
+from ..live.wrappers import is_wrapper
 from ..manifest import Manifest
 from ..progress import progress
 from ..sources import open as open_source
-from ..sources.contracts import Source
+from ..sources.contracts import InMemory, Source
 from ..sources.iterators import from_iterator
 from ..sources.state import StateSource
 from .address import path_of
 from .group import Group
+from .parts import wrapped
 from .report import SendReport
 from .round import Round
 from .slots import WriteSlots
@@ -119,6 +121,7 @@ class Sender:
         """
         _check_version(version)
         with self._alone(), _opened(tensors, manifest) as source:
+            _check_bare(source)
             members = self._group.gather(self._receivers if receivers is None else receivers)
             self._update += 1
             with progress("sending", source.manifest.nbytes, show=show_progress) as advance:
@@ -209,6 +212,13 @@ def _collected(pairs: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Ten
     if twice:
         raise UsageError(f"two tensors have one name: {', '.join(sorted(twice))}")
     return found
+
+
+def _check_bare(source: Source) -> None:
+    if isinstance(source, InMemory):
+        found = ((name, source.borrow(name)) for name in source.manifest)
+        if odd := [f"{name}: {wrapped(tensor)}" for name, tensor in found if is_wrapper(tensor)]:
+            raise UsageError("; ".join(odd[:10]) + (f"; and {len(odd) - 10} more" if len(odd) > 10 else ""))
 
 
 def _check_version(version: object) -> None:
