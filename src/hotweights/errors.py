@@ -142,7 +142,9 @@ class PlanDiffers(_Problems):
 
 
 class TiedWeightsDiffer(_Problems):
-    """Names that share one tensor in the model carry different bytes. Raised before the first write."""
+    """Names that share one tensor in the model carry different bytes. Raised before the first write,
+    or, where they come in a stream, at its end.
+    """
 
 
 class SourceError(_Problems):

@@ -26,12 +26,12 @@ from .fit import check
 from .manifest import Manifest
 from .memory import Pool
 from .modules import Survey, materialise, places, survey
-from .plan import Copy, Fate, LoadPlan, Order, Patterns, Program
+from .plan import Copy, Fate, LoadPlan, Order, Patterns, Program, sources_of
 from .progress import progress
 from .report import LoadReport, size
 from .sources import Addressed, IteratorSource, Reading, Source
 from .sources import open as open_source
-from .sources.contracts import InMemory
+from .sources.contracts import Deciding, InMemory, refusing
 from .trace import by_name, loader_of, trace
 from .verify import verify_by_loader
 
@@ -95,7 +95,8 @@ def load(
     Raises:
         CheckpointError: the checkpoint is broken; the model is unharmed.
         PlanError: source and model do not fit; the model is unharmed.
-        TiedWeightsDiffer: names of one tensor carry different bytes; the model is unharmed.
+        TiedWeightsDiffer: names of one tensor carry different bytes; the model is unharmed, or holds those of one name
+            where the source is a stream.
         CheckpointChanged: a file changed while it was read.
         UsageError: an argument is of the wrong kind; the model is unharmed.
         IncompleteLoad: loading fell back to the model's own code, which left something unwritten.
@@ -113,7 +114,7 @@ def load(
     target_device = device_from(device)
     began = time.perf_counter()
     done = Execution()
-    with without_collection(), ExitStack() as stack:
+    with without_collection(), refusing(source), ExitStack() as stack:
         if isinstance(source, (str, os.PathLike, Mapping, nn.Module)):
             source = open_source(source)
             stack.callback(source.close)
@@ -144,6 +145,8 @@ def load(
             if pool is None:
                 pool = stack.enter_context(Pool(device=_slowest(destinations)))
             advance = stack.enter_context(progress("loading", nbytes, show=show_progress))
+            if isinstance(source, Deciding):
+                source.wanted(_used(plan))
             kept = execute(
                 plan, source, destinations, done, pool=pool, reading=reading, threads=threads, advance=advance
             )
@@ -151,6 +154,8 @@ def load(
                 fall_back(plan, model, source, kept, done, pool=pool, advance=advance)
             if verify == "loader":
                 _verify(plan, model, source, destinations, pool)
+            if isinstance(source, Deciding):  # Not before all of it is loaded and proven.
+                stack.enter_context(source.decision())
         return _report(plan, done, pool, time.perf_counter() - began)
 
 
@@ -183,6 +188,13 @@ def _verify(
         verify_by_loader(plan, model, load, destinations, partial(owned, source, read=dict))
     else:
         raise UsageError('verify="loader" needs a source that can be asked for a tensor twice; this one only streams')
+
+
+def _used(plan: LoadPlan) -> list[str]:
+    """The tensors that are needed, in the plan's order."""
+    moved = (name for step in plan.steps for name in sources_of(step))
+    compared = (step.source for pair in plan.ties for step in pair)
+    return list(dict.fromkeys((*moved, *compared, *plan.fallback)))
 
 
 def _bytes_to_read(plan: LoadPlan, source: Source) -> int:

@@ -126,10 +126,13 @@ def shared(wishes: Sequence[tuple[Range, ...]]) -> list[tuple[Range, frozenset[i
     found: list[tuple[_Cell, frozenset[int]]] = []
     for rows in _between(edge for cell in cells for edge in cell[:2]):
         for columns in _between(edge for cell in cells for edge in cell[2:]):
-            asking = frozenset(owners[place] for place in _asking((*rows, *columns), cells))
+            asking = frozenset(_asking((*rows, *columns), cells))
             if asking:
                 _append(found, (*rows, *columns), asking)
-    return [(_grid(r0 * stride + c0, c1 - c0, r1 - r0, stride), asking) for (r0, r1, c0, c1), asking in found]
+    return [
+        (_grid(r0 * stride + c0, c1 - c0, r1 - r0, stride), frozenset(owners[place] for place in asking))
+        for (r0, r1, c0, c1), asking in found
+    ]
 
 
 _Cell = tuple[int, int, int, int]  # first row, the row behind the last; first column, the column behind the last
@@ -170,7 +173,7 @@ def _asking(cell: _Cell, cells: Sequence[_Cell]) -> list[int]:
 
 
 def _append(found: list[tuple[_Cell, frozenset[int]]], cell: _Cell, asking: frozenset[int]) -> None:
-    """Add a cell, or widen the last one where it lies beside it and the same want it."""
+    """Add a cell, or widen the last one where it lies beside it and in the same ranges: a piece never spans two."""
     if found:
         (r0, r1, c0, c1), before = found[-1]
         if before == asking and (r0, r1, c1) == cell[:3]:

@@ -19,12 +19,12 @@ from ..memory import Pool
 from ..modules import Place, materialise, places
 from ..plan import Patterns, matches
 from ..progress import progress
-from ..sources.contracts import Addressed, Deciding, Reading, Source
+from ..sources.contracts import Addressed, Deciding, Reading, Source, refusing
 from .accounting import OpenLayers
 from .compiled import refuse_frozen
 from .hooks import Hooks
 from .known import Known
-from .opening import AnySource, opened, refusing, version_of
+from .opening import AnySource, opened, version_of
 from .plans import Options
 from .processing import Job
 from .report import UpdateReport

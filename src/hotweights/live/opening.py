@@ -11,10 +11,10 @@ from torch import nn
 
 from ..errors import UsageError
 from ..sources import open as open_source
-from ..sources.contracts import Deciding, Source
+from ..sources.contracts import Source
 from ..sources.iterators import IteratorSource
 
-__all__ = ["AnySource", "opened", "refusing", "version_of"]
+__all__ = ["AnySource", "opened", "version_of"]
 
 AnySource = str | os.PathLike[str] | Mapping[str, torch.Tensor] | nn.Module | Source
 
@@ -40,14 +40,3 @@ def opened(source: AnySource) -> Iterator[Source]:
         raise UsageError(
             f"a source is a path, a mapping of tensors, a module or a Source; found {type(source).__name__}"
         )
-
-
-@contextmanager
-def refusing(source: object) -> Iterator[None]:
-    """A group that waits for a live model is told of any failure inside, whatever it was."""
-    try:
-        yield
-    except BaseException as error:
-        if isinstance(source, Deciding):
-            source.refuse(error)
-        raise

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Literal, Protocol, runtime_checkable
 
@@ -21,7 +21,7 @@ from ..manifest import Manifest
 from ..memory import Lease, Pool
 from ..ranges import Range
 
-__all__ = ["Addressed", "Deciding", "InMemory", "Read", "Reading", "Sink", "Source", "Stream", "Wish"]
+__all__ = ["Addressed", "Deciding", "InMemory", "Read", "Reading", "Sink", "Source", "Stream", "Wish", "refusing"]
 
 Reading = Literal["auto", "buffered", "direct"]
 """How files are read: ``buffered`` through the page cache, ``direct`` around it, ``auto`` by what is cached."""
@@ -158,3 +158,14 @@ class Deciding(Protocol):
 
     def refuse(self, error: BaseException) -> None:
         """Tell the group that this version cannot be taken, and why. Does nothing when it is decided."""
+
+
+@contextmanager
+def refusing(source: object) -> Iterator[None]:
+    """A group that waits for whoever loads is told of any failure inside, whatever it was."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(source, Deciding):
+            source.refuse(error)
+        raise

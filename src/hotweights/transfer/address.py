@@ -10,7 +10,7 @@ import stat
 import struct
 import threading
 
-from ..errors import AddressTaken, ProtocolError, UsageError
+from ..errors import AddressTaken, ProtocolError, TransferError, UsageError
 
 __all__ = ["Listener", "check_peer", "connect", "path_of"]
 
@@ -51,13 +51,20 @@ def check_peer(peer: socket.socket) -> int:
 
 
 def connect(path: str) -> socket.socket | None:
-    """A connection to whoever listens there; ``None`` while nobody does. The caller closes it."""
+    """A connection to whoever listens there; ``None`` while nobody does. The caller closes it.
+
+    Raises:
+        TransferError: nobody can, as things are: a part of the path is no directory, or this user may not enter.
+    """
     found = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
     try:
         found.connect(path)
     except (FileNotFoundError, ConnectionRefusedError, BlockingIOError):
         found.close()
         return None
+    except OSError as error:
+        found.close()
+        raise TransferError(f"nobody can connect to {path}: {error}") from error
     except BaseException:
         found.close()
         raise
@@ -76,7 +83,7 @@ class Listener:
 
         Raises:
             AddressTaken: another sender holds it; says which process.
-            UsageError: others may enter the directory, or something else lies at the path.
+            UsageError: others may enter the directory, it cannot be made, or something else lies at the path.
         """
         self._path = os.path.realpath(path)
         self._lock = -1
@@ -87,10 +94,14 @@ class Listener:
             self._lock = _lock(self._path)
             self._ours.append(_lock_path(self._path))
             _remove_stale(self._path)
-            self.socket.bind(self._path)
+            # The kernel takes short paths only; a relative one may name a place whose absolute one is longer.
+            self.socket.bind(self._path if len(os.fsencode(self._path)) <= _LONGEST else path)
             self._ours.append(self._path)
             os.chmod(self._path, 0o600)
             self.socket.listen(_BACKLOG)
+        except OSError as error:
+            self.close()
+            raise UsageError(f"nobody can listen at {path}: {error}") from error
         except BaseException:
             self.close()
             raise
@@ -121,6 +132,7 @@ class Listener:
         self.socket.close()
         if self._lock >= 0:
             os.close(self._lock)
+            _held.discard(self._path)  # The parent holds it, by the kernel's lock; this process does not.
         self._lock = -1
 
 

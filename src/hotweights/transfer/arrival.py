@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..errors import ProtocolError
+from ..errors import ProtocolError, UsageError
 from ..manifest import TensorSpec
 from ..ranges import Range, disjoint, within
 from .parts import over
@@ -62,6 +62,17 @@ class Arrival:
         self._seen.append(part)
         self._high = max(self._high, part.stop)
         self._left -= part.size
+
+    def place(self, room: torch.Tensor) -> None:
+        """Have its bytes go into room of the consumer's.
+
+        Raises:
+            UsageError: that is not what a wish promises.
+        """
+        if room.dtype != torch.uint8 or room.numel() != self.nbytes or not (room.is_cpu and room.is_contiguous()):
+            found = f"{room.dtype} {list(room.shape)} on {room.device}"
+            raise UsageError(f"{self.spec.name}: {self.nbytes} contiguous bytes of room were wished for, not {found}")
+        self.memory, self.placed = room, True
 
     def room(self, part: Range) -> torch.Tensor:
         """Where the bytes of a part go; of one dimension where they lie together, else runs by bytes."""

@@ -50,9 +50,9 @@ class Channel:
         A dead peer is not noticed here: reading says so, and what it said last.
         """
         update = self.session.update if update is None else update
+        frame = encode(update, message, len(descriptors))  # First: what cannot be said was not said.
         if not isinstance(message, Broken):
             self.session.sent(kind_of(message), update)
-        frame = encode(update, message, len(descriptors))
         self._out.append((memoryview(frame), tuple(descriptors)))
         self.flush()
 
@@ -141,7 +141,9 @@ class Channel:
                 found = array.array("i")
                 found.frombytes(data[: len(data) - len(data) % found.itemsize])
                 self._descriptors.extend(found)
-        if flags & socket.MSG_CTRUNC or len(self._descriptors) > _MANY:
+        if flags & socket.MSG_CTRUNC:
+            raise ProtocolError("descriptors came and were lost: too many, or this process may open no more")
+        if len(self._descriptors) > _MANY:
             raise ProtocolError("more descriptors came than the protocol knows")
         if not raw:
             raise PeerLost("the other side is gone" + (", in the middle of a frame" if self._in else ""))

@@ -190,9 +190,12 @@ def encode(update: int, message: Message, descriptors: int = 0) -> bytes:
     """The bytes of a frame.
 
     Raises:
-        UsageError: it is larger than any receiver takes.
+        UsageError: it is larger than any receiver takes, or holds what is no text.
     """
-    body = _encoder.encode(message)
+    try:
+        body = _encoder.encode(message)
+    except UnicodeEncodeError as error:
+        raise UsageError(f"a name or a version is no text that can be sent: {error}") from error
     if len(body) > MAX_FRAME:
         raise UsageError(f"a message of {len(body)} bytes is too large; {MAX_FRAME} is the most. Send fewer tensors")
     return HEADER.pack(_MAGIC, PROTOCOL, descriptors, update, len(body)) + body

@@ -8,21 +8,34 @@ from collections.abc import Iterator
 import torch
 from xxhash import xxh3_64, xxh3_64_intdigest
 
+from ..errors import UsageError
+from ..live.wrappers import is_wrapper
 from ..memory import buffer
 from ..ranges import Range
 
-__all__ = ["copy_out", "flat", "over", "parts", "put"]
+__all__ = ["copy_out", "flat", "over", "parts", "put", "wrapped"]
 
 _BLOCK = 512 * 1024  # bytes; what was just copied is still in the second cache when it is hashed
 _SAME_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
 
 def flat(tensor: torch.Tensor) -> torch.Tensor:
-    """Something to copy from: the same bytes in row-major order, ``uint8 [nbytes]`` where they lie so already."""
+    """Something to copy from: the same bytes in row-major order, ``uint8 [nbytes]`` where they lie so already.
+
+    Raises:
+        UsageError: it is a wrapper, whose bytes lie in other tensors.
+    """
+    if is_wrapper(tensor):  # Its address is null: reading there kills the process.
+        raise UsageError(wrapped(tensor))
     plain = tensor.detach().resolve_conj().resolve_neg()
     if plain.is_contiguous():
         return plain.reshape(-1).view(torch.uint8)
     return plain.view(_SAME_WIDTH[plain.element_size()])  # Not every dtype can be copied; these can.
+
+
+def wrapped(tensor: torch.Tensor) -> str:
+    """What to say of a wrapper that was to be sent."""
+    return f"a {type(tensor).__name__} has no bytes of its own; send what it holds, or its full_tensor()"
 
 
 def parts(tensor: torch.Tensor, limit: int) -> Iterator[tuple[int, torch.Tensor]]:

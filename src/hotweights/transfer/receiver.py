@@ -26,9 +26,10 @@ class Receiver:
     """Takes the versions that a ``Sender`` on this host sends, one after another. A source; a context manager.
 
     Whatever asks for the manifest, or streams, when no version is under way waits for the next one. Each version is
-    streamed once. ``LiveModel.update`` takes part in the group's decision: the model becomes version M only if every
-    member's does. For all others a version is taken when its stream has ended without an error; who leaves it early
-    refuses it, and so does an exception within its ``with``, or that of the receiver, whose text the sender gets.
+    streamed once. ``LiveModel.update`` takes part in the group's decision: the model becomes version M only if
+    every member's does; ``hotweights.load`` too, but it puts nothing back. For all others a version is taken when
+    its stream has ended without an error; who leaves it early refuses it, and so does an exception within its
+    ``with``, or that of the receiver, whose text the sender gets.
     """
 
     def __init__(self, address: str, *, timeout: float = 60.0, offer_timeout: float = 3600.0) -> None:
@@ -39,7 +40,7 @@ class Receiver:
             timeout: seconds that each single wait within an update may take.
             offer_timeout: seconds to wait for the next version.
         """
-        if min(timeout, offer_timeout) <= 0:
+        if not (timeout > 0 and offer_timeout > 0):
             raise UsageError(f"waits take some time; got {timeout:g} and {offer_timeout:g} s")
         self.address = address
         self._uplink = Uplink(path_of(address))
@@ -109,7 +110,7 @@ class Receiver:
             TransferError: the sender is lost and had not decided: nobody takes the version.
         """
         taking = self._offered()
-        with held_back(self._uplink.wake) as interruption:
+        with held_back(self._uplink.wake) as interruption, taking.deciding():
             taking.prepare(interruption)
             try:
                 yield
@@ -124,7 +125,10 @@ class Receiver:
             self._taking.refuse(error)
 
     def close(self) -> None:
-        """Refuse what is under way, end every wait, let go. May be called twice, and by any thread."""
+        """Refuse what is under way, end every wait, let go. May be called twice, and by any thread.
+
+        A commit that the group decided on is not cut short: another thread's is waited for.
+        """
         self._closed = True
         self._uplink.stop()
         taking = self._taking

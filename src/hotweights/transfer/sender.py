@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import threading
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,13 +13,16 @@ from typing import Literal, get_args
 import torch
 
 from ..errors import Closed, UnknownName, UsageError
+from ..live.wrappers import is_wrapper
 from ..manifest import Manifest
 from ..progress import progress
-from ..sources.contracts import Source
+from ..sources import open as open_source
+from ..sources.contracts import InMemory, Source
 from ..sources.iterators import from_iterator
 from ..sources.state import StateSource
 from .address import path_of
 from .group import Group
+from .parts import wrapped
 from .report import SendReport
 from .round import Round
 from .slots import WriteSlots
@@ -28,7 +32,9 @@ __all__ = ["OnLost", "Sendable", "Sender"]
 OnLost = Literal["abort", "drop"]
 """What becomes of an update when a receiver is lost: nobody takes it, or the others do."""
 
-Sendable = Mapping[str, torch.Tensor] | torch.nn.Module | Source | Iterable[tuple[str, torch.Tensor]]
+Sendable = (
+    str | os.PathLike[str] | Mapping[str, torch.Tensor] | torch.nn.Module | Source | Iterable[tuple[str, torch.Tensor]]
+)
 
 
 class Sender:
@@ -66,7 +72,7 @@ class Sender:
         """
         if on_lost not in get_args(OnLost):
             raise UnknownName("on_lost", on_lost, get_args(OnLost))
-        if receivers < 1 or timeout <= 0:
+        if receivers < 1 or not timeout > 0:
             raise UsageError(f"at least one receiver and some time are needed; got {receivers} and {timeout:g} s")
         path = path_of(address)
         self.address = address
@@ -82,6 +88,7 @@ class Sender:
         # first as it comes and refuse what is not larger from then on.
         self._update = secrets.randbits(62)
         self._sending = threading.Lock()
+        self._thread: int | None = None  # the one that sends; it alone changes this
         self._closed = False
 
     def send(
@@ -98,8 +105,8 @@ class Sender:
         A tensor is read only while this runs: before it returns nobody may change it, afterwards everybody may.
 
         Args:
-            tensors: a mapping, a module or a source; or pairs of name and tensor, which go out in their own order. A
-                generator without ``manifest`` is read to its end first, and its tensors are kept until then.
+            tensors: a mapping, a module, a source or a path; or pairs of name and tensor, which go out in their own
+                order. A generator without ``manifest`` is read to its end first, and its tensors are kept until then.
             version: its name.
             manifest: what a generator will give.
             receivers: how many must be there this time.
@@ -114,6 +121,7 @@ class Sender:
         """
         _check_version(version)
         with self._alone(), _opened(tensors, manifest) as source:
+            _check_bare(source)
             members = self._group.gather(self._receivers if receivers is None else receivers)
             self._update += 1
             with progress("sending", source.manifest.nbytes, show=show_progress) as advance:
@@ -129,9 +137,15 @@ class Sender:
                 ).run(source, version)
 
     def close(self) -> None:
-        """Let go of the address and the memory. A ``send`` in another thread is aborted. May be called twice."""
+        """Let go of the address and the memory. May be called twice, and by any thread.
+
+        A ``send`` that runs is aborted. In its own thread, by a handler of a signal or by what is sent, this returns at
+        once, and ``send`` lets go when it ends.
+        """
         self._closed = True
         self._group.stop()
+        if self._thread == threading.get_ident():  # It would wait for itself.
+            return
         with self._sending:  # Whoever sends is on the way out: every wait of it has ended.
             self._group.close()
             self._slots.close()
@@ -156,17 +170,21 @@ class Sender:
         try:
             if self._closed:
                 raise Closed("this sender was closed")
+            self._thread = threading.get_ident()
             yield
         finally:
+            self._thread = None
             self._sending.release()
+            if self._closed:
+                self.close()
 
 
 @contextmanager
 def _opened(tensors: Sendable, manifest: Manifest | None) -> Iterator[Source]:
     """What is to be sent, as a source; one that is made here is closed here."""
-    if isinstance(tensors, (Mapping, torch.nn.Module)):
-        with StateSource(tensors) as state:
-            yield state
+    if isinstance(tensors, (str, os.PathLike, Mapping, torch.nn.Module)):
+        with open_source(tensors) as found:
+            yield found
     elif isinstance(tensors, Source):
         yield tensors
     elif not isinstance(tensors, Iterable):
@@ -184,13 +202,23 @@ def _collected(pairs: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Ten
     """The tensors themselves, not copies."""
     found: dict[str, torch.Tensor] = {}
     twice = set()
-    for name, tensor in pairs:
+    for pair in pairs:
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise UsageError(f"a mapping or pairs of name and tensor can be sent; this holds a {type(pair).__name__}")
+        name, tensor = pair
         if name in found:
             twice.add(name)
         found[name] = tensor
     if twice:
         raise UsageError(f"two tensors have one name: {', '.join(sorted(twice))}")
     return found
+
+
+def _check_bare(source: Source) -> None:
+    if isinstance(source, InMemory):
+        found = ((name, source.borrow(name)) for name in source.manifest)
+        if odd := [f"{name}: {wrapped(tensor)}" for name, tensor in found if is_wrapper(tensor)]:
+            raise UsageError("; ".join(odd[:10]) + (f"; and {len(odd) - 10} more" if len(odd) > 10 else ""))
 
 
 def _check_version(version: object) -> None:

@@ -10,7 +10,7 @@ import warnings
 
 import torch
 
-from ..errors import ProtocolError, UsageError
+from ..errors import ProtocolError, TransferError, UsageError
 from ..memory import ALIGNMENT, PAGE
 
 __all__ = ["ReadSlots", "WriteSlots", "aligned"]
@@ -35,14 +35,18 @@ class WriteSlots:
     """
 
     def __init__(self, slots: int, slot_nbytes: int) -> None:
+        """Take the memory now, all of it.
+
+        Raises:
+            TransferError: there is not so much.
+        """
         if slots < 1 or slot_nbytes < 1:
             raise UsageError(f"at least one slot of one byte is needed; got {slots} slots of {slot_nbytes} bytes")
         self.slot_nbytes = -(-slot_nbytes // PAGE) * PAGE
         nbytes = slots * self.slot_nbytes
-        self.descriptor = os.memfd_create("hotweights-slots", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        self.descriptor = -1
         try:
-            os.posix_fallocate(self.descriptor, 0, nbytes)  # What is not there is missed here, not by SIGBUS later.
-            region = mmap.mmap(self.descriptor, nbytes)
+            region = self._region(nbytes)
             whole = torch.frombuffer(region, dtype=torch.uint8)
             whole.zero_()  # Touched once: page faults cost more than copies.
             self.write_protected = _seal(self.descriptor)
@@ -50,6 +54,14 @@ class WriteSlots:
             self.close()
             raise
         self.memories: tuple[torch.Tensor, ...] = torch.split(whole, self.slot_nbytes)
+
+    def _region(self, nbytes: int) -> mmap.mmap:
+        try:
+            self.descriptor = os.memfd_create("hotweights-slots", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            os.posix_fallocate(self.descriptor, 0, nbytes)  # What is not there is missed here, not by SIGBUS later.
+            return mmap.mmap(self.descriptor, nbytes)
+        except (OSError, OverflowError) as error:
+            raise TransferError(f"shared memory of {nbytes} bytes for the slots cannot be had: {error}") from error
 
     def close(self) -> None:
         """Let go. May be called twice."""
@@ -81,6 +93,7 @@ class ReadSlots:
 
         Raises:
             ProtocolError: it is smaller than promised, or may become so: then reading could kill the process.
+            TransferError: this process has no room for them.
         """
         nbytes = slots * slot_nbytes
         try:
@@ -92,7 +105,10 @@ class ReadSlots:
         found = os.fstat(descriptor).st_size
         if slots < 1 or slot_nbytes < 1 or found < nbytes:
             raise ProtocolError(f"{slots} slots of {slot_nbytes} bytes were promised; the memory has {found} bytes")
-        region = mmap.mmap(descriptor, nbytes, mmap.MAP_SHARED | mmap.MAP_POPULATE, mmap.PROT_READ)
+        try:
+            region = mmap.mmap(descriptor, nbytes, mmap.MAP_SHARED | mmap.MAP_POPULATE, mmap.PROT_READ)
+        except OSError as error:
+            raise TransferError(f"{slots} slots of {slot_nbytes} bytes cannot be mapped: {error}") from error
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # torch has no read-only tensors, and says so.
             whole = torch.frombuffer(region, dtype=torch.uint8)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Generator, Iterable
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -47,7 +49,7 @@ from .parts import copy_out
 from .private import Private
 from .states import State
 from .uplink import Uplink
-from .waiting import left
+from .waiting import holding, left
 
 __all__ = ["Taking"]
 
@@ -88,6 +90,7 @@ class Taking:
         self._missing: set[int] = set()
         self._kept: Lease | None = None  # the last one in private memory
         self._held: list[tuple[int, list[Lease]]] = []  # slots, and leases whose events may have yet to happen
+        self._deciding = threading.RLock()  # held by whoever decides, refuses or commits
         self._interrupted: BaseException | None = None  # by what, after the group had decided to commit
 
     @property
@@ -132,7 +135,7 @@ class Taking:
         self._missing = set(self._wishes)
         self._uplink.send(Accept(tuple(Wanted(number, wish.ranges or ()) for number, wish in self._wishes.items())))
         try:
-            while not isinstance(message := self._next(self._timeout, self._is_cancelled), End):
+            while not isinstance(message := self._next(self._timeout, lambda: self.cancelled), End):
                 assert isinstance(message, Filled), "the table lets nothing else pass"
                 yield from self._slot(message, guard)
             self._settle()
@@ -144,7 +147,7 @@ class Taking:
             self.fail(error)
             raise
         if not self._decides:
-            with held_back(self._uplink.wake) as interruption:
+            with held_back(self._uplink.wake) as interruption, self.deciding():
                 self.prepare(interruption)
                 self.done(None)
 
@@ -221,8 +224,7 @@ class Taking:
         into = self._wishes[arrival.number].into
         room = None if into is None or guard != "off" else into()
         if room is not None:
-            assert (room.dtype, room.numel()) == (torch.uint8, arrival.nbytes), "not the room that was promised"
-            arrival.memory, arrival.placed = room, True
+            arrival.place(room)
 
     def _copy(self, raw: torch.Tensor, part: Part, arrival: Arrival) -> None:
         found = copy_out(raw, arrival.room(part.range), hashed=self._hashing)
@@ -277,6 +279,10 @@ class Taking:
             raise ProtocolError(f"the sender ended, and these never came: {names}")
 
     # The decision.
+
+    def deciding(self) -> AbstractContextManager[None]:
+        """Inside, no other thread refuses or ends this; ``close`` may come at any time."""
+        return holding(self._deciding, self._uplink.patience + self._timeout)
 
     def prepare(self, interruption: Interruption) -> None:
         """Say that a commit cannot fail from here on, and wait for the group's decision. Returns if it is to commit.
@@ -337,18 +343,20 @@ class Taking:
 
     def refuse(self, error: BaseException) -> None:
         """Tell the sender why this version cannot be taken; whatever it wrote is put back. Nothing when it is over."""
-        if self._over:
-            return
+        with self.deciding():
+            if not self._over:
+                self._refuse(error)
+
+    def _refuse(self, error: BaseException) -> None:
         try:
             self._say_no(error)
             while self.state is not State.ABORTED:  # Slots may be under way still.
                 self._uplink.receive(time.monotonic() + self._timeout, meanwhile=self._give_back)
             self._put_back()
-        except (TransferError, Closed) as failure:
-            self._end_with(failure)
         except BaseException as failure:
             self._end_with(failure)
-            raise
+            if not isinstance(failure, (TransferError, Closed)):
+                raise
 
     def leave(self) -> None:
         """The consumer went away; if that was before the end, it refuses."""
@@ -374,10 +382,8 @@ class Taking:
             raise TransferAborted("the update was aborted", [frame.message.reason])
         return frame.message
 
-    def _is_cancelled(self) -> bool:
-        return self.cancelled
-
     def _require(self, state: State, otherwise: str) -> None:
+        self._uplink.check_open()
         if self._over or self.state is not state:
             raise UsageError(f"version {self.version!r} {'is over' if self._over else otherwise}")
 

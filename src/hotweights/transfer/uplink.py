@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from ..errors import Closed, PeerLost, ProtocolError, TransferTimeout
+from ..errors import Closed, PeerLost, ProtocolError, TransferError, TransferTimeout
 from .address import check_peer, connect
 from .channel import Channel
 from .messages import Abort, Done, Frame, Hello, Message, Offer, Welcome
@@ -51,8 +51,11 @@ class Uplink:
     @property
     def slots(self) -> ReadSlots:
         """What the sender writes into."""
-        assert self._slots is not None, "nobody streams before the welcome"
-        return self._slots
+        slots = self._slots
+        if slots is None:  # Another thread closed the receiver between two tensors.
+            self.check_open()
+            raise PeerLost("the connection to the sender is gone")
+        return slots
 
     def offer(self, seconds: float) -> Frame:
         """Wait for the next offer, connecting as often as it takes. Its descriptor is the caller's.
@@ -60,6 +63,7 @@ class Uplink:
         Raises:
             TransferTimeout: none came in time.
             ProtocolError: the sender speaks another protocol, or belongs to another user.
+            TransferError: nobody can connect there, or the slots cannot be mapped.
             Closed: ``stop`` was called.
         """
         deadline = time.monotonic() + seconds
@@ -98,7 +102,7 @@ class Uplink:
         """
         with self._using:
             while True:
-                self._check_open(stop)
+                self.check_open(stop)
                 channel = self._channel
                 if channel is None:
                     raise PeerLost("the connection to the sender is gone")
@@ -138,7 +142,7 @@ class Uplink:
             Closed: ``stop`` was called.
         """
         self._waker.wait((), seconds, lambda: self._stopped)
-        self._check_open()
+        self.check_open()
 
     def wake(self) -> None:
         """Have the running wait ask its ``stop`` again."""
@@ -156,7 +160,12 @@ class Uplink:
             self.drop("the receiver was closed")
             self._waker.close()
 
-    def _check_open(self, stop: Callable[[], bool] = bool) -> None:
+    def check_open(self, stop: Callable[[], bool] = bool) -> None:
+        """Whether waits are to go on.
+
+        Raises:
+            Closed: they are not.
+        """
         if self._stopped:
             raise Closed("this receiver was closed")
         if stop():
@@ -204,7 +213,7 @@ class Uplink:
         self.patience = welcome.timeout
         try:
             self._slots = ReadSlots(descriptor, welcome.slots, welcome.slot_nbytes)
-        except ProtocolError as error:
+        except TransferError as error:
             self.drop(str(error))
             raise
         finally:

@@ -1,19 +1,40 @@
-"""Waits on sockets that end: when one is ready, at a deadline, or by another thread. Nothing is read here."""
+"""Waits that end: for sockets, when one is ready, at a deadline, or by another thread; for a lock. It reads nothing."""
 
 from __future__ import annotations
 
 import os
 import select
 import socket
+import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
-__all__ = ["Waker", "left"]
+from ..errors import TransferTimeout
+
+__all__ = ["Waker", "holding", "left"]
+
+_LONGEST = 1e6  # seconds; the kernel counts milliseconds in an int, and whoever waits longer waits again
 
 
 def left(deadline: float) -> float:
     """Seconds until ``deadline`` on the monotonic clock, never negative."""
     return max(0.0, deadline - time.monotonic())
+
+
+@contextmanager
+def holding(lock: threading.RLock, seconds: float) -> Iterator[None]:
+    """Hold the lock inside.
+
+    Raises:
+        TransferTimeout: another thread held it all the time.
+    """
+    if not lock.acquire(timeout=min(seconds, threading.TIMEOUT_MAX)):
+        raise TransferTimeout(f"another thread did not end what it does to this version within {seconds:g} s")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class Waker:
@@ -43,7 +64,7 @@ class Waker:
             poll.register(one, select.POLLIN | (select.POLLOUT if write else 0))
         if stop():  # Whoever sets it wakes after that: looked at before the wait, it cannot be missed.
             return set()
-        ready = {descriptor for descriptor, _ in poll.poll(1000 * seconds)}
+        ready = {descriptor for descriptor, _ in poll.poll(1000 * min(seconds, _LONGEST))}
         if self._event in ready:
             os.eventfd_read(self._event)
         return ready - {self._event}
