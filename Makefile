@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 VLLM_VENV ?= .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 
-.PHONY: demo test test-vllm check lint bench clean
+.PHONY: demo test test-vllm test-vllm-part check lint bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/hotweights demo
@@ -13,9 +13,12 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
 
-# With a real vLLM engine on the CPU, in an environment of its own: some ten minutes, 2 GB.
+# With a real vLLM engine on the CPU, in an environment of its own: some ten minutes, 2 GB. The part: three minutes.
 test-vllm: $(VLLM_VENV)/.installed
 	$(VLLM_BIN)/python -m pytest tests/vllm
+
+test-vllm-part: $(VLLM_VENV)/.installed
+	$(VLLM_BIN)/python -m pytest tests/vllm -k "says and (llama or tied or mamba2) or caches or ranks"
 
 check: lint test
 

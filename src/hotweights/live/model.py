@@ -19,7 +19,7 @@ from ..memory import Pool
 from ..modules import Place, materialise, places
 from ..plan import Patterns, matches
 from ..progress import progress
-from ..sources.contracts import Addressed, Deciding, Reading, Source, refusing
+from ..sources.contracts import Addressed, Deciding, InMemory, Reading, Source, refusing
 from .accounting import OpenLayers
 from .compiled import refuse_frozen
 from .hooks import Hooks
@@ -302,8 +302,8 @@ class LiveModel:
             advance = stack.enter_context(progress("loading", nbytes, show=show_progress))
             roads = {"reading": reading, "threads": threads} if isinstance(source, Addressed) else {}
             with self._failing(work):
-                if isinstance(source, Deciding):
-                    source.wanted(work.wishes())
+                if isinstance(source, Deciding) and not isinstance(source, (Addressed, InMemory)):
+                    source.wanted(work.wishes())  # Of the others it is asked for what is wanted, tensor by tensor.
                 work.run(source, pool=pool, advance=advance, **roads)
             work.peak_buffer = pool.stats().peak * pool.slot_nbytes
             if isinstance(source, Deciding):

@@ -150,7 +150,8 @@ class Deciding(Protocol):
     def wanted(self, wishes: Iterable[str | Wish]) -> None:
         """Say, before the stream, what is wanted, best in this order; a name is all of its tensor.
 
-        Whoever says so decides too. Of a tensor that is wanted in part, a lease shows the rest undefined.
+        Whoever says so decides too. Of a tensor that is wanted in part, a lease shows the rest undefined. A source that
+        can be asked for any tensor (``Addressed``, ``InMemory``) is not told.
         """
 
     def decision(self) -> AbstractContextManager[None]:
