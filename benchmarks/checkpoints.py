@@ -13,7 +13,7 @@ import xxhash
 from safetensors.torch import save_file
 from torch import nn
 
-from hotweights.sources.checkpoint import open_shards
+from hotweights.sources.files.shards import open_shards
 
 _libc = ctypes.CDLL(None, use_errno=True)
 

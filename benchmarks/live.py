@@ -108,7 +108,7 @@ def open_bytes(options: argparse.Namespace) -> dict[str, list[tuple[float, int]]
     }
     found = {}
     # The processor plays the device: what counts as one is a single function.
-    with mock.patch("hotweights.live.accounting.is_device", lambda device: device.type != "meta"):
+    with mock.patch("hotweights.live.open_layers.is_device", lambda device: device.type != "meta"):
         for name, order in orders.items():
             live = LiveModel(model, process=lambda layer: None)
             new = model.state_dict()

@@ -110,7 +110,7 @@ def main() -> None:
 
 def find_again(model: nn.Module, promised: hw.Manifest, plan: hw.LoadPlan, rounds: int) -> float:
     """What a load with a cached plan pays to know that it is still the right one."""
-    from hotweights.cache import planned
+    from hotweights.loading.cache import planned
 
     planned(model, None, promised, (), lambda: plan)
 

@@ -44,8 +44,8 @@ from rich.table import Table
 from torch import nn
 
 import hotweights as hw
-from hotweights.plan import Copy, Program
-from hotweights.sources.checkpoint import open_shards
+from hotweights.plan.steps import Copy, Program
+from hotweights.sources.files.shards import open_shards
 
 # Buffers of vLLM's attention that checkpoints rarely carry: scales of the KV cache, with defaults.
 ATTENTION_SCALES = ("*._k_scale", "*._v_scale", "*._q_scale", "*._prob_scale")

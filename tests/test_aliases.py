@@ -2,7 +2,7 @@
 
 import torch
 
-from hotweights.aliases import overlaps, owners
+from hotweights.memory.aliases import overlaps, owners
 
 
 def test_tied_tensors_have_one_owner():

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import hotweights as hw
-from hotweights import execute
+from hotweights.loading import execute
 from hotweights.sources import READERS
 from hotweights.testing import Engine, ManualEvent, ReusedBuffer, assert_same_bits, engine_checkpoint, write_checkpoint
 

@@ -15,7 +15,7 @@ from hotweights.testing import assert_same_bits
 
 load = partial(hw.load, cache=True)  # By default only models that are loaded by name keep their plans.
 
-load_module = sys.modules["hotweights.load"]
+load_module = sys.modules["hotweights.loading.load"]
 FACTOR = 1.0
 
 

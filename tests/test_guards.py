@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from hotweights import BorrowedTensor, Pool, StaleLease, TensorSpec, UnknownName
-from hotweights.guards import TrapTensor, poison_byte
-from hotweights.manifest import FORMAT_DTYPES
+from hotweights.dtypes import FORMAT_DTYPES
+from hotweights.memory.guards import TrapTensor, poison_byte
 from hotweights.testing import ManualEvent
 
 SPEC = TensorSpec("layer.weight", torch.float32, (3, 4))

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from hotweights.dtypes import FORMAT_DTYPES, OpaqueDtype, format_name
 from hotweights.errors import UsageError
-from hotweights.manifest import FORMAT_DTYPES, Manifest, OpaqueDtype, TensorSpec, format_name
+from hotweights.manifest import Manifest, TensorSpec
 
 W = TensorSpec("w", torch.bfloat16, (3, 4))
 B = TensorSpec("b", torch.float32, ())

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import hotweights as hw
-from hotweights.plan import matches
+from hotweights.plan.patterns import matches
 
 NAMES = ["weight", "0.weight", "0.weight_scale", "experts[0].weight", "10.weight"]
 

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hotweights import Fate, LoadPlan, Manifest, OpaqueDtype, PlanError, TensorSpec, UnknownName, load, trace
-from hotweights.casts import is_lossless
-from hotweights.drafting import draft
-from hotweights.manifest import FORMAT_DTYPES
-from hotweights.plan import Copy, Target, matches, sources_of
-from hotweights.regions import Box, pieces, slices
+from hotweights.boxes import Box, pieces, slices
+from hotweights.dtypes import FORMAT_DTYPES, is_lossless
+from hotweights.plan.draft import draft
+from hotweights.plan.patterns import matches
+from hotweights.plan.steps import Copy, Target
 from hotweights.testing import assert_same_bits, write_checkpoint
 
 
@@ -243,7 +243,7 @@ class TestFused:
 
     def test_order(self, plan):
         def sources(made):
-            return [sources_of(step)[0] for step in made.steps]
+            return [step.sources[0] for step in made.steps]
 
         assert sources(plan.ordered("given")) == sources(plan)
         assert sources(plan.ordered("file")) == ["v", "a", "n", "n", "q", "k"]

@@ -12,9 +12,9 @@ from torch import nn
 
 import hotweights as hw
 from hotweights import LoadPlan, Manifest, OpaqueDtype, PlanError, PlanFileError, TensorSpec
-from hotweights.operations import operations
-from hotweights.plan import Op, Program
-from hotweights.regions import Box, Memory, Region
+from hotweights.boxes import Box, Memory, Region
+from hotweights.plan.saved.operations import operations
+from hotweights.plan.steps import Op, Program
 from hotweights.testing import assert_same_bits
 from tracing_idioms import IDIOMS, Model, weights
 

@@ -4,8 +4,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hotweights.boxes import box_of
 from hotweights.ranges import Range, disjoint, pieces_of, range_of, ranges_of, shared, within
-from hotweights.regions import box_of
 
 ROW = 24
 

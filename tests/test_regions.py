@@ -6,10 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hotweights as hw
-from hotweights.copying import reads_of
-from hotweights.plan import Copy
-from hotweights.regions import box_of, contiguous, covered, extent, meets, narrowed, runs
-from hotweights.replay import view
+from hotweights.boxes import box_of, contiguous, covered, extent, meets, narrowed, runs, view
+from hotweights.loading.reads import reads_of
+from hotweights.plan.steps import Copy
 from hotweights.testing import write_safetensors
 
 BASE = (6, 5, 8)

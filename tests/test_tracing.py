@@ -15,11 +15,11 @@ from torch import nn
 
 import hotweights as hw
 from hotweights import HotweightsError, Manifest, PlanError
-from hotweights.anchors import anchors
-from hotweights.plan import Copy, Program
-from hotweights.recorder import Recorder
-from hotweights.standins import ValueRead
+from hotweights.model.reachable import anchors
+from hotweights.plan.steps import Copy, Program
 from hotweights.testing import Engine, assert_same_bits, bits, engine_checkpoint, write_checkpoint
+from hotweights.tracing.recorder import Recorder
+from hotweights.tracing.standins import ValueRead
 from tracing_idioms import IDIOMS, Model, weights
 
 ALLOWED = {"allow_missing": "*", "allow_partial": "*", "allow_unexpected": "*"}

@@ -59,7 +59,7 @@ def test_a_right_plan_is_proven_and_leaves_no_trace(checkpoint):
 
 def test_a_wrong_one_is_found_and_put_right(checkpoint, monkeypatch):
     directory, state = checkpoint
-    module = sys.modules["hotweights.load"]
+    module = sys.modules["hotweights.loading.load"]
     execute = module.execute
 
     def lying(plan, source, destinations, done, **options):

@@ -1,5 +1,6 @@
 """Put weights into live PyTorch models: fast, exact, all or nothing. Importing this does nothing."""
 
+from .dtypes import OpaqueDtype
 from .errors import (
     AddressTaken,
     BorrowedTensor,
@@ -30,17 +31,27 @@ from .errors import (
     UpdateAborted,
     UsageError,
 )
-from .live import Digest, LiveModel, State, Update, UpdateReport
-from .load import load
-from .manifest import Manifest, OpaqueDtype, TensorSpec
-from .memory import Lease, Pool, PoolStats
-from .plan import Fate, LoadPlan
-from .report import LoadReport, RouteReport
-from .route import route
-from .routing import Component
-from .sources import from_iterator, open
-from .trace import trace
-from .transfer import Receiver, Sender, SendReport
+from .live.model import LiveModel
+from .live.report import UpdateReport
+from .live.state import State
+from .live.update import Update
+from .loading.load import load
+from .loading.report import LoadReport
+from .manifest import Manifest, TensorSpec
+from .memory.lease import Lease
+from .memory.pool import Pool, PoolStats
+from .model.digests import Digest
+from .plan.plan import LoadPlan
+from .plan.steps import Fate
+from .routing.component import Component
+from .routing.report import RouteReport
+from .routing.route import route
+from .sources.iterator import from_iterator
+from .sources.opening import open
+from .tracing.trace import trace
+from .transfer.receiver import Receiver
+from .transfer.report import SendReport
+from .transfer.sender import Sender
 
 __all__ = [
     "AddressTaken",

@@ -12,8 +12,6 @@ from torch import nn
 
 from .errors import UnknownName, UsageError
 
-__all__ = ["check_choices", "check_kind", "check_model", "device_from", "patterns_from"]
-
 
 def check_model(model: object, source: object = None) -> None:
     """A model is a module that shows its tensors and its code."""
@@ -75,3 +73,9 @@ def _words(value: object) -> str:
     if isinstance(value, (str, int, float, bytes, os.PathLike, type, type(None))):
         return repr(value)
     return type(value).__name__
+
+
+def check_version(version: object) -> None:
+    """Raises ``UsageError`` for what cannot name a version."""
+    if version is not None and (not isinstance(version, (str, int)) or isinstance(version, bool)):
+        raise UsageError(f"a version is a str or an int; this is a {type(version).__name__}")

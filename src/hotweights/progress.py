@@ -7,8 +7,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-__all__ = ["progress"]
-
 
 @contextmanager
 def progress(title: str, nbytes: int, *, show: bool | None = None) -> Iterator[Callable[[int], None]]:

@@ -7,9 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import msgspec
 
-from .regions import Box, contiguous, extent
-
-__all__ = ["Range", "disjoint", "pieces_of", "range_of", "ranges_of", "shared", "within"]
+from .boxes import Box, contiguous, extent
 
 _RUN = 512  # bytes of a run from which runs are sent without what lies between them; see docs/decisions/0007
 _GAP = 64 * 1024  # bytes that cost less to send than a part of their own does

@@ -22,6 +22,7 @@ from torch import nn
 import hotweights as hw
 from hotweights import Fate
 from hotweights.engines import transformers as engine
+from hotweights.tracing.transformers import owns
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KEPT = {"float32": set(), "bfloat16": {"BF16 -> F32"}, "float16": {"F16 -> F32"}}
@@ -46,7 +47,9 @@ def saved(tmp_path_factory):
 @pytest.fixture
 def nothing_is_read(monkeypatch):
     """Loading fails the test if it gets as far as reading."""
-    monkeypatch.setattr(sys.modules["hotweights.load"], "execute", lambda *a, **k: pytest.fail("it began to read"))
+    monkeypatch.setattr(
+        sys.modules["hotweights.loading.load"], "execute", lambda *a, **k: pytest.fail("it began to read")
+    )
 
 
 def everything(model):
@@ -556,7 +559,7 @@ class TestBuild:
         def fail(*args, **options):
             raise OSError("the disk is gone")
 
-        monkeypatch.setattr(sys.modules["hotweights.load"], "execute", fail)
+        monkeypatch.setattr(sys.modules["hotweights.loading.load"], "execute", fail)
         with pytest.raises(OSError, match="the disk is gone"):
             hw.load(model, directory, device="cpu")
         assert all(parameter.is_meta for parameter in model.parameters())
@@ -566,7 +569,7 @@ def test_it_is_no_business_of_ours_if_the_model_is_not_of_transformers(saved):
     expected = saved("llama").expected
     wrapped = nn.Sequential(fresh("llama"))
     hw.load(wrapped, {f"0.{name}": tensor for name, tensor in expected.state_dict().items()})
-    assert not engine.owns(wrapped)
+    assert not owns(wrapped)
     assert_same(wrapped[0], expected)
 
 

@@ -6,7 +6,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import hotweights as hw
-from hotweights.live import ways
+from hotweights.memory import host
 from hotweights.testing import write_checkpoint
 
 LAYERS = 5
@@ -66,8 +66,8 @@ def test_one_layer_in_both_formats(monkeypatch, tmp_path, atomic, road):
     model = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(LAYERS)))
     live = hw.LiveModel(model, process=process, atomic=atomic)
     live.load(tensors(0))
-    real = ways.scratch
-    monkeypatch.setattr(ways, "scratch", taken)
+    real = host.scratch
+    monkeypatch.setattr(host, "scratch", taken)
     made.kept.clear()
     seen.clear()
     road(live, tensors(1), tmp_path / "new")
@@ -79,8 +79,8 @@ def test_one_layer_in_both_formats(monkeypatch, tmp_path, atomic, road):
 @pytest.mark.parametrize("atomic", ["journal", "staged"])
 def test_the_copy_is_of_what_is_live_and_taken_once(monkeypatch, atomic):
     """One copy of the model in kernel format: half of what the checkpoint takes, here."""
-    copies, real = [], ways.host_copy
-    monkeypatch.setattr(ways, "host_copy", lambda nbytes, device: copies.append(nbytes) or real(nbytes, device))
+    copies, real = [], host.host_copy
+    monkeypatch.setattr(host, "host_copy", lambda nbytes, device: copies.append(nbytes) or real(nbytes, device))
 
     def process(layer):
         layer.weight = nn.Parameter(layer.weight.to(torch.bfloat16), requires_grad=False)

@@ -8,7 +8,8 @@ import zoo
 from torch import nn
 
 import hotweights as hw
-from hotweights.live import accounting, ways
+from hotweights.live import open_layers
+from hotweights.memory import host
 from hotweights.testing import assert_same_bits, write_checkpoint
 
 LAYERS = 4
@@ -39,7 +40,7 @@ def round_robin(tensors):
 
 @pytest.fixture
 def on_device(monkeypatch):
-    monkeypatch.setattr(accounting, "is_device", lambda device: device.type == "cpu")
+    monkeypatch.setattr(open_layers, "is_device", lambda device: device.type == "cpu")
 
 
 def live_model(**options):
@@ -63,7 +64,7 @@ def push(live, tensors):
 
 def test_what_a_device_is():
     """One function says it, and tests replace it."""
-    kinds = {name: accounting.is_device(torch.device(name)) for name in ("cpu", "meta", "cuda:0", "xpu", "mps")}
+    kinds = {name: open_layers.is_device(torch.device(name)) for name in ("cpu", "meta", "cuda:0", "xpu", "mps")}
     assert kinds == {"cpu": False, "meta": False, "cuda:0": True, "xpu": True, "mps": True}
 
 
@@ -83,7 +84,7 @@ def test_round_robin_warns_once(on_device, caplog):
 
 
 def test_names_in_the_warning_are_sorted_and_its_megabytes_right():
-    layers = accounting.OpenLayers(None)
+    layers = open_layers.OpenLayers(None)
     layers.open("b", ["model.b"], 3_000_000)
     assert not layers.warning
     layers.open("a", ["model.a"], 2_500_000)
@@ -130,7 +131,7 @@ def test_a_layer_over_the_limit_aborts(on_device):
 def test_a_host_without_room_aborts(on_device, monkeypatch):
     model, live = live_model(memory_limit=LAYER_NBYTES)
     push(live, weights(1))
-    monkeypatch.setattr(ways, "host_available", lambda: 0)
+    monkeypatch.setattr(host, "host_available", lambda: 0)
     with live.begin() as update, pytest.raises(hw.UpdateAborted, match="the host has"):
         update.feed(round_robin(weights(2)))
     assert_same_bits(dict(model.named_parameters()), weights(1))
@@ -138,7 +139,7 @@ def test_a_host_without_room_aborts(on_device, monkeypatch):
 
 def test_a_host_without_room_for_the_copy_is_told_first(monkeypatch):
     model, live = live_model()
-    monkeypatch.setattr(ways, "host_available", lambda: LAYERS * LAYER_NBYTES - 1)
+    monkeypatch.setattr(host, "host_available", lambda: LAYERS * LAYER_NBYTES - 1)
     with pytest.raises(hw.UpdateAborted, match="keeps a copy of the model on the host"):
         live.update(weights(1))
     assert_same_bits(dict(model.named_parameters()), weights(0))

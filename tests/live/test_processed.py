@@ -10,7 +10,8 @@ import whole
 from torch import nn
 
 import hotweights as hw
-from hotweights.live import ways
+from hotweights.live.atomic import InPlace, Staged
+from hotweights.memory import host
 from hotweights.testing import PROCESSED_LAYERS, Processed, processed_checkpoint, write_checkpoint
 
 WAYS = ("journal", "staged", False)
@@ -155,10 +156,10 @@ def test_an_abort_at_every_step_puts_everything_back(monkeypatch, atomic, step):
     live.update(processed_checkpoint(seed=1))
     before, digest = whole.everything(model), live.digest()
     if step == "write":
-        copy = ways.copy_bytes
-        monkeypatch.setattr(ways, "copy_bytes", lambda *args: (fault[0](), copy(*args)))
+        copy = host.copy_bytes
+        monkeypatch.setattr(host, "copy_bytes", lambda *args: (fault[0](), copy(*args)))
     if step == "attribute":
-        for way in (ways.InPlace, ways.Staged):
+        for way in (InPlace, Staged):
             real = way.attribute
             monkeypatch.setattr(way, "attribute", lambda *args, real=real: (real(*args), fault[0]()))
     for k in itertools.count():

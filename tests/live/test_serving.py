@@ -9,7 +9,7 @@ import zoo
 from torch import nn
 
 import hotweights as hw
-from hotweights.live.serving import Serving
+from hotweights.live.lock import Serving
 
 WAYS = ("journal", "staged", False)
 WAIT = 30  # seconds after which a test is wrong, not slow

@@ -7,8 +7,9 @@ import zoo
 from torch import nn
 
 import hotweights as hw
-from hotweights.live.spans import Mirror, Spans
-from hotweights.live.ways import Journal, Staged, host_copy
+from hotweights.live.atomic import Journal, Staged
+from hotweights.live.layout import Mirror, Spans
+from hotweights.memory.host import host_copy
 
 WAYS = ("journal", "staged", False)
 

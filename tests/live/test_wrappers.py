@@ -10,7 +10,7 @@ from torch import nn
 
 import hotweights as hw
 from hotweights.engines.torchao import quantise
-from hotweights.live import ways
+from hotweights.memory import host
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torchao's own, about itself
 WAYS = ("journal", "staged", False)
@@ -119,8 +119,8 @@ def test_an_abort_at_every_step_puts_everything_back(monkeypatch, atomic, step):
     live.update(checkpoint(plain, 1))
     before, digest = whole.everything(model), live.digest()
     if step == "write":
-        copy = ways.copy_bytes
-        monkeypatch.setattr(ways, "copy_bytes", failing(fault, copy))
+        copy = host.copy_bytes
+        monkeypatch.setattr(host, "copy_bytes", failing(fault, copy))
     for k in itertools.count():
         fault[0] = Fault(k)
         source = checkpoint(plain, 2)

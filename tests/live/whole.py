@@ -1,8 +1,8 @@
 """Everything that a model holds, in closures and wrappers too, to be compared before and after."""
 
-from hotweights.anchors import anchors
-from hotweights.live.holders import held_by, state_of
-from hotweights.live.wrappers import is_wrapper, leaves
+from hotweights.live.attributes import held_by, state_of
+from hotweights.memory.wrappers import is_wrapper, leaves
+from hotweights.model.reachable import anchors
 from hotweights.testing import bits
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import hotweights as hw
-from hotweights.modules import places
+from hotweights.model.places import places
 
 N = 4
 

@@ -367,7 +367,7 @@ def test_a_thousand_problems_are_all_there(shards):
 
 def test_an_unexpected_error_closes_what_was_opened(shards, monkeypatch):
     """Ctrl-C, say, while the third file is opened; the fixture counts."""
-    from hotweights.sources import checkpoint
+    from hotweights.sources.files import shards as checkpoint
 
     read_header = checkpoint.read_header
 

@@ -13,10 +13,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import hotweights as hw
+from hotweights.dtypes import FORMAT_DTYPES, OpaqueDtype, format_name
 from hotweights.errors import CheckpointError, UnsupportedDtype
-from hotweights.manifest import FORMAT_DTYPES, OpaqueDtype, TensorSpec, format_name
+from hotweights.manifest import TensorSpec
 from hotweights.sources import Read
-from hotweights.sources.header import MAX_HEADER_NBYTES, read_header
+from hotweights.sources.files.header import MAX_HEADER_NBYTES, read_header
 from hotweights.testing import assert_same_bits, bits, write_safetensors
 
 EXAMPLES = settings(max_examples=120, deadline=None, derandomize=True, database=None)

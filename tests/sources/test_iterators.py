@@ -10,7 +10,7 @@ from torch import nn
 
 import hotweights as hw
 from hotweights.sources import IteratorSource, Source
-from hotweights.sources import iterators as module
+from hotweights.sources import iterator as module
 from hotweights.testing import ManualEvent, ReusedBuffer, assert_same_bits
 
 TENSORS = {f"layers.{number}.weight": torch.full((4, 3), float(number + 1)) for number in range(4)}

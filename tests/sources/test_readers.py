@@ -9,7 +9,8 @@ from runai_model_streamer import SafetensorsStreamer
 from torch import nn
 
 import hotweights as hw
-from hotweights.sources import READERS, readers
+from hotweights.sources import READERS
+from hotweights.sources.readers import source as readers
 from hotweights.testing import assert_same_bits, write_checkpoint
 
 OF_SAFETENSORS = [name for name in READERS if name != "torch"]

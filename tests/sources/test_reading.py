@@ -16,9 +16,10 @@ import torch
 
 import hotweights as hw
 from hotweights.errors import CheckpointChanged, CheckpointError, Closed, UnknownName, UsageError
-from hotweights.memory import PAGE
-from hotweights.sources import Read, reading
-from hotweights.sources import file as files
+from hotweights.memory.host import PAGE
+from hotweights.sources import Read
+from hotweights.sources.files import file as file_module
+from hotweights.sources.files import reading
 from hotweights.testing import bits, write_safetensors
 
 SLOT = 5 * PAGE  # Three pages of it are data, so most tensors below are larger.
@@ -46,7 +47,7 @@ def path(tmp_path):
 def road(request, monkeypatch):
     """``cold`` is ``auto`` on a file of which nothing is cached."""
     if request.param == "cold":
-        monkeypatch.setattr(files, "_NOWAIT", 0)
+        monkeypatch.setattr(file_module, "_NOWAIT", 0)
         return "auto"
     return request.param
 
@@ -188,7 +189,7 @@ def test_the_end_of_a_file_lies_anywhere(tmp_path, road, start, tail):
     path.write_bytes(content)
     memory = torch.full((16 * PAGE,), 0xFF, dtype=torch.uint8)
     memory = memory[-memory.data_ptr() % PAGE :][: 8 * PAGE]
-    file = files.File(str(path))
+    file = file_module.File(str(path))
     data, _ = reading.fill(file, memory, start, len(content), road)
     assert bytes(data.tolist()) == content[start:]
     file.close()
@@ -640,7 +641,7 @@ def test_closing_while_reading_is_closed_not_a_bad_descriptor(path, road, faults
 
 
 def test_close_twice(path):
-    file = files.File(str(path))
+    file = file_module.File(str(path))
     assert "closed" not in repr(file)
     file.has_direct()
     file.close()

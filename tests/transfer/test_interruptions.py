@@ -13,10 +13,10 @@ from ends import Thread, receiver, sender
 from processes import Tiny, value_of
 
 import hotweights as hw
-from hotweights.interruptions import held_back
+from hotweights.signals import held_back
 from hotweights.transfer.ballot import Ballot, Decision
+from hotweights.transfer.outbound import Round
 from hotweights.transfer.receiver import Receiver
-from hotweights.transfer.round import Round
 
 OURS = os.path.dirname(hw.__file__) + os.sep
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import hotweights as hw
 from hotweights.transfer.messages import KINDS
-from hotweights.transfer.states import TABLE, Session, Side, State, drawing
+from hotweights.transfer.states import TABLE, Session, Side, State
 
 UNDER_WAY = 3  # messages on the way in each direction
 
@@ -117,6 +117,18 @@ def test_a_message_of_an_earlier_update_is_refused():
     session.sent("offer", 7)
     with pytest.raises(hw.ProtocolError, match="of update 6 is stale; update 7 runs"):
         session.came("accept", 6)
+
+
+def drawing() -> str:
+    """The table as text, for people."""
+    width = max(len(row.state.value) for row in TABLE)
+    lines = []
+    for state in State:
+        for row in (row for row in TABLE if row.state is state):
+            arrow = f"── {row.by.value}: {row.kind} ".ljust(22, "─")
+            lines.append(f"{row.state.value:>{width}} {arrow}▶ {row.next.value}")
+        lines.append("")
+    return "\n".join(lines).rstrip()
 
 
 def test_the_drawing_names_every_row():

@@ -15,7 +15,7 @@ from hotweights.testing import assert_same_bits
 from hotweights.transfer.ballot import Ballot, Decision
 from hotweights.transfer.channel import Channel
 from hotweights.transfer.messages import Filled
-from hotweights.transfer.round import Round
+from hotweights.transfer.outbound import Round
 
 
 def history(child):

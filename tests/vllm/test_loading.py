@@ -38,7 +38,7 @@ def compared(path, options, plain):
     import vllm._custom_ops as ops
     import vllm.model_executor.layers.utils as utils
 
-    from hotweights.live.state import digest_of
+    from hotweights.model.digests import digest_of
 
     if plain:  # Nothing is packed out of sight.
         ops._supports_onednn = False

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typer
 
-from .demo import demo
+from .demo.demo import demo
 from .inspect import inspect
 from .load import load
 from .plan import plan

@@ -10,13 +10,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..manifest import format_name
-from ..report import size
-from ..sources import READERS, FileSource, ReaderSource
-from ..sources import open as open_source
+from ..dtypes import format_name
+from ..sources.files.source import FileSource
+from ..sources.opening import open as open_source
+from ..sources.readers.source import READERS, ReaderSource
+from ..text import size
 from .outcome import ending, print_json
-
-__all__ = ["inspect"]
 
 
 def inspect(

@@ -8,15 +8,13 @@ from typing import Annotated, Literal
 import torch
 import typer
 
+from ..dtypes import FORMAT_DTYPES
 from ..engines import transformers
 from ..errors import UnknownName
-from ..load import load as load_weights
-from ..manifest import FORMAT_DTYPES
-from ..sources import READERS
-from ..sources import open as open_source
+from ..loading.load import load as load_weights
+from ..sources.opening import open as open_source
+from ..sources.readers.source import READERS
 from .outcome import ending, print_json
-
-__all__ = ["load"]
 
 
 def load(

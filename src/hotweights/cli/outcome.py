@@ -11,8 +11,6 @@ from rich.console import Console
 
 from ..errors import HotweightsError, UsageError
 
-__all__ = ["INTERRUPTED", "REFUSED", "WRONG_USAGE", "ending", "print_json"]
-
 REFUSED = 1
 WRONG_USAGE = 2
 INTERRUPTED = 130

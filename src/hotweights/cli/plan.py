@@ -10,12 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ..engines import transformers
-from ..plan import LoadPlan, Order, destinations_of, sources_of
-from ..sources import open as open_source
-from ..trace import trace
+from ..plan.plan import LoadPlan, Order
+from ..sources.opening import open as open_source
+from ..tracing.trace import trace
 from .outcome import ending, print_json
-
-__all__ = ["plan"]
 
 
 def plan(
@@ -55,8 +53,8 @@ def _as_dict(made: LoadPlan, explain: str | None) -> dict[str, object]:
         "steps": [
             {
                 "level": level,
-                "sources": list(sources_of(step)),
-                "destinations": list(dict.fromkeys(destinations_of(step))),
+                "sources": list(step.sources),
+                "destinations": list(dict.fromkeys(step.destinations)),
             }
             for level, step in zip(made.levels or [0] * len(made.steps), made.steps, strict=True)
         ],

@@ -8,11 +8,9 @@ from typing import Annotated
 import typer
 
 from ..engines import transformers
-from ..live import LiveModel
-from ..transfer import Receiver
+from ..live.model import LiveModel
+from ..transfer.receiver import Receiver
 from .outcome import ending, print_json
-
-__all__ = ["receive"]
 
 _TOLD = ("version", "previous", "bytes_read", "bytes_written", "seconds", "stall_seconds", "warnings")
 

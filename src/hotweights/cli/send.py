@@ -7,11 +7,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from ..sources import open as open_source
-from ..transfer import Sender
+from ..sources.opening import open as open_source
+from ..transfer.sender import Sender
 from .outcome import ending, print_json
-
-__all__ = ["send"]
 
 
 def send(

@@ -9,8 +9,6 @@ from torch import nn
 
 from ..errors import MissingPackage, UsageError
 
-__all__ = ["quantise"]
-
 
 def quantise(
     config: object = None, *, chosen: Callable[[nn.Module], bool] = lambda layer: isinstance(layer, nn.Linear)

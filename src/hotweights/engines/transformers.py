@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import re
-import sys
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,221 +13,10 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError, MissingPackage
-from ..lowering import lower
-from ..manifest import Manifest, OpaqueDtype, TensorSpec
-from ..modules import materialise, places
-from ..plan import Copy, Step, matches
-from ..tracing import Recording, record
-from . import Rules
-
-__all__ = ["build", "owns", "rules"]
-
-
-def owns(model: nn.Module) -> bool:
-    """Whether ``model`` is a transformers model."""
-    modeling = sys.modules.get("transformers.modeling_utils")
-    return modeling is not None and isinstance(model, modeling.PreTrainedModel)
-
-
-def rules(model: Any, manifest: Manifest) -> Rules:
-    """What ``from_pretrained`` would do with these names: what ``save_pretrained`` wrote is what loads.
-
-    The renamings and conversions are those of ``transformers.conversion_mapping`` for the model's classes; the order of
-    sources within a conversion, and the prefix of the base model, are found as in ``transformers.core_model_loading``.
-    """
-    if getattr(model, "hf_quantizer", None) is not None:
-        return Rules(problems=("the model is quantised by transformers; by name its weights cannot be converted",))
-    if getattr(model.config, "quantization_config", None) is not None:
-        return Rules(
-            problems=(
-                "the model's configuration has a quantization_config, so transformers would quantise it; by name that "
-                "cannot be done. If the checkpoint holds plain weights, remove it from the configuration",
-            )
-        )
-    names = _Names(model)
-    steps: list[tuple[int, Step]] = []
-    conversions: dict[str, _Conversion] = {}
-    unknown: dict[str, str] = {}
-    for source in names.in_order(manifest):
-        target, pattern = names.target(source)
-        if target not in names.known:
-            unknown[source] = target
-        elif pattern is None:
-            steps.append((0, Copy(source, target)))
-        else:
-            conversions.setdefault(target, _Conversion(target, names.converters[pattern], model)).add(source, pattern)
-    problems: list[str] = []
-    sound = [one for one in conversions.values() if one.fits(manifest, names.known, problems)]
-    recording = _trace(model, manifest, sound, names)
-    ignored = _ignored_when_unexpected(model)
-    skipped = {source for source, target in unknown.items() if ignored is not None and ignored.search(target)}
-    # One that has a problem still claims its names: that they are missing as well would only bury the reason.
-    claimed = [target for target, one in conversions.items() if one not in sound]
-    return Rules(
-        steps=(*steps, *lower(recording.ops)),
-        constants=recording.constants,
-        skip=_exactly(skipped | {name for one in conversions.values() if one not in sound for name in one.sources}),
-        allow_missing=[*_ignored_when_missing(model), *_exactly(claimed)],
-        problems=tuple(problems),
-        load=partial(_load, names, sound),
-    )
-
-
-def _load(names: _Names, conversions: Sequence[_Conversion], pairs: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Load real tensors: every conversion whose sources are all there, and the others by name."""
-    tensors = dict(pairs)
-    for one in conversions:
-        if all(source in tensors for source in one.sources):
-            for name, made in one.run({source: tensors.pop(source) for source in one.sources}).items():
-                names.known[name].detach().copy_(made)
-    for source, tensor in tensors.items():
-        names.known[names.target(source)[0]].detach().copy_(tensor)
-
-
-def _exactly(names: Collection[str]) -> list[re.Pattern[str]]:
-    return [re.compile(rf"\A(?:{'|'.join(map(re.escape, names))})\Z")] if names else []
-
-
-def _trace(model: Any, manifest: Manifest, conversions: Sequence[_Conversion], names: _Names) -> Recording:
-    """What the conversions do, recorded on stand-ins: a stack of experts becomes one copy for each."""
-
-    taken = Manifest(manifest[name] for one in conversions for name in one.sources)
-    recording = record(model, taken, partial(_load, names, conversions), device=torch.device("cpu"))
-    if recording.error is not None:
-        raise recording.error
-    return recording
-
-
-class _Names:
-    """The renaming of checkpoint names to the model's, by transformers' own transforms."""
-
-    def __init__(self, model: Any) -> None:
-        from transformers import conversion_mapping, core_model_loading
-
-        self._core = core_model_loading
-        transforms = conversion_mapping.get_model_conversion_mapping(model)
-        self._renamings = [one for one in transforms if isinstance(one, core_model_loading.WeightRenaming)]
-        self._converters = [one for one in transforms if isinstance(one, core_model_loading.WeightConverter)]
-        self._prefix = model.base_model_prefix
-        self.known = {place.name: place.tensor for place in places(model) if place.persistent}
-        self.converters = {pattern: one for one in self._converters for pattern in one.source_patterns}
-
-    def in_order(self, manifest: Manifest) -> list[str]:
-        """Names in the order in which conversions collect them: expert 2 before expert 10."""
-        return sorted(manifest, key=self._core.dot_natural_key)
-
-    def target(self, source: str) -> tuple[str, str | None]:
-        """The model's name for a checkpoint's, and the pattern of its conversion, if it has one."""
-        rename = self._core.rename_source_key
-        renamed = rename(source, self._renamings, self._converters, self._prefix, self.known)
-        if renamed[0] not in self.known and source in self.known:
-            renamed = rename(source, [], [], self._prefix, self.known)
-        target: str = renamed[0]
-        pattern: str | None = renamed[1]
-        return target, pattern
-
-
-class _Conversion:
-    """One conversion of transformers: the sources it collects for one target, and its operations."""
-
-    def __init__(self, target: str, converter: Any, model: Any) -> None:
-        self._target = target
-        self._converter = converter
-        self._model = model
-        self._sources: list[tuple[str, str]] = []  # name, pattern
-
-    def add(self, source: str, pattern: str) -> None:
-        self._sources.append((source, pattern))
-
-    @property
-    def sources(self) -> tuple[str, ...]:
-        """Names of what it takes."""
-        return tuple(name for name, _ in self._sources)
-
-    def fits(self, manifest: Manifest, known: Mapping[str, torch.Tensor], problems: list[str]) -> bool:
-        """Whether it makes what the model has, tried on tensors without data before a byte moves; says why not."""
-        specs = [manifest[name] for name in self.sources]
-        found = [
-            f"{spec}: torch has no such type, and it would have to be converted"
-            for spec in specs
-            if isinstance(spec.dtype, OpaqueDtype)
-        ]
-        for _, names in self._lists():
-            found += _gaps(self._target, names)
-        found = found or self._misfits(specs, known)
-        problems += found
-        return not found
-
-    def _misfits(self, specs: Sequence[TensorSpec], known: Mapping[str, torch.Tensor]) -> list[str]:
-        try:
-            made = self.run({spec.name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for spec in specs})  # type: ignore[arg-type]
-        except Exception as error:  # Whatever their operations raise on shapes that do not fit.
-            odd = [spec for group in self._groups(specs) for spec in _odd(group)] or specs[:3]
-            return [f"{self._target}: transformers cannot make it of {'; '.join(map(str, odd))}: {error}"]
-        return [
-            f"{name}: made of {self.sources[0]}, but the model has no such name"
-            if name not in known
-            else f"{name}: shape {list(known[name].shape)} expected, {list(tensor.shape)} found "
-            f"(from {self.sources[0]})"
-            for name, tensor in made.items()
-            if name not in known or known[name].shape != tensor.shape
-        ]
-
-    def _groups(self, specs: Sequence[TensorSpec]) -> Iterator[list[TensorSpec]]:
-        for _, names in self._lists():
-            yield [spec for spec in specs if spec.name in names]
-
-    def _lists(self) -> Iterator[tuple[str, list[str]]]:
-        for pattern in dict.fromkeys(pattern for _, pattern in self._sources):
-            yield pattern, [name for name, collected_by in self._sources if collected_by == pattern]
-
-    def run(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The operations of transformers. ``tensors`` is emptied: what they have used is let go as they go on."""
-        converter = copy.deepcopy(self._converter)
-        for name, pattern in self._sources:
-            converter.add_tensor(self._target, name, pattern, tensors.pop(name))
-        made = converter.convert(self._target, model=self._model, config=self._model.config)
-        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
-
-
-def _gaps(target: str, names: Sequence[str]) -> list[str]:
-    """What is wrong with names that one pattern collects, unless they are one name numbered 0, 1, 2 and so on.
-
-    transformers stacks what there is: behind a gap, every expert would take the place of another.
-    """
-    if len(names) < 2:
-        return []
-    parts = [re.split(r"(\d+)", name) for name in names]
-    differing = [index for index in range(len(parts[0])) if len({tuple(part[index : index + 1]) for part in parts}) > 1]
-    if len({len(part) for part in parts}) > 1 or len(differing) != 1 or not parts[0][differing[0]].isdigit():
-        return [f"{target}: {names[0]} and {names[1]} would both become it, and only one can"]
-    (column,) = differing
-    numbers = [int(part[column]) for part in parts]
-    absent = sorted(set(range(max(numbers))) - set(numbers))
-    example = parts[0]
-    before, after = "".join(example[:column]), "".join(example[column + 1 :])
-    return [f"{before}{number}{after}: missing; others of {target} are there" for number in absent]
-
-
-def _odd(specs: Sequence[TensorSpec]) -> list[TensorSpec]:
-    """Those that have another shape than most."""
-    (usual, _), *_ = Counter(spec.shape for spec in specs).most_common(1)
-    return [spec for spec in specs if spec.shape != usual]
-
-
-def _ignored_when_missing(model: Any) -> list[re.Pattern[str]]:
-    return [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
-
-
-def _ignored_when_unexpected(model: Any) -> re.Pattern[str] | None:
-    patterns = list(model._keys_to_ignore_on_load_unexpected or ())
-    buffers = [name for name, _ in model.named_buffers()]
-    # Buffers of old checkpoints that are computed by now; from_pretrained drops them without a word.
-    if any(name.endswith("rotary_emb.inv_freq") for name in buffers):
-        patterns.append(r"rotary_emb\.inv_freq")
-    if any(name.endswith("position_ids") for name in buffers):
-        patterns.append(r"(^|\.)position_ids$")
-    return re.compile("|".join(f"(?:{pattern})" for pattern in patterns)) if patterns else None
+from ..model.materialise import materialise
+from ..model.places import places
+from ..plan.patterns import matches
+from ..tracing.transformers import ignored_when_missing
 
 
 def build(config_dir: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> Any:
@@ -320,7 +105,7 @@ def _initialise(model: Any) -> None:
     and some rotary tables come out coarser by it.
     """
     found = list(places(model))
-    never_saved = matches(_ignored_when_missing(model))
+    never_saved = matches(ignored_when_missing(model))
     names = {place.name for place in found if not isinstance(place.tensor, nn.Parameter) or never_saved(place.name)}
     for place, _ in materialise(found, names, torch.device("cpu")):
         place.tensor.detach().zero_()  # What their code leaves out is at least the same in every run.

@@ -1,8 +1,9 @@
 """Live models: new weights into a model while it serves, in place, all or nothing."""
 
+from ..model.digests import Digest
 from .model import LiveModel
 from .report import Event, UpdateReport
-from .state import Digest, State
+from .state import State
 from .update import Update
 
 __all__ = ["Digest", "Event", "LiveModel", "State", "Update", "UpdateReport"]

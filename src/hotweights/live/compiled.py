@@ -7,8 +7,6 @@ import sys
 
 from ..errors import HotweightsError
 
-__all__ = ["refuse_frozen"]
-
 
 def refuse_frozen() -> None:
     """See that inductor froze no weights: what it has folded into compiled code stays what it was.

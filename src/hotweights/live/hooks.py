@@ -6,8 +6,6 @@ from collections.abc import Callable
 
 from ..errors import CommitHookError
 
-__all__ = ["Hooks"]
-
 
 class Hooks:
     """Functions of a version, called in the order in which they were added."""

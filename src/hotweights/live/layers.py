@@ -13,13 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..aliases import has_bytes
 from ..errors import HotweightsError
-from ..modules import dressed
-from .holders import ABSENT, Held, assign, by_name, exchanged, held_by, state_of, step, tensors_in
-from .wrappers import leaves
-
-__all__ = ["Contents", "Dressing", "Layer", "contents", "layers_of", "put", "unmoved"]
+from ..memory.aliases import has_bytes
+from ..memory.wrappers import leaves
+from ..model.materialise import dressed
+from .attributes import ABSENT, Held, assign, by_name, exchanged, held_by, state_of, step, tensors_in
 
 Dressing = dict[int, torch.Tensor]
 """What was made of each twin while some layers are open: a parameter that two layers hold is one object in both."""

@@ -10,31 +10,31 @@ from typing import SupportsIndex
 import torch
 from torch import nn
 
-from ..arguments import check_model
-from ..casts import Cast
-from ..collection import without_collection
+from ..arguments import check_model, check_version
+from ..dtypes import Cast
 from ..errors import HotweightsError, UnknownName, UpdateAborted, UsageError
+from ..gc_pause import without_collection
 from ..manifest import Manifest
-from ..memory import Pool
-from ..modules import Place, materialise, places
-from ..plan import Patterns, matches
+from ..memory.pool import Pool
+from ..model.digests import Digest, digest_of
+from ..model.materialise import materialise
+from ..model.places import Place, places
+from ..plan.patterns import Patterns, matches
 from ..progress import progress
 from ..sources.contracts import Addressed, Deciding, InMemory, Reading, Source, refusing
-from .accounting import OpenLayers
+from ..sources.opening import AnySource, opened, version_of
+from .atomic import Atomic, InPlace, Way
+from .attempt import Work
+from .baseline import Known
 from .compiled import refuse_frozen
 from .hooks import Hooks
-from .known import Known
-from .opening import AnySource, opened, version_of
+from .job import Job
+from .lock import Serving, Turn
+from .open_layers import OpenLayers
 from .plans import Options
-from .processing import Job
 from .report import UpdateReport
-from .serving import Serving, Turn
-from .state import Digest, State, digest_of
-from .update import Update, check_version
-from .ways import Atomic, InPlace, Way
-from .work import Work
-
-__all__ = ["LiveModel", "process_by_quant_method"]
+from .state import State
+from .update import Update
 
 Process = Callable[[nn.Module], object]
 
@@ -78,7 +78,7 @@ class LiveModel:
                 processed, by that.
             layers: says of a module whether it is processed, where ``process`` is not for all of them.
             deferred: qualified names of layers that are processed after all others, because they read them.
-            atomic: how updates are all or nothing, unless they say otherwise, see ``ways.Atomic``.
+            atomic: how updates are all or nothing, unless they say otherwise, see ``live.atomic.Atomic``.
             memory_limit: bytes of device memory that open layers may take together, when tensors come in an order that
                 keeps several open. Over it, tensors wait on the host.
         """

@@ -10,21 +10,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..aliases import has_bytes
-from ..anchors import anchors
-from ..casts import Cast
+from ..boxes import covered
+from ..dtypes import Cast
 from ..errors import HotweightsError
-from ..fit import digests
 from ..manifest import Manifest
-from ..modules import dressed, places, survey
-from ..plan import Fate, LoadPlan, Patterns, both, destinations_of, matches, sources_of
-from ..regions import covered
-from ..trace import trace
+from ..memory.aliases import has_bytes
+from ..model.digests import digests
+from ..model.materialise import dressed
+from ..model.places import places
+from ..model.reachable import anchors
+from ..model.survey import survey
+from ..plan.patterns import Patterns, both, matches
+from ..plan.plan import LoadPlan
+from ..plan.steps import Fate
+from ..tracing.trace import trace
+from .groups import Coverage, Unit, coverage, elements, needs_initial, units_of
 from .layers import Dressing, Layer, contents, put
-from .spans import Mirror, Spans
-from .units import Coverage, Unit, coverage, elements, needs_initial, units_of
-
-__all__ = ["Options", "Plans"]
+from .layout import Mirror, Spans
 
 _KEPT = 4  # several manifests take turns, none of them for long
 
@@ -103,7 +105,7 @@ class Plans:
             return plan, *units_of(plan, self._layers, self._spans)
         plan = _restricted(plan, only)
         if manifest is None:
-            used = {name for step in plan.steps for name in sources_of(step)}
+            used = {name for step in plan.steps for name in step.sources}
             plan = replace(plan, manifest=Manifest(spec for spec in plan.manifest.values() if spec.name in used))
         direct, units = units_of(plan, self._layers, self._spans)
         return plan, direct, self._concerned(units, plan, only)
@@ -226,7 +228,7 @@ def _restricted(plan: LoadPlan, only: Patterns) -> LoadPlan:
     inside: list[Any] = []
     problems = []
     for level, step in zip(plan.levels or (0,) * len(plan.steps), plan.steps, strict=True):
-        asked = {name: chosen(name) for name in destinations_of(step)}
+        asked = {name: chosen(name) for name in step.destinations}
         if any(asked.values()):
             inside.append((level, step))
             problems += [
@@ -234,7 +236,7 @@ def _restricted(plan: LoadPlan, only: Patterns) -> LoadPlan:
             ]
     if problems:
         raise HotweightsError("; ".join(sorted(problems)))
-    used = {name for _, step in inside for name in sources_of(step)}
+    used = {name for _, step in inside for name in step.sources}
     used |= {one.source for pair in plan.ties if chosen(pair[0].destination) for one in pair}
     moved = (Fate.WRITTEN, Fate.CAST, Fate.TIED)
     return replace(

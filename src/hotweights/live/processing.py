@@ -2,56 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
-from ..aliases import has_bytes
-from ..modules import dressed, places
-from ..plan import LoadPlan
-from .differences import differences
+from ..memory.aliases import has_bytes
+from ..model.materialise import dressed
+from ..model.places import places
+from .atomic import Way
+from .groups import Unit
+from .job import Job
 from .layers import Contents, Dressing, Layer, put
+from .layout import Mirror
+from .merge import differences
 from .report import Timeline
-from .spans import Mirror, Spans
-from .units import Unit
-from .ways import Way
-
-__all__ = ["Job", "Processing"]
-
-
-@dataclass(frozen=True)
-class Job:
-    """What an update works with.
-
-    Attributes:
-        model: the model.
-        process: processes one layer.
-        plan: the whole plan.
-        direct: what is written where it lies.
-        units: the others.
-        spans: of the checkpoint format; scratch is laid out like it.
-        initial: values from before the first load that units begin with, by name, on the host.
-        live: every live tensor by name; of the first load, those of checkpoint format that are not processed yet.
-        partial: those of which the plan writes not all bytes.
-        acted: names of tensors that no plan writes and processing has changed at any time; it is added to.
-        first: whether the model itself is in checkpoint format: its own tensors are filled.
-    """
-
-    model: nn.Module
-    process: Callable[[nn.Module], object]
-    plan: LoadPlan
-    direct: Unit
-    units: list[Unit]
-    spans: Spans
-    initial: Mapping[str, torch.Tensor]
-    live: MutableMapping[str, torch.Tensor]
-    partial: frozenset[str]
-    acted: set[str]
-    first: bool
 
 
 class Processing:

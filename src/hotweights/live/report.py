@@ -10,11 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..plan import Fate
-from ..report import size
-from .accounting import OpenLayers
-
-__all__ = ["Event", "Timeline", "UpdateReport"]
+from ..plan.steps import Fate
+from ..text import size
+from .open_layers import OpenLayers
 
 
 class Event(NamedTuple):

@@ -10,13 +10,12 @@ from typing import Protocol
 
 import torch
 
-from ..devices import record_event
+from ..arguments import check_version
 from ..errors import UsageError
 from ..manifest import Manifest
+from ..memory.devices import record_event
+from .attempt import Work
 from .report import UpdateReport
-from .work import Work
-
-__all__ = ["Update"]
 
 
 class Owner(Protocol):
@@ -126,12 +125,6 @@ class Update:
     def _check(self, verb: str) -> None:
         if self._owner.over(self._work):
             raise UsageError(f"this update is over; it cannot {verb}")
-
-
-def check_version(version: object) -> None:
-    """Raises ``UsageError`` for what cannot name a version."""
-    if version is not None and (not isinstance(version, (str, int)) or isinstance(version, bool)):
-        raise UsageError(f"a version is a str or an int; this is a {type(version).__name__}")
 
 
 def _wait_for(devices: set[torch.device]) -> None:

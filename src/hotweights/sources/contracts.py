@@ -15,13 +15,12 @@ from typing import Literal, Protocol, runtime_checkable
 import msgspec
 import torch
 
-from ..devices import Event
-from ..guards import Guard
 from ..manifest import Manifest
-from ..memory import Lease, Pool
+from ..memory.devices import Event
+from ..memory.guards import Guard
+from ..memory.lease import Lease
+from ..memory.pool import Pool
 from ..ranges import Range
-
-__all__ = ["Addressed", "Deciding", "InMemory", "Read", "Reading", "Sink", "Source", "Stream", "Wish", "refusing"]
 
 Reading = Literal["auto", "buffered", "direct"]
 """How files are read: ``buffered`` through the page cache, ``direct`` around it, ``auto`` by what is cached."""

@@ -10,9 +10,7 @@ from types import TracebackType
 from typing import TypeVar
 
 from ..errors import Closed
-from ..memory import Lease
-
-__all__ = ["LeaseStream", "ahead"]
+from ..memory.lease import Lease
 
 T = TypeVar("T")
 

@@ -9,13 +9,13 @@ A contract is a tuple of checks; each takes what makes the thing under test and 
 
 from .checkpoints import write_checkpoint, write_safetensors
 from .checks import assert_same_bits, bits
-from .engine import Engine, engine_checkpoint
+from .contracts.pools import POOL_CONTRACT
+from .contracts.sources import SOURCE_CONTRACT
+from .contracts.transports import TRANSPORT_CONTRACT
 from .faults import FailingSource, ManualEvent, ReusedBuffer
-from .pools import POOL_CONTRACT
-from .processed import PROCESSED_LAYERS, Processed, ProcessedLayer, processed_checkpoint
-from .sources import SOURCE_CONTRACT
-from .transports import TRANSPORT_CONTRACT
-from .vision import VisionLanguage, vision_language_checkpoint
+from .models.engine import Engine, engine_checkpoint
+from .models.processed import PROCESSED_LAYERS, Processed, ProcessedLayer, processed_checkpoint
+from .models.vision import VisionLanguage, vision_language_checkpoint
 
 __all__ = [
     "POOL_CONTRACT",

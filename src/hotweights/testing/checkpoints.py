@@ -8,10 +8,8 @@ from pathlib import Path
 
 import torch
 
-from ..manifest import format_name
+from ..dtypes import format_name
 from .checks import Tensors, bits
-
-__all__ = ["write_checkpoint", "write_safetensors"]
 
 
 def write_safetensors(path: str | Path, tensors: Tensors, *, metadata: Mapping[str, str] | None = None) -> None:

@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
-__all__ = ["Tensors", "assert_apart", "assert_same_bits", "bits", "raised"]
-
 Tensors = Mapping[str, torch.Tensor]
 
 

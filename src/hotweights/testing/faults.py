@@ -8,12 +8,10 @@ from types import TracebackType
 
 import torch
 
-from ..guards import Guard
 from ..manifest import Manifest
-from ..memory import Pool
+from ..memory.guards import Guard
+from ..memory.pool import Pool
 from ..sources.contracts import Addressed, Read, Reading, Stream
-
-__all__ = ["FailingSource", "ManualEvent", "ReusedBuffer"]
 
 
 class ManualEvent:

@@ -12,8 +12,6 @@ import threading
 
 from ..errors import AddressTaken, ProtocolError, TransferError, UsageError
 
-__all__ = ["Listener", "check_peer", "connect", "path_of"]
-
 _LONGEST = 107  # bytes of a path in sockaddr_un, without its NUL
 _BACKLOG = 128
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid

@@ -6,10 +6,9 @@ import torch
 
 from ..errors import ProtocolError, UsageError
 from ..manifest import TensorSpec
+from ..memory.host import host_empty
 from ..ranges import Range, disjoint, within
-from .parts import over
-
-__all__ = ["Arrival"]
+from .copying import over
 
 
 class Arrival:
@@ -80,3 +79,16 @@ class Arrival:
         place = within(part, self._ranges[0]) if self.placed else part
         assert place is not None
         return over(self.memory, place)
+
+
+class Private:
+    """Memory of a receiver's own for one tensor at a time, used again and again. Grows to the largest."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, nbytes: int) -> torch.Tensor:
+        """``uint8 [nbytes]``, until the next call."""
+        if self._memory.numel() < nbytes:
+            self._memory = host_empty((nbytes,), torch.uint8)
+        return self._memory[:nbytes]

@@ -8,8 +8,6 @@ import os
 
 from ..errors import ProtocolError
 
-__all__ = ["Ballot", "Decision"]
-
 
 class Decision(enum.Enum):
     """What becomes of an update. Each is a seal that a file can bear."""

@@ -15,8 +15,6 @@ from ..errors import PeerLost, ProtocolError
 from .messages import DESCRIPTORS, HEADER, Broken, Frame, Message, decode, decode_header, encode, kind_of
 from .states import Session, Side
 
-__all__ = ["Channel", "close_in_children"]
-
 _CHUNK = 256 * 1024  # bytes asked for at once
 _MANY = 8  # descriptors; the most that may come at once; the protocol never sends two
 

@@ -9,42 +9,10 @@ from typing import NamedTuple, get_args
 import msgspec
 import torch
 
+from ..dtypes import OpaqueDtype
 from ..errors import ProtocolError, UsageError
-from ..manifest import Manifest, OpaqueDtype, TensorSpec
+from ..manifest import Manifest, TensorSpec
 from ..ranges import Range
-
-__all__ = [
-    "DESCRIPTORS",
-    "HEADER",
-    "KINDS",
-    "MAX_FRAME",
-    "PROTOCOL",
-    "Abort",
-    "Accept",
-    "Broken",
-    "Commit",
-    "Done",
-    "End",
-    "Filled",
-    "Frame",
-    "Header",
-    "Hello",
-    "Message",
-    "Offer",
-    "Part",
-    "Prepared",
-    "Refuse",
-    "Release",
-    "Wanted",
-    "Welcome",
-    "decode",
-    "decode_header",
-    "described",
-    "encode",
-    "kind_of",
-    "reasons_of",
-    "specs_of",
-]
 
 PROTOCOL = 1
 MAX_FRAME = 32 * 1024 * 1024  # bytes; a manifest of 100,000 tensors takes about 10

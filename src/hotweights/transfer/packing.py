@@ -8,11 +8,9 @@ from typing import NamedTuple
 import torch
 
 from ..ranges import Range, pieces_of, shared
+from .copying import flat, over, parts, put
 from .messages import Part
-from .parts import flat, over, parts, put
 from .slots import WriteSlots, aligned
-
-__all__ = ["Packing", "Piece", "pieces"]
 
 
 class Piece(NamedTuple):

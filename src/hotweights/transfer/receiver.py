@@ -9,17 +9,15 @@ from types import TracebackType
 import torch
 
 from ..errors import Closed, UsageError
-from ..guards import Guard, check_guard
-from ..interruptions import held_back
 from ..manifest import Manifest
+from ..memory.guards import Guard, check_guard
+from ..signals import held_back
 from ..sources.contracts import Wish
 from ..sources.streams import LeaseStream
 from .address import path_of
-from .private import Private
-from .taking import Taking
-from .uplink import Uplink
-
-__all__ = ["Receiver"]
+from .arrival import Private
+from .connection import Uplink
+from .inbound import Taking
 
 
 class Receiver:

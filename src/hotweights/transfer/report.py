@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..report import size
-
-__all__ = ["SendReport"]
+from ..text import size
 
 
 @dataclass(frozen=True, slots=True)

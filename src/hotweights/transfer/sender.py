@@ -13,21 +13,19 @@ from typing import Literal, get_args
 import torch
 
 from ..errors import Closed, UnknownName, UsageError
-from ..live.wrappers import is_wrapper
 from ..manifest import Manifest
+from ..memory.wrappers import is_wrapper
 from ..progress import progress
-from ..sources import open as open_source
 from ..sources.contracts import InMemory, Source
-from ..sources.iterators import from_iterator
-from ..sources.state import StateSource
+from ..sources.iterator import from_iterator
+from ..sources.opening import open as open_source
+from ..sources.state_dict import StateSource
 from .address import path_of
-from .group import Group
-from .parts import wrapped
+from .copying import wrapped
+from .outbound import Round
+from .peers import Group
 from .report import SendReport
-from .round import Round
 from .slots import WriteSlots
-
-__all__ = ["OnLost", "Sendable", "Sender"]
 
 OnLost = Literal["abort", "drop"]
 """What becomes of an update when a receiver is lost: nobody takes it, or the others do."""

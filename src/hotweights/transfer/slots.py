@@ -11,9 +11,7 @@ import warnings
 import torch
 
 from ..errors import ProtocolError, TransferError, UsageError
-from ..memory import ALIGNMENT, PAGE
-
-__all__ = ["ReadSlots", "WriteSlots", "aligned"]
+from ..memory.host import ALIGNMENT, PAGE
 
 _FUTURE_WRITE = getattr(fcntl, "F_SEAL_FUTURE_WRITE", 0x10)
 _SIZE = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW

@@ -7,8 +7,6 @@ from typing import NamedTuple
 
 from ..errors import ProtocolError
 
-__all__ = ["TABLE", "Row", "Session", "Side", "State", "drawing"]
-
 
 class Side(enum.Enum):
     """Who says something."""
@@ -116,15 +114,3 @@ class Session:
         if kind != "offer" and update != self.update:
             raise ProtocolError(f"{kind!r} of update {update} is stale; update {self.update} runs")
         self.state, self.update = following, update
-
-
-def drawing() -> str:
-    """The table as text, for people."""
-    width = max(len(row.state.value) for row in TABLE)
-    lines = []
-    for state in State:
-        for row in (row for row in TABLE if row.state is state):
-            arrow = f"── {row.by.value}: {row.kind} ".ljust(22, "─")
-            lines.append(f"{row.state.value:>{width}} {arrow}▶ {row.next.value}")
-        lines.append("")
-    return "\n".join(lines).rstrip()

@@ -6,8 +6,6 @@ from torch import nn
 
 from ...live.model import LiveModel
 
-__all__ = ["attach", "attached"]
-
 
 class _Attached:
     """Hides a live model from whoever walks over the attributes of its model: it leads back to all of them."""

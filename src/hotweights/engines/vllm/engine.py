@@ -9,8 +9,6 @@ from typing import Any, Literal, get_args
 
 from ...errors import CommitHookError, HotweightsError, UnknownName, UpdateAborted, UsageError
 
-__all__ = ["Mode", "Outcome", "status", "status_async", "update", "update_async"]
-
 Mode = Literal["wait", "abort", "keep"]
 """What becomes of requests in flight: they finish first; they are ended; they go on afterwards, with what they have
 said so far computed anew by the new weights."""

@@ -6,11 +6,9 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from ...guards import Guard
 from ...manifest import Manifest
+from ...memory.guards import Guard
 from ...sources.contracts import Source, Stream
-
-__all__ = ["guarded"]
 
 
 class _Guarded:

@@ -17,8 +17,6 @@ from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.model_executor.model_loader.reload.layerwise import LAYERWISE_INFO
 from vllm.model_executor.model_loader.utils import device_loading_context
 
-__all__ = ["deferred", "is_processed", "may_be_missing", "processes_itself", "processing", "unwrap", "without_lora"]
-
 # Buffers that checkpoints rarely carry, with defaults: scales of the KV cache, and maps that vLLM computes.
 _DEFAULTED = (
     *("*._k_scale", "*._v_scale", "*._q_scale", "*._prob_scale"),

@@ -18,17 +18,15 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from ...errors import UsageError
 from ...live.model import LiveModel
 from ...live.report import UpdateReport
-from ...load import load
-from ...plan import Fate
-from ...report import size
-from ...sources import FileSource
-from ...sources import open as open_source
+from ...loading.load import load
+from ...plan.steps import Fate
+from ...sources.files.source import FileSource
+from ...sources.opening import open as open_source
+from ...text import size
 from .attached import attach, attached
 from .guarded import guarded
 from .layers import deferred, is_processed, may_be_missing, processes_itself, processing, unwrap
 from .options import options_from
-
-__all__ = ["Loader", "register_loader"]
 
 logger = init_logger("vllm.hotweights")  # Below vLLM's own, so that its handlers and levels apply.
 

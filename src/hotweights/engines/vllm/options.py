@@ -7,10 +7,8 @@ from dataclasses import dataclass, fields
 from typing import Any, get_args
 
 from ...errors import UnknownName, UsageError
-from ...guards import Guard
-from ...load import Verify
-
-__all__ = ["Options", "options_from"]
+from ...loading.load import Verify
+from ...memory.guards import Guard
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,11 +10,9 @@ import torch.distributed
 from torch import Tensor
 
 from ...errors import HotweightsError, UpdateAborted
-from ...guards import Guard
 from ...manifest import Manifest
+from ...memory.guards import Guard
 from ...sources.contracts import Addressed, Read, Source, Stream
-
-__all__ = ["Ranks", "Refused", "together", "words_of"]
 
 
 class Refused(HotweightsError):

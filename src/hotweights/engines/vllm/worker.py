@@ -18,12 +18,10 @@ from ...errors import UsageError
 from ...live.model import LiveModel
 from ...live.report import UpdateReport
 from ...live.state import State
-from ...sources import open as open_source
+from ...sources.opening import open as open_source
 from ...transfer.receiver import Receiver
 from .attached import attached
 from .ranks import Ranks, together, words_of
-
-__all__ = ["Worker"]
 
 _LOG = logging.getLogger("vllm.hotweights")
 

@@ -11,10 +11,8 @@ from contextlib import closing
 
 from fastsafetensors import SafeTensorsFileLoader
 
-from ..iterators import Pair
+from ..iterator import Pair
 from .reader import Reader
-
-__all__ = ["READER"]
 
 
 def _read(files: Sequence[str], *, borrow: bool) -> Iterator[Pair]:

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
-from ..checkpoint import SAFETENSORS, Layout
-from ..iterators import Pair
-
-__all__ = ["Read", "Reader"]
+from ..files.shards import SAFETENSORS, Layout
+from ..iterator import Pair
 
 
 class Read(Protocol):

@@ -11,10 +11,8 @@ from contextlib import closing
 
 from runai_model_streamer import SafetensorsStreamer
 
-from ..iterators import Pair
+from ..iterator import Pair
 from .reader import Reader
-
-__all__ = ["READER"]
 
 _CAN_OWN = "owned" in inspect.signature(SafetensorsStreamer.stream_files).parameters
 

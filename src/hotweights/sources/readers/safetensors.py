@@ -10,10 +10,8 @@ from collections.abc import Iterator, Sequence
 
 from safetensors import safe_open
 
-from ..iterators import Pair
+from ..iterator import Pair
 from .reader import Reader
-
-__all__ = ["READER"]
 
 _CAN_PREAD = "backend" in (safe_open.__text_signature__ or "")  # Native: it shows no other signature.
 

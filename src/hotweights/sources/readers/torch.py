@@ -13,13 +13,11 @@ import torch
 
 from ...errors import CheckpointError
 from ...manifest import TensorSpec
-from ..checkpoint import Layout
-from ..file import File
-from ..header import Entry, Header
-from ..iterators import Pair
+from ..files.file import File
+from ..files.header import Entry, Header
+from ..files.shards import Layout
+from ..iterator import Pair
 from .reader import Reader
-
-__all__ = ["READER"]
 
 
 def _parse(file: File) -> Header:

@@ -1,0 +1,117 @@
+"""Spans and Mirror: where tensors lie relative to each other, and other memory laid out the same. Copies nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+
+from ..boxes import Box, box_of, extent, view
+from ..memory.aliases import has_bytes
+
+_GRAIN = 64  # bytes; spans begin on a multiple, so that every tensor in one keeps its alignment
+
+
+class _Place(NamedTuple):
+    span: int
+    box: Box
+
+
+class Spans:
+    """The memory of some tensors: those that overlap, tied ones too, share a span. Keeps no tensor alive.
+
+    One pass over the sorted addresses; linear but for the sorting.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self.nbytes: list[int] = []
+        """Bytes of each span."""
+        self.devices: list[torch.device] = []
+        """Where each span lies."""
+        self._places: dict[str, _Place] = {}
+        self._names: list[list[str]] = []
+        for device, start, stop, inside in _merged(tensors):
+            for name in inside:
+                box = box_of(tensors[name])
+                offset = tensors[name].data_ptr() - start
+                self._places[name] = _Place(len(self.nbytes), Box(box.dtype, box.shape, box.stride, offset))
+            self.nbytes.append(stop - start)
+            self.devices.append(device)
+            self._names.append(inside)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
+    def of(self, name: str) -> int:
+        """The number of the span in which the tensor lies."""
+        return self._places[name].span
+
+    def box(self, name: str) -> Box:
+        """The tensor within its span."""
+        return self._places[name].box
+
+    def together(self) -> Iterator[list[str]]:
+        """The names of each span."""
+        yield from self._names
+
+    def names(self, span: int) -> list[str]:
+        """Names of all that lies in a span, those of tied tensors too."""
+        return self._names[span]
+
+    def inside(self, span: int) -> list[str]:
+        """Names of all that lies in a span; of tied tensors one."""
+        return list({self._places[name].box: name for name in self._names[span]}.values())
+
+
+def _merged(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[torch.device, int, int, list[str]]]:
+    entries = sorted(
+        (
+            (str(tensor.device), tensor.data_ptr(), tensor.data_ptr() + _reach(tensor), name)
+            for name, tensor in tensors.items()
+            if has_bytes(tensor)
+        ),
+    )
+    device, start, stop, names = "", 0, 0, list[str]()
+    for where, first, last, name in entries:
+        if names and where == device and first < stop:
+            stop = max(stop, last)
+            names.append(name)
+            continue
+        if names:
+            yield torch.device(device), start - start % _GRAIN, stop, names
+        device, start, stop, names = where, first, last, [name]
+    if names:
+        yield torch.device(device), start - start % _GRAIN, stop, names
+
+
+def _reach(tensor: torch.Tensor) -> int:
+    box = box_of(tensor)
+    return extent(box)[1] - box.offset
+
+
+class Mirror:
+    """Memory laid out as spans are: the tensors in it overlap where the originals do. It owns its memory."""
+
+    def __init__(self, spans: Spans, make: Callable[[int, torch.device], torch.Tensor]) -> None:
+        """``make(nbytes, device)`` gives memory, ``uint8 [nbytes]``, for a tensor on that device."""
+        self.spans = spans
+        self._make = make
+        self._memory: dict[int, torch.Tensor] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes taken so far."""
+        return sum(memory.nbytes for memory in self._memory.values())
+
+    def lacking(self, names: Iterable[str]) -> int:
+        """Bytes that would have to be taken for these tensors, as far as they have bytes."""
+        wanted = {self.spans.of(name) for name in names if name in self.spans}
+        return sum(self.spans.nbytes[span] for span in wanted - self._memory.keys())
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        span = self.spans.of(name)
+        memory = self._memory.get(span)
+        if memory is None:
+            memory = self._memory[span] = self._make(self.spans.nbytes[span], self.spans.devices[span])
+        return view(memory, self.spans.box(name))

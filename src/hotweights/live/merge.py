@@ -1,0 +1,179 @@
+"""Differences: what processing made new in a layer, to be put into what is live. It decides; a way writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..errors import HotweightsError
+from ..memory.wrappers import attributes_of, context, is_wrapper
+from .attributes import ABSENT, Held, exchanged, hides_memory, is_opaque, remade, step, tensors_in
+from .layers import Contents, Layer
+
+
+class Difference(NamedTuple):
+    """What processing made new.
+
+    Attributes:
+        values: pairs of a live tensor's qualified name and its new value.
+        attributes: pairs of a live module, tensor or holder and what changes in its state.
+        replaced: qualified names of objects in which nobody sees tensors, and which are others now.
+    """
+
+    values: list[tuple[str, torch.Tensor]]
+    attributes: list[tuple[object, dict[Any, object]]]
+    replaced: list[str]
+
+
+def differences(
+    layer: Layer, live: Contents, made: Contents, known: Container[str], idle: Container[str]
+) -> Difference:
+    """How ``made`` by processing differs from what is live.
+
+    Args:
+        layer: the layer.
+        live: what it holds in kernel format.
+        made: what processing made.
+        known: qualified names of tensors that are live since the first load; others are none of ours.
+        idle: qualified names of tensors that neither the update nor processing touches.
+
+    Raises:
+        HotweightsError: a live tensor would have to change its shape or dtype, or to come or go.
+    """
+    old = {key: one for key, one in live.tensors() if layer.full(key) not in idle}
+    ours = {key: one for key, one in old.items() if layer.full(key) in known}
+    new = {key: one for key, one in made.tensors() if layer.full(key) not in idle}
+    strange = {path for path, _ in tensors_in(made.holders)} - layer.acted
+    new = {key: one for key, one in new.items() if key in ours or (key not in strange and one is not old.get(key))}
+    problems = [*_changes(layer, ours, new)]
+    if problems:
+        raise HotweightsError("; ".join(sorted(problems)))
+    values = [(layer.full(key), tensor) for key, tensor in new.items() if tensor is not ours[key]]
+    # What processing made anew with the value that it had is not written, and the live tensor stays all the same.
+    kept = {key: one for key, one in live.tensors() if layer.full(key) in known}
+    merge = _Merge(layer, live, made, kept, new)
+    attributes = [*merge.attributes(), *merge.of_tensors()]
+    if merge.hiding:  # They point to what processing made, of which others get a copy.
+        attributes.append((layer.beneath, {"tensors": [one for _, one in made.tensors()]}))
+    return Difference(values, attributes, merge.replaced)
+
+
+def _changes(layer: Layer, old: Mapping[str, torch.Tensor], new: Mapping[str, torch.Tensor]) -> Iterator[str]:
+    yield from (f"{layer.full(key)}: is gone after processing" for key in old.keys() - new.keys())
+    for key, tensor in new.items():
+        if key not in old:
+            yield f"{layer.full(key)}: was made by processing, but not the first time"
+        elif _form(old[key]) != _form(tensor):
+            yield f"{layer.full(key)}: {_form(old[key])} is live, processing made {_form(tensor)}"
+        elif is_wrapper(tensor) and context(old[key]) != context(tensor):
+            yield f"{layer.full(key)}: {context(old[key])} is live, processing made {context(tensor)}"
+
+
+def _form(tensor: torch.Tensor) -> str:
+    if nn.parameter.is_lazy(tensor):
+        return f"{tensor.dtype}"
+    kind = f"{type(tensor).__name__} " if is_wrapper(tensor) else ""
+    return f"{kind}{tensor.dtype} {list(tensor.shape)}"
+
+
+class _Merge:
+    """What was made, with live tensors and live holders in the place of those that were made."""
+
+    def __init__(
+        self,
+        layer: Layer,
+        live: Contents,
+        made: Contents,
+        ours: Mapping[str, torch.Tensor],
+        new: Mapping[str, torch.Tensor],
+    ) -> None:
+        self.replaced: list[str] = []
+        self.hiding = False  # whether any of those may hide addresses
+        self._layer, self._live, self._made, self._ours, self._new = layer, live, made, ours, new
+        self._tensors = {id(one): ours[key] for key, one in made.tensors() if key in ours}
+        self._targets = {path: self._target(path, held) for path, held in made.holders.items()}
+        self._holders = {id(held.holder): self._targets[path].holder for path, held in made.holders.items()}
+
+    def attributes(self) -> Iterator[tuple[object, dict[Any, object]]]:
+        """What changes in the module and in holders."""
+        yield self._layer.module, self._changes(self._live.attributes, self._made.attributes, str)
+        for path, (_, state) in self._made.holders.items():
+            holder, before = self._targets[path]
+            named = partial(step, path, holder)
+            changes = self._changes(before, state, named, every=self._layer.shares(holder))
+            if changes and not isinstance(holder, tuple):
+                yield holder, changes
+
+    def of_tensors(self) -> Iterator[tuple[torch.Tensor, dict[Any, object]]]:
+        """What changes in attributes of live tensors."""
+        for key, tensor in self._new.items():
+            twin, live = self._layer.twin(key), self._ours[key]
+            before, now = {} if twin is None else twin.__dict__, attributes_of(live)
+            set_here = {
+                name: self._tensors.get(id(value), value)
+                for name, value in attributes_of(tensor).items()
+                if before.get(name, ABSENT) is not value and not _equal(now.get(name, ABSENT), value)
+            }
+            if set_here and tensor is not live:
+                yield live, set_here
+
+    def _target(self, path: str, made: Held) -> Held:
+        live = self._live.holders.get(path)
+        return live if live is not None and type(live.holder) is type(made.holder) else made
+
+    def _changes(
+        self,
+        old: Mapping[Any, object],
+        new: Mapping[Any, object],
+        named: Callable[[Any], str],
+        *,
+        every: bool = False,
+    ) -> dict[Any, object]:
+        """Of what processing has to do with, what is other than before; or ``every`` key, where others write too."""
+        acted = {key: named(key) for key in (*old, *new) if named(key) in self._layer.acted}
+        wanted = {
+            key: self._merged(name, new[key], old.get(key, ABSENT)) if key in new else ABSENT
+            for key, name in acted.items()
+        }
+        return {key: one for key, one in wanted.items() if every or one is not old.get(key, ABSENT)}
+
+    def _merged(self, path: str, value: object, live: object) -> object:
+        if path in self._ours:
+            return self._ours[path]
+        if isinstance(value, tuple):
+            return self._tuple(path, value, live)
+        found = self._holders.get(id(value), value)
+        if isinstance(value, torch.Tensor):
+            return self._tensors.get(id(value), value)
+        if found is live or (type(live) is type(value) and id(value) not in self._holders and _equal(live, value)):
+            return live
+        if is_opaque(value) or (found is value and id(value) in self._holders):
+            self.replaced.append(self._layer.full(path))
+            self.hiding |= hides_memory(value)
+        return found
+
+    def _tuple(self, path: str, value: tuple[object, ...], live: object) -> object:
+        made = exchanged(path, value, lambda _, tensor: self._tensors.get(id(tensor), tensor))
+        assert isinstance(made, tuple)
+        others = live if isinstance(live, tuple) and len(live) == len(made) else (ABSENT,) * len(made)
+        items = [
+            one if isinstance(one, torch.Tensor) else self._merged(step(path, value, number), one, other)
+            for number, (one, other) in enumerate(zip(made, others, strict=True))
+        ]
+        if all(one is other for one, other in zip(items, others, strict=True)):
+            return live
+        return remade(made, items)
+
+
+def _equal(live: object, made: object) -> bool:
+    """Whether they are the same to everybody, as far as that can be asked."""
+    if live is made:
+        return True
+    try:
+        return type(live) is type(made) and bool(live == made)
+    except (RuntimeError, TypeError, ValueError):
+        return False

@@ -1,0 +1,82 @@
+"""Wishes: what the plan of an update asks of a source that can choose, by tensor. It moves no byte."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+
+import torch
+
+from ..loading.copy_step import place_of
+from ..manifest import TensorSpec
+from ..plan.plan import LoadPlan
+from ..plan.steps import Copy, Program, Step
+from ..ranges import range_of, ranges_of
+from ..sources.contracts import Wish
+from .groups import Unit
+
+Room = Callable[[Unit, Copy], torch.Tensor | None]
+
+
+def wishes(units: Iterable[Unit], plan: LoadPlan, give: Room) -> list[Wish]:
+    """A wish for each tensor that the units take, in their order, and for what the model's own code gets, last.
+
+    Args:
+        units: in the order in which they shall be filled.
+        plan: which they are parts of.
+        give: what ``Wish.into`` asks.
+    """
+    place = {name: number for number, name in enumerate(plan.manifest)}
+    takes: dict[str, list[tuple[Unit, Step, bool]]] = defaultdict(list)
+    for unit in units:
+        for name in sorted(unit.sources, key=place.__getitem__):
+            takes[name]  # Names in this order; what takes them follows.
+        for step, at_once in _steps(unit):
+            for name in step.sources:
+                takes[name].append((unit, step, at_once))
+    for name in plan.fallback:
+        takes[name] = []
+    return [_wish(plan.manifest[name], found, give) for name, found in takes.items()]
+
+
+def _steps(unit: Unit) -> Iterator[tuple[Step, bool]]:
+    """All that takes tensors; and whether it is done as they come, and by nothing but a copy."""
+    first = min(unit.plan.levels, default=0)
+    levels = unit.plan.levels or (first,) * len(unit.plan.steps)
+    for step, level in zip(unit.plan.steps, levels, strict=True):
+        yield step, level == first and isinstance(step, Copy)
+    for pair in unit.plan.ties:
+        yield from ((one, False) for one in pair)
+
+
+def _wish(spec: TensorSpec, takes: list[tuple[Unit, Step, bool]], give: Room) -> Wish:
+    boxes = [None if isinstance(step, Program) else step.of for _, step, _ in takes]
+    exact = [box for box in boxes if box is not None]
+    ranges = ranges_of(exact) if exact and len(exact) == len(boxes) else None
+    if ranges is not None and sum(one.size for one in ranges) in (0, spec.nbytes):
+        ranges = None
+    into = None
+    if len(takes) == 1:
+        unit, step, at_once = takes[0]
+        if (
+            at_once
+            and isinstance(step, Copy)
+            and (step.of is None or (range_of(step.of),) == ranges or _all(step, spec))
+        ):
+            into = partial(give, unit, step)
+    return Wish(spec.name, ranges, into)
+
+
+def _all(step: Copy, spec: TensorSpec) -> bool:
+    found = None if step.of is None else range_of(step.of)
+    return found is not None and found.count == 1 and found.size == spec.nbytes
+
+
+def room(step: Copy, spec: TensorSpec, destinations: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    """The bytes that the copy writes, ``uint8``; ``None`` where it does more than to put them one behind the other."""
+    dtype = spec.dtype if step.of is None else step.of.dtype
+    place = place_of(step, destinations).detach()
+    if place.dtype != dtype or not place.is_cpu or not place.is_contiguous() or not place.numel():
+        return None
+    return place.view(-1).view(torch.uint8)

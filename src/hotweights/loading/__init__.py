@@ -1,0 +1,1 @@
+"""Loading: a plan is run from a source into memory, and proven."""

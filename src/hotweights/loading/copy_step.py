@@ -1,0 +1,96 @@
+"""One step of a plan, run on real memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+
+import torch
+
+from ..boxes import view
+from ..errors import TiedWeightsDiffer
+from ..manifest import Manifest
+from ..plan.plan import LoadPlan
+from ..plan.steps import Copy, Program
+from .replay import run_program
+from .report import Execution
+
+COMPARED = 8 * 1024 * 1024  # bytes of each of two tied tensors that are compared at once
+
+
+Destinations = Mapping[str, torch.Tensor]
+
+
+def any_inference(destinations: Destinations) -> bool:
+    """Whether one of them was made under inference mode."""
+    lazy = torch.nn.parameter.is_lazy
+    return any(not lazy(tensor) and tensor.is_inference() for tensor in destinations.values())
+
+
+def writing_mode(inference: bool) -> AbstractContextManager[object]:
+    """Writes inside are not seen by autograd. Tensors made under inference mode may only be written under it."""
+    return torch.inference_mode() if inference else torch.no_grad()
+
+
+def run_step(
+    step: Program, tensors: dict[str, torch.Tensor], plan: LoadPlan, destinations: Destinations, done: Execution
+) -> None:
+    """Run a program; ``tensors`` are its sources, which it may write to."""
+    nbytes = sum(tensor.nbytes for tensor in tensors.values())
+    run_program(step, tensors, plan.constants, lambda name: destinations[name].detach())
+    done.bytes_written += sum(region.box.nbytes for region in step.writes)
+    done.hold_scratch(-nbytes)
+
+
+def part_of(step: Copy, tensor: torch.Tensor) -> torch.Tensor:
+    """The part of the source ``tensor`` that ``step`` copies."""
+    if step.of is None:
+        return tensor
+    return view(tensor.contiguous(), step.of)
+
+
+def place_of(step: Copy, destinations: Destinations) -> torch.Tensor:
+    """The part of the model's tensor that ``step`` writes."""
+    destination = destinations[step.destination]
+    return destination if step.into is None else view(destination, step.into)
+
+
+def written_nbytes(step: Copy, destinations: Destinations) -> int:
+    """Bytes of the model that ``step`` writes."""
+    return destinations[step.destination].nbytes if step.into is None else step.into.nbytes
+
+
+def copy_now(step: Copy, tensor: torch.Tensor, destinations: Destinations, done: Execution) -> torch.device:
+    """Copy from the source ``tensor``, which the returned device may still read when this returns."""
+    place = place_of(step, destinations)
+    part = part_of(step, tensor)
+    place.copy_(part if part.shape == place.shape else part.reshape(place.shape), non_blocking=True)
+    done.bytes_written += place.nbytes
+    return place.device
+
+
+def same_as_written(other: Copy, tensor: torch.Tensor, one: Copy, destinations: Destinations) -> bool:
+    """Whether ``other``, not done, would have written the bits that ``one`` wrote."""
+    place = place_of(one, destinations)
+    return same_bits(part_of(other, tensor).to(place.dtype), place.cpu())
+
+
+def prove_ties(plan: LoadPlan, manifest: Manifest, equal: Callable[[Copy, Copy], bool]) -> None:
+    """Compare what becomes the same bytes, before anything is written."""
+    refuse_ties((one, other) for one, other in plan.ties if manifest[one.source].nbytes and not equal(one, other))
+
+
+def refuse_ties(differing: Iterable[tuple[Copy, Copy]]) -> None:
+    """Raise ``TiedWeightsDiffer`` where there is one."""
+    problems = [
+        f"{one.source} and {other.source} are one tensor in the model, and differ in the source"
+        for one, other in differing
+    ]
+    if problems:
+        raise TiedWeightsDiffer("tied weights differ", problems)
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors hold the same bytes, as they would be written in row-major order."""
+    # Bits, not values: a NaN is equal to itself here, and -0.0 differs from 0.0.
+    return torch.equal(one.contiguous().view(-1).view(torch.uint8), other.contiguous().view(-1).view(torch.uint8))

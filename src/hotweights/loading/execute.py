@@ -1,0 +1,245 @@
+"""Runs the steps of a plan from a source into destinations. It decides nothing that the plan has decided."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import chain
+
+import torch
+
+from ..dtypes import OpaqueDtype
+from ..manifest import Manifest
+from ..memory.aliases import has_bytes
+from ..memory.devices import record_events
+from ..memory.host import PAGE, host_empty
+from ..memory.pool import Pool
+from ..plan.plan import LoadPlan
+from ..plan.steps import Copy, Program, Step
+from ..sources.contracts import Addressed, InMemory, Read, Reading, Source
+from ..sources.streams import ahead
+from .copy_step import (
+    COMPARED,
+    Destinations,
+    any_inference,
+    copy_now,
+    part_of,
+    prove_ties,
+    run_step,
+    same_bits,
+    writing_mode,
+    written_nbytes,
+)
+from .filling import Filling
+from .reads import reads_of
+from .report import Execution
+
+
+def execute(
+    plan: LoadPlan,
+    source: Source,
+    destinations: Destinations,
+    done: Execution,
+    *,
+    pool: Pool,
+    reading: Reading = "auto",
+    threads: int | None = None,
+    advance: Callable[[int], None] | None = None,
+) -> dict[str, torch.Tensor]:
+    """Do every step of ``plan``. Ties are proven before the first write, unless the source comes as it comes.
+
+    Args:
+        plan: what to do.
+        source: where the bytes come from.
+        destinations: the model's tensors by name; they are written in place.
+        done: is kept up to date, also when this raises.
+        pool: memory for what cannot be read in place.
+        reading: which road files are read by.
+        threads: how many read at once.
+        advance: called as bytes arrive, from any thread.
+
+    Returns:
+        Those tensors of ``plan.fallback``, owned, for which the source cannot be asked again: because it comes as it
+        comes, or because its tensors share memory with the model.
+
+    Raises:
+        TiedWeightsDiffer: nothing was written.
+        CheckpointChanged: a file changed; some destinations may have been written.
+    """
+
+    def arrive(nbytes: int) -> None:
+        done.arrive(nbytes)
+        if advance is not None:
+            advance(nbytes)
+
+    with writing_mode(any_inference(destinations)):
+        if isinstance(source, Addressed):
+            read = partial(source.read, pool=pool, reading=reading, threads=threads, advance=arrive)
+            _Addressed(plan, source, read, destinations, done, pool).run()
+            return {}
+        if isinstance(source, InMemory):
+            return _from_memory(plan, source, destinations, done, arrive)
+        return _from_stream(plan, source, destinations, done, arrive)
+
+
+class _Addressed:
+    """One execution from a source that gives any bytes."""
+
+    def __init__(
+        self,
+        plan: LoadPlan,
+        source: Addressed,
+        read: Callable[..., dict[str, int]],
+        destinations: Destinations,
+        done: Execution,
+        pool: Pool,
+    ) -> None:
+        self._plan = plan
+        self._source = source
+        self._read = read
+        self._destinations = destinations
+        self._done = done
+        self._pool = pool
+
+    def run(self) -> None:
+        prove_ties(self._plan, self._source.manifest, self._equal)
+        self._done.writing = True
+        for steps in self._plan.batches():
+            self._copy([step for step in steps if isinstance(step, Copy)])
+            self._run_programs([step for step in steps if isinstance(step, Program)])
+
+    def _copy(self, steps: Sequence[Copy]) -> None:
+        manifest, limit = self._source.manifest, self._pool.slot_nbytes - 2 * PAGE
+        wishes = (reads_of(step, manifest[step.source], self._destinations[step.destination], limit) for step in steps)
+        # Made one by one as they are taken: a model's tensors lie all over the memory, and each visit costs.
+        self._done.count(self._read(chain.from_iterable(wishes)))
+        self._done.bytes_written += sum(written_nbytes(step, self._destinations) for step in steps)
+
+    def _run_programs(self, programs: list[Program]) -> None:
+        programs.sort(key=lambda step: min(map(self._source.position, step.sources), default=(-1, -1)))
+        stop = threading.Event()
+
+        def halt() -> None:
+            stop.set()
+            self._pool.wake()
+
+        work = (partial(self._gather, step, stop) for step in programs)
+        gathered = ahead(work, depth=1, stop=halt)
+        try:
+            for step, tensors in zip(programs, gathered, strict=True):
+                run_step(step, tensors, self._plan, self._destinations, self._done)
+        finally:
+            gathered.close()
+
+    def _gather(self, step: Program, stop: threading.Event) -> dict[str, torch.Tensor]:
+        """The program's sources in scratch of their own."""
+        tensors = {name: _scratch(self._source.manifest, name) for name in step.sources}
+        self._done.hold_scratch(sum(tensor.nbytes for tensor in tensors.values()))
+        reads = [Read(name, 0, tensor.nbytes, tensor) for name, tensor in tensors.items()]
+        self._done.count(self._read(reads, stop=stop))
+        return tensors
+
+    def _equal(self, one: Copy, other: Copy) -> bool:
+        if one.of is not None or other.of is not None:
+            return self._equal_parts(one, other)
+        nbytes = self._source.manifest[one.source].nbytes
+        left, right = (host_empty((min(nbytes, COMPARED),), torch.uint8) for _ in range(2))
+        self._done.hold_scratch(left.nbytes + right.nbytes)
+        try:
+            for start in range(0, nbytes, COMPARED):
+                count = min(COMPARED, nbytes - start)
+                reads = [Read(one.source, start, count, left[:count]), Read(other.source, start, count, right[:count])]
+                self._done.count(self._read(reads))
+                if not torch.equal(left[:count], right[:count]):
+                    return False
+            return True
+        finally:
+            self._done.hold_scratch(-left.nbytes - right.nbytes)
+
+    def _equal_parts(self, one: Copy, other: Copy) -> bool:
+        parts = []
+        for step in (one, other):
+            tensor = _scratch(self._source.manifest, step.source)
+            self._done.count(self._read([Read(step.source, 0, tensor.nbytes, tensor)]))
+            parts.append(part_of(step, tensor))
+        return same_bits(*parts)
+
+
+def owned(source: Addressed | InMemory, name: str, read: Callable[..., dict[str, int]]) -> torch.Tensor:
+    """One tensor of ``source`` in memory of its own."""
+    if isinstance(source, InMemory):
+        return source.borrow(name).clone(memory_format=torch.contiguous_format)
+    tensor = _scratch(source.manifest, name)
+    read([Read(name, 0, tensor.nbytes, tensor)])
+    return tensor
+
+
+def _scratch(manifest: Manifest, name: str) -> torch.Tensor:
+    spec = manifest[name]
+    assert not isinstance(spec.dtype, OpaqueDtype)
+    return host_empty(spec.shape, spec.dtype)
+
+
+def _from_memory(
+    plan: LoadPlan, source: InMemory, destinations: Destinations, done: Execution, arrive: Callable[[int], None]
+) -> dict[str, torch.Tensor]:
+    private = _private(plan, source, destinations)
+    done.hold_scratch(sum(tensor.nbytes for tensor in private.values()))
+
+    def borrow(name: str) -> torch.Tensor:
+        return private[name] if name in private else source.borrow(name)
+
+    def equal(one: Copy, other: Copy) -> bool:
+        return same_bits(part_of(one, borrow(one.source)), part_of(other, borrow(other.source)))
+
+    prove_ties(plan, source.manifest, equal)
+    done.writing = True
+    for steps in plan.by_level():
+        for step in steps:
+            names = step.sources
+            if isinstance(step, Copy):
+                copy_now(step, borrow(step.source), destinations, done)
+            else:
+                tensors = {name: borrow(name).clone(memory_format=torch.contiguous_format) for name in names}
+                done.hold_scratch(sum(tensor.nbytes for tensor in tensors.values()))
+                run_step(step, tensors, plan, destinations, done)
+            nbytes = _read_nbytes(step, source.manifest)
+            done.count({"memory": nbytes})
+            arrive(nbytes)
+    return {name: private[name] for name in plan.fallback if name in private}
+
+
+def _private(plan: LoadPlan, source: InMemory, destinations: Destinations) -> dict[str, torch.Tensor]:
+    """Copies of the plan's tensors that share memory with the model: they would change under the copying."""
+    written = {tensor.untyped_storage().data_ptr() for tensor in destinations.values() if has_bytes(tensor)}
+    steps = (*plan.steps, *(step for pair in plan.ties for step in pair))
+    names = dict.fromkeys((*(name for step in steps for name in step.sources), *plan.fallback))
+    borrowed = ((name, source.borrow(name)) for name in names)
+    return {
+        name: tensor.clone(memory_format=torch.contiguous_format)
+        for name, tensor in borrowed
+        if has_bytes(tensor) and tensor.untyped_storage().data_ptr() in written
+    }
+
+
+def _read_nbytes(step: Step, manifest: Manifest) -> int:
+    if isinstance(step, Copy):
+        return manifest[step.source].nbytes if step.of is None else step.of.nbytes
+    return sum(manifest[name].nbytes for name in step.sources)
+
+
+def _from_stream(
+    plan: LoadPlan, source: Source, destinations: Destinations, done: Execution, arrive: Callable[[int], None]
+) -> dict[str, torch.Tensor]:
+    filling = Filling(plan, destinations, done)
+    done.writing = True
+    with source.leases() as stream:
+        for lease in stream:
+            if lease.name not in filling.missing:
+                continue
+            devices = filling.take(lease.name, lease.tensor, lease.own)
+            done.count({"memory": lease.spec.nbytes})
+            arrive(lease.spec.nbytes)
+            lease.release(after=record_events(devices))
+    return filling.finish()

@@ -1,0 +1,213 @@
+"""Falling back: what cannot be planned is loaded by the model's own code, with owned tensors, watched and proven."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..boxes import Box, box_of, covered, meets
+from ..errors import IncompleteLoad, PlanDiffers
+from ..memory.aliases import plain
+from ..memory.pool import Pool
+from ..model.places import Place, places
+from ..model.reachable import anchors
+from ..model.survey import loader_of
+from ..plan.plan import LoadPlan
+from ..sources.contracts import Addressed, InMemory, Source
+from ..tracing.dispatch import written_by
+from ..tracing.threads import in_every_thread
+from .execute import owned
+from .report import Execution
+
+
+def fall_back(
+    plan: LoadPlan,
+    model: nn.Module,
+    source: Source,
+    kept: Mapping[str, torch.Tensor],
+    done: Execution,
+    *,
+    pool: Pool,
+    advance: Callable[[int], None],
+) -> None:
+    """Give the model's own loading code the tensors of ``plan.fallback``; prove that it wrote what only it can.
+
+    Args:
+        plan: says which.
+        model: is loaded by its own code, which may do anything to it.
+        source: where the tensors are, unless they were ``kept``.
+        kept: owned tensors of a source that cannot be asked again.
+        done: is kept up to date.
+        pool: memory for reading.
+        advance: called as bytes arrive.
+
+    Raises:
+        IncompleteLoad: its code left something unwritten.
+        PlanDiffers: its code wrote over what was planned.
+
+    These, and whatever its code raises, bear a note that says which layers had been written by then.
+    """
+    load = loader_of(model)
+    assert load is not None, "only models with loading code of their own fall back"
+
+    def arrive(nbytes: int) -> None:
+        done.arrive(nbytes)
+        advance(nbytes)
+
+    def tensors(names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        for name in names:
+            if name in kept:
+                yield name, kept[name]
+            elif isinstance(source, Addressed):
+                yield name, owned(source, name, partial(_counted, source, done, pool, arrive))
+            else:
+                assert isinstance(source, InMemory)
+                arrive(source.manifest[name].nbytes)
+                yield name, owned(source, name, lambda reads: {})
+
+    watch = _Watch(_planned(plan, model))
+    progress = _Progress(model, watch)
+    with progress.told():
+        error: Exception | None = None
+        try:
+            with torch.no_grad(), in_every_thread(lambda: watch):
+                load(tensors(plan.fallback))
+        except Exception as caught:
+            error = caught
+        if watch.conflicts:
+            raise PlanDiffers(
+                "the model's own loading code wrote over what was planned apart from it", watch.conflicts
+            ) from error
+        if error is not None:
+            whole = len(plan.fallback) == len(source.manifest) or not isinstance(source, (Addressed, InMemory))
+            if whole or progress.begun():
+                raise error
+            # It wrote nothing: it may need the tensors that were planned, and can begin anew.
+            with torch.no_grad(), in_every_thread(lambda: watch):
+                load(tensors(source.manifest))
+        unwritten = [place.name for place in places(model) if place.name in plan.unproven and not progress.wrote(place)]
+        if unwritten:
+            raise IncompleteLoad("the model's own loading code wrote nothing to", unwritten)
+
+
+class _Progress:
+    """What of a model its own loading code has written so far."""
+
+    def __init__(self, model: nn.Module, watch: _Watch) -> None:
+        self._model = model
+        self._watch = watch
+        self._before = {place.name: (place.tensor, _storage(place.tensor)) for place in places(model)}
+
+    def begun(self) -> bool:
+        """Whether it has written anything that was there."""
+        return any(self._watch.saw(tensor) for tensor, _ in self._before.values() if tensor.numel())
+
+    def wrote(self, place: Place) -> bool:
+        """Whether it has written there."""
+        return self._rebound(place) or self._watch.saw(place.tensor)
+
+    def _rebound(self, place: Place) -> bool:
+        """Rebound is written: it put another tensor in the place."""
+        tensor, storage = self._before.get(place.name, (None, 0))
+        return place.tensor is not tensor or _storage(place.tensor) != storage
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Errors say which layers were written by then, by plan or by the model's code."""
+        try:
+            yield
+        except BaseException as error:
+            error.add_note(f"hotweights: {self}")
+            raise
+
+    def __str__(self) -> str:
+        layers: dict[str, dict[str, float]] = defaultdict(dict)  # the written share of each tensor
+        for place in places(self._model):
+            if place.persistent and plain(place.tensor) and place.tensor.numel():
+                layer = place.name.rpartition(".")[0] or type(self._model).__name__
+                layers[layer][place.name] = 1.0 if self._rebound(place) else self._watch.share(place.tensor)
+        whole = [layer for layer, one in layers.items() if min(one.values()) == 1]
+        torn = [one for one in layers.values() if min(one.values()) < 1]
+        partly = [
+            name if share == 1 else f"{name} ({share:.0%})" for one in torn for name, share in one.items() if share
+        ]
+        never = [layer for layer, one in layers.items() if not any(one.values())]
+        return (
+            f"by then these layers had been written: {_some(whole)}; of others these tensors: {_some(partly)}; "
+            f"these layers hold what they held before: {_some(never)}"
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return (", ".join(names[:_SHOWN]) + more) or "none"
+
+
+_SHOWN = 50
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    """Which memory the tensor has; the same number for all that have none."""
+    plain = tensor.layout is torch.strided and not nn.parameter.is_lazy(tensor)
+    return tensor.untyped_storage()._cdata if plain else 0
+
+
+def _counted(
+    source: Addressed, done: Execution, pool: Pool, arrive: Callable[[int], None], reads: Any
+) -> dict[str, int]:
+    roads = source.read(reads, pool=pool, advance=arrive)
+    done.count(roads)
+    return roads
+
+
+def _planned(plan: LoadPlan, model: nn.Module) -> dict[int, list[tuple[str, Box]]]:
+    """What the plan writes: boxes within storages, by the storage's address."""
+    reached = anchors(model)
+    found: dict[int, list[tuple[str, Box]]] = defaultdict(list)
+    for step in plan.steps:
+        for name, box in step.written:
+            tensor = reached[name]
+            first = int(tensor.storage_offset()) * tensor.element_size()
+            box = box_of(tensor) if box is None else Box(box.dtype, box.shape, box.stride, box.offset + first)
+            found[tensor.untyped_storage().data_ptr()].append((name, box))
+    return found
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees which memory is written, in whatever way goes through the dispatcher."""
+
+    def __init__(self, planned: Mapping[int, list[tuple[str, Box]]]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._written: dict[int, set[Box]] = defaultdict(set)
+        self._planned = planned
+        self.conflicts: set[str] = set()
+        """Names of the model where something was written that the plan had written."""
+
+    def saw(self, tensor: torch.Tensor) -> bool:
+        """Whether something was written to the tensor's memory."""
+        if tensor.numel() == 0:
+            return True
+        written = self._written.get(tensor.untyped_storage().data_ptr(), set())
+        box = box_of(tensor)
+        return box in written or any(meets(box, other) for other in written)
+
+    def share(self, tensor: torch.Tensor) -> float:
+        """How much of the tensor was written, by plan or by the model's code."""
+        address, box = tensor.untyped_storage().data_ptr(), box_of(tensor)
+        boxes = [*self._written.get(address, ()), *(one for _, one in self._planned.get(address, ()))]
+        return covered([one for one in boxes if meets(one, box)], box) / box.numel
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in written_by(func, args, kwargs or {}):
+            address, box = tensor.untyped_storage().data_ptr(), box_of(tensor)
+            self._written[address].add(box)
+            if address in self._planned:
+                self.conflicts |= {name for name, other in self._planned[address] if meets(box, other)}
+        return func(*args, **(kwargs or {}))

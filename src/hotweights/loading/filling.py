@@ -1,0 +1,93 @@
+"""Filling: the steps of a plan run as their tensors arrive."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+
+import torch
+
+from ..plan.plan import LoadPlan
+from ..plan.steps import Copy, Program, Step
+from .copy_step import (
+    Destinations,
+    any_inference,
+    copy_now,
+    refuse_ties,
+    run_step,
+    same_as_written,
+    writing_mode,
+    written_nbytes,
+)
+from .report import Execution
+
+
+class Filling:
+    """A plan that is followed as its tensors arrive, in any order. What cannot be done at once waits, owned.
+
+    Attributes:
+        missing: names of the tensors that have not arrived. Whoever uses it sees that none comes twice.
+        kept: tensors that wait for others.
+    """
+
+    def __init__(self, plan: LoadPlan, destinations: Destinations, done: Execution) -> None:
+        self._plan, self._destinations, self._done = plan, destinations, done
+        self._inference = any_inference(destinations)  # Asked once: take() comes for every tensor.
+        first, *rest = [*plan.by_level()] or [()]
+        self._copies: dict[str, list[Copy]] = defaultdict(list)
+        for step in first:
+            if isinstance(step, Copy):
+                self._copies[step.source].append(step)
+        self._later = [step for step in first if isinstance(step, Program)], *rest
+        self._wanted = {name for steps in self._later for step in steps for name in step.sources}
+        self._wanted |= {second.source for _, second in plan.ties} | set(plan.fallback)
+        self.missing = self._wanted | self._copies.keys()
+        self.kept: dict[str, torch.Tensor] = {}
+
+    def take(self, name: str, tensor: torch.Tensor, own: Callable[[], torch.Tensor]) -> set[torch.device]:
+        """Do what can be done with a tensor that has arrived; it is borrowed until the device's queue is done.
+
+        Args:
+            name: of the tensor, one of ``missing``.
+            tensor: is not kept.
+            own: gives a tensor of the same values that may be kept.
+
+        Returns:
+            The devices whose queues may still read it.
+        """
+        self.missing.discard(name)
+        if name in self._wanted:
+            self.kept[name] = own()
+            self._done.hold_scratch(tensor.nbytes)
+        with writing_mode(self._inference):
+            return {copy_now(step, tensor, self._destinations, self._done) for step in self._copies.get(name, ())}
+
+    def placed(self, name: str) -> None:
+        """The bytes of one of ``missing`` lie where its only copy would have put them."""
+        self.missing.discard(name)
+        self._done.bytes_written += sum(written_nbytes(step, self._destinations) for step in self._copies[name])
+
+    def finish(self) -> dict[str, torch.Tensor]:
+        """Do the rest, now that everything is there; returns the tensors of ``plan.fallback``, owned.
+
+        Raises:
+            TiedWeightsDiffer: names of one tensor carry different bytes. They were written.
+        """
+        kept, destinations = self.kept, self._destinations
+        with writing_mode(self._inference):
+            for step in (step for steps in self._later for step in steps):
+                if isinstance(step, Copy):
+                    copy_now(step, kept[step.source], destinations, self._done)
+                else:
+                    sources = {name: kept[name].clone() for name in step.sources}
+                    run_step(step, sources, self._plan, destinations, self._done)
+        refuse_ties(
+            (one, other)
+            for one, other in self._plan.ties
+            if not same_as_written(other, kept[other.source], one, destinations)
+        )
+        return {name: kept[name] for name in self._plan.fallback}
+
+
+def _names(step: Step) -> tuple[str, ...]:
+    return step.sources

@@ -1,0 +1,268 @@
+"""``load``: a source into a model, once. It plans, executes and reports; the parts do the work."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import nn
+
+from ..arguments import check_choices, check_kind, check_model, device_from, patterns_from
+from ..dtypes import Cast
+from ..errors import UsageError
+from ..gc_pause import without_collection
+from ..manifest import Manifest
+from ..memory.pool import Pool
+from ..model.materialise import materialise
+from ..model.places import places
+from ..model.reachable import anchors
+from ..model.survey import Survey, by_name, loader_of, survey
+from ..plan.patterns import Patterns
+from ..plan.plan import LoadPlan, Order
+from ..plan.steps import Copy, Fate, Program
+from ..progress import progress
+from ..sources.contracts import Addressed, Deciding, InMemory, Reading, Source, refusing
+from ..sources.iterator import IteratorSource
+from ..sources.opening import open as open_source
+from ..text import size
+from ..tracing.fit import check
+from ..tracing.frameworks import has_rules, rules_for
+from ..tracing.trace import trace
+from .cache import planned
+from .execute import execute, owned
+from .fallback import fall_back
+from .report import Execution, LoadReport
+from .verify import verify_by_loader
+
+Verify = Literal["off", "loader"]
+"""Whether the model's own loading code proves a load afterwards."""
+
+
+def load(
+    model: nn.Module,
+    source: str | os.PathLike[str] | Mapping[str, torch.Tensor] | nn.Module | Source | IteratorSource,
+    *,
+    plan: LoadPlan | None = None,
+    device: torch.device | str | None = None,
+    allow_missing: Patterns = (),
+    allow_partial: Patterns = (),
+    allow_unexpected: Patterns = (),
+    cast: Cast | None = None,
+    order: Order = "given",
+    cache: bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    reading: Reading = "auto",
+    threads: int | None = None,
+    pool: Pool | None = None,
+    verify: Verify = "off",
+    show_progress: bool | None = None,
+) -> LoadReport:
+    """Load the weights of ``source`` into the parameters and persistent buffers of ``model``, in place, by name.
+
+    Everything that does not fit is found before the first byte is read, and raised together. Tied parameters may be in
+    the source under any of their names, or several. Models of transformers are loaded through transformers' own
+    renamings, conversions and ties. Autograd does not see the writes. A failure while reading leaves tensors of both
+    versions in the model, and the error's note says how much was written; parameters that were on meta are on meta
+    again.
+
+    Args:
+        model: is written in place; addresses do not change, except those of meta tensors.
+        source: an open source, which stays open; or anything that ``hotweights.open`` takes. An iterator that came
+            without a manifest is read to its end first, and all its tensors are in memory until this returns.
+        plan: a plan made or saved before; it is checked to be one for this model and this source. By default it is
+            traced now, unless it was before.
+        device: where meta tensors are made real. Without it they are a problem.
+        allow_missing: names of the model that may be missing from the source; they keep their values.
+        allow_partial: names of the model of which some bytes may keep their values.
+        allow_unexpected: tensors of the source that may have no place in the model.
+        cast: whether casts that lose information are problems (``"error"``, the default by name) or done
+            (``"loader"``, the default for models with loading code of their own). Casts that lose nothing are
+            done and reported; from floats to integers always is a problem.
+        order: what is read first, see ``Order``. Files are read in their own order within a layer, and where no order
+            is asked for.
+        cache: whether a plan that was traced from all the same is used again, and this one kept for that. By default
+            only for models that are loaded by name: loading code of their own may read what no key can see.
+        cache_dir: where plans are kept for other processes too.
+        reading: how files are read, see ``Reading``.
+        threads: how many read at once; by default a few.
+        pool: memory for what cannot be read in place; by default 64 MiB, which is let go at the end.
+        verify: ``"loader"`` lets the model's own code load each layer once more afterwards and compares the bits.
+        show_progress: whether to draw a progress bar; by default on a terminal.
+
+    Raises:
+        CheckpointError: the checkpoint is broken; the model is unharmed.
+        PlanError: source and model do not fit; the model is unharmed.
+        TiedWeightsDiffer: names of one tensor carry different bytes; the model is unharmed, or holds those of one name
+            where the source is a stream.
+        CheckpointChanged: a file changed while it was read.
+        UsageError: an argument is of the wrong kind; the model is unharmed.
+        IncompleteLoad: loading fell back to the model's own code, which left something unwritten.
+        PlanDiffers: ``verify="loader"`` found a difference.
+    """
+    check_model(model, source)
+    check_kind("plan", plan, LoadPlan, "a LoadPlan (LoadPlan.load reads one from a file)")
+    check_kind("pool", pool, Pool, "a Pool")
+    check_kind("threads", threads, int, "a number of threads")
+    check_kind("cache_dir", cache_dir, (str, os.PathLike), "a path")
+    check_choices(order=(order, Order), reading=(reading, Reading), verify=(verify, Verify))
+    if threads is not None and threads < 1:
+        raise UsageError(f"at least one thread must read; got threads={threads}")
+    may = patterns_from(allow_missing=allow_missing, allow_partial=allow_partial, allow_unexpected=allow_unexpected)
+    target_device = device_from(device)
+    began = time.perf_counter()
+    done = Execution()
+    with without_collection(), refusing(source), ExitStack() as stack:
+        if isinstance(source, (str, os.PathLike, Mapping, nn.Module)):
+            source = open_source(source)
+            stack.callback(source.close)
+        elif isinstance(source, IteratorSource) and not isinstance(source, Source):
+            source = stack.enter_context(source.collect())
+            done.hold_scratch(source.manifest.nbytes)
+        if not isinstance(source, Source):
+            raise UsageError(
+                f"a source is a path, a mapping of tensors, a module or a Source; this is a {type(source).__name__}. "
+                "An iterator of (name, tensor) goes through hotweights.from_iterator"
+            )
+        found = survey(model)
+        if plan is None:
+            make = partial(_trace, model, source.manifest, target_device, may, cast)
+            options = (target_device, may, cast)
+            # Code of the model's own may depend on what no key can see.
+            keep = found.plain if cache is None else cache
+            plain = found if found.plain and not has_rules(model) else None
+            plan = planned(model, plain, source.manifest, options, make, cache_dir) if keep or cache_dir else make()
+        else:
+            check(plan, model, source.manifest, target_device)
+        if order != "given":
+            plan = plan.ordered(order, source.position if isinstance(source, Addressed) else None)
+        nbytes = _bytes_to_read(plan, source)
+        with _made_real(plan, model, found, target_device) as tensors, _noting(done, nbytes):
+            # Those in lists and attributes are looked for only if a step writes there.
+            destinations = tensors if plan.targets.keys() <= tensors.keys() else anchors(model)
+            if pool is None:
+                pool = stack.enter_context(Pool(device=_slowest(destinations)))
+            advance = stack.enter_context(progress("loading", nbytes, show=show_progress))
+            if isinstance(source, Deciding):
+                source.wanted(_used(plan))
+            kept = execute(
+                plan, source, destinations, done, pool=pool, reading=reading, threads=threads, advance=advance
+            )
+            if plan.fallback:
+                fall_back(plan, model, source, kept, done, pool=pool, advance=advance)
+            if verify == "loader":
+                _verify(plan, model, source, destinations, pool)
+            if isinstance(source, Deciding):  # Not before all of it is loaded and proven.
+                stack.enter_context(source.decision())
+        return _report(plan, done, pool, time.perf_counter() - began)
+
+
+def _trace(
+    model: nn.Module,
+    manifest: Manifest,
+    device: torch.device | None,
+    may: list[list[str | re.Pattern[str]]],
+    cast: Cast | None,
+) -> LoadPlan:
+    missing, partly, unexpected = may
+    return trace(
+        model,
+        manifest,
+        device=device,
+        allow_missing=missing,
+        allow_partial=partly,
+        allow_unexpected=unexpected,
+        cast=cast,
+    )
+
+
+def _verify(
+    plan: LoadPlan, model: nn.Module, source: Source, destinations: Mapping[str, torch.Tensor], pool: Pool
+) -> None:
+    load = rules_for(model, source.manifest).load or loader_of(model) or by_name(model)
+    if isinstance(source, Addressed):
+        verify_by_loader(plan, model, load, destinations, partial(owned, source, read=partial(source.read, pool=pool)))
+    elif isinstance(source, InMemory):
+        verify_by_loader(plan, model, load, destinations, partial(owned, source, read=dict))
+    else:
+        raise UsageError('verify="loader" needs a source that can be asked for a tensor twice; this one only streams')
+
+
+def _used(plan: LoadPlan) -> list[str]:
+    """The tensors that are needed, in the plan's order."""
+    moved = (name for step in plan.steps for name in step.sources)
+    compared = (step.source for pair in plan.ties for step in pair)
+    return list(dict.fromkeys((*moved, *compared, *plan.fallback)))
+
+
+def _bytes_to_read(plan: LoadPlan, source: Source) -> int:
+    used = [name for name, fate in plan.fates.items() if fate in (Fate.WRITTEN, Fate.CAST)]
+    compared = [step.source for pair in plan.ties for step in pair]
+    return sum(source.manifest[name].nbytes for name in (*used, *compared))
+
+
+def _slowest(destinations: Mapping[str, torch.Tensor]) -> torch.device:
+    """The device that the pool's memory must suit: an accelerator, if any destination lies on one."""
+    devices = {tensor.device for tensor in destinations.values() if tensor.device.type not in ("cpu", "meta")}
+    return min(devices, key=str) if devices else torch.device("cpu")
+
+
+@contextmanager
+def _made_real(
+    plan: LoadPlan, model: nn.Module, found: Survey, device: torch.device | None
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The model's tensors; meta tensors that the plan writes are real inside, and stay so unless it fails."""
+    replaced = [] if device is None else materialise(places(model), _written(plan), device)
+    try:
+        yield survey(model).tensors if replaced else found.tensors
+    except BaseException:
+        for place, old in replaced:
+            place.put(old)
+        raise
+
+
+def _written(plan: LoadPlan) -> set[str]:
+    return {name for step in plan.steps for name in step.destinations} | set(plan.unproven)
+
+
+@contextmanager
+def _noting(done: Execution, nbytes: int) -> Iterator[None]:
+    """Errors and Ctrl-C say what was read by then: the model may hold tensors of two versions."""
+    try:
+        yield
+    except BaseException as error:
+        if done.writing:
+            error.add_note(
+                f"hotweights: {size(done.bytes_read)} of {size(nbytes)} had been read into the model by then; it may "
+                "hold tensors of both versions until a load succeeds"
+            )
+        raise
+
+
+def _report(plan: LoadPlan, done: Execution, pool: Pool, seconds: float) -> LoadReport:
+    stats = pool.stats()
+    used = [name for name, fate in plan.fates.items() if fate in (Fate.WRITTEN, Fate.CAST, Fate.TIED)]
+    return LoadReport(
+        bytes_read=done.bytes_read,
+        bytes_written=done.bytes_written,
+        seconds=seconds,
+        peak_buffer_bytes=stats.peak * pool.slot_nbytes,
+        peak_scratch_bytes=done.peak_scratch,
+        tensors={fate: plan.names(fate) for fate in Fate},
+        casts=plan.casts,
+        roads=dict(done.roads),
+        steps={
+            "copies": sum(isinstance(step, Copy) for step in plan.steps),
+            "slices": sum(isinstance(step, Copy) and step.of is not step.into for step in plan.steps),
+            "programs": sum(isinstance(step, Program) for step in plan.steps),
+        },
+        planned=sum(name not in plan.fallback for name in used),
+        fell_back=tuple(str(note) for note in plan.notes),
+        side_effects=plan.side_effects,
+        warnings=plan.warnings,
+    )

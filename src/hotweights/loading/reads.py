@@ -1,0 +1,97 @@
+"""How a copy is read: boxes of a source and a destination become reads. It plans them; it moves no byte itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from ..boxes import Box, contiguous, extent, narrowed, pieces, runs, view
+from ..dtypes import OpaqueDtype
+from ..manifest import TensorSpec
+from ..memory.devices import Event, record_event
+from ..memory.host import advise_huge_pages
+from ..plan.steps import Copy
+from ..sources.contracts import Read, Sink
+
+_LARGE = 4 * 1024 * 1024  # bytes from which a destination is worth a huge page
+_RUN = 512  # bytes of a contiguous run from which it is read by itself; below that the bytes between are read too
+
+
+def reads_of(step: Copy, spec: TensorSpec, destination: torch.Tensor, limit: int) -> Iterator[Read]:
+    """The reads of one copy: straight into the destination where the bytes are the same, else by sinks.
+
+    Args:
+        step: the copy.
+        spec: of its source.
+        destination: the model's tensor.
+        limit: bytes that a sink's read may have.
+    """
+    target = destination if step.into is None else view(destination, step.into)
+    small = 0 < spec.nbytes < _LARGE
+    if small and step.of is None and target.dtype == spec.dtype and target.is_cpu and target.is_contiguous():
+        yield Read(spec.name, 0, spec.nbytes, target)  # The only ones that come in their thousands.
+        return
+    if spec.nbytes == 0 or target.numel() == 0:
+        return
+    assert not isinstance(spec.dtype, OpaqueDtype)
+    if step.of is None or contiguous(step.of):
+        dtype, first = (spec.dtype, 0) if step.of is None else (step.of.dtype, step.of.offset)
+        yield from _contiguous(spec.name, first, dtype, target, limit)
+        return
+    inner, each = runs(step.of)
+    run_nbytes = step.of.dtype.itemsize
+    for length in step.of.shape[len(step.of.shape) - inner :]:
+        run_nbytes *= length
+    if run_nbytes >= _RUN and 0 not in step.of.stride:
+        for index, first in each:
+            yield from _contiguous(spec.name, first, step.of.dtype, target[index], limit)
+    else:
+        yield from _strided(spec.name, step.of, target, limit)
+
+
+def _contiguous(name: str, first: int, dtype: torch.dtype, target: torch.Tensor, limit: int) -> Iterator[Read]:
+    """Bytes of the source from ``first`` on, in row-major order of ``target``."""
+    if target.is_cpu and target.dtype == dtype and target.is_contiguous():
+        if target.nbytes >= _LARGE:
+            advise_huge_pages(target)
+        yield Read(name, first, target.nbytes, target)
+        return
+    for index, at, shape in pieces(tuple(target.shape), limit // dtype.itemsize):
+        piece = target[index]
+        nbytes = piece.numel() * dtype.itemsize
+        yield Read(name, first + at * dtype.itemsize, nbytes, _copy_into(piece, Box(dtype, shape, (), 0)))
+
+
+def _strided(name: str, box: Box, target: torch.Tensor, limit: int) -> Iterator[Read]:
+    """A box with short runs: all bytes from its first to its last, in parts that fit."""
+    start, stop = extent(box)
+    if stop - start <= limit:
+        yield Read(name, start, stop - start, _copy_into(target, box, start))
+        return
+    dim = max(
+        (dim for dim in range(len(box.shape)) if box.shape[dim] > 1), key=lambda dim: box.stride[dim] * box.shape[dim]
+    )
+    half = box.shape[dim] // 2
+    for at, length in ((0, half), (half, box.shape[dim] - half)):
+        begin = tuple(at if one == dim else 0 for one in range(len(box.shape)))
+        shape = tuple(length if one == dim else whole for one, whole in enumerate(box.shape))
+        yield from _strided(name, narrowed(box, begin, shape), target.narrow(dim, at, length), limit)
+
+
+def _copy_into(target: torch.Tensor, box: Box, start: int | None = None) -> Sink:
+    """A sink that sees its bytes as ``box``, contiguous where no start is given, and copies them into ``target``."""
+
+    def sink(raw: torch.Tensor) -> Event | None:
+        if raw.data_ptr() % box.dtype.itemsize:
+            raw = raw.clone()  # A file may pack a float32 behind three bytes; torch cannot view that in place.
+        # Grad mode belongs to a thread, and this may be any.
+        with torch.inference_mode() if target.is_inference() else torch.no_grad():
+            if start is None:
+                seen = raw.view(box.dtype).view(box.shape)
+            else:
+                seen = view(raw, Box(box.dtype, box.shape, box.stride, box.offset - start))
+            target.copy_(seen, non_blocking=True)
+        return record_event(target.device)
+
+    return sink

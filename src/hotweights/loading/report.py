@@ -1,0 +1,110 @@
+"""LoadReport: what one load did. A frozen fact that prints as a short table."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ..plan.steps import Fate
+from ..text import size, summary
+
+
+@dataclass(slots=True)
+class Execution:
+    """What has been done so far. ``execute`` changes it; whoever catches its error may read it."""
+
+    bytes_read: int = 0
+    bytes_written: int = 0
+    writing: bool = False  # From the first write on, an error leaves tensors of two versions.
+    scratch: int = 0
+    peak_scratch: int = 0
+    roads: dict[str, int] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def arrive(self, nbytes: int) -> None:
+        """Count bytes as they arrive, from any thread."""
+        with self.lock:
+            self.bytes_read += nbytes
+
+    def count(self, roads: Mapping[str, int]) -> None:
+        """Add bytes that arrived, by road."""
+        with self.lock:
+            for road, nbytes in roads.items():
+                self.roads[road] = self.roads.get(road, 0) + nbytes
+
+    def hold_scratch(self, nbytes: int) -> None:
+        """Count scratch memory that is taken (or, negative, given back)."""
+        with self.lock:
+            self.scratch += nbytes
+            self.peak_scratch = max(self.peak_scratch, self.scratch)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What one load did.
+
+    Attributes:
+        bytes_read: bytes that came from the source, those compared for ties included.
+        bytes_written: bytes of the model that were written.
+        seconds: from opening the source to the last byte.
+        peak_buffer_bytes: the most memory that the pool held at once.
+        peak_scratch_bytes: the most memory that programs held at once to assemble their sources.
+        tensors: names by fate.
+        casts: by source name, "from -> to" dtypes.
+        roads: bytes read by road: ``"buffered"``, ``"direct"``, or ``"memory"``.
+        steps: how many copies (of them slices) and programs the plan had.
+        planned: how many source tensors the plan moved; the model's own code loaded the others.
+        fell_back: why it did: what it asked for, of which tensor, at which line of code.
+        side_effects: attributes that the model's loading code would have changed, and the plan did not.
+        warnings: what a person should read.
+    """
+
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+    peak_buffer_bytes: int
+    peak_scratch_bytes: int
+    tensors: Mapping[Fate, tuple[str, ...]]
+    casts: Mapping[str, str]
+    roads: Mapping[str, int]
+    steps: Mapping[str, int]
+    planned: int
+    fell_back: tuple[str, ...] = ()
+    side_effects: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, object]:
+        """The same facts for machines: only names, numbers, lists and dictionaries."""
+        return {
+            "bytes_read": self.bytes_read,
+            "bytes_written": self.bytes_written,
+            "seconds": self.seconds,
+            "peak_buffer_bytes": self.peak_buffer_bytes,
+            "peak_scratch_bytes": self.peak_scratch_bytes,
+            "tensors": {fate.value: list(names) for fate, names in self.tensors.items()},
+            "casts": dict(self.casts),
+            "roads": dict(self.roads),
+            "steps": dict(self.steps),
+            "planned": self.planned,
+            "fell_back": list(self.fell_back),
+            "side_effects": list(self.side_effects),
+            "warnings": list(self.warnings),
+        }
+
+    def __str__(self) -> str:
+        rate = self.bytes_read / max(self.seconds, 1e-9) / 1e9
+        roads = ", ".join(f"{size(nbytes)} {road}" for road, nbytes in self.roads.items() if nbytes) or "nothing"
+        rows = [
+            ("read", f"{size(self.bytes_read)} in {self.seconds:.3f} s ({rate:.2f} GB/s): {roads}"),
+            (
+                "written",
+                f"{size(self.bytes_written)} by {self.steps['copies']} copies, {self.steps['programs']} programs",
+            ),
+            ("memory", f"buffers {size(self.peak_buffer_bytes)}, scratch {size(self.peak_scratch_bytes)} at peak"),
+        ]
+        rows += [(fate.value, summary(names, self.casts)) for fate, names in self.tensors.items() if names]
+        rows += [("fell back", reason) for reason in self.fell_back]
+        rows += [("not done", f"change of {effect}") for effect in self.side_effects]
+        rows += [("warning", warning) for warning in self.warnings]
+        return "\n".join(f"{label:>10}  {text}" for label, text in rows)

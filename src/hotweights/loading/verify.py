@@ -1,0 +1,105 @@
+"""Verifying a plan: layer by layer the model's own code loads once more, and bits are compared. The cheapest proof."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from ..errors import PlanDiffers
+from ..model.snapshot import Snapshot
+from ..plan.plan import LoadPlan
+
+Loader = Callable[[Iterable[tuple[str, torch.Tensor]]], object]
+
+
+def verify_by_loader(
+    plan: LoadPlan,
+    model: nn.Module,
+    load: Loader,
+    destinations: Mapping[str, torch.Tensor],
+    own: Callable[[str], torch.Tensor],
+) -> None:
+    """Load each layer again by the model's own code, over poisoned memory, and compare it with what the plan made.
+
+    Holds one copy of one layer at a time (of several, where they share source tensors). Attributes that the loading
+    code changes are put back.
+
+    Args:
+        plan: was followed just now.
+        model: holds its result.
+        load: the model's own loading code; it gets the tensors of one layer at a time.
+        destinations: the model's tensors by name.
+        own: gives a source tensor, owned.
+
+    Raises:
+        PlanDiffers: names every tensor that differs; those hold what the model's own code made.
+    """
+    differing: list[str] = []
+    for group in _groups(plan):
+        snapshot = Snapshot(model)
+        try:
+            differing += _verify(group, load, destinations, own)
+        finally:
+            snapshot.put_back()
+    if differing:
+        raise PlanDiffers("the plan's result is not what the model's own loading code makes", differing)
+
+
+class _Group(NamedTuple):
+    """Layers that share source tensors."""
+
+    sources: list[str]
+    destinations: list[str]
+
+
+def _verify(
+    group: _Group, load: Loader, destinations: Mapping[str, torch.Tensor], own: Callable[[str], torch.Tensor]
+) -> Iterator[str]:
+    tensors = {name: destinations[name].detach() for name in group.destinations}
+    planned = {name: tensor.clone() for name, tensor in tensors.items()}
+    with torch.no_grad():
+        for tensor in tensors.values():
+            poison = torch.full((tensor.nbytes,), 0xFF, dtype=torch.uint8, device=tensor.device)
+            tensor.copy_(poison.view(tensor.dtype).view(tensor.shape))
+        load((name, own(name)) for name in group.sources)
+        for name, tensor in tensors.items():
+            if torch.equal(_bytes(tensor), _bytes(planned[name])):
+                tensor.copy_(planned[name])
+            else:
+                yield name
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)
+
+
+def _groups(plan: LoadPlan) -> Iterator[_Group]:
+    leader: dict[str, str] = {}
+
+    def find(node: str) -> str:
+        while leader.setdefault(node, node) != node:
+            node = leader[node]
+        return node
+
+    sources: dict[str, None] = {}
+    written: dict[str, None] = {}
+    for step in plan.steps:
+        names = step.sources
+        if not names:
+            continue  # Constants alone: the loading code, given nothing of the source, would have nothing to put there.
+        places = step.destinations
+        sources.update(dict.fromkeys(names))
+        written.update(dict.fromkeys(places))
+        nodes = [*(f"<{name}" for name in names), *(f">{name.rpartition('.')[0]}" for name in places)]
+        for node in nodes[1:]:
+            leader[find(node)] = find(nodes[0])
+    gathered: dict[str, _Group] = defaultdict(lambda: _Group([], []))
+    for name in sources:
+        gathered[find(f"<{name}")].sources.append(name)
+    for name in written:
+        gathered[find(f">{name.rpartition('.')[0]}")].destinations.append(name)
+    yield from (group for group in gathered.values() if group.sources)

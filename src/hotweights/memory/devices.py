@@ -1,0 +1,61 @@
+"""Devices: pinned memory and events through torch.accelerator. On a CPU every event has happened. No copies here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple, Protocol
+
+import torch
+
+
+class Event(Protocol):
+    """Something that happens once, after which memory may be reused. ``torch.Event`` is one."""
+
+    def query(self) -> bool:
+        """Has it happened? Never blocks; may be called from any thread."""
+
+
+def is_host(device: torch.device) -> bool:
+    """Whether the host's threads can write the device's memory directly."""
+    return device.type == "cpu"
+
+
+def record_event(device: torch.device) -> Event | None:
+    """The event after which all copies queued so far on ``device`` by this thread are done.
+
+    Returns ``None`` on a CPU, where every copy has happened when the call returns.
+    """
+    if is_host(device) or device.type == "meta":
+        return None
+    event = torch.Event(device=device)
+    event.record(torch.accelerator.current_stream(device))
+    return event
+
+
+class _All(NamedTuple):
+    """Several events as one: it has happened when all of them have."""
+
+    events: tuple[Event, ...]
+
+    def query(self) -> bool:
+        return all(event.query() for event in self.events)
+
+
+def record_events(devices: Iterable[torch.device]) -> Event | None:
+    """The event after which all copies queued so far by this thread on any of ``devices`` are done.
+
+    Returns ``None`` where every copy has happened when the call returns.
+    """
+    events = tuple(event for device in set(devices) if (event := record_event(device)) is not None)
+    return _All(events) if events else None
+
+
+def wait_for_copies(device: torch.device) -> None:
+    """Return when all copies queued so far on ``device`` by this thread are done. On a CPU they are."""
+    if not is_host(device) and device.type != "meta":
+        torch.accelerator.current_stream(device).synchronize()
+
+
+def pinned_empty(nbytes: int) -> torch.Tensor:
+    """Page-locked host memory, ``uint8 [nbytes]``, the caller's; accelerators copy from it asynchronously."""
+    return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)

@@ -1,0 +1,1 @@
+"""A module's tensors, wherever they hang."""

@@ -1,0 +1,60 @@
+"""Making meta tensors real."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Container, Iterable
+
+import torch
+from torch import nn
+
+from ..memory.aliases import plain
+from .places import Place
+
+
+def materialise(
+    found: Iterable[Place], names: Container[str], device: torch.device
+) -> list[tuple[Place, torch.Tensor]]:
+    """Replace the meta tensors with these names by uninitialised ones on ``device``, tied ones by one under all names.
+
+    Those that share memory with them are replaced too, and share it as before. Keeps classes, attributes and
+    ``requires_grad``. Returns what was replaced, so that it can be put back.
+    """
+    found = [place for place in found if place.tensor.is_meta]
+    wanted = {_memory(place.tensor) for place in found if place.name in names}
+    metas = {id(place.tensor): place.tensor for place in found if _memory(place.tensor) in wanted}
+    sharing = Counter(map(_memory, metas.values()))
+    shared = {_memory(one): _whole(one, device) for one in metas.values() if sharing[_memory(one)] > 1}
+    made = {key: _real(one, device, shared.get(_memory(one))) for key, one in metas.items()}
+    replaced = [(place, place.tensor) for place in found if id(place.tensor) in made]
+    for place, old in replaced:
+        place.put(made[id(old)])
+    return replaced
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata if plain(tensor) else id(tensor)
+
+
+def _whole(tensor: torch.Tensor, device: torch.device) -> torch.UntypedStorage:
+    return torch.empty(tensor.untyped_storage().nbytes(), dtype=torch.uint8, device=device).untyped_storage()
+
+
+def _real(old: torch.Tensor, device: torch.device, shared: torch.UntypedStorage | None) -> torch.Tensor:
+    if shared is None:
+        return dressed(torch.empty_like(old, device=device), old)
+    new = torch.empty(0, dtype=old.dtype, device=device)
+    return dressed(new.set_(shared, int(old.storage_offset()), old.size(), old.stride()), old)
+
+
+def dressed(bare: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """``bare``'s memory with the class, the attributes and ``requires_grad`` of another tensor."""
+    new = bare
+    if isinstance(like, nn.Parameter):
+        new = nn.Parameter(bare, requires_grad=like.requires_grad)
+        if type(like) is not nn.Parameter:
+            new = new.as_subclass(type(like))
+    elif type(like) is not torch.Tensor:
+        new = bare.as_subclass(type(like))
+    new.__dict__.update(like.__dict__)
+    return new

@@ -1,0 +1,130 @@
+"""Survey: what loading code a model has, and which tensors it loads."""
+
+from __future__ import annotations
+
+import types
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+
+class Survey(NamedTuple):
+    """What one walk over a model finds.
+
+    Attributes:
+        tensors: every parameter and buffer, by each name it has, in the order of ``places``.
+        transient: which of them are not persistent.
+        plain: whether loading is copying by name: nowhere is there loading code, a hook or extra state.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    transient: list[str]
+    plain: bool
+
+
+def survey(model: nn.Module) -> Survey:
+    """Look at every module once. Every load does, so it asks all its questions on one walk."""
+    tensors: dict[str, torch.Tensor] = {}
+    transient: list[str] = []
+    plain = not hasattr(model, "load_weights") and _loads_by_name(model)
+    kinds: dict[type, bool] = {}
+    stack = [("", model)]
+    while stack:
+        dot, module = stack.pop()
+        inside = module.__dict__
+        kind = type(module)
+        if kind not in kinds:
+            kinds[kind] = not _has_loading_code(kind) and kind.set_extra_state is nn.Module.set_extra_state
+        if not kinds[kind] or inside["_load_state_dict_pre_hooks"] or inside["_load_state_dict_post_hooks"]:
+            plain = False
+        for key, tensor in inside["_parameters"].items():
+            if tensor is not None:
+                tensors[dot + key] = tensor
+        for key, tensor in inside["_buffers"].items():
+            if tensor is not None:
+                tensors[dot + key] = tensor
+                if key in inside["_non_persistent_buffers_set"]:
+                    transient.append(dot + key)
+        if inside["_modules"]:
+            children = [(f"{dot}{key}.", child) for key, child in inside["_modules"].items() if child is not None]
+            stack += reversed(children)
+    return Survey(tensors, transient, plain)
+
+
+_HARMLESS = ("torch.nn.modules.batchnorm", "torch.nn.modules.instancenorm")  # They fill in counters of old files.
+
+
+def counters(model: nn.Module, absent: Iterable[str]) -> list[str]:
+    """Those of the ``absent`` names that torch's own ``load_state_dict`` does without, as old checkpoints lack them.
+
+    It keeps the values of real ones, and makes zeros of those on meta.
+    """
+    split = (name.rpartition(".") for name in absent)
+    holders = {"".join(one): model.get_submodule(one[0]) for one in split if one[2] == "num_batches_tracked"}
+    return [name for name, one in holders.items() if type(one)._load_from_state_dict.__module__ in _HARMLESS]
+
+
+def hook_problems(model: nn.Module) -> Iterator[str]:
+    """Modules whose ``load_state_dict`` does more than copy by name: by name that would be skipped, in silence."""
+    cure = "load_state_dict runs it, loading by name does not"
+    if not _loads_by_name(model):
+        yield f"module {type(model).__name__}: has a load_state_dict of its own; loading by name does not run it"
+    seen: set[int] = set()
+    own: dict[type, bool] = {}
+    stack = [("", model)]
+    while stack:
+        dot, module = stack.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        stack += [(f"{dot}{key}.", child) for key, child in module._modules.items() if child is not None]
+        kind = type(module)
+        if kind not in own:
+            own[kind] = _has_loading_code(kind)
+        if own[kind]:
+            yield f"module {dot[:-1] or kind.__name__}: {kind.__name__} has loading code of its own; {cure}"
+        if module._load_state_dict_pre_hooks or module._load_state_dict_post_hooks:
+            yield f"module {dot[:-1] or kind.__name__}: has a hook around loading; {cure}"
+
+
+def _loads_by_name(model: nn.Module) -> bool:
+    return getattr(model.load_state_dict, "__func__", None) is nn.Module.load_state_dict
+
+
+def _has_loading_code(kind: type[nn.Module]) -> bool:
+    override = kind._load_from_state_dict
+    return override is not nn.Module._load_from_state_dict and override.__module__ not in _HARMLESS
+
+
+def extra_state_problems(model: nn.Module) -> Iterator[str]:
+    """Modules with state that is no tensor: no safetensors file carries it, and by name it would stay as it is."""
+    for name, module in model.named_modules():
+        if type(module).set_extra_state is not nn.Module.set_extra_state:
+            yield f"module {name or type(model).__name__}: keeps extra state; by name it would stay as it is"
+
+
+Loader = Callable[[Iterable[tuple[str, torch.Tensor]]], object]
+
+
+def loader_of(model: nn.Module) -> Loader | None:
+    """The model's own loading code; ``None`` where loading by name is all that it would do."""
+    if hasattr(model, "load_weights"):
+        return lambda pairs: _drained(model.load_weights(pairs))  # type: ignore[operator]
+    if any(map(nn.parameter.is_lazy, survey(model).tensors.values())):
+        return None  # Loading code would make them real.
+    return by_name(model) if any(hook_problems(model)) else None
+
+
+def _drained(result: object) -> object:
+    """Loading code that yields does nothing until somebody asks for what it yields."""
+    if isinstance(result, types.GeneratorType):
+        deque(result, maxlen=0)
+    return result
+
+
+def by_name(model: nn.Module) -> Loader:
+    """``load_state_dict`` as loading code."""
+    return lambda pairs: model.load_state_dict(dict(pairs), strict=False)

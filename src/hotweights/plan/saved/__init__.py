@@ -1,0 +1,1 @@
+"""Saving a plan, and reading it again without trusting the file."""

@@ -1,0 +1,180 @@
+"""Copy, Program and Target: what plans are made of. Pure data; nothing here runs."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import msgspec
+import torch
+
+from ..boxes import Box, Region, covered, whole
+from ..manifest import TensorSpec
+
+_OVERWRITES = frozenset(
+    (
+        torch.ops.aten.copy_.default,
+        torch.ops.aten.fill_.Scalar,
+        torch.ops.aten.fill_.Tensor,
+        torch.ops.aten.zero_.default,
+    )
+)
+"""Operations after which their first operand holds nothing of what it held."""
+
+
+class Fate(enum.Enum):
+    """What becomes of one tensor of the source, or of one name of the model."""
+
+    WRITTEN = "written"
+    TIED = "tied"  # its destination is another name's too, which is written; equal content is proven
+    CAST = "cast"  # written, in another dtype
+    SKIPPED = "skipped"  # the model's own loading code drops it
+    MISSING = "missing"  # a name of the model that nothing writes, allowed
+    PARTIAL = "partial"  # a name of the model of which some bytes are written, allowed
+    UNEXPECTED = "unexpected"  # a tensor that no name takes, allowed
+
+
+class Copy(msgspec.Struct, frozen=True, gc=False):
+    """A box of one source tensor into a box of one destination, cast if the dtypes differ.
+
+    Attributes:
+        source: the source tensor's name.
+        destination: the model tensor's name.
+        of: which part of the source; ``None`` for all of it.
+        into: which part of the destination; ``None`` for all of it.
+    """
+
+    source: str
+    destination: str
+    of: Box | None = None
+    into: Box | None = None
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The source tensor, as a program has several."""
+        return (self.source,)
+
+    @property
+    def written(self) -> Iterator[tuple[str, Box | None]]:
+        """What of the model's tensors it writes; ``None`` for all of one."""
+        yield self.destination, self.into
+
+    @property
+    def destinations(self) -> tuple[str, ...]:
+        """Names of the model's tensors that it writes."""
+        return (self.destination,)
+
+
+class Op(msgspec.Struct, frozen=True):
+    """One recorded operation.
+
+    Attributes:
+        func: the ATen overload.
+        args: positional arguments, tensors replaced by regions.
+        kwargs: keyword arguments, likewise.
+        results: a region for each tensor that it returns and that is no operand.
+        writes: regions of operands that it changes.
+        reads: regions of all its operands.
+    """
+
+    func: torch._ops.OpOverload
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    results: tuple[Region, ...]
+    writes: tuple[Region, ...]
+    reads: tuple[Region, ...]
+
+
+def read_too_early(ops: Iterable[Op], written: dict[str, list[Box]]) -> set[str]:
+    """Names of the model's tensors of which operations read what nothing has written before.
+
+    ``written`` says what was, by name; what these operations write is added to it.
+    """
+    found = set()
+    for op in ops:
+        overwritten = op.writes[:1] if op.func in _OVERWRITES else ()
+        for region in op.reads:
+            if region.memory.kind == "model" and region not in overwritten:
+                name = region.memory.name
+                if covered(written.get(name, ()), region.box) < region.box.numel:
+                    found.add(name)
+        for region in op.writes:
+            if region.memory.kind == "model":
+                written.setdefault(region.memory.name, []).append(region.box)
+    return found
+
+
+class Program(msgspec.Struct, frozen=True):
+    """Recorded operations that belong together.
+
+    Attributes:
+        sources: names of the source tensors they take.
+        ops: the operations, in order.
+        writes: regions of the model that they write.
+    """
+
+    sources: tuple[str, ...]
+    ops: tuple[Op, ...]
+    writes: tuple[Region, ...]
+
+    @property
+    def written(self) -> Iterator[tuple[str, Box | None]]:
+        """What of the model's tensors it writes, as a copy says it."""
+        return ((region.memory.name, region.box) for region in self.writes)
+
+    @property
+    def destinations(self) -> tuple[str, ...]:
+        """Names of the model's tensors that it writes, one for each write."""
+        return tuple(region.memory.name for region in self.writes)
+
+
+Step = Copy | Program
+
+
+def layer_of(step: Step) -> str:
+    """The module that owns the first tensor that the step writes."""
+    return next(iter(step.destinations), "").rpartition(".")[0]
+
+
+class Note(msgspec.Struct, frozen=True):
+    """Something that loading code did and a plan cannot repeat.
+
+    Attributes:
+        what: in words.
+        sources: names of the source tensors concerned.
+        where: the line of the model's code, ``file:line``.
+    """
+
+    what: str
+    sources: tuple[str, ...]
+    where: str
+
+    def __str__(self) -> str:
+        return f"{self.what} of {', '.join(self.sources) or 'the model'} at {self.where}"
+
+
+class Target(msgspec.Struct, frozen=True, gc=False):
+    """One name of the model that can be written.
+
+    Attributes:
+        spec: its name, dtype and shape.
+        owner: the first name of the same tensor; its own where it is not tied.
+        problem: why it cannot be written, if it cannot.
+        stride: in elements; ``None`` for a contiguous tensor.
+        memory: where it shares memory with others, over or beside them: the first name there; else nothing.
+        start: its first byte in that memory.
+    """
+
+    spec: TensorSpec
+    owner: str
+    problem: str = ""
+    stride: tuple[int, ...] | None = None
+    memory: str = ""
+    start: int = 0
+
+    @property
+    def box(self) -> Box:
+        """All of it, as it lies in memory."""
+        assert isinstance(self.spec.dtype, torch.dtype)
+        return whole(self.spec) if self.stride is None else Box(self.spec.dtype, self.spec.shape, self.stride, 0)

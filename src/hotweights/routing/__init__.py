@@ -1,0 +1,1 @@
+"""Routing: one stream of tensors to several components."""

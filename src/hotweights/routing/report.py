@@ -1,0 +1,50 @@
+"""RouteReport: what one routing did. A frozen fact that prints as a short table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..text import size, summary
+
+
+@dataclass(frozen=True, slots=True)
+class RouteReport:
+    """What one routing did. Components stand by name, in the order in which they were given.
+
+    Attributes:
+        tensors: by component that was loaded, the source's names of its tensors.
+        nbytes: bytes of those, by component.
+        returned: what each ``load_weights`` returned; the ``LoadReport`` of a module that was loaded by name.
+        untaken: by component, the source's names of tensors that its loading code stopped before.
+        disabled: by component that was left alone, the source's names of its tensors.
+        streamed: the component that was loaded while the stream passed; ``None`` where none had to wait for it.
+        peak_waiting_bytes: the most memory that tensors of the others held at once, waiting for the end of the stream.
+        seconds: from opening the source to the end of the last component.
+    """
+
+    tensors: Mapping[str, tuple[str, ...]]
+    nbytes: Mapping[str, int]
+    returned: Mapping[str, object]
+    untaken: Mapping[str, tuple[str, ...]]
+    disabled: Mapping[str, tuple[str, ...]]
+    streamed: str | None
+    peak_waiting_bytes: int
+    seconds: float
+
+    def __str__(self) -> str:
+        rows = [(name, self._loaded(name)) for name in self.tensors]
+        rows += [(name, f"disabled, {len(names)} tensors left alone") for name, names in self.disabled.items()]
+        rows.append(("memory", f"{size(self.peak_waiting_bytes)} waiting at peak"))
+        total = sum(self.nbytes.values())
+        rows.append(
+            ("all", f"{size(total)} in {self.seconds:.3f} s ({total / max(self.seconds, 1e-9) / 1e9:.2f} GB/s)")
+        )
+        width = max(10, *(len(label) for label, _ in rows))
+        return "\n".join(f"{label:>{width}}  {text}" for label, text in rows)
+
+    def _loaded(self, name: str) -> str:
+        text = f"{size(self.nbytes[name])} in {len(self.tensors[name])} tensors"
+        if name == self.streamed:
+            text += ", streamed"
+        return text + (f"; stopped before {summary(self.untaken[name], {})}" if name in self.untaken else "")

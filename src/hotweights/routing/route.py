@@ -1,0 +1,316 @@
+"""``route``: one source to the loading code of several components. It moves tensors; what goes where is decided."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from types import GeneratorType
+
+import torch
+from msgspec.structs import replace
+from torch import nn
+
+from ..errors import PlanError, RoutingError, UsageError
+from ..gc_pause import without_collection
+from ..loading.load import load
+from ..manifest import Manifest, TensorSpec
+from ..plan.plan import LoadPlan
+from ..sources.contracts import Addressed, InMemory, Source
+from ..sources.iterator import IteratorSource
+from ..sources.opening import open as open_source
+from ..sources.owned import unsupported
+from ..sources.state_dict import StateSource
+from ..tracing.standins import StandIn
+from ..tracing.trace import trace
+from .component import Component, Routes, unfilled
+from .handover import Handed, Pairs, Stream, own
+from .parts import Part, Passing, Readings
+from .report import RouteReport
+
+_Load = Callable[[Pairs], object]
+
+
+def route(
+    source: str | os.PathLike[str] | Mapping[str, torch.Tensor] | nn.Module | Source | Pairs,
+    components: Iterable[Component],
+    *,
+    borrowed: bool = True,
+    memory_limit: int | None = None,
+) -> RouteReport:
+    """Give each component's own loading code the tensors that are its own. For code without a plan.
+
+    No loading code ever gets a tensor that will be overwritten: it may keep them, sort them, wait with one for another.
+    Where the source has to be asked tensor by tensor in an order of our choice (files, mappings, modules), components
+    are loaded one after another, and nothing waits. A stream is passed through once, to its end: one component is
+    loaded while it passes, the largest by the manifest, or without a manifest the first that has loading code; copies
+    of the others' tensors wait for its end. A module that is loaded by name and a stream without a manifest make that
+    module's tensors wait, too.
+
+    Loading code runs without autograd, in this thread. A failure leaves its component loaded in part, those before it
+    loaded, and those after it untouched; the error's note says which. The source's stream is closed in any case; a
+    source that was open stays open.
+
+    Args:
+        source: an open source; anything that ``hotweights.open`` takes; or an iterable of names and tensors.
+        components: the parts of the model, in the order in which they are loaded, but for the one that streams first.
+        borrowed: whether whoever made the pairs, or owns the mapping or module, may overwrite the tensors later. If
+            not, they are handed on uncopied. Files and open streams of leases know for themselves.
+        memory_limit: bytes that may wait for the end of a stream; by default any number.
+
+    Raises:
+        CheckpointError: the checkpoint is broken; nothing was read.
+        PlanError: by the manifest, source and components do not fit; nothing was read.
+        RoutingError: the same, for a stream without a manifest, which is known when it has passed; or more than
+            ``memory_limit`` would have to wait.
+    """
+    began = time.perf_counter()
+    if memory_limit is not None and memory_limit < 0:
+        raise UsageError(f"a limit of memory is a number of bytes; got memory_limit={memory_limit}")
+    routes = Routes(components)
+    with ExitStack() as stack:
+        given: Source | Pairs
+        if isinstance(source, (str, os.PathLike, Mapping, nn.Module)):
+            opened: Source = open_source(source)
+            given = stack.enter_context(opened)
+        else:
+            given = source
+        done = _Done()
+        if isinstance(given, (Addressed, InMemory)):
+            _one_after_another(given, routes, done, stack, borrowed)
+        elif isinstance(given, Source):
+            _from_stream(given, routes, done, stack, memory_limit)
+        elif isinstance(given, IteratorSource):  # Without a manifest; what it yields is owned.
+            _from_pairs(given.tensors(), routes, done, stack, False, memory_limit)
+        elif isinstance(given, Iterable):
+            _from_pairs(given, routes, done, stack, borrowed, memory_limit)
+        else:
+            raise UsageError(f"a {type(given).__name__} is no source, and yields no pairs of names and tensors")
+    return _report(routes, done, time.perf_counter() - began)
+
+
+@dataclass(slots=True)
+class _Done:
+    """What has been done so far, by name of component. ``taken`` holds names as its loading code knows them."""
+
+    returned: dict[str, object] = field(default_factory=dict)
+    nbytes: dict[str, int] = field(default_factory=dict)
+    taken: dict[str, set[str]] = field(default_factory=dict)
+    peak: int = 0
+    streamed: str | None = None
+
+
+def _report(routes: Routes, done: _Done, seconds: float) -> RouteReport:
+    loaded = {one.name: routes.names(one) for one in routes.components if one.name in done.returned}
+    untaken = {
+        name: tuple(theirs for ours, theirs in names.items() if ours not in done.taken[name])
+        for name, names in loaded.items()
+    }
+    return RouteReport(
+        tensors={name: tuple(names.values()) for name, names in loaded.items()},
+        nbytes={name: done.nbytes[name] for name in loaded},
+        returned=done.returned,
+        untaken={name: names for name, names in untaken.items() if names},
+        disabled={one.name: tuple(routes.names(one).values()) for one in routes.components if not one.enabled},
+        streamed=done.streamed,
+        peak_waiting_bytes=done.peak,
+        seconds=seconds,
+    )
+
+
+# --- one component ---------------------------------------------------------------------------------------------------
+
+
+def _code(component: Component) -> _Load | None:
+    """The component's loading code; ``None`` if it is a module that is loaded by name."""
+    target = component.load_weights
+    code: _Load | None = getattr(target, "load_weights", None) if isinstance(target, nn.Module) else target
+    return code
+
+
+def _give(component: Component, load: _Load, pairs: Pairs, done: _Done) -> None:
+    """Let the component's code load ``pairs``."""
+    handed = Handed(pairs)
+    try:
+        with torch.no_grad():
+            returned = load(handed)
+            # Loading code that yields does nothing until somebody asks for what it yields.
+            returned = tuple(returned) if isinstance(returned, GeneratorType) else returned
+        if handed.failure is not None:  # A broken stream must not look like its end, whatever the loading code thinks.
+            raise handed.failure
+    except BaseException as error:
+        given = f", after it was given {handed.last!r}" if handed.last else ""
+        before = ", ".join(done.returned) or "none"
+        error.add_note(
+            f"hotweights: raised while component {component.name!r} was loaded{given}; loaded by then: {before}"
+        )
+        raise
+    finally:
+        handed.end()
+    done.returned[component.name] = returned
+    done.taken[component.name] = handed.taken
+    done.nbytes[component.name] = handed.nbytes
+
+
+# --- with a manifest -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _ByName:
+    """How a module is loaded that has no loading code; ``manifest`` has its tensors as it knows them."""
+
+    manifest: Manifest
+    plan: LoadPlan
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """What a component will get. ``by_name`` is ``None`` where its own code loads it."""
+
+    nbytes: int
+    by_name: _ByName | None = None
+
+
+@without_collection()
+def _plan(manifest: Manifest, routes: Routes, *, limit: int | None) -> dict[Component, _Planned]:
+    """What each component gets, and how it is loaded if it is by name. Raises with every problem that is known now."""
+    for name in manifest:
+        routes.place(name)
+    problems = [*routes.problems, *unfilled(routes)]
+    planned: dict[Component, _Planned] = {}
+    for component in routes.loaded():
+        specs = [manifest[theirs] for theirs in routes.names(component).values()]
+        by_name = None
+        if _code(component) is None:
+            by_name, misfits = _plan_by_name(component, specs, routes)
+        else:
+            misfits = [why for spec in specs if (why := unsupported(spec)) is not None]
+        problems += (f"{component.name}: {misfit}" for misfit in misfits)
+        planned[component] = _Planned(sum(spec.nbytes for spec in specs), by_name)
+    waiting = sum(sorted(one.nbytes for one in planned.values())[:-1])
+    if limit is not None and waiting > limit:
+        problems.append(f"{waiting} bytes would have to wait, more than memory_limit={limit}")
+    if problems:
+        raise PlanError("source and components do not fit; nothing was read", problems)
+    return planned
+
+
+def _plan_by_name(component: Component, specs: list[TensorSpec], routes: Routes) -> tuple[_ByName | None, list[str]]:
+    assert isinstance(component.load_weights, nn.Module)
+    part = Manifest(replace(spec, name=ours) for spec, ours in zip(specs, routes.names(component), strict=True))
+    try:
+        return _ByName(part, trace(component.load_weights, part)), []
+    except PlanError as error:
+        return None, list(error.problems)
+
+
+def _one_after_another(
+    source: Addressed | InMemory, routes: Routes, done: _Done, stack: ExitStack, borrowed: bool
+) -> None:
+    planned = _plan(source.manifest, routes, limit=None)
+    coded = [routes.names(component) for component in planned if _code(component) is not None]
+    pairs: Callable[[Mapping[str, str]], Pairs]
+    if isinstance(source, Addressed):
+        readings = Readings(source, coded)
+        stack.callback(readings.close)
+        pairs = readings.pairs
+    else:
+        pairs = partial(_from_memory, source, borrowed)
+    for component, what in planned.items():
+        names = routes.names(component)
+        if what.by_name is None:
+            code = _code(component)
+            assert code is not None
+            _give(component, code, pairs(names), done)
+        else:
+            # Straight from where the bytes are to where they belong.
+            _give(component, partial(_directly, component, _part(source, names), what.by_name.plan), (), done)
+            done.taken[component.name], done.nbytes[component.name] = set(names), what.nbytes
+
+
+def _from_memory(source: InMemory, borrowed: bool, names: Mapping[str, str]) -> Pairs:
+    return ((ours, own(theirs, source.borrow(theirs), borrowed)) for ours, theirs in names.items())
+
+
+def _part(source: Addressed | InMemory, names: Mapping[str, str]) -> Source:
+    if isinstance(source, Addressed):
+        return Part(source, names)
+    return StateSource({ours: source.borrow(theirs) for ours, theirs in names.items()})
+
+
+def _directly(component: Component, part: Source, plan: LoadPlan | None, _: Pairs) -> object:
+    return _by_name(component, part, plan)
+
+
+def _by_name(component: Component, source: Source, plan: LoadPlan | None) -> object:
+    assert isinstance(component.load_weights, nn.Module)
+    return load(component.load_weights, source, plan=plan, show_progress=False)
+
+
+def _when_whole(component: Component, state: dict[str, torch.Tensor]) -> object:
+    if any(isinstance(tensor, StandIn) for tensor in state.values()):
+        assert isinstance(component.load_weights, nn.Module)
+        # Somebody traces the code that called us: a load within would plan for itself, and ask stand-ins for bytes.
+        return component.load_weights.load_state_dict(state)
+    return _by_name(component, StateSource(state), None)
+
+
+# --- streams ---------------------------------------------------------------------------------------------------------
+
+
+def _from_stream(source: Source, routes: Routes, done: _Done, stack: ExitStack, limit: int | None) -> None:
+    """A source that comes as it comes, with a manifest."""
+    planned = _plan(source.manifest, routes, limit=limit)
+    promised = {theirs: (one, ours) for one in planned for ours, theirs in routes.names(one).items()}
+    largest = max(planned, key=lambda component: planned[component].nbytes, default=None)
+    loads = {component: _load(component, what.by_name) for component, what in planned.items()}
+    with source.leases() as leases:
+        items = ((lease.name, lease) for lease in leases)
+        stream = Stream(items, lambda name: promised.pop(name, None), largest, limit=limit)
+        _pass_through(stream, loads, done, stack)
+    if promised:
+        never = [f"{component.name}: {name}" for name, (component, _) in promised.items()]
+        raise RoutingError("the source's manifest promised what never came", never)
+    _load_waiting(stream, loads, done)
+
+
+def _from_pairs(pairs: Pairs, routes: Routes, done: _Done, stack: ExitStack, borrowed: bool, limit: int | None) -> None:
+    """A stream of which nothing is known."""
+    items = iter(pairs)
+    stack.callback(getattr(items, "close", bool))
+    present = [one for one in routes.components if one.enabled and one.load_weights is not None]
+    first = next((one for one in present if _code(one) is not None), None)
+    loads = {component: _load(component) for component in present}
+    stream = Stream(items, routes.place, first, borrowed=borrowed, limit=limit)
+    _pass_through(stream, loads, done, stack)
+    problems = [*routes.problems, *unfilled(routes)]
+    if problems:
+        raise RoutingError("stream and components do not fit", problems)
+    _load_waiting(stream, loads, done)
+
+
+def _load(component: Component, by_name: _ByName | None = None) -> _Load:
+    """What loads the component from owned tensors."""
+    if by_name is not None:
+        return lambda pairs: _by_name(component, Passing(by_name.manifest, pairs), by_name.plan)
+    return _code(component) or (lambda pairs: _when_whole(component, dict(pairs)))
+
+
+def _pass_through(stream: Stream, loads: Mapping[Component, _Load], done: _Done, stack: ExitStack) -> None:
+    """Load the first component, and pass on to the end of the stream, wherever its loading code stopped."""
+    stack.callback(stream.waiting.clear)  # The frames of an error would keep the copies alive.
+    if stream.seek() and stream.first is not None:
+        _give(stream.first, loads[stream.first], stream, done)
+        done.streamed = stream.first.name
+    while stream.seek():
+        pass
+    done.peak = stream.waiting_nbytes
+
+
+def _load_waiting(stream: Stream, loads: Mapping[Component, _Load], done: _Done) -> None:
+    for component, code in loads.items():
+        if component in stream.waiting:
+            _give(component, code, stream.emptied(component), done)

@@ -1,0 +1,1 @@
+"""Files: safetensors, their headers, and directories of shards."""

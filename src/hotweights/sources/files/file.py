@@ -1,0 +1,231 @@
+"""File: an open file that notices when it is no longer the one that was opened. It reads ranges; it knows no tensors.
+
+There is no mmap: a file that shrinks under a mapping kills the process, under ``preadv`` it is an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import stat
+import threading
+from collections.abc import Sequence
+
+import torch
+
+from ...errors import CheckpointChanged, CheckpointError, Closed
+from ...memory.host import PAGE, buffer
+
+DIRECT: int = getattr(os, "O_DIRECT", 0)
+"""The flag for reads around the page cache; 0 where there are none."""
+
+_FADVISE = getattr(os, "posix_fadvise", None)  # not on macOS
+_NOWAIT: int = getattr(os, "RWF_NOWAIT", 0)
+_NOT_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP)
+_NOT_CACHED = (errno.EAGAIN, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+
+Buffer = bytearray | memoryview | ctypes.Array[ctypes.c_char]
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_CACHESTAT = ctypes.c_long(451)  # Linux 6.5; the number is the same on every architecture that torch runs on.
+
+
+class _CacheRange(ctypes.Structure):
+    _fields_ = (("offset", ctypes.c_uint64), ("nbytes", ctypes.c_uint64))
+
+
+class _CacheState(ctypes.Structure):
+    """``struct cachestat`` of linux/mman.h, in pages."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_uint64) for name in ("cached", "dirty", "writeback", "evicted", "recently_evicted")
+    )
+
+
+def rest(buffers: Sequence[Buffer], done: int) -> Sequence[Buffer]:
+    """The buffers without their first ``done`` bytes."""
+    if done == 0:
+        return buffers
+    rest: list[Buffer] = []
+    for one in buffers:
+        if done < len(one):
+            rest.append(memoryview(one).cast("B")[done:] if done else one)
+        done = max(0, done - len(one))
+    return rest
+
+
+class File:
+    """An open file that notices when it is no longer the one that was opened.
+
+    The owner closes it. Identity, size and modification time are compared by ``check``; a rewrite in place within
+    the clock tick of the opening, with the same size, is not seen.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._where = os.path.abspath(path)  # A relative path would lead elsewhere after a chdir.
+        self._direct_fd: int | None = None
+        # Cleared by the first read that is refused; the descriptor stays until close.
+        self._direct_works = bool(DIRECT)
+        self._lock = threading.Lock()
+        try:
+            # O_NONBLOCK: the opening of a named pipe would wait for a writer, for ever. Plain files do not mind.
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except (OSError, ValueError) as error:  # ValueError: a name with a zero byte.
+            raise CheckpointError(f"{path}: cannot be opened: {getattr(error, 'strerror', error)}") from error
+        found = os.fstat(self._fd)
+        if not stat.S_ISREG(found.st_mode):
+            self.close()
+            raise CheckpointError(f"{path}: is {_kind(found.st_mode)}, not a file")
+        self._opened = _fingerprint(found)
+        self.size = self._opened[2]
+
+    def pread(self, nbytes: int, offset: int) -> bytes:
+        """Exactly ``nbytes`` from ``offset``, as bytes."""
+        memory = bytearray(nbytes)
+        if nbytes:
+            self.read_into([memory], offset)
+        return bytes(memory)
+
+    def read_into(self, buffers: Sequence[Buffer], offset: int) -> None:
+        """Fill the buffers in turn with the file's bytes from ``offset``. Short reads are finished."""
+        total = sum(map(len, buffers))
+        done = self._preadv(buffers, offset)
+        while done < total:
+            if done == 0:
+                raise self._short(offset)
+            buffers, offset, total = rest(buffers, done), offset + done, total - done
+            done = self._preadv(buffers, offset)
+
+    def cached_into(self, buffers: Sequence[Buffer], offset: int) -> int:
+        """Like ``read_into``, but only what the page cache holds; returns how many bytes that was."""
+        total, done = sum(map(len, buffers)), 0
+        cached = self._cached(offset, total)
+        # A read that may not wait still starts the kernel's readahead of what it misses, and the disk reads it twice.
+        if cached is not None and 2 * cached < total:
+            return 0
+        if cached is not None and cached >= total:
+            self.read_into(buffers, offset)
+            return total
+        while _NOWAIT and done < total:
+            got = self._preadv(rest(buffers, done), offset + done, _NOWAIT)
+            if got == 0:
+                break
+            done += got
+        return done
+
+    def _cached(self, offset: int, nbytes: int) -> int | None:
+        """Bytes of the pages in this range that the page cache holds, if the kernel says. Costs some microseconds."""
+        asked, found = _CacheRange(offset, nbytes), _CacheState()
+        if nbytes == 0 or _libc.syscall(_CACHESTAT, self._fd, ctypes.byref(asked), ctypes.byref(found), 0):
+            return None  # Older kernels do not have it, and some sandboxes refuse it.
+        return PAGE * int(found.cached)
+
+    def will_need(self, start: int, stop: int) -> None:
+        """Let the kernel begin to read all of ``file[start:stop]``, where it is not cached: it would go by small steps.
+
+        Several threads that read one file look like random reads to its readahead.
+        """
+        cached = self._cached(start, stop - start)
+        if _FADVISE is not None and cached is not None and 2 * cached < stop - start:
+            with contextlib.suppress(OSError):
+                _FADVISE(self._fd, start, stop - start, os.POSIX_FADV_WILLNEED)
+
+    def direct_into(self, memory: torch.Tensor, offset: int) -> bool:
+        """Fill page-aligned ``memory`` from page-aligned ``offset`` around the page cache, up to the file's end.
+
+        Returns False if this file system cannot, or gives less than a page at a time.
+        """
+        fd = self._open_direct()
+        if fd is None:
+            return False
+        done, wanted = 0, min(memory.numel(), self.size - offset)
+        while done < wanted:
+            before = done
+            try:
+                got = os.preadv(fd, [buffer(memory.data_ptr() + done, memory.numel() - done)], offset + done)
+            except OSError as error:
+                if error.errno in _NOT_DIRECT:
+                    self._direct_works = False
+                    return False
+                raise self._failed(error, offset + done) from error
+            done += got
+            if done < wanted:
+                done -= done % PAGE  # A short direct read may end anywhere; the next must start on a page.
+                if done == before:
+                    return False  # The other road finds out whether the file ends here.
+        return True
+
+    def check(self) -> None:
+        """Raise ``CheckpointChanged`` if the path no longer leads to the file that was opened, unchanged."""
+        try:
+            on_disk = _fingerprint(os.stat(self._where))
+        except OSError as error:
+            raise CheckpointChanged(f"{self.path}: the file went away while it was open: {error.strerror}") from error
+        try:
+            opened = _fingerprint(os.fstat(self._fd))
+        except OSError as error:
+            raise self._failed(error, 0) from error
+        for now in (opened, on_disk):
+            for what, old, new in zip(("device", "inode", "size", "modification time"), self._opened, now, strict=True):
+                if old != new:
+                    verb = "replaced" if what in ("device", "inode") else "changed"
+                    raise CheckpointChanged(
+                        f"{self.path}: the file was {verb} after it was opened: {what} was {old}, is {new}"
+                    )
+
+    def close(self) -> None:
+        """Close it. May be called twice."""
+        with self._lock:
+            fds = (self._fd, self._direct_fd)
+            # Forget before closing: the numbers may be another file's at once, and a late thread must not read that.
+            self._fd, self._direct_fd, self._direct_works = -1, None, False
+            for fd in fds:
+                if fd is not None and fd >= 0:
+                    with contextlib.suppress(OSError):  # Nothing was written, so nothing is lost; Linux has closed it.
+                        os.close(fd)
+
+    def __repr__(self) -> str:
+        return f"<File {self.path!r} {self.size} bytes{' closed' if self._fd < 0 else ''}>"
+
+    def _preadv(self, buffers: Sequence[Buffer], offset: int, flags: int = 0) -> int:
+        if self._fd < 0:
+            raise Closed(f"{self.path} was closed")
+        try:
+            return os.preadv(self._fd, buffers, offset, flags) if flags else os.preadv(self._fd, buffers, offset)
+        except OSError as error:
+            if flags and error.errno in _NOT_CACHED:
+                return 0
+            raise self._failed(error, offset) from error
+
+    def has_direct(self) -> bool:
+        """Whether this file can be read around the page cache, as far as is known by now."""
+        return self._open_direct() is not None
+
+    def _open_direct(self) -> int | None:
+        with self._lock:
+            if self._direct_fd is None and self._direct_works and self._fd >= 0:
+                try:
+                    # Through /proc, so that it is the file that was opened, whatever the path leads to by now.
+                    self._direct_fd = os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC | DIRECT)
+                except OSError:
+                    self._direct_works = False  # tmpfs and some network file systems have no direct reads.
+            return self._direct_fd if self._direct_works else None
+
+    def _failed(self, error: OSError, offset: int) -> CheckpointError | Closed:
+        if self._fd < 0:
+            return Closed(f"{self.path} was closed")
+        return CheckpointError(f"{self.path}: reading at byte {offset} failed: {error.strerror}")
+
+    def _short(self, offset: int) -> CheckpointChanged:
+        return CheckpointChanged(f"{self.path}: ends at byte {offset}; {self.size} bytes were there when it was opened")
+
+
+def _fingerprint(found: os.stat_result) -> tuple[int, int, int, int]:
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _kind(mode: int) -> str:
+    return "a directory" if stat.S_ISDIR(mode) else "a pipe, a socket or a device"

@@ -1,0 +1,224 @@
+"""The header of one safetensors file: from bytes to entries, validated. It reads no tensor and allocates none.
+
+Format: 8 bytes little-endian length N, N bytes of JSON ``{name: {dtype, shape, data_offsets}}``, then the data, without
+gaps. Source: https://github.com/huggingface/safetensors#format and ``safetensors/src/tensor.rs`` 0.8, which this is as
+strict as, and stricter: duplicate names are refused.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import msgspec
+import torch
+
+from ...dtypes import FORMAT_DTYPES, DType, OpaqueDtype
+from ...errors import CheckpointError
+from ...manifest import TensorSpec
+
+MAX_HEADER_NBYTES = 100_000_000  # bytes; the bound of the reference implementation
+_LARGEST = 2**63 - 1  # elements; torch counts in int64
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_ELSEWHERE = {b"PK\x03\x04": 'a zip archive (a torch .bin file? reader="torch" opens those)', b"GGUF": "a GGUF file"}
+_ELSEWHERE |= {bytes([0x80, protocol]): "a pickle" for protocol in range(2, 6)}
+
+
+class Entry(msgspec.Struct, frozen=True, gc=False):
+    """One tensor of a file: its spec, and the byte of the file at which its data starts."""
+
+    spec: TensorSpec
+    offset: int
+
+
+class Header(NamedTuple):
+    """What one file holds: entries by offset, and the file's free-text metadata."""
+
+    entries: tuple[Entry, ...]
+    metadata: dict[str, str]
+
+
+class _RawEntry(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
+
+
+_names = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_entry = msgspec.json.Decoder(_RawEntry)
+_metadata = msgspec.json.Decoder(dict[str, str])
+
+
+def read_header(file: str, size: int, pread: Callable[[int, int], bytes]) -> Header:
+    """Parse and validate the header of ``file``.
+
+    Args:
+        file: its name, for messages.
+        size: its size in bytes.
+        pread: ``pread(nbytes, offset)``, returning exactly that many bytes or raising.
+
+    Raises:
+        CheckpointError: with every problem that was found in this file.
+    """
+    if size == 0:
+        raise CheckpointError(f"{file}: the file is empty")
+    start = pread(min(size, len(_POINTER)), 0)
+    nbytes = int.from_bytes(start[:8], "little")
+    if size < 8 or nbytes > size - 8:
+        # Only then: a sound header of 640 bytes begins like a pickle, one of 64 MB like a zip archive.
+        _refuse_other_formats(file, size, start)
+    if size < 8:
+        raise CheckpointError(f"{file}: {size} bytes are too few for a safetensors file, whose header alone needs 8")
+    # Both bounds come before any allocation: a header of 2^60 bytes must not be tried.
+    if nbytes > MAX_HEADER_NBYTES:
+        raise CheckpointError(f"{file}: header of {nbytes} bytes; at most {MAX_HEADER_NBYTES} are allowed")
+    if 8 + nbytes > size:
+        raise CheckpointError(
+            f"{file}: header of {nbytes} bytes expected, but the file ends after {size} bytes; is it truncated?"
+        )
+    return _parse(file, pread(nbytes, 8), data_start=8 + nbytes, size=size)
+
+
+def _refuse_other_formats(file: str, size: int, start: bytes) -> None:
+    if start.startswith(_POINTER):
+        raise CheckpointError(
+            f"{file}: this is a pointer to large-file storage ({size} bytes), not the weights; "
+            "fetch them with: git lfs pull"
+        )
+    for magic, what in _ELSEWHERE.items():
+        if start.startswith(magic):
+            raise CheckpointError(f"{file}: this is not a safetensors file but {what}")
+
+
+def _parse(file: str, raw: bytes, *, data_start: int, size: int) -> Header:
+    try:
+        fields = _names.decode(raw)
+        names = len(fields)
+        metadata = _free_text(file, fields.pop("__metadata__", b"{}"))
+        if raw.count(b":") != names + len(metadata) + 3 * len(fields):
+            _refuse_duplicates(file, raw)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{file}: header is not a JSON object of tensors: {error}") from error
+    problems: list[str] = []
+    entries: list[Entry] = []
+    minus_zero = b"-0" in raw
+    decode = _entry.decode
+    for name, field in fields.items():
+        try:
+            entry = decode(field)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            problems.append(f"tensor {name!r}: {error}")
+            continue
+        if minus_zero and b"-0" in bytes(field):
+            problems.append(f"tensor {name!r}: -0 is no length and no offset")
+            continue
+        start, stop = entry.data_offsets
+        spec = _spec(name, entry, problems)
+        if spec is not None:
+            entries.append(Entry(spec, data_start + start))
+            if stop - start != (nbytes := spec.nbytes):
+                problems.append(
+                    f"tensor {name!r}: {entry.dtype} {list(entry.shape)} is {nbytes} bytes; "
+                    f"data_offsets {start}..{stop} hold {stop - start}"
+                )
+    # Only sound entries can be laid side by side; with a broken one among them every neighbour would be blamed.
+    if not problems:
+        entries.sort(key=_by_offset)
+        problems = _gaps(entries, data_start, size)
+    if problems:
+        raise CheckpointError(file, problems)
+    return Header(tuple(entries), metadata)
+
+
+def _free_text(file: str, field: msgspec.Raw | bytes) -> dict[str, str]:
+    try:
+        return _metadata.decode(field)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{file}: __metadata__ of the header is not text by name: {error}") from error
+
+
+def _by_offset(entry: Entry) -> tuple[int, int]:
+    return entry.offset, entry.spec.nbytes  # Empty tensors share an offset with the next one and come before it.
+
+
+def _refuse_duplicates(file: str, raw: bytes) -> None:
+    """The decoder keeps the last of two equal names, silently, so the header is parsed again with its pairs.
+
+    That is slow, and needed only where the colons are too many: each name that the decoder kept has one, each that it
+    dropped has one too, and none can be written as an escape. Colons inside names bring a sound header here as well.
+    """
+    try:
+        # Objects become tuples of pairs, to tell them from arrays.
+        header = json.loads(raw, object_pairs_hook=tuple)
+    except ValueError as error:
+        raise CheckpointError(f"{file}: header is not a JSON object of tensors: {error}") from error
+    problems = [f"the name {name!r} occurs twice in the header" for name in _twice(header)]
+    for name, entry in header:
+        if isinstance(entry, tuple):
+            problems += [f"tensor {name!r}: {key!r} occurs twice" for key in _twice(entry)]
+    if problems:
+        raise CheckpointError(file, problems)
+
+
+def _twice(pairs: Iterable[tuple[str, object]]) -> list[str]:
+    return [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
+
+
+def _spec(name: str, entry: _RawEntry, problems: list[str]) -> TensorSpec | None:
+    if entry.dtype not in FORMAT_DTYPES:
+        problems.append(f"tensor {name!r}: unknown dtype {entry.dtype!r}; known are: {', '.join(FORMAT_DTYPES)}")
+        return None
+    if entry.shape and min(entry.shape) < 0:
+        problems.append(f"tensor {name!r}: negative length in shape {list(entry.shape)}")
+        return None
+    bits, attribute = FORMAT_DTYPES[entry.dtype]
+    count = math.prod(entry.shape)
+    # The product of the nonzero lengths is what torch multiplies strides from: [2**62, 0] overflows though it is empty.
+    if (count or math.prod(filter(None, entry.shape))) > _LARGEST:
+        problems.append(f"tensor {name!r}: shape {list(entry.shape)} has more elements than any memory")
+        return None
+    if count * bits % 8:
+        problems.append(f"tensor {name!r}: {entry.dtype} {list(entry.shape)} does not end on a whole byte")
+        return None
+    dtype, shape = _torch_view(entry.dtype, bits, attribute, entry.shape)
+    return TensorSpec(name, dtype, shape)
+
+
+def _torch_view(name: str, bits: int, attribute: str, shape: tuple[int, ...]) -> tuple[DType, tuple[int, ...]]:
+    dtype: torch.dtype | None = getattr(torch, attribute, None) if attribute else None
+    if dtype is not None and bits == 8 * dtype.itemsize:
+        return dtype, shape
+    packed = 8 // bits if bits < 8 and 8 % bits == 0 else 0
+    if dtype is not None and packed and shape and shape[-1] % packed == 0:
+        return dtype, (*shape[:-1], shape[-1] // packed)
+    return OpaqueDtype(name, bits), shape
+
+
+def _gaps(entries: Iterable[Entry], data_start: int, size: int) -> list[str]:
+    problems: list[str] = []
+    position, last = data_start, ""
+    cut: list[str] = []
+    for entry in entries:
+        spec, offset = entry.spec, entry.offset
+        stop = offset + spec.nbytes
+        if offset != position:
+            before, at = f"tensor {last!r}" if last else "the header", offset - data_start
+            problems.append(
+                f"tensor {spec.name!r}: starts at byte {at} of the data, inside {before}"
+                if offset < position
+                else f"tensor {spec.name!r}: starts at byte {at} of the data; {before} ends at "
+                f"{position - data_start}, and nothing lies between"
+            )
+        if stop > size:
+            end, held = stop - data_start, size - data_start
+            cut.append(f"tensor {spec.name!r}: ends at byte {end} of the data; the file holds {held}")
+        position, last = max(position, stop), spec.name
+    if cut:  # One cut takes all that lay behind it; to name each would bury the reason.
+        others = f", and {len(cut) - 1} tensors behind it" if len(cut) > 1 else ""
+        problems.append(f"{cut[0]}{others}; is it truncated?")
+    if not problems and position < size:
+        problems.append(f"{size - position} trailing bytes belong to no tensor")
+    return problems

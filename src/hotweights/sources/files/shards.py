@@ -1,0 +1,240 @@
+"""Which files make up a checkpoint: one file, a directory, an index, a hub cache. Opens them; reads no tensor."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from ...errors import CheckpointError
+from .file import File
+from .header import MAX_HEADER_NBYTES, Header, read_header
+
+
+class Layout(NamedTuple):
+    """How one format lies on disk.
+
+    Attributes:
+        main: the checkpoint's name without its suffix; of several indexes, the one with this name is taken.
+        prefix: how the names of its files begin.
+        suffix: how they end.
+        parse: what a file holds; raises ``CheckpointError``.
+    """
+
+    main: str
+    prefix: str
+    suffix: str
+    parse: Callable[[File], Header]
+
+
+def _parse_safetensors(file: File) -> Header:
+    return read_header(file.path, file.size, file.pread)
+
+
+SAFETENSORS = Layout("model", "", ".safetensors", _parse_safetensors)
+
+
+class Shard:
+    """One open file of a checkpoint and its header. The owner closes it."""
+
+    __slots__ = ("file", "header")
+
+    def __init__(self, path: str, layout: Layout = SAFETENSORS) -> None:
+        self.file = File(path)
+        try:
+            self.header: Header = layout.parse(self.file)
+        except BaseException:
+            self.file.close()
+            raise
+
+    def close(self) -> None:
+        """Close the file. May be called twice."""
+        self.file.close()
+
+
+def open_shards(path: str | os.PathLike[str], layout: Layout = SAFETENSORS) -> tuple[Shard, ...]:
+    """Find, open and validate every file of the checkpoint at ``path``. The caller closes them.
+
+    Raises:
+        CheckpointError: with every problem of every file and of the index; nothing stays open.
+    """
+    place = Path(path).expanduser()
+    if not os.path.exists(place):  # Unlike Path.exists, false for names that are too long.
+        broken = " (a link that leads nowhere)" if os.path.islink(place) else ""
+        raise CheckpointError(f"{place}: there is no such file or directory{broken}")
+    if place.is_dir():
+        return _open_directory(_snapshot(place), layout)
+    if place.name.endswith(".json"):
+        return _open_index(place, layout)
+    return _open_all([place], layout)
+
+
+def _open_directory(directory: Path, layout: Layout) -> tuple[Shard, ...]:
+    try:
+        names = sorted(os.listdir(directory))  # Path.glob would compile an expression first, for milliseconds.
+    except OSError as error:
+        raise CheckpointError(f"{directory}: cannot be listed: {error.strerror}") from error
+    mine = [name for name in names if name.startswith(layout.prefix)]
+    files = [directory / name for name in mine if name.endswith(layout.suffix)]
+    indexes = [directory / name for name in mine if name.endswith(f"{layout.suffix}.index.json")]
+    main = directory / f"{layout.main}{layout.suffix}.index.json"
+    if main in indexes:
+        indexes = [main]
+    if len(indexes) > 1:
+        raise CheckpointError(f"{directory}: several indexes, {_listed(indexes)}; open the one you mean")
+    if indexes:
+        whole = directory / indexes[0].name.removesuffix(".index.json")
+        if whole in files:
+            raise CheckpointError(f"{directory}: holds both {whole.name} and {indexes[0].name}; open the one you mean")
+        return _open_index(indexes[0], layout)
+    if not files:
+        found = f"it holds {', '.join(names[:5])}" if names else "it is empty"
+        if layout is SAFETENSORS and any(name.endswith(".bin") for name in names):
+            found += '; reader="torch" opens .bin files'
+        raise CheckpointError(f"{directory}: no {layout.prefix}*{layout.suffix} in this directory; {found}")
+    return _open_all(files, layout)
+
+
+def _snapshot(directory: Path) -> Path:
+    """The snapshot that a hub cache's ``models--org--name`` directory leads to; any other directory is itself."""
+    snapshots = directory / "snapshots"
+    if not (directory.name.startswith("models--") and snapshots.is_dir()):
+        return directory
+    main = directory / "refs" / "main"
+    if main.is_file():
+        snapshot = snapshots / main.read_text(errors="replace").strip()
+        if not snapshot.is_dir():
+            raise CheckpointError(f"{directory}: refs/main names the snapshot {snapshot.name!r}, which is not there")
+        return snapshot
+    revisions = sorted(snapshots.iterdir())
+    if len(revisions) == 1:
+        return revisions[0]
+    raise CheckpointError(f"{directory}: {len(revisions)} snapshots and no refs/main; open the one you mean")
+
+
+def _open_all(paths: Iterable[Path], layout: Layout) -> tuple[Shard, ...]:
+    with ExitStack() as undo:
+        shards, problems = _open_each(paths, layout, undo)
+        if problems:
+            raise CheckpointError("the checkpoint is broken", problems)
+        undo.pop_all()
+    return shards
+
+
+def _open_each(paths: Iterable[Path], layout: Layout, undo: ExitStack) -> tuple[tuple[Shard, ...], list[str]]:
+    """The files that can be opened, and what is wrong with the others and between them. ``undo`` closes them."""
+    shards: list[Shard] = []
+    problems: list[str] = []
+    for path in paths:
+        try:
+            shards.append(Shard(str(path), layout))
+            undo.callback(shards[-1].close)
+        except CheckpointError as error:
+            problems += [f"{error.title}: {problem}" for problem in error.problems] or [error.title]
+    return tuple(shards), problems + _duplicates(shards)
+
+
+def _duplicates(shards: Sequence[Shard]) -> list[str]:
+    """One tensor in two files. Every other reader takes the last, silently."""
+    if len(shards) < 2:  # Within a file the header saw to it.
+        return []
+    first: dict[str, str] = {}
+    problems: list[str] = []
+    for shard in shards:
+        for entry in shard.header.entries:
+            other = first.setdefault(entry.spec.name, shard.file.path)
+            if other != shard.file.path:
+                problems.append(f"tensor {entry.spec.name!r}: in {other} and again in {shard.file.path}")
+    return problems
+
+
+def _open_index(index: Path, layout: Layout) -> tuple[Shard, ...]:
+    weight_map, problems = _read_index(index)
+    names = sorted(set(weight_map.values()) - {""})
+    problems += [f"{index.name}: shard {name!r} lies outside the directory" for name in names if _outside(name)]
+    # Once each: "a" and "./a" are one file.
+    paths = list(dict.fromkeys(index.parent / name for name in names if not _outside(name)))
+    absent = {path for path in paths if not os.path.exists(path)}
+    for path in absent:
+        count = sum(1 for shard in weight_map.values() if index.parent / shard == path)
+        problems.append(f"{path}: named by the index for {count} tensors, but there is no such file")
+    with ExitStack() as undo:
+        shards, broken = _open_each([path for path in paths if path not in absent], layout, undo)
+        problems += broken + _disagreements(index, weight_map, shards)
+        if problems:
+            raise CheckpointError(str(index), problems)
+        undo.pop_all()
+    return shards
+
+
+def _read_index(index: Path) -> tuple[dict[str, str], list[str]]:
+    """From each tensor to its file, ``""`` where that is no name; and what is wrong with the index by itself."""
+    with contextlib.closing(File(str(index))) as file:
+        if file.size > MAX_HEADER_NBYTES:
+            raise CheckpointError(f"{index}: an index of {file.size} bytes; at most {MAX_HEADER_NBYTES} are allowed")
+        raw = file.pread(file.size, 0)
+    problems: set[str] = set()
+
+    def pairs(found: list[tuple[str, object]]) -> dict[str, object]:
+        table = dict(found)
+        if len(table) != len(found):
+            seen: set[str] = set()
+            problems.update(f"the name {name!r} occurs twice" for name, _ in found if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        return table
+
+    try:
+        content = json.loads(raw, object_pairs_hook=pairs, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{index}: not a JSON object: {error}") from error
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f'{index}: no "weight_map" that names the file of each tensor')
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not shard:
+            problems.add(f"tensor {name!r}: its file is {shard!r}, which is no name")
+            weight_map[name] = ""
+    return weight_map, sorted(problems)
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _outside(name: str) -> bool:
+    # The text decides, not where links lead: a hub cache's files are links out of the directory, made by its owner.
+    return PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name
+
+
+def _disagreements(index: Path, weight_map: dict[str, str], shards: Iterable[Shard]) -> list[str]:
+    """Every tensor that does not lie where the index says. A shard that is absent was reported already."""
+    problems: list[str] = []
+    opened = {shard.file.path for shard in shards}
+    found: dict[str, list[str]] = {}
+    for shard in shards:
+        for entry in shard.header.entries:
+            found.setdefault(entry.spec.name, []).append(shard.file.path)
+    for name, shard_name in weight_map.items():
+        if not shard_name:
+            continue
+        promised = str(index.parent / shard_name)
+        actual = found.get(name, [])
+        if not actual and promised in opened:
+            problems.append(f"tensor {name!r}: the index says {shard_name}, which does not hold it")
+        elif actual and promised not in actual:
+            problems.append(
+                f"tensor {name!r}: the index says {shard_name}; it lies in {os.path.relpath(actual[0], index.parent)}"
+            )
+    problems += [
+        f"tensor {name!r}: lies in {os.path.relpath(paths[0], index.parent)}; the index does not know it"
+        for name, paths in found.items()
+        if name not in weight_map
+    ]
+    return problems
+
+
+def _listed(paths: Iterable[Path]) -> str:
+    return ", ".join(path.name for path in paths)

@@ -1,0 +1,250 @@
+"""FileSource: the tensors of safetensors files. Addressed: any bytes, in any order, into any memory."""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from collections.abc import Callable, Generator, Iterable, Iterator
+from functools import partial
+from types import TracebackType
+from typing import NamedTuple
+
+import msgspec
+import torch
+
+from ...dtypes import OpaqueDtype
+from ...errors import Closed, UsageError
+from ...gc_pause import without_collection
+from ...manifest import Manifest, TensorSpec
+from ...memory.guards import Guard
+from ...memory.host import PAGE, host_empty
+from ...memory.lease import Lease, Slot
+from ...memory.pool import Pool
+from ..contracts import Read, Reading
+from ..owned import owned_tensors
+from ..streams import LeaseStream, ahead
+from .file import File
+from .reading import Segment, fill, read_segments
+from .shards import Shard, open_shards
+
+
+class _Place(msgspec.Struct, frozen=True, gc=False):
+    file: File
+    offset: int
+    nbytes: int
+    number: int  # of the file among all
+
+
+class _Run(NamedTuple):
+    """Neighbouring tensors that are read at once."""
+
+    place: _Place
+    specs: list[TensorSpec]
+    nbytes: int
+
+
+class FileSource:
+    """The tensors of one checkpoint on disk. Closes its files; made by ``hotweights.open``.
+
+    The manifest lists tensors file by file, in the order in which they lie there.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+        self._closed = True  # Until the files are open there is nothing to close.
+        with without_collection():
+            self._shards: tuple[Shard, ...] = open_shards(path)
+        self._closed = False
+        self._places = {
+            entry.spec.name: _Place(shard.file, entry.offset, entry.spec.nbytes, number)
+            for number, shard in enumerate(self._shards)
+            for entry in shard.header.entries
+        }
+        self._manifest = Manifest(entry.spec for shard in self._shards for entry in shard.header.entries)
+
+    @property
+    def manifest(self) -> Manifest:
+        """Name, dtype and shape of every tensor."""
+        return self._manifest
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The paths of the checkpoint's files."""
+        return tuple(shard.file.path for shard in self._shards)
+
+    @property
+    def metadata(self) -> dict[str, dict[str, str]]:
+        """The free-text metadata of each file, by path."""
+        return {shard.file.path: dict(shard.header.metadata) for shard in self._shards}
+
+    def position(self, name: str) -> tuple[int, int]:
+        """Which file (as an index into ``files``), and which byte of it, the tensor starts at."""
+        place = self._places[name]
+        return place.number, place.offset
+
+    def file_of(self, name: str) -> str:
+        """The path of the file that holds the tensor."""
+        return self._places[name].file.path
+
+    def leases(self, *, guard: Guard = "off", pool: Pool | None = None, reading: Reading = "auto") -> LeaseStream:
+        """Stream every tensor as a lease on the pool's memory, in the manifest's order, reading one slot ahead.
+
+        Neighbouring small tensors share a slot. A tensor larger than a slot is read into memory of its own, and its
+        lease is not borrowed.
+
+        Args:
+            guard: makes stale tensors loud, see ``guards``. Ignored where a pool is given: its own guard holds.
+            pool: where the leases lie; by default one of 2 x 32 MiB, which ends with the stream.
+            reading: which road, see ``Reading``.
+        """
+        self._check_open()
+        own = pool is None
+        pool = pool or Pool(2, 2 * 16 * 1024 * 1024, guard=guard)
+        stopped = threading.Event()
+        return LeaseStream(self._lease_all(pool, own, reading, stopped), stop=partial(_stop, stopped, pool))
+
+    def tensors(self, *, reading: Reading = "auto") -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield every tensor in memory of its own, read one batch ahead.
+
+        Raises:
+            UnsupportedDtype: before the first tensor, if torch has no type for one; ``leases()`` carries its bytes.
+        """
+        self._check_open()
+        return owned_tensors(self, self._manifest.values(), reading=reading)
+
+    def read(
+        self,
+        reads: Iterable[Read],
+        *,
+        pool: Pool,
+        reading: Reading = "auto",
+        threads: int | None = None,
+        advance: Callable[[int], None] | None = None,
+        stop: threading.Event | None = None,
+    ) -> dict[str, int]:
+        """Do all the reads, see ``contracts.Addressed``."""
+        self._check_open()
+        segments = [self._segment(read) for read in reads]
+        return read_segments(segments, pool=pool, reading=reading, threads=threads, advance=advance, stop=stop)
+
+    def close(self) -> None:
+        """Close the files. May be called twice."""
+        self._closed = True
+        for shard in self._shards:
+            shard.close()
+
+    def __enter__(self) -> FileSource:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_closed", True):
+            warnings.warn(
+                f"the source {self.path!r} was not closed; use it in a with", ResourceWarning, source=self, stacklevel=2
+            )
+            self.close()
+
+    def __repr__(self) -> str:
+        return f"<FileSource {self.path!r}: {len(self._manifest)} tensors in {len(self._shards)} files>"
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise Closed(f"the source {self.path!r} was closed")
+
+    def _segment(self, read: Read) -> Segment:
+        place, into = self._places[read.name], read.into
+        # Memory is written by address: a wish that does not fit would read a neighbour or overwrite a stranger.
+        if read.start < 0 or read.nbytes < 0 or read.start + read.nbytes > place.nbytes:
+            raise UsageError(
+                f"tensor {read.name!r} has {place.nbytes} bytes; {read.nbytes} from {read.start} were asked for"
+            )
+        if isinstance(into, torch.Tensor) and not (into.nbytes == read.nbytes and into.is_cpu and into.is_contiguous()):
+            raise UsageError(
+                f"tensor {read.name!r}: {read.nbytes} bytes go into contiguous host memory of as many bytes, not into "
+                f"{into.nbytes} of {'contiguous' if into.is_contiguous() else 'strided'} memory on {into.device}"
+            )
+        return Segment(place.file, place.offset + read.start, read.nbytes, into)
+
+    def _runs(self, limit: int) -> Iterator[_Run]:
+        """The manifest cut into runs of neighbours of at most ``limit`` bytes; a larger tensor is a run of its own."""
+        run: _Run | None = None
+        for spec in self._manifest.values():
+            place = self._places[spec.name]
+            nbytes = spec.nbytes
+            if run is not None and run.place.file is place.file and run.nbytes + nbytes <= limit:
+                run.specs.append(spec)
+                run = run._replace(nbytes=run.nbytes + nbytes)
+                continue
+            if run is not None:
+                yield run
+            run = _Run(place, [spec], nbytes)
+        if run is not None:
+            yield run
+
+    def _lease_all(
+        self, pool: Pool, own: bool, reading: Reading, stopped: threading.Event
+    ) -> Generator[Lease, None, None]:
+        runs = list(self._runs(pool.slot_nbytes - 2 * PAGE))
+        work = (partial(self._fill_slot, run, pool, reading, stopped) for run in runs)
+        slots = ahead(work, depth=min(1, pool.slots - 1), stop=partial(_stop, stopped, pool), drop=_drop)
+        try:
+            for run, (slot, data) in zip(runs, slots, strict=True):
+                try:
+                    yield from self._lease_run(run, slot, data, pool.guard)
+                finally:
+                    if slot is not None:
+                        slot.release()
+        finally:
+            slots.close()
+            if own:
+                pool.close()
+
+    def _fill_slot(
+        self, run: _Run, pool: Pool, reading: Reading, stopped: threading.Event
+    ) -> tuple[Slot | None, torch.Tensor]:
+        if run.nbytes > pool.slot_nbytes - 2 * PAGE:
+            return None, self._read_large(run, pool, reading, stopped)
+        slot = pool.acquire(run.specs[0].name, stop=stopped.is_set)
+        try:
+            place = run.place
+            data, _ = fill(place.file, slot.memory, place.offset, place.offset + run.nbytes, reading)
+            place.file.check()
+        except BaseException:
+            slot.release()
+            raise
+        return slot, data
+
+    def _read_large(self, run: _Run, pool: Pool, reading: Reading, stopped: threading.Event) -> torch.Tensor:
+        data = host_empty((run.nbytes,), torch.uint8)
+        # Buffered: it may not ask the pool for a slot to bounce through while others hold all of them.
+        self.read([Read(run.specs[0].name, 0, run.nbytes, data)], pool=pool, reading="buffered", stop=stopped)
+        return data
+
+    def _lease_run(self, run: _Run, slot: Slot | None, data: torch.Tensor, guard: Guard) -> Iterator[Lease]:
+        position = 0
+        for spec in run.specs:
+            raw = data[position : position + spec.nbytes]
+            position += spec.nbytes
+            itemsize = 1 if isinstance(spec.dtype, OpaqueDtype) else spec.dtype.itemsize
+            if slot is None or raw.data_ptr() % itemsize:
+                # No slot, or a file that packs a float32 behind three bytes: memory of its own.
+                yield Lease(spec, raw=raw if slot is None else raw.clone(), borrowed=False, guard=guard)
+            else:
+                yield slot.lease(spec, raw.data_ptr() - slot.memory.data_ptr())
+
+
+def _stop(stopped: threading.Event, pool: Pool) -> None:
+    stopped.set()
+    pool.wake()
+
+
+def _drop(filled: tuple[Slot | None, torch.Tensor]) -> None:
+    """A slot that was read ahead and never streamed goes back to its pool."""
+    slot, _ = filled
+    if slot is not None:
+        slot.release()

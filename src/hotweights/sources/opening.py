@@ -1,0 +1,84 @@
+"""Opening: whatever a user may name as a source, as an open one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Literal, overload
+
+import torch
+from torch import nn
+
+from ..errors import UnknownName, UsageError
+from .contracts import Source
+from .files.source import FileSource
+from .iterator import IteratorSource
+from .readers.source import READERS, ReaderSource
+from .state_dict import StateSource
+
+AnySource = str | os.PathLike[str] | Mapping[str, torch.Tensor] | nn.Module | Source
+
+
+def version_of(source: Source, version: str | int | None) -> str | int | None:
+    """The version's name: what was said, or else what the source says."""
+    found: str | int | None = getattr(source, "version", None) if version is None else version
+    return found
+
+
+@contextmanager
+def opened(source: AnySource) -> Iterator[Source]:
+    """The source; one that is opened here is closed here."""
+    if isinstance(source, (str, os.PathLike, Mapping, nn.Module)):
+        with open(source) as found:
+            yield found
+    elif isinstance(source, IteratorSource) and not isinstance(source, Source):
+        with source.collect() as found:
+            yield found
+    elif isinstance(source, Source):
+        yield source
+    else:
+        raise UsageError(
+            f"a source is a path, a mapping of tensors, a module or a Source; found {type(source).__name__}"
+        )
+
+
+@overload
+def open(what: str | os.PathLike[str], *, reader: Literal["hotweights"] = ...) -> FileSource: ...
+@overload
+def open(what: str | os.PathLike[str], *, reader: str) -> FileSource | ReaderSource: ...
+@overload
+def open(what: Mapping[str, torch.Tensor] | torch.nn.Module) -> StateSource: ...
+@overload
+def open(
+    what: str | os.PathLike[str] | Mapping[str, torch.Tensor] | torch.nn.Module,
+) -> FileSource | StateSource: ...
+def open(
+    what: str | os.PathLike[str] | Mapping[str, torch.Tensor] | torch.nn.Module, *, reader: str = "hotweights"
+) -> FileSource | ReaderSource | StateSource:
+    """Open a source of weights. The caller closes it; use it in a ``with``.
+
+    Args:
+        what: a safetensors file; a directory with ``model.safetensors.index.json``, or with files and no index; an
+            index file; a snapshot in a hub cache, or its ``models--org--name`` directory; a mapping from names to
+            tensors; or an ``nn.Module``, whose ``state_dict()`` is taken.
+        reader: which package reads the files. Ours gives any bytes in any order; ``"runai"``, ``"fastsafetensors"``,
+            ``"safetensors"`` and ``"torch"`` (.bin, .pt, .pth) only stream.
+
+    Raises:
+        CheckpointError: the checkpoint is broken; every problem is listed.
+        MissingPackage: the reader's package is not installed.
+        UsageError: ``what`` is none of these.
+    """
+    if reader not in ("hotweights", *READERS):
+        raise UnknownName("reader", reader, ("hotweights", *READERS))
+    if isinstance(what, (str, os.PathLike)):
+        return FileSource(what) if reader == "hotweights" else ReaderSource(what, reader)
+    if reader != "hotweights":
+        raise UsageError(f"the reader {reader!r} reads files; this is a {type(what).__name__}")
+    if isinstance(what, (Mapping, torch.nn.Module)):
+        return StateSource(what)
+    raise UsageError(
+        f"a source is a path, a mapping of tensors or a module; this is a {type(what).__name__}. An iterator of "
+        "(name, tensor) goes through hotweights.from_iterator"
+    )

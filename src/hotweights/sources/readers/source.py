@@ -1,0 +1,150 @@
+"""ReaderSource: files read by another package."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from types import TracebackType
+from typing import NamedTuple
+
+from ...errors import Closed, HotweightsError, MissingPackage, SourceError, UnknownName, UsageError
+from ...manifest import Manifest
+from ...memory.guards import Guard
+from ..files.shards import Shard, open_shards
+from ..iterator import IteratorSource, Pair
+from ..streams import LeaseStream
+from .reader import Reader
+
+
+class _Package(NamedTuple):
+    module: str  # what is imported
+    name: str  # what is installed
+
+
+_PACKAGES = {
+    "fastsafetensors": _Package("fastsafetensors", "fastsafetensors"),
+    "runai": _Package("runai_model_streamer", "runai-model-streamer"),
+    "safetensors": _Package("safetensors", "safetensors"),
+    "torch": _Package("torch", "torch"),
+}
+READERS = tuple(_PACKAGES)
+"""The names that ``hotweights.open(path, reader=...)`` knows besides its own, ``"hotweights"``."""
+
+
+class ReaderSource:
+    """The tensors of a checkpoint on disk, read by another package, in its order. Made by ``hotweights.open``.
+
+    The manifest is our own, from validated headers, and every tensor is checked against it. The files stay open, to
+    notice at the end of each stream whether they are still the ones that were opened.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], reader: str) -> None:
+        self._closed = True  # Until the files are open there is nothing to close.
+        found = _import(reader)
+        self.path = os.fspath(path)
+        self.reader = reader
+        self._shards: tuple[Shard, ...] = open_shards(path, found.layout)
+        self._closed = False
+        self.manifest = Manifest(entry.spec for shard in self._shards for entry in shard.header.entries)
+        self._homes = {entry.spec.name: shard.file.path for shard in self._shards for entry in shard.header.entries}
+        lent = _Reading(reader, found, self._shards, borrow=True)
+        owned = _Reading(reader, found, self._shards, borrow=False)
+        self._lent = IteratorSource(lent, self.manifest, borrowed=found.lends)
+        self._owned = IteratorSource(owned, self.manifest, borrowed=not found.owns)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The paths of the checkpoint's files."""
+        return tuple(shard.file.path for shard in self._shards)
+
+    @property
+    def metadata(self) -> dict[str, dict[str, str]]:
+        """The free-text metadata of each file, by path."""
+        return {shard.file.path: dict(shard.header.metadata) for shard in self._shards}
+
+    def file_of(self, name: str) -> str:
+        """The path of the file that holds the tensor."""
+        return self._homes[name]
+
+    def leases(self, *, guard: Guard = "off") -> LeaseStream:
+        """Stream every tensor as a lease on the package's memory, in its order. See ``IteratorSource.leases``."""
+        self._check_open()
+        return self._lent.leases(guard=guard)
+
+    def tensors(self) -> Iterator[Pair]:
+        """Yield every tensor, the caller's to keep: as the package gives it where it gives it away, else a copy."""
+        self._check_open()
+        return self._owned.tensors()
+
+    def close(self) -> None:
+        """Close the files and every stream. May be called twice."""
+        self._closed = True
+        with ExitStack() as stack:  # The last one goes first, and each goes whatever the others do.
+            for shard in self._shards:
+                stack.callback(shard.close)
+            stack.callback(self._owned.close)
+            stack.callback(self._lent.close)
+
+    def __enter__(self) -> ReaderSource:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_closed", True):
+            warnings.warn(
+                f"the source {self.path!r} was not closed; use it in a with", ResourceWarning, source=self, stacklevel=2
+            )
+            self.close()
+
+    def __repr__(self) -> str:
+        return f"<ReaderSource {self.path!r} by {self.reader}: {len(self.manifest)} tensors in {len(self.files)} files>"
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise Closed(f"the source {self.path!r} was closed")
+
+
+class _Reading(Iterable[Pair]):
+    """The files, read from their beginning each time that this is iterated."""
+
+    def __init__(self, name: str, reader: Reader, shards: Sequence[Shard], *, borrow: bool) -> None:
+        self._name = name
+        self._reader = reader
+        self._shards = shards
+        # A relative path would lead elsewhere after a chdir.
+        self._paths = [os.path.abspath(shard.file.path) for shard in shards]
+        self._borrow = borrow
+
+    def __iter__(self) -> Iterator[Pair]:
+        try:
+            yield from self._reader.read(self._paths, borrow=self._borrow)
+        except (HotweightsError, UsageError):
+            raise
+        except Exception as error:
+            self._check_files()  # If one was cut or replaced, that is what the package stumbled over.
+            raise SourceError(f"the reader {self._name!r} failed: {error}") from error
+        self._check_files()
+
+    def _check_files(self) -> None:
+        for shard in self._shards:
+            shard.file.check()
+
+
+def _import(reader: str) -> Reader:
+    if reader not in _PACKAGES:
+        raise UnknownName("reader", reader, ("hotweights", *READERS))
+    package = _PACKAGES[reader]
+    try:
+        found: Reader = importlib.import_module(f".{reader}", __package__).READER
+    except ModuleNotFoundError as error:
+        if error.name != package.module:  # Something that the package itself lacks.
+            raise
+        raise MissingPackage(package.name, reader) from error
+    return found

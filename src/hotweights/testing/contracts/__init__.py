@@ -1,0 +1,1 @@
+"""Contracts that anybody can run against an implementation of their own."""

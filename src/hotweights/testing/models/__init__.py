@@ -1,0 +1,1 @@
+"""Small models that load as real ones do."""

@@ -1,0 +1,26 @@
+"""Text for people: sizes, lists of names, tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+_SHOWN = 3  # names a line; the report holds all of them
+
+
+def size(nbytes: int) -> str:
+    """Bytes for people: ``90.9 MB``."""
+    value = float(nbytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
+
+
+def summary(names: tuple[str, ...], casts: Mapping[str, str]) -> str:
+    """A few names, with their casts; or how many there are."""
+    if len(names) > _SHOWN and not any(name in casts for name in names):
+        return f"{len(names)} tensors"
+    shown = [f"{name} ({casts[name]})" if name in casts else name for name in names[:_SHOWN]]
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{len(names)}: {', '.join(shown)}{more}"

@@ -1,0 +1,72 @@
+"""What passes the dispatcher by: ``param.data =``, views of memory that are no tensors, swaps. It records nothing.
+
+Where the model's tensors are concerned it is refused through the recorder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from .recorder import Recorder
+from .standins import SCALAR_TAKERS, VALUE_READS, Scalar, StandIn
+
+_OF_REAL: Mapping[object, str] = {  # what bypasses the dispatcher; for memory that was written, or that is the model's
+    torch.Tensor.numpy: "model",
+    torch.Tensor.__array__: "model",
+    torch.Tensor.__dlpack__: "model",
+    torch.Tensor.untyped_storage: "model",
+    torch.Tensor.storage: "model",
+    torch.Tensor._typed_storage: "model",
+    torch.Tensor.share_memory_: "model",
+    torch.Tensor.tolist: "written",
+    torch.Tensor.__deepcopy__: "written",
+    torch.Tensor.__reduce_ex__: "written",
+}
+
+
+class Bypasses(torch.overrides.TorchFunctionMode):
+    """Sees what passes the dispatcher by: ``param.data =``, and views of memory that are no tensors."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in _WATCHED:
+            return func(*args, **kwargs) if kwargs else func(*args)
+        recorder = self._recorder
+        what = _OF_REAL.get(func)
+        if what is not None and not isinstance(args[0], StandIn) and recorder.active:
+            if recorder.knows(args[0]) and (what == "model" or recorder.written(args[0])):
+                raise recorder.refuse(VALUE_READS.get(func, ".storage()"), [args[0]])
+            recorder.read(args[0])
+        elif func == _SET_DATA and recorder.active:
+            if any(recorder.knows(one) or nn.parameter.is_lazy(one) for one in args):
+                raise recorder.refuse(".data =", [one for one in args if not nn.parameter.is_lazy(one)])
+        elif func in SCALAR_TAKERS and type(args[-1]) is Scalar:
+            return func(*args[:-1], args[-1].filling())
+        return func(*args, **(kwargs or {}))
+
+
+_SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
+_WATCHED = {*_OF_REAL, *SCALAR_TAKERS, _SET_DATA}
+
+
+@contextmanager
+def no_swaps(recorder: Recorder) -> Iterator[None]:
+    """``torch.utils.swap_tensors`` exchanges what two tensors are, unseen by modes: it is refused meanwhile."""
+    swap = torch.utils.swap_tensors
+
+    def refused(one: torch.Tensor, other: torch.Tensor) -> None:
+        raise recorder.refuse("torch.utils.swap_tensors()", [one, other])
+
+    torch.utils.swap_tensors = refused
+    try:
+        yield
+    finally:
+        torch.utils.swap_tensors = swap

@@ -1,0 +1,150 @@
+"""Tracing: a model's own loading code, run on stand-ins, becomes a record. No byte is read, no live tensor written.
+
+A *stand-in* is a tensor without data. Views of it are computed as metadata; everything else that touches a
+stand-in, writes to the model, or reads what was written there, is recorded and not done. What touches none of them
+runs for real. Operands are recorded as *regions*: a box of elements over a piece of memory (a source tensor's bytes, a
+tensor of the model, an intermediate result, a constant), so views need no record of their own.
+"""
+
+from __future__ import annotations
+
+import itertools
+import types
+from collections.abc import Callable, Container, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..dtypes import OpaqueDtype
+from ..manifest import Manifest
+from ..memory.aliases import plain
+from ..model.reachable import anchors
+from ..model.snapshot import Snapshot
+from ..plan.steps import Note, Op
+from .bypasses import Bypasses, no_swaps
+from .recorder import Recorder
+from .standins import Scalar, StandIn
+from .threads import in_every_thread
+
+_AT_ONCE = 256  # stand-ins that are made together
+_DEPTH = 6  # of containers within containers that are searched for what was kept
+
+
+class Recording(NamedTuple):
+    """What one run of the loading code on stand-ins gave.
+
+    Attributes:
+        ops: what it did, in order.
+        notes: what it did that cannot be repeated.
+        constants: tensors that the operations use, by name.
+        taken: names that it took from the stream.
+        state_read: names of the model's tensors whose values it asked for.
+        side_effects: attributes that it changed, and that were put back.
+        error: what it raised, if it did.
+    """
+
+    ops: list[Op]
+    notes: list[Note]
+    constants: dict[str, torch.Tensor]
+    taken: frozenset[str]
+    state_read: frozenset[str]
+    side_effects: list[str]
+    error: Exception | None
+
+
+def record(
+    model: nn.Module,
+    manifest: Manifest,
+    load: Callable[[Iterator[tuple[str, torch.Tensor]]], object],
+    *,
+    device: torch.device,
+    leave_out: Container[str] = (),
+) -> Recording:
+    """Run ``load`` on stand-ins for the tensors of ``manifest`` and record what it does.
+
+    Nothing is read, no tensor of ``model`` is written, and its attributes are put back, also when ``load`` raises.
+
+    Args:
+        model: whose tensors are watched.
+        manifest: what the stand-ins stand in for; it is streamed in this order.
+        load: the model's own loading code.
+        device: what the stand-ins report.
+        leave_out: names that are not streamed.
+    """
+    recorder = Recorder({name: one for name, one in anchors(model).items() if plain(one)})
+    taken: set[str] = set()
+
+    def stream() -> Iterator[tuple[str, torch.Tensor]]:
+        wanted = (
+            spec for spec in manifest.values() if spec.name not in leave_out and not isinstance(spec.dtype, OpaqueDtype)
+        )
+        while specs := list(itertools.islice(wanted, _AT_ONCE)):
+            for spec, standin in zip(specs, recorder.stand_ins(specs, device), strict=True):
+                taken.add(spec.name)
+                yield spec.name, standin
+
+    error: Exception | None = None
+    random = torch.get_rng_state()
+    snapshot = Snapshot(model)
+    try:
+        with (
+            no_swaps(recorder),
+            in_every_thread(torch.no_grad, lambda: Bypasses(recorder), lambda: _Mode(recorder)) as unfinished,
+        ):
+            try:
+                load(stream())
+            except Exception as caught:
+                error = caught
+            if unfinished():
+                recorder.refuse("a thread that goes on when loading is over", ())
+    finally:
+        recorder.end()
+        changes = snapshot.put_back()
+        torch.set_rng_state(random)
+    for change in changes:
+        held = list(_held(change.now, recorder))
+        if change.of_state or held:
+            where = change.where.removeprefix(f"{type(model).__name__}.")
+            recorder.refuse(f"{'rebinding' if change.of_state else 'keeping'} {where}", held)
+    return Recording(
+        recorder.records,
+        recorder.notes,
+        recorder.constants,
+        frozenset(taken),
+        frozenset(recorder.state_read),
+        [change.where for change in changes],
+        error,
+    )
+
+
+class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees operations without a stand-in: fills, and reads of what was written."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch would wrap every single operation to keep its compiler out; there is nothing to compile.
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._recorder = recorder
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:
+            return args[0].device if isinstance(args[0], StandIn) else func(*args)
+        return self._recorder.dispatch(func, args, kwargs or {})
+
+
+def _held(value: object, recorder: Recorder, depth: int = 0) -> Iterator[torch.Tensor]:
+    """Tensors within ``value`` that do not hold what they would hold after loading."""
+    if type(value) is Scalar:
+        yield value.standin
+    elif isinstance(value, torch.Tensor):
+        if recorder.written(value):
+            yield value
+    elif isinstance(value, (list, tuple, set, frozenset, dict)) and depth < _DEPTH:
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _held(item, recorder, depth + 1)
+    elif hasattr(value, "__dict__") and not isinstance(value, (type, types.ModuleType)) and depth < _DEPTH:
+        yield from _held(vars(value), recorder, depth + 1)

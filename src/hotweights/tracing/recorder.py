@@ -1,0 +1,376 @@
+"""Recorder: what happens to stand-ins and to the model while loading code runs, as operations on regions.
+
+It sees what goes through the dispatcher. What passes that by is for ``bypasses``, and the run itself for ``tracing``.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_flatten, tree_map
+
+from ..boxes import Memory, Region, box_of
+from ..manifest import TensorSpec
+from ..memory.aliases import plain
+from ..plan.steps import Note, Op
+from .dispatch import fails_really, is_view, written_by
+from .standins import META, Scalar, StandIn, ValueRead, line_of_the_model, meta_of, under_autocast
+
+aten = torch.ops.aten
+
+
+_SCALAR_READS = {
+    aten._local_scalar_dense.default: ".item()",
+    aten.equal.default: "torch.equal()",
+    aten.is_nonzero.default: "bool()",
+    aten.nonzero.default: ".nonzero()",
+    aten.masked_select.default: ".masked_select()",
+    aten.is_same_size.default: "",
+}
+_CONJUGATES = {aten._conj.default: aten.conj_physical.default, aten._neg_view.default: aten.neg.default}
+_NEVER_AUTOCAST = {aten.copy_.default, aten.clone.default, aten._to_copy.default, aten.fill_.Scalar, aten.zero_.default}
+_LIFTS = {aten.lift.default, aten.lift_fresh.default}
+_REBINDS = {
+    aten._has_compatible_shallow_copy_type.default: ".data =",
+    aten.set_.default: ".set_()",
+    aten.set_.source_Tensor: ".set_()",
+    aten.set_.source_Storage: ".set_()",
+    aten.set_.source_Storage_storage_offset: ".set_()",
+    aten.resize_.default: ".resize_()",
+    aten.resize_as_.default: ".resize_as_()",
+}
+
+_FACTORIES = {
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.empty_like.default,
+    aten.full_like.default,
+    aten.new_empty.default,
+    aten.new_zeros.default,
+    aten.new_ones.default,
+    aten.new_full.default,
+}
+
+
+class Recorder:
+    """Everything one trace knows. Used from the thread that traces and from those that the loading code starts."""
+
+    def __init__(self, anchors: Mapping[str, torch.Tensor]) -> None:
+        self.records: list[Op] = []
+        self.notes: list[Note] = []
+        self.constants: dict[str, torch.Tensor] = {}
+        self.lock = threading.RLock()
+        self.active = True  # Threads of the loading code may outlive the trace, with its modes; then this is False.
+        self._memories: dict[int, Memory] = {}  # by the address of the storage object
+        self._kept: list[object] = []  # Storages whose address is a key must outlive the trace.
+        self._bases: dict[Memory, int] = {}  # first byte of a model tensor within its storage
+        self._metas: dict[int, torch.Tensor] = {}  # for a real storage, its whole memory on meta, as bytes
+        self._dirty: set[Memory] = set()
+        self._born: dict[int, StorageWeakRef] = {}  # Memory made since; the reference keeps its address from others.
+        self._copied: set[Memory] = set()  # Stand in for views that cannot be had; writing to them would be lost.
+        self._scalars: list[Scalar] = []
+        self.state_read: set[str] = set()
+        self._results = 0
+        for name, tensor in anchors.items():
+            storage = tensor.untyped_storage()
+            memory = self._memories.setdefault(storage._cdata, Memory("model", name))
+            if memory.name == name:
+                self._kept.append(storage)
+                self._bases[memory] = int(tensor.storage_offset()) * tensor.element_size()
+
+    # What the loading code sees.
+
+    def stand_ins(self, specs: Sequence[TensorSpec], device: torch.device) -> list[StandIn]:
+        """One for each spec. Several at once, because stepping out of the modes costs more than making one."""
+        made: list[StandIn] = []
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
+            for spec in specs:
+                assert isinstance(spec.dtype, torch.dtype)
+                meta = torch.empty(spec.shape, dtype=spec.dtype, device=META)
+                self._own(meta, Memory("source", spec.name))
+                made.append(StandIn(meta, self, device))
+        return made
+
+    def scalar(self, standin: StandIn) -> Scalar:
+        """What stands in for its value."""
+        self._scalars.append(Scalar(standin))
+        return self._scalars[-1]
+
+    def end(self) -> None:
+        """Note the values that were asked for and did not fill anything: they went where nobody sees them."""
+        for scalar in self._scalars:
+            if not scalar.used:
+                scalar.refused()
+        self.active = False
+
+    def refuse(self, what: str, tensors: Iterable[torch.Tensor], where: str = "") -> ValueRead:
+        """Note what was asked for; the error to raise into the loading code."""
+        with torch._C.DisableTorchFunction():
+            asked = [self._memory(meta_of(one)) for one in tensors if self.knows(one)]
+        sources = sorted({name for memory in asked for name in self.sources_of(memory)})
+        where = where or line_of_the_model()
+        self.notes.append(Note(what, tuple(sources), where))
+        return ValueRead(
+            f"{what} at {where} asks for what tensor {', '.join(sources)} does not have while it is traced"
+        )
+
+    def knows(self, tensor: torch.Tensor) -> bool:
+        """Whether it is a stand-in, or memory of the model, or was written."""
+        with torch._C.DisableTorchFunction():
+            return self._is_ours(tensor)
+
+    def written(self, tensor: torch.Tensor) -> bool:
+        """Whether what it holds is not what it would hold after loading."""
+        with torch._C.DisableTorchFunction():
+            return self._is_dirty(tensor)
+
+    def read(self, tensor: torch.Tensor) -> None:
+        """Note that the model's own state was asked for."""
+        with torch._C.DisableTorchFunction():
+            if self._is_ours(tensor):
+                self.state_read.add(self._memory(tensor).name)
+
+    # Where things lie.
+
+    def _own(self, meta: torch.Tensor, memory: Memory) -> None:
+        storage = meta.untyped_storage()
+        self._memories[storage._cdata] = memory
+        self._kept.append(storage)
+
+    def _memory(self, tensor: torch.Tensor) -> Memory:
+        return self._memories[tensor.untyped_storage()._cdata]
+
+    def sources_of(self, memory: Memory) -> set[str]:
+        """Names of the source tensors that went into ``memory``."""
+        if memory.kind == "source":
+            return {memory.name}
+        found: set[str] = set()
+        seen, todo = set[Memory](), [memory]
+        while todo:
+            one = todo.pop()
+            if one in seen:
+                continue
+            seen.add(one)
+            if one.kind == "source":
+                found.add(one.name)
+            for record in self.records:
+                if any(region.memory == one for region in (*record.results, *record.writes)):
+                    todo += [region.memory for region in record.reads]
+        return found
+
+    def region(self, tensor: torch.Tensor) -> Region:
+        """Where the tensor lies."""
+        meta = meta_of(tensor)
+        memory = self._memory(meta)
+        return Region(memory, box_of(meta, self._bases.get(memory, 0)))
+
+    # What happens to an operation.
+
+    def dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Do an operation, or record it; returns what the loading code gets."""
+        with self.lock, torch._C.DisableTorchFunction():
+            return self._dispatch(func, args, kwargs)
+
+    def _dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self.active:
+            if any(isinstance(one, StandIn) for one in tree_flatten((args, kwargs))[0]):
+                raise ValueRead(f"{func} of a stand-in whose trace is over: the loading code kept it")
+            return func(*args, **kwargs)
+        if is_view(func):
+            return self._view(func, args, kwargs)
+        if func is aten.copy_.default and self._plainly_copied(args[0], args[1]):
+            return args[0]
+        flat, spec = tree_flatten((args, kwargs))
+        tensors = [value for value in flat if isinstance(value, torch.Tensor)]
+        standins = [value for value in tensors if isinstance(value, StandIn)]
+        written = written_by(func, args, kwargs)
+        if not standins and not any(map(self._is_ours, written)) and not any(map(self._is_dirty, tensors)):
+            self.state_read.update(self._memory(one).name for one in tensors if self._is_ours(one))
+            self._check_own(written)
+            return self._bear(func(*args, **kwargs), tensors)
+        if func in _REBINDS:
+            raise self.refuse(_REBINDS[func], tensors)
+        if func in _SCALAR_READS:
+            return self._value(func, args, kwargs, tensors, standins)
+        return self._record(func, flat, spec, tensors, written)
+
+    def _is_ours(self, tensor: torch.Tensor) -> bool:
+        return isinstance(tensor, StandIn) or _storage_of(tensor) in self._memories
+
+    def _is_dirty(self, tensor: torch.Tensor) -> bool:
+        if isinstance(tensor, StandIn):
+            return True
+        return self._memories.get(_storage_of(tensor)) in self._dirty
+
+    def _bear(self, made: Any, operands: Sequence[torch.Tensor]) -> Any:
+        """Remember the memory of tensors that the loading code made itself: it may write to that."""
+        old = {_storage_of(one) for one in operands}
+        for one in tree_flatten(made)[0]:
+            if isinstance(one, torch.Tensor) and _storage_of(one) not in old and plain(one):
+                self._born[_storage_of(one)] = _weakly(one)
+        return made
+
+    def _check_own(self, written: Iterable[torch.Tensor]) -> None:
+        """Memory that was there before and that no path from the model leads to may be anybody's."""
+        for tensor in written:
+            if _storage_of(tensor) not in self._born:
+                raise self.refuse("writing to memory that is not the model's", [tensor])
+
+    def _view(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A view of a stand-in stands in for the view; a view of a real tensor is known by its storage."""
+        one = args[0]
+        if not isinstance(one, StandIn):
+            out = func(*args, **kwargs)
+            # torch.tensor() makes memory of its own, torch.from_numpy() does not.
+            if func in _LIFTS and one.untyped_storage().resizable():
+                self._born[_storage_of(one)] = _weakly(one)
+            return out
+        if func in _CONJUGATES:
+            out = self._dispatch(_CONJUGATES[func], args, kwargs)
+            self._copied.add(self._memory(meta_of(out)))
+            return out
+        out = func(meta_of(one), *args[1:], **kwargs)
+        if isinstance(out, torch.Tensor):
+            return StandIn(out, self, one.device)
+        return type(out)(StandIn(value, self, one.device) for value in out)
+
+    def _plainly_copied(self, destination: torch.Tensor, source: torch.Tensor) -> bool:
+        """Record the most frequent operation by far, a stand-in of the same shape into the model, without ceremony."""
+        if not isinstance(source, StandIn) or isinstance(destination, StandIn) or source.shape != destination.shape:
+            return False
+        memory = self._memories.get(destination.untyped_storage()._cdata)
+        if memory is None or memory.kind != "model" or destination.is_conj() or destination.is_neg():
+            return False
+        into, of = Region(memory, box_of(destination, self._bases[memory])), self.region(source)
+        self._dirty.add(memory)
+        self.records.append(Op(aten.copy_.default, (into, of), {}, (), (into,), (into, of)))
+        return True
+
+    def _value(self, func: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor], standins: list[StandIn]) -> Any:
+        if func is aten.is_same_size.default:
+            return tensors[0].shape == tensors[1].shape
+        raise self.refuse(_SCALAR_READS[func], tensors)
+
+    def _record(
+        self, func: Any, flat: list[Any], spec: Any, tensors: list[torch.Tensor], written: list[torch.Tensor]
+    ) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise self.refuse("random numbers", tensors)
+        if under_autocast() and func not in _NEVER_AUTOCAST:
+            raise self.refuse("autocast", tensors)  # It passes tensors by that have no data.
+        device = _device_of(flat, tensors)
+        if not all(isinstance(one, StandIn) or plain(one) for one in tensors):
+            raise self.refuse(f"{func} with a tensor that is not plain", tensors)
+        self._check_own(tensor for tensor in written if not self._is_ours(tensor))
+        for tensor in written:
+            if self._is_ours(tensor) and self._memory(meta_of(tensor)) in self._copied:
+                raise self.refuse("writing to a conjugate", tensors)
+            if not self._is_ours(tensor):
+                self._adopt(tensor)
+        metas: list[Any] = []
+        encoded: list[Any] = []
+        for value in flat:
+            if not isinstance(value, torch.Tensor):
+                metas.append(META if isinstance(value, torch.device) else value)
+                encoded.append(value)
+                continue
+            if not self._is_ours(value) or not (self._is_dirty(value) or any(value is one for one in written)):
+                if self._is_ours(value):
+                    self.state_read.add(self._memory(value).name)
+                value = self._constant(value)  # State that loading has not written: its value now is part of the plan.
+            if value.is_conj() or value.is_neg():
+                raise self.refuse("a conjugate", tensors)
+            metas.append(self._on_meta(value))
+            encoded.append(self.region(value))
+        args, kwargs = spec.unflatten(metas)
+        if func in _FACTORIES:
+            kwargs = {**kwargs, "device": META}
+        try:
+            out = func(*args, **kwargs)  # The mode that called is off meanwhile, so this is not recorded again.
+        except Exception as error:
+            if fails_really(func, args, kwargs):
+                raise
+            raise self.refuse(f"{func}, which depends on values", tensors) from error
+        known = {id(meta): value for meta, value in zip(metas, flat, strict=True) if isinstance(meta, torch.Tensor)}
+        results: list[Region] = []
+
+        def wrap(value: Any) -> Any:
+            if not isinstance(value, torch.Tensor):
+                return value
+            if id(value) in known:
+                return known[id(value)]
+            if value.untyped_storage()._cdata not in self._memories:
+                self._results += 1
+                self._own(value, Memory("result", str(self._results)))
+            standin = StandIn(value, self, device)
+            results.append(self.region(standin))
+            return standin
+
+        returned = tree_map(wrap, out)
+        regions = [one for one in encoded if isinstance(one, Region)]
+        writes = tuple(self.region(tensor) for tensor in written)
+        self._dirty.update(region.memory for region in writes)
+        enc_args, enc_kwargs = spec.unflatten(encoded)
+        self.records.append(Op(func, tuple(enc_args), enc_kwargs, tuple(results), writes, tuple(regions)))
+        return returned
+
+    def _adopt(self, tensor: torch.Tensor) -> None:
+        """A scratch tensor of the loading code into which a stand-in is written: its bytes until now are a constant."""
+        with _disable_current_modes():
+            whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+            copied = whole.clone()
+        memory = Memory("constant", str(len(self.constants)))
+        self.constants[memory.name] = copied
+        self._memories[tensor.untyped_storage()._cdata] = memory
+        self._kept.append(tensor.untyped_storage())
+        self._dirty.add(memory)
+
+    def _constant(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_meta:
+            raise self.refuse("a tensor without data", [tensor])
+        with _disable_current_modes():
+            copied = tensor.detach().clone().resolve_conj().resolve_neg()
+        memory = Memory("constant", str(len(self.constants)))
+        self.constants[memory.name] = copied
+        self._own(copied, memory)
+        return copied
+
+    def _on_meta(self, tensor: torch.Tensor) -> torch.Tensor:
+        if isinstance(tensor, StandIn):
+            return meta_of(tensor)  # type: ignore[no-any-return]
+        storage = tensor.untyped_storage()
+        with _disable_current_modes():
+            if storage._cdata not in self._metas:
+                whole = torch.empty(storage.nbytes(), dtype=torch.uint8, device=META)
+                self._metas[storage._cdata] = whole
+                self._memories[whole.untyped_storage()._cdata] = self._memories[storage._cdata]
+            twin = torch.empty(0, dtype=tensor.dtype, device=META)
+            return twin.set_(
+                self._metas[storage._cdata].untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride()
+            )
+
+
+def _weakly(tensor: torch.Tensor) -> StorageWeakRef:
+    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+
+
+def _storage_of(tensor: torch.Tensor) -> int:
+    """What tells its memory from others'; 0 for tensors that have none of their own."""
+    try:
+        cdata: int = tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError, ValueError):
+        return 0
+    return cdata
+
+
+def _device_of(flat: list[Any], tensors: list[torch.Tensor]) -> torch.device:
+    for value in flat:
+        if isinstance(value, torch.device):
+            return value
+    sized = [one for one in tensors if one.dim()] or tensors
+    return sized[0].device if sized else torch.device("cpu")

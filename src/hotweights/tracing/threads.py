@@ -1,0 +1,137 @@
+"""Modes of torch in every thread that loading code starts or gives work to. It knows nothing of what they record."""
+
+from __future__ import annotations
+
+import concurrent.futures.thread
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+Mode = Callable[[], AbstractContextManager[object]]
+
+
+@contextmanager
+def in_every_thread(*modes: Mode) -> Iterator[Callable[[], bool]]:
+    """Enter the modes in this thread and in those that it starts or gives work to: modes belong to threads.
+
+    Several threads may do so at once; each one's modes are entered for its own work only.
+
+    Gives a function that says whether any of that work is still under way.
+    """
+    followed = _Followed(modes, _follows())
+    with _patched(), followed.entered():
+        yield followed.unfinished
+
+
+class _Followed:
+    """The modes of one ``in_every_thread``, those around it, and the work that was given away inside."""
+
+    def __init__(self, modes: tuple[Mode, ...], around: _Followed | None) -> None:
+        self._modes = modes
+        self._around = around
+        self._threads: list[threading.Thread] = []
+        self._futures: list[Future[Any]] = []
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Inside, this thread is followed."""
+        before, _here.followed = _follows(), self
+        try:
+            with ExitStack() as stack:
+                for mode in self._modes:
+                    stack.enter_context(mode())
+                yield
+        finally:
+            _here.followed = before
+
+    def run(self, work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Do the work in all of the modes, in another thread."""
+        with ExitStack() as stack:
+            for one in reversed(self._chain()):
+                stack.enter_context(one.entered())
+            return work(*args, **kwargs)
+
+    def gave(self, *, thread: threading.Thread | None = None, future: Future[Any] | None = None) -> None:
+        """Note what was given away."""
+        for one in self._chain():
+            one._threads += [] if thread is None else [thread]
+            one._futures += [] if future is None else [future]
+
+    def unfinished(self) -> bool:
+        """Whether any of it is still under way, after a moment's patience."""
+        patience = time.monotonic() + _PATIENCE
+        for thread in self._threads:
+            thread.join(max(0.0, patience - time.monotonic()))
+        return any(thread.is_alive() for thread in self._threads) or not all(one.done() for one in self._futures)
+
+    def _chain(self) -> list[_Followed]:
+        return [self, *(self._around._chain() if self._around is not None else ())]
+
+
+class _Here(threading.local):
+    """What follows this thread, if anything."""
+
+    followed: _Followed | None = None
+
+
+_here = _Here()
+
+
+def _follows() -> _Followed | None:
+    return _here.followed
+
+
+_start, _submit = threading.Thread.start, ThreadPoolExecutor.submit
+
+
+def _followed_start(self: threading.Thread) -> None:
+    followed = _follows()
+    # A pool's thread outlives its work, so there only the work is put into the modes.
+    if followed is not None and getattr(self, "_target", None) is not _POOL_WORKER:
+        run = self.run
+
+        def followed_run() -> None:
+            del self.__dict__["run"]
+            followed.run(run)
+
+        self.run = followed_run  # type: ignore[method-assign]
+        followed.gave(thread=self)
+    _start(self)
+
+
+def _followed_submit(self: ThreadPoolExecutor, work: Any, /, *args: Any, **kwargs: Any) -> Any:
+    followed = _follows()
+    if followed is None:
+        return _submit(self, work, *args, **kwargs)
+    future = _submit(self, followed.run, work, *args, **kwargs)
+    followed.gave(future=future)
+    return future
+
+
+# How many are inside now, in all threads; changes under the lock. The last one out takes the patch off.
+_inside = 0
+_changing = threading.Lock()
+
+
+@contextmanager
+def _patched() -> Iterator[None]:
+    global _inside, _start, _submit
+    with _changing:
+        if not _inside:
+            _start, _submit = threading.Thread.start, ThreadPoolExecutor.submit
+            threading.Thread.start, ThreadPoolExecutor.submit = _followed_start, _followed_submit  # type: ignore[method-assign, assignment]
+        _inside += 1
+    try:
+        yield
+    finally:
+        with _changing:
+            _inside -= 1
+            if not _inside:
+                threading.Thread.start, ThreadPoolExecutor.submit = _start, _submit  # type: ignore[method-assign]
+
+
+_POOL_WORKER = getattr(concurrent.futures.thread, "_worker", None)
+_PATIENCE = 0.5  # seconds that threads of the loading code have to end when it has returned

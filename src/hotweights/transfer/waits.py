@@ -1,0 +1,74 @@
+"""Waits that end: for sockets, when one is ready, at a deadline, or by another thread; for a lock. It reads nothing."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+from ..errors import TransferTimeout
+
+_LONGEST = 1e6  # seconds; the kernel counts milliseconds in an int, and whoever waits longer waits again
+
+
+def left(deadline: float) -> float:
+    """Seconds until ``deadline`` on the monotonic clock, never negative."""
+    return max(0.0, deadline - time.monotonic())
+
+
+@contextmanager
+def holding(lock: threading.RLock, seconds: float) -> Iterator[None]:
+    """Hold the lock inside.
+
+    Raises:
+        TransferTimeout: another thread held it all the time.
+    """
+    if not lock.acquire(timeout=min(seconds, threading.TIMEOUT_MAX)):
+        raise TransferTimeout(f"another thread did not end what it does to this version within {seconds:g} s")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class Waker:
+    """Waits for sockets, and can be woken by any thread. Owns a descriptor; close it."""
+
+    def __init__(self) -> None:
+        self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    def wake(self) -> None:
+        """End the running wait, or the next one, at once."""
+        if self._event >= 0:
+            os.eventfd_write(self._event, 1)
+
+    def wait(
+        self,
+        sockets: Iterable[tuple[socket.socket, bool]],
+        seconds: float,
+        stop: Callable[[], bool] = bool,
+    ) -> set[int]:
+        """Descriptors of the sockets that can be read from; of those with ``True`` also that can be written to.
+
+        Returns an empty set after ``seconds``, or when woken, or at once when ``stop`` says true.
+        """
+        poll = select.poll()
+        poll.register(self._event, select.POLLIN)
+        for one, write in sockets:
+            poll.register(one, select.POLLIN | (select.POLLOUT if write else 0))
+        if stop():  # Whoever sets it wakes after that: looked at before the wait, it cannot be missed.
+            return set()
+        ready = {descriptor for descriptor, _ in poll.poll(1000 * min(seconds, _LONGEST))}
+        if self._event in ready:
+            os.eventfd_read(self._event)
+        return ready - {self._event}
+
+    def close(self) -> None:
+        """Let go. May be called twice."""
+        event, self._event = self._event, -1
+        if event >= 0:
+            os.close(event)
