@@ -152,14 +152,14 @@ def _targets(checkpoint: Checkpoint, parameters: Mapping[str, torch.Tensor]) -> 
     return found
 
 
-def hotweights(reading: str, **options: object) -> Contender:
+def hotweights(io: str, **options: object) -> Contender:
     """Ours: open, plan by name, load."""
 
     def prepare(checkpoint: Checkpoint, model: nn.Module) -> Run:
         from hotweights import load
 
         def run() -> None:
-            load(model, checkpoint.directory, reading=reading, show_progress=False, **options)
+            load(model, checkpoint.directory, io=io, show_progress=False, **options)
 
         return run
 

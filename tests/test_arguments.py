@@ -18,7 +18,7 @@ OPTIONS = [
     ({"device": "meta"}, "on 'meta' they would not be"),
     ({"order": "x"}, "unknown order 'x'; known are: file, given, layer"),
     ({"order": []}, "unknown order \\[\\]"),
-    ({"reading": "x"}, "unknown reading 'x'; known are: auto, buffered, direct"),
+    ({"io": "x"}, "unknown io 'x'; known are: auto, buffered, direct"),
     ({"verify": "x"}, "unknown verify 'x'; known are: loader, off"),
     ({"cast": "x"}, "unknown cast 'x'; known are: error, loader"),
     ({"threads": 0}, "at least one thread must read; got threads=0"),

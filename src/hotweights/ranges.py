@@ -105,21 +105,21 @@ def disjoint(ranges: Sequence[Range]) -> bool:
     return cells is not None and all(len(_asking(cell, cells)) == 1 for cell in cells)
 
 
-def shared(wishes: Sequence[tuple[Range, ...]]) -> list[tuple[Range, frozenset[int]]]:
+def shared(requests: Sequence[tuple[Range, ...]]) -> list[tuple[Range, frozenset[int]]]:
     """Cut what several ask for of one tensor into pieces that each of them wants all or nothing of.
 
     Returns:
-        Ascending pieces; of each the places in ``wishes`` of those who want it. No byte is in two pieces, unless wishes
-        lie so oddly to each other that they cannot be cut alike: then each different one is a piece.
+        Ascending pieces; of each the places in ``requests`` of those who want it. No byte is in two pieces, unless
+        requests lie so oddly to each other that they cannot be cut alike: then each different one is a piece.
     """
-    everybody = frozenset(range(len(wishes)))
-    if len(set(wishes)) == 1:
-        return [(one, everybody) for one in wishes[0]]
-    flat = [one for wish in wishes for one in wish]
+    everybody = frozenset(range(len(requests)))
+    if len(set(requests)) == 1:
+        return [(one, everybody) for one in requests[0]]
+    flat = [one for request in requests for one in request]
     cells = None if not any(one.size for one in flat) else _cells(flat)
     if cells is None:
-        return [(one, frozenset(n for n in everybody if one in wishes[n])) for one in sorted(set(flat), key=_start)]
-    owners = [number for number, wish in enumerate(wishes) for _ in wish]
+        return [(one, frozenset(n for n in everybody if one in requests[n])) for one in sorted(set(flat), key=_start)]
+    owners = [number for number, request in enumerate(requests) for _ in request]
     stride = next((one.stride for one in flat if one.count > 1), 0)
     found: list[tuple[_Cell, frozenset[int]]] = []
     for rows in _between(edge for cell in cells for edge in cell[:2]):

@@ -1,16 +1,12 @@
 """Every way in which loading code treats its tensors, in live models: an update is a cold load by that code."""
 
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
+from idioms import IDIOMS, Model, weights
 
 import hotweights as hw
 from hotweights.testing import bits
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from tracing_idioms import IDIOMS, Model, weights
 
 ALLOWED = {"allow_missing": "*", "allow_partial": "*", "allow_unexpected": "*"}
 

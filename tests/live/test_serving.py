@@ -9,7 +9,7 @@ import zoo
 from torch import nn
 
 import hotweights as hw
-from hotweights.live.lock import Serving
+from hotweights.live.lock import ReadWriteLock
 
 WAYS = ("journal", "staged", False)
 WAIT = 30  # seconds after which a test is wrong, not slow
@@ -78,7 +78,7 @@ def test_a_forward_sees_one_version(atomic, process):
 
     reader = Thread(forward)
     assert model.between.wait(WAIT)
-    waits, begin_writing = threading.Event(), Serving.begin_writing
+    waits, begin_writing = threading.Event(), ReadWriteLock.begin_writing
 
     def told(serving):
         waits.set()  # From here on the update can only wait for the reader.
@@ -188,7 +188,7 @@ def test_a_hook_cannot_update():
 
 
 def test_who_reads_may_read_again_before_a_writer_that_waits():
-    serving = Serving()
+    serving = ReadWriteLock()
 
     def read():
         with serving.reading(0):
@@ -210,7 +210,7 @@ def test_before_the_first_load_there_is_nothing_to_serve():
 
 
 def test_a_timeout_ends_the_wait_for_a_writer():
-    serving = Serving()
+    serving = ReadWriteLock()
     serving.begin_writing()
 
     def read():

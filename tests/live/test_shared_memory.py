@@ -8,14 +8,14 @@ from torch import nn
 
 import hotweights as hw
 from hotweights.live.atomic import Journal, Staged
-from hotweights.live.layout import Mirror, Spans
+from hotweights.live.layout import MemoryLayout, Mirror
 from hotweights.memory.host import host_copy
 
 WAYS = ("journal", "staged", False)
 
 
 def together(tensors):
-    return sorted(sorted(group) for group in Spans(tensors).together())
+    return sorted(sorted(group) for group in MemoryLayout(tensors).together())
 
 
 def test_what_lies_together():
@@ -46,7 +46,7 @@ def test_neighbours_in_one_storage_do_not_overlap():
 def test_what_has_no_bytes_aliases_nothing():
     """FAILURES 10: sizes, meta, uninitialised, sparse and wrapped ones are passed over."""
     base, meta = torch.zeros(4), torch.zeros(4, device="meta")
-    spans = Spans(
+    spans = MemoryLayout(
         {
             "empty": base[:0],
             "inside": base[2:2],
@@ -72,7 +72,7 @@ def test_twenty_thousand_tensors_are_not_compared_in_pairs(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "data_ptr", counted)
     for views in ([base[n] for n in range(20_000)], [base[n : n + 2] for n in range(20_000)]):
         looked[0] = 0
-        spans = Spans({str(number): view for number, view in enumerate(views)})
+        spans = MemoryLayout({str(number): view for number, view in enumerate(views)})
         assert sum(1 for _ in spans.together()) in (20_000, 1)
         assert looked[0] <= 3 * 20_000
 
@@ -80,7 +80,7 @@ def test_twenty_thousand_tensors_are_not_compared_in_pairs(monkeypatch):
 def test_a_mirror_overlaps_where_the_original_does():
     base = torch.arange(8.0)
     tensors = {"all": base, "some": base[2:6:2], "bits": base.view(torch.int32)[1:2]}
-    mirror = Mirror(Spans(tensors), lambda nbytes, device: torch.zeros(nbytes, dtype=torch.uint8))
+    mirror = Mirror(MemoryLayout(tensors), lambda nbytes, device: torch.zeros(nbytes, dtype=torch.uint8))
     mirror["all"].copy_(base)
     assert mirror["some"].tolist() == [2.0, 4.0]
     assert mirror["bits"].tolist() == base.view(torch.int32)[1:2].tolist()
@@ -134,7 +134,7 @@ def test_overlapping_tensors_come_back_together(way):
     memory = torch.arange(6.0)
     live = {"low": memory[:4], "high": memory[2:]}
     for commits in (False, True):
-        found = way(live, Mirror(Spans(live), host_copy))
+        found = way(live, Mirror(MemoryLayout(live), host_copy))
         found.deliver("low", torch.full((4,), 7.0))
         found.deliver("high", torch.full((4,), 9.0))
         found.commit() if commits else found.abort()

@@ -13,7 +13,7 @@ from torch import nn
 
 import hotweights as hw
 from hotweights.ranges import Range
-from hotweights.sources.contracts import Wish
+from hotweights.sources.contracts import Request
 from hotweights.transfer.ballot import Ballot, Decision
 
 
@@ -149,7 +149,7 @@ def test_a_wrapper_is_refused_and_never_read_at_its_null_address(as_stream, addr
 def test_ranges_that_touch_are_never_sent_as_one_piece(address):
     def slices(*ranges):
         with receiver(address) as source:
-            source.wanted([Wish("a", ranges)])
+            source.wanted([Request("a", ranges)])
             (found,) = [lease.own() for lease in source.leases()]
             with source.decision():
                 return found
@@ -166,7 +166,7 @@ def test_ranges_that_touch_are_never_sent_as_one_piece(address):
 def test_room_of_the_wrong_size_is_the_consumers_mistake(address):
     def consume():
         with receiver(address) as source:
-            source.wanted([Wish("a", into=lambda: torch.empty(5))])
+            source.wanted([Request("a", into=lambda: torch.empty(5))])
             return list(source.leases())
 
     with sender(address) as sending:

@@ -15,7 +15,7 @@ from processes import Tiny, value_of
 import hotweights as hw
 from hotweights.signals import held_back
 from hotweights.transfer.ballot import Ballot, Decision
-from hotweights.transfer.outbound import Round
+from hotweights.transfer.outbound import Outbound
 from hotweights.transfer.receiver import Receiver
 
 OURS = os.path.dirname(hw.__file__) + os.sep
@@ -145,7 +145,7 @@ def test_a_handler_that_somebody_sets_inside_stays():
 @pytest.mark.parametrize("look", range(1, 12))
 def test_a_trainer_that_is_interrupted_at_any_wait_sends_again(look, address, monkeypatch):
     """Whoever waited for it then is parted with, or has the version; the next one reaches all."""
-    looks, look_as_ever = itertools.count(), Round._look
+    looks, look_as_ever = itertools.count(), Outbound._look
 
     def interrupted(self, *arguments):
         if next(looks) == look:
@@ -163,7 +163,7 @@ def test_a_trainer_that_is_interrupted_at_any_wait_sends_again(look, address, mo
     taking = Thread(take)
     with sender(address) as sending:
         with monkeypatch.context() as patch:
-            patch.setattr(Round, "_look", interrupted)
+            patch.setattr(Outbound, "_look", interrupted)
             with contextlib.suppress(KeyboardInterrupt):
                 sending.send(content, version="first")
         sending.send(content, version="last")

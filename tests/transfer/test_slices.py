@@ -7,7 +7,7 @@ from torch import nn
 
 import hotweights as hw
 from hotweights.ranges import Range
-from hotweights.sources.contracts import Wish
+from hotweights.sources.contracts import Request
 from hotweights.testing import assert_same_bits
 from hotweights.transfer.channel import Channel
 from hotweights.transfer.messages import Filled
@@ -234,7 +234,7 @@ def test_bytes_that_are_only_moved_go_straight_to_where_they_belong(address):
 def test_wishes_for_bytes_that_there_are_not_are_refused(ranges, address):
     def want():
         with receiver(address) as source, pytest.raises(hw.UsageError, match="bytes are wanted that there are not"):
-            source.wanted([Wish("w", ranges)])
+            source.wanted([Request("w", ranges)])
 
     taking = Thread(want)
     with sender(address) as sending, pytest.raises(hw.TransferAborted):
@@ -250,7 +250,7 @@ def test_a_consumer_of_its_own_says_what_it_wants(address):
     def take():
         found = {}
         with receiver(address) as source:
-            source.wanted([Wish("b", (Range(0, 16, 5, 48),)), Wish("a", (Range(40, 80),), lambda: room)])
+            source.wanted([Request("b", (Range(0, 16, 5, 48),)), Request("a", (Range(40, 80),), lambda: room)])
             with source.leases() as stream:
                 for lease in stream:
                     assert lease.placed == (lease.name == "a")

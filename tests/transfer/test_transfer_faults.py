@@ -15,7 +15,7 @@ from hotweights.testing import assert_same_bits
 from hotweights.transfer.ballot import Ballot, Decision
 from hotweights.transfer.channel import Channel
 from hotweights.transfer.messages import Filled
-from hotweights.transfer.outbound import Round
+from hotweights.transfer.outbound import Outbound
 
 
 def history(child):
@@ -269,7 +269,7 @@ def test_what_was_copied_is_private_when_there_are_digests(address):
 def test_a_sender_that_decides_nothing_is_outvoted(address, monkeypatch):
     """A receiver that waits in vain for the decision writes abort; the sender that wakes up late finds it."""
     gave_up = threading.Event()
-    end = Round._end
+    end = Outbound._end
 
     def late(self):
         end(self)
@@ -285,7 +285,7 @@ def test_a_sender_that_decides_nothing_is_outvoted(address, monkeypatch):
     taking = Thread(consume)
     with sender(address, timeout=0.2) as sending:
         with monkeypatch.context() as patch:
-            patch.setattr(Round, "_end", late)
+            patch.setattr(Outbound, "_end", late)
             with pytest.raises(hw.TransferAborted, match="gave up waiting for the decision"):
                 sending.send({"w": torch.zeros(3)}, version=1)
         for _ in range(20):

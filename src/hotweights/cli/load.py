@@ -24,7 +24,7 @@ def load(
     device: Annotated[str, typer.Option(help="Where the parameters are made real.")] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="Of the parameters (BF16, F32, ...); else the config's.")] = None,
     cast: Annotated[Literal["error", "loader"], typer.Option(help="What a cast that loses information is.")] = "error",
-    reading: Annotated[
+    io: Annotated[
         Literal["auto", "buffered", "direct"], typer.Option(help="Through the page cache, or around it.")
     ] = "auto",
     threads: Annotated[int | None, typer.Option(help="How many read at once.", min=1)] = None,
@@ -42,7 +42,7 @@ def load(
             allow_missing=allow_missing or (),
             allow_unexpected=allow_unexpected or (),
             cast=cast,
-            reading=reading,
+            io=io,
             threads=threads,
         )
         if as_json:

@@ -62,8 +62,7 @@ def _as_dict(made: LoadPlan, explain: str | None) -> dict[str, object]:
         "fates": {name: fate.value for name, fate in made.fates.items()},
         "casts": dict(made.casts),
         "fallback": list(made.fallback),
-        "notes": [str(note) for note in made.notes],
-        "warnings": list(made.warnings),
+        "graph_breaks": [str(note) for note in made.graph_breaks],
     }
 
 

@@ -27,7 +27,7 @@ Changes = Mapping[Any, object]
 """Of the state of a module, a tensor or a holder: values by key, or ``holders.ABSENT``."""
 
 
-class Way(Protocol):
+class Strategy(Protocol):
     """Where an update's bytes go. ``commit`` and ``abort`` may be called again when they were interrupted."""
 
     name: Atomic

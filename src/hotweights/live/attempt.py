@@ -1,4 +1,4 @@
-"""Work: what one update does. It takes tensors, fills and processes units in order; a way keeps what comes of it."""
+"""Attempt: what one update does. It takes tensors, fills and processes units in order; a way keeps what comes of it."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from ..errors import HotweightsError
 from ..loading.execute import execute
 from ..loading.fallback import fall_back
 from ..loading.filling import Filling
-from ..loading.report import Execution
+from ..loading.report import Tally
 from ..manifest import Manifest, TensorSpec
 from ..memory import host
 from ..memory.aliases import has_bytes
 from ..memory.devices import record_events
 from ..memory.pool import Pool
 from ..plan.steps import Copy, Fate
-from ..sources.contracts import Addressed, InMemory, Source, Wish
+from ..sources.contracts import Addressed, InMemory, Request, Source
 from ..sources.state_dict import StateSource
 from ..text import size
-from .atomic import Way
-from .groups import Unit, parts_of
+from .atomic import Strategy
+from .groups import LayerGroup, parts_of
 from .job import Job
 from .layers import unmoved
 from .layout import Mirror
-from .lock import Turn
+from .lock import WriteTurn
 from .open_layers import OpenLayers
 from .processing import Processing
 from .report import Timeline, UpdateReport
-from .requests import room, wishes
+from .requests import requests, room
 
 Own = Callable[[], torch.Tensor]
 
@@ -42,13 +42,13 @@ Own = Callable[[], torch.Tensor]
 class _Open:
     """A unit that is being filled."""
 
-    unit: Unit
+    unit: LayerGroup
     scratch: Mirror | None
     destinations: Mapping[str, torch.Tensor]
     filling: Filling | None = None
 
 
-class Work:
+class Attempt:
     """One attempt.
 
     Attributes:
@@ -60,17 +60,17 @@ class Work:
         peak_buffer: bytes of the pool at peak.
     """
 
-    def __init__(self, job: Job, way: Way, layers: OpenLayers, turn: Turn) -> None:
+    def __init__(self, job: Job, way: Strategy, layers: OpenLayers, turn: WriteTurn) -> None:
         self.job, self.way, self.turn = job, way, turn
         self.timeline = Timeline(layers)
         self.processing = Processing(job, way, self.timeline)
         self.peak_buffer = 0
         self._layers = layers
-        self._done = Execution()
+        self._done = Tally()
         self._todo = dict.fromkeys((job.direct, *job.units))  # those that were never opened
-        self._open: dict[Unit, _Open] = {}
+        self._open: dict[LayerGroup, _Open] = {}
         self._late: list[_Open] = []
-        self._waiting: dict[Unit, dict[str, torch.Tensor]] = {}
+        self._waiting: dict[LayerGroup, dict[str, torch.Tensor]] = {}
         self._held = 0  # bytes of tensors that wait on the host for their layer's turn
         self._peak_held = 0
         self._arrived: set[str] = set()
@@ -93,12 +93,12 @@ class Work:
         """Whether the one warning of open layers was given."""
         return self._layers.warned
 
-    def wishes(self) -> list[Wish]:
+    def requests(self) -> list[Request]:
         """What a source that can choose shall send, layer by layer; what waits for all others comes last."""
         _ = self._wanted  # From here on tensors come as they come.
-        return wishes(sorted(self._todo, key=self._comes_late), self.job.plan, self._room)
+        return requests(sorted(self._todo, key=self._comes_late), self.job.plan, self._room)
 
-    def _room(self, unit: Unit, step: Copy) -> torch.Tensor | None:
+    def _room(self, unit: LayerGroup, step: Copy) -> torch.Tensor | None:
         """The memory that a copy would fill with the bytes as they are, if its layer may be opened now."""
         opened = self._open.get(unit)
         if opened is None:
@@ -111,7 +111,7 @@ class Work:
 
     # Whole sources.
 
-    def run(self, source: Source, *, pool: Pool, advance: Callable[[int], None], **reading: object) -> None:
+    def run(self, source: Source, *, pool: Pool, advance: Callable[[int], None], **options: object) -> None:
         """Take everything from a source: what it is asked for, layer by layer; or as it comes."""
         if not isinstance(source, (Addressed, InMemory)):
             self._stream(source, advance)
@@ -121,16 +121,16 @@ class Work:
         self._arrived |= set(self.manifest)
         for unit in (self.job.direct, *sorted(self.job.units, key=self._comes_late)):
             # Nothing of it outlives the call: scratch of the layer before would be held beside the next one's.
-            self._read(unit, source, pool=pool, advance=advance, **reading)
+            self._read(unit, source, pool=pool, advance=advance, **options)
 
-    def _read(self, unit: Unit, source: Source, **reading: object) -> None:
+    def _read(self, unit: LayerGroup, source: Source, **options: object) -> None:
         opened = self._opened(unit)
         with self._reading(unit):
-            execute(unit.plan, source, opened.destinations, self._done, **reading)  # type: ignore[arg-type]
+            execute(unit.plan, source, opened.destinations, self._done, **options)  # type: ignore[arg-type]
         self._close(opened)
 
     @contextmanager
-    def _reading(self, unit: Unit) -> Iterator[None]:
+    def _reading(self, unit: LayerGroup) -> Iterator[None]:
         try:
             with self.timeline.event("read", unit.name):
                 yield
@@ -151,10 +151,10 @@ class Work:
     # Tensors that come.
 
     @cached_property
-    def _wanted(self) -> dict[str, list[Unit]]:
+    def _wanted(self) -> dict[str, list[LayerGroup]]:
         """Which units want each tensor. What waits for nothing is not held up by what does."""
         self._todo = dict.fromkeys((*parts_of(self.job.direct, self.job.spans), *self.job.units))
-        found: dict[str, list[Unit]] = {}
+        found: dict[str, list[LayerGroup]] = {}
         for unit in self._todo:
             for name in unit.sources:
                 found.setdefault(name, []).append(unit)
@@ -199,7 +199,7 @@ class Work:
         self._done.arrive(nbytes)
 
     def _placed(self, name: str, nbytes: int) -> None:
-        """A tensor came whose bytes lie in the room that its wish gave."""
+        """A tensor came whose bytes lie in the room that its request gave."""
         self._arrive(name, nbytes)
         (unit,) = self._wanted[name]
         opened = self._open[unit]
@@ -228,7 +228,7 @@ class Work:
         opened.filling = None
         self._close_in_time(opened)
 
-    def _hold(self, unit: Unit, name: str, tensor: torch.Tensor) -> None:
+    def _hold(self, unit: LayerGroup, name: str, tensor: torch.Tensor) -> None:
         """Keep it on the host until its layer's turn."""
         there = host.host_available()
         if there is not None and tensor.nbytes > there:
@@ -265,11 +265,11 @@ class Work:
 
     # Units.
 
-    def _comes_late(self, unit: Unit) -> bool:
+    def _comes_late(self, unit: LayerGroup) -> bool:
         """Deferred ones, and those that the model's own code will write to when all else is done."""
         return unit.deferred or bool(unit.layers and self.job.plan.fallback)
 
-    def _may_open(self, unit: Unit) -> bool:
+    def _may_open(self, unit: LayerGroup) -> bool:
         nbytes = self._counted(unit)
         if self._layers.fits(nbytes):
             return True
@@ -280,11 +280,11 @@ class Work:
             )
         return False
 
-    def _counted(self, unit: Unit) -> int:
+    def _counted(self, unit: LayerGroup) -> int:
         """Bytes of device memory that it takes, as far as they count."""
         return 0 if self.job.first or unit.deferred else unit.device_nbytes(self.job.spans)
 
-    def _opened(self, unit: Unit) -> _Open:
+    def _opened(self, unit: LayerGroup) -> _Open:
         self._todo.pop(unit, None)
         if self.way.exclusive:
             self.turn.take()
@@ -298,7 +298,7 @@ class Work:
         self._open[unit] = opened
         return opened
 
-    def _made(self, unit: Unit) -> _Open:
+    def _made(self, unit: LayerGroup) -> _Open:
         live = {name: self.job.live[name] for name in unit.touched if name in self.job.live}
         if self.job.first:
             return _Open(unit, None, live)
@@ -379,10 +379,10 @@ class Work:
             open_bytes=self._layers.peak_nbytes,
             tensors={fate: plan.names(fate) for fate in Fate},
             planned=sum(name not in plan.fallback for name in used),
-            fell_back=tuple(map(str, plan.notes)),
+            fell_back=tuple(map(str, plan.graph_breaks)),
             replaced=tuple(self.processing.replaced),
-            roads=dict(done.roads),
-            warnings=(*plan.warnings, *((self._layers.warning,) if self._layers.warning else ())),
+            bytes_by_io=dict(done.bytes_by_io),
+            warnings=(self._layers.warning,) if self._layers.warning else (),
             events=tuple(self.timeline.events),
         )
 

@@ -1,4 +1,4 @@
-"""Known: what the first load of a live model finds out, and every update needs. It runs no update."""
+"""Baseline: what the first load of a live model finds out, and every update needs. It runs no update."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from ..memory import host
 from ..memory.aliases import has_bytes
 from ..model.materialise import dressed
 from ..model.places import places
-from ..model.reachable import anchors
+from ..model.reachable import reachable
 from ..model.survey import survey
 from ..plan.plan import LoadPlan
 from ..sources.contracts import InMemory, Source
 from ..sources.state_dict import StateSource
-from .atomic import Atomic, InPlace, Journal, Staged, Way, check_room
+from .atomic import Atomic, InPlace, Journal, Staged, Strategy, check_room
 from .attributes import held_by, state_of
-from .groups import Unit, coverage, elements, units_of
+from .groups import LayerGroup, coverage, elements, units_of
 from .job import Job
 from .layers import Dressing, Layer, layers_of
-from .layout import Mirror, Spans
+from .layout import MemoryLayout, Mirror
 from .plans import Options, Plans
 
 
-class Known:
+class Baseline:
     """A model as it was in checkpoint format, and as it is live.
 
     Attributes:
@@ -63,7 +63,7 @@ class Known:
             for module, names in layers_of(model, lambda one: one in self._processed or one in loose).items()
         ]
         self.live = self._tensors(plan)
-        self._spans = Spans(self.live)
+        self._spans = MemoryLayout(self.live)
         self.plans = Plans(model, plan, options, self._layers, self._spans)
         self._initial = {name: self.live[name].detach().to("cpu", copy=True) for name in self.plans.initial()}
         self._acted: set[str] = set()
@@ -80,12 +80,20 @@ class Known:
         plan = self.plans.first
         return self._job(process, plan, *units_of(plan, self._layers, self._spans), first=True)
 
-    def job(self, process: Callable[[nn.Module], object], plan: LoadPlan, direct: Unit, units: list[Unit]) -> Job:
+    def job(
+        self, process: Callable[[nn.Module], object], plan: LoadPlan, direct: LayerGroup, units: list[LayerGroup]
+    ) -> Job:
         """The work of an update."""
         return self._job(process, plan, direct, units, first=False)
 
     def _job(
-        self, process: Callable[[nn.Module], object], plan: LoadPlan, direct: Unit, units: list[Unit], *, first: bool
+        self,
+        process: Callable[[nn.Module], object],
+        plan: LoadPlan,
+        direct: LayerGroup,
+        units: list[LayerGroup],
+        *,
+        first: bool,
     ) -> Job:
         covers, processed = coverage(plan), self._processed
         partial = {name for name in direct.touched if elements(covers, plan, name) < self.live[name].numel()}
@@ -110,7 +118,7 @@ class Known:
             found |= layer.tensors()
         unnamed = {name for step in plan.steps for name in step.destinations} - found.keys()
         if unnamed:
-            reached = anchors(self._model)
+            reached = reachable(self._model)
             found |= {name: reached[name] for name in unnamed if name in reached}
         return {name: one for name, one in found.items() if not nn.parameter.is_lazy(one)}
 
@@ -145,7 +153,7 @@ class Known:
                 f"make a new live model: {_some(moved)}"
             )
 
-    def way(self, atomic: Atomic, job: Job) -> Way:
+    def way(self, atomic: Atomic, job: Job) -> Strategy:
         """Where the bytes of an update go.
 
         Raises:
@@ -154,7 +162,7 @@ class Known:
         if atomic is False:
             return InPlace(self.live)
         if self._mirror is None:
-            self._mirror = Mirror(Spans(self.live), host.host_copy)
+            self._mirror = Mirror(MemoryLayout(self.live), host.host_copy)
         touched = {name for unit in (job.direct, *job.units) for name in (*unit.names, *unit.touched)}
         touched.update(name for unit in job.units for layer in unit.layers for name in layer.tensors())
         check_room(self._mirror, touched, atomic)
@@ -170,13 +178,13 @@ class Known:
         borrowed = {name: source.borrow(name) for name in source.manifest}
         both = {f"model {name}": one for name, one in self.live.items()}
         both |= {f"source {name}": one for name, one in borrowed.items()}
-        groups = (group for group in Spans(both).together() if any(name.startswith("model ") for name in group))
+        groups = (group for group in MemoryLayout(both).together() if any(name.startswith("model ") for name in group))
         shared = {name.removeprefix("source ") for group in groups for name in group if name.startswith("source ")}
         if not shared:
             return source
         return StateSource({name: one.clone() if name in shared else one for name, one in borrowed.items()})
 
-    def reset(self, begun: Sequence[Unit]) -> None:
+    def reset(self, begun: Sequence[LayerGroup]) -> None:
         """After a first load that failed: checkpoint format again, and of what no load writes the old values.
 
         Layers that were processed get new memory.

@@ -7,16 +7,16 @@ from dataclasses import dataclass, replace
 from itertools import chain
 
 from ..boxes import Box, covered
-from ..plan.disjoint_sets import _Together
+from ..plan.disjoint_sets import DisjointSets
 from ..plan.plan import LoadPlan
 from ..plan.steps import Copy, Program, Step, read_too_early
 from . import open_layers as accounting
 from .layers import Layer
-from .layout import Spans
+from .layout import MemoryLayout
 
 
 @dataclass(frozen=True, eq=False)
-class Unit:
+class LayerGroup:
     """Layers that are opened, filled, processed and closed together; most of the time it is one.
 
     Attributes:
@@ -44,13 +44,13 @@ class Unit:
     direct: bool
     deferred: bool
 
-    def device_nbytes(self, spans: Spans) -> int:
+    def device_nbytes(self, spans: MemoryLayout) -> int:
         """Bytes of scratch that it takes on devices."""
         numbers = {spans.of(name) for name in self.names}
         return sum(spans.nbytes[one] for one in numbers if accounting.is_device(spans.devices[one]))
 
 
-def units_of(plan: LoadPlan, layers: Sequence[Layer], spans: Spans) -> tuple[Unit, list[Unit]]:
+def units_of(plan: LoadPlan, layers: Sequence[Layer], spans: MemoryLayout) -> tuple[LayerGroup, list[LayerGroup]]:
     """What is written where it lies, as one unit without layers; and the others, in the order of their layers."""
     together = _joined(plan, layers, spans)
     scratched: dict[str, list[Layer]] = {}
@@ -70,8 +70,8 @@ def units_of(plan: LoadPlan, layers: Sequence[Layer], spans: Spans) -> tuple[Uni
     return _unit(plan, steps.get("", ()), (), (), spans), units
 
 
-def _joined(plan: LoadPlan, layers: Sequence[Layer], spans: Spans) -> _Together:
-    together = _Together()
+def _joined(plan: LoadPlan, layers: Sequence[Layer], spans: MemoryLayout) -> DisjointSets:
+    together = DisjointSets()
     for layer in layers:
         together.join([f"\0{layer.name}", *layer.captured()])
     for group in spans.together():
@@ -83,10 +83,10 @@ def _joined(plan: LoadPlan, layers: Sequence[Layer], spans: Spans) -> _Together:
     return together
 
 
-def parts_of(unit: Unit, spans: Spans) -> Iterator[Unit]:
+def parts_of(unit: LayerGroup, spans: MemoryLayout) -> Iterator[LayerGroup]:
     """A unit without layers as several: all plain copies, and each group of steps that must wait for one another."""
     plan = unit.plan
-    together = _Together()
+    together = DisjointSets()
     waiting: set[str] = set()
     for group in spans.together():
         together.join(group)
@@ -102,11 +102,13 @@ def parts_of(unit: Unit, spans: Spans) -> Iterator[Unit]:
     yield from (_unit(plan, numbers, (), (), spans) for numbers in steps.values())
 
 
-def _on_device(spans: Spans, name: str) -> bool:
+def _on_device(spans: MemoryLayout, name: str) -> bool:
     return spans.devices[spans.of(name)].type != "cpu"
 
 
-def _unit(plan: LoadPlan, numbers: Iterable[int], layers: Sequence[Layer], names: Sequence[str], spans: Spans) -> Unit:
+def _unit(
+    plan: LoadPlan, numbers: Iterable[int], layers: Sequence[Layer], names: Sequence[str], spans: MemoryLayout
+) -> LayerGroup:
     numbers = list(numbers)
     steps = tuple(plan.steps[number] for number in numbers)
     touched = {name for step in steps for name in _named(step)}
@@ -121,7 +123,7 @@ def _unit(plan: LoadPlan, numbers: Iterable[int], layers: Sequence[Layer], names
         fallback=(),
     )
     first = layers[0].name or type(layers[0].module).__name__ if layers else "".join(names[:1])
-    return Unit(
+    return LayerGroup(
         name=first,
         layers=tuple(layers),
         names=tuple(names),
@@ -164,7 +166,7 @@ def elements(covers: Coverage, plan: LoadPlan, name: str) -> int:
     return 0 if target is None else covered(covers.get(target.owner, ()), plan.targets[target.owner].box)
 
 
-def needs_initial(plan: LoadPlan, unit: Unit, covers: Coverage, spans: Spans) -> set[str]:
+def needs_initial(plan: LoadPlan, unit: LayerGroup, covers: Coverage, spans: MemoryLayout) -> set[str]:
     """Tensors whose values from before the first load have a say in what the unit becomes.
 
     Those of its layers that the plan does not write, or not all of, and those that a step reads before it writes them.

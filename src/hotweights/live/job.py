@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from ..plan.plan import LoadPlan
-from .groups import Unit
-from .layout import Spans
+from .groups import LayerGroup
+from .layout import MemoryLayout
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Job:
     model: nn.Module
     process: Callable[[nn.Module], object]
     plan: LoadPlan
-    direct: Unit
-    units: list[Unit]
-    spans: Spans
+    direct: LayerGroup
+    units: list[LayerGroup]
+    spans: MemoryLayout
     initial: Mapping[str, torch.Tensor]
     live: MutableMapping[str, torch.Tensor]
     partial: frozenset[str]

@@ -1,4 +1,4 @@
-"""Spans and Mirror: where tensors lie relative to each other, and other memory laid out the same. Copies nothing."""
+"""MemoryLayout: where tensors lie relative to each other. Mirror: other memory that is laid out the same."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class _Place(NamedTuple):
     box: Box
 
 
-class Spans:
+class MemoryLayout:
     """The memory of some tensors: those that overlap, tied ones too, share a span. Keeps no tensor alive.
 
     One pass over the sorted addresses; linear but for the sorting.
@@ -93,7 +93,7 @@ def _reach(tensor: torch.Tensor) -> int:
 class Mirror:
     """Memory laid out as spans are: the tensors in it overlap where the originals do. It owns its memory."""
 
-    def __init__(self, spans: Spans, make: Callable[[int, torch.device], torch.Tensor]) -> None:
+    def __init__(self, spans: MemoryLayout, make: Callable[[int, torch.device], torch.Tensor]) -> None:
         """``make(nbytes, device)`` gives memory, ``uint8 [nbytes]``, for a tensor on that device."""
         self.spans = spans
         self._make = make

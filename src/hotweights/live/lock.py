@@ -1,4 +1,4 @@
-"""Serving: many readers or one writer, with deadlines; and Turn, one writer's hold on it. Neither knows of models."""
+"""ReadWriteLock: many readers or one writer, with deadlines. WriteTurn: one writer's hold on it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from ..errors import UsageError
 
 
-class Serving:
+class ReadWriteLock:
     """A read/write guard. A writer that waits goes before readers that come after it.
 
     A thread that would wait for itself gets a ``UsageError`` instead.
@@ -84,14 +84,14 @@ class Serving:
             self._changed.wait(left if left is not None and left < 1 else 1.0)  # Slices let Ctrl-C through.
 
 
-class Turn:
+class WriteTurn:
     """One writer's hold on the guard: taken when it is needed, given back at the end.
 
     Attributes:
         held: whether nobody else can read now.
     """
 
-    def __init__(self, serving: Serving) -> None:
+    def __init__(self, serving: ReadWriteLock) -> None:
         self._serving = serving
         self._since = 0.0
         self._before = 0.0

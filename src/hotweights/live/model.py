@@ -21,15 +21,15 @@ from ..model.materialise import materialise
 from ..model.places import Place, places
 from ..plan.patterns import Patterns, matches
 from ..progress import progress
-from ..sources.contracts import Addressed, Deciding, InMemory, Reading, Source, refusing
+from ..sources.contracts import Addressed, InMemory, IOMode, Participant, Source, refusing
 from ..sources.opening import AnySource, opened, version_of
-from .atomic import Atomic, InPlace, Way
-from .attempt import Work
-from .baseline import Known
+from .atomic import Atomic, InPlace, Strategy
+from .attempt import Attempt
+from .baseline import Baseline
 from .compiled import refuse_frozen
 from .hooks import Hooks
 from .job import Job
-from .lock import Serving, Turn
+from .lock import ReadWriteLock, WriteTurn
 from .open_layers import OpenLayers
 from .plans import Options
 from .report import UpdateReport
@@ -95,11 +95,11 @@ class LiveModel:
         self._version: str | int | None = None
         self._commits = 0
         self._hooks = Hooks()
-        self._serving = Serving()
+        self._serving = ReadWriteLock()
         self._busy = threading.Lock()  # held while an update runs
-        self._work: Work | None = None  # of that update
+        self._work: Attempt | None = None  # of that update
         self._warned = False
-        self._known: Known | None = None
+        self._known: Baseline | None = None
 
     def __repr__(self) -> str:
         return f"<LiveModel of {type(self.model).__name__}: version {self._version!r}, {self._state.value}>"
@@ -155,7 +155,7 @@ class LiveModel:
         allow_partial: Patterns = (),
         allow_unexpected: Patterns = (),
         cast: Cast | None = None,
-        reading: Reading = "auto",
+        io: IOMode = "auto",
         threads: int | None = None,
         pool: Pool | None = None,
         show_progress: bool | None = None,
@@ -180,10 +180,10 @@ class LiveModel:
                 plan = options.traced(self.model, found.manifest, where)
                 replaced = [] if where is None else materialise(places(self.model), set(plan.targets), where)
                 stack.callback(self._put_back, replaced)
-                self._known = Known(self.model, plan, options, self._is_processed, self._deferred)
+                self._known = Baseline(self.model, plan, options, self._is_processed, self._deferred)
                 update = self._started(self._known.first_job(self._process), InPlace(self._known.live))
             with update:
-                return self._run(update, found, version_of(found, version), reading, threads, pool, show_progress)
+                return self._run(update, found, version_of(found, version), io, threads, pool, show_progress)
 
     def _put_back(self, replaced: list[tuple[Place, torch.Tensor]]) -> None:
         """Tensors that were on meta are so again after a first load that failed."""
@@ -201,7 +201,7 @@ class LiveModel:
         version: str | int | None = None,
         atomic: Atomic | None = None,
         only: Patterns | None = None,
-        reading: Reading = "auto",
+        io: IOMode = "auto",
         threads: int | None = None,
         pool: Pool | None = None,
         show_progress: bool | None = None,
@@ -214,7 +214,7 @@ class LiveModel:
             version: the new version's name; by default the source's, or else the number of commits.
             atomic: how it is all or nothing; by default the live model's way.
             only: names of the model's tensors that are to be updated, and no others: a declared partial update.
-            reading: how files are read.
+            io: how files are read, see ``IOMode``.
             threads: how many read at once.
             pool: memory for what cannot be read in place.
             show_progress: whether to draw a progress bar; by default on a terminal.
@@ -234,7 +234,7 @@ class LiveModel:
             update = stack.enter_context(self.begin(found.manifest, atomic=atomic, only=only))
             assert self._known is not None
             found = self._known.apart(found)
-            return self._run(update, found, version_of(found, version), reading, threads, pool, show_progress)
+            return self._run(update, found, version_of(found, version), io, threads, pool, show_progress)
 
     def begin(
         self, manifest: Manifest | None = None, *, atomic: Atomic | None = None, only: Patterns | None = None
@@ -278,10 +278,10 @@ class LiveModel:
             self._busy.release()
             raise
 
-    def _started(self, job: Job, way: Way) -> Update:
+    def _started(self, job: Job, way: Strategy) -> Update:
         self._was, self._state = self._state, State.UPDATING
         layers = OpenLayers(self._limit, warned=self._warned)
-        self._work = Work(job, way, layers, Turn(self._serving))
+        self._work = Attempt(job, way, layers, WriteTurn(self._serving))
         return Update(_Owner(self), self._work)
 
     def _run(
@@ -289,7 +289,7 @@ class LiveModel:
         update: Update,
         source: Source,
         version: str | int | None,
-        reading: Reading,
+        io: IOMode,
         threads: int | None,
         pool: Pool | None,
         show_progress: bool | None,
@@ -300,13 +300,13 @@ class LiveModel:
             pool = pool or stack.enter_context(Pool())
             nbytes = sum(spec.nbytes for spec in source.manifest.values())
             advance = stack.enter_context(progress("loading", nbytes, show=show_progress))
-            roads = {"reading": reading, "threads": threads} if isinstance(source, Addressed) else {}
+            options = {"io": io, "threads": threads} if isinstance(source, Addressed) else {}
             with self._failing(work):
-                if isinstance(source, Deciding) and not isinstance(source, (Addressed, InMemory)):
-                    source.wanted(work.wishes())  # Of the others it is asked for what is wanted, tensor by tensor.
-                work.run(source, pool=pool, advance=advance, **roads)
+                if isinstance(source, Participant) and not isinstance(source, (Addressed, InMemory)):
+                    source.wanted(work.requests())  # Of the others it is asked for what is wanted, tensor by tensor.
+                work.run(source, pool=pool, advance=advance, **options)
             work.peak_buffer = pool.stats().peak * pool.slot_nbytes
-            if isinstance(source, Deciding):
+            if isinstance(source, Participant):
                 update.prepare()
                 with self._failing(work):
                     stack.enter_context(source.decision())
@@ -315,7 +315,7 @@ class LiveModel:
     # What updates call.
 
     @contextmanager
-    def _failing(self, work: Work) -> Iterator[None]:
+    def _failing(self, work: Attempt) -> Iterator[None]:
         """Any failure inside aborts the update, and is told as such."""
         try:
             yield
@@ -328,14 +328,14 @@ class LiveModel:
     def _left(self) -> str:
         return "the model is torn" if self._state is State.TORN else f"version {self._version!r} is live"
 
-    def _prepare(self, work: Work) -> None:
+    def _prepare(self, work: Attempt) -> None:
         assert self._known is not None
         with self._failing(work), work.timeline.event("prepare", ""):
             work.finish()
             self._known.prove()
         self._state = State.PREPARED
 
-    def _commit(self, work: Work, version: str | int | None) -> UpdateReport:
+    def _commit(self, work: Attempt, version: str | int | None) -> UpdateReport:
         assert self._known is not None
         work.turn.take()
         # From here on version M comes, whatever interrupts: not every way has kept what N was.
@@ -357,7 +357,7 @@ class LiveModel:
             failures.clear()  # Their tracebacks hold this frame.
             self._end(work)
 
-    def _written(self, work: Work, failures: list[BaseException]) -> int:
+    def _written(self, work: Attempt, failures: list[BaseException]) -> int:
         try:
             return work.way.commit()
         except BaseException as error:
@@ -369,7 +369,7 @@ class LiveModel:
             self._state, self._work = State.TORN, None
             raise
 
-    def _abort(self, work: Work) -> None:
+    def _abort(self, work: Attempt) -> None:
         if self._work is not work:
             return
         self._work, self._warned = None, work.warned
@@ -389,11 +389,11 @@ class LiveModel:
                 self._state = State.TORN if torn else self._was
             self._end(work)
 
-    def _end(self, work: Work) -> None:
+    def _end(self, work: Attempt) -> None:
         work.forget()
         self._busy.release()
 
-    def _is_over(self, work: Work) -> bool:
+    def _is_over(self, work: Attempt) -> bool:
         return self._work is not work
 
 

@@ -18,15 +18,15 @@ from ..memory.aliases import has_bytes
 from ..model.digests import digests
 from ..model.materialise import dressed
 from ..model.places import places
-from ..model.reachable import anchors
+from ..model.reachable import reachable
 from ..model.survey import survey
 from ..plan.patterns import Patterns, both, matches
 from ..plan.plan import LoadPlan
 from ..plan.steps import Fate
 from ..tracing.trace import trace
-from .groups import Coverage, Unit, coverage, elements, needs_initial, units_of
+from .groups import Coverage, LayerGroup, coverage, elements, needs_initial, units_of
 from .layers import Dressing, Layer, contents, put
-from .layout import Mirror, Spans
+from .layout import MemoryLayout, Mirror
 
 _KEPT = 4  # several manifests take turns, none of them for long
 
@@ -67,7 +67,7 @@ class Plans:
         first: LoadPlan,
         options: Options,
         layers: Sequence[Layer],
-        spans: Spans,
+        spans: MemoryLayout,
     ) -> None:
         self.first = first
         self.covers = coverage(first)
@@ -94,7 +94,7 @@ class Plans:
 
     def find(
         self, manifest: Manifest | None, only: Patterns | None, live: Mapping[str, torch.Tensor]
-    ) -> tuple[LoadPlan, Unit, list[Unit]]:
+    ) -> tuple[LoadPlan, LayerGroup, list[LayerGroup]]:
         """The plan for a manifest, by default that of the last version, and its units. Nobody reads meanwhile.
 
         Raises:
@@ -113,7 +113,7 @@ class Plans:
     def _whole(self, manifest: Manifest, only: Patterns | None, live: Mapping[str, torch.Tensor]) -> LoadPlan:
         for plan in self._kept:
             same = plan.manifest is manifest or list(plan.manifest.values()) == list(manifest.values())
-            if same and (not plan.state_read or digests(anchors(self._model), plan.state_read) == plan.digests):
+            if same and (not plan.state_read or digests(reachable(self._model), plan.state_read) == plan.digests):
                 return plan
         may: list[str] = []
         if only is not None:
@@ -142,11 +142,11 @@ class Plans:
         if problems:
             raise HotweightsError("; ".join(sorted(problems)))
 
-    def _initial(self, plan: LoadPlan, direct: Unit, units: Sequence[Unit]) -> set[str]:
+    def _initial(self, plan: LoadPlan, direct: LayerGroup, units: Sequence[LayerGroup]) -> set[str]:
         covers = coverage(plan)
         return {name for unit in (direct, *units) for name in needs_initial(plan, unit, covers, self._spans)}
 
-    def _concerned(self, units: list[Unit], plan: LoadPlan, only: Patterns) -> list[Unit]:
+    def _concerned(self, units: list[LayerGroup], plan: LoadPlan, only: Patterns) -> list[LayerGroup]:
         """The units that a partial update concerns; they must be complete, and so must be all that was chosen."""
         concerned = [unit for unit in units if unit.plan.steps]
         covers = coverage(plan)

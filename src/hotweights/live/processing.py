@@ -11,8 +11,8 @@ import torch
 from ..memory.aliases import has_bytes
 from ..model.materialise import dressed
 from ..model.places import places
-from .atomic import Way
-from .groups import Unit
+from .atomic import Strategy
+from .groups import LayerGroup
 from .job import Job
 from .layers import Contents, Dressing, Layer, put
 from .layout import Mirror
@@ -28,15 +28,15 @@ class Processing:
         replaced: qualified names of objects in which nobody sees tensors, and which are others now.
     """
 
-    def __init__(self, job: Job, way: Way, timeline: Timeline) -> None:
-        self.begun: list[Unit] = []
+    def __init__(self, job: Job, way: Strategy, timeline: Timeline) -> None:
+        self.begun: list[LayerGroup] = []
         self.replaced: list[str] = []
         self._shared: list[tuple[Layer, object, dict[Any, object]]] = []
         self._job = job
         self._way = way
         self._timeline = timeline
 
-    def first(self, unit: Unit) -> None:
+    def first(self, unit: LayerGroup) -> None:
         """Process its layers where they are, for the first time."""
         if unit.layers:
             self.begun.append(unit)
@@ -50,7 +50,7 @@ class Processing:
             self._job.live.pop(name, None)
         self._job.acted.update(unit.still - self._untouched(unit, now))
 
-    def run(self, unit: Unit, scratch: Mirror, *, ready: Callable[[], None]) -> None:
+    def run(self, unit: LayerGroup, scratch: Mirror, *, ready: Callable[[], None]) -> None:
         """Process the layers of a unit in their scratch, and hand over what came of it.
 
         ``ready`` is called when they are open and not yet processed. Nobody may read the model meanwhile.
@@ -68,7 +68,7 @@ class Processing:
         for _, holder, changes in sorted(self._shared, key=lambda one: order[one[0]]):
             self._way.attribute(holder, changes)
 
-    def _hand_over(self, unit: Unit, scratch: Mirror, live: list[Contents], made: list[Contents]) -> None:
+    def _hand_over(self, unit: LayerGroup, scratch: Mirror, live: list[Contents], made: list[Contents]) -> None:
         pairs = [*zip(unit.layers, made, strict=True)]
         now = {layer.full(key): one for layer, held in pairs for key, one in held.tensors()}
         idle = self._untouched(unit, now | {name: scratch[name] for name in unit.loose}) - self._job.acted
@@ -86,7 +86,7 @@ class Processing:
             self._shared += [(layer, *pair) for pair in one.attributes if layer.shares(pair[0])]
         self.replaced += [name for one in found for name in one.replaced]
 
-    def _processed(self, unit: Unit, scratch: Mirror, ready: Callable[[], None]) -> list[Contents]:
+    def _processed(self, unit: LayerGroup, scratch: Mirror, ready: Callable[[], None]) -> list[Contents]:
         """What the layers hold after processing. The model is as it was when this returns."""
         # Hardly any unit has loose ones, and a walk over the model for each layer would be quadratic.
         all_places = places(self._job.model) if unit.loose else ()
@@ -115,7 +115,7 @@ class Processing:
             for place, tensor in loose:
                 place.put(tensor)
 
-    def _untouched(self, unit: Unit, now: Mapping[str, torch.Tensor]) -> set[str]:
+    def _untouched(self, unit: LayerGroup, now: Mapping[str, torch.Tensor]) -> set[str]:
         """Names of tensors that no step writes and that hold what they held before the first load."""
         initial = {name: self._job.initial[name] for name in unit.still & self._job.initial.keys()}
         return {name for name, one in initial.items() if name in now and _same_bits(one, now[name])}

@@ -80,7 +80,7 @@ class UpdateReport:
         fell_back: why the model's own code loaded the others.
         replaced: objects of layers in which no tensor is seen (closures, prepacked weights), and which are others now:
             memory in them has moved, for all that is known.
-        roads: bytes read by road.
+        bytes_by_io: bytes read by I/O path.
         warnings: what a person should read.
         events: what the time was spent on.
     """
@@ -102,7 +102,7 @@ class UpdateReport:
     planned: int
     fell_back: tuple[str, ...]
     replaced: tuple[str, ...]
-    roads: Mapping[str, int]
+    bytes_by_io: Mapping[str, int]
     warnings: tuple[str, ...]
     events: tuple[Event, ...]
 
@@ -123,10 +123,10 @@ class UpdateReport:
 
     def __str__(self) -> str:
         rate = self.bytes_read / max(self.seconds, 1e-9) / 1e9
-        roads = ", ".join(f"{size(nbytes)} {road}" for road, nbytes in self.roads.items() if nbytes) or "nothing"
+        paths = ", ".join(f"{size(nbytes)} {path}" for path, nbytes in self.bytes_by_io.items() if nbytes) or "nothing"
         rows = [
             ("version", f"{self.previous} -> {self.version}" if self.previous is not None else str(self.version)),
-            ("read", f"{size(self.bytes_read)} in {self.seconds:.3f} s ({rate:.2f} GB/s): {roads}"),
+            ("read", f"{size(self.bytes_read)} in {self.seconds:.3f} s ({rate:.2f} GB/s): {paths}"),
             ("written", f"{size(self.bytes_written)}; nobody could read the model for {self.stall_seconds:.3f} s"),
             ("memory", f"scratch {size(self.peak_scratch_bytes)} at peak, copy of the model {size(self.copy_bytes)}"),
         ]

@@ -1,4 +1,4 @@
-"""Wishes: what the plan of an update asks of a source that can choose, by tensor. It moves no byte."""
+"""Requests: what the plan of an update asks of a source that can choose, by tensor. It moves no byte."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from ..manifest import TensorSpec
 from ..plan.plan import LoadPlan
 from ..plan.steps import Copy, Program, Step
 from ..ranges import range_of, ranges_of
-from ..sources.contracts import Wish
-from .groups import Unit
+from ..sources.contracts import Request
+from .groups import LayerGroup
 
-Room = Callable[[Unit, Copy], torch.Tensor | None]
+Room = Callable[[LayerGroup, Copy], torch.Tensor | None]
 
 
-def wishes(units: Iterable[Unit], plan: LoadPlan, give: Room) -> list[Wish]:
-    """A wish for each tensor that the units take, in their order, and for what the model's own code gets, last.
+def requests(units: Iterable[LayerGroup], plan: LoadPlan, give: Room) -> list[Request]:
+    """A request for each tensor that the units take, in their order, and for what the model's own code gets, last.
 
     Args:
         units: in the order in which they shall be filled.
         plan: which they are parts of.
-        give: what ``Wish.into`` asks.
+        give: what ``Request.into`` asks.
     """
     place = {name: number for number, name in enumerate(plan.manifest)}
-    takes: dict[str, list[tuple[Unit, Step, bool]]] = defaultdict(list)
+    takes: dict[str, list[tuple[LayerGroup, Step, bool]]] = defaultdict(list)
     for unit in units:
         for name in sorted(unit.sources, key=place.__getitem__):
             takes[name]  # Names in this order; what takes them follows.
@@ -37,10 +37,10 @@ def wishes(units: Iterable[Unit], plan: LoadPlan, give: Room) -> list[Wish]:
                 takes[name].append((unit, step, at_once))
     for name in plan.fallback:
         takes[name] = []
-    return [_wish(plan.manifest[name], found, give) for name, found in takes.items()]
+    return [_request(plan.manifest[name], found, give) for name, found in takes.items()]
 
 
-def _steps(unit: Unit) -> Iterator[tuple[Step, bool]]:
+def _steps(unit: LayerGroup) -> Iterator[tuple[Step, bool]]:
     """All that takes tensors; and whether it is done as they come, and by nothing but a copy."""
     first = min(unit.plan.levels, default=0)
     levels = unit.plan.levels or (first,) * len(unit.plan.steps)
@@ -50,7 +50,7 @@ def _steps(unit: Unit) -> Iterator[tuple[Step, bool]]:
         yield from ((one, False) for one in pair)
 
 
-def _wish(spec: TensorSpec, takes: list[tuple[Unit, Step, bool]], give: Room) -> Wish:
+def _request(spec: TensorSpec, takes: list[tuple[LayerGroup, Step, bool]], give: Room) -> Request:
     boxes = [None if isinstance(step, Program) else step.of for _, step, _ in takes]
     exact = [box for box in boxes if box is not None]
     ranges = ranges_of(exact) if exact and len(exact) == len(boxes) else None
@@ -65,7 +65,7 @@ def _wish(spec: TensorSpec, takes: list[tuple[Unit, Step, bool]], give: Room) ->
             and (step.of is None or (range_of(step.of),) == ranges or _all(step, spec))
         ):
             into = partial(give, unit, step)
-    return Wish(spec.name, ranges, into)
+    return Request(spec.name, ranges, into)
 
 
 def _all(step: Copy, spec: TensorSpec) -> bool:

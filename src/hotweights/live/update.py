@@ -14,26 +14,26 @@ from ..arguments import check_version
 from ..errors import UsageError
 from ..manifest import Manifest
 from ..memory.devices import record_event
-from .attempt import Work
+from .attempt import Attempt
 from .report import UpdateReport
 
 
 class Owner(Protocol):
     """What an update asks of the live model that it belongs to."""
 
-    def failing(self, work: Work) -> AbstractContextManager[None]:
+    def failing(self, work: Attempt) -> AbstractContextManager[None]:
         """Any failure inside aborts the update, and is told as such."""
 
-    def prepare(self, work: Work) -> None:
+    def prepare(self, work: Attempt) -> None:
         """Finish it, prove it; it may be committed then."""
 
-    def commit(self, work: Work, version: str | int | None) -> UpdateReport:
+    def commit(self, work: Attempt, version: str | int | None) -> UpdateReport:
         """Make it version M."""
 
-    def abort(self, work: Work) -> None:
+    def abort(self, work: Attempt) -> None:
         """Make it version N again. May be called twice."""
 
-    def over(self, work: Work) -> bool:
+    def over(self, work: Attempt) -> bool:
         """Whether it has committed or aborted."""
 
 
@@ -45,7 +45,7 @@ class Update:
     but ``abort`` raise ``UpdateAborted`` when something fails, and the update is over.
     """
 
-    def __init__(self, owner: Owner, work: Work) -> None:
+    def __init__(self, owner: Owner, work: Attempt) -> None:
         self._owner = owner
         self._work = work
         self._prepared = False

@@ -31,7 +31,7 @@ from ..gc_pause import without_collection
 from ..manifest import Manifest
 from ..memory.aliases import owners, spots
 from ..model.digests import digests
-from ..model.reachable import anchors
+from ..model.reachable import reachable
 from ..model.survey import Survey
 from ..plan.plan import LoadPlan
 from ..tracing import fit
@@ -129,7 +129,7 @@ def _kept(model: nn.Module) -> list[_Entry]:
 
 
 def _values_hold(plan: LoadPlan, model: nn.Module) -> bool:
-    return not plan.state_read or digests(anchors(model), plan.state_read) == plan.digests
+    return not plan.state_read or digests(reachable(model), plan.state_read) == plan.digests
 
 
 def _from_file(file: Path, model: nn.Module, manifest: Manifest) -> LoadPlan | None:

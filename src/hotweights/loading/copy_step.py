@@ -13,7 +13,7 @@ from ..manifest import Manifest
 from ..plan.plan import LoadPlan
 from ..plan.steps import Copy, Program
 from .replay import run_program
-from .report import Execution
+from .report import Tally
 
 COMPARED = 8 * 1024 * 1024  # bytes of each of two tied tensors that are compared at once
 
@@ -33,7 +33,7 @@ def writing_mode(inference: bool) -> AbstractContextManager[object]:
 
 
 def run_step(
-    step: Program, tensors: dict[str, torch.Tensor], plan: LoadPlan, destinations: Destinations, done: Execution
+    step: Program, tensors: dict[str, torch.Tensor], plan: LoadPlan, destinations: Destinations, done: Tally
 ) -> None:
     """Run a program; ``tensors`` are its sources, which it may write to."""
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
@@ -60,7 +60,7 @@ def written_nbytes(step: Copy, destinations: Destinations) -> int:
     return destinations[step.destination].nbytes if step.into is None else step.into.nbytes
 
 
-def copy_now(step: Copy, tensor: torch.Tensor, destinations: Destinations, done: Execution) -> torch.device:
+def copy_now(step: Copy, tensor: torch.Tensor, destinations: Destinations, done: Tally) -> torch.device:
     """Copy from the source ``tensor``, which the returned device may still read when this returns."""
     place = place_of(step, destinations)
     part = part_of(step, tensor)

@@ -17,7 +17,7 @@ from ..memory.host import PAGE, host_empty
 from ..memory.pool import Pool
 from ..plan.plan import LoadPlan
 from ..plan.steps import Copy, Program, Step
-from ..sources.contracts import Addressed, InMemory, Read, Reading, Source
+from ..sources.contracts import Addressed, InMemory, IOMode, Read, Source
 from ..sources.streams import ahead
 from .copy_step import (
     COMPARED,
@@ -33,17 +33,17 @@ from .copy_step import (
 )
 from .filling import Filling
 from .reads import reads_of
-from .report import Execution
+from .report import Tally
 
 
 def execute(
     plan: LoadPlan,
     source: Source,
     destinations: Destinations,
-    done: Execution,
+    done: Tally,
     *,
     pool: Pool,
-    reading: Reading = "auto",
+    io: IOMode = "auto",
     threads: int | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> dict[str, torch.Tensor]:
@@ -55,7 +55,7 @@ def execute(
         destinations: the model's tensors by name; they are written in place.
         done: is kept up to date, also when this raises.
         pool: memory for what cannot be read in place.
-        reading: which road files are read by.
+        io: how files are read, see ``IOMode``.
         threads: how many read at once.
         advance: called as bytes arrive, from any thread.
 
@@ -75,7 +75,7 @@ def execute(
 
     with writing_mode(any_inference(destinations)):
         if isinstance(source, Addressed):
-            read = partial(source.read, pool=pool, reading=reading, threads=threads, advance=arrive)
+            read = partial(source.read, pool=pool, io=io, threads=threads, advance=arrive)
             _Addressed(plan, source, read, destinations, done, pool).run()
             return {}
         if isinstance(source, InMemory):
@@ -92,7 +92,7 @@ class _Addressed:
         source: Addressed,
         read: Callable[..., dict[str, int]],
         destinations: Destinations,
-        done: Execution,
+        done: Tally,
         pool: Pool,
     ) -> None:
         self._plan = plan
@@ -111,9 +111,11 @@ class _Addressed:
 
     def _copy(self, steps: Sequence[Copy]) -> None:
         manifest, limit = self._source.manifest, self._pool.slot_nbytes - 2 * PAGE
-        wishes = (reads_of(step, manifest[step.source], self._destinations[step.destination], limit) for step in steps)
+        requests = (
+            reads_of(step, manifest[step.source], self._destinations[step.destination], limit) for step in steps
+        )
         # Made one by one as they are taken: a model's tensors lie all over the memory, and each visit costs.
-        self._done.count(self._read(chain.from_iterable(wishes)))
+        self._done.count(self._read(chain.from_iterable(requests)))
         self._done.bytes_written += sum(written_nbytes(step, self._destinations) for step in steps)
 
     def _run_programs(self, programs: list[Program]) -> None:
@@ -182,7 +184,7 @@ def _scratch(manifest: Manifest, name: str) -> torch.Tensor:
 
 
 def _from_memory(
-    plan: LoadPlan, source: InMemory, destinations: Destinations, done: Execution, arrive: Callable[[int], None]
+    plan: LoadPlan, source: InMemory, destinations: Destinations, done: Tally, arrive: Callable[[int], None]
 ) -> dict[str, torch.Tensor]:
     private = _private(plan, source, destinations)
     done.hold_scratch(sum(tensor.nbytes for tensor in private.values()))
@@ -230,7 +232,7 @@ def _read_nbytes(step: Step, manifest: Manifest) -> int:
 
 
 def _from_stream(
-    plan: LoadPlan, source: Source, destinations: Destinations, done: Execution, arrive: Callable[[int], None]
+    plan: LoadPlan, source: Source, destinations: Destinations, done: Tally, arrive: Callable[[int], None]
 ) -> dict[str, torch.Tensor]:
     filling = Filling(plan, destinations, done)
     done.writing = True

@@ -17,14 +17,14 @@ from ..errors import IncompleteLoad, PlanDiffers
 from ..memory.aliases import plain
 from ..memory.pool import Pool
 from ..model.places import Place, places
-from ..model.reachable import anchors
+from ..model.reachable import reachable
 from ..model.survey import loader_of
 from ..plan.plan import LoadPlan
 from ..sources.contracts import Addressed, InMemory, Source
 from ..tracing.dispatch import written_by
 from ..tracing.threads import in_every_thread
 from .execute import owned
-from .report import Execution
+from .report import Tally
 
 
 def fall_back(
@@ -32,7 +32,7 @@ def fall_back(
     model: nn.Module,
     source: Source,
     kept: Mapping[str, torch.Tensor],
-    done: Execution,
+    done: Tally,
     *,
     pool: Pool,
     advance: Callable[[int], None],
@@ -159,17 +159,15 @@ def _storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata if plain else 0
 
 
-def _counted(
-    source: Addressed, done: Execution, pool: Pool, arrive: Callable[[int], None], reads: Any
-) -> dict[str, int]:
-    roads = source.read(reads, pool=pool, advance=arrive)
-    done.count(roads)
-    return roads
+def _counted(source: Addressed, done: Tally, pool: Pool, arrive: Callable[[int], None], reads: Any) -> dict[str, int]:
+    bytes_by_io = source.read(reads, pool=pool, advance=arrive)
+    done.count(bytes_by_io)
+    return bytes_by_io
 
 
 def _planned(plan: LoadPlan, model: nn.Module) -> dict[int, list[tuple[str, Box]]]:
     """What the plan writes: boxes within storages, by the storage's address."""
-    reached = anchors(model)
+    reached = reachable(model)
     found: dict[int, list[tuple[str, Box]]] = defaultdict(list)
     for step in plan.steps:
         for name, box in step.written:

@@ -19,7 +19,7 @@ from .copy_step import (
     writing_mode,
     written_nbytes,
 )
-from .report import Execution
+from .report import Tally
 
 
 class Filling:
@@ -30,7 +30,7 @@ class Filling:
         kept: tensors that wait for others.
     """
 
-    def __init__(self, plan: LoadPlan, destinations: Destinations, done: Execution) -> None:
+    def __init__(self, plan: LoadPlan, destinations: Destinations, done: Tally) -> None:
         self._plan, self._destinations, self._done = plan, destinations, done
         self._inference = any_inference(destinations)  # Asked once: take() comes for every tensor.
         first, *rest = [*plan.by_level()] or [()]

@@ -21,13 +21,13 @@ from ..manifest import Manifest
 from ..memory.pool import Pool
 from ..model.materialise import materialise
 from ..model.places import places
-from ..model.reachable import anchors
+from ..model.reachable import reachable
 from ..model.survey import Survey, by_name, loader_of, survey
 from ..plan.patterns import Patterns
 from ..plan.plan import LoadPlan, Order
 from ..plan.steps import Copy, Fate, Program
 from ..progress import progress
-from ..sources.contracts import Addressed, Deciding, InMemory, Reading, Source, refusing
+from ..sources.contracts import Addressed, InMemory, IOMode, Participant, Source, refusing
 from ..sources.iterator import IteratorSource
 from ..sources.opening import open as open_source
 from ..text import size
@@ -37,7 +37,7 @@ from ..tracing.trace import trace
 from .cache import planned
 from .execute import execute, owned
 from .fallback import fall_back
-from .report import Execution, LoadReport
+from .report import LoadReport, Tally
 from .verify import verify_by_loader
 
 Verify = Literal["off", "loader"]
@@ -57,7 +57,7 @@ def load(
     order: Order = "given",
     cache: bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
-    reading: Reading = "auto",
+    io: IOMode = "auto",
     threads: int | None = None,
     pool: Pool | None = None,
     verify: Verify = "off",
@@ -89,7 +89,7 @@ def load(
         cache: whether a plan that was traced from all the same is used again, and this one kept for that. By default
             only for models that are loaded by name: loading code of their own may read what no key can see.
         cache_dir: where plans are kept for other processes too.
-        reading: how files are read, see ``Reading``.
+        io: how files are read, see ``IOMode``.
         threads: how many read at once; by default a few.
         pool: memory for what cannot be read in place; by default 64 MiB, which is let go at the end.
         verify: ``"loader"`` lets the model's own code load each layer once more afterwards and compares the bits.
@@ -110,13 +110,13 @@ def load(
     check_kind("pool", pool, Pool, "a Pool")
     check_kind("threads", threads, int, "a number of threads")
     check_kind("cache_dir", cache_dir, (str, os.PathLike), "a path")
-    check_choices(order=(order, Order), reading=(reading, Reading), verify=(verify, Verify))
+    check_choices(order=(order, Order), io=(io, IOMode), verify=(verify, Verify))
     if threads is not None and threads < 1:
         raise UsageError(f"at least one thread must read; got threads={threads}")
     may = patterns_from(allow_missing=allow_missing, allow_partial=allow_partial, allow_unexpected=allow_unexpected)
     target_device = device_from(device)
     began = time.perf_counter()
-    done = Execution()
+    done = Tally()
     with without_collection(), refusing(source), ExitStack() as stack:
         if isinstance(source, (str, os.PathLike, Mapping, nn.Module)):
             source = open_source(source)
@@ -144,20 +144,18 @@ def load(
         nbytes = _bytes_to_read(plan, source)
         with _made_real(plan, model, found, target_device) as tensors, _noting(done, nbytes):
             # Those in lists and attributes are looked for only if a step writes there.
-            destinations = tensors if plan.targets.keys() <= tensors.keys() else anchors(model)
+            destinations = tensors if plan.targets.keys() <= tensors.keys() else reachable(model)
             if pool is None:
                 pool = stack.enter_context(Pool(device=_slowest(destinations)))
             advance = stack.enter_context(progress("loading", nbytes, show=show_progress))
-            if isinstance(source, Deciding):
+            if isinstance(source, Participant):
                 source.wanted(_used(plan))
-            kept = execute(
-                plan, source, destinations, done, pool=pool, reading=reading, threads=threads, advance=advance
-            )
+            kept = execute(plan, source, destinations, done, pool=pool, io=io, threads=threads, advance=advance)
             if plan.fallback:
                 fall_back(plan, model, source, kept, done, pool=pool, advance=advance)
             if verify == "loader":
                 _verify(plan, model, source, destinations, pool)
-            if isinstance(source, Deciding):  # Not before all of it is loaded and proven.
+            if isinstance(source, Participant):  # Not before all of it is loaded and proven.
                 stack.enter_context(source.decision())
         return _report(plan, done, pool, time.perf_counter() - began)
 
@@ -231,7 +229,7 @@ def _written(plan: LoadPlan) -> set[str]:
 
 
 @contextmanager
-def _noting(done: Execution, nbytes: int) -> Iterator[None]:
+def _noting(done: Tally, nbytes: int) -> Iterator[None]:
     """Errors and Ctrl-C say what was read by then: the model may hold tensors of two versions."""
     try:
         yield
@@ -244,7 +242,7 @@ def _noting(done: Execution, nbytes: int) -> Iterator[None]:
         raise
 
 
-def _report(plan: LoadPlan, done: Execution, pool: Pool, seconds: float) -> LoadReport:
+def _report(plan: LoadPlan, done: Tally, pool: Pool, seconds: float) -> LoadReport:
     stats = pool.stats()
     used = [name for name, fate in plan.fates.items() if fate in (Fate.WRITTEN, Fate.CAST, Fate.TIED)]
     return LoadReport(
@@ -255,14 +253,13 @@ def _report(plan: LoadPlan, done: Execution, pool: Pool, seconds: float) -> Load
         peak_scratch_bytes=done.peak_scratch,
         tensors={fate: plan.names(fate) for fate in Fate},
         casts=plan.casts,
-        roads=dict(done.roads),
+        bytes_by_io=dict(done.bytes_by_io),
         steps={
             "copies": sum(isinstance(step, Copy) for step in plan.steps),
             "slices": sum(isinstance(step, Copy) and step.of is not step.into for step in plan.steps),
             "programs": sum(isinstance(step, Program) for step in plan.steps),
         },
         planned=sum(name not in plan.fallback for name in used),
-        fell_back=tuple(str(note) for note in plan.notes),
+        fell_back=tuple(str(note) for note in plan.graph_breaks),
         side_effects=plan.side_effects,
-        warnings=plan.warnings,
     )

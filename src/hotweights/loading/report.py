@@ -11,7 +11,7 @@ from ..text import size, summary
 
 
 @dataclass(slots=True)
-class Execution:
+class Tally:
     """What has been done so far. ``execute`` changes it; whoever catches its error may read it."""
 
     bytes_read: int = 0
@@ -19,7 +19,7 @@ class Execution:
     writing: bool = False  # From the first write on, an error leaves tensors of two versions.
     scratch: int = 0
     peak_scratch: int = 0
-    roads: dict[str, int] = field(default_factory=dict)
+    bytes_by_io: dict[str, int] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def arrive(self, nbytes: int) -> None:
@@ -27,11 +27,11 @@ class Execution:
         with self.lock:
             self.bytes_read += nbytes
 
-    def count(self, roads: Mapping[str, int]) -> None:
-        """Add bytes that arrived, by road."""
+    def count(self, bytes_by_io: Mapping[str, int]) -> None:
+        """Add bytes that arrived, by I/O path."""
         with self.lock:
-            for road, nbytes in roads.items():
-                self.roads[road] = self.roads.get(road, 0) + nbytes
+            for path, nbytes in bytes_by_io.items():
+                self.bytes_by_io[path] = self.bytes_by_io.get(path, 0) + nbytes
 
     def hold_scratch(self, nbytes: int) -> None:
         """Count scratch memory that is taken (or, negative, given back)."""
@@ -52,7 +52,7 @@ class LoadReport:
         peak_scratch_bytes: the most memory that programs held at once to assemble their sources.
         tensors: names by fate.
         casts: by source name, "from -> to" dtypes.
-        roads: bytes read by road: ``"buffered"``, ``"direct"``, or ``"memory"``.
+        bytes_by_io: bytes read by I/O path: ``"buffered"``, ``"direct"``, or ``"memory"``.
         steps: how many copies (of them slices) and programs the plan had.
         planned: how many source tensors the plan moved; the model's own code loaded the others.
         fell_back: why it did: what it asked for, of which tensor, at which line of code.
@@ -67,7 +67,7 @@ class LoadReport:
     peak_scratch_bytes: int
     tensors: Mapping[Fate, tuple[str, ...]]
     casts: Mapping[str, str]
-    roads: Mapping[str, int]
+    bytes_by_io: Mapping[str, int]
     steps: Mapping[str, int]
     planned: int
     fell_back: tuple[str, ...] = ()
@@ -84,7 +84,7 @@ class LoadReport:
             "peak_scratch_bytes": self.peak_scratch_bytes,
             "tensors": {fate.value: list(names) for fate, names in self.tensors.items()},
             "casts": dict(self.casts),
-            "roads": dict(self.roads),
+            "bytes_by_io": dict(self.bytes_by_io),
             "steps": dict(self.steps),
             "planned": self.planned,
             "fell_back": list(self.fell_back),
@@ -94,9 +94,9 @@ class LoadReport:
 
     def __str__(self) -> str:
         rate = self.bytes_read / max(self.seconds, 1e-9) / 1e9
-        roads = ", ".join(f"{size(nbytes)} {road}" for road, nbytes in self.roads.items() if nbytes) or "nothing"
+        paths = ", ".join(f"{size(nbytes)} {path}" for path, nbytes in self.bytes_by_io.items() if nbytes) or "nothing"
         rows = [
-            ("read", f"{size(self.bytes_read)} in {self.seconds:.3f} s ({rate:.2f} GB/s): {roads}"),
+            ("read", f"{size(self.bytes_read)} in {self.seconds:.3f} s ({rate:.2f} GB/s): {paths}"),
             (
                 "written",
                 f"{size(self.bytes_written)} by {self.steps['copies']} copies, {self.steps['programs']} programs",

@@ -13,13 +13,13 @@ from ..errors import PlanDiffers
 from ..model.snapshot import Snapshot
 from ..plan.plan import LoadPlan
 
-Loader = Callable[[Iterable[tuple[str, torch.Tensor]]], object]
+LoadingCode = Callable[[Iterable[tuple[str, torch.Tensor]]], object]
 
 
 def verify_by_loader(
     plan: LoadPlan,
     model: nn.Module,
-    load: Loader,
+    load: LoadingCode,
     destinations: Mapping[str, torch.Tensor],
     own: Callable[[str], torch.Tensor],
 ) -> None:
@@ -57,7 +57,7 @@ class _Group(NamedTuple):
 
 
 def _verify(
-    group: _Group, load: Loader, destinations: Mapping[str, torch.Tensor], own: Callable[[str], torch.Tensor]
+    group: _Group, load: LoadingCode, destinations: Mapping[str, torch.Tensor], own: Callable[[str], torch.Tensor]
 ) -> Iterator[str]:
     tensors = {name: destinations[name].detach() for name in group.destinations}
     planned = {name: tensor.clone() for name, tensor in tensors.items()}

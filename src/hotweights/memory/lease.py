@@ -98,7 +98,7 @@ class Lease:
         name: the tensor's name.
         spec: its spec.
         borrowed: whether the memory will be reused; if not, ``own()`` costs nothing.
-        placed: whether the bytes lie where the consumer wished them (``Wish.into``); then ``tensor`` is that memory.
+        placed: whether the bytes lie where the consumer wished them (``Request.into``); then ``tensor`` is that memory.
     """
 
     __slots__ = (

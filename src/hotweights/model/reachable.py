@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 
-def anchors(model: nn.Module) -> dict[str, torch.Tensor]:
+def reachable(model: nn.Module) -> dict[str, torch.Tensor]:
     """Every tensor that can be reached from ``model``, by a path that leads to it: state first, then attributes.
 
     Where several share memory the first one names it, so buffers that are no state come after those that they view.

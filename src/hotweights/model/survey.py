@@ -106,10 +106,10 @@ def extra_state_problems(model: nn.Module) -> Iterator[str]:
             yield f"module {name or type(model).__name__}: keeps extra state; by name it would stay as it is"
 
 
-Loader = Callable[[Iterable[tuple[str, torch.Tensor]]], object]
+LoadingCode = Callable[[Iterable[tuple[str, torch.Tensor]]], object]
 
 
-def loader_of(model: nn.Module) -> Loader | None:
+def loader_of(model: nn.Module) -> LoadingCode | None:
     """The model's own loading code; ``None`` where loading by name is all that it would do."""
     if hasattr(model, "load_weights"):
         return lambda pairs: _drained(model.load_weights(pairs))  # type: ignore[operator]
@@ -125,6 +125,6 @@ def _drained(result: object) -> object:
     return result
 
 
-def by_name(model: nn.Module) -> Loader:
+def by_name(model: nn.Module) -> LoadingCode:
     """``load_state_dict`` as loading code."""
     return lambda pairs: model.load_state_dict(dict(pairs), strict=False)

@@ -16,7 +16,7 @@ from ..manifest import Manifest, TensorSpec
 from .patterns import Patterns, matches
 from .plan import LoadPlan
 from .sharing import Sharing
-from .steps import Copy, Fate, Note, Op, Program, Step, Target
+from .steps import Copy, Fate, GraphBreak, Op, Program, Step, Target
 
 _COPY = torch.ops.aten.copy_.default
 
@@ -35,7 +35,7 @@ def draft(
     overlapping: Iterable[tuple[str, str]] = (),
     constants: Mapping[str, torch.Tensor] | None = None,
     fallback: Sequence[str] = (),
-    notes: Sequence[Note] = (),
+    graph_breaks: Sequence[GraphBreak] = (),
     side_effects: Sequence[str] = (),
     state_read: Iterable[str] = (),
     taken: Container[str] = (),
@@ -56,7 +56,7 @@ def draft(
         overlapping: pairs of targets that share bytes without being the same tensor.
         constants: tensors that programs use.
         fallback: tensors that the model's own code will get.
-        notes: what it did that a plan cannot repeat.
+        graph_breaks: what it did that a plan cannot repeat.
         side_effects: attributes that it changes.
         state_read: the model's tensors whose values it asked for.
         taken: tensors that it took; those that it writes nowhere are skipped.
@@ -90,7 +90,7 @@ def draft(
         casts=made.casts,
         constants=constants or {},
         fallback=tuple(fallback),
-        notes=tuple(notes),
+        graph_breaks=tuple(graph_breaks),
         unproven=tuple(unproven),
         side_effects=tuple(side_effects),
         state_read=tuple(sorted(state_read)),

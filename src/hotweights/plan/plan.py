@@ -16,7 +16,7 @@ from ..dtypes import OpaqueDtype, format_name
 from ..errors import UnknownName
 from ..manifest import Manifest
 from .saved import file as planfile
-from .steps import Copy, Fate, Note, Op, Program, Step, Target, layer_of
+from .steps import Copy, Fate, GraphBreak, Op, Program, Step, Target, layer_of
 
 Order = Literal["layer", "file", "given"]
 """In which order independent steps are done: layer by layer, as their sources lie in the files, or as traced."""
@@ -34,11 +34,10 @@ class LoadPlan:
         casts: by source name, "from -> to" dtypes.
         constants: tensors that programs use, by name.
         fallback: what the model's own code must do itself: names of the source tensors that it gets, owned.
-        notes: why: what it did that a plan cannot repeat.
+        graph_breaks: why: what it did that a plan cannot repeat.
         unproven: names of the model that only that code can write; that it did is seen when it runs.
         side_effects: attributes that the loading code changes and following the plan does not.
         state_read: tensors of the model whose values the loading code asked for; the plan holds for these values.
-        warnings: what a person should read.
         manifest: what it is a plan for.
         targets: the tensors of the model it is a plan for, those that only a step names included.
         digests: of the values of ``state_read``, by name.
@@ -52,11 +51,10 @@ class LoadPlan:
     levels: tuple[int, ...] = ()
     constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
     fallback: tuple[str, ...] = ()
-    notes: tuple[Note, ...] = ()
+    graph_breaks: tuple[GraphBreak, ...] = ()
     unproven: tuple[str, ...] = ()
     side_effects: tuple[str, ...] = ()
     state_read: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()
     manifest: Manifest = field(default_factory=lambda: Manifest(()))
     targets: Mapping[str, Target] = field(default_factory=dict)
     digests: Mapping[str, str] = field(default_factory=dict)
@@ -174,7 +172,7 @@ class LoadPlan:
         if not lines and owner != name:
             return f"{self._titled(name)}\n  is one tensor with {owner}\n{self.explain(owner)}"
         if not lines and name in self.unproven:
-            lines = [f"  the model's own code writes it: {note}" for note in self.notes]
+            lines = [f"  the model's own code writes it: {note}" for note in self.graph_breaks]
         if not lines and name in self.targets:
             fate = self.fates.get(name)
             lines = [f"  nothing writes it{f' ({fate.value})' if fate else ''}; it keeps its values"]
@@ -264,14 +262,13 @@ class LoadPlan:
         rows += [(fate.value, _some(names)) for fate in Fate if (names := self.names(fate))]
         if self.fallback:
             rows.append(("fallback", f"{_some(self.fallback)}, by the model's own code, because of"))
-        rows += [("", f"  {note}") for note in self.notes]
+        rows += [("", f"  {note}") for note in self.graph_breaks]
         rows += (
             [("reads", f"{_some(self.state_read)} of the model: the plan holds for their values")]
             if self.state_read
             else []
         )
         rows += [("changes", effect) for effect in self.side_effects]
-        rows += [("warning", warning) for warning in self.warnings]
         return "\n".join(f"{label:>10}  {text}" for label, text in rows)
 
 

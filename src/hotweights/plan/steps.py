@@ -137,7 +137,7 @@ def layer_of(step: Step) -> str:
     return next(iter(step.destinations), "").rpartition(".")[0]
 
 
-class Note(msgspec.Struct, frozen=True):
+class GraphBreak(msgspec.Struct, frozen=True):
     """Something that loading code did and a plan cannot repeat.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""Handed and Stream: pairs on their way to loading code. They hand on nothing that will be overwritten.
+"""Feed and OnePass: pairs on their way to loading code. They hand on nothing that will be overwritten.
 
 Loading code may do anything with a tensor: keep it, sort it into a list, let it wait for its scale. So what it gets is
 its own. Trapped leases were no choice: they would raise in code that is right with tensors of its own, and refuse
@@ -17,7 +17,7 @@ from ..errors import RoutingError, UsageError
 from ..memory.devices import is_host, record_event, wait_for_copies
 from ..memory.host import HUGE_PAGE, host_empty
 from ..memory.lease import Lease
-from ..tracing.standins import StandIn
+from ..tracing.fake_weight import FakeWeight
 from .component import Component
 
 Pairs = Iterable[tuple[str, torch.Tensor]]
@@ -51,10 +51,10 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
 def _nbytes(item: Item) -> int:
     if isinstance(item, Lease):
         return item.spec.nbytes
-    return 0 if isinstance(item, StandIn) else item.nbytes  # A stand-in holds no memory that could be too much.
+    return 0 if isinstance(item, FakeWeight) else item.nbytes  # A fake tensor holds no memory that could be too much.
 
 
-class Handed:
+class Feed:
     """The pairs on their way to one component: they can be ended, and a failure is remembered."""
 
     def __init__(self, pairs: Pairs) -> None:
@@ -90,7 +90,7 @@ class Handed:
             self._pairs.close()
 
 
-class Stream:
+class OnePass:
     """One pass through a stream. An iterator over the tensors of one component; copies of the others' wait.
 
     Attributes:

@@ -15,7 +15,7 @@ from ..manifest import Manifest, TensorSpec
 from ..memory.guards import Guard
 from ..memory.lease import Lease
 from ..memory.pool import Pool
-from ..sources.contracts import Addressed, Read, Reading
+from ..sources.contracts import Addressed, IOMode, Read
 from ..sources.owned import owned_tensors
 from ..sources.streams import LeaseStream
 
@@ -119,11 +119,11 @@ class Part(Passing):
         reads: Iterable[Read],
         *,
         pool: Pool,
-        reading: Reading = "auto",
+        io: IOMode = "auto",
         threads: int | None = None,
         advance: Callable[[int], None] | None = None,
         stop: threading.Event | None = None,
     ) -> dict[str, int]:
         """Let the source do all the reads, see ``contracts.Addressed``."""
         theirs = (Read(self._names[read.name], read.start, read.nbytes, read.into) for read in reads)
-        return self._source.read(theirs, pool=pool, reading=reading, threads=threads, advance=advance, stop=stop)
+        return self._source.read(theirs, pool=pool, io=io, threads=threads, advance=advance, stop=stop)

@@ -24,10 +24,10 @@ from ..sources.iterator import IteratorSource
 from ..sources.opening import open as open_source
 from ..sources.owned import unsupported
 from ..sources.state_dict import StateSource
-from ..tracing.standins import StandIn
+from ..tracing.fake_weight import FakeWeight
 from ..tracing.trace import trace
 from .component import Component, Routes, unfilled
-from .handover import Handed, Pairs, Stream, own
+from .handover import Feed, OnePass, Pairs, own
 from .parts import Part, Passing, Readings
 from .report import RouteReport
 
@@ -133,7 +133,7 @@ def _code(component: Component) -> _Load | None:
 
 def _give(component: Component, load: _Load, pairs: Pairs, done: _Done) -> None:
     """Let the component's code load ``pairs``."""
-    handed = Handed(pairs)
+    handed = Feed(pairs)
     try:
         with torch.no_grad():
             returned = load(handed)
@@ -251,9 +251,9 @@ def _by_name(component: Component, source: Source, plan: LoadPlan | None) -> obj
 
 
 def _when_whole(component: Component, state: dict[str, torch.Tensor]) -> object:
-    if any(isinstance(tensor, StandIn) for tensor in state.values()):
+    if any(isinstance(tensor, FakeWeight) for tensor in state.values()):
         assert isinstance(component.load_weights, nn.Module)
-        # Somebody traces the code that called us: a load within would plan for itself, and ask stand-ins for bytes.
+        # Somebody traces the code that called us: a load within would plan for itself, and ask fake tensors for bytes.
         return component.load_weights.load_state_dict(state)
     return _by_name(component, StateSource(state), None)
 
@@ -269,7 +269,7 @@ def _from_stream(source: Source, routes: Routes, done: _Done, stack: ExitStack, 
     loads = {component: _load(component, what.by_name) for component, what in planned.items()}
     with source.leases() as leases:
         items = ((lease.name, lease) for lease in leases)
-        stream = Stream(items, lambda name: promised.pop(name, None), largest, limit=limit)
+        stream = OnePass(items, lambda name: promised.pop(name, None), largest, limit=limit)
         _pass_through(stream, loads, done, stack)
     if promised:
         never = [f"{component.name}: {name}" for name, (component, _) in promised.items()]
@@ -284,7 +284,7 @@ def _from_pairs(pairs: Pairs, routes: Routes, done: _Done, stack: ExitStack, bor
     present = [one for one in routes.components if one.enabled and one.load_weights is not None]
     first = next((one for one in present if _code(one) is not None), None)
     loads = {component: _load(component) for component in present}
-    stream = Stream(items, routes.place, first, borrowed=borrowed, limit=limit)
+    stream = OnePass(items, routes.place, first, borrowed=borrowed, limit=limit)
     _pass_through(stream, loads, done, stack)
     problems = [*routes.problems, *unfilled(routes)]
     if problems:
@@ -299,7 +299,7 @@ def _load(component: Component, by_name: _ByName | None = None) -> _Load:
     return _code(component) or (lambda pairs: _when_whole(component, dict(pairs)))
 
 
-def _pass_through(stream: Stream, loads: Mapping[Component, _Load], done: _Done, stack: ExitStack) -> None:
+def _pass_through(stream: OnePass, loads: Mapping[Component, _Load], done: _Done, stack: ExitStack) -> None:
     """Load the first component, and pass on to the end of the stream, wherever its loading code stopped."""
     stack.callback(stream.waiting.clear)  # The frames of an error would keep the copies alive.
     if stream.seek() and stream.first is not None:
@@ -310,7 +310,7 @@ def _pass_through(stream: Stream, loads: Mapping[Component, _Load], done: _Done,
     done.peak = stream.waiting_nbytes
 
 
-def _load_waiting(stream: Stream, loads: Mapping[Component, _Load], done: _Done) -> None:
+def _load_waiting(stream: OnePass, loads: Mapping[Component, _Load], done: _Done) -> None:
     for component, code in loads.items():
         if component in stream.waiting:
             _give(component, code, stream.emptied(component), done)

@@ -1,6 +1,6 @@
 """Sources: where weights come from. ``open`` chooses one; each kind has a file of its own."""
 
-from .contracts import Addressed, Read, Reading, Source
+from .contracts import Addressed, IOMode, Read, Source
 from .files.source import FileSource
 from .iterator import IteratorSource, from_iterator
 from .opening import open
@@ -12,11 +12,11 @@ __all__ = [
     "READERS",
     "Addressed",
     "FileSource",
+    "IOMode",
     "IteratorSource",
     "LeaseStream",
     "Read",
     "ReaderSource",
-    "Reading",
     "Source",
     "StateSource",
     "from_iterator",

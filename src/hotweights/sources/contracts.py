@@ -22,7 +22,7 @@ from ..memory.lease import Lease
 from ..memory.pool import Pool
 from ..ranges import Range
 
-Reading = Literal["auto", "buffered", "direct"]
+IOMode = Literal["auto", "buffered", "direct"]
 """How files are read: ``buffered`` through the page cache, ``direct`` around it, ``auto`` by what is cached."""
 
 Sink = Callable[[torch.Tensor], "Event | None"]
@@ -30,14 +30,14 @@ Sink = Callable[[torch.Tensor], "Event | None"]
 
 
 class Read(msgspec.Struct, frozen=True, gc=False):
-    """A wish: the bytes ``start .. start + nbytes`` of a tensor, into memory.
+    """A request: the bytes ``start .. start + nbytes`` of a tensor, into memory.
 
     Attributes:
         name: which tensor.
         start: first byte within the tensor, row-major.
         nbytes: how many.
         into: a contiguous host tensor of ``nbytes`` bytes that is filled, or a sink that is called once,
-            possibly from another thread; a sink's wish must fit into one slot of the pool.
+            possibly from another thread; a sink's request must fit into one slot of the pool.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Read(msgspec.Struct, frozen=True, gc=False):
     into: torch.Tensor | Sink
 
 
-class Wish(msgspec.Struct, frozen=True, gc=False):
+class Request(msgspec.Struct, frozen=True, gc=False):
     """A tensor that is wanted of a version, or a part of it.
 
     Attributes:
@@ -118,7 +118,7 @@ class Addressed(Source, Protocol):
         reads: Iterable[Read],
         *,
         pool: Pool,
-        reading: Reading = "auto",
+        io: IOMode = "auto",
         threads: int | None = None,
         advance: Callable[[int], None] | None = None,
         stop: threading.Event | None = None,
@@ -128,14 +128,14 @@ class Addressed(Source, Protocol):
         Args:
             reads: in any order; they are sorted and neighbours share a read.
             pool: memory for what cannot be read in place. Never more than its bound is used.
-            reading: which road, see ``Reading``.
+            io: which I/O path, see ``IOMode``.
             threads: how many read at once; by default a few.
             advance: called with a number of bytes as they arrive, from any thread.
             stop: ends the reading early when set; ``Closed`` is raised. Whoever sets it calls ``pool.wake()`` too, in
                 case all slots are held elsewhere.
 
         Returns:
-            Bytes by the road they came: ``"buffered"`` or ``"direct"``.
+            Bytes by the I/O path they came: ``"buffered"`` or ``"direct"``.
 
         Raises:
             CheckpointChanged: a file is not the one that was opened.
@@ -143,10 +143,10 @@ class Addressed(Source, Protocol):
 
 
 @runtime_checkable
-class Deciding(Protocol):
+class Participant(Protocol):
     """A source whose versions are taken by a group, all or nobody. Whoever takes it into a live model asks for this."""
 
-    def wanted(self, wishes: Iterable[str | Wish]) -> None:
+    def wanted(self, requests: Iterable[str | Request]) -> None:
         """Say, before the stream, what is wanted, best in this order; a name is all of its tensor.
 
         Whoever says so decides too. Of a tensor that is wanted in part, a lease shows the rest undefined. A source that
@@ -166,6 +166,12 @@ def refusing(source: object) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if isinstance(source, Deciding):
+        if isinstance(source, Participant):
             source.refuse(error)
         raise
+
+
+Wish = Request
+"""The name of ``Request`` up to 0.1.0.dev0."""
+Deciding = Participant
+"""The name of ``Participant`` up to 0.1.0.dev0."""

@@ -14,7 +14,7 @@ from ..errors import UnsupportedDtype
 from ..manifest import TensorSpec
 from ..memory.host import host_empty
 from ..memory.pool import Pool
-from .contracts import Addressed, Read, Reading
+from .contracts import Addressed, IOMode, Read
 from .streams import ahead
 
 # Bytes of owned tensors that are read ahead. Of those the allocator gives the memory of tensors that were let go again,
@@ -30,7 +30,7 @@ def unsupported(spec: TensorSpec) -> str | None:
 
 
 def owned_tensors(
-    source: Addressed, *groups: Iterable[TensorSpec], reading: Reading = "auto"
+    source: Addressed, *groups: Iterable[TensorSpec], io: IOMode = "auto"
 ) -> Generator[tuple[str, torch.Tensor], None, None]:
     """Yield these tensors of ``source``, in this order, each in memory of its own, read one batch ahead.
 
@@ -43,11 +43,11 @@ def owned_tensors(
     for spec in itertools.chain(*specs):
         if (problem := unsupported(spec)) is not None:
             raise UnsupportedDtype(problem)
-    return _own_all(source, [batch for group in specs for batch in _batches(group)], reading)
+    return _own_all(source, [batch for group in specs for batch in _batches(group)], io)
 
 
 def _own_all(
-    source: Addressed, wanted: list[list[TensorSpec]], reading: Reading
+    source: Addressed, wanted: list[list[TensorSpec]], io: IOMode
 ) -> Generator[tuple[str, torch.Tensor], None, None]:
     stopped = threading.Event()
 
@@ -56,7 +56,7 @@ def _own_all(
         pool.wake()
 
     with Pool() as pool:
-        work = (partial(_read_batch, source, batch, pool, reading, stopped) for batch in wanted)
+        work = (partial(_read_batch, source, batch, pool, io, stopped) for batch in wanted)
         batches = ahead(work, depth=1, stop=stop)
         try:
             for batch in batches:
@@ -80,13 +80,11 @@ def _batches(specs: list[TensorSpec]) -> Iterator[list[TensorSpec]]:
 
 
 def _read_batch(
-    source: Addressed, specs: list[TensorSpec], pool: Pool, reading: Reading, stopped: threading.Event
+    source: Addressed, specs: list[TensorSpec], pool: Pool, io: IOMode, stopped: threading.Event
 ) -> list[tuple[str, torch.Tensor]]:
     batch: list[tuple[str, torch.Tensor]] = []
     for spec in specs:
         assert not isinstance(spec.dtype, OpaqueDtype)
         batch.append((spec.name, host_empty(spec.shape, spec.dtype)))
-    source.read(
-        (Read(name, 0, tensor.nbytes, tensor) for name, tensor in batch), pool=pool, reading=reading, stop=stopped
-    )
+    source.read((Read(name, 0, tensor.nbytes, tensor) for name, tensor in batch), pool=pool, io=io, stop=stopped)
     return batch

@@ -11,7 +11,7 @@ import torch
 from ..manifest import Manifest
 from ..memory.guards import Guard
 from ..memory.pool import Pool
-from ..sources.contracts import Addressed, Read, Reading, Stream
+from ..sources.contracts import Addressed, IOMode, Read, Stream
 
 
 class ManualEvent:
@@ -83,20 +83,20 @@ class FailingSource:
         reads: Iterable[Read],
         *,
         pool: Pool,
-        reading: Reading = "auto",
+        io: IOMode = "auto",
         threads: int | None = None,
         advance: Callable[[int], None] | None = None,
         stop: threading.Event | None = None,
     ) -> dict[str, int]:
         """Do the reads one after another, in the given order, up to the fault."""
-        roads: dict[str, int] = {}
+        bytes_by_io: dict[str, int] = {}
         for read in reads:
             self._at -= 1
             if self._at < 0:
                 raise self._error
-            one = self._source.read([read], pool=pool, reading=reading, threads=1, advance=advance, stop=stop)
-            roads = {road: roads.get(road, 0) + count for road, count in one.items()}
-        return roads
+            one = self._source.read([read], pool=pool, io=io, threads=1, advance=advance, stop=stop)
+            bytes_by_io = {path: bytes_by_io.get(path, 0) + count for path, count in one.items()}
+        return bytes_by_io
 
     def close(self) -> None:
         """Close the source."""

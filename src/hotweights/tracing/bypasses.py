@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .fake_weight import SCALAR_TAKERS, VALUE_READS, FakeWeight, Scalar
 from .recorder import Recorder
-from .standins import SCALAR_TAKERS, VALUE_READS, Scalar, StandIn
 
 _OF_REAL: Mapping[object, str] = {  # what bypasses the dispatcher; for memory that was written, or that is the model's
     torch.Tensor.numpy: "model",
@@ -41,7 +41,7 @@ class Bypasses(torch.overrides.TorchFunctionMode):
             return func(*args, **kwargs) if kwargs else func(*args)
         recorder = self._recorder
         what = _OF_REAL.get(func)
-        if what is not None and not isinstance(args[0], StandIn) and recorder.active:
+        if what is not None and not isinstance(args[0], FakeWeight) and recorder.active:
             if recorder.knows(args[0]) and (what == "model" or recorder.written(args[0])):
                 raise recorder.refuse(VALUE_READS.get(func, ".storage()"), [args[0]])
             recorder.read(args[0])

@@ -12,7 +12,7 @@ from ..errors import PlanError
 from ..manifest import Manifest
 from ..model.digests import digests
 from ..model.places import places, targets_of
-from ..model.reachable import anchors
+from ..model.reachable import reachable
 from ..plan.plan import LoadPlan
 from ..plan.steps import Target
 
@@ -23,7 +23,7 @@ def complete(plan: LoadPlan, model: nn.Module) -> LoadPlan:
     unnamed = written - plan.targets.keys()
     if not unnamed and not plan.state_read:
         return plan
-    reached = anchors(model)
+    reached = reachable(model)
     found = targets_of({name: reached[name] for name in sorted(unnamed) if name in reached}, None)
     return replace(plan, targets={**plan.targets, **found}, digests=digests(reached, plan.state_read))
 
@@ -37,7 +37,7 @@ def check(plan: LoadPlan, model: nn.Module, manifest: Manifest, device: torch.de
     found = _targets(model, device)
     reached: Mapping[str, torch.Tensor] = {}
     if not plan.targets.keys() <= found.keys() or plan.state_read:
-        reached = anchors(model)
+        reached = reachable(model)
         unnamed = [name for name in plan.targets if name not in found and name in reached]
         found |= targets_of({name: reached[name] for name in unnamed}, None)
     problems = plan.differences(manifest, found)

@@ -14,8 +14,8 @@ from ..boxes import Box, Region, meets
 from ..errors import PlanError
 from ..manifest import Manifest
 from ..model.places import places
-from ..model.survey import Loader
-from ..plan.steps import Copy, Note, Step, read_too_early
+from ..model.survey import LoadingCode
+from ..plan.steps import Copy, GraphBreak, Step, read_too_early
 from .lower import lower
 from .record import Recording, record
 
@@ -26,25 +26,25 @@ class _Traced(NamedTuple):
     """What tracing gave in the end.
 
     Attributes:
-        recording: the last run, in which nothing was asked for that a stand-in does not have.
+        recording: the last run, in which nothing was asked for that a fake tensor does not have.
         steps: its steps, with levels.
         fallback: names of tensors that were left out of it, because they must be loaded by the model's own code.
-        notes: why.
+        graph_breaks: why.
     """
 
     recording: Recording
     steps: list[tuple[int, Step]]
     fallback: tuple[str, ...]
-    notes: tuple[Note, ...]
+    graph_breaks: tuple[GraphBreak, ...]
 
     @classmethod
-    def of(cls, model: nn.Module, manifest: Manifest, load: Loader) -> _Traced:
+    def of(cls, model: nn.Module, manifest: Manifest, load: LoadingCode) -> _Traced:
         """Trace; leave out what cannot be planned, with all that its layers need, and trace again until all can be."""
         left_out: set[str] = set()
-        notes: list[Note] = []
+        graph_breaks: list[GraphBreak] = []
         while True:
             recording = record(model, manifest, load, device=_CPU, leave_out=left_out)
-            if not recording.notes and recording.error is None:
+            if not recording.graph_breaks and recording.error is None:
                 steps = lower(recording.ops)
                 written = {name for _, step in steps for name in step.sources}
                 if left_out:  # What its siblings were left out of may have been waiting for them.
@@ -52,26 +52,26 @@ class _Traced(NamedTuple):
                     if not _separable(model, manifest, load, recording, left_out):
                         left_out = set(manifest)
                 if manifest and left_out >= set(manifest):
-                    return cls._nothing(recording, manifest, notes)
-                return cls(recording, steps, tuple(name for name in manifest if name in left_out), tuple(notes))
-            if not recording.notes and not left_out:
+                    return cls._nothing(recording, manifest, graph_breaks)
+                return cls(recording, steps, tuple(name for name in manifest if name in left_out), tuple(graph_breaks))
+            if not recording.graph_breaks and not left_out:
                 assert recording.error is not None
                 raise PlanError(
                     "the model's own loading code refuses this manifest", [_words(recording.error)]
                 ) from recording.error
-            notes += (note for note in recording.notes if note not in notes)
-            if left_out >= set(manifest):  # It fails even without a tensor: it is not run on stand-ins at all.
-                return cls._nothing(recording, manifest, notes)
+            graph_breaks += (note for note in recording.graph_breaks if note not in graph_breaks)
+            if left_out >= set(manifest):  # It fails even without a tensor: it is not run on fake tensors at all.
+                return cls._nothing(recording, manifest, graph_breaks)
             left_out |= _left_out(manifest, recording) - left_out or set(manifest)
 
     @classmethod
-    def _nothing(cls, recording: Recording, manifest: Manifest, notes: list[Note]) -> _Traced:
+    def _nothing(cls, recording: Recording, manifest: Manifest, graph_breaks: list[GraphBreak]) -> _Traced:
         nothing = recording._replace(ops=[], constants={}, taken=frozenset(), state_read=frozenset())
-        return cls(nothing, [], tuple(manifest), tuple(notes))
+        return cls(nothing, [], tuple(manifest), tuple(graph_breaks))
 
 
 def _separable(
-    model: nn.Module, manifest: Manifest, load: Loader, recording: Recording, left_out: Container[str]
+    model: nn.Module, manifest: Manifest, load: LoadingCode, recording: Recording, left_out: Container[str]
 ) -> bool:
     """Whether loading some tensors by plan and the others by the model's code gives what loading all by its code gives.
 
@@ -85,11 +85,11 @@ def _separable(
     if read_too_early(recording.ops, written):
         return False
     alone = record(model, manifest, load, device=_CPU, leave_out=manifest)
-    if alone.error is not None or alone.notes or any(_model_writes(alone)):
+    if alone.error is not None or alone.graph_breaks or any(_model_writes(alone)):
         return False
     # As far as it comes: at the first value that it asks for it may stop.
     others = record(model, manifest, load, device=_CPU, leave_out={name for name in manifest if name not in left_out})
-    if others.error is not None and not others.notes:
+    if others.error is not None and not others.graph_breaks:
         return False
     return not any(meets(region.box, box) for region in _model_writes(others) for box in written[region.memory.name])
 
@@ -104,7 +104,7 @@ def _words(error: Exception) -> str:
 
 def _left_out(manifest: Manifest, recording: Recording) -> set[str]:
     """Names of all tensors of the layers concerned, and of layers like them: the next trace must not stop at those."""
-    asked = {name for note in recording.notes for name in note.sources}
+    asked = {name for note in recording.graph_breaks for name in note.sources}
     if not asked:
         return set(manifest)
     concerned = {_layer(name) for name in asked}

@@ -1,7 +1,7 @@
-"""Tracing: a model's own loading code, run on stand-ins, becomes a record. No byte is read, no live tensor written.
+"""Tracing: a model's own loading code, run on fake tensors, becomes a record. No byte is read, no live tensor written.
 
-A *stand-in* is a tensor without data. Views of it are computed as metadata; everything else that touches a
-stand-in, writes to the model, or reads what was written there, is recorded and not done. What touches none of them
+A *fake tensor* is a tensor without data. Views of it are computed as metadata; everything else that touches a
+fake tensor, writes to the model, or reads what was written there, is recorded and not done. What touches none of them
 runs for real. Operands are recorded as *regions*: a box of elements over a piece of memory (a source tensor's bytes, a
 tensor of the model, an intermediate result, a constant), so views need no record of their own.
 """
@@ -20,24 +20,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..dtypes import OpaqueDtype
 from ..manifest import Manifest
 from ..memory.aliases import plain
-from ..model.reachable import anchors
+from ..model.reachable import reachable
 from ..model.snapshot import Snapshot
-from ..plan.steps import Note, Op
+from ..plan.steps import GraphBreak, Op
 from .bypasses import Bypasses, no_swaps
+from .fake_weight import FakeWeight, Scalar
 from .recorder import Recorder
-from .standins import Scalar, StandIn
 from .threads import in_every_thread
 
-_AT_ONCE = 256  # stand-ins that are made together
+_AT_ONCE = 256  # fake tensors that are made together
 _DEPTH = 6  # of containers within containers that are searched for what was kept
 
 
 class Recording(NamedTuple):
-    """What one run of the loading code on stand-ins gave.
+    """What one run of the loading code on fake tensors gave.
 
     Attributes:
         ops: what it did, in order.
-        notes: what it did that cannot be repeated.
+        graph_breaks: what it did that cannot be repeated.
         constants: tensors that the operations use, by name.
         taken: names that it took from the stream.
         state_read: names of the model's tensors whose values it asked for.
@@ -46,7 +46,7 @@ class Recording(NamedTuple):
     """
 
     ops: list[Op]
-    notes: list[Note]
+    graph_breaks: list[GraphBreak]
     constants: dict[str, torch.Tensor]
     taken: frozenset[str]
     state_read: frozenset[str]
@@ -62,18 +62,18 @@ def record(
     device: torch.device,
     leave_out: Container[str] = (),
 ) -> Recording:
-    """Run ``load`` on stand-ins for the tensors of ``manifest`` and record what it does.
+    """Run ``load`` on fake tensors for the tensors of ``manifest`` and record what it does.
 
     Nothing is read, no tensor of ``model`` is written, and its attributes are put back, also when ``load`` raises.
 
     Args:
         model: whose tensors are watched.
-        manifest: what the stand-ins stand in for; it is streamed in this order.
+        manifest: what the fake tensors stand in for; it is streamed in this order.
         load: the model's own loading code.
-        device: what the stand-ins report.
+        device: what the fake tensors report.
         leave_out: names that are not streamed.
     """
-    recorder = Recorder({name: one for name, one in anchors(model).items() if plain(one)})
+    recorder = Recorder({name: one for name, one in reachable(model).items() if plain(one)})
     taken: set[str] = set()
 
     def stream() -> Iterator[tuple[str, torch.Tensor]]:
@@ -110,7 +110,7 @@ def record(
             recorder.refuse(f"{'rebinding' if change.of_state else 'keeping'} {where}", held)
     return Recording(
         recorder.records,
-        recorder.notes,
+        recorder.graph_breaks,
         recorder.constants,
         frozenset(taken),
         frozenset(recorder.state_read),
@@ -120,7 +120,7 @@ def record(
 
 
 class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees operations without a stand-in: fills, and reads of what was written."""
+    """Sees operations without a fake tensor: fills, and reads of what was written."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -132,7 +132,7 @@ class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default:
-            return args[0].device if isinstance(args[0], StandIn) else func(*args)
+            return args[0].device if isinstance(args[0], FakeWeight) else func(*args)
         return self._recorder.dispatch(func, args, kwargs or {})
 
 

@@ -1,4 +1,4 @@
-"""Recorder: what happens to stand-ins and to the model while loading code runs, as operations on regions.
+"""Recorder: what happens to fake tensors and to the model while loading code runs, as operations on regions.
 
 It sees what goes through the dispatcher. What passes that by is for ``bypasses``, and the run itself for ``tracing``.
 """
@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_flatten, tree_map
 from ..boxes import Memory, Region, box_of
 from ..manifest import TensorSpec
 from ..memory.aliases import plain
-from ..plan.steps import Note, Op
+from ..plan.steps import GraphBreak, Op
 from .dispatch import fails_really, is_view, written_by
-from .standins import META, Scalar, StandIn, ValueRead, line_of_the_model, meta_of, under_autocast
+from .fake_weight import META, FakeWeight, Scalar, ValueRead, line_of_the_model, meta_of, under_autocast
 
 aten = torch.ops.aten
 
@@ -62,7 +62,7 @@ class Recorder:
 
     def __init__(self, anchors: Mapping[str, torch.Tensor]) -> None:
         self.records: list[Op] = []
-        self.notes: list[Note] = []
+        self.graph_breaks: list[GraphBreak] = []
         self.constants: dict[str, torch.Tensor] = {}
         self.lock = threading.RLock()
         self.active = True  # Threads of the loading code may outlive the trace, with its modes; then this is False.
@@ -85,42 +85,42 @@ class Recorder:
 
     # What the loading code sees.
 
-    def stand_ins(self, specs: Sequence[TensorSpec], device: torch.device) -> list[StandIn]:
+    def stand_ins(self, specs: Sequence[TensorSpec], device: torch.device) -> list[FakeWeight]:
         """One for each spec. Several at once, because stepping out of the modes costs more than making one."""
-        made: list[StandIn] = []
+        made: list[FakeWeight] = []
         with _disable_current_modes(), torch._C.DisableTorchFunction():
             for spec in specs:
                 assert isinstance(spec.dtype, torch.dtype)
                 meta = torch.empty(spec.shape, dtype=spec.dtype, device=META)
                 self._own(meta, Memory("source", spec.name))
-                made.append(StandIn(meta, self, device))
+                made.append(FakeWeight(meta, self, device))
         return made
 
-    def scalar(self, standin: StandIn) -> Scalar:
+    def scalar(self, standin: FakeWeight) -> Scalar:
         """What stands in for its value."""
         self._scalars.append(Scalar(standin))
         return self._scalars[-1]
 
     def end(self) -> None:
-        """Note the values that were asked for and did not fill anything: they went where nobody sees them."""
+        """GraphBreak the values that were asked for and did not fill anything: they went where nobody sees them."""
         for scalar in self._scalars:
             if not scalar.used:
                 scalar.refused()
         self.active = False
 
     def refuse(self, what: str, tensors: Iterable[torch.Tensor], where: str = "") -> ValueRead:
-        """Note what was asked for; the error to raise into the loading code."""
+        """GraphBreak what was asked for; the error to raise into the loading code."""
         with torch._C.DisableTorchFunction():
             asked = [self._memory(meta_of(one)) for one in tensors if self.knows(one)]
         sources = sorted({name for memory in asked for name in self.sources_of(memory)})
         where = where or line_of_the_model()
-        self.notes.append(Note(what, tuple(sources), where))
+        self.graph_breaks.append(GraphBreak(what, tuple(sources), where))
         return ValueRead(
             f"{what} at {where} asks for what tensor {', '.join(sources)} does not have while it is traced"
         )
 
     def knows(self, tensor: torch.Tensor) -> bool:
-        """Whether it is a stand-in, or memory of the model, or was written."""
+        """Whether it is a fake tensor, or memory of the model, or was written."""
         with torch._C.DisableTorchFunction():
             return self._is_ours(tensor)
 
@@ -130,7 +130,7 @@ class Recorder:
             return self._is_dirty(tensor)
 
     def read(self, tensor: torch.Tensor) -> None:
-        """Note that the model's own state was asked for."""
+        """GraphBreak that the model's own state was asked for."""
         with torch._C.DisableTorchFunction():
             if self._is_ours(tensor):
                 self.state_read.add(self._memory(tensor).name)
@@ -178,8 +178,8 @@ class Recorder:
 
     def _dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.active:
-            if any(isinstance(one, StandIn) for one in tree_flatten((args, kwargs))[0]):
-                raise ValueRead(f"{func} of a stand-in whose trace is over: the loading code kept it")
+            if any(isinstance(one, FakeWeight) for one in tree_flatten((args, kwargs))[0]):
+                raise ValueRead(f"{func} of a fake tensor whose trace is over: the loading code kept it")
             return func(*args, **kwargs)
         if is_view(func):
             return self._view(func, args, kwargs)
@@ -187,7 +187,7 @@ class Recorder:
             return args[0]
         flat, spec = tree_flatten((args, kwargs))
         tensors = [value for value in flat if isinstance(value, torch.Tensor)]
-        standins = [value for value in tensors if isinstance(value, StandIn)]
+        standins = [value for value in tensors if isinstance(value, FakeWeight)]
         written = written_by(func, args, kwargs)
         if not standins and not any(map(self._is_ours, written)) and not any(map(self._is_dirty, tensors)):
             self.state_read.update(self._memory(one).name for one in tensors if self._is_ours(one))
@@ -200,10 +200,10 @@ class Recorder:
         return self._record(func, flat, spec, tensors, written)
 
     def _is_ours(self, tensor: torch.Tensor) -> bool:
-        return isinstance(tensor, StandIn) or _storage_of(tensor) in self._memories
+        return isinstance(tensor, FakeWeight) or _storage_of(tensor) in self._memories
 
     def _is_dirty(self, tensor: torch.Tensor) -> bool:
-        if isinstance(tensor, StandIn):
+        if isinstance(tensor, FakeWeight):
             return True
         return self._memories.get(_storage_of(tensor)) in self._dirty
 
@@ -222,9 +222,9 @@ class Recorder:
                 raise self.refuse("writing to memory that is not the model's", [tensor])
 
     def _view(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A view of a stand-in stands in for the view; a view of a real tensor is known by its storage."""
+        """A view of a fake tensor stands in for the view; a view of a real tensor is known by its storage."""
         one = args[0]
-        if not isinstance(one, StandIn):
+        if not isinstance(one, FakeWeight):
             out = func(*args, **kwargs)
             # torch.tensor() makes memory of its own, torch.from_numpy() does not.
             if func in _LIFTS and one.untyped_storage().resizable():
@@ -236,12 +236,16 @@ class Recorder:
             return out
         out = func(meta_of(one), *args[1:], **kwargs)
         if isinstance(out, torch.Tensor):
-            return StandIn(out, self, one.device)
-        return type(out)(StandIn(value, self, one.device) for value in out)
+            return FakeWeight(out, self, one.device)
+        return type(out)(FakeWeight(value, self, one.device) for value in out)
 
     def _plainly_copied(self, destination: torch.Tensor, source: torch.Tensor) -> bool:
-        """Record the most frequent operation by far, a stand-in of the same shape into the model, without ceremony."""
-        if not isinstance(source, StandIn) or isinstance(destination, StandIn) or source.shape != destination.shape:
+        """Record the most frequent operation, a fake tensor of the same shape into the model, without ceremony."""
+        if (
+            not isinstance(source, FakeWeight)
+            or isinstance(destination, FakeWeight)
+            or source.shape != destination.shape
+        ):
             return False
         memory = self._memories.get(destination.untyped_storage()._cdata)
         if memory is None or memory.kind != "model" or destination.is_conj() or destination.is_neg():
@@ -251,7 +255,7 @@ class Recorder:
         self.records.append(Op(aten.copy_.default, (into, of), {}, (), (into,), (into, of)))
         return True
 
-    def _value(self, func: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor], standins: list[StandIn]) -> Any:
+    def _value(self, func: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor], standins: list[FakeWeight]) -> Any:
         if func is aten.is_same_size.default:
             return tensors[0].shape == tensors[1].shape
         raise self.refuse(_SCALAR_READS[func], tensors)
@@ -264,7 +268,7 @@ class Recorder:
         if under_autocast() and func not in _NEVER_AUTOCAST:
             raise self.refuse("autocast", tensors)  # It passes tensors by that have no data.
         device = _device_of(flat, tensors)
-        if not all(isinstance(one, StandIn) or plain(one) for one in tensors):
+        if not all(isinstance(one, FakeWeight) or plain(one) for one in tensors):
             raise self.refuse(f"{func} with a tensor that is not plain", tensors)
         self._check_own(tensor for tensor in written if not self._is_ours(tensor))
         for tensor in written:
@@ -307,7 +311,7 @@ class Recorder:
             if value.untyped_storage()._cdata not in self._memories:
                 self._results += 1
                 self._own(value, Memory("result", str(self._results)))
-            standin = StandIn(value, self, device)
+            standin = FakeWeight(value, self, device)
             results.append(self.region(standin))
             return standin
 
@@ -320,7 +324,7 @@ class Recorder:
         return returned
 
     def _adopt(self, tensor: torch.Tensor) -> None:
-        """A scratch tensor of the loading code into which a stand-in is written: its bytes until now are a constant."""
+        """A scratch tensor of the loading code that takes a fake tensor: its bytes until now are a constant."""
         with _disable_current_modes():
             whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
             copied = whole.clone()
@@ -341,7 +345,7 @@ class Recorder:
         return copied
 
     def _on_meta(self, tensor: torch.Tensor) -> torch.Tensor:
-        if isinstance(tensor, StandIn):
+        if isinstance(tensor, FakeWeight):
             return meta_of(tensor)  # type: ignore[no-any-return]
         storage = tensor.untyped_storage()
         with _disable_current_modes():

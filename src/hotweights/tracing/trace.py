@@ -37,7 +37,7 @@ def trace(
     allow_unexpected: Patterns = (),
     cast: Cast | None = None,
 ) -> LoadPlan:
-    """Plan the loading of ``manifest`` into ``model``: run the model's own loading code on stand-ins and record it.
+    """Plan the loading of ``manifest`` into ``model``: run the model's own loading code on fake tensors and record it.
 
     A model with ``load_weights`` is asked by that; a transformers model by transformers' own conversions; any other is
     planned by name, or by its ``load_state_dict`` where that runs code of its own. Moves nothing, changes nothing: no
@@ -117,7 +117,7 @@ def _trace(
         overlapping=overlaps(tensors),
         constants=rules.constants if traced is None else traced.recording.constants,
         fallback=() if traced is None else traced.fallback,
-        notes=() if traced is None else traced.notes,
+        graph_breaks=() if traced is None else traced.graph_breaks,
         side_effects=() if traced is None else traced.recording.side_effects,
         state_read=() if traced is None else traced.recording.state_read,
         problems=[

@@ -88,7 +88,7 @@ def _exactly(names: Collection[str]) -> list[re.Pattern[str]]:
 
 
 def _trace(model: Any, manifest: Manifest, conversions: Sequence[_Conversion], names: _Names) -> Recording:
-    """What the conversions do, recorded on stand-ins: a stack of experts becomes one copy for each."""
+    """What the conversions do, recorded on fake tensors: a stack of experts becomes one copy for each."""
 
     taken = Manifest(manifest[name] for one in conversions for name in one.sources)
     recording = record(model, taken, partial(_load, names, conversions), device=torch.device("cpu"))

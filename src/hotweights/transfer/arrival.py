@@ -66,7 +66,7 @@ class Arrival:
         """Have its bytes go into room of the consumer's.
 
         Raises:
-            UsageError: that is not what a wish promises.
+            UsageError: that is not what a request promises.
         """
         if room.dtype != torch.uint8 or room.numel() != self.nbytes or not (room.is_cpu and room.is_contiguous()):
             found = f"{room.dtype} {list(room.shape)} on {room.device}"

@@ -42,15 +42,15 @@ class Ballot:
         """An empty one."""
         return cls(os.memfd_create("hotweights-ballot", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
 
-    def decide(self, wish: Decision) -> Decision:
-        """Write ``wish`` if nothing is written. Returns what is written then."""
+    def decide(self, request: Decision) -> Decision:
+        """Write ``request`` if nothing is written. Returns what is written then."""
         try:
-            fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SEAL | wish.value)
+            fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SEAL | request.value)
         except PermissionError:  # Somebody was first.
             found = self.read()
             assert found is not None
             return found
-        return wish
+        return request
 
     def read(self) -> Decision | None:
         """What is written, if anything."""

@@ -1,4 +1,4 @@
-"""Uplink: a receiver's connection to whoever sends at an address, made again when it is lost. It takes no tensors."""
+"""Connection: a receiver's connection to whoever sends at an address, made again when it is lost."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .waits import Waker, left
 _RETRY = 0.02  # seconds after which an address is tried again at which nobody listened; nothing tells when one does
 
 
-class Uplink:
+class Connection:
     """One connection at a time. One thread uses it; any may ``stop`` it. Close it.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""Taking: one version on its way into a receiver. It leases, acknowledges, compares and waits for the decision."""
+"""Inbound: one version on its way into a receiver. It leases, acknowledges, compares and waits for the decision."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from ..memory.host import ALIGNMENT
 from ..memory.lease import Lease
 from ..ranges import disjoint
 from ..signals import Interruption, held_back
-from ..sources.contracts import Wish
+from ..sources.contracts import Request
 from .arrival import Arrival, Private
 from .ballot import Ballot, Decision
-from .connection import Uplink
+from .connection import Connection
 from .copying import copy_out
 from .messages import (
     Abort,
@@ -54,7 +54,7 @@ from .waits import holding, left
 _POLL = 0.001  # seconds; device events have no wait with a deadline, so they are asked again this often
 
 
-class Taking:
+class Inbound:
     """One update, from its offer on. Owns the ballot until it is over.
 
     Attributes:
@@ -63,7 +63,7 @@ class Taking:
         cancelled: set by whoever wants the stream's wait to end.
     """
 
-    def __init__(self, uplink: Uplink, frame: Frame, private: Private, timeout: float) -> None:
+    def __init__(self, uplink: Connection, frame: Frame, private: Private, timeout: float) -> None:
         assert isinstance(frame.message, Offer)
         offer = frame.message
         self._ballot = Ballot(frame.descriptors[0])
@@ -81,7 +81,7 @@ class Taking:
         self.cancelled = False
         self._specs = list(self.manifest.values())
         self._numbers = {name: number for number, name in enumerate(self.manifest)}
-        self._wishes = {number: Wish(name) for name, number in self._numbers.items()}  # in the order that suits best
+        self._wishes = {number: Request(name) for name, number in self._numbers.items()}  # in the order that suits best
         self._decides = False
         self._over = False
         self._arriving: Arrival | None = None
@@ -106,24 +106,26 @@ class Taking:
         """Where the two sides stand."""
         return self._uplink.session.state
 
-    def want(self, wishes: Iterable[str | Wish]) -> None:
+    def want(self, requests: Iterable[str | Request]) -> None:
         """Only this, best in this order. Whoever says so decides too: the end of the stream is not its consent."""
         if self.state is not State.OFFERED:
             raise UsageError("this version is streaming already; say before that what is wanted")
-        found = {wish.name: wish for wish in (Wish(one) if isinstance(one, str) else one for one in wishes)}
+        found = {
+            request.name: request for request in (Request(one) if isinstance(one, str) else one for one in requests)
+        }
         if unknown := found.keys() - self._numbers.keys():
             raise UsageError(f"these are not offered: {', '.join(sorted(unknown))}")
-        if odd := [wish.name for wish in found.values() if not self._can_be(wish)]:
+        if odd := [request.name for request in found.values() if not self._can_be(request)]:
             raise UsageError(f"of these, bytes are wanted that there are not, or some twice: {', '.join(sorted(odd))}")
-        self._wishes = {self._numbers[name]: wish for name, wish in found.items()}
+        self._wishes = {self._numbers[name]: request for name, request in found.items()}
         self._decides = True
 
-    def _can_be(self, wish: Wish) -> bool:
-        nbytes = self.manifest[wish.name].nbytes
-        if wish.ranges is None:
+    def _can_be(self, request: Request) -> bool:
+        nbytes = self.manifest[request.name].nbytes
+        if request.ranges is None:
             return True
-        inside = all(one.size and one.fits(nbytes) for one in wish.ranges)
-        return inside and bool(wish.ranges) and disjoint(wish.ranges)
+        inside = all(one.size and one.fits(nbytes) for one in request.ranges)
+        return inside and bool(request.ranges) and disjoint(request.ranges)
 
     # The stream.
 
@@ -131,7 +133,9 @@ class Taking:
         """Every wanted tensor, as it comes; each lease ends when the next is asked for."""
         self._require(State.OFFERED, "was streamed before; the next offer brings the next")
         self._missing = set(self._wishes)
-        self._uplink.send(Accept(tuple(Wanted(number, wish.ranges or ()) for number, wish in self._wishes.items())))
+        self._uplink.send(
+            Accept(tuple(Wanted(number, request.ranges or ()) for number, request in self._wishes.items()))
+        )
         try:
             while not isinstance(message := self._next(self._timeout, lambda: self.cancelled), End):
                 assert isinstance(message, Filled), "the table lets nothing else pass"
@@ -218,7 +222,7 @@ class Taking:
         return memories[slot][part.offset : stop]
 
     def _place(self, arrival: Arrival, guard: Guard) -> None:
-        """Have it go straight to where the consumer wishes it, if it says where."""
+        """Have it go straight to where the consumer requests it, if it says where."""
         into = self._wishes[arrival.number].into
         room = None if into is None or guard != "off" else into()
         if room is not None:

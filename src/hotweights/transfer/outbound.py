@@ -1,4 +1,4 @@
-"""Round: one version on its way from a sender to its receivers, which all commit or all abort. It opens no socket."""
+"""Outbound: one version on its way from a sender to its receivers, which all commit or all abort."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def merged(orders: Sequence[Sequence[int]]) -> list[int]:
     return sorted(rank, key=rank.__getitem__)
 
 
-class Round:
+class Outbound:
     """One update. ``run`` it once."""
 
     def __init__(
@@ -109,14 +109,14 @@ class Round:
 
     def _send(self, source: Source) -> None:
         asking = list(self._members)
-        wishes: dict[int, list[tuple[int, tuple[Range, ...]]]] = {}
+        requests: dict[int, list[tuple[int, tuple[Range, ...]]]] = {}
         for place, peer in enumerate(asking):
             for one in peer.wanted:
-                wishes.setdefault(one.tensor, []).append((place, one.ranges))
+                requests.setdefault(one.tensor, []).append((place, one.ranges))
         order = merged([[one.tensor for one in peer.wanted] for peer in asking])
         for number, tensor in _tensors(source, order):
             self._tensors += 1
-            for piece in pieces(tensor, wishes[number], self._slots.slot_nbytes):
+            for piece in pieces(tensor, requests[number], self._slots.slot_nbytes):
                 self._put(number, piece, asking)
         self._hand_over(asking)
 

@@ -21,26 +21,26 @@ class Piece(NamedTuple):
     asking: frozenset[int]
 
 
-def pieces(tensor: torch.Tensor, wishes: Sequence[tuple[int, tuple[Range, ...]]], limit: int) -> Iterator[Piece]:
+def pieces(tensor: torch.Tensor, requests: Sequence[tuple[int, tuple[Range, ...]]], limit: int) -> Iterator[Piece]:
     """What is wanted of a tensor, each byte once however many want it; views of it where it lies in row-major order.
 
     Args:
         tensor: what is sent; read only while this is iterated.
-        wishes: by place of a receiver, the ranges that it wants; none for all of the tensor.
+        requests: by place of a receiver, the ranges that it wants; none for all of the tensor.
         limit: bytes that a piece may have.
     """
     bytes_of = flat(tensor)
     everything = (Range(0, bytes_of.nbytes),)
-    ranges = [ranges or everything for _, ranges in wishes]
+    ranges = [ranges or everything for _, ranges in requests]
     plain = bytes_of.dtype is torch.uint8 and bytes_of.ndim == 1
     if not plain and set(ranges) == {everything}:
-        asking = frozenset(place for place, _ in wishes)
+        asking = frozenset(place for place, _ in requests)
         yield from (Piece(Range(start, part.nbytes), part, asking) for start, part in parts(bytes_of, limit))
         return
     if not plain or not bytes_of.is_contiguous():
         bytes_of = bytes_of.contiguous().view(-1).view(torch.uint8)  # Slices of its row-major order lie nowhere else.
     for one, places in shared(ranges):
-        asking = frozenset(wishes[place][0] for place in places)
+        asking = frozenset(requests[place][0] for place in places)
         yield from (Piece(piece, over(bytes_of, piece), asking) for piece in pieces_of(one, limit))
 
 

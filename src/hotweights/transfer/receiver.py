@@ -12,12 +12,12 @@ from ..errors import Closed, UsageError
 from ..manifest import Manifest
 from ..memory.guards import Guard, check_guard
 from ..signals import held_back
-from ..sources.contracts import Wish
+from ..sources.contracts import Request
 from ..sources.streams import LeaseStream
 from .address import path_of
 from .arrival import Private
-from .connection import Uplink
-from .inbound import Taking
+from .connection import Connection
+from .inbound import Inbound
 
 
 class Receiver:
@@ -41,10 +41,10 @@ class Receiver:
         if not (timeout > 0 and offer_timeout > 0):
             raise UsageError(f"waits take some time; got {timeout:g} and {offer_timeout:g} s")
         self.address = address
-        self._uplink = Uplink(path_of(address))
+        self._uplink = Connection(path_of(address))
         self._timeout, self._offer_timeout = timeout, offer_timeout
         self._private = Private()
-        self._taking: Taking | None = None
+        self._taking: Inbound | None = None
         self._closed = False
 
     @property
@@ -86,15 +86,15 @@ class Receiver:
         self._check_open()
         return self._tensors()
 
-    def wanted(self, wishes: Iterable[str | Wish]) -> None:
+    def wanted(self, requests: Iterable[str | Request]) -> None:
         """Say before the stream what is wanted, tensors or ranges of them, in which order; whoever does also decides.
 
-        The order is a wish. Then the end of the stream consents to nothing: use ``decision``.
+        The order is a request. Then the end of the stream consents to nothing: use ``decision``.
 
         Raises:
             UsageError: something is wanted that is not offered.
         """
-        self._offered().want(wishes)
+        self._offered().want(requests)
 
     @contextmanager
     def decision(self) -> Iterator[None]:
@@ -147,13 +147,13 @@ class Receiver:
     def __repr__(self) -> str:
         return f"<Receiver from {self.address}: version {self.version!r}>"
 
-    def _offered(self) -> Taking:
+    def _offered(self) -> Inbound:
         self._check_open()
         if self._taking is not None and self._taking.aborted:  # Nobody refused what the group had given up.
             self._taking.refuse(UsageError("refuse was not called"))
         if self._taking is None or self._taking.over:
             frame = self._uplink.offer(self._offer_timeout)
-            self._taking = Taking(self._uplink, frame, self._private, self._timeout)
+            self._taking = Inbound(self._uplink, frame, self._private, self._timeout)
         return self._taking
 
     def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -169,7 +169,7 @@ class Receiver:
 class _Stream(LeaseStream):
     """Leases of one version. Leaving it early refuses the version, an exception inside with its text."""
 
-    def __init__(self, taking: Taking, uplink: Uplink, guard: Guard) -> None:
+    def __init__(self, taking: Inbound, uplink: Connection, guard: Guard) -> None:
         self._taking = taking
         self._wake = uplink.wake
         super().__init__(taking.leases(guard), stop=self._cancel)

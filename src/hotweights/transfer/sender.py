@@ -22,7 +22,7 @@ from ..sources.opening import open as open_source
 from ..sources.state_dict import StateSource
 from .address import path_of
 from .copying import wrapped
-from .outbound import Round
+from .outbound import Outbound
 from .peers import Group
 from .report import SendReport
 from .slots import WriteSlots
@@ -123,7 +123,7 @@ class Sender:
             members = self._group.gather(self._receivers if receivers is None else receivers)
             self._update += 1
             with progress("sending", source.manifest.nbytes, show=show_progress) as advance:
-                return Round(
+                return Outbound(
                     self._group,
                     members,
                     self._slots,

@@ -196,7 +196,7 @@ def _plan_fused(console: Console, model: Any, checkpoint: Path) -> None:
     fused = FusedBert(model.config)
     with open_source(checkpoint) as source:
         plan = trace(fused, source.manifest)
-        console.print("A BERT with fused QKV and its own load_weights, which was run on stand-ins. Its plan:")
+        console.print("A BERT with fused QKV and its own load_weights, which was run on fake tensors. Its plan:")
         console.print(str(plan), markup=False)
         console.print(f"\n{plan.explain('layers.0.qkv.weight')}\n", markup=False)
         report = load(fused, source, verify="loader")

@@ -33,11 +33,11 @@ logger = init_logger("vllm.hotweights")  # Below vLLM's own, so that its handler
 
 def register_loader() -> None:
     """Make the format known; twice does nothing."""
-    if _LOAD_FORMAT_TO_MODEL_LOADER.get("hotweights") is not Loader:
-        register_model_loader("hotweights")(Loader)
+    if _LOAD_FORMAT_TO_MODEL_LOADER.get("hotweights") is not ModelLoader:
+        register_model_loader("hotweights")(ModelLoader)
 
 
-class Loader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not installed where types are checked.
+class ModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not installed where types are checked.
     """What vLLM makes of ``--load-format hotweights``."""
 
     def __init__(self, load_config: Any) -> None:

@@ -12,7 +12,7 @@ import torch
 from ...boxes import Box, Region
 from ...dtypes import FORMAT_DTYPES, DType, OpaqueDtype
 from ...errors import PlanFileError
-from ..steps import Copy, Fate, Note, Program, Target
+from ..steps import Copy, Fate, GraphBreak, Program, Target
 from .operations import operations
 
 VERSION = 2
@@ -83,13 +83,13 @@ class Document(msgspec.Struct, forbid_unknown_fields=True):
     casts: dict[str, str]
     constants: dict[str, WireConstant]
     fallback: list[str]
-    notes: list[Note]
+    graph_breaks: list[GraphBreak] = msgspec.field(name="notes")  # The word of the file format.
     unproven: list[str]
     side_effects: list[str]
     state_read: list[str]
-    warnings: list[str]
     digests: dict[str, str]
     by_layer: bool
+    warnings: list[str] = msgspec.field(default_factory=list)  # Always empty; files of this version have it.
 
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -133,7 +133,7 @@ class _Writer:
                 f"{self._path}: this plan can be used but not saved: operations that no file may name",
                 unknown,
             )
-        lists = ("fallback", "notes", "unproven", "side_effects", "state_read", "warnings", "levels")
+        lists = ("fallback", "graph_breaks", "unproven", "side_effects", "state_read", "levels")
         return Document(
             version=VERSION,
             manifest=[(spec.name, _dtype_name(spec.dtype), spec.shape) for spec in plan["manifest"].values()],

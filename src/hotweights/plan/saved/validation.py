@@ -80,7 +80,7 @@ class _Reader:
             "by_layer": document.by_layer,
             **{
                 name: tuple(getattr(document, name))
-                for name in ("levels", "fallback", "notes", "unproven", "side_effects", "state_read", "warnings")
+                for name in ("levels", "fallback", "graph_breaks", "unproven", "side_effects", "state_read")
             },
         }
 

@@ -155,7 +155,7 @@ class File:
             if done < wanted:
                 done -= done % PAGE  # A short direct read may end anywhere; the next must start on a page.
                 if done == before:
-                    return False  # The other road finds out whether the file ends here.
+                    return False  # The other I/O path finds out whether the file ends here.
         return True
 
     def check(self) -> None:

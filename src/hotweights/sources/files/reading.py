@@ -1,8 +1,8 @@
-"""Reading bytes of files into memory, by the road that fits. It knows files and ranges, not tensors.
+"""Reading bytes of files into memory, by the I/O path that fits. It knows files and ranges, not tensors.
 
-Two roads. *Buffered*: ``preadv`` through the page cache, straight into the wished memory; neighbours share a read.
-*Direct*: ``O_DIRECT`` around the page cache into a pool's slot on huge pages, then a copy. ``auto`` asks each piece
-with ``cachestat`` and ``RWF_NOWAIT`` what is cached, takes that straight, and reads the rest directly
+Two I/O paths. *Buffered*: ``preadv`` through the page cache, straight into the memory asked for; neighbours share a
+read. *Direct*: ``O_DIRECT`` around the page cache into a pool's slot on huge pages, then a copy. ``auto`` asks each
+piece with ``cachestat`` and ``RWF_NOWAIT`` what is cached, takes that straight, and reads the rest directly
 (docs/decisions/0002).
 """
 
@@ -22,7 +22,7 @@ import torch
 from ...errors import Closed, UnknownName, UsageError
 from ...memory.host import PAGE, buffer
 from ...memory.pool import Pool
-from ..contracts import Reading, Sink
+from ..contracts import IOMode, Sink
 from .file import DIRECT, File, rest
 
 _IOV_MAX = 1024  # buffers of one preadv
@@ -55,26 +55,26 @@ def read_segments(
     segments: Iterable[Segment],
     *,
     pool: Pool,
-    reading: Reading,
+    io: IOMode,
     threads: int | None,
     advance: Callable[[int], None] | None,
     stop: threading.Event | None,
 ) -> dict[str, int]:
     """Read all segments with a few threads. The arguments and errors are those of ``contracts.Addressed.read``."""
-    if reading not in get_args(Reading):
-        raise UnknownName("reading", reading, get_args(Reading))
+    if io not in get_args(IOMode):
+        raise UnknownName("io", io, get_args(IOMode))
     if pool.slot_nbytes < 3 * PAGE:
         raise UsageError(f"slots of {pool.slot_nbytes} bytes are too small to read into; {3 * PAGE} are the least")
     segments = list(segments)
     jobs = _plan_jobs(segments, min(_PIECE, pool.slot_nbytes - 2 * PAGE))
-    crew = _Crew(jobs, pool, reading, advance, stop or threading.Event())
-    roads = crew.run(max(1, min(threads or _default_threads(), len(jobs))))
+    crew = _Crew(jobs, pool, io, advance, stop or threading.Event())
+    bytes_by_io = crew.run(max(1, min(threads or _default_threads(), len(jobs))))
     for segment in segments:
         if segment.nbytes == 0 and not isinstance(segment.into, torch.Tensor):
             segment.into(
                 torch.empty(0, dtype=torch.uint8, device="cpu")
             )  # Nothing to read, but its sink was promised a call.
-    return roads
+    return bytes_by_io
 
 
 def _default_threads() -> int:
@@ -125,13 +125,13 @@ class _Crew:
         self,
         jobs: list[_Job],
         pool: Pool,
-        reading: Reading,
+        io: IOMode,
         advance: Callable[[int], None] | None,
         stop: threading.Event,
     ) -> None:
         self._jobs = iter(jobs)
         self._pool = pool
-        self._reading = reading
+        self._reading = io
         self._advance = advance
         self._stop = stop  # The caller's: it ends us, we never set it.
         self._failed = threading.Event()  # Ours: set by the first thread that fails, and by an interrupt.
@@ -225,7 +225,7 @@ class _Crew:
         return direct
 
 
-def fill(file: File, memory: torch.Tensor, start: int, stop: int, reading: Reading) -> tuple[torch.Tensor, int]:
+def fill(file: File, memory: torch.Tensor, start: int, stop: int, io: IOMode) -> tuple[torch.Tensor, int]:
     """Read ``file[start:stop]`` into page-aligned ``memory``, which must be two pages larger.
 
     Returns the view of ``memory`` that holds the bytes (it starts where the file's own alignment puts it, so a tensor
@@ -234,11 +234,11 @@ def fill(file: File, memory: torch.Tensor, start: int, stop: int, reading: Readi
     base = start - start % PAGE
     data = memory[start - base : stop - base]
     done = 0
-    if reading == "auto":
+    if io == "auto":
         done = file.cached_into([buffer(data.data_ptr(), stop - start)], start)
     if done < stop - start:
         resume = start + done - (start + done) % PAGE
-        if reading != "buffered" and file.direct_into(memory[resume - base : -(-(stop - base) // PAGE) * PAGE], resume):
+        if io != "buffered" and file.direct_into(memory[resume - base : -(-(stop - base) // PAGE) * PAGE], resume):
             return data, stop - start - done
         file.read_into([buffer(data.data_ptr() + done, stop - start - done)], start + done)
     return data, 0

@@ -21,7 +21,7 @@ from ...memory.guards import Guard
 from ...memory.host import PAGE, host_empty
 from ...memory.lease import Lease, Slot
 from ...memory.pool import Pool
-from ..contracts import Read, Reading
+from ..contracts import IOMode, Read
 from ..owned import owned_tensors
 from ..streams import LeaseStream, ahead
 from .file import File
@@ -87,7 +87,7 @@ class FileSource:
         """The path of the file that holds the tensor."""
         return self._places[name].file.path
 
-    def leases(self, *, guard: Guard = "off", pool: Pool | None = None, reading: Reading = "auto") -> LeaseStream:
+    def leases(self, *, guard: Guard = "off", pool: Pool | None = None, io: IOMode = "auto") -> LeaseStream:
         """Stream every tensor as a lease on the pool's memory, in the manifest's order, reading one slot ahead.
 
         Neighbouring small tensors share a slot. A tensor larger than a slot is read into memory of its own, and its
@@ -96,29 +96,29 @@ class FileSource:
         Args:
             guard: makes stale tensors loud, see ``guards``. Ignored where a pool is given: its own guard holds.
             pool: where the leases lie; by default one of 2 x 32 MiB, which ends with the stream.
-            reading: which road, see ``Reading``.
+            io: which I/O path, see ``IOMode``.
         """
         self._check_open()
         own = pool is None
         pool = pool or Pool(2, 2 * 16 * 1024 * 1024, guard=guard)
         stopped = threading.Event()
-        return LeaseStream(self._lease_all(pool, own, reading, stopped), stop=partial(_stop, stopped, pool))
+        return LeaseStream(self._lease_all(pool, own, io, stopped), stop=partial(_stop, stopped, pool))
 
-    def tensors(self, *, reading: Reading = "auto") -> Iterator[tuple[str, torch.Tensor]]:
+    def tensors(self, *, io: IOMode = "auto") -> Iterator[tuple[str, torch.Tensor]]:
         """Yield every tensor in memory of its own, read one batch ahead.
 
         Raises:
             UnsupportedDtype: before the first tensor, if torch has no type for one; ``leases()`` carries its bytes.
         """
         self._check_open()
-        return owned_tensors(self, self._manifest.values(), reading=reading)
+        return owned_tensors(self, self._manifest.values(), io=io)
 
     def read(
         self,
         reads: Iterable[Read],
         *,
         pool: Pool,
-        reading: Reading = "auto",
+        io: IOMode = "auto",
         threads: int | None = None,
         advance: Callable[[int], None] | None = None,
         stop: threading.Event | None = None,
@@ -126,7 +126,7 @@ class FileSource:
         """Do all the reads, see ``contracts.Addressed``."""
         self._check_open()
         segments = [self._segment(read) for read in reads]
-        return read_segments(segments, pool=pool, reading=reading, threads=threads, advance=advance, stop=stop)
+        return read_segments(segments, pool=pool, io=io, threads=threads, advance=advance, stop=stop)
 
     def close(self) -> None:
         """Close the files. May be called twice."""
@@ -158,7 +158,7 @@ class FileSource:
 
     def _segment(self, read: Read) -> Segment:
         place, into = self._places[read.name], read.into
-        # Memory is written by address: a wish that does not fit would read a neighbour or overwrite a stranger.
+        # Memory is written by address: a request that does not fit would read a neighbour or overwrite a stranger.
         if read.start < 0 or read.nbytes < 0 or read.start + read.nbytes > place.nbytes:
             raise UsageError(
                 f"tensor {read.name!r} has {place.nbytes} bytes; {read.nbytes} from {read.start} were asked for"
@@ -186,11 +186,9 @@ class FileSource:
         if run is not None:
             yield run
 
-    def _lease_all(
-        self, pool: Pool, own: bool, reading: Reading, stopped: threading.Event
-    ) -> Generator[Lease, None, None]:
+    def _lease_all(self, pool: Pool, own: bool, io: IOMode, stopped: threading.Event) -> Generator[Lease, None, None]:
         runs = list(self._runs(pool.slot_nbytes - 2 * PAGE))
-        work = (partial(self._fill_slot, run, pool, reading, stopped) for run in runs)
+        work = (partial(self._fill_slot, run, pool, io, stopped) for run in runs)
         slots = ahead(work, depth=min(1, pool.slots - 1), stop=partial(_stop, stopped, pool), drop=_drop)
         try:
             for run, (slot, data) in zip(runs, slots, strict=True):
@@ -205,24 +203,24 @@ class FileSource:
                 pool.close()
 
     def _fill_slot(
-        self, run: _Run, pool: Pool, reading: Reading, stopped: threading.Event
+        self, run: _Run, pool: Pool, io: IOMode, stopped: threading.Event
     ) -> tuple[Slot | None, torch.Tensor]:
         if run.nbytes > pool.slot_nbytes - 2 * PAGE:
-            return None, self._read_large(run, pool, reading, stopped)
+            return None, self._read_large(run, pool, io, stopped)
         slot = pool.acquire(run.specs[0].name, stop=stopped.is_set)
         try:
             place = run.place
-            data, _ = fill(place.file, slot.memory, place.offset, place.offset + run.nbytes, reading)
+            data, _ = fill(place.file, slot.memory, place.offset, place.offset + run.nbytes, io)
             place.file.check()
         except BaseException:
             slot.release()
             raise
         return slot, data
 
-    def _read_large(self, run: _Run, pool: Pool, reading: Reading, stopped: threading.Event) -> torch.Tensor:
+    def _read_large(self, run: _Run, pool: Pool, io: IOMode, stopped: threading.Event) -> torch.Tensor:
         data = host_empty((run.nbytes,), torch.uint8)
         # Buffered: it may not ask the pool for a slot to bounce through while others hold all of them.
-        self.read([Read(run.specs[0].name, 0, run.nbytes, data)], pool=pool, reading="buffered", stop=stopped)
+        self.read([Read(run.specs[0].name, 0, run.nbytes, data)], pool=pool, io="buffered", stop=stopped)
         return data
 
     def _lease_run(self, run: _Run, slot: Slot | None, data: torch.Tensor, guard: Guard) -> Iterator[Lease]:

@@ -10,7 +10,7 @@ import torch
 from ...errors import BorrowedTensor, Closed, StaleLease
 from ...manifest import TensorSpec
 from ...memory.pool import Pool
-from ...sources.contracts import Addressed, Read, Reading, Source
+from ...sources.contracts import Addressed, IOMode, Read, Source
 from ..checks import Tensors, assert_apart, assert_same_bits, bits, raised
 
 MakeSource = Callable[[], Source]
@@ -105,16 +105,16 @@ def a_closed_source_says_so(make: MakeSource, expected: Tensors) -> None:
 
 
 def reads_any_bytes_into_any_memory(make: MakeSource, expected: Tensors) -> None:
-    """An addressed source: every range of every tensor, in any order, into memory and through sinks, by every road."""
+    """An addressed source: every range of every tensor, in any order, into memory and sinks, by every I/O path."""
     with make() as source:
         if not isinstance(source, Addressed):
             return
-        for reading in ("auto", "buffered", "direct"):
+        for io in ("auto", "buffered", "direct"):
             with Pool(2, 64 * 1024) as pool:
-                _read_ranges(source, pool, reading, expected)
+                _read_ranges(source, pool, io, expected)
 
 
-def _read_ranges(source: Addressed, pool: Pool, reading: Reading, expected: Tensors) -> None:
+def _read_ranges(source: Addressed, pool: Pool, io: IOMode, expected: Tensors) -> None:
     reads: list[Read] = []
     wanted: list[tuple[str, torch.Tensor, list[torch.Tensor]]] = []
     for name, tensor in reversed(list(expected.items())):
@@ -129,11 +129,11 @@ def _read_ranges(source: Addressed, pool: Pool, reading: Reading, expected: Tens
                     reads.append(Read(name, start, stop - start, partial(_keep, seen)))
                     wanted.append((name, whole[start:stop], seen))
     counted: list[int] = []
-    roads = source.read(reads, pool=pool, reading=reading, advance=counted.append)
-    assert sum(roads.values()) == sum(counted) == sum(read.nbytes for read in reads)
+    bytes_by_io = source.read(reads, pool=pool, io=io, advance=counted.append)
+    assert sum(bytes_by_io.values()) == sum(counted) == sum(read.nbytes for read in reads)
     for name, right, found in wanted:
         assert len(found) == 1, f"{name}: a sink was called {len(found)} times"
-        assert torch.equal(found[0], right), f"{name}: other bytes by road {reading}"
+        assert torch.equal(found[0], right), f"{name}: other bytes by io={io}"
     assert pool.stats().leased == 0
 
 

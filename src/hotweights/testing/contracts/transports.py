@@ -16,7 +16,7 @@ from ...live.model import LiveModel
 from ...manifest import Manifest, TensorSpec
 from ...memory.lease import Lease
 from ...ranges import Range
-from ...sources.contracts import Deciding, Source, Wish
+from ...sources.contracts import Participant, Request, Source
 from ..checks import Tensors, assert_same_bits, raised
 
 _PATIENCE = 60.0  # seconds; after them something waits for ever
@@ -41,7 +41,7 @@ class Transport(Protocol):
         """The trainer's end; it sends when so many are there."""
 
     def receiver(self) -> Source:
-        """A worker's end: a source, which also is ``Deciding`` and has the name of the last version in ``version``."""
+        """A worker's end: a source that is a ``Participant``, and has the name of the last version in ``version``."""
 
 
 MakeTransport = Callable[[], Transport]
@@ -99,12 +99,12 @@ def leases_hold_still(make: MakeTransport, expected: Tensors) -> None:
 def slices_are_all_that_is_sent_of_a_tensor(make: MakeTransport, expected: Tensors) -> None:
     """Who says which ranges it wants gets those bytes, in room of its own where it gives some."""
     content = {"w": torch.arange(4096.0).view(64, 64), "unwanted": torch.zeros(3)}
-    wishes = ((Range(0, 4096),), (Range(4096, 12288),), (Range(128, 128, 64, 256),))
+    requests = ((Range(0, 4096),), (Range(4096, 12288),), (Range(128, 128, 64, 256),))
 
     def take(source: Source, number: int) -> torch.Tensor:
-        assert isinstance(source, Deciding)
-        room = torch.zeros(sum(one.size for one in wishes[number]), dtype=torch.uint8)
-        source.wanted([Wish("w", wishes[number], lambda: room)])
+        assert isinstance(source, Participant)
+        room = torch.zeros(sum(one.size for one in requests[number]), dtype=torch.uint8)
+        source.wanted([Request("w", requests[number], lambda: room)])
         with source.leases() as stream:
             assert [(lease.name, lease.placed) for lease in stream] == [("w", True)]
         with source.decision():

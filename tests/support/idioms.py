@@ -200,7 +200,7 @@ each(
 )
 each("expand", lambda m, w: m.p.data.copy_(w[0].expand(4, 4)), "C")
 each("expand of a view", lambda m, w: m.p.data.copy_(w[:, :1].expand(-1, 4)), "C")
-each("stand-in seen as bytes", lambda m, w: m.packed.data.copy_(w[:2].view(torch.uint8).view(4, 8)[:, 2:4]), "C")
+each("fake tensor seen as bytes", lambda m, w: m.packed.data.copy_(w[:2].view(torch.uint8).view(4, 8)[:, 2:4]), "C")
 each("bytes into a parameter seen as bytes", lambda m, w: m.p.data.view(torch.uint8).copy_(w.view(torch.uint8)), "C")
 each(
     "bytes seen as int16, arithmetic",
@@ -390,7 +390,7 @@ each(
     "P|C",
 )
 each("concatenates a factory", lambda m, w: m.q.data.copy_(torch.cat([w, torch.ones(4, 4, device=w.device)])), "P")
-each("new_zeros of the stand-in", lambda m, w: m.q.data.copy_(torch.cat([w, w.new_zeros(4, 4)])), "P")
+each("new_zeros of the fake tensor", lambda m, w: m.q.data.copy_(torch.cat([w, w.new_zeros(4, 4)])), "P")
 each("new_tensor", lambda m, w: m.p.data.copy_(w * w.new_tensor([1.0, 2.0, 3.0, 4.0])), "P|F")
 each("pads", lambda m, w: m.q.data.copy_(F.pad(w, (0, 0, 0, 4), value=0.25)), "P")
 each("repeats", lambda m, w: m.q.data.copy_(w.repeat(2, 1)), "P")
@@ -665,7 +665,7 @@ each(
 )
 each("random", lambda m, w: m.p.data.copy_(w + torch.manual_seed(7).initial_seed() * 0 + torch.rand(4)), "P")
 each(
-    "random like the stand-in",
+    "random like the fake tensor",
     lambda m, w: (torch.manual_seed(7), m.p.data.copy_(w + torch.rand_like(w))),
     "F",
     "random",

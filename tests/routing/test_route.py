@@ -685,7 +685,7 @@ class TestByName:
 
 class TestTogether:
     def test_a_model_that_routes_has_a_plan(self, tmp_path):
-        """Its load_weights is traced through ``route``: the copies of stand-ins cost nothing and are seen through."""
+        """Its load_weights is traced through ``route``: copies of fake tensors cost nothing and are seen through."""
         state, model = vision_language_checkpoint(), VisionLanguage()
         report = hw.load(model, write_checkpoint(tmp_path, state))
         assert_same_bits(model.state_dict(), right(state))

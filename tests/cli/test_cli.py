@@ -45,7 +45,7 @@ def test_commands_and_flags():
         *"--model --order --explain --save --limit --allow-missing --allow-unexpected --json --help".split()
     }
     assert flags("load") == {
-        *"--model --reader --device --dtype --cast --reading --threads --allow-missing --allow-unexpected".split(),
+        *"--model --reader --device --dtype --cast --io --threads --allow-missing --allow-unexpected".split(),
         *"--json --help".split(),
     }
     assert flags("demo") == {"--help"}
@@ -104,7 +104,7 @@ class TestLoad:
         result = run("load", bert, "--model", bert)
         assert result.exit_code == 0
         assert "BertModel" in result.output
-        found = json.loads(run("load", bert, "--model", bert, "--json", "--reading", "direct").output)
+        found = json.loads(run("load", bert, "--model", bert, "--json", "--io", "direct").output)
         assert found["bytes_read"] == found["bytes_written"] > 0
         assert found["tensors"]["missing"] == []
 

@@ -152,6 +152,6 @@ def test_a_rank_reads_its_bytes_and_no_others(tmp_path, world):
             part = weight.chunk(world, dim)[1]
             destination = torch.empty(part.shape)
             reads = list(reads_of(Copy("w", "d", box_of(part)), source.manifest["w"], destination, 1 << 20))
-            roads = source.read(reads, pool=pool)
-            assert sum(roads.values()) == weight.nbytes // world
+            bytes_by_io = source.read(reads, pool=pool)
+            assert sum(bytes_by_io.values()) == weight.nbytes // world
             assert torch.equal(destination, part)

@@ -53,7 +53,7 @@ def way(request, tmp_path):
         if request.param == "ordered":
             return OrderedSource(state), {}
         write_checkpoint(tmp_path, state, shards=3 if request.param == "shards" else 1)
-        return tmp_path, {"reading": "direct" if request.param == "direct" else "auto"}
+        return tmp_path, {"io": "direct" if request.param == "direct" else "auto"}
 
     return put
 
@@ -473,7 +473,7 @@ class TestReport:
         nbytes = sum(tensor.nbytes for tensor in state.values())
         report = hw.load(ours, tmp_path)
         assert report.bytes_read == report.bytes_written == nbytes
-        assert sum(report.roads.values()) == nbytes
+        assert sum(report.bytes_by_io.values()) == nbytes
         assert report.as_dict()["tensors"]["written"] == sorted(state)
 
     def test_no_python_memory_per_byte(self, tmp_path):

@@ -8,6 +8,7 @@ import torch
 import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from idioms import IDIOMS, Model, weights
 from torch import nn
 
 import hotweights as hw
@@ -16,7 +17,6 @@ from hotweights.boxes import Box, Memory, Region
 from hotweights.plan.saved.operations import operations
 from hotweights.plan.steps import Op, Program
 from hotweights.testing import assert_same_bits
-from tracing_idioms import IDIOMS, Model, weights
 
 ALLOWED = {"allow_missing": "*", "allow_partial": "*", "allow_unexpected": "*"}
 HEAD = len(b"hotweights plan\n") + 8

@@ -11,16 +11,16 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from idioms import IDIOMS, Model, weights
 from torch import nn
 
 import hotweights as hw
 from hotweights import HotweightsError, Manifest, PlanError
-from hotweights.model.reachable import anchors
+from hotweights.model.reachable import reachable
 from hotweights.plan.steps import Copy, Program
 from hotweights.testing import Engine, assert_same_bits, bits, engine_checkpoint, write_checkpoint
+from hotweights.tracing.fake_weight import ValueRead
 from hotweights.tracing.recorder import Recorder
-from hotweights.tracing.standins import ValueRead
-from tracing_idioms import IDIOMS, Model, weights
 
 ALLOWED = {"allow_missing": "*", "allow_partial": "*", "allow_unexpected": "*"}
 
@@ -320,7 +320,7 @@ def test_a_failure_at_any_tensor_leaves_the_model_as_it_was():
 
 
 def test_what_outlives_its_trace_says_so():
-    """A stand-in that was kept is loud, and a thread that still loads is not planned."""
+    """A fake tensor that was kept is loud, and a thread that still loads is not planned."""
     outside, release = [], threading.Event()
 
     def keeps(model, pairs):
@@ -433,7 +433,7 @@ def test_only_the_layers_concerned_fall_back(name, tmp_path):
     tensors = {key: torch.rand(one.shape, generator=made) for key, one in make().named_parameters()}
     plan = hw.trace(make(), hw.open(tensors).manifest)
     assert set(plan.fallback) == (fallback or set(tensors))
-    assert all(note.where.startswith(__file__) for note in plan.notes)
+    assert all(note.where.startswith(__file__) for note in plan.graph_breaks)
     for kind, source in sources(tensors, tmp_path):
         ours, theirs = make(), make()
         own_loading(theirs, tensors)
@@ -556,8 +556,8 @@ def engines(rank=0, world=1):
 
 
 def assert_loaded(model, right):
-    assert_same_bits(anchors(model), anchors(right))
-    assert not any(one.is_floating_point() and one.isnan().any() for one in anchors(model).values())
+    assert_same_bits(reachable(model), reachable(right))
+    assert not any(one.is_floating_point() and one.isnan().any() for one in reachable(model).values())
 
 
 class TestField:
@@ -567,7 +567,7 @@ class TestField:
         right, naive = engines()
         naive.load_weights(reused_buffer(engine_checkpoint()))
         with pytest.raises(AssertionError, match="other bytes"):
-            assert_same_bits(anchors(naive), anchors(right))
+            assert_same_bits(reachable(naive), reachable(right))
         ours = Engine()
         source = dict(sources(engine_checkpoint(), tmp_path))[kind]
         for _ in range(2):
@@ -645,8 +645,8 @@ class TestField:
         own_loading(right, tensors)
         assert fingerprint(naive) != fingerprint(right)
         plan = hw.trace(right, hw.open(tensors).manifest, **ALLOWED)
-        assert [(note.what, note.sources) for note in plan.notes] == [(".item()", ("w",))]
-        assert "tracing_idioms.py:" in plan.notes[0].where
+        assert [(note.what, note.sources) for note in plan.graph_breaks] == [(".item()", ("w",))]
+        assert "idioms.py:" in plan.graph_breaks[0].where
 
     @pytest.mark.parametrize("world", [1, 2])
     def test_each_rank_gets_its_rows_and_reads_no_others(self, world, tmp_path):

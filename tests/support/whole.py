@@ -2,14 +2,14 @@
 
 from hotweights.live.attributes import held_by, state_of
 from hotweights.memory.wrappers import is_wrapper, leaves
-from hotweights.model.reachable import anchors
+from hotweights.model.reachable import reachable
 from hotweights.testing import bits
 
 
 def tensors(model):
     found = {
         path: one
-        for name, tensor in anchors(model).items()
+        for name, tensor in reachable(model).items()
         for path, one in leaves(name, tensor)
         if "extra_repr" not in path
     }
@@ -30,7 +30,7 @@ def addresses(model, but=()):
 
 def objects(model):
     """Ids of tensors, wrappers, containers and objects; and what is no tensor, as it is."""
-    found = {path: id(one) for name, tensor in anchors(model).items() for path, one in leaves(name, tensor)}
+    found = {path: id(one) for name, tensor in reachable(model).items() for path, one in leaves(name, tensor)}
     for name, module in model.named_modules():
         for path, held in held_by(state_of(module)).items():
             found[f"{name}.{path}"] = id(held.holder)
@@ -62,6 +62,6 @@ def plain(model):
             found[name, path] = {
                 key: one for key, one in state.items() if isinstance(one, (str, int, float, type(None)))
             }
-    for path, tensor in anchors(model).items():
+    for path, tensor in reachable(model).items():
         found[path] = type(tensor), tensor.requires_grad, tensor.stride(), dict(tensor.__dict__)
     return found

@@ -71,11 +71,11 @@ class Fused(nn.Module):
             self.weight.data[2:].fill_(1)
 
 
-@pytest.mark.parametrize("reading", ["auto", "buffered"])
-def test_a_model_is_loaded(tmp_path, reading):
+@pytest.mark.parametrize("io", ["auto", "buffered"])
+def test_a_model_is_loaded(tmp_path, io):
     with torch.device("cpu"):
         model, path = Fused(), write_checkpoint(tmp_path / "x", {"a": torch.zeros(2, 4)})
-    hw.load(model, path, reading=reading, verify="loader")
+    hw.load(model, path, io=io, verify="loader")
     assert model.weight.tolist() == [[-1.0] * 4] * 2 + [[1.0] * 4] * 2
     with hw.open(path) as source:
         assert [tensor.device.type for _, tensor in source.tensors()] == ["cpu"]

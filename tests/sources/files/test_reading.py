@@ -97,7 +97,7 @@ def read_all(source, road, *, pool, threads=None, stop=None, advance=None):
             Read(name, start, min(step, spec.nbytes - start), partial(keep, name, start))
             for start in range(0, spec.nbytes, step)
         ]
-    roads = source.read(wishes, pool=pool, reading=road, threads=threads, stop=stop, advance=advance)
+    roads = source.read(wishes, pool=pool, io=road, threads=threads, stop=stop, advance=advance)
     assert sum(roads.values()) == 2 * source.manifest.nbytes
     by_sink = {
         name: torch.cat([piece for _, piece in sorted(found.items())] or [torch.empty(0, dtype=torch.uint8)])
@@ -114,10 +114,10 @@ def assert_reads(path, road, *, slots=2, slot_nbytes=SLOT, threads=None):
             assert torch.equal(by_sink[name], bits(tensor)), name
         assert pool.stats().leased == 0
     with hw.open(path) as source:
-        for name, tensor in source.tensors(reading=road):
+        for name, tensor in source.tensors(io=road):
             assert torch.equal(bits(tensor), bits(TENSORS[name])), name
     with hw.open(path) as source, hw.Pool(slots, slot_nbytes) as pool:
-        with source.leases(pool=pool, reading=road) as stream:
+        with source.leases(pool=pool, io=road) as stream:
             for lease in stream:
                 assert torch.equal(bits(lease.tensor), bits(TENSORS[lease.name])), lease.name
         assert pool.stats().leased == 0
@@ -128,13 +128,13 @@ def ways(source, road, pool, threads=None):
     """The three ways in which bytes leave a file."""
     return {
         "read": lambda: read_all(source, road, pool=pool, threads=threads),
-        "tensors": lambda: dict(source.tensors(reading=road)),
+        "tensors": lambda: dict(source.tensors(io=road)),
         "leases": lambda: drain(source, road, pool),
     }
 
 
 def drain(source, road, pool):
-    with source.leases(pool=pool, reading=road) as stream:
+    with source.leases(pool=pool, io=road) as stream:
         for lease in stream:
             assert torch.equal(bits(lease.tensor), bits(TENSORS[lease.name])), f"{lease.name}: wrong bytes, no error"
 
@@ -166,7 +166,7 @@ def test_a_pool_that_is_too_small(path, road, slot_nbytes):
     with hw.open(path) as source, hw.Pool(2, slot_nbytes) as pool:
         memory = torch.empty(3, dtype=torch.uint8)
         with pytest.raises(UsageError, match="too small"):
-            source.read([Read("three", 0, 3, memory)], pool=pool, reading=road)
+            source.read([Read("three", 0, 3, memory)], pool=pool, io=road)
         with pytest.raises(UsageError, match="too small"):
             drain(source, road, pool)
 
@@ -197,7 +197,7 @@ def test_the_end_of_a_file_lies_anywhere(tmp_path, road, start, tail):
 
 def test_unknown_road(path):
     with hw.open(path) as source, hw.Pool() as pool, pytest.raises(UnknownName, match="auto, buffered, direct"):
-        source.read([], pool=pool, reading="mmap")
+        source.read([], pool=pool, io="mmap")
 
 
 # --- a kernel that reads less, or not at all -------------------------------------------------------------------------
@@ -564,7 +564,7 @@ def test_the_error_of_a_sink_is_the_one_that_is_raised(path, road, where, thread
             ]
             advance = boom if where == "advance" else None
             try:
-                source.read(wishes, pool=pool, reading=road, threads=threads, advance=advance)
+                source.read(wishes, pool=pool, io=road, threads=threads, advance=advance)
             except Boom:
                 assert calls[0] > number
             else:
@@ -614,7 +614,7 @@ def test_a_slot_waits_for_the_event_of_its_sink(path, road):
     with hw.open(path) as source, hw.Pool(1, SLOT) as pool:
         starts = range(0, 2 * SLOT, 3 * PAGE - 1)[:3]
         wishes = [Read("odd", start, 3 * PAGE - 1, partial(sink, start)) for start in starts]
-        source.read(wishes, pool=pool, reading=road, threads=2)
+        source.read(wishes, pool=pool, io=road, threads=2)
         while pool.stats().leased:
             pass
         # Who keeps the views instead finds another piece in most of them.
@@ -680,5 +680,5 @@ def test_a_wish_that_does_not_fit_is_refused(path, case):
 def test_every_sink_is_called_once_even_for_nothing(path, road):
     with hw.open(path) as source, hw.Pool(1, SLOT) as pool:
         seen = []
-        source.read([Read("empty", 0, 0, seen.append), Read("page", 9, 0, seen.append)], pool=pool, reading=road)
+        source.read([Read("empty", 0, 0, seen.append), Read("page", 9, 0, seen.append)], pool=pool, io=road)
         assert [(raw.dtype, raw.numel()) for raw in seen] == [(torch.uint8, 0)] * 2

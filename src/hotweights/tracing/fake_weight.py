@@ -1,4 +1,4 @@
-"""StandIn: a tensor without data, and the scalar that ``item()`` of one gives. What happens to them others record."""
+"""FakeWeight: a fake tensor that stands for a weight of the source. Scalar: what ``item()`` of one gives."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from torch.utils._pytree import tree_flatten
 
 
 class Witness(Protocol):
-    """Is told what happens to stand-ins, from any thread."""
+    """Is told what happens to fake tensors, from any thread."""
 
     def dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Do an operation with a stand-in, or record it; returns what the loading code gets."""
+        """Do an operation with a fake tensor, or record it; returns what the loading code gets."""
 
-    def scalar(self, standin: StandIn) -> Scalar:
-        """What stands in for the stand-in's value."""
+    def scalar(self, standin: FakeWeight) -> Scalar:
+        """What stands in for the fake tensor's value."""
 
     def refuse(self, what: str, tensors: Iterable[torch.Tensor], where: str = "") -> ValueRead:
-        """Note what was asked for; the error to raise into the loading code."""
+        """GraphBreak what was asked for; the error to raise into the loading code."""
 
 
 class ValueRead(RuntimeError):
-    """Loading code asked for a value or an address that a stand-in does not have. Raised into the loading code."""
+    """Loading code asked for a value or an address that a fake tensor does not have. Raised into the loading code."""
 
 
-class StandIn(torch.Tensor):
+class FakeWeight(torch.Tensor):
     """A tensor without data that reports the dtype, shape and device of a real one, in any thread."""
 
     _meta: torch.Tensor
@@ -39,10 +39,10 @@ class StandIn(torch.Tensor):
     _dtype: torch.dtype
 
     @staticmethod
-    def __new__(cls, meta: torch.Tensor, recorder: Witness, device: torch.device) -> StandIn:
+    def __new__(cls, meta: torch.Tensor, recorder: Witness, device: torch.device) -> FakeWeight:
         """Stand in for the tensor that ``meta`` describes, on ``device``."""
         shape, dtype = meta.size(), meta.dtype
-        self: StandIn = torch.Tensor._make_wrapper_subclass(
+        self: FakeWeight = torch.Tensor._make_wrapper_subclass(
             cls,
             shape,
             strides=meta.stride(),
@@ -73,7 +73,7 @@ class StandIn(torch.Tensor):
         return self._shape if dim is None else self._shape[dim]
 
     def __repr__(self) -> str:  # type: ignore[override]
-        return f"<StandIn {self.dtype} {list(self.shape)}>"
+        return f"<FakeWeight {self.dtype} {list(self.shape)}>"
 
     @classmethod
     def __torch_function__(
@@ -83,13 +83,13 @@ class StandIn(torch.Tensor):
             # A clone: what the tensor holds later is not what was asked for now.
             cloned = torch._C._disabled_torch_function_impl(torch.Tensor.clone, types, (args[0],), {})
             return args[0]._recorder.scalar(torch._C._disabled_torch_function_impl(_RESHAPE, types, (cloned, ()), {}))
-        if func is torch.Tensor.new_tensor:  # It would lie on meta, where stand-ins really are, and hold nothing.
+        if func is torch.Tensor.new_tensor:  # It would lie on meta, where fake tensors really are, and hold nothing.
             kwargs = {"dtype": args[0].dtype, "device": args[0]._device, **(kwargs or {})}
             return torch.tensor(*args[1:], **kwargs)
         what = VALUE_READS.get(func)
         if what is not None:
-            one = next(value for value in args if isinstance(value, StandIn))
-            raise one._recorder.refuse(what, [value for value in args if isinstance(value, StandIn)])
+            one = next(value for value in args if isinstance(value, FakeWeight))
+            raise one._recorder.refuse(what, [value for value in args if isinstance(value, FakeWeight)])
         if torch._C._is_any_autocast_enabled():  # Seen only from here: below, autocast has done its work and is off.
             return _under_autocast(torch._C._disabled_torch_function_impl, func, types, args, kwargs or {})
         return torch._C._disabled_torch_function_impl(func, types, args, kwargs or {})
@@ -102,10 +102,10 @@ class StandIn(torch.Tensor):
             return args[0]._device
         leaves = tree_flatten((args, kwargs))[0] if kwargs else args
         for value in leaves:
-            if isinstance(value, StandIn):
+            if isinstance(value, FakeWeight):
                 return value._recorder.dispatch(func, args, kwargs or {})
         for value in tree_flatten((args, kwargs))[0]:
-            if isinstance(value, StandIn):
+            if isinstance(value, FakeWeight):
                 return value._recorder.dispatch(func, args, kwargs or {})
         raise AssertionError(func)
 
@@ -119,8 +119,8 @@ def under_autocast() -> bool:
 
 
 def meta_of(value: Any) -> Any:
-    """What describes a stand-in; any other value as it is."""
-    return value._meta if isinstance(value, StandIn) else value
+    """What describes a fake tensor; any other value as it is."""
+    return value._meta if isinstance(value, FakeWeight) else value
 
 
 def _under_autocast(call: Callable[..., Any], *args: Any) -> Any:
@@ -132,9 +132,9 @@ def _under_autocast(call: Callable[..., Any], *args: Any) -> Any:
 
 
 class Scalar:
-    """What ``.item()`` of a stand-in gives: it may fill a tensor, and do nothing else. To ``isinstance`` a number."""
+    """What ``.item()`` of a fake tensor gives: it may fill a tensor, and nothing else. To ``isinstance`` a number."""
 
-    def __init__(self, standin: StandIn) -> None:
+    def __init__(self, standin: FakeWeight) -> None:
         self.standin = standin
         self.used = False
         self._where = line_of_the_model()
@@ -155,13 +155,13 @@ class Scalar:
             raise scalars[0].refused()
         return func(*args[:-1], scalars[0].filling())
 
-    def filling(self) -> StandIn:
-        """The stand-in, of which something is filled with its value."""
+    def filling(self) -> FakeWeight:
+        """The fake tensor, of which something is filled with its value."""
         self.used = True
         return self.standin
 
     def refused(self) -> ValueRead:
-        """Note that the value was asked for; the error to raise."""
+        """GraphBreak that the value was asked for; the error to raise."""
         self.used = True
         return self.standin._recorder.refuse(".item()", [self.standin], self._where)
 

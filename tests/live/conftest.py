@@ -1,6 +1,0 @@
-"""The zoo can be imported by its name."""
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent))
