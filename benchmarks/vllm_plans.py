@@ -283,7 +283,7 @@ def examine(name: str, directory: Path, rank: int, ranks: int, repeats: int) -> 
         result.slices, result.programs = len(sliced), sum(isinstance(step, Program) for step in plan.steps)
         result.bytes_needed = needed(plan, manifest)
         result.fallback, result.skipped = len(plan.fallback), len(plan.names(hw.Fate.SKIPPED))
-        result.notes = [f"{note.what} of {len(note.sources)} tensors at {short(note.where)}" for note in plan.graph_breaks]
+        result.notes = [f"{one.what} of {len(one.sources)} tensors at {short(one.where)}" for one in plan.graph_breaks]
         result.side_effects, result.state_read = list(plan.side_effects), list(plan.state_read)
 
         def road(words: str, what: Any, seed: int | None) -> None:

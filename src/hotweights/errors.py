@@ -1,8 +1,8 @@
-"""Every error we raise, drawn as one tree with two trunks. Nothing else lives here.
+"""Every error we raise, drawn as one tree. ``except HotweightsError`` catches all of them (docs/decisions/0009).
 
 ::
 
-    HotweightsError             a correct program may meet it
+    HotweightsError             whatever hotweights raises; raised itself by nothing
     ├── CheckpointError         a checkpoint is not what it says it is
     │   └── CheckpointChanged   it changed between open and the end of reading
     ├── UnsupportedDtype        the installed torch has no type for these bytes
@@ -22,15 +22,14 @@
     │   ├── PeerLost            the process on the other end is gone
     │   ├── ProtocolError       what the other end said is not what may be said
     │   └── AddressTaken        another sender listens there; the message says which process
-    └── PoolTimeout             no memory came free in time
-
-    UsageError                  fix the program
-    ├── StaleLease              a tensor was used after its lease ended
-    ├── BorrowedTensor          a borrowed tensor was about to be written, or its address to escape
-    ├── Closed                  something was used after close()
-    ├── NoManifest              an iterator came without a manifest; the message says what to pass
-    ├── UnknownName             an option or a kind nobody knows; the message lists the known ones
-    └── MissingPackage          an optional package is needed; the message says what to install
+    ├── PoolTimeout             no memory came free in time
+    └── UsageError              the calling program is wrong; fix it
+        ├── StaleLease              a tensor was used after its lease ended
+        ├── BorrowedTensor          a borrowed tensor was about to be written, or its address to escape
+        ├── Closed                  something was used after close()
+        ├── NoManifest              an iterator came without a manifest; the message says what to pass
+        ├── UnknownName             an option or a kind nobody knows; the message lists the known ones
+        └── MissingPackage          an optional package is needed; the message says what to install
 """
 
 from __future__ import annotations
@@ -72,10 +71,10 @@ _SHOWN = 50  # A 20,000-tensor mismatch must not bury the terminal; `problems` h
 
 
 class HotweightsError(Exception):
-    """A correct program may meet this: bad files, lost peers, exhausted bounds."""
+    """What every error of ours is. A correct program may meet one: bad files, lost peers, exhausted bounds."""
 
 
-class UsageError(Exception):
+class UsageError(HotweightsError):
     """The calling program is wrong and should be fixed."""
 
 

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 _SHOWN = 3  # names a line; the report holds all of them
+
+
+def some(names: Sequence[str], limit: int = 10) -> str:
+    """The first ``limit`` names and how many more there are: ``a, b and 7 more``."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def table(rows: Iterable[tuple[str, str]], width: int = 10) -> str:
+    """Lines of a label, right-aligned in a column at least ``width`` wide, and a text."""
+    rows = list(rows)
+    width = max(width, *(len(label) for label, _ in rows)) if rows else width
+    return "\n".join(f"{label:>{width}}  {text}" for label, text in rows)
 
 
 def size(nbytes: int) -> str:

@@ -28,10 +28,7 @@ def ending(*, as_json: bool) -> Iterator[None]:
         yield
     except HotweightsError as error:
         _tell(error, as_json)
-        raise typer.Exit(REFUSED) from None
-    except UsageError as error:
-        _tell(error, as_json)
-        raise typer.Exit(WRONG_USAGE) from None
+        raise typer.Exit(WRONG_USAGE if isinstance(error, UsageError) else REFUSED) from None
     except KeyboardInterrupt as error:
         _tell(error, as_json)
         raise typer.Exit(INTERRUPTED) from None

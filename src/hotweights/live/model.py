@@ -229,6 +229,8 @@ class LiveModel:
             stack.enter_context(refusing(source))
             try:
                 found = stack.enter_context(opened(source))
+            except UsageError:
+                raise
             except HotweightsError as error:
                 raise UpdateAborted(f"{self._left()}; the source cannot be opened: {error}") from error
             update = stack.enter_context(self.begin(found.manifest, atomic=atomic, only=only))
@@ -264,6 +266,8 @@ class LiveModel:
                     found = self._known.plans.find(manifest, only, self._known.live)
                 job = self._known.job(self._process, *found)
                 return self._started(job, self._known.way(atomic, job))
+            except UsageError:
+                raise
             except HotweightsError as error:
                 raise UpdateAborted(f"{self._left()}; nothing was changed: {error}") from error
 

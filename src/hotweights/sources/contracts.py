@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from types import TracebackType
 from typing import Literal, Protocol, runtime_checkable
 
 import msgspec
@@ -68,9 +67,7 @@ class Stream(Protocol):
     def __iter__(self) -> Iterator[Lease]: ...
     def __next__(self) -> Lease: ...
     def __enter__(self) -> Stream: ...
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    def __exit__(self, *error: object) -> None: ...
     def close(self) -> None:
         """End the running lease and every wait. May be called twice."""
 
@@ -93,9 +90,7 @@ class Source(Protocol):
         """Let go of files and memory. May be called twice."""
 
     def __enter__(self) -> Source: ...
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    def __exit__(self, *error: object) -> None: ...
 
 
 @runtime_checkable

@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -113,9 +112,7 @@ class IteratorSource:
     def __enter__(self) -> IteratorSource:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def __repr__(self) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from types import TracebackType
 
 import torch
 
@@ -137,9 +136,7 @@ class Receiver:
     def __enter__(self) -> Receiver:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is not None:
             self.refuse(error)
         self.close()
@@ -179,12 +176,10 @@ class _Stream(LeaseStream):
         super().close()
         self._taking.leave()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is not None:
-            self._taking.fail(error)
-        super().__exit__(kind, error, trace)
+    def __exit__(self, *error: object) -> None:
+        if isinstance(error[1], BaseException):
+            self._taking.fail(error[1])
+        super().__exit__(*error)
 
     def _cancel(self) -> None:
         self._taking.cancelled = True

@@ -7,7 +7,6 @@ import threading
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
 from functools import partial
-from types import TracebackType
 from typing import NamedTuple
 
 import msgspec
@@ -137,9 +136,7 @@ class FileSource:
     def __enter__(self) -> FileSource:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def __del__(self) -> None:

@@ -7,10 +7,9 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from types import TracebackType
 from typing import NamedTuple
 
-from ...errors import Closed, HotweightsError, MissingPackage, SourceError, UnknownName, UsageError
+from ...errors import Closed, HotweightsError, MissingPackage, SourceError, UnknownName
 from ...manifest import Manifest
 from ...memory.guards import Guard
 from ..files.shards import Shard, open_shards
@@ -91,9 +90,7 @@ class ReaderSource:
     def __enter__(self) -> ReaderSource:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def __del__(self) -> None:
@@ -125,7 +122,7 @@ class _Reading(Iterable[Pair]):
     def __iter__(self) -> Iterator[Pair]:
         try:
             yield from self._reader.read(self._paths, borrow=self._borrow)
-        except (HotweightsError, UsageError):
+        except HotweightsError:
             raise
         except Exception as error:
             self._check_files()  # If one was cut or replaced, that is what the package stumbled over.
