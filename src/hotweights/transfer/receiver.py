@@ -136,9 +136,9 @@ class Receiver:
     def __enter__(self) -> Receiver:
         return self
 
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is not None:
-            self.refuse(error)
+    def __exit__(self, *error: object) -> None:
+        if isinstance(error[1], BaseException):
+            self.refuse(error[1])
         self.close()
 
     def __repr__(self) -> str:
