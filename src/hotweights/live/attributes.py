@@ -1,7 +1,8 @@
-"""Holders: containers and objects that a layer's attributes lead to, and what they hold. It follows no module's own.
+"""Holders: the containers and objects that a layer's attributes lead to, and what they hold.
 
-What a holder holds is its *state*, a dict: attributes of an object, items of a dict, a list (by number) or a set. A
-module that is none of the model's own (processing made it) is an object like others.
+A holder is a dict, list, set, tuple or plain object. Its *state* is a dict of what it holds: attributes of an object,
+items of a dict, a list (by number) or a set. Modules of the model are not followed; a module that processing made, and
+that the model does not register, is an object like others.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from torch import nn
 from ..memory.wrappers import attributes_of, leaves, rebuilt
 
 ABSENT: Any = object()
-"""In changes of a state: that it holds the key no more."""
+"""Stands for a key that a holder no longer has, where changes of its state are told."""
 
 _DEPTH = 6
 _STORES = ("_parameters", "_buffers", "_non_persistent_buffers_set")
-# Of what torch keeps in a module, processing changes the children and what is called in a forward pass. Whether it
-# trains is the caller's: a module that is made anew would not be in eval mode.
+# Of what torch keeps in a module, processing changes the children and the hooks of a forward pass. `training` is the
+# caller's: put back with the rest, a model would leave eval mode.
 _PRIVATE = set(nn.Module().__dict__) - {
     "_modules",
     "_forward_hooks",
@@ -50,10 +51,12 @@ class Held(NamedTuple):
 def held_by(
     attributes: Mapping[str, object], own: Container[int] | None = None, parts: Mapping[str, nn.Module] | None = None
 ) -> dict[str, Held]:
-    """Every holder that attributes lead to, by its path; one that several lead to has the first of them in order.
+    """Every holder that attributes lead to, by its path. Where several lead to one, it has the first path in order.
 
-    ``own`` are the ids of the model's own modules, which are not followed; without it, none is. ``parts`` are such that
-    are holders all the same.
+    Args:
+        attributes: of a module, by name.
+        own: ids of the model's modules, which are not followed. Without it no module is followed.
+        parts: modules that are followed all the same, by path: a ``quant_method`` that is a child.
     """
     walk = _Walk(own)
     for path, part in (parts or {}).items():
@@ -109,12 +112,12 @@ def _is_holder(value: object) -> bool:
 
 
 def is_opaque(value: object) -> bool:
-    """Whether it may hold memory that nobody sees: code with what it closes over, objects without attributes."""
+    """Whether tensors in it cannot be seen: it is code that closes over them, or an object without attributes."""
     return not isinstance(value, (*_PLAIN, *_TORCH, nn.Module, torch.Tensor)) and not _is_holder(value)
 
 
 def hides_memory(value: object, depth: int = 0) -> bool:
-    """Whether it may hold addresses of memory that it does not own, where nobody sees them."""
+    """Whether it may hold addresses of other memory, where nobody sees them: a packed handle, a closure over one."""
     if isinstance(value, (*_PLAIN, *_TORCH, nn.Module, torch.Tensor, types.BuiltinFunctionType)):
         return False
     if depth > _DEPTH:
@@ -133,12 +136,15 @@ def hides_memory(value: object, depth: int = 0) -> bool:
 
 
 def step(path: str, holder: object, key: object) -> str:
-    """The path of what a holder holds, as code would write it."""
+    """The path of what a holder holds under ``key``, written as Python would write it."""
     return f"{path}[{key!r}]" if isinstance(holder, (dict, list, set, tuple)) else f"{path}.{key}"
 
 
 def state_of(holder: Any) -> dict[Any, object]:
-    """What it holds now. Of modules and tensors: attributes but for tensors that torch keeps; of modules the class."""
+    """What a holder, module or tensor holds now.
+
+    Of a module: its class and attributes, without the stores of parameters and buffers. Of a tensor: its attributes.
+    """
     if type(holder) in _CONTAINERS and not holder:
         return {}
     if isinstance(holder, nn.Module):
@@ -153,7 +159,7 @@ def state_of(holder: Any) -> dict[Any, object]:
 
 
 def assign(holder: Any, wanted: Mapping[Any, object]) -> None:
-    """Make it hold this, and nothing else. A tuple is what it is."""
+    """Make a holder hold ``wanted`` and nothing else. A tuple cannot be changed, and is left as it is."""
     now = state_of(holder)
     if isinstance(holder, tuple) or (now.keys() == wanted.keys() and all(now[key] is wanted[key] for key in now)):
         return
@@ -175,7 +181,7 @@ def assign(holder: Any, wanted: Mapping[Any, object]) -> None:
 
 
 def amend(holder: object, changes: Mapping[Any, object]) -> None:
-    """Change a part of what it holds."""
+    """Change some of what a holder holds; ``ABSENT`` takes a key away."""
     wanted = {**state_of(holder), **changes}
     assign(holder, {key: value for key, value in wanted.items() if value is not ABSENT})
 
@@ -192,7 +198,7 @@ Exchange = Callable[[str, torch.Tensor], torch.Tensor]
 
 
 def exchanged(path: str, value: object, exchange: Exchange) -> object:
-    """A value with other tensors: of a tuple a new one, if need be; other holders are as they are."""
+    """The value with its tensors exchanged: a tensor, or a tuple, which is made anew. Other holders are left alone."""
     if isinstance(value, torch.Tensor):
         return exchange(path, value)
     if not isinstance(value, tuple) or isinstance(value, torch.Size):
@@ -204,7 +210,7 @@ def exchanged(path: str, value: object, exchange: Exchange) -> object:
 
 
 def remade(like: tuple[object, ...], items: list[object]) -> tuple[object, ...]:
-    """A tuple of the same class; named ones take their items one by one."""
+    """A tuple of the same class with other items. Named tuples take their items as arguments."""
     make: Callable[..., tuple[object, ...]] = type(like)
     return make(*items) if hasattr(like, "_fields") else make(items)
 

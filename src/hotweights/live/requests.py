@@ -1,4 +1,4 @@
-"""Requests: what the plan of an update asks of a source that can choose, by tensor. It moves no byte."""
+"""Requests: what an update asks of a source that sends only what it is asked for, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -19,34 +19,34 @@ from .groups import LayerGroup
 Room = Callable[[LayerGroup, Copy], torch.Tensor | None]
 
 
-def requests(units: Iterable[LayerGroup], plan: LoadPlan, give: Room) -> list[Request]:
-    """A request for each tensor that the units take, in their order, and for what the model's own code gets, last.
+def requests(groups: Iterable[LayerGroup], plan: LoadPlan, give: Room) -> list[Request]:
+    """A request for each tensor that the groups take, in their order, and for what the model's own code gets, last.
 
     Args:
-        units: in the order in which they shall be filled.
+        groups: in the order in which they shall be filled.
         plan: which they are parts of.
         give: what ``Request.into`` asks.
     """
     place = {name: number for number, name in enumerate(plan.manifest)}
     takes: dict[str, list[tuple[LayerGroup, Step, bool]]] = defaultdict(list)
-    for unit in units:
-        for name in sorted(unit.sources, key=place.__getitem__):
+    for group in groups:
+        for name in sorted(group.sources, key=place.__getitem__):
             takes[name]  # Names in this order; what takes them follows.
-        for step, at_once in _steps(unit):
+        for step, at_once in _steps(group):
             for name in step.sources:
-                takes[name].append((unit, step, at_once))
+                takes[name].append((group, step, at_once))
     for name in plan.fallback:
         takes[name] = []
     return [_request(plan.manifest[name], found, give) for name, found in takes.items()]
 
 
-def _steps(unit: LayerGroup) -> Iterator[tuple[Step, bool]]:
+def _steps(group: LayerGroup) -> Iterator[tuple[Step, bool]]:
     """All that takes tensors; and whether it is done as they come, and by nothing but a copy."""
-    first = min(unit.plan.levels, default=0)
-    levels = unit.plan.levels or (first,) * len(unit.plan.steps)
-    for step, level in zip(unit.plan.steps, levels, strict=True):
+    first = min(group.plan.levels, default=0)
+    levels = group.plan.levels or (first,) * len(group.plan.steps)
+    for step, level in zip(group.plan.steps, levels, strict=True):
         yield step, level == first and isinstance(step, Copy)
-    for pair in unit.plan.ties:
+    for pair in group.plan.ties:
         yield from ((one, False) for one in pair)
 
 
@@ -58,13 +58,13 @@ def _request(spec: TensorSpec, takes: list[tuple[LayerGroup, Step, bool]], give:
         ranges = None
     into = None
     if len(takes) == 1:
-        unit, step, at_once = takes[0]
+        group, step, at_once = takes[0]
         if (
             at_once
             and isinstance(step, Copy)
             and (step.of is None or (range_of(step.of),) == ranges or _all(step, spec))
         ):
-            into = partial(give, unit, step)
+            into = partial(give, group, step)
     return Request(spec.name, ranges, into)
 
 
