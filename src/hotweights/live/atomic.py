@@ -180,12 +180,15 @@ class Staged:
         before = [(module, contents(module, own)) for module in modules]
         try:
             for module, held in before:
-                put(module, held.replaced({key: shown[id(one)] for key, one in held.tensors() if id(one) in shown}))
+                put(
+                    module,
+                    held.replaced({key: shown[id(tensor)] for key, tensor in held.tensors() if id(tensor) in shown}),
+                )
             for holder, changes in self._held:
                 if not isinstance(holder, torch.Tensor):
                     amend(
                         holder,
-                        {key: exchanged("", one, lambda _, t: shown.get(id(t), t)) for key, one in changes.items()},
+                        {key: exchanged("", value, lambda _, t: shown.get(id(t), t)) for key, value in changes.items()},
                     )
             yield
         finally:

@@ -63,12 +63,12 @@ def held_by(
         walk.part(path, part)
     for key in sorted(attributes):
         walk.on(key, attributes[key], 0)
-    return walk.found
+    return walk.holders
 
 
 class _Walk:
     def __init__(self, own: Container[int] | None) -> None:
-        self.found: dict[str, Held] = {}
+        self.holders: dict[str, Held] = {}
         self._seen: set[int] = set()
         self._own = own
 
@@ -81,17 +81,17 @@ class _Walk:
             return
         self._seen.add(id(value))
         state = state_of(value)
-        self.found[path] = Held(value, state)
+        self.holders[path] = Held(value, state)
         inside = state if not is_module else state | {key: value.__dict__[key] for key in _STORES}
-        for key, one in inside.items():
-            self.on(step(path, value, key), one, depth if is_module else depth + 1)
+        for key, item in inside.items():
+            self.on(step(path, value, key), item, depth if is_module else depth + 1)
 
     def part(self, path: str, module: nn.Module) -> None:
         self._seen.add(id(module))
         state = state_of(module)
-        self.found[path] = Held(module, state)
-        for key, one in state.items():
-            self.on(step(path, module, key), one, 1)
+        self.holders[path] = Held(module, state)
+        for key, value in state.items():
+            self.on(step(path, module, key), value, 1)
 
     def _is_foreign(self, module: object) -> bool:
         return self._own is not None and id(module) not in self._own
@@ -132,7 +132,7 @@ def hides_memory(value: object, depth: int = 0) -> bool:
         inside = list(state_of(value).values())
     else:
         return True
-    return any(hides_memory(one, depth + 1) for one in inside)
+    return any(hides_memory(value, depth + 1) for value in inside)
 
 
 def step(path: str, holder: object, key: object) -> str:
@@ -155,7 +155,7 @@ def state_of(holder: Any) -> dict[Any, object]:
         return dict(holder)
     if isinstance(holder, (list, tuple)):
         return dict(enumerate(holder))
-    return {one: one for one in holder} if isinstance(holder, set) else dict(vars(holder))
+    return {item: item for item in holder} if isinstance(holder, set) else dict(vars(holder))
 
 
 def assign(holder: Any, wanted: Mapping[Any, object]) -> None:
@@ -203,7 +203,7 @@ def exchanged(path: str, value: object, exchange: Exchange) -> object:
         return exchange(path, value)
     if not isinstance(value, tuple) or isinstance(value, torch.Size):
         return value
-    items = [exchanged(step(path, value, number), one, exchange) for number, one in enumerate(value)]
+    items = [exchanged(step(path, value, number), item, exchange) for number, item in enumerate(value)]
     if all(new is old for new, old in zip(items, value, strict=True)):
         return value
     return remade(value, items)

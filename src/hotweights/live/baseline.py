@@ -67,7 +67,9 @@ class Baseline:
                 own=own,
                 shared=shared,
             )
-            for module, names in layers_of(model, lambda _, one: one in self._processed or one in by_own_code).items()
+            for module, names in layers_of(
+                model, lambda _, layer: layer in self._processed or layer in by_own_code
+            ).items()
         ]
         self.live = self._tensors(plan)
         self._layout = MemoryLayout(self.live)
@@ -120,14 +122,14 @@ class Baseline:
 
     def _tensors(self, plan: LoadPlan) -> dict[str, torch.Tensor]:
         """Every tensor that is kept in place: parameters, buffers, attributes of layers, what only the plan knows."""
-        found = survey(self._model).tensors
+        tensors = survey(self._model).tensors
         for layer in self._layers:
-            found |= layer.tensors()
-        unnamed = {name for step in plan.steps for name in step.destinations} - found.keys()
+            tensors |= layer.tensors()
+        unnamed = {name for step in plan.steps for name in step.destinations} - tensors.keys()
         if unnamed:
             reached = reachable(self._model)
-            found |= {name: reached[name] for name in unnamed if name in reached}
-        return {name: one for name, one in found.items() if not nn.parameter.is_lazy(one)}
+            tensors |= {name: reached[name] for name in unnamed if name in reached}
+        return {name: tensor for name, tensor in tensors.items() if not nn.parameter.is_lazy(tensor)}
 
     def committed(self, job: Job) -> None:
         """Take note that a version came by this job. From the first one on, every live tensor stays where it is."""
@@ -139,7 +141,7 @@ class Baseline:
             # A tensor that no step writes and no layer has may be replaced by whoever uses it: a table that is cast.
             alone = {name for group in self._layout.together() if written.isdisjoint(group) for name in group}
             free |= alone.difference(*(layer.tensors() for layer in self._layers))
-            self._where = {name: _where(one) for name, one in self.live.items() if name not in free - written}
+            self._where = {name: _where(tensor) for name, tensor in self.live.items() if name not in free - written}
 
     def prove(self) -> None:
         """See that every live tensor is where it was, with its shape and dtype, and that modules were not replaced.
@@ -186,13 +188,13 @@ class Baseline:
         if not isinstance(source, InMemory):
             return source
         borrowed = {name: source.borrow(name) for name in source.manifest}
-        both = {f"model {name}": one for name, one in self.live.items()}
-        both |= {f"source {name}": one for name, one in borrowed.items()}
+        both = {f"model {name}": tensor for name, tensor in self.live.items()}
+        both |= {f"source {name}": tensor for name, tensor in borrowed.items()}
         groups = (group for group in MemoryLayout(both).together() if any(name.startswith("model ") for name in group))
         shared = {name.removeprefix("source ") for group in groups for name in group if name.startswith("source ")}
         if not shared:
             return source
-        return StateSource({name: one.clone() if name in shared else one for name, one in borrowed.items()})
+        return StateSource({name: tensor.clone() if name in shared else tensor for name, tensor in borrowed.items()})
 
     def reset(self, begun: Sequence[LayerGroup]) -> None:
         """After a first load that failed, put the model into checkpoint format again.
@@ -224,8 +226,8 @@ def _by_own_code(model: nn.Module, plan: LoadPlan) -> set[nn.Module]:
     if not plan.fallback:
         return set()
     covers = coverage(plan)
-    found = ((place.module, place.tensor, elements(covers, plan, place.name)) for place in places(model))
-    return {module for module, tensor, count in found if nn.parameter.is_lazy(tensor) or count < tensor.numel()}
+    counted = ((place.module, place.tensor, elements(covers, plan, place.name)) for place in places(model))
+    return {module for module, tensor, count in counted if nn.parameter.is_lazy(tensor) or count < tensor.numel()}
 
 
 def _shared(model: nn.Module, own: Container[int]) -> set[int]:
@@ -233,7 +235,7 @@ def _shared(model: nn.Module, own: Container[int]) -> set[int]:
     seen: Counter[int] = Counter()
     for module in model.modules():
         seen.update(id(held.holder) for held in held_by(state_of(module), own).values())
-    return {one for one, count in seen.items() if count > 1}
+    return {identity for identity, count in seen.items() if count > 1}
 
 
 def _where(tensor: torch.Tensor) -> tuple[object, ...]:

@@ -39,4 +39,4 @@ def _frozen() -> int:
 
 def _frozen_alive() -> int:
     graph = getattr(sys.modules.get("torch._inductor.output_code"), "CompiledFxGraph", None)
-    return sum(len(getattr(one, "frozen_param_names", ())) for one in gc.get_objects() if type(one) is graph)
+    return sum(len(getattr(item, "frozen_param_names", ())) for item in gc.get_objects() if type(item) is graph)

@@ -68,7 +68,7 @@ def groups_of(plan: LoadPlan, layers: Sequence[Layer], layout: MemoryLayout) -> 
     for overlapping in layout.together():
         names.setdefault(together.of(overlapping[0]), []).extend(overlapping)
     groups = [
-        _group(plan, steps.get(root, ()), found, names.get(root, ()), layout) for root, found in scratched.items()
+        _group(plan, steps.get(root, ()), inside, names.get(root, ()), layout) for root, inside in scratched.items()
     ]
     return _group(plan, steps.get("", ()), (), (), layout), groups
 
@@ -97,7 +97,7 @@ def parts_of(group: LayerGroup, layout: MemoryLayout) -> Iterator[LayerGroup]:
         together.join(_named(step))
     for step in plan.steps:
         waiting |= {together.of(name) for name in _named(step)} if isinstance(step, Program) else set()
-    waiting |= {together.of(one.destination) for pair in plan.ties for one in pair}
+    waiting |= {together.of(step.destination) for pair in plan.ties for step in pair}
     steps: dict[str, list[int]] = {}
     for number, step in enumerate(plan.steps):
         root = together.of(_named(step)[0]) if _named(step) else ""
@@ -134,7 +134,7 @@ def _group(
         unwritten=frozenset(name for name in names if layout.of(name) not in written),
         plan=part,
         touched=frozenset(touched),
-        sources=frozenset(name for step in (*steps, *(one for pair in ties for one in pair)) for name in step.sources),
+        sources=frozenset(name for step in (*steps, *chain.from_iterable(ties)) for name in step.sources),
         in_place=not layers and not names,
         deferred=any(layer.deferred for layer in layers),
     )
@@ -154,13 +154,13 @@ Coverage = Mapping[str, list[Box]]
 
 def coverage(plan: LoadPlan) -> dict[str, list[Box]]:
     """What the plan writes."""
-    found: dict[str, dict[Box, None]] = {}
+    boxes: dict[str, dict[Box, None]] = {}
     for step in plan.steps:
         for name, box in step.written:
             target = plan.targets.get(name)
             if target is not None:
-                found.setdefault(target.owner, {})[target.box if box is None else box] = None
-    return {owner: list(boxes) for owner, boxes in found.items()}
+                boxes.setdefault(target.owner, {})[target.box if box is None else box] = None
+    return {owner: list(several) for owner, several in boxes.items()}
 
 
 def elements(covers: Coverage, plan: LoadPlan, name: str) -> int:
@@ -175,12 +175,12 @@ def needs_initial(plan: LoadPlan, group: LayerGroup, covers: Coverage, layout: M
     Those are tensors of its layers that the plan writes only in part or not at all, and tensors that a step reads
     before it writes them.
     """
-    found = {name for name in group.names if elements(covers, plan, name) < layout.box(name).numel}
+    names = {name for name in group.names if elements(covers, plan, name) < layout.box(name).numel}
     written: dict[str, list[Box]] = {}
     for step in chain.from_iterable(group.plan.by_level()):
         if isinstance(step, Program):
-            found |= read_too_early(step.ops, written)
+            names |= read_too_early(step.ops, written)
         elif step.destination in plan.targets:
             box = plan.targets[step.destination].box if step.into is None else step.into
             written.setdefault(step.destination, []).append(box)
-    return {name for name in found if name in layout}
+    return {name for name in names if name in layout}

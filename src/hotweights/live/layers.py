@@ -53,17 +53,17 @@ class Contents(NamedTuple):
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """What ``own`` gives, and every tensor in holders, by path."""
         yield from self.own()
-        yield from ((path, one) for path, one in tensors_in(self.holders) if path not in self.others)
+        yield from ((path, tensor) for path, tensor in tensors_in(self.holders) if path not in self.others)
 
     def replaced(self, made: Mapping[str, torch.Tensor]) -> Contents:
         """The same, with the tensors of ``made`` in place of those at their keys and paths."""
         change = by_name(made)
         stores = (self.parameters, self.buffers, self.attributes)
         parameters, buffers, attributes = (
-            {key: exchanged(key, one, change) for key, one in store.items()} for store in stores
+            {key: exchanged(key, value, change) for key, value in store.items()} for store in stores
         )
         holders = {
-            path: Held(holder, {key: exchanged(step(path, holder, key), one, change) for key, one in state.items()})
+            path: Held(holder, {key: exchanged(step(path, holder, key), value, change) for key, value in state.items()})
             for path, (holder, state) in self.holders.items()
         }
         return Contents(parameters, buffers, set(self.transient), attributes, holders, self.others)  # type: ignore[arg-type]
@@ -148,7 +148,7 @@ class Layer:
     def contents(self) -> Contents:
         """What the module holds now."""
         held = contents(self.module, self._own)
-        shared = {path: one for path, one in held.holders.items() if id(one.holder) in self._shared}
+        shared = {path: item for path, item in held.holders.items() if id(item.holder) in self._shared}
         others = frozenset(path for path, _ in tensors_in(shared)) - self.acted if shared else frozenset()
         return held._replace(others=others)
 
@@ -158,7 +158,7 @@ class Layer:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors that it holds now, by every qualified name."""
-        return {_joined(name, key): one for name in self.names for key, one in self.contents().tensors()}
+        return {_joined(name, key): tensor for name in self.names for key, tensor in self.contents().tensors()}
 
     def captured(self) -> dict[str, torch.Tensor]:
         """The twins of its checkpoint format, by every qualified name."""
@@ -179,7 +179,7 @@ class Layer:
         if not anew:
             back = self.acted | made.keys()
             attributes = _partly(state_of(self.module), held.attributes, lambda key: key in back)
-            holders = {path: _opened(path, one, back) for path, one in held.holders.items()}
+            holders = {path: _opened(path, item, back) for path, item in held.holders.items()}
             held = held._replace(attributes=attributes, holders=holders)
         put(self.module, held)
         return held
@@ -232,7 +232,7 @@ class Layer:
 
 def _loads(module: nn.Module) -> bool:
     """Whether the module or one beneath it has tensors, so that weights may be loaded into it."""
-    return any(one._parameters or one._buffers for one in module.modules())
+    return any(child._parameters or child._buffers for child in module.modules())
 
 
 def _changed(old: Mapping[Any, object], new: Mapping[Any, object]) -> set[Any]:
@@ -276,24 +276,24 @@ def unmoved(modules: Iterable[nn.Module]) -> Iterator[None]:
         LiveModelError: it replaced or moved some. They are put back, as they are when the code fails.
     """
     before = [(module, contents(module)) for module in modules]
-    memory = [(one, one.data) for _, held in before for _, one in held.own() if has_bytes(one)]
+    memory = [(tensor, tensor.data) for _, held in before for _, tensor in held.own() if has_bytes(tensor)]
     try:
         yield
         replaced = sum(not _same_objects(contents(module), held) for module, held in before)
-        replaced += sum(one.data_ptr() != data.data_ptr() for one, data in memory)
+        replaced += sum(tensor.data_ptr() != data.data_ptr() for tensor, data in memory)
         if replaced:
             raise LiveModelError("the model's own loading code replaced tensors that are live, instead of writing them")
     except BaseException:
         for module, held in before:
             put(module, held)
-        for one, data in memory:
-            if one.data_ptr() != data.data_ptr():
-                one.data = data
+        for tensor, data in memory:
+            if tensor.data_ptr() != data.data_ptr():
+                tensor.data = data
         raise
 
 
-def _same_objects(one: Contents, other: Contents) -> bool:
-    return {key: id(tensor) for key, tensor in one.own()} == {key: id(tensor) for key, tensor in other.own()}
+def _same_objects(now: Contents, before: Contents) -> bool:
+    return {key: id(tensor) for key, tensor in now.own()} == {key: id(tensor) for key, tensor in before.own()}
 
 
 Selection = Patterns | Callable[[nn.Module], bool]

@@ -44,21 +44,23 @@ def differences(
     Raises:
         LiveModelError: a live tensor would have to change its shape or dtype, or to come or go.
     """
-    old = {key: one for key, one in live.tensors() if layer.full(key) not in idle}
-    ours = {key: one for key, one in old.items() if layer.full(key) in known}
-    new = {key: one for key, one in made.tensors() if layer.full(key) not in idle}
+    old = {key: tensor for key, tensor in live.tensors() if layer.full(key) not in idle}
+    ours = {key: tensor for key, tensor in old.items() if layer.full(key) in known}
+    new = {key: tensor for key, tensor in made.tensors() if layer.full(key) not in idle}
     strange = {path for path, _ in tensors_in(made.holders)} - layer.acted
-    new = {key: one for key, one in new.items() if key in ours or (key not in strange and one is not old.get(key))}
+    new = {
+        key: tensor for key, tensor in new.items() if key in ours or (key not in strange and tensor is not old.get(key))
+    }
     problems = [*_changes(layer, ours, new)]
     if problems:
         raise LiveModelError("processing made other tensors than the first time", problems)
     values = [(layer.full(key), tensor) for key, tensor in new.items() if tensor is not ours[key]]
     # A tensor that processing made anew with its old value is not written; the live one must stay in its place.
-    kept = {key: one for key, one in live.tensors() if layer.full(key) in known}
+    kept = {key: tensor for key, tensor in live.tensors() if layer.full(key) in known}
     merge = _Merge(layer, live, made, kept, new)
     attributes = [*merge.attributes(), *merge.of_tensors()]
     if merge.hiding:  # Their hidden addresses point into what processing made: freed, they would read garbage.
-        attributes.append((layer.beneath, {"tensors": [one for _, one in made.tensors()]}))
+        attributes.append((layer.beneath, {"tensors": [tensor for _, tensor in made.tensors()]}))
     return Difference(values, attributes, merge.replaced)
 
 
@@ -94,7 +96,7 @@ class _Merge:
         self.replaced: list[str] = []
         self.hiding = False  # whether any of those may hide addresses
         self._layer, self._live, self._made, self._ours, self._new = layer, live, made, ours, new
-        self._tensors = {id(one): ours[key] for key, one in made.tensors() if key in ours}
+        self._tensors = {id(tensor): ours[key] for key, tensor in made.tensors() if key in ours}
         self._targets = {path: self._target(path, held) for path, held in made.holders.items()}
         self._holders = {id(held.holder): self._targets[path].holder for path, held in made.holders.items()}
 
@@ -139,32 +141,32 @@ class _Merge:
             key: self._merged(name, new[key], old.get(key, ABSENT)) if key in new else ABSENT
             for key, name in acted.items()
         }
-        return {key: one for key, one in wanted.items() if every or one is not old.get(key, ABSENT)}
+        return {key: value for key, value in wanted.items() if every or value is not old.get(key, ABSENT)}
 
     def _merged(self, path: str, value: object, live: object) -> object:
         if path in self._ours:
             return self._ours[path]
         if isinstance(value, tuple):
             return self._tuple(path, value, live)
-        found = self._holders.get(id(value), value)
+        merged = self._holders.get(id(value), value)
         if isinstance(value, torch.Tensor):
             return self._tensors.get(id(value), value)
-        if found is live or (type(live) is type(value) and id(value) not in self._holders and _equal(live, value)):
+        if merged is live or (type(live) is type(value) and id(value) not in self._holders and _equal(live, value)):
             return live
-        if is_opaque(value) or (found is value and id(value) in self._holders):
+        if is_opaque(value) or (merged is value and id(value) in self._holders):
             self.replaced.append(self._layer.full(path))
             self.hiding |= hides_memory(value)
-        return found
+        return merged
 
     def _tuple(self, path: str, value: tuple[object, ...], live: object) -> object:
         made = exchanged(path, value, lambda _, tensor: self._tensors.get(id(tensor), tensor))
         assert isinstance(made, tuple)
         others = live if isinstance(live, tuple) and len(live) == len(made) else (ABSENT,) * len(made)
         items = [
-            one if isinstance(one, torch.Tensor) else self._merged(step(path, value, number), one, other)
-            for number, (one, other) in enumerate(zip(made, others, strict=True))
+            item if isinstance(item, torch.Tensor) else self._merged(step(path, value, number), item, other)
+            for number, (item, other) in enumerate(zip(made, others, strict=True))
         ]
-        if all(one is other for one, other in zip(items, others, strict=True)):
+        if all(item is other for item, other in zip(items, others, strict=True)):
             return live
         return remade(made, items)
 

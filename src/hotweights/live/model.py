@@ -43,7 +43,7 @@ def _has_quant_method(layer: nn.Module) -> bool:
 
 
 def _has_tensors(layer: nn.Module) -> bool:
-    return any(one is not None for store in (layer._parameters, layer._buffers) for one in store.values())
+    return any(tensor is not None for store in (layer._parameters, layer._buffers) for tensor in store.values())
 
 
 class LiveModel:

@@ -89,8 +89,8 @@ class Plans:
 
     def committed(self, plan: LoadPlan) -> None:
         """Take note that a version came by this plan: the next one does too, unless it brings another manifest."""
-        if any(one is plan for one in self._kept):
-            self._kept = [plan, *(one for one in self._kept if one is not plan)]
+        if any(kept is plan for kept in self._kept):
+            self._kept = [plan, *(kept for kept in self._kept if kept is not plan)]
 
     def find(
         self, manifest: Manifest | None, only: Patterns | None, live: Mapping[str, torch.Tensor]
@@ -125,7 +125,7 @@ class Plans:
             chosen = _chosen(self.first, only)
             may = [name for name in self.first.targets if not chosen(name)]
         with self._in_checkpoint_format(live):
-            meta = {name for name, one in survey(self._model).tensors.items() if one.is_meta}
+            meta = {name for name, tensor in survey(self._model).tensors.items() if tensor.is_meta}
             unloaded = meta - {name for name in self.first.targets if elements(self.covers, self.first, name)}
             plan = self._options.traced(self._model, manifest, torch.device("cpu"), [*may, *unloaded])
         if only is None:
@@ -209,13 +209,13 @@ class Plans:
         )
 
 
-def _same(one: Coverage, other: Coverage, name: str, plan: LoadPlan) -> bool:
+def _same(first: Coverage, second: Coverage, name: str, plan: LoadPlan) -> bool:
     """Whether both cover the same elements."""
-    a, b = one.get(name, []), other.get(name, [])
-    if a == b:
+    ours, theirs = first.get(name, []), second.get(name, [])
+    if ours == theirs:
         return True
     box = plan.targets[name].box
-    return covered(a, box) == covered(b, box) == covered([*a, *b], box)
+    return covered(ours, box) == covered(theirs, box) == covered([*ours, *theirs], box)
 
 
 def _chosen(plan: LoadPlan, only: Patterns) -> Callable[[str], bool]:
@@ -237,17 +237,19 @@ def _restricted(plan: LoadPlan, only: Patterns) -> LoadPlan:
         if any(asked.values()):
             inside.append((level, step))
             problems += [
-                f"{name}: is written together with what only= asks for" for name, one in asked.items() if not one
+                f"{name}: is written together with what only= asks for"
+                for name, is_asked in asked.items()
+                if not is_asked
             ]
     if problems:
         raise PlanError("only= asks for a part of what is written as one", problems)
     used = {name for _, step in inside for name in step.sources}
-    used |= {one.source for pair in plan.ties if chosen(pair[0].destination) for one in pair}
+    used |= {step.source for pair in plan.ties if chosen(pair[0].destination) for step in pair}
     moved = (Fate.WRITTEN, Fate.CAST, Fate.TIED)
     return replace(
         plan,
         steps=tuple(step for _, step in inside),
         levels=tuple(level for level, _ in inside) if plan.levels else (),
         ties=tuple(pair for pair in plan.ties if chosen(pair[0].destination)),
-        fates={name: Fate.SKIPPED if one in moved and name not in used else one for name, one in plan.fates.items()},
+        fates={name: Fate.SKIPPED if fate in moved and name not in used else fate for name, fate in plan.fates.items()},
     )

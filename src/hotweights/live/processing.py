@@ -45,7 +45,7 @@ class Processing:
             with self._timeline.event("process", layer.name), torch.no_grad():
                 self._job.process(layer.module)
             layer.processed(before, layer.contents())
-        now = {name: one for layer in group.layers for name, one in layer.tensors().items()}
+        now = {name: tensor for layer in group.layers for name, tensor in layer.tensors().items()}
         # What processing replaced must not be held until the last layer: it would double the model's memory.
         for name in group.names if group.layers else ():
             self._job.live.pop(name, None)
@@ -66,26 +66,26 @@ class Processing:
         """Give what several layers share the state that the last of them made, in the order of the first load."""
         groups = sorted(self._job.groups, key=lambda group: group.deferred)
         order = {layer: number for number, layer in enumerate(layer for group in groups for layer in group.layers)}
-        for _, holder, changes in sorted(self._shared, key=lambda one: order[one[0]]):
+        for _, holder, changes in sorted(self._shared, key=lambda change: order[change[0]]):
             self._strategy.attribute(holder, changes)
 
     def _hand_over(self, group: LayerGroup, scratch: Mirror, live: list[Contents], made: list[Contents]) -> None:
         pairs = [*zip(group.layers, made, strict=True)]
-        now = {layer.full(key): one for layer, held in pairs for key, one in held.tensors()}
+        now = {layer.full(key): tensor for layer, held in pairs for key, tensor in held.tensors()}
         idle = self._untouched(group, now | {name: scratch[name] for name in group.without_layer}) - self._job.acted
         self._job.acted.update(group.unwritten - idle)
-        found = [
+        made_new = [
             differences(layer, old, new, self._job.live, idle)
             for layer, old, new in zip(group.layers, live, made, strict=True)
         ]
         apart = [(name, scratch[name]) for name in group.without_layer if name not in idle and name in self._job.live]
-        for name, value in (*(pair for one in found for pair in one.values), *apart):
+        for name, value in (*(pair for difference in made_new for pair in difference.values), *apart):
             self._strategy.deliver(name, value)
-        for holder, attributes in (pair for one in found for pair in one.attributes):
+        for holder, attributes in (pair for difference in made_new for pair in difference.attributes):
             self._strategy.attribute(holder, attributes)
-        for layer, one in zip(group.layers, found, strict=True):
-            self._shared += [(layer, *pair) for pair in one.attributes if layer.shares(pair[0])]
-        self.replaced += [name for one in found for name in one.replaced]
+        for layer, difference in zip(group.layers, made_new, strict=True):
+            self._shared += [(layer, *pair) for pair in difference.attributes if layer.shares(pair[0])]
+        self.replaced += [name for difference in made_new for name in difference.replaced]
 
     def _processed(self, group: LayerGroup, scratch: Mirror, ready: Callable[[], None]) -> list[Contents]:
         """What the layers hold after processing. The model is as it was when this returns."""
@@ -119,12 +119,12 @@ class Processing:
 
     def _untouched(self, group: LayerGroup, now: Mapping[str, torch.Tensor]) -> set[str]:
         """Names of tensors that no step writes, and that hold what they held before the first load."""
-        initial = {name: self._job.initial[name] for name in group.unwritten & self._job.initial.keys()}
-        return {name for name, one in initial.items() if name in now and _same_bits(one, now[name])}
+        initial = self._job.initial
+        return {name for name in group.unwritten & initial.keys() & now.keys() if _same_bits(initial[name], now[name])}
 
 
-def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    if (one.dtype, one.shape) != (other.dtype, other.shape) or not has_bytes(other):
+def _same_bits(initial: torch.Tensor, now: torch.Tensor) -> bool:
+    if (initial.dtype, initial.shape) != (now.dtype, now.shape) or not has_bytes(now):
         return False
-    raw = (tensor.detach().cpu().contiguous().view(-1).view(torch.uint8) for tensor in (one, other))
+    raw = (tensor.detach().cpu().contiguous().view(-1).view(torch.uint8) for tensor in (initial, now))
     return torch.equal(*raw)

@@ -116,14 +116,14 @@ class UpdateReport:
     def save_timeline(self, path: str | os.PathLike[str]) -> None:
         """Write what the time was spent on in the Chrome trace format, for ``chrome://tracing`` or ui.perfetto.dev."""
         spans = [
-            {"name": f"{one.what} {one.of}".strip(), "cat": one.what, "ph": "X", "pid": 0, "tid": one.what}
-            | {"ts": one.start * 1e6, "dur": one.seconds * 1e6}
-            for one in self.events
+            {"name": f"{event.what} {event.of}".strip(), "cat": event.what, "ph": "X", "pid": 0, "tid": event.what}
+            | {"ts": event.start * 1e6, "dur": event.seconds * 1e6}
+            for event in self.events
         ]
         counters = [
-            {"name": "open layers, device bytes", "ph": "C", "pid": 0, "args": {"bytes": one.open_nbytes}}
-            | {"ts": (one.start + one.seconds) * 1e6}
-            for one in self.events
+            {"name": "open layers, device bytes", "ph": "C", "pid": 0, "args": {"bytes": event.open_nbytes}}
+            | {"ts": (event.start + event.seconds) * 1e6}
+            for event in self.events
         ]
         with open(path, "w") as file:
             json.dump({"traceEvents": [*spans, *counters]}, file)

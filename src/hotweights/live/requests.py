@@ -37,7 +37,7 @@ def requests(groups: Iterable[LayerGroup], plan: LoadPlan, give: Room) -> list[R
                 takes[name].append((group, step, at_once))
     for name in plan.fallback:
         takes[name] = []
-    return [_request(plan.manifest[name], found, give) for name, found in takes.items()]
+    return [_request(plan.manifest[name], steps, give) for name, steps in takes.items()]
 
 
 def _steps(group: LayerGroup) -> Iterator[tuple[Step, bool]]:
@@ -47,14 +47,14 @@ def _steps(group: LayerGroup) -> Iterator[tuple[Step, bool]]:
     for step, level in zip(group.plan.steps, levels, strict=True):
         yield step, level == first and isinstance(step, Copy)
     for pair in group.plan.ties:
-        yield from ((one, False) for one in pair)
+        yield from ((step, False) for step in pair)
 
 
 def _request(spec: TensorSpec, takes: list[tuple[LayerGroup, Step, bool]], give: Room) -> Request:
     boxes = [None if isinstance(step, Program) else step.of for _, step, _ in takes]
     exact = [box for box in boxes if box is not None]
     ranges = ranges_of(exact) if exact and len(exact) == len(boxes) else None
-    if ranges is not None and sum(one.size for one in ranges) in (0, spec.nbytes):
+    if ranges is not None and sum(taken.size for taken in ranges) in (0, spec.nbytes):
         ranges = None
     into = None
     if len(takes) == 1:
@@ -69,8 +69,8 @@ def _request(spec: TensorSpec, takes: list[tuple[LayerGroup, Step, bool]], give:
 
 
 def _all(step: Copy, spec: TensorSpec) -> bool:
-    found = None if step.of is None else range_of(step.of)
-    return found is not None and found.count == 1 and found.size == spec.nbytes
+    taken = None if step.of is None else range_of(step.of)
+    return taken is not None and taken.count == 1 and taken.size == spec.nbytes
 
 
 def room(step: Copy, spec: TensorSpec, destinations: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
