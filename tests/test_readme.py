@@ -60,8 +60,15 @@ def test_there_are_blocks():
 
 def test_links_lead_somewhere():
     for page in PAGES:
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()) if page.exists() else ():
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+        for target, _, heading in re.findall(r"\]\((?!https?:)([^)#]*)(#?)([^)]*)\)", page.read_text()):
+            there = page.parent / target if target else page
+            assert there.exists(), f"{page.name} links to {target}"
+            assert not heading or heading in headings(there), f"{page.name} links to {target}#{heading}"
+
+
+def headings(page):
+    """The names by which GitHub links to headings."""
+    return {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in re.findall(r"^#+ (.*)", page.read_text(), re.M)}
 
 
 LINK = re.compile(r"\]\([^)]*\)")
