@@ -68,7 +68,10 @@ def test_links_lead_somewhere():
 
 def headings(page):
     """The names by which GitHub links to headings."""
-    return {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in re.findall(r"^#+ (.*)", page.read_text(), re.M)}
+    return {
+        re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-")
+        for line in re.findall(r"^#+ (.*)", page.read_text(), re.M)
+    }
 
 
 LINK = re.compile(r"\]\([^)]*\)")
@@ -80,7 +83,9 @@ def test_files_that_a_page_names_exist(page):
     """A path begins at the root of the repository or of the package."""
     paths = PATH.findall(LINK.sub("", (ROOT / page).read_text()))
     assert paths
-    missing = [path for path in paths if not any((base / path).exists() for base in (ROOT, ROOT / "src" / "hotweights"))]
+    missing = [
+        path for path in paths if not any((base / path).exists() for base in (ROOT, ROOT / "src" / "hotweights"))
+    ]
     assert not missing, f"{page} names files that are not there: {', '.join(missing)}"
 
 
