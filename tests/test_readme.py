@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "benchmarks" / "README.md"]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 BLOCKS = [
     pytest.param(language, code, id=f"{page.relative_to(ROOT)}:{number}")
     for page in PAGES
@@ -57,5 +60,35 @@ def test_there_are_blocks():
 
 def test_links_lead_somewhere():
     for page in PAGES:
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()) if page.exists() else ():
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+        for target, _, heading in re.findall(r"\]\((?!https?:)([^)#]*)(#?)([^)]*)\)", page.read_text()):
+            there = page.parent / target if target else page
+            assert there.exists(), f"{page.name} links to {target}"
+            assert not heading or heading in headings(there), f"{page.name} links to {target}#{heading}"
+
+
+def headings(page):
+    """The names by which GitHub links to headings."""
+    return {
+        re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-")
+        for line in re.findall(r"^#+ (.*)", page.read_text(), re.M)
+    }
+
+
+LINK = re.compile(r"\]\([^)]*\)")
+PATH = re.compile(r"(?<![\w./-])(?:(?:[\w-]+/)+(?:\w+\.\w+)?|\w+\.(?:py|toml)\b)")
+
+
+@pytest.mark.parametrize("page", ["docs/architecture.md", "CONTRIBUTING.md"])
+def test_files_that_a_page_names_exist(page):
+    """A path begins at the root of the repository or of the package."""
+    paths = PATH.findall(LINK.sub("", (ROOT / page).read_text()))
+    assert paths
+    missing = [
+        path for path in paths if not any((base / path).exists() for base in (ROOT, ROOT / "src" / "hotweights"))
+    ]
+    assert not missing, f"{page} names files that are not there: {', '.join(missing)}"
+
+
+def test_the_order_of_imports_is_the_tested_one():
+    wings = re.search(r'^WINGS = """\n(.*)\n"""', (ROOT / "tests" / "test_wings.py").read_text(), re.M)
+    assert f"```text\n{wings[1]}\n```" in (ROOT / "docs" / "architecture.md").read_text()
