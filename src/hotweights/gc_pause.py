@@ -6,8 +6,11 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from .signals import held
+
 
 @contextmanager
+@held
 def without_collection() -> Iterator[None]:
     """No automatic collection inside: each would look at all that was made so far, and double the time.
 

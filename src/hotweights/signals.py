@@ -1,20 +1,27 @@
-"""Interruption: Ctrl-C and its like, held back while something is done that may not be cut short. It does nothing."""
+"""Signals: Ctrl-C and the like wait while something runs that may not be cut short.
+
+``held_back`` is for waits: the first signal of each kind wakes the waiter. ``held``, ``whole`` and ``watched`` mark the
+functions that take and give back locks, change states, commit, abort and put things back.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
-from typing import Any
+from types import CodeType, FrameType
+from typing import Any, TypeVar
 
 
 class Interruption:
-    """What was held back. Signals' handlers run in the main thread alone, between any two steps of what it does.
+    """The signals that were held back. Python runs handlers in the main thread, between any two of its bytecodes.
 
     Attributes:
-        came: whether there was one.
+        came: whether a signal came.
     """
 
     def __init__(self, wake: Callable[[], object]) -> None:
@@ -25,7 +32,7 @@ class Interruption:
         self._held: dict[int, FrameType | None] = {}
 
     def take_over(self) -> None:
-        """From here on the first signal of each kind is held back, as far as Python handles it."""
+        """Hold back the first signal of each kind from here on. Signals without a Python handler are left alone."""
         for number in signal.valid_signals():
             handler = signal.getsignal(number)
             if callable(handler):
@@ -33,15 +40,15 @@ class Interruption:
                 signal.signal(number, self._take)
 
     def let_go(self) -> None:
-        """Handle what was held back, now that everything is as it was.
+        """Put the handlers back, and handle what was held back.
 
         Raises:
             BaseException: what the handler raises: ``KeyboardInterrupt``.
         """
         try:
-            self._over = True  # From here on ours passes everything on, wherever it may still stand.
+            self._over = True  # From here on our handler, where it still stands, passes signals on.
             self._put_back()
-        finally:  # The next one may come in the midst of it.
+        finally:  # The handler of a signal that comes in the midst of it may raise: put back the rest.
             self._put_back()
         while self._held:
             number, frame = self._held.popitem()
@@ -53,7 +60,7 @@ class Interruption:
                 signal.signal(number, handler)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        if self._over or number in self._held:  # Who insists is heard.
+        if self._over or number in self._held:  # The second one is not held back: the user insists.
             self._before[number](number, frame)
             return
         self._held[number] = frame
@@ -66,14 +73,165 @@ def held_back(wake: Callable[[], object]) -> Iterator[Interruption]:
     """Inside, the first signal of each kind waits for the end of the ``with``; a second one does not.
 
     Args:
-        wake: is called when one comes, by its handler: to end a wait.
+        wake: called by the handler when a signal comes, to end a wait.
     """
-    found = Interruption(wake)
+    interruption = Interruption(wake)
     if threading.current_thread() is not threading.main_thread():  # No handler ever runs here.
-        yield found
+        yield interruption
         return
     try:
-        found.take_over()
-        yield found
+        interruption.take_over()
+        yield interruption
     finally:
-        found.let_go()
+        interruption.let_go()
+
+
+# What must be whole. While somebody watches, the handlers of signals look at what they interrupt: code that is marked
+# here is finished first. `finally` alone does not do that: a signal may come at its first line, or at the first
+# instruction of an `__exit__`, and then what it should give back is never given back.
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+_HELD: set[CodeType] = set()
+_WHOLE: set[CodeType] = set()
+_PASSED_OVER = (contextlib.__file__, threading.__file__)  # Their frames belong to the code that calls them.
+
+
+def held(function: _Function) -> _Function:
+    """Mark a function: a signal that comes in its own lines waits, one that comes in what it calls does not.
+
+    What waits is delivered by ``deliver``, at the end of a ``whole`` function, or when nobody watches any more.
+    """
+    _HELD.add(function.__code__)  # type: ignore[attr-defined]
+    return function
+
+
+def whole(function: _Function) -> _Function:
+    """Mark a function: signals that come in it, and in all that it calls, wait until it has returned."""
+
+    @functools.wraps(function)
+    def run(*arguments: Any, **options: Any) -> Any:
+        if not _in_main_thread():
+            return function(*arguments, **options)
+        _watch.inside += 1
+        try:
+            return function(*arguments, **options)
+        finally:
+            _watch.inside -= 1
+            if not _watch.inside:
+                _watch.deliver()
+
+    _WHOLE.update((function.__code__, run.__code__))  # type: ignore[attr-defined]
+    return run  # type: ignore[return-value]
+
+
+def watched(function: _Function) -> _Function:
+    """Mark a function during which signals are watched; its own lines are ``held``."""
+
+    @functools.wraps(function)
+    def run(*arguments: Any, **options: Any) -> Any:
+        watcher = watch()
+        try:
+            return function(*arguments, **options)
+        finally:
+            unwatch(watcher)
+
+    _HELD.update((function.__code__, run.__code__))  # type: ignore[attr-defined]
+    return run  # type: ignore[return-value]
+
+
+def watch() -> object:
+    """Watch signals from here on; give what this returns to ``unwatch``. Does nothing outside the main thread."""
+    return _watch.begin() if _in_main_thread() else None
+
+
+def unwatch(watcher: object) -> None:
+    """The end of one ``watch``, in any thread. Delivers what waits, if nobody else watches."""
+    _watch.end(watcher)
+
+
+def deliver() -> None:
+    """Deliver the signals that wait, as far as nothing that is whole runs: their handlers may raise here."""
+    if _watch.pending and not _watch.inside and _in_main_thread():
+        _watch.deliver()
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()  # No handler ever runs in another one.
+
+
+class _Watch:
+    """The handlers of this process while somebody watches."""
+
+    def __init__(self) -> None:
+        self.inside = 0  # how many whole functions run
+        self.pending: dict[int, FrameType | None] = {}
+        self._watchers: set[object] = set()  # Adding and discarding are atomic: updates may end in any thread.
+        self._ending = False  # whether handlers are being put back
+        self._before: dict[int, Callable[[int, FrameType | None], Any]] = {}
+
+    def begin(self) -> object:
+        watcher = object()
+        try:
+            self._watchers.add(watcher)
+            for number in _NUMBERS:
+                handler = _handler_of(number)
+                if callable(handler) and handler != self.take:
+                    self._before[number] = handler
+                    signal.signal(number, self.take)
+            return watcher
+        except BaseException:  # Of a signal that is not watched yet.
+            self.end(watcher)
+            raise
+
+    def end(self, watcher: object) -> None:
+        self._ending = True
+        self._watchers.discard(watcher)
+        if not self._watchers and _in_main_thread():
+            try:
+                self._put_back()
+            finally:  # A handler that is back may raise in the midst of it: put back the rest.
+                self._put_back()
+        self._ending = False
+        if not self._watchers and not self.inside:
+            deliver()
+
+    def _put_back(self) -> None:
+        for number, handler in self._before.items():
+            if _handler_of(number) == self.take:  # Nobody put another one there meanwhile.
+                signal.signal(number, handler)
+
+    def take(self, number: int, frame: FrameType | None) -> None:
+        if (self._watchers or self._ending) and _must_finish(frame):
+            self.pending[number] = frame
+        else:
+            self._before[number](number, frame)
+
+    def deliver(self) -> None:
+        while self.pending:
+            number, frame = self.pending.popitem()
+            self._before[number](number, frame)
+
+
+def _must_finish(frame: FrameType | None) -> bool:
+    """Whether what a signal interrupts is whole, or held in its own lines."""
+    tracer = getattr(sys.gettrace(), "__code__", None)
+    if frame is not None and frame.f_code is tracer:  # A debugger or a test, which looks at the next frame.
+        frame = frame.f_back
+    caller = frame
+    while caller is not None and caller.f_code.co_filename in _PASSED_OVER:
+        caller = caller.f_back
+    if caller is not None and caller.f_code in _HELD:
+        return True
+    while frame is not None:
+        if frame.f_code in _WHOLE:
+            return True
+        frame = frame.f_back
+    return False
+
+
+_NUMBERS = sorted(signal.valid_signals())
+_handler_of = getattr(signal.getsignal, "__wrapped__", signal.getsignal)  # Without making enums: ten times as fast.
+_watch = _Watch()
+_HELD.update(function.__code__ for function in (watch, unwatch, deliver))
+_HELD.update(method.__code__ for method in (_Watch.begin, _Watch.end, _Watch._put_back, _Watch.deliver))

@@ -1,5 +1,6 @@
 """Readers in other threads see N or M, never a mix. Nothing here sleeps: threads meet at events."""
 
+import contextlib
 import threading
 import time
 
@@ -187,16 +188,25 @@ def test_a_hook_cannot_update():
     assert (live.version, live.state) == (2, hw.State.SERVING)
 
 
+@contextlib.contextmanager
+def reading(lock, timeout):
+    lock.begin_reading(timeout)
+    try:
+        yield
+    finally:
+        lock.end_reading()
+
+
 def test_who_reads_may_read_again_before_a_writer_that_waits():
     serving = ReadWriteLock()
 
     def read():
-        with serving.reading(0):
+        with reading(serving, 0):
             pass
 
-    with serving.reading(WAIT):
+    with reading(serving, WAIT):
         serving._waiting += 1  # a writer, in another thread
-        with serving.reading(0):
+        with reading(serving, 0):
             pass
         with pytest.raises(TimeoutError):
             Thread(read).result()
@@ -214,7 +224,7 @@ def test_a_timeout_ends_the_wait_for_a_writer():
     serving.begin_writing()
 
     def read():
-        with serving.reading(0):
+        with reading(serving, 0):
             pass
 
     began = time.monotonic()

@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import nn
 
+from .. import signals
 from ..errors import LiveModelError
 from ..memory import host
 from ..memory.aliases import has_bytes
@@ -16,7 +17,7 @@ from ..memory.wrappers import is_wrapper
 from ..model.materialise import dressed
 from ..text import size
 from .attributes import amend, assign, exchanged, state_of
-from .layers import contents, put
+from .layers import contents, put, put_back
 from .layout import Mirror
 
 Atomic = Literal["staged", "journal", False]
@@ -32,7 +33,7 @@ Changes = Mapping[Any, object]
 
 
 class Strategy(Protocol):
-    """Where the bytes of one update go. ``commit`` and ``abort`` may be called again when they were interrupted."""
+    """Where the bytes of one update go."""
 
     name: Atomic
     wrote: bool
@@ -91,6 +92,7 @@ class InPlace:
         amend(holder, changes)
 
     @contextmanager
+    @signals.held
     def showing(self, model: nn.Module) -> Iterator[None]:
         """The model holds it already."""
         yield
@@ -172,6 +174,7 @@ class Staged:
         self._held.append((holder, dict(changes)))
 
     @contextmanager
+    @signals.held
     def showing(self, model: nn.Module) -> Iterator[None]:
         """Put what was collected into the model's places; at the end, take it out again."""
         shown = {id(self._live[name]): self._value(name) for name in self._staged}
@@ -192,8 +195,7 @@ class Staged:
                     )
             yield
         finally:
-            for module, held in before:
-                put(module, held)
+            put_back(before)
 
     def _value(self, name: str) -> torch.Tensor:
         live = self._live[name]

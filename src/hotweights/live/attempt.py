@@ -10,6 +10,7 @@ from functools import cached_property
 
 import torch
 
+from .. import signals
 from ..errors import LiveModelError, SourceError
 from ..loading.execute import execute
 from ..loading.fallback import fall_back
@@ -141,6 +142,7 @@ class Attempt:
     def _read(
         self, group: LayerGroup, source: Source, verify: Verifier | None, *, pool: Pool, **options: object
     ) -> None:
+        signals.deliver()
         opened = self._opened(group)
         with self._reading(group):
             execute(group.plan, source, opened.destinations, self._done, pool=pool, **options)  # type: ignore[arg-type]
@@ -149,6 +151,7 @@ class Attempt:
         self._close(opened)
 
     @contextmanager
+    @signals.held
     def _reading(self, group: LayerGroup) -> Iterator[None]:
         try:
             with self.timeline.event("read", group.name):
@@ -168,6 +171,7 @@ class Attempt:
                 devices = self.take(lease.name, lease.tensor, lease.own)
                 advance(lease.spec.nbytes)
                 lease.release(after=record_events(devices))
+                signals.deliver()
 
     # Tensors that come.
 
@@ -386,6 +390,7 @@ class Attempt:
 
     # Its end.
 
+    @signals.whole
     def forget(self) -> None:
         """Let go of open layers, of tensors that wait, and let readers in. May be called twice."""
         for group in [*self._open, *(opened.group for opened in self._late)]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from .. import signals
 from ..errors import CommitHookError
 
 
@@ -17,6 +18,7 @@ class Hooks:
         """Call it too, from now on."""
         self._hooks.append(hook)
 
+    @signals.held
     def call(self, version: str | int, failures: list[BaseException]) -> None:
         """Call all hooks. Failures are added to ``failures``: what is to be raised comes first.
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from .. import signals
 from ..errors import LiveModelError
 from ..memory.aliases import has_bytes
 from ..memory.wrappers import leaves
@@ -97,6 +98,13 @@ def put(module: nn.Module, held: Contents) -> None:
     assign(module, held.attributes)
     for holder, state in held.holders.values():
         assign(holder, state)
+
+
+@signals.whole
+def put_back(before: Iterable[tuple[nn.Module, Contents]]) -> None:
+    """Make modules hold what they held before."""
+    for module, held in before:
+        put(module, held)
 
 
 class Layer:
@@ -184,6 +192,7 @@ class Layer:
         put(self.module, held)
         return held
 
+    @signals.whole
     def processed(self, before: Contents, after: Contents) -> None:
         """Take note of what processing changed in its attributes, and in the objects that they lead to.
 
@@ -269,6 +278,7 @@ def _dressed(scratch: Callable[[str], torch.Tensor], name: str, twin: torch.Tens
 
 
 @contextmanager
+@signals.held
 def unmoved(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Inside, code may write tensors of these modules, but not replace or move them.
 
@@ -284,12 +294,16 @@ def unmoved(modules: Iterable[nn.Module]) -> Iterator[None]:
         if replaced:
             raise LiveModelError("the model's own loading code replaced tensors that are live, instead of writing them")
     except BaseException:
-        for module, held in before:
-            put(module, held)
-        for tensor, data in memory:
-            if tensor.data_ptr() != data.data_ptr():
-                tensor.data = data
+        put_back(before)
+        _move_back(memory)
         raise
+
+
+@signals.whole
+def _move_back(memory: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    for tensor, data in memory:
+        if tensor.data_ptr() != data.data_ptr():
+            tensor.data = data
 
 
 def _same_objects(now: Contents, before: Contents) -> bool:

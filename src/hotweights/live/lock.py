@@ -7,7 +7,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from .. import signals
 from ..errors import UsageError
+
+_SLICE = 0.1  # seconds; signals that come while a thread waits are delivered this often
 
 
 class ReadWriteLock:
@@ -24,9 +27,13 @@ class ReadWriteLock:
         self._writer: int | None = None  # a thread
         self._open = False  # whether the writer's own thread may read
 
-    @contextmanager
-    def reading(self, timeout: float | None) -> Iterator[None]:
-        """Inside, nobody writes. Raises ``TimeoutError`` if that takes longer than ``timeout`` seconds."""
+    @signals.held
+    def begin_reading(self, timeout: float | None) -> None:
+        """From here on nobody writes, until ``end_reading``.
+
+        Raises:
+            TimeoutError: a writer did not let go within ``timeout`` seconds.
+        """
         me = threading.get_ident()
         with self._changed:
             if self._writer == me and not self._open:
@@ -35,14 +42,16 @@ class ReadWriteLock:
             if self._writer != me and me not in self._readers:
                 self._wait(lambda: self._writer is None and not self._waiting, timeout, "an update is writing")
             self._readers.append(me)
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._readers.remove(me)
-                self._changed.notify_all()
+
+    @signals.whole
+    def end_reading(self) -> None:
+        """The end of one ``begin_reading`` of this thread."""
+        with self._changed:
+            self._readers.remove(threading.get_ident())
+            self._changed.notify_all()
 
     @contextmanager
+    @signals.held
     def writing(self) -> Iterator[None]:
         """Inside, nobody else reads or writes. Waits for readers without a limit."""
         self.begin_writing()
@@ -51,6 +60,7 @@ class ReadWriteLock:
         finally:
             self.end_writing()
 
+    @signals.held
     def begin_writing(self) -> None:
         """Enter ``writing``; ``end_writing`` leaves it."""
         me = threading.get_ident()
@@ -65,24 +75,28 @@ class ReadWriteLock:
                 self._waiting -= 1
                 self._changed.notify_all()
 
+    @signals.whole
     def let_writer_read(self) -> None:
         """Let the writer's own thread read too, until it has done writing: hooks run in it."""
         with self._changed:
             self._writer, self._open = threading.get_ident(), True
 
+    @signals.whole
     def end_writing(self) -> None:
         """Leave ``writing``: others are let in."""
         with self._changed:
             self._writer, self._open = None, False
             self._changed.notify_all()
 
+    @signals.held
     def _wait(self, ready: Callable[[], bool], timeout: float | None, why: str) -> None:
         end = None if timeout is None else time.monotonic() + timeout
         while not ready():
             left = None if end is None else end - time.monotonic()
             if left is not None and left <= 0:
                 raise TimeoutError(f"waited {timeout} seconds: {why}")
-            self._changed.wait(left if left is not None and left < 1 else 1.0)  # Slices let Ctrl-C through.
+            self._changed.wait(_SLICE if left is None else min(left, _SLICE))
+            signals.deliver()
 
 
 class WriteTurn:
@@ -92,8 +106,8 @@ class WriteTurn:
         held: whether readers are kept out now.
     """
 
-    def __init__(self, serving: ReadWriteLock) -> None:
-        self._serving = serving
+    def __init__(self, lock: ReadWriteLock) -> None:
+        self._lock = lock
         self._since = 0.0
         self._before = 0.0
         self.held = False
@@ -103,25 +117,28 @@ class WriteTurn:
         """For how long readers were kept out so far, in seconds."""
         return self._before + (time.perf_counter() - self._since if self.held else 0.0)
 
+    @signals.held
     def take(self) -> None:
         """Wait until nobody reads. May be called twice."""
         if not self.held:
-            self._serving.begin_writing()
+            self._lock.begin_writing()
             self.held, self._since = True, time.perf_counter()
 
+    @signals.whole
     def give_back(self) -> None:
         """Let readers in. May be called twice."""
         if self.held:
             self._before, self.held = self.seconds, False
-            self._serving.end_writing()
+            self._lock.end_writing()
 
     @contextmanager
+    @signals.held
     def briefly(self) -> Iterator[None]:
         """Inside, readers are kept out; afterwards it is as before."""
-        held = self.held
+        was_held = self.held
         self.take()
         try:
             yield
         finally:
-            if not held:
+            if not was_held:
                 self.give_back()

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from typing import SupportsIndex
 
 import torch
 from torch import nn
 
+from .. import signals
 from ..arguments import check_choices, check_model, check_version, device_from
 from ..dtypes import Cast
-from ..errors import HotweightsError, LiveModelError, UnknownName, UsageError
+from ..errors import HotweightsError, UnknownName, UsageError
 from ..gc_pause import without_collection
 from ..loading.verify import Verify, verifier
 from ..manifest import Manifest
@@ -26,6 +27,7 @@ from .atomic import Atomic
 from .baseline import Baseline
 from .layers import Selection, selected
 from .plans import Options
+from .reading import Reading
 from .report import UpdateReport
 from .state import Current, State
 from .update import Update, aborted
@@ -114,22 +116,14 @@ class LiveModel:
         """
         self._current.hooks.add(hook)
 
-    @contextmanager
-    def serving(self, timeout: float | None = None) -> Iterator[str | int | None]:
+    def serving(self, timeout: float | None = None) -> AbstractContextManager[str | int | None]:
         """Read the model as it is of one version, whose name is given. Updates wait until all readers are gone.
 
         Raises:
             TimeoutError: an update did not let go within ``timeout`` seconds.
             LiveModelError: the model is TORN, or nothing was loaded yet.
         """
-        with self._current.guard.reading(timeout):
-            if self._current.state is State.EMPTY:
-                raise LiveModelError("nothing was loaded yet, so there is nothing to serve; call load first")
-            if self._current.state is State.TORN:
-                raise LiveModelError(
-                    "the model is torn: it holds tensors of two versions; call update with a complete source"
-                )
-            yield self._current.version
+        return Reading(self._current, timeout)
 
     def digest(self) -> Digest:
         """Digests of all parameters and buffers, as they are now. Reads every byte of the model."""
@@ -137,6 +131,7 @@ class LiveModel:
 
     # The first load.
 
+    @signals.watched
     def load(
         self,
         source: AnySource,
@@ -171,7 +166,7 @@ class LiveModel:
             origin = stack.enter_context(opened(source))
             prove = verifier(self.model, origin) if verify == "loader" else None
             with self._current.reserved():
-                if self._current.state is not State.EMPTY:
+                if self._current.holds is not State.EMPTY:
                     raise UsageError(
                         f"{self._current}, so load, which is for the first time, cannot be used; use update"
                     )
@@ -191,15 +186,17 @@ class LiveModel:
                     show_progress=show_progress,
                 )
 
+    @signals.whole
     def _put_back(self, replaced: list[tuple[Place, torch.Tensor]]) -> None:
         """Tensors that were on meta are so again after a first load that failed."""
-        if self._current.state is State.EMPTY:
+        if self._current.holds is State.EMPTY:
             self._baseline = None
             for place, old in replaced:
                 place.put(old)
 
     # Updates.
 
+    @signals.watched
     def update(
         self,
         source: AnySource,
@@ -250,6 +247,7 @@ class LiveModel:
                 show_progress=show_progress,
             )
 
+    @signals.watched
     def begin(
         self, manifest: Manifest | None = None, *, atomic: Atomic | None = None, only: Patterns | None = None
     ) -> Update:
@@ -269,7 +267,7 @@ class LiveModel:
         with current.reserved():
             if self._baseline is None:
                 raise UsageError("nothing was loaded yet; the first time, use load")
-            if current.state is State.TORN and only is not None:
+            if current.holds is State.TORN and only is not None:
                 raise UsageError("the model is torn; only a complete update mends it, so leave only= out")
             return Update.begin(current, self._baseline, self._process, self._limit, manifest, atomic, only)
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import signals
 from ..boxes import covered
 from ..dtypes import Cast
 from ..errors import PlanError
@@ -25,7 +26,7 @@ from ..plan.plan import LoadPlan
 from ..plan.steps import Fate
 from ..tracing.trace import trace
 from .groups import Coverage, LayerGroup, coverage, elements, groups_of, needs_initial
-from .layers import Dressing, Layer, contents, put
+from .layers import Dressing, Layer, contents, put_back
 from .layout import MemoryLayout, Mirror
 
 _KEPT = 4  # several manifests take turns, none of them for long
@@ -169,6 +170,7 @@ class Plans:
         return concerned
 
     @contextmanager
+    @signals.held
     def _in_checkpoint_format(self, live: Mapping[str, torch.Tensor]) -> Iterator[None]:
         """Inside, layers are in checkpoint format: over live memory that still has that format, else on meta."""
         if not self._layers:
@@ -192,8 +194,7 @@ class Plans:
                 layer.open(scratch, dressing)
             yield
         finally:
-            for module, held in before:
-                put(module, held)
+            put_back(before)
 
     def _is_as_before(self, span: int, live: Mapping[str, torch.Tensor]) -> bool:
         """Whether the tensors of a span lie in live memory as they did before the first load."""

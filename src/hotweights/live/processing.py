@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
+from .. import signals
 from ..memory.aliases import has_bytes
 from ..model.materialise import dressed
-from ..model.places import places
+from ..model.places import Place, places
 from .atomic import Strategy
 from .groups import LayerGroup
 from .job import Job
-from .layers import Contents, Dressing, Layer, put
+from .layers import Contents, Dressing, Layer, put_back
 from .layout import Mirror
 from .merge import differences
 from .report import Timeline
@@ -36,6 +37,7 @@ class Processing:
         self._strategy = strategy
         self._timeline = timeline
 
+    @signals.held
     def first(self, group: LayerGroup) -> None:
         """Process the layers of a group in place: the first load."""
         if group.layers:
@@ -51,6 +53,7 @@ class Processing:
             self._job.live.pop(name, None)
         self._job.acted.update(group.unwritten - self._untouched(group, now))
 
+    @signals.held
     def run(self, group: LayerGroup, scratch: Mirror, *, ready: Callable[[], None]) -> None:
         """Process the layers of a group in their scratch, and hand over what came of it.
 
@@ -87,6 +90,7 @@ class Processing:
             self._shared += [(layer, *pair) for pair in difference.attributes if layer.shares(pair[0])]
         self.replaced += [name for difference in made_new for name in difference.replaced]
 
+    @signals.held
     def _processed(self, group: LayerGroup, scratch: Mirror, ready: Callable[[], None]) -> list[Contents]:
         """What the layers hold after processing. The model is as it was when this returns."""
         # Hardly any group has tensors without a layer, and a walk over the model for each layer would be quadratic.
@@ -112,15 +116,19 @@ class Processing:
                 layer.processed(then, now)
             return made
         finally:
-            for layer, held in before:
-                put(layer.module, held)
-            for place, tensor in apart:
-                place.put(tensor)
+            _put_back(before, apart)
 
     def _untouched(self, group: LayerGroup, now: Mapping[str, torch.Tensor]) -> set[str]:
         """Names of tensors that no step writes, and that hold what they held before the first load."""
         initial = self._job.initial
         return {name for name in group.unwritten & initial.keys() & now.keys() if _same_bits(initial[name], now[name])}
+
+
+@signals.whole
+def _put_back(before: list[tuple[Layer, Contents]], apart: list[tuple[Place, torch.Tensor]]) -> None:
+    put_back((layer.module, held) for layer, held in before)
+    for place, tensor in apart:
+        place.put(tensor)
 
 
 def _same_bits(initial: torch.Tensor, now: torch.Tensor) -> bool:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from .. import signals
 from ..plan.steps import Fate
 from ..text import size, some, table
 from .open_layers import OpenLayers
@@ -49,6 +50,7 @@ class Timeline:
         self._layers = layers
 
     @contextmanager
+    @signals.held
     def event(self, what: str, of: str) -> Iterator[None]:
         """Time what is done inside, as one event."""
         began = time.perf_counter()

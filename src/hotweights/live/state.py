@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from .. import signals
 from ..errors import UsageError
 from .hooks import Hooks
 from .lock import ReadWriteLock
@@ -26,31 +27,41 @@ class Current:
     """What of a live model changes. The model shows it; only the update that runs changes it.
 
     Attributes:
-        state: see ``State``.
+        holds: what the model's tensors are: ``EMPTY``, ``SERVING`` or ``TORN``.
         version: which version is live; ``None`` before the first load. While TORN, the last whole one.
         commits: how many versions were committed.
         running: what identifies the update that runs; ``None`` where none does.
+        prepared: whether that update is prepared.
         warned: whether the one warning of open layers was given.
         guard: lets readers of the model in while no update writes it.
         hooks: what is called after each commit.
     """
 
     def __init__(self) -> None:
-        self.state = State.EMPTY
+        self.holds = State.EMPTY
         self.version: str | int | None = None
         self.commits = 0
         self.running: object = None
+        self.prepared = False
         self.warned = False
         self.guard = ReadWriteLock()
         self.hooks = Hooks()
         self._reserved = threading.Lock()  # held while an update runs
 
+    @property
+    def state(self) -> State:
+        """See ``State``."""
+        if self.running is None:
+            return self.holds
+        return State.PREPARED if self.prepared else State.UPDATING
+
     def __str__(self) -> str:
-        if self.state is State.TORN:
+        if self.holds is State.TORN:
             return "the model is torn"
         return f"version {self.version!r} is live" if self.version is not None else "nothing was loaded"
 
     @contextmanager
+    @signals.held
     def reserved(self) -> Iterator[None]:
         """Nobody else updates from now on, unless what is inside fails; until then, whoever ends the update lets go.
 
@@ -65,6 +76,13 @@ class Current:
             self._reserved.release()
             raise
 
-    def let_go(self) -> None:
+    @signals.held
+    def begin(self, running: object) -> None:
+        """An update runs from now on. Only while the model is reserved."""
+        self.running, self.prepared = running, False
+
+    @signals.whole
+    def end(self) -> None:
         """The update that ran is over; the next may begin."""
+        self.running = None
         self._reserved.release()

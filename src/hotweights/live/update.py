@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 
+from .. import signals
 from ..arguments import check_version
 from ..errors import HotweightsError, UpdateAborted, UsageError
 from ..loading.verify import Verifier
@@ -39,16 +40,18 @@ class Update:
 
     # Begin.
 
+    @signals.held
     def __init__(self, current: Current, baseline: Baseline, job: Job, strategy: Strategy, limit: int | None) -> None:
         """For ``begin`` and ``begin_first``, while the live model is reserved; the end of the update lets go of it."""
         self._current = current
         self._baseline = baseline
         self._strategy = strategy
         self._attempt = Attempt(job, strategy, OpenLayers(limit, warned=current.warned), WriteTurn(current.guard))
-        self._before = current.state
-        current.state, current.running = State.UPDATING, self._attempt
+        self._watcher = signals.watch()
+        current.begin(self._attempt)
 
     @classmethod
+    @signals.held
     def begin_first(
         cls, current: Current, baseline: Baseline, process: Callable[[nn.Module], object], limit: int | None
     ) -> Update:
@@ -56,6 +59,7 @@ class Update:
         return cls(current, baseline, baseline.first_job(process), InPlace(baseline.live), limit)
 
     @classmethod
+    @signals.held
     def begin(
         cls,
         current: Current,
@@ -96,6 +100,7 @@ class Update:
 
     # Feed.
 
+    @signals.held
     def feed(self, pairs: Iterable[tuple[str, torch.Tensor]] | Mapping[str, torch.Tensor]) -> None:
         """Take tensors, in any order and any number of calls. They may be borrowed: nothing is kept but by copy.
 
@@ -106,7 +111,7 @@ class Update:
                 model's own memory, and that is written in place; or the iterator raised.
         """
         self._check("feed")
-        if self._current.state is State.PREPARED:
+        if self._current.prepared:
             raise UsageError("this update is prepared; it cannot be fed any more")
         with self._failing():
             self._attempt.take_as_it_comes()
@@ -114,7 +119,9 @@ class Update:
                 self._attempt.check_apart(name, tensor)
                 devices = self._attempt.take(name, tensor, tensor.clone)
                 _wait_for(devices | {tensor.device})  # Behind the next tensor this one may be written over.
+                signals.deliver()
 
+    @signals.held
     def run(
         self,
         source: Source,
@@ -149,6 +156,7 @@ class Update:
 
     # Prepare.
 
+    @signals.held
     def prepare(self) -> None:
         """See that everything came, finish what waited, prove addresses and aliases. Version N is still live.
 
@@ -156,15 +164,16 @@ class Update:
             UpdateAborted: something is missing, or was moved.
         """
         self._check("prepare")
-        if self._current.state is State.PREPARED:
+        if self._current.prepared:
             return
         with self._failing(), self._attempt.timeline.event("prepare", ""):
             self._attempt.finish()
             self._baseline.prove()
-        self._current.state = State.PREPARED
+        self._current.prepared = True
 
     # Commit.
 
+    @signals.held
     def commit(self, version: str | int | None = None) -> UpdateReport:
         """Make it version M. Nothing can fail but the hooks, and they run after it.
 
@@ -177,20 +186,12 @@ class Update:
         self._check("commit")
         check_version(version)
         self.prepare()
-        current, attempt = self._current, self._attempt
-        attempt.turn.take()
-        # From here on version M comes, whatever interrupts: not every strategy has kept what N was.
+        self._attempt.turn.take()
         failures: list[BaseException] = []
         try:
-            with attempt.timeline.event("commit", ""):
-                nbytes = self._written(failures)
-            previous, current.version = current.version, current.commits + 1 if version is None else version
-            current.commits += 1
-            current.state, current.running, current.warned = State.SERVING, None, attempt.warned
-            self._baseline.committed(attempt.job)
-            report = attempt.report(previous, current.version, nbytes, self._baseline.copy_nbytes)
-            current.guard.let_writer_read()
-            current.hooks.call(current.version, failures)
+            report = self._make_live(version, failures)
+            self._current.guard.let_writer_read()
+            self._current.hooks.call(report.version, failures)
             if failures:
                 raise failures[0]
             return report
@@ -198,8 +199,20 @@ class Update:
             failures.clear()  # Their tracebacks hold this frame.
             self._end()
 
+    @signals.whole
+    def _make_live(self, version: str | int | None, failures: list[BaseException]) -> UpdateReport:
+        """Make the model version M, its bytes and its name: no signal comes between them."""
+        current, attempt = self._current, self._attempt
+        with attempt.timeline.event("commit", ""):
+            nbytes = self._written(failures)
+        previous, current.version = current.version, current.commits + 1 if version is None else version
+        current.commits += 1
+        current.holds, current.running, current.warned = State.SERVING, None, attempt.warned
+        self._baseline.committed(attempt.job)
+        return attempt.report(previous, current.version, nbytes, self._baseline.copy_nbytes)
+
     def _written(self, failures: list[BaseException]) -> int:
-        """Bytes that the strategy wrote to make it version M; an interruption goes into ``failures``."""
+        """How many bytes were written to make it version M. An interruption is put into ``failures``."""
         try:
             return self._strategy.commit()
         except BaseException as error:
@@ -208,33 +221,33 @@ class Update:
         try:
             return self._strategy.commit()  # It copies what lies beside the model: that can be done again.
         except BaseException:
-            self._current.state, self._current.running = State.TORN, None
+            self._current.holds, self._current.running = State.TORN, None
             raise
 
     # Abort.
 
+    @signals.whole
     def abort(self) -> None:
         """Make it version N again, whatever was fed. May be called twice, and does nothing after a commit."""
         if self._is_over():
             return
-        current, attempt = self._current, self._attempt
-        current.running, current.warned = None, attempt.warned
+        attempt = self._attempt
+        self._current.running, self._current.warned = None, attempt.warned
         torn = self._strategy.name is False and self._strategy.wrote
         try:
-            _twice(self._strategy.abort)
+            self._strategy.abort()
             if attempt.job.first:
                 self._baseline.reset(attempt.processing.begun)
         except BaseException:
             torn = True
             raise
         finally:
-            if attempt.job.first:
-                current.state = State.EMPTY
-            else:
-                current.state = State.TORN if torn else self._before
+            if torn and not attempt.job.first:
+                self._current.holds = State.TORN
             self._end()
 
     @contextmanager
+    @signals.held
     def _failing(self) -> Iterator[None]:
         """Any failure inside aborts the update, and is told as such."""
         try:
@@ -247,9 +260,11 @@ class Update:
 
     # Its end.
 
+    @signals.whole
     def _end(self) -> None:
         self._attempt.forget()
-        self._current.let_go()
+        self._current.end()
+        signals.unwatch(self._watcher)
 
     def _is_over(self) -> bool:
         return self._current.running is not self._attempt
@@ -261,6 +276,7 @@ class Update:
     def __enter__(self) -> Update:
         return self
 
+    @signals.whole
     def __exit__(self, *error: object) -> None:
         self.abort()
 
@@ -275,15 +291,6 @@ class Update:
 def aborted(left: str, error: Exception) -> UpdateAborted:
     """What tells that ``error`` ended an update, and what it left."""
     return UpdateAborted(f"{left}: {getattr(error, 'title', error)}", getattr(error, "problems", ()))
-
-
-def _twice(act: Callable[[], object]) -> None:
-    """An interruption (Ctrl-C, say) does not keep it from being done; it is raised when it is."""
-    try:
-        act()
-    except BaseException:
-        act()
-        raise
 
 
 def _wait_for(devices: set[torch.device]) -> None:

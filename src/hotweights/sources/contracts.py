@@ -20,6 +20,7 @@ from ..memory.guards import Guard
 from ..memory.lease import Lease
 from ..memory.pool import Pool
 from ..ranges import Range
+from ..signals import held
 
 IOMode = Literal["auto", "buffered", "direct"]
 """How files are read: ``buffered`` through the page cache, ``direct`` around it, ``auto`` by what is cached."""
@@ -156,6 +157,7 @@ class Participant(Protocol):
 
 
 @contextmanager
+@held
 def refusing(source: object) -> Iterator[None]:
     """A group that waits for whoever loads is told of any failure inside, whatever it was."""
     try:

@@ -1,0 +1,183 @@
+"""Ctrl-C at every line of a live model's life: version, bytes and state agree, and nothing stays locked."""
+
+import contextlib
+import gc
+import itertools
+import signal
+
+import pytest
+import torch
+from interrupting import Interrupting
+from torch import nn
+
+import hotweights as hw
+
+WAYS = ("staged", "journal", False)
+LINES = [pytest.param(7, id="every 7th line"), pytest.param(1, id="every line", marks=pytest.mark.long)]
+
+
+class Model(nn.Module):
+    """A processed layer, one that is not, and a buffer that both versions bring."""
+
+    def __init__(self):
+        super().__init__()
+        self.processed, self.plain = nn.Linear(4, 4, bias=False), nn.Linear(4, 4)
+        self.register_buffer("scale", torch.zeros(3))
+
+
+def process(layer):
+    layer.weight = nn.Parameter(layer.weight.detach().t().contiguous(), requires_grad=False)
+
+
+def version_of(number):
+    return {name: torch.full_like(tensor, float(number)) for name, tensor in Model().state_dict().items()}
+
+
+def streamed(number):
+    return hw.from_iterator(iter(version_of(number).items()), hw.open(version_of(number)).manifest)
+
+
+def model_of(atomic):
+    return hw.LiveModel(Model(), process=process, layers="processed", atomic=atomic)
+
+
+def values(model):
+    """What the model's tensors hold: the number of each version that is there."""
+    return {float(value) for tensor in model.state_dict().values() for value in tensor.flatten()}
+
+
+def by_update(live, number):
+    live.update(version_of(number), version=number)
+
+
+def by_stream(live, number):
+    live.update(streamed(number), version=number)
+
+
+def by_pushes(live, number):
+    with live.begin() as update:
+        for pair in version_of(number).items():
+            update.feed([pair])
+        update.prepare()
+        update.commit(number)
+
+
+def while_serving(live, number):
+    with live.serving() as version:
+        assert values(live.model) == {float(version)}
+
+
+def check(live, number, where):
+    """What is live is one version by its name and its bytes, nobody holds a lock, and the next update works."""
+    assert gc.isenabled(), f"{where}: the collector stays off"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, f"{where}: the handler is another one"
+    if live.state is hw.State.TORN:
+        with pytest.raises(hw.LiveModelError, match="torn"), live.serving():
+            pass
+    else:
+        assert live.state is hw.State.SERVING, f"{where}: it is {live.state}"
+        assert values(live.model) == {float(live.version)}, f"{where}: {live!r} holds {values(live.model)}"
+        with live.serving(timeout=10) as version:
+            assert version == live.version
+    live.update(version_of(number), version=number)
+    assert values(live.model) == {float(number)}, where
+
+
+@pytest.mark.parametrize("step", LINES)
+@pytest.mark.parametrize("act", [by_update, by_stream, by_pushes, while_serving])
+@pytest.mark.parametrize("atomic", WAYS)
+def test_at_every_line_of_an_update(atomic, act, step):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    live = model_of(atomic)
+    live.load(version_of(1), version=1)
+    numbers = itertools.count(2)
+    states, raised = set(), 0
+    for at in itertools.count(step=step):
+        before, number = live.version, next(numbers)
+        with Interrupting(at) as interrupting:
+            try:
+                act(live, number)
+                done = True
+            except KeyboardInterrupt:
+                done, raised = False, raised + 1
+        assert interrupting.where is None or not done, f"{interrupting.where}: it was swallowed"
+        assert live.version in (before, number)
+        assert atomic is False or live.state is hw.State.SERVING, f"{interrupting.where}: it is {live.state}"
+        states.add(live.state)
+        check(live, next(numbers), interrupting.where)
+        if interrupting.where is None:
+            break
+    assert raised > 3
+    if act is not while_serving:
+        assert (hw.State.TORN in states) == (atomic is False)
+
+
+@pytest.mark.parametrize("step", LINES)
+@pytest.mark.parametrize("source", [version_of, streamed])
+def test_at_every_line_of_a_first_load(source, step):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for at in itertools.count(step=step):
+        live = model_of("staged")
+        with Interrupting(at) as interrupting, contextlib.suppress(KeyboardInterrupt):
+            live.load(source(1), version=1)
+            assert interrupting.where is None, f"{interrupting.where}: it was swallowed"
+        if live.state is hw.State.EMPTY:
+            assert live.version is None
+            assert live.model.processed.weight.shape == (4, 4)
+            live.load(version_of(1), version=1)
+        check(live, 2, interrupting.where)
+        if interrupting.where is None:
+            return
+
+
+@pytest.mark.parametrize("step", LINES)
+def test_at_every_line_of_a_load_on_meta(step):
+    """``hw.load`` is not atomic, but tensors that were on meta are so again, and the collector is on."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for at in itertools.count(step=step):
+        with torch.device("meta"):
+            model = Model()
+        with Interrupting(at) as interrupting, contextlib.suppress(KeyboardInterrupt):
+            hw.load(model, version_of(1), device="cpu", cache=False)
+            assert interrupting.where is None, f"{interrupting.where}: it was swallowed"
+        assert gc.isenabled()
+        on_meta = {tensor.is_meta for tensor in model.state_dict().values()}
+        assert len(on_meta) == 1, f"{interrupting.where}: some of them are real"
+        if False in on_meta:
+            assert values(model) == {1.0}
+        hw.load(model, version_of(2), device="cpu")
+        if interrupting.where is None:
+            return
+
+
+def test_a_hook_that_is_interrupted_leaves_the_new_version_and_no_lock():
+    live = model_of("staged")
+    live.load(version_of(1), version=1)
+    called = []
+
+    def hook(version):
+        called.append(version)
+        if version == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    live.on_commit(hook)
+    live.on_commit(called.append)
+    with pytest.raises(KeyboardInterrupt):
+        live.update(version_of(2), version=2)
+    assert called == [2, 2]
+    check(live, 3, "a hook")
+
+
+def test_a_handler_that_raises_nothing_is_called_once_and_ends_nothing():
+    """SIGUSR1 that prints stacks, say."""
+    seen = []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: seen.append(number))
+    try:
+        live = model_of("journal")
+        live.load(version_of(1), version=1)
+        live.on_commit(lambda version: signal.raise_signal(signal.SIGUSR1))
+        live.update(version_of(2), version=2)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert seen == [signal.SIGUSR1]
+    assert values(live.model) == {2.0}
