@@ -11,6 +11,7 @@
     ├── RoutingError            a stream without a manifest carried what its components do not take
     ├── IncompleteLoad          the model's own loading code left something unwritten
     ├── PlanDiffers             verify="loader" found what the model's own code makes otherwise
+    ├── LiveModelError          a live model is torn, was changed by somebody else, or finds no room
     ├── UpdateAborted           an update failed; what is live is as it was, or torn and says so
     ├── CommitHookError         the new version is live, and a hook that ran after the commit failed
     ├── TiedWeightsDiffer       two names of one tensor carry different bytes; nothing was written
@@ -45,6 +46,7 @@ __all__ = [
     "CommitHookError",
     "HotweightsError",
     "IncompleteLoad",
+    "LiveModelError",
     "MissingPackage",
     "NoManifest",
     "PeerLost",
@@ -192,11 +194,15 @@ class AddressTaken(TransferError):
     """Another sender listens at this address. The message says which process."""
 
 
-class UpdateAborted(HotweightsError):
+class UpdateAborted(_Problems):
     """An update of a live model failed. Version N is live, byte for byte; with ``atomic=False`` it may be torn.
 
-    The cause is the error that ended it.
+    The cause is the error that ended it; its problems are those of the cause, where it lists any.
     """
+
+
+class LiveModelError(_Problems):
+    """A live model cannot do what was asked: it is torn, somebody else changed it, or there is no room."""
 
 
 class CommitHookError(_Problems):

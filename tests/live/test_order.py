@@ -51,7 +51,7 @@ def live_model(**options):
 
 
 def tracked(update):
-    return update._work._layers
+    return update._attempt._layers
 
 
 def push(live, tensors):

@@ -84,7 +84,7 @@ def test_a_forward_sees_one_version(atomic, process):
         waits.set()  # From here on the update can only wait for the reader.
         begin_writing(serving)
 
-    live._serving.begin_writing = lambda: told(live._serving)
+    live._current.guard.begin_writing = lambda: told(live._current.guard)
     writer = Thread(lambda: live.update(weights(2), version=2))
     assert waits.wait(WAIT)
     model.go_on.set()
@@ -205,7 +205,7 @@ def test_who_reads_may_read_again_before_a_writer_that_waits():
 
 
 def test_before_the_first_load_there_is_nothing_to_serve():
-    with pytest.raises(hw.HotweightsError, match="empty"), hw.LiveModel(Yielding()).serving():
+    with pytest.raises(hw.HotweightsError, match="nothing was loaded yet"), hw.LiveModel(Yielding()).serving():
         pass
 
 

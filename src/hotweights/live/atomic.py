@@ -1,4 +1,4 @@
-"""Ways to be all or nothing: in place, with a journal, staged. The only file that writes live tensors of an update."""
+"""Strategy: how an update is all or nothing. Staged, Journal and InPlace are the only writers of its live tensors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import nn
 
-from ..errors import HotweightsError
+from ..errors import LiveModelError
 from ..memory import host
 from ..memory.aliases import has_bytes
 from ..memory.wrappers import is_wrapper
@@ -20,39 +20,46 @@ from .layers import contents, put
 from .layout import Mirror
 
 Atomic = Literal["staged", "journal", False]
-"""How an update is all or nothing: collected beside the live version; written in place, the old bytes kept; not."""
+"""How an update is all or nothing.
 
+``"staged"``: the new version is collected on the host while the old one serves; the commit copies it into place.
+``"journal"``: live tensors are written in place while nobody reads; their old bytes are kept on the host for an abort.
+``False``: written in place, and nothing is kept: a failure leaves tensors of two versions, ``State.TORN``.
+"""
 
 Changes = Mapping[Any, object]
-"""Of the state of a module, a tensor or a holder: values by key, or ``holders.ABSENT``."""
+"""What changes in the state of a module, a tensor or a holder: new values by key, or ``attributes.ABSENT``."""
 
 
 class Strategy(Protocol):
-    """Where an update's bytes go. ``commit`` and ``abort`` may be called again when they were interrupted."""
+    """Where the bytes of one update go. ``commit`` and ``abort`` may be called again when they were interrupted."""
 
     name: Atomic
     wrote: bool
-    """Whether a live tensor may have changed; whoever writes into what ``direct`` gave says so."""
+    """Whether a live tensor may have changed. Whoever writes into what ``memory_for`` gave sets it before that."""
     exclusive: bool
-    """Whether live tensors change before the commit, so that nobody may read them from the first write on."""
+    """Whether live tensors change before the commit: nobody may read them from the first write on."""
 
-    def direct(self, names: Iterable[str], partial: Iterable[str]) -> Mapping[str, torch.Tensor]:
-        """Memory for tensors that are written as they are; those of ``partial`` keep some of their bytes."""
+    def memory_for(self, names: Iterable[str], partial: Iterable[str]) -> Mapping[str, torch.Tensor]:
+        """Memory for tensors that are not processed, by name, to be written by the caller.
+
+        Those of ``partial`` hold their old bytes, for not all will be written.
+        """
 
     def deliver(self, name: str, value: torch.Tensor) -> None:
-        """The new value of a live tensor; it is not kept."""
+        """Take the new value of a live tensor. ``value`` itself is not kept."""
 
     def attribute(self, holder: object, changes: Changes) -> None:
-        """What changes in the state of a live module, tensor or holder."""
+        """Take what changes in the state of a live module, tensor or holder."""
 
     def showing(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Inside, the model is what it will be: what was delivered, or else what is live."""
+        """Inside, the model holds what was delivered so far in place of what is live."""
 
     def commit(self) -> int:
-        """Make it version M; returns the bytes that were written by this call."""
+        """Make the model version M. Returns how many bytes this call wrote."""
 
     def abort(self) -> None:
-        """Make it version N again."""
+        """Make the model version N again."""
 
 
 class InPlace:
@@ -65,7 +72,7 @@ class InPlace:
         self._live = live
         self.wrote = False
 
-    def direct(self, names: Iterable[str], partial: Iterable[str]) -> Mapping[str, torch.Tensor]:
+    def memory_for(self, names: Iterable[str], partial: Iterable[str]) -> Mapping[str, torch.Tensor]:
         """The live tensors themselves."""
         names = list(names)
         self._keep(names)
@@ -79,13 +86,13 @@ class InPlace:
             host.copy_bytes(self._live[name], value)
 
     def attribute(self, holder: object, changes: Changes) -> None:
-        """Put it in place."""
+        """Change it in place."""
         self.wrote = True
         amend(holder, changes)
 
     @contextmanager
     def showing(self, model: nn.Module) -> Iterator[None]:
-        """It is so already."""
+        """The model holds it already."""
         yield
 
     def commit(self) -> int:
@@ -107,11 +114,11 @@ class Journal(InPlace):
     def __init__(self, live: Mapping[str, torch.Tensor], mirror: Mirror) -> None:
         super().__init__(live)
         self._mirror = mirror
-        self._saved: set[int] = set()  # spans
+        self._saved: set[int] = set()  # numbers of spans
         self._held: list[tuple[object, dict[Any, object]]] = []
 
     def attribute(self, holder: object, changes: Changes) -> None:
-        """Put it in place, and remember what was there."""
+        """Change it in place, and remember what was there."""
         self._held.append((holder, state_of(holder)))
         super().attribute(holder, changes)
 
@@ -120,15 +127,15 @@ class Journal(InPlace):
         for holder, held in reversed(self._held):
             assign(holder, held)
         for span in self._saved:
-            for name in self._mirror.spans.inside(span):
+            for name in self._mirror.layout.inside(span):
                 host.copy_bytes(self._live[name], self._mirror[name])
 
     def _keep(self, names: Iterable[str]) -> None:
-        spans = self._mirror.spans
-        for span in dict.fromkeys(spans.of(name) for name in names if name in spans):
-            # All that overlaps at once: saved one by one, the second would be saved when the first was written over.
+        layout = self._mirror.layout
+        for span in dict.fromkeys(layout.of(name) for name in names if name in layout):
+            # Tensors that overlap are saved together: one by one, the second would be saved after it was written over.
             if span not in self._saved:
-                for name in spans.inside(span):
+                for name in layout.inside(span):
                     host.copy_bytes(self._mirror[name], self._live[name])
                 self._saved.add(span)
 
@@ -146,39 +153,42 @@ class Staged:
         self._staged: dict[str, None] = {}
         self._held: list[tuple[object, dict[Any, object]]] = []
 
-    def direct(self, names: Iterable[str], partial: Iterable[str]) -> Mapping[str, torch.Tensor]:
-        """Memory beside the live tensors, with their bytes where not all will be written."""
-        names = [name for name in names if name in self._mirror.spans]
+    def memory_for(self, names: Iterable[str], partial: Iterable[str]) -> Mapping[str, torch.Tensor]:
+        """Memory beside the live tensors."""
+        names = [name for name in names if name in self._mirror.layout]
         for name in set(partial).intersection(names):
             host.copy_bytes(self._mirror[name], self._live[name])
         self._staged.update(dict.fromkeys(names))
         return {name: self._mirror[name] for name in names}
 
     def deliver(self, name: str, value: torch.Tensor) -> None:
-        """Collect it."""
+        """Keep a copy of the value for the commit."""
         if _takes_bytes(name, self._live[name]):
             host.copy_bytes(self._mirror[name], value)
             self._staged[name] = None
 
     def attribute(self, holder: object, changes: Changes) -> None:
-        """Remember it."""
+        """Remember the changes for the commit."""
         self._held.append((holder, dict(changes)))
 
     @contextmanager
     def showing(self, model: nn.Module) -> Iterator[None]:
-        """Put what was collected into the model's places, and take it out again."""
+        """Put what was collected into the model's places; at the end, take it out again."""
         shown = {id(self._live[name]): self._value(name) for name in self._staged}
         modules = list(model.modules())
         own = frozenset(map(id, modules))
         before = [(module, contents(module, own)) for module in modules]
         try:
             for module, held in before:
-                put(module, held.replaced({key: shown[id(one)] for key, one in held.tensors() if id(one) in shown}))
+                put(
+                    module,
+                    held.replaced({key: shown[id(tensor)] for key, tensor in held.tensors() if id(tensor) in shown}),
+                )
             for holder, changes in self._held:
                 if not isinstance(holder, torch.Tensor):
                     amend(
                         holder,
-                        {key: exchanged("", one, lambda _, t: shown.get(id(t), t)) for key, one in changes.items()},
+                        {key: exchanged("", value, lambda _, t: shown.get(id(t), t)) for key, value in changes.items()},
                     )
             yield
         finally:
@@ -190,7 +200,7 @@ class Staged:
         return dressed(self._mirror[name].to(live.device), live)
 
     def commit(self) -> int:
-        """Copy everything into place."""
+        """Copy everything that was collected into place."""
         nbytes = 0
         for name in self._staged:
             host.copy_bytes(self._live[name], self._mirror[name])
@@ -200,14 +210,15 @@ class Staged:
         return nbytes
 
     def abort(self) -> None:
-        """Nothing was written."""
+        """Nothing live was written, so there is nothing to do."""
 
 
 def _takes_bytes(name: str, live: torch.Tensor) -> bool:
-    if nn.parameter.is_lazy(live) or live.numel() == 0 or is_wrapper(live):  # What it wraps has names of its own.
+    if nn.parameter.is_lazy(live) or live.numel() == 0 or is_wrapper(live):
+        # The inner tensors of a wrapper have names of their own, and are written by those.
         return False
     if not has_bytes(live):
-        raise HotweightsError(f"{name}: is a {type(live).__name__}, which cannot be written in place")
+        raise LiveModelError(f"{name}: is a {type(live).__name__}, which cannot be written in place")
     return True
 
 
@@ -215,11 +226,11 @@ def check_room(mirror: Mirror, names: Iterable[str], atomic: Atomic) -> None:
     """See that the host can hold a copy of these tensors, before the first is written.
 
     Raises:
-        HotweightsError: it cannot.
+        LiveModelError: it cannot.
     """
     needed, there = mirror.lacking(names), host.host_available()
     if there is not None and needed > there:
-        raise HotweightsError(
+        raise LiveModelError(
             f"atomic={atomic!r} keeps a copy of the model on the host: {size(needed)} more are needed, {size(there)} "
             "are there; nothing was written. atomic=False keeps no copy"
         )

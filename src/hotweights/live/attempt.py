@@ -1,4 +1,4 @@
-"""Attempt: what one update does. It takes tensors, fills and processes units in order; a way keeps what comes of it."""
+"""Attempt: the work of one update. It takes tensors, fills groups of layers with them, and has those processed."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from functools import cached_property
 
 import torch
 
-from ..errors import HotweightsError
+from ..errors import LiveModelError, SourceError
 from ..loading.execute import execute
 from ..loading.fallback import fall_back
 from ..loading.filling import Filling
 from ..loading.report import Tally
+from ..loading.verify import Verifier
 from ..manifest import Manifest, TensorSpec
 from ..memory import host
 from ..memory.aliases import has_bytes
@@ -23,7 +24,7 @@ from ..memory.pool import Pool
 from ..plan.steps import Copy, Fate
 from ..sources.contracts import Addressed, InMemory, Request, Source
 from ..sources.state_dict import StateSource
-from ..text import size
+from ..text import size, some
 from .atomic import Strategy
 from .groups import LayerGroup, parts_of
 from .job import Job
@@ -40,9 +41,9 @@ Own = Callable[[], torch.Tensor]
 
 @dataclass(eq=False)
 class _Open:
-    """A unit that is being filled."""
+    """A group that is being filled, and the memory that it is filled in."""
 
-    unit: LayerGroup
+    group: LayerGroup
     scratch: Mirror | None
     destinations: Mapping[str, torch.Tensor]
     filling: Filling | None = None
@@ -52,22 +53,23 @@ class Attempt:
     """One attempt.
 
     Attributes:
-        job: what it works with.
-        way: where its bytes go.
-        turn: its hold on the guard of readers.
-        timeline: what it spent time on.
-        processing: what processes its units.
+        job: what there is to do.
+        strategy: where the bytes go until the commit.
+        turn: the update's hold on the lock that keeps readers out.
+        timeline: what the time was spent on.
+        processing: processes the groups.
         peak_buffer: bytes of the pool at peak.
     """
 
-    def __init__(self, job: Job, way: Strategy, layers: OpenLayers, turn: WriteTurn) -> None:
-        self.job, self.way, self.turn = job, way, turn
+    def __init__(self, job: Job, strategy: Strategy, layers: OpenLayers, turn: WriteTurn) -> None:
+        self.job, self.strategy, self.turn = job, strategy, turn
         self.timeline = Timeline(layers)
-        self.processing = Processing(job, way, self.timeline)
+        self.processing = Processing(job, strategy, self.timeline)
         self.peak_buffer = 0
         self._layers = layers
         self._done = Tally()
-        self._todo = dict.fromkeys((job.direct, *job.units))  # those that were never opened
+        self._todo = dict.fromkeys((job.in_place, *job.groups))  # those that were never opened
+        self._takers: dict[str, list[LayerGroup]] | None = None  # by tensor, from ``take_as_it_comes`` on
         self._open: dict[LayerGroup, _Open] = {}
         self._late: list[_Open] = []
         self._waiting: dict[LayerGroup, dict[str, torch.Tensor]] = {}
@@ -83,6 +85,10 @@ class Attempt:
         """Device memory that open layers take now."""
         return self._layers.nbytes
 
+    def nbytes_to_read(self, source: Source) -> int:
+        """How many bytes will come from the source."""
+        return sum(spec.nbytes for spec in source.manifest.values())
+
     @property
     def manifest(self) -> Manifest:
         """What must come."""
@@ -94,48 +100,63 @@ class Attempt:
         return self._layers.warned
 
     def requests(self) -> list[Request]:
-        """What a source that can choose shall send, layer by layer; what waits for all others comes last."""
-        _ = self._wanted  # From here on tensors come as they come.
+        """What to ask of a source that can choose: layer by layer, deferred layers last."""
+        self.take_as_it_comes()
         return requests(sorted(self._todo, key=self._comes_late), self.job.plan, self._room)
 
-    def _room(self, unit: LayerGroup, step: Copy) -> torch.Tensor | None:
-        """The memory that a copy would fill with the bytes as they are, if its layer may be opened now."""
-        opened = self._open.get(unit)
+    def _room(self, group: LayerGroup, step: Copy) -> torch.Tensor | None:
+        """The memory that the copy would fill with unchanged bytes; ``None`` if its layer cannot be opened yet."""
+        opened = self._open.get(group)
         if opened is None:
-            if not self._may_open(unit):
+            if not self._may_open(group):
                 return None
-            opened = self._opened(unit)
-        found = room(step, self.manifest[step.source], opened.destinations)
-        self.way.wrote |= unit.direct and found is not None
-        return found
+            opened = self._opened(group)
+        memory = room(step, self.manifest[step.source], opened.destinations)
+        self.strategy.wrote |= group.in_place and memory is not None
+        return memory
 
     # Whole sources.
 
-    def run(self, source: Source, *, pool: Pool, advance: Callable[[int], None], **options: object) -> None:
-        """Take everything from a source: what it is asked for, layer by layer; or as it comes."""
+    def run(
+        self,
+        source: Source,
+        *,
+        pool: Pool,
+        advance: Callable[[int], None],
+        verify: Verifier | None = None,
+        **options: object,
+    ) -> None:
+        """Take everything from a source: layer by layer where it can be asked, else as it comes."""
         if not isinstance(source, (Addressed, InMemory)):
+            self.take_as_it_comes()
             self._stream(source, advance)
             return
-        assert "_wanted" not in self.__dict__, "whose tensors come as they come is done in other parts"
+        assert self._takers is None, "an attempt takes tensors as they come, or asks for them, not both"
         self._source = source
         self._arrived |= set(self.manifest)
-        for unit in (self.job.direct, *sorted(self.job.units, key=self._comes_late)):
+        for group in (self.job.in_place, *sorted(self.job.groups, key=self._comes_late)):
             # Nothing of it outlives the call: scratch of the layer before would be held beside the next one's.
-            self._read(unit, source, pool=pool, advance=advance, **options)
+            self._read(group, source, verify, pool=pool, advance=advance, **options)
 
-    def _read(self, unit: LayerGroup, source: Source, **options: object) -> None:
-        opened = self._opened(unit)
-        with self._reading(unit):
-            execute(unit.plan, source, opened.destinations, self._done, **options)  # type: ignore[arg-type]
+    def _read(
+        self, group: LayerGroup, source: Source, verify: Verifier | None, *, pool: Pool, **options: object
+    ) -> None:
+        opened = self._opened(group)
+        with self._reading(group):
+            execute(group.plan, source, opened.destinations, self._done, pool=pool, **options)  # type: ignore[arg-type]
+        if verify is not None:  # Before it is processed: the model's own code makes checkpoint format.
+            verify(group.plan, opened.destinations, pool)
         self._close(opened)
 
     @contextmanager
-    def _reading(self, unit: LayerGroup) -> Iterator[None]:
+    def _reading(self, group: LayerGroup) -> Iterator[None]:
         try:
-            with self.timeline.event("read", unit.name):
+            with self.timeline.event("read", group.name):
                 yield
         finally:
-            self.way.wrote |= unit.direct and self._done.writing  # Ties are proven first: that may end it unwritten.
+            self.strategy.wrote |= (
+                group.in_place and self._done.writing
+            )  # Ties are proven first: that may end it unwritten.
 
     def _stream(self, source: Source, advance: Callable[[int], None]) -> None:
         with source.leases() as stream:
@@ -150,59 +171,64 @@ class Attempt:
 
     # Tensors that come.
 
-    @cached_property
-    def _wanted(self) -> dict[str, list[LayerGroup]]:
-        """Which units want each tensor. What waits for nothing is not held up by what does."""
-        self._todo = dict.fromkeys((*parts_of(self.job.direct, self.job.spans), *self.job.units))
-        found: dict[str, list[LayerGroup]] = {}
-        for unit in self._todo:
-            for name in unit.sources:
-                found.setdefault(name, []).append(unit)
-        return found
+    def take_as_it_comes(self) -> None:
+        """Get ready for tensors in any order, before the first. May be called again.
+
+        What is written in place is taken apart, so that what waits for nothing is not held up by what does.
+        """
+        if self._takers is not None:
+            return
+        self._todo = dict.fromkeys((*parts_of(self.job.in_place, self.job.layout), *self.job.groups))
+        self._takers = {}
+        for group in self._todo:
+            for name in group.sources:
+                self._takers.setdefault(name, []).append(group)
 
     def check_apart(self, name: str, tensor: torch.Tensor) -> None:
-        """Refuse what lies in the model's own memory where that is written meanwhile: it may hold version M by now."""
-        if self.way.exclusive and has_bytes(tensor) and tensor.untyped_storage().data_ptr() in self._own:
-            raise HotweightsError(
+        """Refuse a tensor in the model's own memory while that is written: it may hold bytes of version M by now."""
+        if self.strategy.exclusive and has_bytes(tensor) and tensor.untyped_storage().data_ptr() in self._own:
+            raise SourceError(
                 f"{name}: lies in the model's own memory, which is written in place; feed a copy, or use "
                 'atomic="staged" or update()'
             )
 
     @cached_property
     def _own(self) -> set[int]:
-        return {one.untyped_storage().data_ptr() for one in self.job.live.values() if has_bytes(one)}
+        return {tensor.untyped_storage().data_ptr() for tensor in self.job.live.values() if has_bytes(tensor)}
 
     def take(self, name: str, tensor: torch.Tensor, own: Own) -> set[torch.device]:
         """Take one tensor; it is borrowed. Returns the devices whose queues may still read it."""
         spec = self.manifest.get(name)
         if spec is None:
-            raise HotweightsError(f"{name}: unexpected; it was not promised")
+            raise SourceError(f"{name}: unexpected; the manifest does not promise it")
         _check_kept(spec, tensor)
         self._arrive(name, spec.nbytes)
         if name in self.job.plan.fallback:
             self._fallen[name] = own()
         devices: set[torch.device] = set()
-        for unit in self._wanted.get(name, ()):
-            opened = self._open.get(unit)
-            if opened is None and not self._may_open(unit):
-                self._hold(unit, name, tensor)
+        assert self._takers is not None, "take_as_it_comes comes first"
+        for group in self._takers.get(name, ()):
+            opened = self._open.get(group)
+            if opened is None and not self._may_open(group):
+                self._hold(group, name, tensor)
                 continue
-            devices |= self._fill(opened or self._opened(unit), name, tensor, own)
+            devices |= self._fill(opened or self._opened(group), name, tensor, own)
         self._drain()
         return devices
 
     def _arrive(self, name: str, nbytes: int) -> None:
         if name in self._arrived:
-            raise HotweightsError(f"{name}: came twice")
+            raise SourceError(f"{name}: came twice")
         self._arrived.add(name)
         self._done.count({"memory": nbytes})
         self._done.arrive(nbytes)
 
     def _placed(self, name: str, nbytes: int) -> None:
-        """A tensor came whose bytes lie in the room that its request gave."""
+        """A tensor came, and its bytes lie already in the memory that the request gave."""
         self._arrive(name, nbytes)
-        (unit,) = self._wanted[name]
-        opened = self._open[unit]
+        assert self._takers is not None, "take_as_it_comes comes first"
+        (group,) = self._takers[name]
+        opened = self._open[group]
         filling = self._filling(opened)
         filling.placed(name)
         if not filling.missing:
@@ -211,7 +237,7 @@ class Attempt:
 
     def _fill(self, opened: _Open, name: str, tensor: torch.Tensor, own: Own) -> set[torch.device]:
         filling = self._filling(opened)
-        self.way.wrote |= opened.unit.direct
+        self.strategy.wrote |= opened.group.in_place
         devices = filling.take(name, tensor, own)
         if not filling.missing:
             self._complete(opened)
@@ -219,127 +245,137 @@ class Attempt:
 
     def _filling(self, opened: _Open) -> Filling:
         if opened.filling is None:
-            opened.filling = Filling(opened.unit.plan, opened.destinations, self._done)
+            opened.filling = Filling(opened.group.plan, opened.destinations, self._done)
         return opened.filling
 
     def _complete(self, opened: _Open) -> None:
-        self.way.wrote |= opened.unit.direct
+        self.strategy.wrote |= opened.group.in_place
         self._filling(opened).finish()
         opened.filling = None
         self._close_in_time(opened)
 
-    def _hold(self, unit: LayerGroup, name: str, tensor: torch.Tensor) -> None:
-        """Keep it on the host until its layer's turn."""
+    def _hold(self, group: LayerGroup, name: str, tensor: torch.Tensor) -> None:
+        """Keep a copy of the tensor on the host until its layer can be opened."""
         there = host.host_available()
         if there is not None and tensor.nbytes > there:
-            raise HotweightsError(f"{name}: waits for memory_limit, and the host has {size(there)} left")
+            raise LiveModelError(
+                f"{name}: must wait on the host for memory_limit, and takes {size(tensor.nbytes)}; the host has "
+                f"{size(there)} left"
+            )
         held = torch.empty_like(tensor, device="cpu").copy_(tensor)
-        self._waiting.setdefault(unit, {})[name] = held
+        self._waiting.setdefault(group, {})[name] = held
         self._held += held.nbytes
         self._peak_held = max(self._peak_held, self._held)
 
     def _drain(self) -> None:
-        """Open what waits, as far as it fits."""
-        while (unit := next(filter(self._may_open, self._waiting), None)) is not None:
-            opened = self._opened(unit)
-            tensors = self._waiting.pop(unit)
+        """Open the groups that wait, as far as memory allows, and give them the tensors that were held."""
+        while (group := next(filter(self._may_open, self._waiting), None)) is not None:
+            opened = self._opened(group)
+            tensors = self._waiting.pop(group)
             for name in list(tensors):
                 held = tensors.pop(name)
                 self._held -= held.nbytes
                 self._fill(opened, name, held, held.clone)
 
     def finish(self) -> None:
-        """See that everything came, and finish what waited."""
-        needed = self._wanted.keys() if self._source is None else set()
+        """Finish the groups that are left, when everything has come.
+
+        Raises:
+            SourceError: tensors are missing; they are named.
+        """
+        if self._source is None:
+            self.take_as_it_comes()
+        needed = set() if self._takers is None else self._takers.keys()
         missing = sorted((needed | set(self.job.plan.fallback)) - self._arrived)
         if missing:
-            shown = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
-            raise HotweightsError(f"{len(missing)} tensors were promised and did not come: {shown}")
-        for unit in list(self._todo):  # What takes no tensor is filled and processed all the same.
-            self._complete(self._opened(unit))
-        for opened in sorted(self._late, key=lambda one: one.unit.deferred):
+            raise SourceError(f"{len(missing)} tensors were promised and did not come: {some(missing)}")
+        for group in list(self._todo):  # What takes no tensor is filled and processed all the same.
+            self._complete(self._opened(group))
+        for opened in sorted(self._late, key=lambda late: late.group.deferred):
             self._close(opened)
         self._late.clear()
         self._fall_back()
         self.processing.settle()
 
-    # Units.
+    # Groups.
 
-    def _comes_late(self, unit: LayerGroup) -> bool:
-        """Deferred ones, and those that the model's own code will write to when all else is done."""
-        return unit.deferred or bool(unit.layers and self.job.plan.fallback)
+    def _comes_late(self, group: LayerGroup) -> bool:
+        """Whether it is closed after the others: it is deferred, or the model's own code will write to it."""
+        return group.deferred or bool(group.layers and self.job.plan.fallback)
 
-    def _may_open(self, unit: LayerGroup) -> bool:
-        nbytes = self._counted(unit)
+    def _may_open(self, group: LayerGroup) -> bool:
+        nbytes = self._counted(group)
         if self._layers.fits(nbytes):
             return True
         if not len(self._layers):
-            raise HotweightsError(
-                f"{unit.name}: {size(nbytes)} of device memory are needed to open it, memory_limit is "
+            raise LiveModelError(
+                f"{group.name}: {size(nbytes)} of device memory are needed to open it, memory_limit is "
                 f"{size(self._layers.limit or 0)}"
             )
         return False
 
-    def _counted(self, unit: LayerGroup) -> int:
-        """Bytes of device memory that it takes, as far as they count."""
-        return 0 if self.job.first or unit.deferred else unit.device_nbytes(self.job.spans)
+    def _counted(self, group: LayerGroup) -> int:
+        """Bytes of device memory that its scratch takes, as far as ``memory_limit`` counts them."""
+        return 0 if self.job.first or group.deferred else group.device_nbytes(self.job.layout)
 
-    def _opened(self, unit: LayerGroup) -> _Open:
-        self._todo.pop(unit, None)
-        if self.way.exclusive:
+    def _opened(self, group: LayerGroup) -> _Open:
+        self._todo.pop(group, None)
+        if self.strategy.exclusive:
             self.turn.take()
-        opened = self._made(unit)
-        for name in (*unit.names, *unit.touched) if not self.job.first else ():
+        opened = self._made(group)
+        for name in (*group.names, *group.touched) if not self.job.first else ():
             if name in self.job.initial:
-                self.way.wrote |= unit.direct
+                self.strategy.wrote |= group.in_place
                 host.copy_bytes(opened.destinations[name], self.job.initial[name])
-        if not unit.deferred and not unit.direct:
-            self._layers.open(unit, (layer.name for layer in unit.layers), self._counted(unit))
-        self._open[unit] = opened
+        if not group.deferred and not group.in_place:
+            self._layers.open(group, (layer.name for layer in group.layers), self._counted(group))
+        self._open[group] = opened
         return opened
 
-    def _made(self, unit: LayerGroup) -> _Open:
-        live = {name: self.job.live[name] for name in unit.touched if name in self.job.live}
+    def _made(self, group: LayerGroup) -> _Open:
+        live = {name: self.job.live[name] for name in group.touched if name in self.job.live}
         if self.job.first:
-            return _Open(unit, None, live)
-        if unit.direct:
-            return _Open(unit, None, {**live, **self.way.direct(unit.touched, self.job.partial & unit.touched)})
-        scratch = Mirror(self.job.spans, host.scratch)
-        inside = {name: scratch[name] for name in unit.names}
+            return _Open(group, None, live)
+        if group.in_place:
+            return _Open(
+                group, None, {**live, **self.strategy.memory_for(group.touched, self.job.partial & group.touched)}
+            )
+        scratch = Mirror(self.job.layout, host.scratch)
+        inside = {name: scratch[name] for name in group.names}
         self._done.hold_scratch(scratch.nbytes)
-        return _Open(unit, scratch, {**live, **inside})
+        return _Open(group, scratch, {**live, **inside})
 
     def _close_in_time(self, opened: _Open) -> None:
-        if self._comes_late(opened.unit):
+        if self._comes_late(opened.group):
             self._late.append(opened)
         else:
             self._close(opened)
 
     def _close(self, opened: _Open) -> None:
-        unit, scratch = opened.unit, opened.scratch
-        self._open.pop(unit, None)
+        group, scratch = opened.group, opened.scratch
+        self._open.pop(group, None)
         if self.job.first:
-            if unit.layers:
+            if group.layers:
                 self._fall_back()
-            self.processing.first(unit)
+            self.processing.first(group)
         elif scratch is not None:
-            with self.turn.briefly() if unit.layers else nullcontext():  # Layers hold scratch then.
-                self.processing.run(unit, scratch, ready=self._fall_back)
+            with self.turn.briefly() if group.layers else nullcontext():  # Layers hold scratch then.
+                self.processing.run(group, scratch, ready=self._fall_back)
             self._done.hold_scratch(-scratch.nbytes)
-        self._layers.close(unit)
+        self._layers.close(group)
 
     def _fall_back(self) -> None:
-        """Let the model's own code load what could not be planned, once, when all else that it may need is there."""
+        """Let the model's own code load what could not be planned: once, when all else that it may read is there."""
         plan = self.job.plan
         if not plan.fallback or self._fell_back:
             return
         self._fell_back = True
-        if self.way.exclusive:
+        if self.strategy.exclusive:
             self.turn.take()
-        self.way.direct([name for name, one in self.job.live.items() if has_bytes(one)], ())
-        self.way.wrote = True
+        self.strategy.memory_for([name for name, tensor in self.job.live.items() if has_bytes(tensor)], ())
+        self.strategy.wrote = True
         source = self._source or StateSource(self._fallen)
-        layers = {layer.module for unit in self.job.units for layer in unit.layers}
+        layers = {layer.module for group in self.job.groups for layer in group.layers}
         others = [module for module in self.job.model.modules() if module not in layers]
         with (
             Pool() as pool,
@@ -351,22 +387,29 @@ class Attempt:
     # Its end.
 
     def forget(self) -> None:
-        """Let go of everything that is open or waits, and of readers."""
-        for unit in [*self._open, *(opened.unit for opened in self._late)]:
-            self._layers.close(unit)
+        """Let go of open layers, of tensors that wait, and let readers in. May be called twice."""
+        for group in [*self._open, *(opened.group for opened in self._late)]:
+            self._layers.close(group)
         for kept in (self._todo, self._open, self._late, self._waiting, self._fallen):
             kept.clear()
         self._source = None
         self.turn.give_back()
 
     def report(self, previous: str | int | None, version: str | int, written: int, copied: int) -> UpdateReport:
-        """What it did, to make a version that is live; its commit wrote ``written`` bytes, ``copied`` are kept."""
+        """What was done to make the version that is live now.
+
+        Args:
+            previous: the version before.
+            version: the version now.
+            written: bytes that the commit wrote.
+            copied: bytes of the copy of the model that is kept.
+        """
         plan, done = self.job.plan, self._done
         used = [name for name, fate in plan.fates.items() if fate in (Fate.WRITTEN, Fate.CAST, Fate.TIED)]
         return UpdateReport(
             version=version,
             previous=previous,
-            atomic=None if self.job.first else self.way.name,
+            atomic=None if self.job.first else self.strategy.name,
             bytes_read=done.bytes_read,
             bytes_written=done.bytes_written + written,
             seconds=time.perf_counter() - self.timeline.began,
@@ -389,6 +432,6 @@ class Attempt:
 
 def _check_kept(spec: TensorSpec, tensor: torch.Tensor) -> None:
     if (tensor.dtype, tuple(tensor.shape)) != (spec.dtype, spec.shape):
-        raise HotweightsError(
+        raise SourceError(
             f"{spec.name}: {spec.dtype} {list(spec.shape)} was promised, {tensor.dtype} {list(tensor.shape)} came"
         )

@@ -1,7 +1,8 @@
-"""Holders: containers and objects that a layer's attributes lead to, and what they hold. It follows no module's own.
+"""Holders: the containers and objects that a layer's attributes lead to, and what they hold.
 
-What a holder holds is its *state*, a dict: attributes of an object, items of a dict, a list (by number) or a set. A
-module that is none of the model's own (processing made it) is an object like others.
+A holder is a dict, list, set, tuple or plain object. Its *state* is a dict of what it holds: attributes of an object,
+items of a dict, a list (by number) or a set. Modules of the model are not followed; a module that processing made, and
+that the model does not register, is an object like others.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from torch import nn
 from ..memory.wrappers import attributes_of, leaves, rebuilt
 
 ABSENT: Any = object()
-"""In changes of a state: that it holds the key no more."""
+"""Stands for a key that a holder no longer has, where changes of its state are told."""
 
 _DEPTH = 6
 _STORES = ("_parameters", "_buffers", "_non_persistent_buffers_set")
-# Of what torch keeps in a module, processing changes the children and what is called in a forward pass. Whether it
-# trains is the caller's: a module that is made anew would not be in eval mode.
+# Of what torch keeps in a module, processing changes the children and the hooks of a forward pass. `training` is the
+# caller's: put back with the rest, a model would leave eval mode.
 _PRIVATE = set(nn.Module().__dict__) - {
     "_modules",
     "_forward_hooks",
@@ -50,22 +51,24 @@ class Held(NamedTuple):
 def held_by(
     attributes: Mapping[str, object], own: Container[int] | None = None, parts: Mapping[str, nn.Module] | None = None
 ) -> dict[str, Held]:
-    """Every holder that attributes lead to, by its path; one that several lead to has the first of them in order.
+    """Every holder that attributes lead to, by its path. Where several lead to one, it has the first path in order.
 
-    ``own`` are the ids of the model's own modules, which are not followed; without it, none is. ``parts`` are such that
-    are holders all the same.
+    Args:
+        attributes: of a module, by name.
+        own: ids of the model's modules, which are not followed. Without it no module is followed.
+        parts: modules that are followed all the same, by path: a ``quant_method`` that is a child.
     """
     walk = _Walk(own)
     for path, part in (parts or {}).items():
         walk.part(path, part)
     for key in sorted(attributes):
         walk.on(key, attributes[key], 0)
-    return walk.found
+    return walk.holders
 
 
 class _Walk:
     def __init__(self, own: Container[int] | None) -> None:
-        self.found: dict[str, Held] = {}
+        self.holders: dict[str, Held] = {}
         self._seen: set[int] = set()
         self._own = own
 
@@ -78,17 +81,17 @@ class _Walk:
             return
         self._seen.add(id(value))
         state = state_of(value)
-        self.found[path] = Held(value, state)
+        self.holders[path] = Held(value, state)
         inside = state if not is_module else state | {key: value.__dict__[key] for key in _STORES}
-        for key, one in inside.items():
-            self.on(step(path, value, key), one, depth if is_module else depth + 1)
+        for key, item in inside.items():
+            self.on(step(path, value, key), item, depth if is_module else depth + 1)
 
     def part(self, path: str, module: nn.Module) -> None:
         self._seen.add(id(module))
         state = state_of(module)
-        self.found[path] = Held(module, state)
-        for key, one in state.items():
-            self.on(step(path, module, key), one, 1)
+        self.holders[path] = Held(module, state)
+        for key, value in state.items():
+            self.on(step(path, module, key), value, 1)
 
     def _is_foreign(self, module: object) -> bool:
         return self._own is not None and id(module) not in self._own
@@ -109,12 +112,12 @@ def _is_holder(value: object) -> bool:
 
 
 def is_opaque(value: object) -> bool:
-    """Whether it may hold memory that nobody sees: code with what it closes over, objects without attributes."""
+    """Whether tensors in it cannot be seen: it is code that closes over them, or an object without attributes."""
     return not isinstance(value, (*_PLAIN, *_TORCH, nn.Module, torch.Tensor)) and not _is_holder(value)
 
 
 def hides_memory(value: object, depth: int = 0) -> bool:
-    """Whether it may hold addresses of memory that it does not own, where nobody sees them."""
+    """Whether it may hold addresses of other memory, where nobody sees them: a packed handle, a closure over one."""
     if isinstance(value, (*_PLAIN, *_TORCH, nn.Module, torch.Tensor, types.BuiltinFunctionType)):
         return False
     if depth > _DEPTH:
@@ -129,16 +132,19 @@ def hides_memory(value: object, depth: int = 0) -> bool:
         inside = list(state_of(value).values())
     else:
         return True
-    return any(hides_memory(one, depth + 1) for one in inside)
+    return any(hides_memory(value, depth + 1) for value in inside)
 
 
 def step(path: str, holder: object, key: object) -> str:
-    """The path of what a holder holds, as code would write it."""
+    """The path of what a holder holds under ``key``, written as Python would write it."""
     return f"{path}[{key!r}]" if isinstance(holder, (dict, list, set, tuple)) else f"{path}.{key}"
 
 
 def state_of(holder: Any) -> dict[Any, object]:
-    """What it holds now. Of modules and tensors: attributes but for tensors that torch keeps; of modules the class."""
+    """What a holder, module or tensor holds now.
+
+    Of a module: its class and attributes, without the stores of parameters and buffers. Of a tensor: its attributes.
+    """
     if type(holder) in _CONTAINERS and not holder:
         return {}
     if isinstance(holder, nn.Module):
@@ -149,11 +155,11 @@ def state_of(holder: Any) -> dict[Any, object]:
         return dict(holder)
     if isinstance(holder, (list, tuple)):
         return dict(enumerate(holder))
-    return {one: one for one in holder} if isinstance(holder, set) else dict(vars(holder))
+    return {item: item for item in holder} if isinstance(holder, set) else dict(vars(holder))
 
 
 def assign(holder: Any, wanted: Mapping[Any, object]) -> None:
-    """Make it hold this, and nothing else. A tuple is what it is."""
+    """Make a holder hold ``wanted`` and nothing else. A tuple cannot be changed, and is left as it is."""
     now = state_of(holder)
     if isinstance(holder, tuple) or (now.keys() == wanted.keys() and all(now[key] is wanted[key] for key in now)):
         return
@@ -175,7 +181,7 @@ def assign(holder: Any, wanted: Mapping[Any, object]) -> None:
 
 
 def amend(holder: object, changes: Mapping[Any, object]) -> None:
-    """Change a part of what it holds."""
+    """Change some of what a holder holds; ``ABSENT`` takes a key away."""
     wanted = {**state_of(holder), **changes}
     assign(holder, {key: value for key, value in wanted.items() if value is not ABSENT})
 
@@ -192,19 +198,19 @@ Exchange = Callable[[str, torch.Tensor], torch.Tensor]
 
 
 def exchanged(path: str, value: object, exchange: Exchange) -> object:
-    """A value with other tensors: of a tuple a new one, if need be; other holders are as they are."""
+    """The value with its tensors exchanged: a tensor, or a tuple, which is made anew. Other holders are left alone."""
     if isinstance(value, torch.Tensor):
         return exchange(path, value)
     if not isinstance(value, tuple) or isinstance(value, torch.Size):
         return value
-    items = [exchanged(step(path, value, number), one, exchange) for number, one in enumerate(value)]
+    items = [exchanged(step(path, value, number), item, exchange) for number, item in enumerate(value)]
     if all(new is old for new, old in zip(items, value, strict=True)):
         return value
     return remade(value, items)
 
 
 def remade(like: tuple[object, ...], items: list[object]) -> tuple[object, ...]:
-    """A tuple of the same class; named ones take their items one by one."""
+    """A tuple of the same class with other items. Named tuples take their items as arguments."""
     make: Callable[..., tuple[object, ...]] = type(like)
     return make(*items) if hasattr(like, "_fields") else make(items)
 

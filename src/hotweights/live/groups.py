@@ -1,4 +1,4 @@
-"""Units: which layers and steps of a plan are done as one, because they share memory or a program. Pure bookkeeping."""
+"""LayerGroup: layers and steps of a plan that are done as one, because they share memory or a program."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..boxes import Box, covered
 from ..plan.disjoint_sets import DisjointSets
 from ..plan.plan import LoadPlan
 from ..plan.steps import Copy, Program, Step, read_too_early
-from . import open_layers as accounting
+from . import open_layers
 from .layers import Layer
 from .layout import MemoryLayout
 
@@ -20,62 +20,65 @@ class LayerGroup:
     """Layers that are opened, filled, processed and closed together; most of the time it is one.
 
     Attributes:
-        name: of its first layer, for people.
+        name: the name of its first layer, for people.
         layers: in the order in which they are processed.
-        names: the tensors for which it takes scratch: its layers', and what shares memory or a program with them; none
-            in a unit of what is written where it lies.
-        loose: those of ``names`` that belong to no layer of it; they are copied as they are.
-        still: those of ``names`` whose memory no step writes.
+        names: the tensors that get scratch: those of its layers, and what shares memory or a program with them. Empty
+            for the group that is written in place.
+        without_layer: those of ``names`` that belong to none of its layers; they are copied unprocessed.
+        unwritten: those of ``names`` whose memory no step writes.
         plan: the steps that fill it.
         touched: every tensor of the model that the steps name.
-        sources: every tensor of the source that they take.
-        direct: whether it is written where it lies.
+        sources: every tensor of the source that the steps take.
+        in_place: whether its steps write into the live tensors, without scratch.
         deferred: whether it comes after all others.
     """
 
     name: str
     layers: tuple[Layer, ...]
     names: tuple[str, ...]
-    loose: tuple[str, ...]
-    still: frozenset[str]
+    without_layer: tuple[str, ...]
+    unwritten: frozenset[str]
     plan: LoadPlan
     touched: frozenset[str]
     sources: frozenset[str]
-    direct: bool
+    in_place: bool
     deferred: bool
 
-    def device_nbytes(self, spans: MemoryLayout) -> int:
+    def device_nbytes(self, layout: MemoryLayout) -> int:
         """Bytes of scratch that it takes on devices."""
-        numbers = {spans.of(name) for name in self.names}
-        return sum(spans.nbytes[one] for one in numbers if accounting.is_device(spans.devices[one]))
+        spans = {layout.of(name) for name in self.names}
+        return sum(layout.nbytes[span] for span in spans if open_layers.is_device(layout.devices[span]))
 
 
-def units_of(plan: LoadPlan, layers: Sequence[Layer], spans: MemoryLayout) -> tuple[LayerGroup, list[LayerGroup]]:
-    """What is written where it lies, as one unit without layers; and the others, in the order of their layers."""
-    together = _joined(plan, layers, spans)
+def groups_of(plan: LoadPlan, layers: Sequence[Layer], layout: MemoryLayout) -> tuple[LayerGroup, list[LayerGroup]]:
+    """The group that is written in place, and the groups that need scratch, in the order of their layers."""
+    together = _joined(plan, layers, layout)
     scratched: dict[str, list[Layer]] = {}
     for layer in layers:
         scratched.setdefault(together.of(f"\0{layer.name}"), []).append(layer)
-    for step in plan.steps:  # On a device, programs run where they ran at first, to the last bit.
-        if isinstance(step, Program) and any(name in spans and _on_device(spans, name) for name in _named(step)):
+    # On a device, programs run in scratch as at the first load: elsewhere the last bit of a result may differ.
+    for step in plan.steps:
+        if isinstance(step, Program) and any(name in layout and _on_device(layout, name) for name in _named(step)):
             scratched.setdefault(together.of(_named(step)[0]), [])
     steps: dict[str, list[int]] = {}
     for number, step in enumerate(plan.steps):
         root = together.of(_named(step)[0]) if _named(step) else ""
         steps.setdefault(root if root in scratched else "", []).append(number)
     names: dict[str, list[str]] = {}
-    for group in spans.together():
-        names.setdefault(together.of(group[0]), []).extend(group)
-    units = [_unit(plan, steps.get(root, ()), found, names.get(root, ()), spans) for root, found in scratched.items()]
-    return _unit(plan, steps.get("", ()), (), (), spans), units
+    for overlapping in layout.together():
+        names.setdefault(together.of(overlapping[0]), []).extend(overlapping)
+    groups = [
+        _group(plan, steps.get(root, ()), inside, names.get(root, ()), layout) for root, inside in scratched.items()
+    ]
+    return _group(plan, steps.get("", ()), (), (), layout), groups
 
 
-def _joined(plan: LoadPlan, layers: Sequence[Layer], spans: MemoryLayout) -> DisjointSets:
+def _joined(plan: LoadPlan, layers: Sequence[Layer], layout: MemoryLayout) -> DisjointSets:
     together = DisjointSets()
     for layer in layers:
         together.join([f"\0{layer.name}", *layer.captured()])
-    for group in spans.together():
-        together.join(group)
+    for overlapping in layout.together():
+        together.join(overlapping)
     for step in plan.steps:
         together.join(_named(step))
     if plan.fallback:  # The model's own code may write to all of them.
@@ -83,36 +86,36 @@ def _joined(plan: LoadPlan, layers: Sequence[Layer], spans: MemoryLayout) -> Dis
     return together
 
 
-def parts_of(unit: LayerGroup, spans: MemoryLayout) -> Iterator[LayerGroup]:
-    """A unit without layers as several: all plain copies, and each group of steps that must wait for one another."""
-    plan = unit.plan
+def parts_of(group: LayerGroup, layout: MemoryLayout) -> Iterator[LayerGroup]:
+    """The group that is written in place, taken apart: all plain copies, and each set of steps that wait for others."""
+    plan = group.plan
     together = DisjointSets()
     waiting: set[str] = set()
-    for group in spans.together():
-        together.join(group)
+    for overlapping in layout.together():
+        together.join(overlapping)
     for step in plan.steps:
         together.join(_named(step))
     for step in plan.steps:
         waiting |= {together.of(name) for name in _named(step)} if isinstance(step, Program) else set()
-    waiting |= {together.of(one.destination) for pair in plan.ties for one in pair}
+    waiting |= {together.of(step.destination) for pair in plan.ties for step in pair}
     steps: dict[str, list[int]] = {}
     for number, step in enumerate(plan.steps):
         root = together.of(_named(step)[0]) if _named(step) else ""
         steps.setdefault(root if root in waiting else "", []).append(number)
-    yield from (_unit(plan, numbers, (), (), spans) for numbers in steps.values())
+    yield from (_group(plan, numbers, (), (), layout) for numbers in steps.values())
 
 
-def _on_device(spans: MemoryLayout, name: str) -> bool:
-    return spans.devices[spans.of(name)].type != "cpu"
+def _on_device(layout: MemoryLayout, name: str) -> bool:
+    return layout.devices[layout.of(name)].type != "cpu"
 
 
-def _unit(
-    plan: LoadPlan, numbers: Iterable[int], layers: Sequence[Layer], names: Sequence[str], spans: MemoryLayout
+def _group(
+    plan: LoadPlan, numbers: Iterable[int], layers: Sequence[Layer], names: Sequence[str], layout: MemoryLayout
 ) -> LayerGroup:
     numbers = list(numbers)
     steps = tuple(plan.steps[number] for number in numbers)
     touched = {name for step in steps for name in _named(step)}
-    written = {spans.of(name) for step in steps for name, _ in step.written if name in spans}
+    written = {layout.of(name) for step in steps for name, _ in step.written if name in layout}
     own = {name for layer in layers for name in layer.captured()}
     ties = tuple(pair for pair in plan.ties if pair[0].destination in touched)
     part = replace(
@@ -127,18 +130,18 @@ def _unit(
         name=first,
         layers=tuple(layers),
         names=tuple(names),
-        loose=tuple(name for name in names if name not in own),
-        still=frozenset(name for name in names if spans.of(name) not in written),
+        without_layer=tuple(name for name in names if name not in own),
+        unwritten=frozenset(name for name in names if layout.of(name) not in written),
         plan=part,
         touched=frozenset(touched),
-        sources=frozenset(name for step in (*steps, *(one for pair in ties for one in pair)) for name in step.sources),
-        direct=not layers and not names,
+        sources=frozenset(name for step in (*steps, *chain.from_iterable(ties)) for name in step.sources),
+        in_place=not layers and not names,
         deferred=any(layer.deferred for layer in layers),
     )
 
 
 def _named(step: Step) -> list[str]:
-    """The model's tensors that a step writes or reads, those that it writes first."""
+    """The model's tensors that a step writes and reads; those that it writes come first."""
     if isinstance(step, Copy):
         return [step.destination]
     regions = [*step.writes, *(region for op in step.ops for region in op.reads)]
@@ -151,32 +154,33 @@ Coverage = Mapping[str, list[Box]]
 
 def coverage(plan: LoadPlan) -> dict[str, list[Box]]:
     """What the plan writes."""
-    found: dict[str, dict[Box, None]] = {}
+    boxes: dict[str, dict[Box, None]] = {}
     for step in plan.steps:
         for name, box in step.written:
             target = plan.targets.get(name)
             if target is not None:
-                found.setdefault(target.owner, {})[target.box if box is None else box] = None
-    return {owner: list(boxes) for owner, boxes in found.items()}
+                boxes.setdefault(target.owner, {})[target.box if box is None else box] = None
+    return {owner: list(several) for owner, several in boxes.items()}
 
 
 def elements(covers: Coverage, plan: LoadPlan, name: str) -> int:
-    """How many elements of one of the model's tensors are written."""
+    """How many elements of one of the model's tensors the plan writes."""
     target = plan.targets.get(name)
     return 0 if target is None else covered(covers.get(target.owner, ()), plan.targets[target.owner].box)
 
 
-def needs_initial(plan: LoadPlan, unit: LayerGroup, covers: Coverage, spans: MemoryLayout) -> set[str]:
-    """Tensors whose values from before the first load have a say in what the unit becomes.
+def needs_initial(plan: LoadPlan, group: LayerGroup, covers: Coverage, layout: MemoryLayout) -> set[str]:
+    """Tensors whose values from before the first load decide what the group becomes.
 
-    Those of its layers that the plan does not write, or not all of, and those that a step reads before it writes them.
+    Those are tensors of its layers that the plan writes only in part or not at all, and tensors that a step reads
+    before it writes them.
     """
-    found = {name for name in unit.names if elements(covers, plan, name) < spans.box(name).numel}
+    names = {name for name in group.names if elements(covers, plan, name) < layout.box(name).numel}
     written: dict[str, list[Box]] = {}
-    for step in chain.from_iterable(unit.plan.by_level()):
+    for step in chain.from_iterable(group.plan.by_level()):
         if isinstance(step, Program):
-            found |= read_too_early(step.ops, written)
+            names |= read_too_early(step.ops, written)
         elif step.destination in plan.targets:
             box = plan.targets[step.destination].box if step.into is None else step.into
             written.setdefault(step.destination, []).append(box)
-    return {name for name in found if name in spans}
+    return {name for name in names if name in layout}

@@ -1,4 +1,4 @@
-"""Hooks: what is called after a commit, all of it, whatever fails. It knows no model."""
+"""Hooks: what is called after a commit. All of them are called, whatever fails."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ class Hooks:
         self._hooks.append(hook)
 
     def call(self, version: str | int, failures: list[BaseException]) -> None:
-        """Call all; what is to be raised comes first in ``failures``, whose owner clears it: tracebacks hold frames."""
+        """Call all hooks. Failures are added to ``failures``: what is to be raised comes first.
+
+        The owner of the list clears it, for tracebacks keep frames alive.
+        """
         problems = []
         for hook in self._hooks:
             try:
@@ -31,7 +34,7 @@ class Hooks:
 
 
 def _tell(failures: list[BaseException], told: CommitHookError) -> None:
-    """Before an error that tells of hooks comes an interruption only, which nobody may swallow."""
+    """Put the error that lists the hooks first, but behind interruptions (Ctrl-C), which nobody may swallow."""
     told.__cause__ = failures[0]
     failures.sort(key=lambda error: isinstance(error, Exception))
     failures.insert(sum(not isinstance(error, Exception) for error in failures), told)

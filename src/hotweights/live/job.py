@@ -1,4 +1,4 @@
-"""Job: what an update has to do."""
+"""Job: what one update has to do, found out before it begins."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from .layout import MemoryLayout
 
 @dataclass(frozen=True)
 class Job:
-    """What an update works with.
+    """What one update has to do, and what it does it to.
 
     Attributes:
         model: the model.
         process: processes one layer.
         plan: the whole plan.
-        direct: what is written where it lies.
-        units: the others.
-        spans: of the checkpoint format; scratch is laid out like it.
-        initial: values from before the first load that units begin with, by name, on the host.
-        live: every live tensor by name; of the first load, those of checkpoint format that are not processed yet.
-        partial: those of which the plan writes not all bytes.
-        acted: names of tensors that no plan writes and processing has changed at any time; it is added to.
-        first: whether the model itself is in checkpoint format: its own tensors are filled.
+        in_place: the group that is written into live tensors, without scratch.
+        groups: the groups that are filled in scratch and processed.
+        layout: how tensors lie in checkpoint format; scratch is laid out like it.
+        initial: values from before the first load that groups begin with, by name, on the host.
+        live: every live tensor by name; at the first load, those in checkpoint format that are not processed yet.
+        partial: names of live tensors of which the plan writes only some bytes.
+        acted: names of tensors that no plan writes, and that processing has changed at some time; it is added to.
+        first: whether this is the first load: it fills the model's own tensors, which are in checkpoint format.
     """
 
     model: nn.Module
     process: Callable[[nn.Module], object]
     plan: LoadPlan
-    direct: LayerGroup
-    units: list[LayerGroup]
-    spans: MemoryLayout
+    in_place: LayerGroup
+    groups: list[LayerGroup]
+    layout: MemoryLayout
     initial: Mapping[str, torch.Tensor]
     live: MutableMapping[str, torch.Tensor]
     partial: frozenset[str]

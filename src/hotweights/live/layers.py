@@ -1,4 +1,4 @@
-"""Layers: modules with tensors, in checkpoint and in kernel format. It swaps what modules hold; it copies no bytes.
+"""Layer: a module of a live model, in checkpoint format and in kernel format. Formats are swapped, never copied.
 
 The *checkpoint format* of a layer is what it holds before it is processed for the first time: classes, shapes, strides,
 dtypes and attributes of its tensors, and its own attributes. It is kept as twins on the meta device.
@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..errors import HotweightsError
+from ..errors import LiveModelError
 from ..memory.aliases import has_bytes
 from ..memory.wrappers import leaves
 from ..model.materialise import dressed
+from ..plan.patterns import Patterns, matches
 from .attributes import ABSENT, Held, assign, by_name, exchanged, held_by, state_of, step, tensors_in
 
 Dressing = dict[int, torch.Tensor]
@@ -24,12 +25,15 @@ Dressing = dict[int, torch.Tensor]
 
 
 class Contents(NamedTuple):
-    """What a module holds, as objects; its children are not among them.
+    """What a module holds, as objects. Its children are not among them.
 
     Attributes:
-        parameters, buffers, transient, attributes: what torch keeps in the module, and what is the module's own.
+        parameters: ``module._parameters``.
+        buffers: ``module._buffers``.
+        transient: names of buffers that are not persistent.
+        attributes: everything else in its ``__dict__``, and its class.
         holders: containers and objects that the attributes lead to, by path, with what they hold.
-        others: paths of tensors in holders that are none of this module's.
+        others: paths of tensors in holders that belong to other modules.
     """
 
     parameters: dict[str, nn.Parameter | None]
@@ -40,26 +44,26 @@ class Contents(NamedTuple):
     others: frozenset[str] = frozenset()
 
     def own(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor that is a parameter, a buffer or an attribute, by key; and what wrappers wrap."""
+        """Every tensor that is a parameter, a buffer or an attribute, by key; of wrapper tensors the inner ones too."""
         for store in (self.parameters, self.buffers, self.attributes):
             for key, value in store.items():
                 if isinstance(value, torch.Tensor):
                     yield from leaves(key, value)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Those, and every tensor in holders, by path."""
+        """What ``own`` gives, and every tensor in holders, by path."""
         yield from self.own()
-        yield from ((path, one) for path, one in tensors_in(self.holders) if path not in self.others)
+        yield from ((path, tensor) for path, tensor in tensors_in(self.holders) if path not in self.others)
 
     def replaced(self, made: Mapping[str, torch.Tensor]) -> Contents:
-        """The same with other tensors, by key or path."""
+        """The same, with the tensors of ``made`` in place of those at their keys and paths."""
         change = by_name(made)
         stores = (self.parameters, self.buffers, self.attributes)
         parameters, buffers, attributes = (
-            {key: exchanged(key, one, change) for key, one in store.items()} for store in stores
+            {key: exchanged(key, value, change) for key, value in store.items()} for store in stores
         )
         holders = {
-            path: Held(holder, {key: exchanged(step(path, holder, key), one, change) for key, one in state.items()})
+            path: Held(holder, {key: exchanged(step(path, holder, key), value, change) for key, value in state.items()})
             for path, (holder, state) in self.holders.items()
         }
         return Contents(parameters, buffers, set(self.transient), attributes, holders, self.others)  # type: ignore[arg-type]
@@ -78,9 +82,9 @@ def contents(module: nn.Module, own: Container[int] | None = None) -> Contents:
 
 
 def _methods(module: nn.Module) -> dict[str, nn.Module]:
-    """What processes it, where that is a child: it holds what it made of the layer, as if it were an attribute."""
-    found = module._modules.get("quant_method")
-    return {} if found is None else {"quant_method": found}
+    """Its ``quant_method``, where that is a child module: what processing made of the layer is held there too."""
+    method = module._modules.get("quant_method")
+    return {} if method is None else {"quant_method": method}
 
 
 def put(module: nn.Module, held: Contents) -> None:
@@ -103,8 +107,8 @@ class Layer:
         names: all names under which the model has the module.
         module: the module.
         deferred: whether it is processed after all others.
-        acted: keys of attributes that processing has set, changed or removed at any time.
-        beneath: tensors to whose memory objects of the live layer may point unseen.
+        acted: keys of attributes that processing has set, changed or removed at some time.
+        beneath: keeps tensors alive whose addresses may be hidden in objects of the live layer (a packed handle, say).
     """
 
     def __init__(
@@ -117,11 +121,16 @@ class Layer:
         own: Container[int],
         shared: Container[int] = (),
     ) -> None:
-        """``twins`` is what was made for other layers of the model, by the tensors' ids; it is added to.
+        """Look at a module in checkpoint format.
 
-        ``own`` are the ids of the model's modules; others that its attributes lead to are as much the layer's as other
-        objects. ``shared`` are the ids of holders that other modules reach too: of what they hold only that is the
-        layer's which processing the layer has put there.
+        Args:
+            names: its qualified names in the model.
+            module: the module.
+            deferred: whether it is processed after all others.
+            twins: the meta twins of tensors that other layers hold too, by the tensors' ids; it is added to.
+            own: ids of the model's modules. A module that is none of them belongs to the layer, as any object does.
+            shared: ids of holders that other modules reach too. What they hold is the layer's only if processing the
+                layer has put it there.
         """
         self.name = names[0]
         self.names = tuple(names)
@@ -137,9 +146,9 @@ class Layer:
         self._format = held.replaced(self._twins)
 
     def contents(self) -> Contents:
-        """What it holds now."""
+        """What the module holds now."""
         held = contents(self.module, self._own)
-        shared = {path: one for path, one in held.holders.items() if id(one.holder) in self._shared}
+        shared = {path: item for path, item in held.holders.items() if id(item.holder) in self._shared}
         others = frozenset(path for path, _ in tensors_in(shared)) - self.acted if shared else frozenset()
         return held._replace(others=others)
 
@@ -148,15 +157,15 @@ class Layer:
         return _joined(self.name, key)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What it holds now, by every qualified name."""
-        return {_joined(name, key): one for name in self.names for key, one in self.contents().tensors()}
+        """The tensors that it holds now, by every qualified name."""
+        return {_joined(name, key): tensor for name in self.names for key, tensor in self.contents().tensors()}
 
     def captured(self) -> dict[str, torch.Tensor]:
         """The twins of its checkpoint format, by every qualified name."""
         return {_joined(name, key): twin for name in self.names for key, twin in self._twins.items()}
 
     def open(self, scratch: Callable[[str], torch.Tensor], dressing: Dressing, *, anew: bool = False) -> Contents:
-        """Put it into checkpoint format, as processing saw it the first time. Returns what it holds then.
+        """Put the module into checkpoint format, as processing saw it the first time. Returns what it then holds.
 
         Attributes that processing never touched stay as they are, unless it is made ``anew``.
 
@@ -170,21 +179,21 @@ class Layer:
         if not anew:
             back = self.acted | made.keys()
             attributes = _partly(state_of(self.module), held.attributes, lambda key: key in back)
-            holders = {path: _opened(path, one, back) for path, one in held.holders.items()}
+            holders = {path: _opened(path, item, back) for path, item in held.holders.items()}
             held = held._replace(attributes=attributes, holders=holders)
         put(self.module, held)
         return held
 
     def processed(self, before: Contents, after: Contents) -> None:
-        """Take note of what processing did to its attributes, and to what they lead to.
+        """Take note of what processing changed in its attributes, and in the objects that they lead to.
 
         Raises:
-            HotweightsError: it has replaced a module into which weights are loaded.
+            LiveModelError: it has replaced a module into which weights are loaded.
         """
         was, now = (held.holders["_modules"].state for held in (before, after))
         for key, child in self._children.items():
             if was.get(key) is child is not now.get(key):
-                raise HotweightsError(
+                raise LiveModelError(
                     f"{self.full(key)}: processing replaced a module that weights are loaded into, so nothing can be "
                     "loaded into it again; let it replace what that module holds"
                 )
@@ -204,11 +213,11 @@ class Layer:
                 self.acted.add(name)
 
     def shares(self, holder: object) -> bool:
-        """Whether other modules reach the holder too."""
+        """Whether other modules reach the holder too, through attributes of theirs."""
         return id(holder) in self._shared
 
     def free(self) -> set[str]:
-        """Keys of tensors in attributes that processing never set: others may set them, a cache for instance."""
+        """Keys of tensors in attributes that processing never set. Others may replace them: a cache, say."""
         held = self.contents()
         return (
             {key for key, _ in held.tensors()}
@@ -222,8 +231,8 @@ class Layer:
 
 
 def _loads(module: nn.Module) -> bool:
-    """Whether there are tensors in it."""
-    return any(one._parameters or one._buffers for one in module.modules())
+    """Whether the module or one beneath it has tensors, so that weights may be loaded into it."""
+    return any(child._parameters or child._buffers for child in module.modules())
 
 
 def _changed(old: Mapping[Any, object], new: Mapping[Any, object]) -> set[Any]:
@@ -231,11 +240,10 @@ def _changed(old: Mapping[Any, object], new: Mapping[Any, object]) -> set[Any]:
 
 
 def _partly(now: Mapping[Any, object], then: Mapping[Any, object], back: Callable[[Any], bool]) -> dict[Any, object]:
-    """What is there now; and what ``back`` holds for, as it was then."""
-    found = {key: one for key, one in now.items() if not back(key)} | {
-        key: one for key, one in then.items() if back(key)
-    }
-    return {key: one for key, one in found.items() if one is not ABSENT}
+    """What is there now, but for the keys that ``back`` holds for: those as they were then."""
+    kept = {key: value for key, value in now.items() if not back(key)}
+    mixed = kept | {key: value for key, value in then.items() if back(key)}
+    return {key: value for key, value in mixed.items() if value is not ABSENT}
 
 
 def _opened(path: str, then: Held, back: Container[str]) -> Held:
@@ -262,38 +270,47 @@ def _dressed(scratch: Callable[[str], torch.Tensor], name: str, twin: torch.Tens
 
 @contextmanager
 def unmoved(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Code inside may write tensors, and not replace or move them; if it does or fails, they are where they were.
+    """Inside, code may write tensors of these modules, but not replace or move them.
 
     Raises:
-        HotweightsError: it has replaced or moved some.
+        LiveModelError: it replaced or moved some. They are put back, as they are when the code fails.
     """
     before = [(module, contents(module)) for module in modules]
-    memory = [(one, one.data) for _, held in before for _, one in held.own() if has_bytes(one)]
+    memory = [(tensor, tensor.data) for _, held in before for _, tensor in held.own() if has_bytes(tensor)]
     try:
         yield
         replaced = sum(not _same_objects(contents(module), held) for module, held in before)
-        replaced += sum(one.data_ptr() != data.data_ptr() for one, data in memory)
+        replaced += sum(tensor.data_ptr() != data.data_ptr() for tensor, data in memory)
         if replaced:
-            raise HotweightsError(
-                "the model's own loading code replaced tensors that are live, instead of writing them"
-            )
+            raise LiveModelError("the model's own loading code replaced tensors that are live, instead of writing them")
     except BaseException:
         for module, held in before:
             put(module, held)
-        for one, data in memory:
-            if one.data_ptr() != data.data_ptr():
-                one.data = data
+        for tensor, data in memory:
+            if tensor.data_ptr() != data.data_ptr():
+                tensor.data = data
         raise
 
 
-def _same_objects(one: Contents, other: Contents) -> bool:
-    return {key: id(tensor) for key, tensor in one.own()} == {key: id(tensor) for key, tensor in other.own()}
+def _same_objects(now: Contents, before: Contents) -> bool:
+    return {key: id(tensor) for key, tensor in now.own()} == {key: id(tensor) for key, tensor in before.own()}
 
 
-def layers_of(model: nn.Module, chosen: Callable[[nn.Module], bool]) -> dict[nn.Module, list[str]]:
-    """The modules for which ``chosen`` holds, each with all its names, in the model's order."""
-    found: dict[nn.Module, list[str]] = {}
+Selection = Patterns | Callable[[nn.Module], bool]
+"""Which modules of a model: patterns of their qualified names, or a function that says so of a module."""
+
+
+def selected(selection: Selection) -> Callable[[str, nn.Module], bool]:
+    """Whether a module, given with its qualified name, is one of the selection."""
+    if callable(selection):
+        return lambda _, module: selection(module)
+    match = matches(selection)
+    return lambda name, _: match(name)
+
+
+def layers_of(model: nn.Module, chosen: Callable[[str, nn.Module], bool]) -> dict[nn.Module, list[str]]:
+    """The modules that ``chosen`` holds for under any of their names, each with all its names, in the model's order."""
+    names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if module in found or chosen(module):
-            found.setdefault(module, []).append(name)
-    return found
+        names.setdefault(module, []).append(name)
+    return {module: several for module, several in names.items() if any(chosen(name, module) for name in several)}

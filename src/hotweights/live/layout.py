@@ -19,9 +19,9 @@ class _Place(NamedTuple):
 
 
 class MemoryLayout:
-    """The memory of some tensors: those that overlap, tied ones too, share a span. Keeps no tensor alive.
+    """How the memory of some tensors lies. Tensors that overlap, tied ones too, share a *span* of bytes.
 
-    One pass over the sorted addresses; linear but for the sorting.
+    It keeps no tensor alive. It is made in one pass over the sorted addresses.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -91,11 +91,11 @@ def _reach(tensor: torch.Tensor) -> int:
 
 
 class Mirror:
-    """Memory laid out as spans are: the tensors in it overlap where the originals do. It owns its memory."""
+    """Memory with the same layout: the tensors in it overlap where the originals do. It owns its memory."""
 
-    def __init__(self, spans: MemoryLayout, make: Callable[[int, torch.device], torch.Tensor]) -> None:
+    def __init__(self, layout: MemoryLayout, make: Callable[[int, torch.device], torch.Tensor]) -> None:
         """``make(nbytes, device)`` gives memory, ``uint8 [nbytes]``, for a tensor on that device."""
-        self.spans = spans
+        self.layout = layout
         self._make = make
         self._memory: dict[int, torch.Tensor] = {}
 
@@ -106,12 +106,12 @@ class Mirror:
 
     def lacking(self, names: Iterable[str]) -> int:
         """Bytes that would have to be taken for these tensors, as far as they have bytes."""
-        wanted = {self.spans.of(name) for name in names if name in self.spans}
-        return sum(self.spans.nbytes[span] for span in wanted - self._memory.keys())
+        wanted = {self.layout.of(name) for name in names if name in self.layout}
+        return sum(self.layout.nbytes[span] for span in wanted - self._memory.keys())
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        span = self.spans.of(name)
+        span = self.layout.of(name)
         memory = self._memory.get(span)
         if memory is None:
-            memory = self._memory[span] = self._make(self.spans.nbytes[span], self.spans.devices[span])
-        return view(memory, self.spans.box(name))
+            memory = self._memory[span] = self._make(self.layout.nbytes[span], self.layout.devices[span])
+        return view(memory, self.layout.box(name))

@@ -11,7 +11,7 @@ from ..errors import UsageError
 
 
 class ReadWriteLock:
-    """A read/write guard. A writer that waits goes before readers that come after it.
+    """Many readers, or one writer. A writer that waits goes before readers that come after it.
 
     A thread that would wait for itself gets a ``UsageError`` instead.
     """
@@ -26,12 +26,13 @@ class ReadWriteLock:
 
     @contextmanager
     def reading(self, timeout: float | None) -> Iterator[None]:
-        """Hold writers off. Raises ``TimeoutError`` after ``timeout`` seconds."""
+        """Inside, nobody writes. Raises ``TimeoutError`` if that takes longer than ``timeout`` seconds."""
         me = threading.get_ident()
         with self._changed:
             if self._writer == me and not self._open:
                 raise UsageError("this thread is writing the model; it cannot read it before it has committed")
-            if self._writer != me and me not in self._readers:  # Who reads already may read again.
+            # A thread that reads already may read again: behind a waiting writer it would wait for itself.
+            if self._writer != me and me not in self._readers:
                 self._wait(lambda: self._writer is None and not self._waiting, timeout, "an update is writing")
             self._readers.append(me)
         try:
@@ -43,7 +44,7 @@ class ReadWriteLock:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Hold readers and other writers off."""
+        """Inside, nobody else reads or writes. Waits for readers without a limit."""
         self.begin_writing()
         try:
             yield
@@ -51,7 +52,7 @@ class ReadWriteLock:
             self.end_writing()
 
     def begin_writing(self) -> None:
-        """``writing`` without a block."""
+        """Enter ``writing``; ``end_writing`` leaves it."""
         me = threading.get_ident()
         with self._changed:
             if self._writer == me or me in self._readers:
@@ -65,12 +66,12 @@ class ReadWriteLock:
                 self._changed.notify_all()
 
     def let_writer_read(self) -> None:
-        """From now on the writer's own thread may read, until it is done writing."""
+        """Let the writer's own thread read too, until it has done writing: hooks run in it."""
         with self._changed:
             self._writer, self._open = threading.get_ident(), True
 
     def end_writing(self) -> None:
-        """Let the others in."""
+        """Leave ``writing``: others are let in."""
         with self._changed:
             self._writer, self._open = None, False
             self._changed.notify_all()
@@ -85,10 +86,10 @@ class ReadWriteLock:
 
 
 class WriteTurn:
-    """One writer's hold on the guard: taken when it is needed, given back at the end.
+    """One update's hold on the lock: taken at its first write, given back at its end.
 
     Attributes:
-        held: whether nobody else can read now.
+        held: whether readers are kept out now.
     """
 
     def __init__(self, serving: ReadWriteLock) -> None:
@@ -99,7 +100,7 @@ class WriteTurn:
 
     @property
     def seconds(self) -> float:
-        """How long nobody else could read, so far."""
+        """For how long readers were kept out so far, in seconds."""
         return self._before + (time.perf_counter() - self._since if self.held else 0.0)
 
     def take(self) -> None:
@@ -116,7 +117,7 @@ class WriteTurn:
 
     @contextmanager
     def briefly(self) -> Iterator[None]:
-        """Nobody reads inside; afterwards it is as before."""
+        """Inside, readers are kept out; afterwards it is as before."""
         held = self.held
         self.take()
         try:

@@ -1,4 +1,4 @@
-"""Differences: what processing made new in a layer, to be put into what is live. It decides; a way writes."""
+"""Difference: what processing made new in a layer, and how it goes into the live layer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..errors import HotweightsError
+from ..errors import LiveModelError
 from ..memory.wrappers import attributes_of, context, is_wrapper
 from .attributes import ABSENT, Held, exchanged, hides_memory, is_opaque, remade, step, tensors_in
 from .layers import Contents, Layer
@@ -21,7 +21,7 @@ class Difference(NamedTuple):
     Attributes:
         values: pairs of a live tensor's qualified name and its new value.
         attributes: pairs of a live module, tensor or holder and what changes in its state.
-        replaced: qualified names of objects in which nobody sees tensors, and which are others now.
+        replaced: qualified names of objects that were replaced, and in which tensors cannot be seen.
     """
 
     values: list[tuple[str, torch.Tensor]]
@@ -38,27 +38,29 @@ def differences(
         layer: the layer.
         live: what it holds in kernel format.
         made: what processing made.
-        known: qualified names of tensors that are live since the first load; others are none of ours.
+        known: qualified names of the tensors that the first load kept; tensors of other names belong to others.
         idle: qualified names of tensors that neither the update nor processing touches.
 
     Raises:
-        HotweightsError: a live tensor would have to change its shape or dtype, or to come or go.
+        LiveModelError: a live tensor would have to change its shape or dtype, or to come or go.
     """
-    old = {key: one for key, one in live.tensors() if layer.full(key) not in idle}
-    ours = {key: one for key, one in old.items() if layer.full(key) in known}
-    new = {key: one for key, one in made.tensors() if layer.full(key) not in idle}
+    old = {key: tensor for key, tensor in live.tensors() if layer.full(key) not in idle}
+    ours = {key: tensor for key, tensor in old.items() if layer.full(key) in known}
+    new = {key: tensor for key, tensor in made.tensors() if layer.full(key) not in idle}
     strange = {path for path, _ in tensors_in(made.holders)} - layer.acted
-    new = {key: one for key, one in new.items() if key in ours or (key not in strange and one is not old.get(key))}
+    new = {
+        key: tensor for key, tensor in new.items() if key in ours or (key not in strange and tensor is not old.get(key))
+    }
     problems = [*_changes(layer, ours, new)]
     if problems:
-        raise HotweightsError("; ".join(sorted(problems)))
+        raise LiveModelError("processing made other tensors than the first time", problems)
     values = [(layer.full(key), tensor) for key, tensor in new.items() if tensor is not ours[key]]
-    # What processing made anew with the value that it had is not written, and the live tensor stays all the same.
-    kept = {key: one for key, one in live.tensors() if layer.full(key) in known}
+    # A tensor that processing made anew with its old value is not written; the live one must stay in its place.
+    kept = {key: tensor for key, tensor in live.tensors() if layer.full(key) in known}
     merge = _Merge(layer, live, made, kept, new)
     attributes = [*merge.attributes(), *merge.of_tensors()]
-    if merge.hiding:  # They point to what processing made, of which others get a copy.
-        attributes.append((layer.beneath, {"tensors": [one for _, one in made.tensors()]}))
+    if merge.hiding:  # Their hidden addresses point into what processing made: freed, they would read garbage.
+        attributes.append((layer.beneath, {"tensors": [tensor for _, tensor in made.tensors()]}))
     return Difference(values, attributes, merge.replaced)
 
 
@@ -81,7 +83,7 @@ def _form(tensor: torch.Tensor) -> str:
 
 
 class _Merge:
-    """What was made, with live tensors and live holders in the place of those that were made."""
+    """What processing made, with live tensors and live holders in place of the new ones."""
 
     def __init__(
         self,
@@ -94,12 +96,12 @@ class _Merge:
         self.replaced: list[str] = []
         self.hiding = False  # whether any of those may hide addresses
         self._layer, self._live, self._made, self._ours, self._new = layer, live, made, ours, new
-        self._tensors = {id(one): ours[key] for key, one in made.tensors() if key in ours}
+        self._tensors = {id(tensor): ours[key] for key, tensor in made.tensors() if key in ours}
         self._targets = {path: self._target(path, held) for path, held in made.holders.items()}
         self._holders = {id(held.holder): self._targets[path].holder for path, held in made.holders.items()}
 
     def attributes(self) -> Iterator[tuple[object, dict[Any, object]]]:
-        """What changes in the module and in holders."""
+        """What changes in the attributes of the module, and in holders."""
         yield self._layer.module, self._changes(self._live.attributes, self._made.attributes, str)
         for path, (_, state) in self._made.holders.items():
             holder, before = self._targets[path]
@@ -109,7 +111,7 @@ class _Merge:
                 yield holder, changes
 
     def of_tensors(self) -> Iterator[tuple[torch.Tensor, dict[Any, object]]]:
-        """What changes in attributes of live tensors."""
+        """What changes in the attributes of live tensors."""
         for key, tensor in self._new.items():
             twin, live = self._layer.twin(key), self._ours[key]
             before, now = {} if twin is None else twin.__dict__, attributes_of(live)
@@ -133,44 +135,44 @@ class _Merge:
         *,
         every: bool = False,
     ) -> dict[Any, object]:
-        """Of what processing has to do with, what is other than before; or ``every`` key, where others write too."""
+        """What differs from before, of what processing has set; ``every`` key of it, where other layers write too."""
         acted = {key: named(key) for key in (*old, *new) if named(key) in self._layer.acted}
         wanted = {
             key: self._merged(name, new[key], old.get(key, ABSENT)) if key in new else ABSENT
             for key, name in acted.items()
         }
-        return {key: one for key, one in wanted.items() if every or one is not old.get(key, ABSENT)}
+        return {key: value for key, value in wanted.items() if every or value is not old.get(key, ABSENT)}
 
     def _merged(self, path: str, value: object, live: object) -> object:
         if path in self._ours:
             return self._ours[path]
         if isinstance(value, tuple):
             return self._tuple(path, value, live)
-        found = self._holders.get(id(value), value)
+        merged = self._holders.get(id(value), value)
         if isinstance(value, torch.Tensor):
             return self._tensors.get(id(value), value)
-        if found is live or (type(live) is type(value) and id(value) not in self._holders and _equal(live, value)):
+        if merged is live or (type(live) is type(value) and id(value) not in self._holders and _equal(live, value)):
             return live
-        if is_opaque(value) or (found is value and id(value) in self._holders):
+        if is_opaque(value) or (merged is value and id(value) in self._holders):
             self.replaced.append(self._layer.full(path))
             self.hiding |= hides_memory(value)
-        return found
+        return merged
 
     def _tuple(self, path: str, value: tuple[object, ...], live: object) -> object:
         made = exchanged(path, value, lambda _, tensor: self._tensors.get(id(tensor), tensor))
         assert isinstance(made, tuple)
         others = live if isinstance(live, tuple) and len(live) == len(made) else (ABSENT,) * len(made)
         items = [
-            one if isinstance(one, torch.Tensor) else self._merged(step(path, value, number), one, other)
-            for number, (one, other) in enumerate(zip(made, others, strict=True))
+            item if isinstance(item, torch.Tensor) else self._merged(step(path, value, number), item, other)
+            for number, (item, other) in enumerate(zip(made, others, strict=True))
         ]
-        if all(one is other for one, other in zip(items, others, strict=True)):
+        if all(item is other for item, other in zip(items, others, strict=True)):
             return live
         return remade(made, items)
 
 
 def _equal(live: object, made: object) -> bool:
-    """Whether they are the same to everybody, as far as that can be asked."""
+    """Whether they are of one class and equal. What cannot be compared is not equal."""
     if live is made:
         return True
     try:

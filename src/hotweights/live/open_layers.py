@@ -1,4 +1,4 @@
-"""Accounting: which layers are open, and what memory that takes on the device. It opens none itself."""
+"""OpenLayers: which layers have scratch now, and how much device memory that takes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ def is_device(device: torch.device) -> bool:
 
 
 class OpenLayers:
-    """Layers whose scratch is open, by update. Empty after commit and after abort.
+    """The layers of one update whose scratch is open. Empty after commit and after abort.
 
     Attributes:
         limit: bytes of device memory that open layers may take together; ``None`` for no limit.
-        peak_nbytes: the most that was open at once, on devices, in this update.
-        peak_layers: how many layers that were.
-        warned: whether the one warning was given. It belongs to the live model, which hands it on.
+        peak_nbytes: the most device memory that was open at once.
+        peak_layers: the most layers that were open at once.
+        warned: whether the live model's one warning was given, by this update or one before.
+        warning: the warning, if this update gave it.
     """
 
     def __init__(self, limit: int | None, *, warned: bool = False) -> None:
@@ -42,24 +43,24 @@ class OpenLayers:
         return sum(nbytes for nbytes, _ in self._open.values())
 
     def fits(self, nbytes: int) -> bool:
-        """Whether so much more may be opened. What needs no device memory always may."""
+        """Whether so many bytes more may be opened. What needs no device memory always may."""
         return nbytes == 0 or self.limit is None or self.nbytes + nbytes <= self.limit
 
-    def open(self, unit: Hashable, layers: Iterable[str], nbytes: int) -> None:
-        """A unit's scratch is open from now on."""
-        self._open[unit] = nbytes, tuple(layers)
+    def open(self, group: Hashable, layers: Iterable[str], nbytes: int) -> None:
+        """Take note that a group has its scratch: ``nbytes`` of device memory for these layers."""
+        self._open[group] = nbytes, tuple(layers)
         self.peak_nbytes = max(self.peak_nbytes, self.nbytes)
         self.peak_layers = max(self.peak_layers, sum(len(names) for _, names in self._open.values()))
-        several = {one: found for one, found in self._open.items() if found[0]}
-        if len(several) > 1 and not self.warned:
+        on_device = [names for nbytes, names in self._open.values() if nbytes]
+        if len(on_device) > 1 and not self.warned:
             self.warned = True
-            names = sorted(name for _, found in several.values() for name in found)
+            names = sorted(name for names in on_device for name in names)
             self.warning = (
                 f"{len(names)} layers are open at once and hold {self.nbytes / 1e6:.1f} MB of device memory: "
                 f"{', '.join(names)}; weights that come layer by layer need only one at a time"
             )
             _log.warning("%s", self.warning)
 
-    def close(self, unit: Hashable) -> None:
-        """Its scratch is freed."""
-        self._open.pop(unit, None)
+    def close(self, group: Hashable) -> None:
+        """Take note that the group's scratch was freed."""
+        self._open.pop(group, None)

@@ -1,4 +1,4 @@
-"""Plans: how one live model is loaded, by manifest; traced anew for another one. It reads and writes no bytes."""
+"""Plans: the plans by which one live model is loaded. Another manifest is traced anew."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from ..boxes import covered
 from ..dtypes import Cast
-from ..errors import HotweightsError
+from ..errors import PlanError
 from ..manifest import Manifest
 from ..memory.aliases import has_bytes
 from ..model.digests import digests
@@ -24,7 +24,7 @@ from ..plan.patterns import Patterns, both, matches
 from ..plan.plan import LoadPlan
 from ..plan.steps import Fate
 from ..tracing.trace import trace
-from .groups import Coverage, LayerGroup, coverage, elements, needs_initial, units_of
+from .groups import Coverage, LayerGroup, coverage, elements, groups_of, needs_initial
 from .layers import Dressing, Layer, contents, put
 from .layout import MemoryLayout, Mirror
 
@@ -33,7 +33,7 @@ _KEPT = 4  # several manifests take turns, none of them for long
 
 @dataclass(frozen=True)
 class Options:
-    """What is allowed to every load of one model, see ``hotweights.load``."""
+    """What every load of one model allows, see ``hotweights.load``."""
 
     allow_missing: Patterns = ()
     allow_partial: Patterns = ()
@@ -41,7 +41,7 @@ class Options:
     cast: Cast | None = None
 
     def traced(self, model: nn.Module, manifest: Manifest, device: torch.device | None, may: Patterns = ()) -> LoadPlan:
-        """The plan; ``may`` names what may be missing or partial besides."""
+        """The plan for ``manifest``; tensors that match ``may`` may be missing or partial besides."""
         return trace(
             model,
             manifest,
@@ -54,11 +54,11 @@ class Options:
 
 
 class Plans:
-    """The plan of the first load, and those made since.
+    """The plan of the first load, and the last few that were made since.
 
     Attributes:
-        first: that of the first load; every update covers exactly what it covers.
-        covers: what that is.
+        first: the plan of the first load. Every update writes exactly what that one writes.
+        covers: which boxes of the model's tensors that are.
     """
 
     def __init__(
@@ -67,48 +67,53 @@ class Plans:
         first: LoadPlan,
         options: Options,
         layers: Sequence[Layer],
-        spans: MemoryLayout,
+        layout: MemoryLayout,
     ) -> None:
         self.first = first
         self.covers = coverage(first)
         self._model = model
         self._options = options
         self._layers = layers
-        self._spans = spans
+        self._layout = layout
         self._kept = [first]
 
     @property
     def last(self) -> LoadPlan:
-        """The one by which the last version came."""
+        """The plan by which the live version came."""
         return self._kept[0]
 
     def initial(self) -> set[str]:
         """Names of the tensors whose values from before the first load every update needs."""
-        direct, units = units_of(self.first, self._layers, self._spans)
-        return self._initial(self.first, direct, units)
+        in_place, groups = groups_of(self.first, self._layers, self._layout)
+        return self._initial(self.first, in_place, groups)
 
     def committed(self, plan: LoadPlan) -> None:
-        """A version came by this plan; the next comes by the same unless it is told otherwise."""
-        if any(one is plan for one in self._kept):
-            self._kept = [plan, *(one for one in self._kept if one is not plan)]
+        """Take note that a version came by this plan: the next one does too, unless it brings another manifest."""
+        if any(kept is plan for kept in self._kept):
+            self._kept = [plan, *(kept for kept in self._kept if kept is not plan)]
 
     def find(
         self, manifest: Manifest | None, only: Patterns | None, live: Mapping[str, torch.Tensor]
     ) -> tuple[LoadPlan, LayerGroup, list[LayerGroup]]:
-        """The plan for a manifest, by default that of the last version, and its units. Nobody reads meanwhile.
+        """The plan for a manifest, and its groups. The caller sees that nobody reads the model meanwhile.
+
+        Args:
+            manifest: what will come; by default what the live version came by.
+            only: names of the model's tensors that are updated, and no others.
+            live: every live tensor by name.
 
         Raises:
-            HotweightsError: with everything that does not fit.
+            PlanError: it lists everything that does not fit.
         """
         plan = self._whole(self.last.manifest if manifest is None else manifest, only, live)
         if only is None:
-            return plan, *units_of(plan, self._layers, self._spans)
+            return plan, *groups_of(plan, self._layers, self._layout)
         plan = _restricted(plan, only)
         if manifest is None:
             used = {name for step in plan.steps for name in step.sources}
             plan = replace(plan, manifest=Manifest(spec for spec in plan.manifest.values() if spec.name in used))
-        direct, units = units_of(plan, self._layers, self._spans)
-        return plan, direct, self._concerned(units, plan, only)
+        in_place, groups = groups_of(plan, self._layers, self._layout)
+        return plan, in_place, self._concerned(groups, plan, only)
 
     def _whole(self, manifest: Manifest, only: Patterns | None, live: Mapping[str, torch.Tensor]) -> LoadPlan:
         for plan in self._kept:
@@ -120,7 +125,7 @@ class Plans:
             chosen = _chosen(self.first, only)
             may = [name for name in self.first.targets if not chosen(name)]
         with self._in_checkpoint_format(live):
-            meta = {name for name, one in survey(self._model).tensors.items() if one.is_meta}
+            meta = {name for name, tensor in survey(self._model).tensors.items() if tensor.is_meta}
             unloaded = meta - {name for name in self.first.targets if elements(self.covers, self.first, name)}
             plan = self._options.traced(self._model, manifest, torch.device("cpu"), [*may, *unloaded])
         if only is None:
@@ -129,7 +134,7 @@ class Plans:
         return plan
 
     def _check(self, plan: LoadPlan) -> None:
-        """An update writes what the first load wrote, and needs of the time before it what was kept."""
+        """See that an update writes what the first load wrote, and reads only initial values that were kept."""
         covers = coverage(plan)
         problems = [
             f"{name}: {elements(covers, plan, name)} elements would be written, not the "
@@ -137,21 +142,21 @@ class Plans:
             for name in self.covers.keys() | covers.keys()
             if not _same(self.covers, covers, name, plan if name in plan.targets else self.first)
         ]
-        early = self._initial(plan, *units_of(plan, self._layers, self._spans)) - self.initial()
+        early = self._initial(plan, *groups_of(plan, self._layers, self._layout)) - self.initial()
         problems += [f"{name}: is read as it was before the first load, which is not known any more" for name in early]
         if problems:
-            raise HotweightsError("; ".join(sorted(problems)))
+            raise PlanError("this would not write what the first load wrote", problems)
 
-    def _initial(self, plan: LoadPlan, direct: LayerGroup, units: Sequence[LayerGroup]) -> set[str]:
+    def _initial(self, plan: LoadPlan, in_place: LayerGroup, groups: Sequence[LayerGroup]) -> set[str]:
         covers = coverage(plan)
-        return {name for unit in (direct, *units) for name in needs_initial(plan, unit, covers, self._spans)}
+        return {name for group in (in_place, *groups) for name in needs_initial(plan, group, covers, self._layout)}
 
-    def _concerned(self, units: list[LayerGroup], plan: LoadPlan, only: Patterns) -> list[LayerGroup]:
-        """The units that a partial update concerns; they must be complete, and so must be all that was chosen."""
-        concerned = [unit for unit in units if unit.plan.steps]
+    def _concerned(self, groups: list[LayerGroup], plan: LoadPlan, only: Patterns) -> list[LayerGroup]:
+        """The groups that a partial update concerns. All their tensors must come, and all that ``only`` matches."""
+        concerned = [group for group in groups if group.plan.steps]
         covers = coverage(plan)
         chosen = _chosen(self.first, only)
-        inside = {name: unit for unit in concerned for name in unit.names}
+        inside = {name: group for group in concerned for name in group.names}
         lacking = []
         for name in self.covers:
             if (name in inside or chosen(name)) and not _same(self.covers, covers, name, self.first):
@@ -160,28 +165,28 @@ class Plans:
         if not lacking and not plan.steps:
             lacking = [f"only={only!r} matches no tensor that the first load wrote"]
         if lacking:
-            raise HotweightsError("; ".join(sorted(lacking)))
+            raise PlanError("only= asks for what cannot be updated alone", lacking)
         return concerned
 
     @contextmanager
     def _in_checkpoint_format(self, live: Mapping[str, torch.Tensor]) -> Iterator[None]:
-        """Processed layers show their checkpoint format: their own memory where it is in that still, else none."""
+        """Inside, layers are in checkpoint format: over live memory that still has that format, else on meta."""
         if not self._layers:
             yield
             return
         before = [(module, contents(module)) for module in self._model.modules()]
-        twins = Mirror(self._spans, lambda nbytes, device: torch.empty(nbytes, dtype=torch.uint8, device="meta"))
+        twins = Mirror(self._layout, lambda nbytes, device: torch.empty(nbytes, dtype=torch.uint8, device="meta"))
         own = {name for layer in self._layers for name in layer.captured()}
-        spans = {self._spans.of(name) for name in own}
+        spans = {self._layout.of(name) for name in own}
         as_before = {span for span in spans if self._is_as_before(span, live)}
 
         def scratch(name: str) -> torch.Tensor:
-            return live[name].detach() if self._spans.of(name) in as_before else twins[name]
+            return live[name].detach() if self._layout.of(name) in as_before else twins[name]
 
         dressing: Dressing = {}
         try:
             for place in places(self._model):
-                if place.name not in own and place.name in self._spans and self._spans.of(place.name) in spans:
+                if place.name not in own and place.name in self._layout and self._layout.of(place.name) in spans:
                     place.put(dressed(scratch(place.name), place.tensor))
             for layer in self._layers:
                 layer.open(scratch, dressing)
@@ -191,40 +196,40 @@ class Plans:
                 put(module, held)
 
     def _is_as_before(self, span: int, live: Mapping[str, torch.Tensor]) -> bool:
-        """Whether all that lies in a span lies in live memory as it did before the first load."""
-        names = self._spans.names(span)
+        """Whether the tensors of a span lie in live memory as they did before the first load."""
+        names = self._layout.names(span)
         if any(name not in live or not has_bytes(live[name]) for name in names):
             return False
-        first = live[names[0]].data_ptr() - self._spans.box(names[0]).offset
-        boxes = ((live[name], self._spans.box(name)) for name in names)
+        first = live[names[0]].data_ptr() - self._layout.box(names[0]).offset
+        boxes = ((live[name], self._layout.box(name)) for name in names)
         return all(
-            (one.data_ptr() - first, one.dtype, tuple(one.shape), one.stride())
+            (tensor.data_ptr() - first, tensor.dtype, tuple(tensor.shape), tensor.stride())
             == (box.offset, box.dtype, box.shape, box.stride)
-            for one, box in boxes
+            for tensor, box in boxes
         )
 
 
-def _same(one: Coverage, other: Coverage, name: str, plan: LoadPlan) -> bool:
+def _same(first: Coverage, second: Coverage, name: str, plan: LoadPlan) -> bool:
     """Whether both cover the same elements."""
-    a, b = one.get(name, []), other.get(name, [])
-    if a == b:
+    ours, theirs = first.get(name, []), second.get(name, [])
+    if ours == theirs:
         return True
     box = plan.targets[name].box
-    return covered(a, box) == covered(b, box) == covered([*a, *b], box)
+    return covered(ours, box) == covered(theirs, box) == covered([*ours, *theirs], box)
 
 
 def _chosen(plan: LoadPlan, only: Patterns) -> Callable[[str], bool]:
-    """Whether a tensor is chosen under any of its names."""
+    """Whether ``only`` matches a tensor under any of its names."""
     match = matches(only)
     owners = {target.owner for name, target in plan.targets.items() if match(name)}
     return lambda name: match(name) or (name in plan.targets and plan.targets[name].owner in owners)
 
 
 def _restricted(plan: LoadPlan, only: Patterns) -> LoadPlan:
-    """The plan without what it writes elsewhere."""
+    """The plan with only the steps that write what ``only`` matches."""
     chosen = _chosen(plan, only)
     if plan.fallback:
-        raise HotweightsError("only= needs a plan, and this model's own loading code must load a part of it")
+        raise PlanError("only= needs a plan, and this model's own loading code must load a part of it; leave only= out")
     inside: list[Any] = []
     problems = []
     for level, step in zip(plan.levels or (0,) * len(plan.steps), plan.steps, strict=True):
@@ -232,17 +237,19 @@ def _restricted(plan: LoadPlan, only: Patterns) -> LoadPlan:
         if any(asked.values()):
             inside.append((level, step))
             problems += [
-                f"{name}: is written together with what only= asks for" for name, one in asked.items() if not one
+                f"{name}: is written together with what only= asks for"
+                for name, is_asked in asked.items()
+                if not is_asked
             ]
     if problems:
-        raise HotweightsError("; ".join(sorted(problems)))
+        raise PlanError("only= asks for a part of what is written as one", problems)
     used = {name for _, step in inside for name in step.sources}
-    used |= {one.source for pair in plan.ties if chosen(pair[0].destination) for one in pair}
+    used |= {step.source for pair in plan.ties if chosen(pair[0].destination) for step in pair}
     moved = (Fate.WRITTEN, Fate.CAST, Fate.TIED)
     return replace(
         plan,
         steps=tuple(step for _, step in inside),
         levels=tuple(level for level, _ in inside) if plan.levels else (),
         ties=tuple(pair for pair in plan.ties if chosen(pair[0].destination)),
-        fates={name: Fate.SKIPPED if one in moved and name not in used else one for name, one in plan.fates.items()},
+        fates={name: Fate.SKIPPED if fate in moved and name not in used else fate for name, fate in plan.fates.items()},
     )

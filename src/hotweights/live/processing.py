@@ -1,4 +1,4 @@
-"""Processing: layers in checkpoint format become what their kernels use. It opens and fills none; a way keeps them."""
+"""Processing: layers in checkpoint format become kernel format, and what came of it goes to the strategy."""
 
 from __future__ import annotations
 
@@ -21,108 +21,110 @@ from .report import Timeline
 
 
 class Processing:
-    """That of one update.
+    """The processing of one update.
 
     Attributes:
-        begun: units that were processed, or nearly, where they are.
-        replaced: qualified names of objects in which nobody sees tensors, and which are others now.
+        begun: groups whose processing in place, at the first load, has begun.
+        replaced: qualified names of objects that processing replaced, and in which tensors cannot be seen.
     """
 
-    def __init__(self, job: Job, way: Strategy, timeline: Timeline) -> None:
+    def __init__(self, job: Job, strategy: Strategy, timeline: Timeline) -> None:
         self.begun: list[LayerGroup] = []
         self.replaced: list[str] = []
         self._shared: list[tuple[Layer, object, dict[Any, object]]] = []
         self._job = job
-        self._way = way
+        self._strategy = strategy
         self._timeline = timeline
 
-    def first(self, unit: LayerGroup) -> None:
-        """Process its layers where they are, for the first time."""
-        if unit.layers:
-            self.begun.append(unit)
-        for layer in unit.layers:
+    def first(self, group: LayerGroup) -> None:
+        """Process the layers of a group in place: the first load."""
+        if group.layers:
+            self.begun.append(group)
+        for layer in group.layers:
             before = layer.contents()
             with self._timeline.event("process", layer.name), torch.no_grad():
                 self._job.process(layer.module)
             layer.processed(before, layer.contents())
-        now = {name: one for layer in unit.layers for name, one in layer.tensors().items()}
-        for name in unit.names if unit.layers else ():  # What processing replaced must not stay until the last layer.
+        now = {name: tensor for layer in group.layers for name, tensor in layer.tensors().items()}
+        # What processing replaced must not be held until the last layer: it would double the model's memory.
+        for name in group.names if group.layers else ():
             self._job.live.pop(name, None)
-        self._job.acted.update(unit.still - self._untouched(unit, now))
+        self._job.acted.update(group.unwritten - self._untouched(group, now))
 
-    def run(self, unit: LayerGroup, scratch: Mirror, *, ready: Callable[[], None]) -> None:
-        """Process the layers of a unit in their scratch, and hand over what came of it.
+    def run(self, group: LayerGroup, scratch: Mirror, *, ready: Callable[[], None]) -> None:
+        """Process the layers of a group in their scratch, and hand over what came of it.
 
         ``ready`` is called when they are open and not yet processed. Nobody may read the model meanwhile.
         """
-        live = [layer.contents() for layer in unit.layers]
-        with self._way.showing(self._job.model) if unit.deferred else nullcontext():
-            made = self._processed(unit, scratch, ready)
-        with self._timeline.event("write", unit.name):
-            self._hand_over(unit, scratch, live, made)
+        live = [layer.contents() for layer in group.layers]
+        with self._strategy.showing(self._job.model) if group.deferred else nullcontext():
+            made = self._processed(group, scratch, ready)
+        with self._timeline.event("write", group.name):
+            self._hand_over(group, scratch, live, made)
 
     def settle(self) -> None:
-        """What layers share is as the last of them has it, in the order of the first load, whatever came last here."""
-        units = sorted(self._job.units, key=lambda unit: unit.deferred)
-        order = {layer: number for number, layer in enumerate(layer for unit in units for layer in unit.layers)}
-        for _, holder, changes in sorted(self._shared, key=lambda one: order[one[0]]):
-            self._way.attribute(holder, changes)
+        """Give what several layers share the state that the last of them made, in the order of the first load."""
+        groups = sorted(self._job.groups, key=lambda group: group.deferred)
+        order = {layer: number for number, layer in enumerate(layer for group in groups for layer in group.layers)}
+        for _, holder, changes in sorted(self._shared, key=lambda change: order[change[0]]):
+            self._strategy.attribute(holder, changes)
 
-    def _hand_over(self, unit: LayerGroup, scratch: Mirror, live: list[Contents], made: list[Contents]) -> None:
-        pairs = [*zip(unit.layers, made, strict=True)]
-        now = {layer.full(key): one for layer, held in pairs for key, one in held.tensors()}
-        idle = self._untouched(unit, now | {name: scratch[name] for name in unit.loose}) - self._job.acted
-        self._job.acted.update(unit.still - idle)
-        found = [
+    def _hand_over(self, group: LayerGroup, scratch: Mirror, live: list[Contents], made: list[Contents]) -> None:
+        pairs = [*zip(group.layers, made, strict=True)]
+        now = {layer.full(key): tensor for layer, held in pairs for key, tensor in held.tensors()}
+        idle = self._untouched(group, now | {name: scratch[name] for name in group.without_layer}) - self._job.acted
+        self._job.acted.update(group.unwritten - idle)
+        made_new = [
             differences(layer, old, new, self._job.live, idle)
-            for layer, old, new in zip(unit.layers, live, made, strict=True)
+            for layer, old, new in zip(group.layers, live, made, strict=True)
         ]
-        loose = [(name, scratch[name]) for name in unit.loose if name not in idle and name in self._job.live]
-        for name, value in (*(pair for one in found for pair in one.values), *loose):
-            self._way.deliver(name, value)
-        for holder, attributes in (pair for one in found for pair in one.attributes):
-            self._way.attribute(holder, attributes)
-        for layer, one in zip(unit.layers, found, strict=True):
-            self._shared += [(layer, *pair) for pair in one.attributes if layer.shares(pair[0])]
-        self.replaced += [name for one in found for name in one.replaced]
+        apart = [(name, scratch[name]) for name in group.without_layer if name not in idle and name in self._job.live]
+        for name, value in (*(pair for difference in made_new for pair in difference.values), *apart):
+            self._strategy.deliver(name, value)
+        for holder, attributes in (pair for difference in made_new for pair in difference.attributes):
+            self._strategy.attribute(holder, attributes)
+        for layer, difference in zip(group.layers, made_new, strict=True):
+            self._shared += [(layer, *pair) for pair in difference.attributes if layer.shares(pair[0])]
+        self.replaced += [name for difference in made_new for name in difference.replaced]
 
-    def _processed(self, unit: LayerGroup, scratch: Mirror, ready: Callable[[], None]) -> list[Contents]:
+    def _processed(self, group: LayerGroup, scratch: Mirror, ready: Callable[[], None]) -> list[Contents]:
         """What the layers hold after processing. The model is as it was when this returns."""
-        # Hardly any unit has loose ones, and a walk over the model for each layer would be quadratic.
-        all_places = places(self._job.model) if unit.loose else ()
-        loose = [(place, place.tensor) for place in all_places if place.name in unit.loose]
-        before = [(layer, layer.contents()) for layer in unit.layers]
+        # Hardly any group has tensors without a layer, and a walk over the model for each layer would be quadratic.
+        all_places = places(self._job.model) if group.without_layer else ()
+        apart = [(place, place.tensor) for place in all_places if place.name in group.without_layer]
+        before = [(layer, layer.contents()) for layer in group.layers]
         dressing: Dressing = {}
         try:
-            for place, tensor in loose:
+            for place, tensor in apart:
                 place.put(dressed(scratch[place.name], tensor))
-            opened = [layer.open(scratch.__getitem__, dressing) for layer in unit.layers]
+            opened = [layer.open(scratch.__getitem__, dressing) for layer in group.layers]
             ready()
-            # What loading code keeps in containers is none of processing's.
+            # What loading code has put into containers is not processing's doing.
             opened = [
-                held._replace(holders=layer.contents().holders) for layer, held in zip(unit.layers, opened, strict=True)
+                held._replace(holders=layer.contents().holders)
+                for layer, held in zip(group.layers, opened, strict=True)
             ]
-            for layer in unit.layers:
+            for layer in group.layers:
                 with self._timeline.event("process", layer.name), torch.no_grad():
                     self._job.process(layer.module)
-            made = [layer.contents() for layer in unit.layers]
-            for layer, then, now in zip(unit.layers, opened, made, strict=True):
+            made = [layer.contents() for layer in group.layers]
+            for layer, then, now in zip(group.layers, opened, made, strict=True):
                 layer.processed(then, now)
             return made
         finally:
             for layer, held in before:
                 put(layer.module, held)
-            for place, tensor in loose:
+            for place, tensor in apart:
                 place.put(tensor)
 
-    def _untouched(self, unit: LayerGroup, now: Mapping[str, torch.Tensor]) -> set[str]:
-        """Names of tensors that no step writes and that hold what they held before the first load."""
-        initial = {name: self._job.initial[name] for name in unit.still & self._job.initial.keys()}
-        return {name for name, one in initial.items() if name in now and _same_bits(one, now[name])}
+    def _untouched(self, group: LayerGroup, now: Mapping[str, torch.Tensor]) -> set[str]:
+        """Names of tensors that no step writes, and that hold what they held before the first load."""
+        initial = self._job.initial
+        return {name for name in group.unwritten & initial.keys() & now.keys() if _same_bits(initial[name], now[name])}
 
 
-def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    if (one.dtype, one.shape) != (other.dtype, other.shape) or not has_bytes(other):
+def _same_bits(initial: torch.Tensor, now: torch.Tensor) -> bool:
+    if (initial.dtype, initial.shape) != (now.dtype, now.shape) or not has_bytes(now):
         return False
-    raw = (tensor.detach().cpu().contiguous().view(-1).view(torch.uint8) for tensor in (one, other))
+    raw = (tensor.detach().cpu().contiguous().view(-1).view(torch.uint8) for tensor in (initial, now))
     return torch.equal(*raw)

@@ -1,4 +1,4 @@
-"""UpdateReport: what one update did. Frozen facts that print as a short table, and a timeline for a trace viewer."""
+"""UpdateReport: what one update did, as frozen facts that print as a short table. Timeline: when it did what."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import msgspec
+
 from ..plan.steps import Fate
-from ..text import size
+from ..text import size, some, table
 from .open_layers import OpenLayers
 
 
@@ -48,7 +50,7 @@ class Timeline:
 
     @contextmanager
     def event(self, what: str, of: str) -> Iterator[None]:
-        """What is done inside is one."""
+        """Time what is done inside, as one event."""
         began = time.perf_counter()
         try:
             yield
@@ -106,17 +108,22 @@ class UpdateReport:
     warnings: tuple[str, ...]
     events: tuple[Event, ...]
 
+    def as_dict(self) -> dict[str, object]:
+        """The same facts for machines: only names, numbers, lists and dictionaries."""
+        facts: dict[str, object] = msgspec.to_builtins(self, str_keys=True)
+        return facts | {"events": [event._asdict() for event in self.events]}
+
     def save_timeline(self, path: str | os.PathLike[str]) -> None:
         """Write what the time was spent on in the Chrome trace format, for ``chrome://tracing`` or ui.perfetto.dev."""
         spans = [
-            {"name": f"{one.what} {one.of}".strip(), "cat": one.what, "ph": "X", "pid": 0, "tid": one.what}
-            | {"ts": one.start * 1e6, "dur": one.seconds * 1e6}
-            for one in self.events
+            {"name": f"{event.what} {event.of}".strip(), "cat": event.what, "ph": "X", "pid": 0, "tid": event.what}
+            | {"ts": event.start * 1e6, "dur": event.seconds * 1e6}
+            for event in self.events
         ]
         counters = [
-            {"name": "open layers, device bytes", "ph": "C", "pid": 0, "args": {"bytes": one.open_nbytes}}
-            | {"ts": (one.start + one.seconds) * 1e6}
-            for one in self.events
+            {"name": "open layers, device bytes", "ph": "C", "pid": 0, "args": {"bytes": event.open_nbytes}}
+            | {"ts": (event.start + event.seconds) * 1e6}
+            for event in self.events
         ]
         with open(path, "w") as file:
             json.dump({"traceEvents": [*spans, *counters]}, file)
@@ -135,7 +142,6 @@ class UpdateReport:
         rows += [(fate.value, f"{len(names)} tensors") for fate, names in self.tensors.items() if names]
         rows += [("fell back", reason) for reason in self.fell_back]
         if self.replaced:
-            more = f" and {len(self.replaced) - 3} more" if len(self.replaced) > 3 else ""
-            rows.append(("replaced", f"not known to be where it was: {', '.join(self.replaced[:3])}{more}"))
+            rows.append(("replaced", f"not known to be where it was: {some(self.replaced, 3)}"))
         rows += [("warning", warning) for warning in self.warnings]
-        return "\n".join(f"{label:>10}  {text}" for label, text in rows)
+        return table(rows)

@@ -1,4 +1,4 @@
-"""Requests: what the plan of an update asks of a source that can choose, by tensor. It moves no byte."""
+"""Requests: what an update asks of a source that sends only what it is asked for, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -19,58 +19,58 @@ from .groups import LayerGroup
 Room = Callable[[LayerGroup, Copy], torch.Tensor | None]
 
 
-def requests(units: Iterable[LayerGroup], plan: LoadPlan, give: Room) -> list[Request]:
-    """A request for each tensor that the units take, in their order, and for what the model's own code gets, last.
+def requests(groups: Iterable[LayerGroup], plan: LoadPlan, give: Room) -> list[Request]:
+    """A request for each tensor that the groups take, in their order, and for what the model's own code gets, last.
 
     Args:
-        units: in the order in which they shall be filled.
+        groups: in the order in which they shall be filled.
         plan: which they are parts of.
         give: what ``Request.into`` asks.
     """
     place = {name: number for number, name in enumerate(plan.manifest)}
     takes: dict[str, list[tuple[LayerGroup, Step, bool]]] = defaultdict(list)
-    for unit in units:
-        for name in sorted(unit.sources, key=place.__getitem__):
+    for group in groups:
+        for name in sorted(group.sources, key=place.__getitem__):
             takes[name]  # Names in this order; what takes them follows.
-        for step, at_once in _steps(unit):
+        for step, at_once in _steps(group):
             for name in step.sources:
-                takes[name].append((unit, step, at_once))
+                takes[name].append((group, step, at_once))
     for name in plan.fallback:
         takes[name] = []
-    return [_request(plan.manifest[name], found, give) for name, found in takes.items()]
+    return [_request(plan.manifest[name], steps, give) for name, steps in takes.items()]
 
 
-def _steps(unit: LayerGroup) -> Iterator[tuple[Step, bool]]:
+def _steps(group: LayerGroup) -> Iterator[tuple[Step, bool]]:
     """All that takes tensors; and whether it is done as they come, and by nothing but a copy."""
-    first = min(unit.plan.levels, default=0)
-    levels = unit.plan.levels or (first,) * len(unit.plan.steps)
-    for step, level in zip(unit.plan.steps, levels, strict=True):
+    first = min(group.plan.levels, default=0)
+    levels = group.plan.levels or (first,) * len(group.plan.steps)
+    for step, level in zip(group.plan.steps, levels, strict=True):
         yield step, level == first and isinstance(step, Copy)
-    for pair in unit.plan.ties:
-        yield from ((one, False) for one in pair)
+    for pair in group.plan.ties:
+        yield from ((step, False) for step in pair)
 
 
 def _request(spec: TensorSpec, takes: list[tuple[LayerGroup, Step, bool]], give: Room) -> Request:
     boxes = [None if isinstance(step, Program) else step.of for _, step, _ in takes]
     exact = [box for box in boxes if box is not None]
     ranges = ranges_of(exact) if exact and len(exact) == len(boxes) else None
-    if ranges is not None and sum(one.size for one in ranges) in (0, spec.nbytes):
+    if ranges is not None and sum(taken.size for taken in ranges) in (0, spec.nbytes):
         ranges = None
     into = None
     if len(takes) == 1:
-        unit, step, at_once = takes[0]
+        group, step, at_once = takes[0]
         if (
             at_once
             and isinstance(step, Copy)
             and (step.of is None or (range_of(step.of),) == ranges or _all(step, spec))
         ):
-            into = partial(give, unit, step)
+            into = partial(give, group, step)
     return Request(spec.name, ranges, into)
 
 
 def _all(step: Copy, spec: TensorSpec) -> bool:
-    found = None if step.of is None else range_of(step.of)
-    return found is not None and found.count == 1 and found.size == spec.nbytes
+    taken = None if step.of is None else range_of(step.of)
+    return taken is not None and taken.count == 1 and taken.size == spec.nbytes
 
 
 def room(step: Copy, spec: TensorSpec, destinations: Mapping[str, torch.Tensor]) -> torch.Tensor | None:

@@ -1,8 +1,15 @@
-"""State and Digest: what a live model is in, and what a model holds. Nothing here changes either."""
+"""State: what a live model is in, for everybody. Current: what of a live model changes, for the update that runs."""
 
 from __future__ import annotations
 
 import enum
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ..errors import UsageError
+from .hooks import Hooks
+from .lock import ReadWriteLock
 
 
 class State(enum.Enum):
@@ -13,3 +20,51 @@ class State(enum.Enum):
     UPDATING = "updating"  # an update runs; version N is what an abort leaves
     PREPARED = "prepared"  # it can be committed; version N still
     TORN = "torn"  # tensors of two versions: an update with atomic=False failed
+
+
+class Current:
+    """What of a live model changes. The model shows it; only the update that runs changes it.
+
+    Attributes:
+        state: see ``State``.
+        version: which version is live; ``None`` before the first load. While TORN, the last whole one.
+        commits: how many versions were committed.
+        running: what identifies the update that runs; ``None`` where none does.
+        warned: whether the one warning of open layers was given.
+        guard: lets readers of the model in while no update writes it.
+        hooks: what is called after each commit.
+    """
+
+    def __init__(self) -> None:
+        self.state = State.EMPTY
+        self.version: str | int | None = None
+        self.commits = 0
+        self.running: object = None
+        self.warned = False
+        self.guard = ReadWriteLock()
+        self.hooks = Hooks()
+        self._reserved = threading.Lock()  # held while an update runs
+
+    def __str__(self) -> str:
+        if self.state is State.TORN:
+            return "the model is torn"
+        return f"version {self.version!r} is live" if self.version is not None else "nothing was loaded"
+
+    @contextmanager
+    def reserved(self) -> Iterator[None]:
+        """Nobody else updates from now on, unless what is inside fails; until then, whoever ends the update lets go.
+
+        Raises:
+            UsageError: another update runs.
+        """
+        if not self._reserved.acquire(blocking=False):
+            raise UsageError("another update runs; commit or abort it first")
+        try:
+            yield
+        except BaseException:
+            self._reserved.release()
+            raise
+
+    def let_go(self) -> None:
+        """The update that ran is over; the next may begin."""
+        self._reserved.release()

@@ -1,39 +1,32 @@
-"""Update: one attempt to take a live model from version N to M, as its users hold it. The work is done beside it."""
+"""Update: the life of one attempt to take a live model from version N to M: begin, feed, prepare, commit or abort."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 
 import torch
+from torch import nn
 
 from ..arguments import check_version
-from ..errors import UsageError
+from ..errors import HotweightsError, UpdateAborted, UsageError
+from ..loading.verify import Verifier
 from ..manifest import Manifest
 from ..memory.devices import record_event
+from ..memory.pool import Pool
+from ..plan.patterns import Patterns
+from ..progress import progress
+from ..sources.contracts import Addressed, InMemory, IOMode, Participant, Source
+from .atomic import Atomic, InPlace, Strategy
 from .attempt import Attempt
+from .baseline import Baseline
+from .compiled import refuse_frozen
+from .job import Job
+from .lock import WriteTurn
+from .open_layers import OpenLayers
 from .report import UpdateReport
-
-
-class Owner(Protocol):
-    """What an update asks of the live model that it belongs to."""
-
-    def failing(self, work: Attempt) -> AbstractContextManager[None]:
-        """Any failure inside aborts the update, and is told as such."""
-
-    def prepare(self, work: Attempt) -> None:
-        """Finish it, prove it; it may be committed then."""
-
-    def commit(self, work: Attempt, version: str | int | None) -> UpdateReport:
-        """Make it version M."""
-
-    def abort(self, work: Attempt) -> None:
-        """Make it version N again. May be called twice."""
-
-    def over(self, work: Attempt) -> bool:
-        """Whether it has committed or aborted."""
+from .state import Current, State
 
 
 class Update:
@@ -44,20 +37,64 @@ class Update:
     but ``abort`` raise ``UpdateAborted`` when something fails, and the update is over.
     """
 
-    def __init__(self, owner: Owner, work: Attempt) -> None:
-        self._owner = owner
-        self._work = work
-        self._prepared = False
+    # Begin.
+
+    def __init__(self, current: Current, baseline: Baseline, job: Job, strategy: Strategy, limit: int | None) -> None:
+        """For ``begin`` and ``begin_first``, while the live model is reserved; the end of the update lets go of it."""
+        self._current = current
+        self._baseline = baseline
+        self._strategy = strategy
+        self._attempt = Attempt(job, strategy, OpenLayers(limit, warned=current.warned), WriteTurn(current.guard))
+        self._before = current.state
+        current.state, current.running = State.UPDATING, self._attempt
+
+    @classmethod
+    def begin_first(
+        cls, current: Current, baseline: Baseline, process: Callable[[nn.Module], object], limit: int | None
+    ) -> Update:
+        """The first load, straight into the model's own tensors."""
+        return cls(current, baseline, baseline.first_job(process), InPlace(baseline.live), limit)
+
+    @classmethod
+    def begin(
+        cls,
+        current: Current,
+        baseline: Baseline,
+        process: Callable[[nn.Module], object],
+        limit: int | None,
+        manifest: Manifest | None,
+        atomic: Atomic,
+        only: Patterns | None,
+    ) -> Update:
+        """Find everything that does not fit; then begin.
+
+        Raises:
+            UpdateAborted: the manifest does not fit, or the host cannot hold the copy; nothing was changed.
+        """
+        try:
+            refuse_frozen()
+            baseline.prove()
+            with current.guard.writing():
+                plan, in_place, groups = baseline.plans.find(manifest, only, baseline.live)
+            job = baseline.job(process, plan, in_place, groups)
+            strategy = baseline.strategy(atomic, job)
+        except UsageError:
+            raise
+        except HotweightsError as error:
+            raise aborted(f"{current}; nothing was changed", error) from error
+        return cls(current, baseline, job, strategy, limit)
 
     @property
     def manifest(self) -> Manifest:
         """What it must be fed: names, dtypes and shapes."""
-        return self._work.manifest
+        return self._attempt.manifest
 
     @property
     def open_nbytes(self) -> int:
         """Device memory that layers take which have begun and lack tensors."""
-        return self._work.open_nbytes
+        return self._attempt.open_nbytes
+
+    # Feed.
 
     def feed(self, pairs: Iterable[tuple[str, torch.Tensor]] | Mapping[str, torch.Tensor]) -> None:
         """Take tensors, in any order and any number of calls. They may be borrowed: nothing is kept but by copy.
@@ -69,13 +106,48 @@ class Update:
                 model's own memory, and that is written in place; or the iterator raised.
         """
         self._check("feed")
-        if self._prepared:
+        if self._current.state is State.PREPARED:
             raise UsageError("this update is prepared; it cannot be fed any more")
-        with self._owner.failing(self._work):
+        with self._failing():
+            self._attempt.take_as_it_comes()
             for name, tensor in pairs.items() if isinstance(pairs, Mapping) else pairs:
-                self._work.check_apart(name, tensor)
-                devices = self._work.take(name, tensor, tensor.clone)
+                self._attempt.check_apart(name, tensor)
+                devices = self._attempt.take(name, tensor, tensor.clone)
                 _wait_for(devices | {tensor.device})  # Behind the next tensor this one may be written over.
+
+    def run(
+        self,
+        source: Source,
+        version: str | int | None,
+        *,
+        io: IOMode = "auto",
+        threads: int | None = None,
+        pool: Pool | None = None,
+        verify: Verifier | None = None,
+        show_progress: bool | None = None,
+    ) -> UpdateReport:
+        """Take everything from a source, and commit: with the group, where the source is a participant of one.
+
+        Raises:
+            UpdateAborted, CommitHookError: as ``feed``, ``prepare`` and ``commit``.
+        """
+        attempt = self._attempt
+        with ExitStack() as stack:
+            pool = pool or stack.enter_context(Pool())
+            advance = stack.enter_context(progress("loading", attempt.nbytes_to_read(source), show=show_progress))
+            options = {"io": io, "threads": threads} if isinstance(source, Addressed) else {}
+            with self._failing():
+                if isinstance(source, Participant) and not isinstance(source, (Addressed, InMemory)):
+                    source.wanted(attempt.requests())  # Of the others it is asked for what is wanted, tensor by tensor.
+                attempt.run(source, pool=pool, advance=advance, verify=verify, **options)
+            attempt.peak_buffer = pool.stats().peak * pool.slot_nbytes
+            if isinstance(source, Participant):
+                self.prepare()
+                with self._failing():
+                    stack.enter_context(source.decision())
+            return self.commit(version)
+
+    # Prepare.
 
     def prepare(self) -> None:
         """See that everything came, finish what waited, prove addresses and aliases. Version N is still live.
@@ -84,9 +156,14 @@ class Update:
             UpdateAborted: something is missing, or was moved.
         """
         self._check("prepare")
-        if not self._prepared:
-            self._owner.prepare(self._work)
-            self._prepared = True
+        if self._current.state is State.PREPARED:
+            return
+        with self._failing(), self._attempt.timeline.event("prepare", ""):
+            self._attempt.finish()
+            self._baseline.prove()
+        self._current.state = State.PREPARED
+
+    # Commit.
 
     def commit(self, version: str | int | None = None) -> UpdateReport:
         """Make it version M. Nothing can fail but the hooks, and they run after it.
@@ -100,11 +177,86 @@ class Update:
         self._check("commit")
         check_version(version)
         self.prepare()
-        return self._owner.commit(self._work, version)
+        current, attempt = self._current, self._attempt
+        attempt.turn.take()
+        # From here on version M comes, whatever interrupts: not every strategy has kept what N was.
+        failures: list[BaseException] = []
+        try:
+            with attempt.timeline.event("commit", ""):
+                nbytes = self._written(failures)
+            previous, current.version = current.version, current.commits + 1 if version is None else version
+            current.commits += 1
+            current.state, current.running, current.warned = State.SERVING, None, attempt.warned
+            self._baseline.committed(attempt.job)
+            report = attempt.report(previous, current.version, nbytes, self._baseline.copy_nbytes)
+            current.guard.let_writer_read()
+            current.hooks.call(current.version, failures)
+            if failures:
+                raise failures[0]
+            return report
+        finally:
+            failures.clear()  # Their tracebacks hold this frame.
+            self._end()
+
+    def _written(self, failures: list[BaseException]) -> int:
+        """Bytes that the strategy wrote to make it version M; an interruption goes into ``failures``."""
+        try:
+            return self._strategy.commit()
+        except BaseException as error:
+            if not isinstance(error, Exception):
+                failures.append(error)
+        try:
+            return self._strategy.commit()  # It copies what lies beside the model: that can be done again.
+        except BaseException:
+            self._current.state, self._current.running = State.TORN, None
+            raise
+
+    # Abort.
 
     def abort(self) -> None:
         """Make it version N again, whatever was fed. May be called twice, and does nothing after a commit."""
-        self._owner.abort(self._work)
+        if self._is_over():
+            return
+        current, attempt = self._current, self._attempt
+        current.running, current.warned = None, attempt.warned
+        torn = self._strategy.name is False and self._strategy.wrote
+        try:
+            _twice(self._strategy.abort)
+            if attempt.job.first:
+                self._baseline.reset(attempt.processing.begun)
+        except BaseException:
+            torn = True
+            raise
+        finally:
+            if attempt.job.first:
+                current.state = State.EMPTY
+            else:
+                current.state = State.TORN if torn else self._before
+            self._end()
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        """Any failure inside aborts the update, and is told as such."""
+        try:
+            yield
+        except BaseException as error:
+            self.abort()
+            if self._attempt.job.first or not isinstance(error, Exception):
+                raise
+            raise aborted(f"{self._current}; the update failed", error) from error
+
+    # Its end.
+
+    def _end(self) -> None:
+        self._attempt.forget()
+        self._current.let_go()
+
+    def _is_over(self) -> bool:
+        return self._current.running is not self._attempt
+
+    def _check(self, verb: str) -> None:
+        if self._is_over():
+            raise UsageError(f"this update is over; it cannot {verb}. Begin another one")
 
     def __enter__(self) -> Update:
         return self
@@ -113,15 +265,25 @@ class Update:
         self.abort()
 
     def __del__(self) -> None:
-        if not self._owner.over(self._work):
+        if not self._is_over():
             warnings.warn(
                 "an update was neither committed nor aborted; it is aborted now", ResourceWarning, stacklevel=2
             )
             self.abort()
 
-    def _check(self, verb: str) -> None:
-        if self._owner.over(self._work):
-            raise UsageError(f"this update is over; it cannot {verb}")
+
+def aborted(left: str, error: Exception) -> UpdateAborted:
+    """What tells that ``error`` ended an update, and what it left."""
+    return UpdateAborted(f"{left}: {getattr(error, 'title', error)}", getattr(error, "problems", ()))
+
+
+def _twice(act: Callable[[], object]) -> None:
+    """An interruption (Ctrl-C, say) does not keep it from being done; it is raised when it is."""
+    try:
+        act()
+    except BaseException:
+        act()
+        raise
 
 
 def _wait_for(devices: set[torch.device]) -> None:

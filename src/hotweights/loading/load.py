@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import nn
@@ -22,26 +21,23 @@ from ..memory.pool import Pool
 from ..model.materialise import materialise
 from ..model.places import places
 from ..model.reachable import reachable
-from ..model.survey import Survey, by_name, loader_of, survey
+from ..model.survey import Survey, survey
 from ..plan.patterns import Patterns
 from ..plan.plan import LoadPlan, Order
 from ..plan.steps import Copy, Fate, Program
 from ..progress import progress
-from ..sources.contracts import Addressed, InMemory, IOMode, Participant, Source, refusing
+from ..sources.contracts import Addressed, IOMode, Participant, Source, refusing
 from ..sources.iterator import IteratorSource
 from ..sources.opening import open as open_source
 from ..text import size
 from ..tracing.fit import check
-from ..tracing.frameworks import has_rules, rules_for
+from ..tracing.frameworks import has_rules
 from ..tracing.trace import trace
 from .cache import planned
-from .execute import execute, owned
+from .execute import execute
 from .fallback import fall_back
 from .report import LoadReport, Tally
-from .verify import verify_by_loader
-
-Verify = Literal["off", "loader"]
-"""Whether the model's own loading code proves a load afterwards."""
+from .verify import Verify, verifier
 
 
 def load(
@@ -154,7 +150,7 @@ def load(
             if plan.fallback:
                 fall_back(plan, model, source, kept, done, pool=pool, advance=advance)
             if verify == "loader":
-                _verify(plan, model, source, destinations, pool)
+                verifier(model, source)(plan, destinations, pool)
             if isinstance(source, Participant):  # Not before all of it is loaded and proven.
                 stack.enter_context(source.decision())
         return _report(plan, done, pool, time.perf_counter() - began)
@@ -177,18 +173,6 @@ def _trace(
         allow_unexpected=unexpected,
         cast=cast,
     )
-
-
-def _verify(
-    plan: LoadPlan, model: nn.Module, source: Source, destinations: Mapping[str, torch.Tensor], pool: Pool
-) -> None:
-    load = rules_for(model, source.manifest).load or loader_of(model) or by_name(model)
-    if isinstance(source, Addressed):
-        verify_by_loader(plan, model, load, destinations, partial(owned, source, read=partial(source.read, pool=pool)))
-    elif isinstance(source, InMemory):
-        verify_by_loader(plan, model, load, destinations, partial(owned, source, read=dict))
-    else:
-        raise UsageError('verify="loader" needs a source that can be asked for a tensor twice; this one only streams')
 
 
 def _used(plan: LoadPlan) -> list[str]:

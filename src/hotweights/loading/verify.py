@@ -3,17 +3,45 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
 
-from ..errors import PlanDiffers
+from ..errors import PlanDiffers, UsageError
+from ..memory.pool import Pool
 from ..model.snapshot import Snapshot
+from ..model.survey import LoadingCode, by_name, loader_of
 from ..plan.plan import LoadPlan
+from ..sources.contracts import Addressed, InMemory, Source
+from ..tracing.frameworks import rules_for
+from .copy_step import Destinations
+from .execute import owned
 
-LoadingCode = Callable[[Iterable[tuple[str, torch.Tensor]]], object]
+Verify = Literal["off", "loader"]
+"""Whether the model's own loading code proves a load."""
+
+Verifier = Callable[[LoadPlan, Destinations, Pool], None]
+"""Proves what a plan, or a part of one, has made in these tensors."""
+
+
+def verifier(model: nn.Module, source: Source) -> Verifier:
+    """What proves loads of ``source`` into ``model`` by the model's own loading code.
+
+    Raises:
+        UsageError: the source only streams; what was loaded from it cannot be had again.
+    """
+    load = rules_for(model, source.manifest).load or loader_of(model) or by_name(model)
+    if not isinstance(source, (Addressed, InMemory)):
+        raise UsageError('verify="loader" needs a source that can be asked for a tensor twice; this one only streams')
+
+    def verify(plan: LoadPlan, destinations: Destinations, pool: Pool) -> None:
+        read = partial(source.read, pool=pool) if isinstance(source, Addressed) else dict
+        verify_by_loader(plan, model, load, destinations, partial(owned, source, read=read))
+
+    return verify
 
 
 def verify_by_loader(

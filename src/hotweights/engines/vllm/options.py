@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, get_args
 
 from ...errors import UnknownName, UsageError
-from ...loading.load import Verify
+from ...loading.verify import Verify
 from ...memory.guards import Guard
 
 

@@ -1,0 +1,132 @@
+"""LiveModel: what it takes, what it says, and how its first load is proven."""
+
+import json
+import re
+
+import pytest
+import torch
+from torch import nn
+
+import hotweights as hw
+from hotweights.testing import ReusedBuffer
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+
+def tensors(seed=1):
+    torch.manual_seed(seed)
+    return {name: torch.randn_like(tensor) for name, tensor in mlp().state_dict().items()}
+
+
+def doubled(layer):
+    layer.weight = nn.Parameter(layer.weight.t().contiguous() * 2, requires_grad=False)
+
+
+def test_layers_are_selected_by_name_or_by_a_function():
+    for number in range(3):
+        model, weights = mlp(), tensors()
+        layers = ("1", [re.compile("1")], lambda module, chosen=model[1]: module is chosen)[number]
+        hw.LiveModel(model, process=doubled, layers=layers).load(weights)
+        assert torch.equal(model[0].weight, weights["0.weight"])
+        assert torch.equal(model[1].weight, weights["1.weight"].t() * 2)
+
+
+def test_deferred_layers_are_selected_by_name_or_by_a_function():
+    for number in range(2):
+        order, model = [], mlp()
+        deferred = ("0", lambda module, chosen=model[0]: module is chosen)[number]
+        live = hw.LiveModel(model, process=order.append, deferred=deferred)
+        live.load(tensors())
+        assert order == [model[1], model[0]]
+
+
+class Lying(nn.Module):
+    """Its loading code makes other values when it runs again: a plan traced before is no longer what it does."""
+
+    def __init__(self):
+        super().__init__()
+        self.right, self.wrong = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+        self.traced = False
+
+    def load_weights(self, pairs):
+        own = dict(self.named_parameters())
+        for name, tensor in pairs:
+            own[name].data.copy_(tensor)
+            if name == "wrong.weight" and type(tensor) is torch.Tensor:
+                own[name].data.mul_(2)
+
+
+def test_a_first_load_is_proven_before_it_is_processed():
+    weights = {"right.weight": torch.randn(4, 4), "wrong.weight": torch.randn(4, 4)}
+    model = Lying()
+    live = hw.LiveModel(model, process=lambda layer: doubled(layer) if hasattr(layer, "weight") else None)
+    with pytest.raises(hw.PlanDiffers, match=r"wrong\.weight") as caught:
+        live.load(weights, verify="loader")
+    assert caught.value.problems == ("wrong.weight",)
+    assert live.state is hw.State.EMPTY
+    assert model.wrong.weight.shape == (4, 4)
+
+    weights = tensors()
+    model = mlp()
+    live = hw.LiveModel(model, process=doubled)
+    live.load(weights, verify="loader")
+    assert torch.equal(model[0].weight, weights["0.weight"].t() * 2)
+    live.update(tensors(2))
+    assert torch.equal(model[0].weight, tensors(2)["0.weight"].t() * 2)
+
+
+def test_what_only_streams_cannot_be_proven():
+    live = hw.LiveModel(mlp())
+    manifest = hw.open(tensors()).manifest
+    with pytest.raises(hw.UsageError, match="asked for a tensor twice"):
+        live.load(hw.from_iterator(ReusedBuffer(tensors()), manifest), verify="loader")
+    with pytest.raises(hw.UnknownName, match="off"):
+        live.load(tensors(), verify="twice")
+    live.load(tensors())
+
+
+def test_a_device_that_is_none_is_told_before_anything_happens():
+    live = hw.LiveModel(mlp())
+    with pytest.raises(hw.UsageError, match="device='nonsense' is no device"):
+        live.load(tensors(), device="nonsense")
+    assert live.state is hw.State.EMPTY
+
+
+def test_an_empty_and_a_torn_model_say_what_mends_them():
+    live = hw.LiveModel(mlp(), atomic=False)
+    with pytest.raises(hw.LiveModelError, match="call load"), live.serving():
+        pass
+    live.load(tensors(1))
+    with live.begin() as update:
+        update.feed(list(tensors(2).items())[:2])
+    assert live.state is hw.State.TORN
+    with pytest.raises(hw.LiveModelError, match="call update with a complete source"), live.serving():
+        pass
+    with pytest.raises(hw.UsageError, match="use update"):
+        live.load(tensors(3))
+    with pytest.raises(hw.UsageError, match="leave only= out"):
+        live.update(tensors(3), only="0.*")
+    live.update(tensors(3))
+    with live.serving() as version:
+        assert version == 2
+
+
+def test_problems_are_those_of_the_cause():
+    live = hw.LiveModel(mlp())
+    live.load(tensors())
+    with pytest.raises(hw.UpdateAborted, match=r"version 1 is live; nothing was changed: .*2 problems") as caught:
+        live.update({"0.weight": torch.zeros(4, 4), "0.bias": torch.zeros(4)})
+    assert caught.value.problems == caught.value.__cause__.problems
+    assert len(caught.value.problems) == 2
+
+
+def test_a_report_is_plain_data():
+    live = hw.LiveModel(mlp())
+    report = live.load(tensors(), version="a")
+    facts = json.loads(json.dumps(report.as_dict()))
+    assert facts["version"] == "a"
+    assert facts["tensors"]["written"] == sorted(tensors())
+    assert facts["bytes_by_io"] == {"memory": report.bytes_read}
+    assert {event["what"] for event in facts["events"]} == {"read", "prepare", "commit"}
