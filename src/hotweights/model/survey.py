@@ -24,6 +24,12 @@ class Survey(NamedTuple):
     transient: list[str]
     plain: bool
 
+    @property
+    def persistent(self) -> dict[str, torch.Tensor]:
+        """The tensors of the state dict; computed anew each time."""
+        transient = set(self.transient)
+        return {name: tensor for name, tensor in self.tensors.items() if name not in transient}
+
 
 def survey(model: nn.Module) -> Survey:
     """Look at every module once. Every load does, so it asks all its questions on one walk."""

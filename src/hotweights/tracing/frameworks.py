@@ -7,7 +7,7 @@ import sys
 from torch import nn
 
 from ..manifest import Manifest
-from .rules import Rules
+from ..plan.rules import Rules
 
 
 def has_rules(model: nn.Module) -> bool:

@@ -16,10 +16,10 @@ from torch import nn
 from ..dtypes import OpaqueDtype
 from ..manifest import Manifest, TensorSpec
 from ..model.places import places
+from ..plan.rules import Rules
 from ..plan.steps import Copy, Step
 from .lower import lower
 from .record import Recording, record
-from .rules import Rules
 
 
 def owns(model: nn.Module) -> bool:
