@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import PlanDiffers
 from ..model.snapshot import Snapshot
+from ..plan.disjoint_sets import DisjointSets
 from ..plan.plan import LoadPlan
 
 LoadingCode = Callable[[Iterable[tuple[str, torch.Tensor]]], object]
@@ -78,13 +79,7 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _groups(plan: LoadPlan) -> Iterator[_Group]:
-    leader: dict[str, str] = {}
-
-    def find(node: str) -> str:
-        while leader.setdefault(node, node) != node:
-            node = leader[node]
-        return node
-
+    together = DisjointSets()
     sources: dict[str, None] = {}
     written: dict[str, None] = {}
     for step in plan.steps:
@@ -95,11 +90,10 @@ def _groups(plan: LoadPlan) -> Iterator[_Group]:
         sources.update(dict.fromkeys(names))
         written.update(dict.fromkeys(places))
         nodes = [*(f"<{name}" for name in names), *(f">{name.rpartition('.')[0]}" for name in places)]
-        for node in nodes[1:]:
-            leader[find(node)] = find(nodes[0])
+        together.join(nodes)
     gathered: dict[str, _Group] = defaultdict(lambda: _Group([], []))
     for name in sources:
-        gathered[find(f"<{name}")].sources.append(name)
+        gathered[together.of(f"<{name}")].sources.append(name)
     for name in written:
-        gathered[find(f">{name.rpartition('.')[0]}")].destinations.append(name)
+        gathered[together.of(f">{name.rpartition('.')[0]}")].destinations.append(name)
     yield from (group for group in gathered.values() if group.sources)
