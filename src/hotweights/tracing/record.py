@@ -81,9 +81,9 @@ def record(
             spec for spec in manifest.values() if spec.name not in leave_out and not isinstance(spec.dtype, OpaqueDtype)
         )
         while specs := list(itertools.islice(wanted, _AT_ONCE)):
-            for spec, standin in zip(specs, recorder.stand_ins(specs, device), strict=True):
+            for spec, fake in zip(specs, recorder.fake_weights(specs, device), strict=True):
                 taken.add(spec.name)
-                yield spec.name, standin
+                yield spec.name, fake
 
     error: Exception | None = None
     random = torch.get_rng_state()
@@ -139,7 +139,7 @@ class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _held(value: object, recorder: Recorder, depth: int = 0) -> Iterator[torch.Tensor]:
     """Tensors within ``value`` that do not hold what they would hold after loading."""
     if type(value) is Scalar:
-        yield value.standin
+        yield value.fake
     elif isinstance(value, torch.Tensor):
         if recorder.written(value):
             yield value

@@ -55,7 +55,7 @@ class _Followed:
             return work(*args, **kwargs)
 
     def gave(self, *, thread: threading.Thread | None = None, future: Future[Any] | None = None) -> None:
-        """GraphBreak what was given away."""
+        """Remember what was given away."""
         for one in self._chain():
             one._threads += [] if thread is None else [thread]
             one._futures += [] if future is None else [future]
