@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from .walk import modules_of
+
 
 class Survey(NamedTuple):
     """What one walk over a model finds.
@@ -37,9 +39,7 @@ def survey(model: nn.Module) -> Survey:
     transient: list[str] = []
     plain = not hasattr(model, "load_weights") and _loads_by_name(model)
     kinds: dict[type, bool] = {}
-    stack = [("", model)]
-    while stack:
-        dot, module = stack.pop()
+    for prefix, module in modules_of(model):
         inside = module.__dict__
         kind = type(module)
         if kind not in kinds:
@@ -48,15 +48,12 @@ def survey(model: nn.Module) -> Survey:
             plain = False
         for key, tensor in inside["_parameters"].items():
             if tensor is not None:
-                tensors[dot + key] = tensor
+                tensors[prefix + key] = tensor
         for key, tensor in inside["_buffers"].items():
             if tensor is not None:
-                tensors[dot + key] = tensor
+                tensors[prefix + key] = tensor
                 if key in inside["_non_persistent_buffers_set"]:
-                    transient.append(dot + key)
-        if inside["_modules"]:
-            children = [(f"{dot}{key}.", child) for key, child in inside["_modules"].items() if child is not None]
-            stack += reversed(children)
+                    transient.append(prefix + key)
     return Survey(tensors, transient, plain)
 
 
@@ -80,20 +77,17 @@ def hook_problems(model: nn.Module) -> Iterator[str]:
         yield f"module {type(model).__name__}: has a load_state_dict of its own; loading by name does not run it"
     seen: set[int] = set()
     own: dict[type, bool] = {}
-    stack = [("", model)]
-    while stack:
-        dot, module = stack.pop()
+    for prefix, module in modules_of(model):
         if id(module) in seen:
             continue
         seen.add(id(module))
-        stack += [(f"{dot}{key}.", child) for key, child in module._modules.items() if child is not None]
         kind = type(module)
         if kind not in own:
             own[kind] = _has_loading_code(kind)
         if own[kind]:
-            yield f"module {dot[:-1] or kind.__name__}: {kind.__name__} has loading code of its own; {cure}"
+            yield f"module {prefix[:-1] or kind.__name__}: {kind.__name__} has loading code of its own; {cure}"
         if module._load_state_dict_pre_hooks or module._load_state_dict_post_hooks:
-            yield f"module {dot[:-1] or kind.__name__}: has a hook around loading; {cure}"
+            yield f"module {prefix[:-1] or kind.__name__}: has a hook around loading; {cure}"
 
 
 def _loads_by_name(model: nn.Module) -> bool:

@@ -22,6 +22,7 @@ from ..manifest import Manifest
 from ..memory.aliases import plain
 from ..model.reachable import reachable
 from ..model.snapshot import Snapshot
+from ..model.walk import DEPTH
 from ..plan.steps import GraphBreak, Op
 from .bypasses import Bypasses, no_swaps
 from .fake_weight import FakeWeight, Scalar
@@ -29,7 +30,6 @@ from .recorder import Recorder
 from .threads import in_every_thread
 
 _AT_ONCE = 256  # fake tensors that are made together
-_DEPTH = 6  # of containers within containers that are searched for what was kept
 
 
 class Recording(NamedTuple):
@@ -143,8 +143,8 @@ def _held(value: object, recorder: Recorder, depth: int = 0) -> Iterator[torch.T
     elif isinstance(value, torch.Tensor):
         if recorder.written(value):
             yield value
-    elif isinstance(value, (list, tuple, set, frozenset, dict)) and depth < _DEPTH:
+    elif isinstance(value, (list, tuple, set, frozenset, dict)) and depth < DEPTH:
         for item in value.values() if isinstance(value, dict) else value:
             yield from _held(item, recorder, depth + 1)
-    elif hasattr(value, "__dict__") and not isinstance(value, (type, types.ModuleType)) and depth < _DEPTH:
+    elif hasattr(value, "__dict__") and not isinstance(value, (type, types.ModuleType)) and depth < DEPTH:
         yield from _held(vars(value), recorder, depth + 1)

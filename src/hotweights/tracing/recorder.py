@@ -102,7 +102,7 @@ class Recorder:
         return self._scalars[-1]
 
     def end(self) -> None:
-        """End the trace. Values that were asked for and filled nothing are graph breaks: they went where none can see."""
+        """End the trace. Values that were asked for and filled nothing went where nobody sees them: graph breaks."""
         for scalar in self._scalars:
             if not scalar.used:
                 scalar.refused()
