@@ -45,7 +45,7 @@ class Place(msgspec.Struct, frozen=True, gc=False):
 
 
 def places(model: nn.Module) -> Iterator[Place]:
-    """Every parameter and buffer, once for each name it has, in the order of the state dict."""
+    """Every parameter and buffer, once for each of its names, in the order of the state dict."""
     for prefix, module in modules_of(model):
         for key, parameter in module._parameters.items():
             if parameter is not None:

@@ -34,7 +34,7 @@ class Survey(NamedTuple):
 
 
 def survey(model: nn.Module) -> Survey:
-    """Look at every module once. Every load does, so it asks all its questions on one walk."""
+    """Look at every module once. Every load does this, so one walk answers all questions."""
     tensors: dict[str, torch.Tensor] = {}
     transient: list[str] = []
     plain = not hasattr(model, "load_weights") and _loads_by_name(model)
@@ -57,17 +57,20 @@ def survey(model: nn.Module) -> Survey:
     return Survey(tensors, transient, plain)
 
 
-_HARMLESS = ("torch.nn.modules.batchnorm", "torch.nn.modules.instancenorm")  # They fill in counters of old files.
+_HARMLESS = (
+    "torch.nn.modules.batchnorm",
+    "torch.nn.modules.instancenorm",
+)  # Their code fills in counters of old files.
 
 
 def counters(model: nn.Module, absent: Iterable[str]) -> list[str]:
-    """Those of the ``absent`` names that torch's own ``load_state_dict`` does without, as old checkpoints lack them.
+    """Those of the ``absent`` names that torch's own ``load_state_dict`` does not miss, as old checkpoints lack them.
 
-    It keeps the values of real ones, and makes zeros of those on meta.
+    Torch keeps the values of real counters, and makes zeros of those on meta.
     """
     split = (name.rpartition(".") for name in absent)
-    holders = {"".join(one): model.get_submodule(one[0]) for one in split if one[2] == "num_batches_tracked"}
-    return [name for name, one in holders.items() if type(one)._load_from_state_dict.__module__ in _HARMLESS]
+    holders = {"".join(parts): model.get_submodule(parts[0]) for parts in split if parts[2] == "num_batches_tracked"}
+    return [name for name, module in holders.items() if type(module)._load_from_state_dict.__module__ in _HARMLESS]
 
 
 def hook_problems(model: nn.Module) -> Iterator[str]:
@@ -119,7 +122,7 @@ def loader_of(model: nn.Module) -> LoadingCode | None:
 
 
 def _drained(result: object) -> object:
-    """Loading code that yields does nothing until somebody asks for what it yields."""
+    """Run a generator to its end: loading code that yields does nothing until somebody asks for what it yields."""
     if isinstance(result, types.GeneratorType):
         deque(result, maxlen=0)
     return result

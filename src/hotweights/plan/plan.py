@@ -27,18 +27,18 @@ class LoadPlan:
 
     Attributes:
         steps: what to do, in an order that may be followed as it stands.
-        levels: of each step; a step may only begin when all of lower levels are done, those of one are independent.
+        levels: of each step; a step begins when all of lower levels are done. Steps of one level are independent.
         ties: pairs of copies to one place; the second is compared, not written.
         fates: by tensor of the source; and, for ``MISSING`` and ``PARTIAL``, by name of the model.
         casts: by source name, "from -> to" dtypes.
         constants: tensors that programs use, by name.
-        fallback: what the model's own code must do itself: names of the source tensors that it gets, owned.
-        graph_breaks: why: what it did that a plan cannot repeat.
-        unproven: names of the model that only that code can write; that it did is seen when it runs.
+        fallback: names of the source tensors that no step can load; the model's own code gets them, owned.
+        graph_breaks: what that code did that a plan cannot repeat.
+        unproven: names of the model that only that code can write; whether it did is seen when it runs.
         side_effects: attributes that the loading code changes and following the plan does not.
         state_read: tensors of the model whose values the loading code asked for; the plan holds for these values.
-        manifest: what it is a plan for.
-        targets: the tensors of the model it is a plan for, those that only a step names included.
+        manifest: of the source that it is made for.
+        targets: the tensors of the model that it is made for, including those that only a step names.
         digests: of the values of ``state_read``, by name.
         by_layer: whether each layer is done before the next begins, as far as levels allow.
     """
@@ -61,7 +61,7 @@ class LoadPlan:
 
     def names(self, fate: Fate) -> tuple[str, ...]:
         """The names with this fate, sorted."""
-        return tuple(sorted(name for name, found in self.fates.items() if found is fate))
+        return tuple(sorted(name for name, reached in self.fates.items() if reached is fate))
 
     def by_level(self) -> Iterator[tuple[Step, ...]]:
         """The steps of each level, lowest first."""
@@ -75,7 +75,7 @@ class LoadPlan:
             yield tuple(several[level])
 
     def batches(self) -> Iterator[tuple[Step, ...]]:
-        """What is done before the next is begun: the steps of each level; ordered by layer, those of each layer."""
+        """The steps in batches, each to be done before the next begins: one a level, or one a layer of each level."""
         for steps in self.by_level():
             if self.by_layer:
                 yield from (tuple(several) for _, several in groupby(steps, key=layer_of))
@@ -124,7 +124,7 @@ class LoadPlan:
         Raises:
             PlanFileError: it holds an operation that no file may name; it can still be used as it is.
         """
-        planfile.write(path, {one.name: getattr(self, one.name) for one in fields(self)})
+        planfile.write(path, {part.name: getattr(self, part.name) for part in fields(self)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LoadPlan:

@@ -88,8 +88,8 @@ class FakeWeight(torch.Tensor):
             return torch.tensor(*args[1:], **kwargs)
         what = VALUE_READS.get(func)
         if what is not None:
-            one = next(value for value in args if isinstance(value, FakeWeight))
-            raise one._recorder.refuse(what, [value for value in args if isinstance(value, FakeWeight)])
+            fake = next(value for value in args if isinstance(value, FakeWeight))
+            raise fake._recorder.refuse(what, [value for value in args if isinstance(value, FakeWeight)])
         if torch._C._is_any_autocast_enabled():  # Seen only from here: below, autocast has done its work and is off.
             return _under_autocast(torch._C._disabled_torch_function_impl, func, types, args, kwargs or {})
         return torch._C._disabled_torch_function_impl(func, types, args, kwargs or {})
@@ -150,7 +150,7 @@ class Scalar:
     def __torch_function__(
         cls, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        scalars = [one for one in tree_flatten((args, kwargs))[0] if type(one) is cls]
+        scalars = [value for value in tree_flatten((args, kwargs))[0] if type(value) is cls]
         if func not in SCALAR_TAKERS or type(args[-1]) is not cls or len(scalars) != 1 or kwargs:
             raise scalars[0].refused()
         return func(*args[:-1], scalars[0].filling())

@@ -1,4 +1,4 @@
-"""Whether a plan that was made earlier still fits: the model's tensors, and the values that it was made from."""
+"""Whether a plan that was made earlier fits: the source, the model's tensors, and the values that it was made from."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..plan.plan import LoadPlan
 
 
 def complete(plan: LoadPlan, model: nn.Module) -> LoadPlan:
-    """The plan with what only ``model`` knows: digests of the values it read, tensors of no name that it writes."""
+    """The plan with what only ``model`` knows: digests of the values that were read, and the tensors in attributes."""
     written = {name for step in plan.steps for name in step.destinations}
     unnamed = written - plan.targets.keys()
     if not unnamed and not plan.state_read:
@@ -29,7 +29,7 @@ def complete(plan: LoadPlan, model: nn.Module) -> LoadPlan:
 
 
 def check(plan: LoadPlan, model: nn.Module, manifest: Manifest, device: torch.device | None) -> None:
-    """See that the plan is one for this model and this manifest.
+    """Check that the plan was made for this model and this manifest.
 
     Raises:
         PlanError: with every difference.

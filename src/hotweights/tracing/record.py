@@ -1,9 +1,9 @@
-"""Tracing: a model's own loading code, run on fake tensors, becomes a record. No byte is read, no live tensor written.
+"""Recording: a model's own loading code is run on fake tensors, and what it does becomes a list of operations.
 
-A *fake tensor* is a tensor without data. Views of it are computed as metadata; everything else that touches a
-fake tensor, writes to the model, or reads what was written there, is recorded and not done. What touches none of them
-runs for real. Operands are recorded as *regions*: a box of elements over a piece of memory (a source tensor's bytes, a
-tensor of the model, an intermediate result, a constant), so views need no record of their own.
+A *fake tensor* is a tensor without data. A view of it is another fake tensor. Every other operation that touches a fake
+tensor, writes to the model or reads what was written there is recorded and not done. All others run for real. Operands
+are recorded as *regions*: a box of elements over a piece of memory (a source tensor, a tensor of the model, an
+intermediate result or a constant). So views need no record of their own.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def record(
         device: what the fake tensors report.
         leave_out: names that are not streamed.
     """
-    recorder = Recorder({name: one for name, one in reachable(model).items() if plain(one)})
+    recorder = Recorder({name: tensor for name, tensor in reachable(model).items() if plain(tensor)})
     taken: set[str] = set()
 
     def stream() -> Iterator[tuple[str, torch.Tensor]]:
@@ -120,7 +120,7 @@ def record(
 
 
 class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees operations without a fake tensor: fills, and reads of what was written."""
+    """Hands the recorder operations without a fake tensor: fills, and reads of what was written."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

@@ -1,9 +1,9 @@
-"""Saved plans: files that hold one, written at once and read with suspicion. It runs no operation on data.
+"""Saved plans: writing one to a file, all of it or nothing, and reading it without trust in what the file says.
 
 A file is ``MAGIC``, the digest of the rest (xxh3, 8 bytes, little-endian), and one msgpack document. It holds names,
-numbers and small constants. Operations are named from a list of ATen's that do nothing but compute on their operands;
-each is tried on tensors without data, so that what a file says of its results is known to be so. A file of other bytes,
-damaged or forged, gives ``PlanFileError`` and nothing else.
+numbers and small constants. Operations are named from a list of those that only compute on their operands. Each is
+tried on tensors without data, so what a file says of its results is checked too. A file of other bytes, damaged or
+forged, gives ``PlanFileError`` and nothing else.
 """
 
 from __future__ import annotations
