@@ -30,7 +30,6 @@ _SCALAR_READS = {
     aten.is_nonzero.default: "bool()",
     aten.nonzero.default: ".nonzero()",
     aten.masked_select.default: ".masked_select()",
-    aten.is_same_size.default: "",  # Answered: it compares shapes.
 }
 _CONJUGATES = {aten._conj.default: aten.conj_physical.default, aten._neg_view.default: aten.neg.default}
 _NEVER_AUTOCAST = {aten.copy_.default, aten.clone.default, aten._to_copy.default, aten.fill_.Scalar, aten.zero_.default}
@@ -58,25 +57,33 @@ _FACTORIES = {
 
 
 class Recorder:
-    """Everything one trace knows. Used from the thread that traces and from those that the loading code starts."""
+    """Everything one trace knows. Used from the thread that traces and from those that the loading code starts.
 
-    def __init__(self, anchors: Mapping[str, torch.Tensor]) -> None:
+    Attributes:
+        records: the operations, in order.
+        graph_breaks: what the loading code did that no plan can repeat.
+        constants: tensors that operations use, by the names of their memory.
+        state_read: names of the model's tensors whose values the loading code asked for.
+        active: whether the trace goes on; threads of the loading code may outlive it, with its modes.
+    """
+
+    def __init__(self, reached: Mapping[str, torch.Tensor]) -> None:
         self.records: list[Op] = []
         self.graph_breaks: list[GraphBreak] = []
         self.constants: dict[str, torch.Tensor] = {}
-        self.lock = threading.RLock()
-        self.active = True  # Threads of the loading code may outlive the trace, with its modes; then this is False.
+        self.state_read: set[str] = set()
+        self.active = True
+        self._lock = threading.RLock()
         self._memories: dict[int, Memory] = {}  # by the address of the storage object
         self._kept: list[object] = []  # Storages whose address is a key must outlive the trace.
         self._bases: dict[Memory, int] = {}  # first byte of a model tensor within its storage
         self._metas: dict[int, torch.Tensor] = {}  # for a real storage, its whole memory on meta, as bytes
-        self._dirty: set[Memory] = set()
-        self._born: dict[int, StorageWeakRef] = {}  # Memory made since; the reference keeps its address from others.
+        self._written: set[Memory] = set()  # by recorded operations, so that it does not hold what it would hold
+        self._made: dict[int, StorageWeakRef] = {}  # by the loading code; the reference keeps the address from others
         self._copied: set[Memory] = set()  # Copies in place of views that cannot be had: writing to them would be lost.
         self._scalars: list[Scalar] = []
-        self.state_read: set[str] = set()
         self._results = 0
-        for name, tensor in anchors.items():
+        for name, tensor in reached.items():
             storage = tensor.untyped_storage()
             memory = self._memories.setdefault(storage._cdata, Memory("model", name))
             if memory.name == name:
@@ -112,9 +119,9 @@ class Recorder:
         """Record a graph break; returns the error to raise into the loading code.
 
         Args:
-            what: it did, in words.
-            tensors: with what.
-            where: at which line; by default the one that runs now.
+            what: what the loading code did, in words.
+            tensors: the operands.
+            where: the line of the model's code; by default the one that runs now.
         """
         with torch._C.DisableTorchFunction():
             asked = [self._memory(meta_of(tensor)) for tensor in tensors if self.knows(tensor)]
@@ -126,17 +133,17 @@ class Recorder:
         )
 
     def knows(self, tensor: torch.Tensor) -> bool:
-        """Whether it is a fake tensor, or memory of the model, or was written."""
+        """Whether it is a fake tensor, or lies in memory of the model or in memory that took a fake tensor."""
         with torch._C.DisableTorchFunction():
             return self._is_ours(tensor)
 
     def written(self, tensor: torch.Tensor) -> bool:
-        """Whether what it holds is not what it would hold after loading."""
+        """Whether it is a fake tensor or was written by a recorded operation: its real values are not there yet."""
         with torch._C.DisableTorchFunction():
-            return self._is_dirty(tensor)
+            return self._is_written(tensor)
 
     def read(self, tensor: torch.Tensor) -> None:
-        """Remember that a value of the model was asked for, if it is the model's."""
+        """Remember that the loading code asked for the value of this tensor, if it is one of the model's."""
         with torch._C.DisableTorchFunction():
             if self._is_ours(tensor):
                 self.state_read.add(self._memory(tensor).name)
@@ -176,7 +183,7 @@ class Recorder:
 
     def dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Do an operation, or record it; returns what the loading code gets."""
-        with self.lock, torch._C.DisableTorchFunction():
+        with self._lock, torch._C.DisableTorchFunction():
             return self._dispatch(func, args, kwargs)
 
     def _dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -192,38 +199,38 @@ class Recorder:
         tensors = [value for value in flat if isinstance(value, torch.Tensor)]
         written = written_by(func, args, kwargs)
         faked = any(isinstance(tensor, FakeWeight) for tensor in tensors)
-        if not faked and not any(map(self._is_ours, written)) and not any(map(self._is_dirty, tensors)):
+        if not faked and not any(map(self._is_ours, written)) and not any(map(self._is_written, tensors)):
             self.state_read.update(self._memory(tensor).name for tensor in tensors if self._is_ours(tensor))
             self._check_own(written)
-            return self._bear(func(*args, **kwargs), tensors)
+            return self._remember(func(*args, **kwargs), tensors)
         if func in _REBINDS:
             raise self.refuse(_REBINDS[func], tensors)
+        if func is aten.is_same_size.default:
+            return tensors[0].shape == tensors[1].shape
         if func in _SCALAR_READS:
-            if func is aten.is_same_size.default:
-                return tensors[0].shape == tensors[1].shape
             raise self.refuse(_SCALAR_READS[func], tensors)
         return self._record(func, flat, spec, tensors, written)
 
     def _is_ours(self, tensor: torch.Tensor) -> bool:
         return isinstance(tensor, FakeWeight) or _storage_of(tensor) in self._memories
 
-    def _is_dirty(self, tensor: torch.Tensor) -> bool:
+    def _is_written(self, tensor: torch.Tensor) -> bool:
         if isinstance(tensor, FakeWeight):
             return True
-        return self._memories.get(_storage_of(tensor)) in self._dirty
+        return self._memories.get(_storage_of(tensor)) in self._written
 
-    def _bear(self, made: Any, operands: Sequence[torch.Tensor]) -> Any:
-        """Remember the memory of tensors that the loading code made itself: it may write to that."""
+    def _remember(self, made: Any, operands: Sequence[torch.Tensor]) -> Any:
+        """Remember memory that the loading code made itself: it may write to it."""
         old = {_storage_of(tensor) for tensor in operands}
         for value in tree_flatten(made)[0]:
             if isinstance(value, torch.Tensor) and _storage_of(value) not in old and plain(value):
-                self._born[_storage_of(value)] = _weakly(value)
+                self._made[_storage_of(value)] = _weakly(value)
         return made
 
     def _check_own(self, written: Iterable[torch.Tensor]) -> None:
         """Refuse writes to memory that was there before the trace and is not the model's: it may be anybody's."""
         for tensor in written:
-            if _storage_of(tensor) not in self._born:
+            if _storage_of(tensor) not in self._made:
                 raise self.refuse("writing to memory that is not the model's", [tensor])
 
     def _view(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -233,7 +240,7 @@ class Recorder:
             out = func(*args, **kwargs)
             # torch.tensor() makes memory of its own, torch.from_numpy() does not.
             if func in _LIFTS and base.untyped_storage().resizable():
-                self._born[_storage_of(base)] = _weakly(base)
+                self._made[_storage_of(base)] = _weakly(base)
             return out
         if func in _CONJUGATES:
             out = self._dispatch(_CONJUGATES[func], args, kwargs)
@@ -256,7 +263,7 @@ class Recorder:
         if memory is None or memory.kind != "model" or destination.is_conj() or destination.is_neg():
             return False
         into, of = Region(memory, box_of(destination, self._bases[memory])), self.region(source)
-        self._dirty.add(memory)
+        self._written.add(memory)
         self.records.append(Op(aten.copy_.default, (into, of), {}, (), (into,), (into, of)))
         return True
 
@@ -277,7 +284,7 @@ class Recorder:
         returned, results = self._faked(out, known, _device_of(flat, tensors))
         encoded = [self.region(value) if isinstance(value, torch.Tensor) else value for value in operands]
         writes = tuple(map(self.region, written))
-        self._dirty.update(region.memory for region in writes)
+        self._written.update(region.memory for region in writes)
         args, kwargs = spec.unflatten(encoded)
         reads = tuple(value for value in encoded if isinstance(value, Region))
         self.records.append(Op(func, tuple(args), kwargs, results, writes, reads))
@@ -299,7 +306,7 @@ class Recorder:
         """The tensor itself, if recorded operations write it; else a constant with its value now."""
         if not self._is_ours(tensor):
             return self._constant(tensor)
-        if self._is_dirty(tensor) or any(tensor is other for other in written):
+        if self._is_written(tensor) or any(tensor is other for other in written):
             return tensor
         self.state_read.add(self._memory(tensor).name)  # The plan holds only for this value of it.
         return self._constant(tensor)
@@ -335,7 +342,7 @@ class Recorder:
         return tree_map(fake, out), tuple(regions)
 
     def _adopt(self, tensor: torch.Tensor) -> None:
-        """A scratch tensor of the loading code that takes a fake tensor: its bytes until now are a constant."""
+        """Watch a scratch tensor of the loading code that takes a fake tensor: its bytes until now are a constant."""
         with _disable_current_modes():
             whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
             copied = whole.clone()
@@ -343,7 +350,7 @@ class Recorder:
         self.constants[memory.name] = copied
         self._memories[tensor.untyped_storage()._cdata] = memory
         self._kept.append(tensor.untyped_storage())
-        self._dirty.add(memory)
+        self._written.add(memory)
 
     def _constant(self, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.is_meta:

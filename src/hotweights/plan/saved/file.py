@@ -24,6 +24,7 @@ from .document import VERSION, Document, document_of
 from .validation import validated
 
 _MAGIC = b"hotweights plan\n"
+_ANEW = "make one with hw.trace(model, manifest).save(path)"
 
 
 def write(path: str | os.PathLike[str], parts: Mapping[str, Any]) -> None:
@@ -60,14 +61,14 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     data = Path(path).read_bytes()
     head = len(_MAGIC) + 8
     if data[: len(_MAGIC)] != _MAGIC or len(data) < head:
-        raise PlanFileError(f"{path}: is no saved plan")
+        raise PlanFileError(f"{path}: is no saved plan; {_ANEW}")
     if xxhash.xxh3_64_intdigest(memoryview(data)[head:]).to_bytes(8, "little") != data[head - 8 : head]:
-        raise PlanFileError(f"{path}: is damaged: its digest does not match its bytes")
+        raise PlanFileError(f"{path}: is damaged: its digest does not match its bytes; {_ANEW}")
     with without_collection():
         try:
             version = msgspec.msgpack.decode(memoryview(data)[head:], type=_Versioned).version
             if version != VERSION:
-                raise PlanFileError(f"{path}: is a plan of version {version}; this hotweights reads {VERSION}")
+                raise PlanFileError(f"{path}: is a plan of version {version}; this hotweights reads {VERSION}; {_ANEW}")
             document = msgspec.msgpack.decode(memoryview(data)[head:], type=Document)
         except (msgspec.MsgspecError, RecursionError, ValueError) as error:
             raise PlanFileError(f"{path}: is no saved plan: {error}") from error
