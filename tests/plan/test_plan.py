@@ -11,8 +11,9 @@ from torch import nn
 from hotweights import Fate, LoadPlan, Manifest, OpaqueDtype, PlanError, TensorSpec, UnknownName, load, trace
 from hotweights.boxes import Box, pieces, slices
 from hotweights.dtypes import FORMAT_DTYPES, is_lossless
-from hotweights.plan.draft import draft
+from hotweights.plan.draft import Allowed, draft
 from hotweights.plan.patterns import matches
+from hotweights.plan.rules import Rules
 from hotweights.plan.steps import Copy, Target
 from hotweights.testing import assert_same_bits, write_checkpoint
 
@@ -33,9 +34,8 @@ def test_fates():
     plan = draft(
         manifest(a=(F32, (2,)), b=(BF16, (2,)), skipped=(F32, (1,)), extra=(F32, (1,))),
         targets(a=(F32, (2,)), b=(F32, (2,)), absent=(F32, (2,))),
-        skip="skip*",
-        allow_unexpected=["ext*"],
-        allow_missing=re.compile("^abs"),
+        rules=Rules(skip="skip*"),
+        allowed=Allowed(unexpected=["ext*"], missing=re.compile("^abs")),
     )
     assert plan.fates == {
         "a": Fate.WRITTEN,
@@ -91,13 +91,13 @@ def test_lossy_casts_are_problems_unless_asked_for():
     for found, expected in ((I64, BF16), (F32, BF16), (I64, torch.int32), (BF16, torch.float16), (torch.int32, F32)):
         with pytest.raises(PlanError, match="loses information"):
             draft(manifest(w=(found, (2,))), targets(w=(expected, (2,))))
-        plan = draft(manifest(w=(found, (2,))), targets(w=(expected, (2,))), cast="loader")
+        plan = draft(manifest(w=(found, (2,))), targets(w=(expected, (2,))), allowed=Allowed(cast="loader"))
         assert plan.fates["w"] is Fate.CAST
     for cast in ("error", "loader"):
         with pytest.raises(PlanError, match="cuts off fractions"):
-            draft(manifest(w=(F32, (2,))), targets(w=(I64, (2,))), cast=cast)
+            draft(manifest(w=(F32, (2,))), targets(w=(I64, (2,))), allowed=Allowed(cast=cast))
     with pytest.raises(UnknownName, match="'maybe'; known are: error, loader"):
-        draft(manifest(), {}, cast="maybe")
+        draft(manifest(), {}, allowed=Allowed(cast="maybe"))
 
 
 class TestTies:
@@ -119,7 +119,7 @@ class TestTies:
         with pytest.raises(PlanError) as caught:
             draft(manifest(), self.TIED)
         assert caught.value.problems == ("embed: missing; F32 [2] expected (tied with head)",)
-        assert draft(manifest(), self.TIED, allow_missing="head").names(Fate.MISSING) == ("embed", "head")
+        assert draft(manifest(), self.TIED, allowed=Allowed(missing="head")).names(Fate.MISSING) == ("embed", "head")
 
     def test_two_that_cannot_be_equal_are_a_problem(self):
         with pytest.raises(PlanError, match="one tensor with embed"):
@@ -130,7 +130,7 @@ def test_overlapping_targets_are_a_problem_when_both_are_written():
     both = targets(a=(F32, (4,)), view=(F32, (2,)))
     with pytest.raises(PlanError, match="view: shares memory with a"):
         draft(manifest(a=(F32, (4,)), view=(F32, (2,))), both, overlapping=[("a", "view")])
-    draft(manifest(a=(F32, (4,))), both, overlapping=[("a", "view")], allow_missing="view")
+    draft(manifest(a=(F32, (4,))), both, overlapping=[("a", "view")], allowed=Allowed(missing="view"))
 
 
 def test_patterns():

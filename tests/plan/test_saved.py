@@ -166,6 +166,16 @@ class TestRefusedToRead:
         with pytest.raises(FileNotFoundError):
             LoadPlan.load(tmp_path / "absent")
 
+    def test_the_advice_can_be_followed(self, tmp_path):
+        model, path = nn.Linear(2, 2), tmp_path / "x"
+        manifest = hw.open(model.state_dict()).manifest
+        path.write_bytes(b"other")
+        with pytest.raises(PlanFileError) as caught:
+            LoadPlan.load(path)
+        advice = str(caught.value).partition("make one with ")[2]
+        eval(advice, {"hw": hw, "model": model, "manifest": manifest, "path": path})
+        assert LoadPlan.load(path).manifest == manifest
+
     def test_another_version(self, saved):
         document = msgspec.msgpack.decode(saved[1].read_bytes()[HEAD:])
         saved[1].write_bytes(signed({**document, "version": 1}))

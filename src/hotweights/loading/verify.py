@@ -14,6 +14,7 @@ from ..errors import PlanDiffers, UsageError
 from ..memory.pool import Pool
 from ..model.snapshot import Snapshot
 from ..model.survey import LoadingCode, by_name, loader_of
+from ..plan.disjoint_sets import DisjointSets
 from ..plan.plan import LoadPlan
 from ..sources.contracts import Addressed, InMemory, Source
 from ..tracing.frameworks import rules_for
@@ -106,13 +107,7 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _groups(plan: LoadPlan) -> Iterator[_Group]:
-    leader: dict[str, str] = {}
-
-    def find(node: str) -> str:
-        while leader.setdefault(node, node) != node:
-            node = leader[node]
-        return node
-
+    together = DisjointSets()
     sources: dict[str, None] = {}
     written: dict[str, None] = {}
     for step in plan.steps:
@@ -123,11 +118,10 @@ def _groups(plan: LoadPlan) -> Iterator[_Group]:
         sources.update(dict.fromkeys(names))
         written.update(dict.fromkeys(places))
         nodes = [*(f"<{name}" for name in names), *(f">{name.rpartition('.')[0]}" for name in places)]
-        for node in nodes[1:]:
-            leader[find(node)] = find(nodes[0])
+        together.join(nodes)
     gathered: dict[str, _Group] = defaultdict(lambda: _Group([], []))
     for name in sources:
-        gathered[find(f"<{name}")].sources.append(name)
+        gathered[together.of(f"<{name}")].sources.append(name)
     for name in written:
-        gathered[find(f">{name.rpartition('.')[0]}")].destinations.append(name)
+        gathered[together.of(f">{name.rpartition('.')[0]}")].destinations.append(name)
     yield from (group for group in gathered.values() if group.sources)
