@@ -57,6 +57,12 @@ class TestManifest:
                 source.manifests  # noqa: B018
             assert isinstance(hw.from_iterator([], MANIFEST), Source)
 
+    def test_trace_does_not_use_it_up_to_get_one(self):
+        pairs = Watched()
+        with hw.from_iterator(pairs) as source, pytest.raises(hw.NoManifest, match="manifest="):
+            hw.trace(nn.Linear(2, 2), source)
+        assert pairs.given == 0
+
     def test_collect_makes_one(self):
         with hw.from_iterator(ReusedBuffer(TENSORS)) as source, source.collect() as kept:
             assert dict(kept.manifest) == dict(MANIFEST)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
@@ -21,7 +20,7 @@ from ..manifest import Manifest, TensorSpec
 from ..plan.plan import LoadPlan
 from ..sources.contracts import Addressed, InMemory, Source
 from ..sources.iterator import IteratorSource
-from ..sources.opening import open as open_source
+from ..sources.opening import AnySource, is_pairs, opened
 from ..sources.owned import unsupported
 from ..sources.state_dict import StateSource
 from ..tracing.fake_weight import FakeWeight
@@ -35,7 +34,7 @@ _Load = Callable[[Pairs], object]
 
 
 def route(
-    source: str | os.PathLike[str] | Mapping[str, torch.Tensor] | nn.Module | Source | Pairs,
+    source: AnySource | Pairs,
     components: Iterable[Component],
     *,
     borrowed: bool = True,
@@ -72,23 +71,18 @@ def route(
         raise UsageError(f"a limit of memory is a number of bytes; got memory_limit={memory_limit}")
     routes = Routes(components)
     with ExitStack() as stack:
-        given: Source | Pairs
-        if isinstance(source, (str, os.PathLike, Mapping, nn.Module)):
-            opened: Source = open_source(source)
-            given = stack.enter_context(opened)
-        else:
-            given = source
         done = _Done()
-        if isinstance(given, (Addressed, InMemory)):
-            _one_after_another(given, routes, done, stack, borrowed)
-        elif isinstance(given, Source):
-            _from_stream(given, routes, done, stack, memory_limit)
-        elif isinstance(given, IteratorSource):  # Without a manifest; what it yields is owned.
-            _from_pairs(given.tensors(), routes, done, stack, False, memory_limit)
-        elif isinstance(given, Iterable):
-            _from_pairs(given, routes, done, stack, borrowed, memory_limit)
+        if is_pairs(source):
+            _from_pairs(source, routes, done, stack, borrowed, memory_limit)
+        elif isinstance(source, IteratorSource) and not isinstance(source, Source):
+            # It has no manifest. What it yields is owned.
+            _from_pairs(source.tensors(), routes, done, stack, False, memory_limit)
         else:
-            raise UsageError(f"a {type(given).__name__} is no source, and yields no pairs of names and tensors")
+            given = stack.enter_context(opened(source))
+            if isinstance(given, (Addressed, InMemory)):
+                _one_after_another(given, routes, done, stack, borrowed)
+            else:
+                _from_stream(given, routes, done, stack, memory_limit)
     return _report(routes, done, time.perf_counter() - began)
 
 

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..arguments import check_choices
 from ..errors import Closed, NoManifest, PoolTimeout, SourceError, UsageError
 from ..manifest import Manifest, TensorSpec
 from ..memory.devices import Event, record_event
-from ..memory.guards import Guard, check_guard, poison_byte
+from ..memory.guards import Guard, poison_byte
 from ..memory.lease import Lease
 from .state_dict import StateSource, unfit
 from .streams import LeaseStream
@@ -82,7 +83,7 @@ class IteratorSource:
         Raises:
             UsageError: it can be streamed only once, and was.
         """
-        check_guard(guard)
+        check_choices(guard=(guard, Guard))
         run = self._begin()
         return LeaseStream(self._lease_all(run, guard), stop=run.stop)
 

@@ -96,6 +96,37 @@ def test_kept_views(path):
         assert first.isnan().all()
 
 
+@pytest.mark.parametrize("guards", [("trap", "off"), ("poison", "off"), ("off", "trap"), ("poison", "trap")])
+def test_of_the_guards_of_a_stream_and_its_pool_the_stricter_holds(path, guards):
+    asked, of_pool = guards
+    with (
+        hw.open(path) as source,
+        hw.Pool(2, 8 * PAGE, guard=of_pool) as pool,
+        source.leases(guard=asked, pool=pool) as stream,
+    ):
+        lease = next(stream)
+        kept, raw = lease.tensor, lease.raw
+        lease.release()
+        if "trap" in guards:
+            with pytest.raises(StaleLease, match=lease.name):
+                kept.sum()
+            kept, raw = (tensor._inner for tensor in (kept, raw))
+        assert kept.isnan().all()
+        assert (raw == 0xFF).all()
+
+
+def test_an_open_source_needs_no_opening(path):
+    with hw.open(path) as source, pytest.raises(hw.UsageError, match="this FileSource is an open source; use it as"):
+        hw.open(source)
+
+
+def test_a_guard_that_nobody_knows(path):
+    with hw.open(path) as source, hw.Pool(2, 8 * PAGE) as pool, hw.open(WEIGHTS) as mapping:
+        for stream in (lambda: source.leases(guard="traps", pool=pool), lambda: mapping.leases(guard="traps")):
+            with pytest.raises(hw.UnknownName, match="known are: off, poison, trap"):
+                stream()
+
+
 def test_without_a_guard_it_bites_us_too(path):
     """What the guards are for: a kept view of a pool's memory holds another tensor, silently."""
     with hw.open(path) as source, hw.Pool(1, 8 * PAGE) as pool, source.leases(pool=pool) as stream:
