@@ -521,7 +521,7 @@ class TestProblems:
     @pytest.mark.parametrize(
         ("components", "message"),
         [
-            (list, "there are none"),
+            (list, "there are no components"),
             (
                 lambda: [Component("a.", print), Component("a.", print)],
                 "two have the name 'a'; two have the prefix 'a.'",
