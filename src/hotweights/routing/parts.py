@@ -1,4 +1,4 @@
-"""Part, Passing and Readings: some tensors of a source, as a source of their own or as pairs."""
+"""Subset, Passing and Readings: some tensors of a source, as a source of their own or as pairs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Readings:
     """
 
     def __init__(self, source: Addressed, parts: Iterable[Mapping[str, str]]) -> None:
-        """``parts``: the names of each, as for ``Part``, in the order in which they will be asked for."""
+        """``parts``: the names of each, as for ``Subset``, in the order in which they will be asked for."""
         self._source = source
         self._left = deque(parts)
         self._running: Generator[tuple[str, torch.Tensor], None, None] | None = None
@@ -92,7 +92,7 @@ class Passing:
         self.close()
 
 
-class Part(Passing):
+class Subset(Passing):
     """Some tensors of an addressed source, under other names. The source stays open."""
 
     def __init__(self, source: Addressed, names: Mapping[str, str]) -> None:

@@ -27,7 +27,7 @@ from ..tracing.fake_weight import FakeWeight
 from ..tracing.trace import trace
 from .component import Component, Routes, unfilled
 from .handover import Feed, OnePass, Pairs, own
-from .parts import Part, Passing, Readings
+from .parts import Passing, Readings, Subset
 from .report import RouteReport
 
 _Load = Callable[[Pairs], object]
@@ -73,7 +73,7 @@ def route(
         raise UsageError(f"memory_limit= is a number of bytes, or None; got memory_limit={memory_limit}")
     routes = Routes(components)
     with ExitStack() as stack:
-        done = _Done()
+        done = _Loaded()
         if is_pairs(source):
             _from_pairs(source, routes, done, stack, borrowed, memory_limit)
         elif isinstance(source, IteratorSource) and not isinstance(source, Source):
@@ -89,7 +89,7 @@ def route(
 
 
 @dataclass(slots=True)
-class _Done:
+class _Loaded:
     """What was done so far, by component. ``taken`` holds the names that its loading code knows."""
 
     returned: dict[str, object] = field(default_factory=dict)
@@ -99,7 +99,7 @@ class _Done:
     streamed: str | None = None
 
 
-def _report(routes: Routes, done: _Done, seconds: float) -> RouteReport:
+def _report(routes: Routes, done: _Loaded, seconds: float) -> RouteReport:
     loaded = {part.name: routes.names(part) for part in routes.components if part.name in done.returned}
     untaken = {
         name: tuple(theirs for ours, theirs in names.items() if ours not in done.taken[name])
@@ -127,7 +127,7 @@ def _code(component: Component) -> _Load | None:
     return code
 
 
-def _give(component: Component, load: _Load, pairs: Pairs, done: _Done) -> None:
+def _give(component: Component, load: _Load, pairs: Pairs, done: _Loaded) -> None:
     """Let the component's code load ``pairs``."""
     feed = Feed(pairs)
     try:
@@ -208,7 +208,7 @@ def _plan_by_name(component: Component, specs: list[TensorSpec], routes: Routes)
 
 
 def _one_after_another(
-    source: Addressed | InMemory, routes: Routes, done: _Done, stack: ExitStack, borrowed: bool
+    source: Addressed | InMemory, routes: Routes, done: _Loaded, stack: ExitStack, borrowed: bool
 ) -> None:
     planned = _plan(source.manifest, routes, limit=None)
     coded = [routes.names(component) for component in planned if _code(component) is not None]
@@ -237,7 +237,7 @@ def _from_memory(source: InMemory, borrowed: bool, names: Mapping[str, str]) -> 
 
 def _part(source: Addressed | InMemory, names: Mapping[str, str]) -> Source:
     if isinstance(source, Addressed):
-        return Part(source, names)
+        return Subset(source, names)
     return StateSource({ours: source.borrow(theirs) for ours, theirs in names.items()})
 
 
@@ -261,7 +261,7 @@ def _when_whole(component: Component, state: dict[str, torch.Tensor]) -> object:
 # --- streams ---------------------------------------------------------------------------------------------------------
 
 
-def _from_stream(source: Source, routes: Routes, done: _Done, stack: ExitStack, limit: int | None) -> None:
+def _from_stream(source: Source, routes: Routes, done: _Loaded, stack: ExitStack, limit: int | None) -> None:
     """Load from a source with a manifest that can only be streamed."""
     planned = _plan(source.manifest, routes, limit=limit)
     promised = {theirs: (part, ours) for part in planned for ours, theirs in routes.names(part).items()}
@@ -277,7 +277,9 @@ def _from_stream(source: Source, routes: Routes, done: _Done, stack: ExitStack, 
     _load_waiting(stream, loads, done)
 
 
-def _from_pairs(pairs: Pairs, routes: Routes, done: _Done, stack: ExitStack, borrowed: bool, limit: int | None) -> None:
+def _from_pairs(
+    pairs: Pairs, routes: Routes, done: _Loaded, stack: ExitStack, borrowed: bool, limit: int | None
+) -> None:
     """Load from a stream without a manifest."""
     items = iter(pairs)
     stack.callback(getattr(items, "close", bool))
@@ -299,7 +301,7 @@ def _load(component: Component, by_name: _ByName | None = None) -> _Load:
     return _code(component) or (lambda pairs: _when_whole(component, dict(pairs)))
 
 
-def _pass_through(stream: OnePass, loads: Mapping[Component, _Load], done: _Done, stack: ExitStack) -> None:
+def _pass_through(stream: OnePass, loads: Mapping[Component, _Load], done: _Loaded, stack: ExitStack) -> None:
     """Load the first component, and go on to the end of the stream, wherever its loading code stopped."""
     stack.callback(stream.waiting.clear)  # An error's traceback would keep the copies alive.
     if stream.seek() and stream.first is not None:
@@ -310,7 +312,7 @@ def _pass_through(stream: OnePass, loads: Mapping[Component, _Load], done: _Done
     done.peak = stream.waiting_nbytes
 
 
-def _load_waiting(stream: OnePass, loads: Mapping[Component, _Load], done: _Done) -> None:
+def _load_waiting(stream: OnePass, loads: Mapping[Component, _Load], done: _Loaded) -> None:
     for component, code in loads.items():
         if component in stream.waiting:
             _give(component, code, stream.emptied(component), done)

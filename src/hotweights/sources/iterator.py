@@ -175,8 +175,8 @@ class IteratorSource:
         if promised is None:
             raise _broken([f"tensor {name!r}: came, and the manifest does not name it"])
         if promised.dtype != tensor.dtype or promised.shape != tensor.shape:
-            found = TensorSpec(name, tensor.dtype, tuple(tensor.shape))
-            raise _broken([f"tensor {promised} was promised, {found} came"])
+            came = TensorSpec(name, tensor.dtype, tuple(tensor.shape))
+            raise _broken([f"tensor {promised} was promised, {came} came"])
         return promised, tensor
 
 

@@ -39,16 +39,16 @@ class Segment(msgspec.Struct, frozen=True, gc=False):
     into: torch.Tensor | Sink
 
 
-_Target = tuple[int, int, torch.Tensor | Sink]  # nbytes, first byte within the memory, the memory or sink
+_Share = tuple[int, int, torch.Tensor | Sink]  # nbytes, first byte within the memory, the memory or sink
 
 
-class _Job(NamedTuple):
+class _JointRead(NamedTuple):
     """Neighbouring segments that share a read: ``file[start:stop]``, and where it goes, in order."""
 
     file: File
     start: int
     stop: int
-    targets: list[_Target]
+    shares: list[_Share]
     by_slot: bool
 
 
@@ -82,15 +82,15 @@ def _default_threads() -> int:
     return min(4, 2 * (os.cpu_count() or 1))
 
 
-def _plan_jobs(segments: Sequence[Segment], limit: int) -> list[_Job]:
+def _plan_jobs(segments: Sequence[Segment], limit: int) -> list[_JointRead]:
     """Neighbours joined, large ones cut, in the order in which they lie in the files."""
-    jobs: list[_Job] = []
-    targets: list[_Target] = []
-    last, begin, end, room, slot = None, 0, 0, 0, False  # of the job whose targets are being collected
+    jobs: list[_JointRead] = []
+    shares: list[_Share] = []
+    last, begin, end, room, slot = None, 0, 0, 0, False  # of the job whose shares are being collected
 
     def finish() -> None:
         if last is not None:
-            jobs.append(_Job(last, begin, end, targets, slot))
+            jobs.append(_JointRead(last, begin, end, shares, slot))
 
     for segment in _as_they_lie(segments):
         file, offset, nbytes, into = segment.file, segment.offset, segment.nbytes, segment.into
@@ -98,8 +98,8 @@ def _plan_jobs(segments: Sequence[Segment], limit: int) -> list[_Job]:
         if by_slot and nbytes > limit:
             raise UsageError(f"a sink's read of {nbytes} bytes does not fit into a slot; at most {limit} do")
         # A segment that would be cut begins a job of its own: a cut costs more than a shorter job before it.
-        if 0 < nbytes <= room and offset == end and file is last and by_slot is slot and len(targets) < _IOV_MAX:
-            targets.append((nbytes, 0, into))
+        if 0 < nbytes <= room and offset == end and file is last and by_slot is slot and len(shares) < _IOV_MAX:
+            shares.append((nbytes, 0, into))
             end += nbytes
             room -= nbytes
             continue
@@ -107,7 +107,7 @@ def _plan_jobs(segments: Sequence[Segment], limit: int) -> list[_Job]:
             finish()
             size = min(limit, nbytes - done)
             last, begin, end, slot = file, offset + done, offset + done + size, by_slot
-            targets, room = [(size, done, into)], limit - size
+            shares, room = [(size, done, into)], limit - size
     finish()
     return jobs
 
@@ -124,7 +124,7 @@ class _Crew:
 
     def __init__(
         self,
-        jobs: list[_Job],
+        jobs: list[_JointRead],
         pool: Pool,
         io: IOMode,
         advance: Callable[[int], None] | None,
@@ -183,11 +183,11 @@ class _Crew:
     def _ended(self) -> bool:
         return self._stop.is_set() or self._failed.is_set()
 
-    def _do(self, job: _Job) -> None:
+    def _do(self, job: _JointRead) -> None:
         if job.by_slot or (self._io == "direct" and DIRECT):
             direct = self._through_slot(job, 0)
         else:
-            buffers = [buffer(into.data_ptr() + first, size) for size, first, into in job.targets]  # type: ignore[union-attr]
+            buffers = [buffer(into.data_ptr() + first, size) for size, first, into in job.shares]  # type: ignore[union-attr]
             done = 0 if self._io == "buffered" else job.file.cached_into(buffers, job.start)
             direct = 0
             if done < job.stop - job.start:
@@ -204,15 +204,15 @@ class _Crew:
         if self._advance is not None:
             self._advance(total)
 
-    def _through_slot(self, job: _Job, done: int) -> int:
-        """Read the job's bytes from ``done`` on into a slot, then to their targets; returns the direct bytes."""
+    def _through_slot(self, job: _JointRead, done: int) -> int:
+        """Read the job's bytes from ``done`` on into a slot, then to where they go; returns the direct bytes."""
         slot = self._pool.acquire(f"{job.file.path} bytes {job.start}..{job.stop}", stop=self._ended)
         events = []
         try:
             data, direct = fill(job.file, slot.memory, job.start + done, job.stop, self._io)
             job.file.check()
             position = -done
-            for size, first, into in job.targets:
+            for size, first, into in job.shares:
                 skip = max(0, -position)
                 if skip < size:
                     raw = data[position + skip : position + size]
