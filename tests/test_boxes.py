@@ -156,7 +156,7 @@ def test_columns_of_a_matrix_do_not_meet():
 @given(st.lists(walks, max_size=4), walks)
 def test_covered_counts_each_element_once(several, target):
     target = viewed(base(), target)
-    parts = [viewed(base(), one) for one in several]
+    parts = [viewed(base(), walk) for walk in several]
     seen = set().union(*map(touched, parts)) & touched(target)
     assert covered([box_of(part) for part in parts], box_of(target)) == len(seen) // 4
 

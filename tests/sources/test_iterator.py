@@ -89,8 +89,8 @@ class TestManifest:
         with hw.from_iterator(iter(pairs), MANIFEST) as source:
             got = []
             with pytest.raises(hw.SourceError) as caught:  # noqa: PT012 - how far it came counts
-                for one in getattr(source, way)():
-                    got.append(one)
+                for item in getattr(source, way)():
+                    got.append(item)
             assert all(word in str(caught.value) for word in words), str(caught.value)
             assert len(got) == given
 
@@ -168,8 +168,8 @@ class TestOwning:
                 yield name, fresh()
 
         with hw.from_iterator(pairs(), borrowed=False) as source:
-            for one in getattr(source, way)():
-                del one
+            for item in getattr(source, way)():
+                del item
         assert len(memories) == len(NAMES)
 
 
@@ -303,8 +303,8 @@ class TestClosing:
                     closed.append(True)
 
         source = hw.from_iterator(Again())
-        with source.leases() as one, source.leases() as other:
-            assert (next(one).name, next(other).name) == (NAMES[0], NAMES[0])
+        with source.leases() as stream, source.leases() as other:
+            assert (next(stream).name, next(other).name) == (NAMES[0], NAMES[0])
             source.close()
             assert closed == [True, True]
 

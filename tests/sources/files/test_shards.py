@@ -28,11 +28,11 @@ def no_descriptor_is_left():
 
 def descriptors():
     """What this process has open, without the descriptor that lists it."""
-    found = []
+    descriptors = []
     for fd in os.listdir("/proc/self/fd"):
         if os.path.exists(f"/proc/self/fd/{fd}") or os.path.islink(f"/proc/self/fd/{fd}"):
-            found.append((fd, os.readlink(f"/proc/self/fd/{fd}")))
-    return sorted(found)
+            descriptors.append((fd, os.readlink(f"/proc/self/fd/{fd}")))
+    return sorted(descriptors)
 
 
 @pytest.fixture
@@ -340,8 +340,8 @@ def test_every_problem_of_an_index_comes_at_once(shards):
     ]
     unexplained = list(error.problems)
     for pattern in expected:
-        (found,) = [problem for problem in unexplained if re.search(pattern, problem)]
-        unexplained.remove(found)
+        (explained,) = [problem for problem in unexplained if re.search(pattern, problem)]
+        unexplained.remove(explained)
     assert not unexplained
 
 

@@ -153,12 +153,12 @@ def test_a_tensor_larger_than_a_slot(tmp_path, slots):
     write_safetensors(tmp_path / "model.safetensors", large)
     for guard in ("off", "poison", "trap"):
         with hw.open(tmp_path) as source, hw.Pool(slots, 16 * PAGE, guard=guard) as pool:
-            found, borrowed = {}, {}
+            owned, borrowed = {}, {}
             with source.leases(pool=pool) as stream:
                 for lease in stream:
                     assert torch.equal(lease.tensor.clone(), large[lease.name])
-                    found[lease.name], borrowed[lease.name] = lease.own(), lease.borrowed
-            assert_same_bits(found, large)
+                    owned[lease.name], borrowed[lease.name] = lease.own(), lease.borrowed
+            assert_same_bits(owned, large)
             assert borrowed == {"small": True, "large": False, "last": True}
             assert pool.stats().leased == 0
             assert pool.stats().touched_nbytes <= slots * 16 * PAGE
@@ -277,8 +277,8 @@ def test_one_name_twice(tmp_path):
         write_safetensors(tmp_path / f"{int(tensor[0])}.safetensors", {name: tensor})
     with pytest.raises(CheckpointError, match=r"'w'.*again"):
         hw.open(tmp_path)
-    one = json.dumps({"dtype": "U8", "shape": [1], "data_offsets": [0, 1]})
-    text = f'{{"w": {one}, "w": {one}}}'.encode()
+    entry = json.dumps({"dtype": "U8", "shape": [1], "data_offsets": [0, 1]})
+    text = f'{{"w": {entry}, "w": {entry}}}'.encode()
     (tmp_path / "0.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + b"x")
     with pytest.raises(CheckpointError, match="'w' occurs twice"):
         hw.open(tmp_path / "0.safetensors")
