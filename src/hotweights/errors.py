@@ -10,8 +10,8 @@
     ├── PlanFileError           a saved plan is damaged or forged, or a plan cannot be saved
     ├── RoutingError            a stream without a manifest carried what its components do not take
     ├── IncompleteLoad          the model's own loading code left something unwritten
-    ├── PlanDiffers             verify="loader" found bytes that the model's own code makes otherwise
-    ├── UpdateAborted           an update failed; the live model is as it was, or torn and says so
+    ├── PlanDiffers             verify="loader" found what the model's own code makes otherwise
+    ├── UpdateAborted           an update failed; what is live is as it was, or torn and says so
     ├── CommitHookError         the new version is live, and a hook that ran after the commit failed
     ├── TiedWeightsDiffer       two names of one tensor carry different bytes; nothing was written
     ├── SourceError             a source failed, or streamed something else than its manifest promises
@@ -192,15 +192,15 @@ class AddressTaken(TransferError):
     """Another sender listens at this address. The message says which process."""
 
 
-class UpdateAborted(_Problems):
-    """An update failed. The version before is live, byte for byte; with ``atomic=False`` the model may be torn.
+class UpdateAborted(HotweightsError):
+    """An update of a live model failed. Version N is live, byte for byte; with ``atomic=False`` it may be torn.
 
-    ``__cause__`` is the error that ended it.
+    The cause is the error that ended it.
     """
 
 
 class CommitHookError(_Problems):
-    """A hook failed after a commit. The new version is live and whole; caches may hold results of the old one."""
+    """A hook failed after a commit. The new version is live and whole; caches may hold what the old one made."""
 
 
 class PoolTimeout(HotweightsError, TimeoutError):

@@ -1,4 +1,4 @@
-"""Devices: events and pinned memory, through ``torch.accelerator``. On a CPU every event has happened already."""
+"""Devices: pinned memory and events through torch.accelerator. On a CPU every event has happened. No copies here."""
 
 from __future__ import annotations
 
