@@ -11,6 +11,7 @@ from torch import nn
 import hotweights as hw
 from hotweights.sources import IteratorSource, Source
 from hotweights.sources import iterator as module
+from hotweights.sources.opening import is_pairs, opened
 from hotweights.testing import ManualEvent, ReusedBuffer, assert_same_bits
 
 TENSORS = {f"layers.{number}.weight": torch.full((4, 3), float(number + 1)) for number in range(4)}
@@ -62,6 +63,21 @@ class TestManifest:
         with hw.from_iterator(pairs) as source, pytest.raises(hw.NoManifest, match="manifest="):
             hw.trace(nn.Linear(2, 2), source)
         assert pairs.given == 0
+
+    def test_a_sender_collects_as_load_does(self, tmp_path):
+        with (
+            hw.Sender(f"unix:{tmp_path}/socket", timeout=0.01) as sender,
+            hw.from_iterator(TENSORS.items()) as source,
+            pytest.raises(hw.TransferTimeout),  # Not refused: only receivers are missing.
+        ):
+            sender.send(source, version=1)
+
+    @pytest.mark.parametrize("pairs", [list(TENSORS.items()), iter(TENSORS.items()), TENSORS.items()])
+    def test_bare_pairs_are_no_source(self, pairs):
+        assert is_pairs(pairs)
+        assert not any(is_pairs(source) for source in ("path", TENSORS, nn.ReLU(), hw.from_iterator(pairs), 3))
+        with pytest.raises(hw.UsageError, match=r"goes through hotweights\.from_iterator"), opened(pairs):
+            pass
 
     def test_collect_makes_one(self):
         with hw.from_iterator(ReusedBuffer(TENSORS)) as source, source.collect() as kept:

@@ -1,4 +1,4 @@
-"""Reading bytes by every I/O path, from files and kernels that misbehave."""
+"""Reading bytes by every road, from files and kernels that misbehave."""
 
 import errno
 import fcntl

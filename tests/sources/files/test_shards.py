@@ -288,7 +288,7 @@ def test_an_index_never_leads_outside(shards, place):
 
 
 def test_one_tensor_in_two_files(shards):
-    """Other readers take the last one silently."""
+    """Every other reader takes the last, silently."""
     (shards / INDEX).unlink()
     write_safetensors(shards / "z.safetensors", {"scale": torch.tensor(666.0)})
     naive = {}

@@ -1,6 +1,6 @@
 """FileSource: leases, owned tensors, and the memory they lie in.
 
-What went wrong in the field is shown first in naive code that is written here.
+What went wrong in other readers first bites a naive one that is written here.
 """
 
 import json
@@ -48,7 +48,7 @@ def one_buffer(tensors):
         yield name, memory[: raw.numel()].view(tensor.dtype).view(tensor.shape)
 
 
-# --- a borrowed tensor that is kept ---------------------------------------------------------------------------
+# --- a borrowed tensor that is kept -----------------------------------------------------------------------------------
 
 
 def test_kept_tensors(path):
@@ -76,7 +76,7 @@ def test_kept_leases_are_stale_and_owned_ones_are_not(path):
     assert_same_bits(owned, WEIGHTS)
 
 
-# --- a view that is kept past its bucket ----------------------------------------------------------------------
+# --- a view that is kept past its bucket ------------------------------------------------------------------------------
 
 
 def test_kept_views(path):
@@ -115,6 +115,11 @@ def test_of_the_guards_of_a_stream_and_its_pool_the_stricter_holds(path, guards)
         assert (raw == 0xFF).all()
 
 
+def test_an_open_source_needs_no_opening(path):
+    with hw.open(path) as source, pytest.raises(hw.UsageError, match="this FileSource is an open source; use it as"):
+        hw.open(source)
+
+
 def test_a_guard_that_nobody_knows(path):
     with hw.open(path) as source, hw.Pool(2, 8 * PAGE) as pool, hw.open(WEIGHTS) as mapping:
         for stream in (lambda: source.leases(guard="traps", pool=pool), lambda: mapping.leases(guard="traps")):
@@ -140,7 +145,7 @@ def test_a_borrowed_tensor_is_not_written(path):
         assert torch.equal(lease.tensor, WEIGHTS[lease.name])
 
 
-# --- larger than a slot --------------------------------------------------------------------------------------
+# --- larger than a slot -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("slots", [1, 2])
@@ -164,7 +169,7 @@ def test_a_tensor_larger_than_a_slot(tmp_path, slots):
             assert pool.stats().touched_nbytes <= slots * 16 * PAGE
 
 
-# --- a mix of dtypes that does not align ---------------------------------------------------------------------
+# --- a mix of dtypes that does not align ------------------------------------------------------------------------------
 
 
 def test_a_float32_behind_three_bfloat16(tmp_path):
@@ -195,7 +200,7 @@ def test_a_float32_behind_three_bfloat16(tmp_path):
         assert_same_bits(dict(source.tensors()), mixed)
 
 
-# --- no elements, and no dimensions --------------------------------------------------------------------------
+# --- nothing, and nought dimensions -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("order", [("empty", "scalar", "wide"), ("scalar", "wide", "empty"), ("wide", "empty")])
@@ -223,7 +228,7 @@ def test_a_file_of_nothing(tmp_path):
                 next(stream)
 
 
-# --- not contiguous ------------------------------------------------------------------------------------------
+# --- not contiguous ---------------------------------------------------------------------------------------------------
 
 
 def test_strided_tensors(tmp_path):
@@ -265,7 +270,7 @@ def test_the_bytes_of_lazy_views(name):
         assert torch.equal(next(stream).raw, right)
 
 
-# --- one name twice ------------------------------------------------------------------------------------------
+# --- one name twice ---------------------------------------------------------------------------------------------------
 
 
 def test_one_name_twice(tmp_path):
