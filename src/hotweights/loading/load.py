@@ -28,7 +28,7 @@ from ..plan.steps import Copy, Fate, Program
 from ..progress import progress
 from ..sources.contracts import Addressed, IOMode, Participant, Source, refusing
 from ..sources.iterator import IteratorSource
-from ..sources.opening import open as open_source
+from ..sources.opening import AnySource, opened
 from ..text import size
 from ..tracing.fit import check
 from ..tracing.frameworks import has_rules
@@ -42,7 +42,7 @@ from .verify import Verify, verifier
 
 def load(
     model: nn.Module,
-    source: str | os.PathLike[str] | Mapping[str, torch.Tensor] | nn.Module | Source | IteratorSource,
+    source: AnySource,
     *,
     plan: LoadPlan | None = None,
     device: torch.device | str | None = None,
@@ -114,17 +114,9 @@ def load(
     began = time.perf_counter()
     done = Tally()
     with without_collection(), refusing(source), ExitStack() as stack:
-        if isinstance(source, (str, os.PathLike, Mapping, nn.Module)):
-            source = open_source(source)
-            stack.callback(source.close)
-        elif isinstance(source, IteratorSource) and not isinstance(source, Source):
-            source = stack.enter_context(source.collect())
+        given, source = source, stack.enter_context(opened(source))
+        if isinstance(given, IteratorSource) and given is not source:  # Its tensors were collected.
             done.hold_scratch(source.manifest.nbytes)
-        if not isinstance(source, Source):
-            raise UsageError(
-                f"a source is a path, a mapping of tensors, a module or a Source; this is a {type(source).__name__}. "
-                "An iterator of (name, tensor) goes through hotweights.from_iterator"
-            )
         found = survey(model)
         if plan is None:
             make = partial(_trace, model, source.manifest, target_device, may, cast)

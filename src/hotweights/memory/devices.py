@@ -9,7 +9,7 @@ import torch
 
 
 class Event(Protocol):
-    """Something that happens once, after which memory may be reused. ``torch.Event`` is one."""
+    """Something that happens once, and after which memory may be reused. A ``torch.Event`` is one."""
 
     def query(self) -> bool:
         """Has it happened? Never blocks; may be called from any thread."""
@@ -33,7 +33,7 @@ def record_event(device: torch.device) -> Event | None:
 
 
 class _All(NamedTuple):
-    """Several events as one: it has happened when all of them have."""
+    """Several events as one. It has happened when all of them have."""
 
     events: tuple[Event, ...]
 
@@ -57,5 +57,5 @@ def wait_for_copies(device: torch.device) -> None:
 
 
 def pinned_empty(nbytes: int) -> torch.Tensor:
-    """Page-locked host memory, ``uint8 [nbytes]``, the caller's; accelerators copy from it asynchronously."""
+    """Page-locked host memory, ``uint8 [nbytes]``: accelerators copy from it asynchronously. It is the caller's."""
     return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -21,8 +18,8 @@ from ..model.survey import Survey, counters, extra_state_problems, loader_of, su
 from ..plan.draft import Allowed, draft
 from ..plan.patterns import Patterns, both, matches
 from ..plan.plan import LoadPlan
-from ..sources.contracts import Source
-from ..sources.opening import open as open_source
+from ..sources.iterator import IteratorSource
+from ..sources.opening import AnySource, opened
 from .fit import complete
 from .frameworks import rules_for
 from .leave_out import trace_code
@@ -30,7 +27,7 @@ from .leave_out import trace_code
 
 def trace(
     model: nn.Module,
-    manifest: Manifest | str | os.PathLike[str] | Mapping[str, torch.Tensor] | nn.Module | Source,
+    manifest: Manifest | AnySource,
     *,
     device: torch.device | str | None = None,
     allow_missing: Patterns = (),
@@ -70,14 +67,13 @@ def trace(
         return _trace(model, _promised(manifest), where, allowed)
 
 
-def _promised(source: Any) -> Manifest:
+def _promised(source: Manifest | AnySource) -> Manifest:
     if isinstance(source, Manifest):
         return source
-    if isinstance(source, Source):
+    if isinstance(source, IteratorSource):  # Without a manifest it says what to pass; to collect would use it up.
         return source.manifest
-    with open_source(source) as opened:
-        manifest: Manifest = opened.manifest
-    return manifest
+    with opened(source) as promising:
+        return promising.manifest
 
 
 def _trace(model: nn.Module, manifest: Manifest, device: torch.device | None, allowed: Allowed) -> LoadPlan:

@@ -7,9 +7,10 @@ from contextlib import contextmanager
 
 import torch
 
+from ..arguments import check_choices
 from ..errors import Closed, UsageError
 from ..manifest import Manifest
-from ..memory.guards import Guard, check_guard
+from ..memory.guards import Guard
 from ..signals import held_back
 from ..sources.contracts import Request
 from ..sources.streams import LeaseStream
@@ -72,7 +73,7 @@ class Receiver:
             TransferAborted: the sender, or the group, gave this version up; the message says why.
             TransferError: the sender is lost, or what was copied is not what it held.
         """
-        check_guard(guard)
+        check_choices(guard=(guard, Guard))
         return _Stream(self._offered(), self._uplink, guard)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Literal, get_args
 
@@ -17,7 +16,7 @@ from ..memory.wrappers import is_wrapper
 from ..progress import progress
 from ..sources.contracts import InMemory, Source
 from ..sources.iterator import from_iterator
-from ..sources.opening import open as open_source
+from ..sources.opening import AnySource, is_pairs, opened
 from ..sources.state_dict import StateSource
 from .address import path_of
 from .copying import wrapped
@@ -29,9 +28,7 @@ from .slots import WriteSlots
 OnLost = Literal["abort", "drop"]
 """What becomes of an update when a receiver is lost: nobody takes it, or the others do."""
 
-Sendable = (
-    str | os.PathLike[str] | Mapping[str, torch.Tensor] | torch.nn.Module | Source | Iterable[tuple[str, torch.Tensor]]
-)
+Sendable = AnySource | Iterable[tuple[str, torch.Tensor]]
 
 
 class Sender:
@@ -177,17 +174,12 @@ class Sender:
 @contextmanager
 def _opened(tensors: Sendable, manifest: Manifest | None) -> Iterator[Source]:
     """What is to be sent, as a source; one that is made here is closed here."""
-    if isinstance(tensors, (str, os.PathLike, Mapping, torch.nn.Module)):
-        with open_source(tensors) as found:
-            yield found
-    elif isinstance(tensors, Source):
-        yield tensors
-    elif not isinstance(tensors, Iterable):
-        raise UsageError(f"a mapping or pairs of name and tensor can be sent; this is a {type(tensors).__name__}")
+    if not is_pairs(tensors):
+        with opened(tensors) as source:
+            yield source
     elif manifest is not None:
-        with from_iterator(tensors, manifest) as pairs:
-            assert isinstance(pairs, Source)
-            yield pairs
+        with from_iterator(tensors, manifest) as promised:
+            yield promised
     else:
         with StateSource(_collected(tensors)) as state:
             yield state
