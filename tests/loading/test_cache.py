@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import hotweights as hw
 from hotweights.testing import assert_same_bits
@@ -67,6 +68,26 @@ def test_the_same_is_traced_once(traces):
     assert len(traces) == 1
     hw.load(model, tensors, cache=False)
     assert len(traces) == 2
+
+
+@pytest.fixture
+def four_ranks():
+    """This process as the first of four, of whom the others are only pretended to be there."""
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("four_ranks")
+def test_every_process_group_counts(traces):
+    """Loading code may ask any of them for its rank: those of tensor and of expert parallelism differ."""
+    model, tensors = Loaded(), state()
+    load(model, tensors)
+    for number, ranks in enumerate([[0, 1], [0, 2]], 2):
+        torch.distributed.new_group(ranks)
+        for _ in range(2):
+            load(model, tensors)
+        assert len(traces) == number
 
 
 def test_two_sources_take_turns(traces):

@@ -16,8 +16,8 @@ from ..memory.devices import record_events
 from ..memory.host import PAGE, host_empty
 from ..memory.pool import Pool
 from ..plan.plan import LoadPlan
-from ..plan.steps import Copy, Program, Step
-from ..sources.contracts import Addressed, InMemory, IOMode, Read, Source
+from ..plan.steps import Copy, Program
+from ..sources.contracts import Addressed, InMemory, IOMode, Participant, Read, Source
 from ..sources.streams import ahead
 from .copy_step import (
     COMPARED,
@@ -34,6 +34,7 @@ from .copy_step import (
 from .filling import Filling
 from .reads import reads_of
 from .report import Tally
+from .requests import request_nbytes, requests_of, used_nbytes
 
 
 def execute(
@@ -206,7 +207,7 @@ def _from_memory(
                 tensors = {name: borrow(name).clone(memory_format=torch.contiguous_format) for name in names}
                 done.hold_scratch(sum(tensor.nbytes for tensor in tensors.values()))
                 run_step(step, tensors, plan, destinations, done)
-            nbytes = _read_nbytes(step, source.manifest)
+            nbytes = used_nbytes(step, source.manifest)
             done.count({"memory": nbytes})
             arrive(nbytes)
     return {name: private[name] for name in plan.fallback if name in private}
@@ -225,15 +226,13 @@ def _private(plan: LoadPlan, source: InMemory, destinations: Destinations) -> di
     }
 
 
-def _read_nbytes(step: Step, manifest: Manifest) -> int:
-    if isinstance(step, Copy):
-        return manifest[step.source].nbytes if step.of is None else step.of.nbytes
-    return sum(manifest[name].nbytes for name in step.sources)
-
-
 def _from_stream(
     plan: LoadPlan, source: Source, destinations: Destinations, done: Tally, arrive: Callable[[int], None]
 ) -> dict[str, torch.Tensor]:
+    requests = requests_of(plan, source)
+    nbytes = {request.name: request_nbytes(request, plan.manifest) for request in requests}
+    if isinstance(source, Participant):
+        source.wanted(requests)
     filling = Filling(plan, destinations, done)
     done.writing = True
     with source.leases() as stream:
@@ -241,7 +240,7 @@ def _from_stream(
             if lease.name not in filling.missing:
                 continue
             devices = filling.take(lease.name, lease.tensor, lease.own)
-            done.count({"memory": lease.spec.nbytes})
-            arrive(lease.spec.nbytes)
+            done.count({"memory": nbytes[lease.name]})
+            arrive(nbytes[lease.name])
             lease.release(after=record_events(devices))
     return filling.finish()

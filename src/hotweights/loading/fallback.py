@@ -64,6 +64,8 @@ def fall_back(
     def tensors(names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
         for name in names:
             if name in kept:
+                if isinstance(source, InMemory):  # Of a stream it was counted when it came.
+                    arrive(kept[name].nbytes)
                 yield name, kept[name]
             elif isinstance(source, Addressed):
                 yield name, owned(source, name, partial(_counted, source, done, pool, arrive))

@@ -38,6 +38,7 @@ from .cache import planned
 from .execute import execute, owned
 from .fallback import fall_back
 from .report import LoadReport, Tally
+from .requests import bytes_to_read
 from .verify import verify_by_loader
 
 Verify = Literal["off", "loader"]
@@ -141,15 +142,13 @@ def load(
             check(plan, model, source.manifest, target_device)
         if order != "given":
             plan = plan.ordered(order, source.position if isinstance(source, Addressed) else None)
-        nbytes = _bytes_to_read(plan, source)
+        nbytes = bytes_to_read(plan, source)
         with _made_real(plan, model, found, target_device) as tensors, _noting(done, nbytes):
             # Those in lists and attributes are looked for only if a step writes there.
             destinations = tensors if plan.targets.keys() <= tensors.keys() else reachable(model)
             if pool is None:
                 pool = stack.enter_context(Pool(device=_slowest(destinations)))
             advance = stack.enter_context(progress("loading", nbytes, show=show_progress))
-            if isinstance(source, Participant):
-                source.wanted(_used(plan))
             kept = execute(plan, source, destinations, done, pool=pool, io=io, threads=threads, advance=advance)
             if plan.fallback:
                 fall_back(plan, model, source, kept, done, pool=pool, advance=advance)
@@ -189,19 +188,6 @@ def _verify(
         verify_by_loader(plan, model, load, destinations, partial(owned, source, read=dict))
     else:
         raise UsageError('verify="loader" needs a source that can be asked for a tensor twice; this one only streams')
-
-
-def _used(plan: LoadPlan) -> list[str]:
-    """The tensors that are needed, in the plan's order."""
-    moved = (name for step in plan.steps for name in step.sources)
-    compared = (step.source for pair in plan.ties for step in pair)
-    return list(dict.fromkeys((*moved, *compared, *plan.fallback)))
-
-
-def _bytes_to_read(plan: LoadPlan, source: Source) -> int:
-    used = [name for name, fate in plan.fates.items() if fate in (Fate.WRITTEN, Fate.CAST)]
-    compared = [step.source for pair in plan.ties for step in pair]
-    return sum(source.manifest[name].nbytes for name in (*used, *compared))
 
 
 def _slowest(destinations: Mapping[str, torch.Tensor]) -> torch.device:

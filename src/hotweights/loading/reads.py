@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -39,15 +40,27 @@ def reads_of(step: Copy, spec: TensorSpec, destination: torch.Tensor, limit: int
         dtype, first = (spec.dtype, 0) if step.of is None else (step.of.dtype, step.of.offset)
         yield from _contiguous(spec.name, first, dtype, target, limit)
         return
-    inner, each = runs(step.of)
-    run_nbytes = step.of.dtype.itemsize
-    for length in step.of.shape[len(step.of.shape) - inner :]:
-        run_nbytes *= length
-    if run_nbytes >= _RUN and 0 not in step.of.stride:
-        for index, first in each:
+    if _pays_by_runs(step.of):
+        for index, first in runs(step.of)[1]:
             yield from _contiguous(spec.name, first, step.of.dtype, target[index], limit)
     else:
         yield from _strided(spec.name, step.of, target, limit)
+
+
+def read_nbytes(step: Copy, spec: TensorSpec) -> int:
+    """How many bytes the reads of one copy take from the source, those between short runs included."""
+    if step.of is None:
+        return spec.nbytes
+    if contiguous(step.of) or _pays_by_runs(step.of):
+        return step.of.nbytes
+    start, stop = extent(step.of)
+    return stop - start
+
+
+def _pays_by_runs(box: Box) -> bool:
+    inner, _ = runs(box)
+    nbytes = math.prod(box.shape[len(box.shape) - inner :]) * box.dtype.itemsize
+    return nbytes >= _RUN and 0 not in box.stride
 
 
 def _contiguous(name: str, first: int, dtype: torch.dtype, target: torch.Tensor, limit: int) -> Iterator[Read]:
