@@ -1,9 +1,9 @@
-"""Verifying a plan: layer by layer the model's own code loads once more, and bits are compared. The cheapest proof."""
+"""``verify_by_loader``: the model's own loading code loads each layer once more, and bits are compared."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -11,9 +11,10 @@ from torch import nn
 
 from ..errors import PlanDiffers
 from ..model.snapshot import Snapshot
+from ..model.survey import LoadingCode
+from ..plan.disjoint_sets import DisjointSets
 from ..plan.plan import LoadPlan
-
-LoadingCode = Callable[[Iterable[tuple[str, torch.Tensor]]], object]
+from .copy_step import same_bits
 
 
 def verify_by_loader(
@@ -25,8 +26,8 @@ def verify_by_loader(
 ) -> None:
     """Load each layer again by the model's own code, over poisoned memory, and compare it with what the plan made.
 
-    Holds one copy of one layer at a time (of several, where they share source tensors). Attributes that the loading
-    code changes are put back.
+    One layer is copied at a time; layers that share source tensors, together. Attributes that the loading code
+    changes are put back.
 
     Args:
         plan: was followed just now.
@@ -67,39 +68,34 @@ def _verify(
             tensor.copy_(poison.view(tensor.dtype).view(tensor.shape))
         load((name, own(name)) for name in group.sources)
         for name, tensor in tensors.items():
-            if torch.equal(_bytes(tensor), _bytes(planned[name])):
+            if same_bits(tensor, planned[name]):
                 tensor.copy_(planned[name])
             else:
                 yield name
 
 
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view(-1).view(torch.uint8)
-
-
 def _groups(plan: LoadPlan) -> Iterator[_Group]:
-    leader: dict[str, str] = {}
-
-    def find(node: str) -> str:
-        while leader.setdefault(node, node) != node:
-            node = leader[node]
-        return node
-
     sources: dict[str, None] = {}
-    written: dict[str, None] = {}
+    destinations: dict[str, None] = {}
+    sets = DisjointSets()
     for step in plan.steps:
-        names = step.sources
-        if not names:
-            continue  # Constants alone: the loading code, given nothing of the source, would have nothing to put there.
-        places = step.destinations
-        sources.update(dict.fromkeys(names))
-        written.update(dict.fromkeys(places))
-        nodes = [*(f"<{name}" for name in names), *(f">{name.rpartition('.')[0]}" for name in places)]
-        for node in nodes[1:]:
-            leader[find(node)] = find(nodes[0])
-    gathered: dict[str, _Group] = defaultdict(lambda: _Group([], []))
+        if not step.sources:
+            continue  # It writes constants: the loading code, given no tensor of the source, would not write them.
+        sources.update(dict.fromkeys(step.sources))
+        destinations.update(dict.fromkeys(step.destinations))
+        sets.join([*map(_source, step.sources), *map(_layer, step.destinations)])
+    groups: dict[str, _Group] = defaultdict(lambda: _Group([], []))
     for name in sources:
-        gathered[find(f"<{name}")].sources.append(name)
-    for name in written:
-        gathered[find(f">{name.rpartition('.')[0]}")].destinations.append(name)
-    yield from (group for group in gathered.values() if group.sources)
+        groups[sets.of(_source(name))].sources.append(name)
+    for name in destinations:
+        groups[sets.of(_layer(name))].destinations.append(name)
+    yield from groups.values()
+
+
+def _source(name: str) -> str:
+    return f"source {name}"
+
+
+def _layer(name: str) -> str:
+    """The layer of a model's tensor, told apart from a source tensor of the same name."""
+    return f"layer {name.rpartition('.')[0]}"
