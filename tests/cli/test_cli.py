@@ -64,10 +64,10 @@ class TestInspect:
         assert "more" not in run("inspect", checkpoint, "--limit", 0).output
 
     def test_for_machines(self, checkpoint):
-        found = json.loads(run("inspect", checkpoint, "--json").output)
-        assert found["nbytes"] == 32
-        assert [tensor["name"] for tensor in found["tensors"]] == ["a.weight", "b"]
-        first = found["tensors"][0]
+        document = json.loads(run("inspect", checkpoint, "--json").output)
+        assert document["nbytes"] == 32
+        assert [tensor["name"] for tensor in document["tensors"]] == ["a.weight", "b"]
+        first = document["tensors"][0]
         assert (first["dtype"], first["shape"], first["nbytes"]) == ("F32", [2, 3], 24)
         with open(first["file"], "rb") as file:
             file.seek(first["offset"])
@@ -184,6 +184,8 @@ class TestTransfer:
         assert json.loads(sent.output)["committed"] == [f"process {receiver.pid}"]
         assert received["version"] == "step-1"
         assert received["bytes_written"] > 0
+        assert "pooler.dense.weight" in received["tensors"]["written"]
+        assert "events" not in received
 
     def test_nobody_there(self, bert, tmp_path):
         address = f"unix:{tmp_path / 'run' / 'socket'}"

@@ -1,4 +1,4 @@
-"""``hotweights plan``: which tensors of a checkpoint become which of a model. It reads headers only."""
+"""``hotweights plan``: which tensors of a checkpoint become which of a model. It reads headers, no weights."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from ..engines import transformers
 from ..plan.plan import LoadPlan, Order
 from ..sources.opening import open as open_source
 from ..tracing.trace import trace
+from . import flags
 from .outcome import ending, print_json
 
 
 def plan(
-    path: Annotated[Path, typer.Argument(help="The checkpoint: a file, a directory, an index, a hub cache.")],
-    model: Annotated[Path, typer.Option(help="A directory with the config.json of a transformers model.")],
-    order: Annotated[Order, typer.Option(help="What is read first.")] = "file",
-    explain: Annotated[str | None, typer.Option(help="Tell all about one tensor instead.")] = None,
+    path: flags.Checkpoint,
+    model: flags.Model,
+    order: Annotated[Order, typer.Option(help="Read layer by layer, as in the files, or as traced.")] = "file",
+    explain: Annotated[str | None, typer.Option(help="Explain one tensor instead.")] = None,
     save: Annotated[Path | None, typer.Option(help="Write the plan to a file.")] = None,
-    limit: Annotated[int, typer.Option(help="Steps to list at most; 0 for all.", min=0)] = 40,
-    allow_missing: Annotated[list[str] | None, typer.Option(help="Names that may be missing, * is any.")] = None,
-    allow_unexpected: Annotated[list[str] | None, typer.Option(help="Names that may have no place.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    limit: flags.Limit = 40,
+    allow_missing: flags.AllowMissing = None,
+    allow_unexpected: flags.AllowUnexpected = None,
+    as_json: flags.Json = False,
 ) -> None:
     """Plan the loading of a checkpoint into a model built from its config. No weight is read, none is written."""
     with ending(as_json=as_json), open_source(path) as source:
@@ -67,7 +68,7 @@ def _as_dict(made: LoadPlan, explain: str | None) -> dict[str, object]:
 
 
 def _print(made: LoadPlan, limit: int) -> None:
-    console = Console(highlight=False, markup=False)  # [0:8, :] is no markup
+    console = Console(highlight=False, markup=False)  # As markup, rich would swallow the slice [0:8, :].
     if not console.is_terminal:
         console.width = 240  # Whoever searches the output must find whole names.
     table = Table(box=None, header_style="bold")
