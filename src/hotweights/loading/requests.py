@@ -62,7 +62,7 @@ def ranges_read(spec: TensorSpec, steps: Sequence[Step]) -> tuple[Range, ...] | 
     if not boxes or len(boxes) < len(steps):
         return None
     ranges = ranges_of(boxes)
-    return None if sum(one.size for one in ranges) in (0, spec.nbytes) else ranges
+    return None if sum(part.size for part in ranges) in (0, spec.nbytes) else ranges
 
 
 def request_nbytes(request: Request, manifest: Manifest) -> int:

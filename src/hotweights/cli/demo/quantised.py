@@ -41,5 +41,5 @@ def serve_quantised(console: Console, checkpoint: Path, embed: Embed) -> None:
 
 
 def _nbytes(model: torch.nn.Module) -> int:
-    found = (one for name, tensor in model.state_dict().items() for _, one in leaves(name, tensor))
-    return sum(one.nbytes for one in found if not is_wrapper(one))
+    tensors = (leaf for name, tensor in model.state_dict().items() for _, leaf in leaves(name, tensor))
+    return sum(tensor.nbytes for tensor in tensors if not is_wrapper(tensor))
