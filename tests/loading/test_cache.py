@@ -64,7 +64,7 @@ def test_the_same_is_traced_once(traces):
     model, tensors = Loaded(), state()
     for _ in range(3):
         load(model, tensors)
-    load(model, {name: one.clone() for name, one in tensors.items()})
+    load(model, {name: tensor.clone() for name, tensor in tensors.items()})
     assert len(traces) == 1
     hw.load(model, tensors, cache=False)
     assert len(traces) == 2
@@ -155,7 +155,7 @@ def test_every_part_of_the_key_counts(part, traces, monkeypatch):
     changes()[part](model, monkeypatch)
     try:
         load(model, tensors, cast="loader", allow_missing="*")  # other options: to know what is right
-        expected = {name: one.clone() for name, one in model.named_parameters()}
+        expected = {name: tensor.clone() for name, tensor in model.named_parameters()}
         count = len(traces)
         load(model, tensors)
         assert_same_bits(dict(model.named_parameters()), expected)
@@ -324,6 +324,6 @@ def test_values_of_the_model_are_never_stale(way):
     model.perm.copy_(torch.tensor([1, 2, 0, 3]))
     model.scale.fill_(3.0)
     load(model, {"w": tensor})
-    found = model.w.tolist()
+    loaded = model.w.tolist()
     WAYS[way](model, tensor)
-    assert found == model.w.tolist()
+    assert loaded == model.w.tolist()

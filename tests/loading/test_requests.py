@@ -86,12 +86,12 @@ def opened(request, tmp_path):
 @pytest.fixture
 def bars(monkeypatch):
     """Of each progress bar, how many bytes it is made for, and how far it came."""
-    found = []
+    bars = []
 
     @contextmanager
     def recording(title, nbytes, *, show=None):
         bar = [nbytes, 0]
-        found.append(bar)
+        bars.append(bar)
 
         def advance(count):
             bar[1] += count
@@ -99,7 +99,7 @@ def bars(monkeypatch):
         yield advance
 
     monkeypatch.setattr(load_module, "progress", recording)
-    return found
+    return bars
 
 
 @pytest.mark.parametrize("kind", [Half, Twice, Asking])

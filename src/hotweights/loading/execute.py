@@ -1,4 +1,4 @@
-"""``execute``: the steps of a plan, done with the bytes of a source. What is done is decided: by the plan."""
+"""``execute``: do the steps of a plan with the bytes of a source."""
 
 from __future__ import annotations
 
