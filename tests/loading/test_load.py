@@ -567,3 +567,11 @@ class TestSurprises:
         hw.load(ours, {**ours.state_dict(), "a[0].bias": torch.zeros(1)}, allow_unexpected=["a[0].bias"])
         with pytest.raises(UsageError, match="threads=0"):
             hw.load(ours, ours, threads=0)
+
+    def test_options_are_checked_with_a_plan_too(self):
+        ours = nn.Linear(2, 2)
+        plan = hw.trace(ours, ours)
+        with pytest.raises(hw.UnknownName, match="unknown cast 'none'; known are: error, loader"):
+            hw.load(ours, ours, plan=plan, cast="none")
+        with pytest.raises(UsageError, match="device='nonsense' is no device"):
+            hw.load(ours, ours, plan=plan, device="nonsense")
