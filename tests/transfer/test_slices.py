@@ -72,7 +72,7 @@ def told(monkeypatch):
     def noting(channel, message, **options):
         if isinstance(message, Filled):
             key = id(channel)
-            found[key] = found.get(key, 0) + sum(part.range.size for part in message.parts)
+            found[key] = found.get(key, 0) + sum(part.range.size for part in message.chunks)
         say(channel, message, **options)
 
     monkeypatch.setattr(Channel, "send", noting)
@@ -177,7 +177,7 @@ def test_a_changed_byte_of_any_slice_is_caught_before_it_counts(name, atomic, ad
 
         def corrupting(channel, message, **options):
             if isinstance(message, Filled) and not changed:
-                for part in message.parts:
+                for part in message.chunks:
                     if part.tensor == number:
                         sending._slots.memories[message.slot][part.offset + part.range.size - 1] ^= 1
                         changed.append(part)
