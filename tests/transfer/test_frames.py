@@ -64,11 +64,11 @@ FRAMES = {
 def heard(peer):
     """All that the other side says until it hangs up."""
     peer.settimeout(10)
-    found = b""
+    words = b""
     with contextlib.suppress(ConnectionResetError):
         while raw := peer.recv(65536):
-            found += raw
-    return found
+            words += raw
+    return words
 
 
 @pytest.mark.parametrize("frame", FRAMES, ids=str)

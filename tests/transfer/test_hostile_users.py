@@ -315,3 +315,10 @@ def test_a_load_is_sent_what_it_needs_and_no_more(address):
         worker.result()
     assert (report.tensors, report.nbytes) == (2, 80)
     assert torch.equal(model.weight, content["weight"])
+
+
+def test_a_version_without_a_name_is_refused(address):
+    with sender(address) as sending:
+        for wrong in (None, True, 1.5):
+            with pytest.raises(hw.UsageError, match="a str or an int"):
+                sending.send({"a": torch.ones(1)}, version=wrong)

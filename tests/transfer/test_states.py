@@ -65,9 +65,9 @@ def test_whatever_crosses_whatever_nobody_is_surprised():
     """Every message that can come is one that the state takes; and from everywhere both come to rest together."""
     steps = reachable()
     assert len(steps) > 100
-    rest = {one for one in steps if one[0] is one[1] is SessionState.IDLE and not one[2] and not one[3]}
+    rest = {here for here in steps if here[0] is here[1] is SessionState.IDLE and not here[2] and not here[3]}
     assert rest
-    back = {one: set() for one in steps}
+    back = {here: set() for here in steps}
     for here, there in ((here, there) for here, all_there in steps.items() for there in all_there):
         back[there].add(here)
     reached, waiting = set(rest), deque(rest)

@@ -262,14 +262,14 @@ def test_what_was_copied_is_private_when_there_are_digests(address):
     ends = {}
 
     def consume():
-        found = {}
+        tensors = {}
         with receiver(address) as source, source.leases() as stream:
             for lease in stream:
                 if "rogue" in ends:
                     for memory in ends["rogue"]:
                         memory[64 * 40 :].fill_(0xFF)  # beyond what is still to be copied of this slot
-                found[lease.name] = lease.own()
-        return found
+                tensors[lease.name] = lease.own()
+        return tensors
 
     one = {"only": content["large"]}
     taking = Thread(consume)

@@ -36,8 +36,7 @@ class SendReport:
 
     def as_dict(self) -> dict[str, object]:
         """The attributes as numbers, text, lists and dicts: what JSON can hold."""
-        plain: dict[str, object] = msgspec.to_builtins(self)
-        return plain
+        return {**msgspec.to_builtins(self), "committed": list(self.committed)}
 
     def __str__(self) -> str:
         rate = self.nbytes / max(self.seconds, 1e-9) / 1e9

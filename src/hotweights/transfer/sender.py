@@ -214,5 +214,5 @@ def _check_bare(source: Source) -> None:
     """Wrappers are refused before anybody is told of the version; in a stream they are met later."""
     if isinstance(source, InMemory):
         tensors = ((name, source.borrow(name)) for name in source.manifest)
-        if wrappers := [f"{name}: {wrapped(tensor)}" for name, tensor in tensors if is_wrapper(tensor)]:
-            raise UsageError(some(wrappers))
+        if wrappers := {name: tensor for name, tensor in tensors if is_wrapper(tensor)}:
+            raise UsageError(f"cannot send {some(list(wrappers))}: {wrapped(next(iter(wrappers.values())))}")
