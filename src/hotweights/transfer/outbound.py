@@ -89,7 +89,7 @@ class Outbound:
 
         Raises:
             TransferAborted: nobody took the version.
-            TransferIncomplete: everybody took it, as far as is known; some did not say so.
+            TransferIncomplete: the group took the version, and some members did not say that they have it.
             Exception: the source failed; nobody took the version.
         """
         ballot = Ballot.new()
