@@ -4,6 +4,7 @@ import types
 
 import pytest
 import torch
+from ends import TIMEOUT
 
 import hotweights as hw
 from hotweights.memory.devices import POLL
@@ -50,7 +51,7 @@ def connection():
 
 @pytest.fixture
 def pending(connection):
-    return PendingLeases(connection, PrivateMemory(), 0.02)
+    return PendingLeases(connection, PrivateMemory(), TIMEOUT)
 
 
 def ended(after, guard="off", raw=None):
@@ -96,7 +97,8 @@ def test_private_memory_is_used_again_when_it_was_read(pending):
     assert event.happened
 
 
-def test_private_memory_that_is_read_for_ever_is_not_used_again(pending):
+def test_private_memory_that_is_read_for_ever_is_not_used_again(connection):
+    pending = PendingLeases(connection, PrivateMemory(), 0.02)
     pending.lend_private(ended(Event()))
     with pytest.raises(hw.TransferTimeout, match=r"a device did not finish its copy within 0\.02 s"):
         pending.private(SPEC.nbytes)

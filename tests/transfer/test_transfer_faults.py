@@ -12,9 +12,11 @@ from processes import Child, Tiny, context, follow, send_twice, value_of
 
 import hotweights as hw
 from hotweights.testing import assert_same_bits
+from hotweights.transfer import connection as connection_module
 from hotweights.transfer.ballot import Ballot, Decision
 from hotweights.transfer.channel import Channel
-from hotweights.transfer.messages import Filled
+from hotweights.transfer.connection import Connection
+from hotweights.transfer.messages import Abort, Filled
 from hotweights.transfer.outbound import Outbound
 from hotweights.transfer.states import SessionState
 
@@ -179,6 +181,47 @@ def test_a_sender_returns_when_version_n_is_back_and_not_before(address, monkeyp
             sending.send({"w": torch.zeros(3)}, version=1)
         returned.set()
         for thread in taking:
+            thread.result()
+
+
+def test_who_is_late_for_an_offer_that_was_given_up_is_told_so(address, monkeypatch):
+    aborted, given_up = threading.Semaphore(0), threading.Event()
+    say, standing, left = Channel.send, Connection._standing, connection_module.left
+
+    def noting(channel, message, **options):
+        say(channel, message, **options)
+        if isinstance(message, Abort):
+            aborted.release()
+
+    def late(connection, offer):
+        if threading.current_thread() is threads[1]:
+            for _ in threads:  # Each of the two is told of the abort.
+                assert aborted.acquire(timeout=TIMEOUT)
+            assert standing(connection, offer) is None
+            given_up.set()
+            return None
+        return standing(connection, offer)
+
+    def left_over(deadline):
+        return 0.0 if given_up.is_set() and threading.current_thread() is threads[1] else left(deadline)
+
+    def refuse():
+        with receiver(address) as source:
+            assert source.manifest
+            source.refuse(ValueError("no"))
+
+    def wait_in_vain():
+        with receiver(address) as source, pytest.raises(hw.TransferTimeout, match=r"gave up what it offered: .*: no"):
+            source.leases()
+
+    monkeypatch.setattr(Channel, "send", noting)
+    monkeypatch.setattr(Connection, "_standing", late)
+    monkeypatch.setattr(connection_module, "left", left_over)
+    threads = [Thread(refuse), Thread(wait_in_vain)]
+    with sender(address, receivers=2) as sending:
+        with pytest.raises(hw.TransferAborted, match="no"):
+            sending.send({"w": torch.zeros(3)}, version=1)
+        for thread in threads:
             thread.result()
 
 

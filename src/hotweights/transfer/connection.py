@@ -31,6 +31,7 @@ class Connection:
         self._channel: Channel | None = None
         self._slots: ReadSlots | None = None
         self._stopped = False
+        self._last = ""  # what came instead of an offer, for the message when none comes in time
         self._using = threading.RLock()
         self.patience = 0.0
 
@@ -77,7 +78,7 @@ class Connection:
             Closed: ``stop`` was called.
         """
         deadline = time.monotonic() + seconds
-        last = "nobody listens there"
+        self._last = "the sender offered nothing" if self.connected else "nobody listens there"
         with self._using:
             while left(deadline):
                 try:
@@ -86,13 +87,12 @@ class Connection:
                             return offer
                         continue
                 except PeerLost as error:
-                    last = str(error)
+                    self._last = str(error)
                 except TransferTimeout:
-                    last = "the sender offered nothing"
                     break
                 self._waker.wait((), min(_RETRY, left(deadline)), lambda: self._stopped)
                 self.check_open()
-        raise TransferTimeout(f"no offer came to {self._path} within {seconds:g} s", [last])
+        raise TransferTimeout(f"no offer came to {self._path} within {seconds:g} s", [self._last])
 
     def receive(
         self, deadline: float, *, stop: Callable[[], bool] = bool, meanwhile: Callable[[], float] = float
@@ -189,6 +189,7 @@ class Connection:
             raise
         self._channel = Channel(connected, Side.RECEIVER)
         self._channel.send(Hello(os.getpid()))
+        self._last = "the sender offered nothing"
         return True
 
     def _accepted(self, frame: Frame) -> Frame | None:
@@ -212,6 +213,7 @@ class Connection:
         assert isinstance(later.message, Abort), "the table lets nothing else pass"
         os.close(offer.descriptors[0])
         self.send(Done(""))
+        self._last = f"the sender gave up what it offered: {later.message.reason}"
         return None
 
     def _map(self, welcome: Welcome, descriptor: int) -> None:

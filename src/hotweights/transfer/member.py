@@ -1,4 +1,4 @@
-"""Member: a receiver's part in its group's decision about one version: it votes, hears what was decided, and obeys."""
+"""Member: a receiver's part in its group's decision about one version: it votes, and does what was decided."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BEFORE_VOTING = (SessionState.OFFERED, SessionState.STREAMING, SessionState.END
 
 
 class Member:
-    """One version's. Owns the ballot until the version is over.
+    """A receiver's vote on one version, and what follows from it. Owns the ballot until the version is over.
 
     Attributes:
         version: its name.
