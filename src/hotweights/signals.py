@@ -1,4 +1,4 @@
-"""Interruption: Ctrl-C and its like, held back while something is done that may not be cut short. It does nothing."""
+"""Interruption: Ctrl-C and other signals, held back while something runs that may not be cut short."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 
 
 class Interruption:
-    """What was held back. Signals' handlers run in the main thread alone, between any two steps of what it does.
+    """The signals that were held back. Python runs handlers in the main thread, between any two of its bytecodes.
 
     Attributes:
-        came: whether there was one.
+        came: whether a signal came.
     """
 
     def __init__(self, wake: Callable[[], object]) -> None:
@@ -25,7 +25,7 @@ class Interruption:
         self._held: dict[int, FrameType | None] = {}
 
     def take_over(self) -> None:
-        """From here on the first signal of each kind is held back, as far as Python handles it."""
+        """Hold back the first signal of each kind from here on. Signals without a Python handler are left alone."""
         for number in signal.valid_signals():
             handler = signal.getsignal(number)
             if callable(handler):
@@ -33,15 +33,15 @@ class Interruption:
                 signal.signal(number, self._take)
 
     def let_go(self) -> None:
-        """Handle what was held back, now that everything is as it was.
+        """Put the handlers back, and handle what was held back.
 
         Raises:
             BaseException: what the handler raises: ``KeyboardInterrupt``.
         """
         try:
-            self._over = True  # From here on ours passes everything on, wherever it may still stand.
+            self._over = True  # From here on our handler, where it still stands, passes signals on.
             self._put_back()
-        finally:  # The next one may come in the midst of it.
+        finally:  # The handler of a signal that comes in the midst of it may raise: put back the rest.
             self._put_back()
         while self._held:
             number, frame = self._held.popitem()
@@ -53,7 +53,7 @@ class Interruption:
                 signal.signal(number, handler)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        if self._over or number in self._held:  # Who insists is heard.
+        if self._over or number in self._held:  # The second one is not held back: the user insists.
             self._before[number](number, frame)
             return
         self._held[number] = frame
@@ -66,14 +66,14 @@ def held_back(wake: Callable[[], object]) -> Iterator[Interruption]:
     """Inside, the first signal of each kind waits for the end of the ``with``; a second one does not.
 
     Args:
-        wake: is called when one comes, by its handler: to end a wait.
+        wake: called by the handler when a signal comes, to end a wait.
     """
-    found = Interruption(wake)
+    interruption = Interruption(wake)
     if threading.current_thread() is not threading.main_thread():  # No handler ever runs here.
-        yield found
+        yield interruption
         return
     try:
-        found.take_over()
-        yield found
+        interruption.take_over()
+        yield interruption
     finally:
-        found.let_go()
+        interruption.let_go()

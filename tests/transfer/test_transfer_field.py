@@ -7,12 +7,14 @@ from multiprocessing.shared_memory import SharedMemory
 
 import pytest
 import torch
-from ends import Thread, receiver, sender
+from ends import TIMEOUT, Thread, receiver, sender
 
 import hotweights as hw
 from hotweights.errors import ProtocolError
 from hotweights.testing import assert_same_bits
 from hotweights.transfer.messages import decode
+from hotweights.transfer.peers import PeerGroup
+from hotweights.transfer.states import Session, SessionState, Side
 
 BUCKET = 4096  # bytes, of the naive code and of our slots
 
@@ -91,7 +93,7 @@ def test_two_tensors_of_one_name_are_refused(address):
         sending.send(pairs, version=1)
 
 
-def test_release_is_the_acknowledgement(address):
+def test_release_is_the_acknowledgement(address, monkeypatch):
     """Row 6: acknowledged when it came and not when it was read, a bucket is filled again under its reader."""
     bucket = Bucket()
     bucket.put("w0", torch.zeros(1000))
@@ -101,13 +103,21 @@ def test_release_is_the_acknowledgement(address):
     assert reading.tolist() == [1.0] * 1000, "the naive reader reads another tensor"
 
     content = {f"w{number}": torch.full((1000,), float(number)) for number in range(6)}
-    held, go_on, sent = threading.Event(), threading.Event(), threading.Event()
+    held, full, go_on, sent = (threading.Event() for _ in range(4))
+    wait = PeerGroup.wait
+
+    def waiting(group, peers, seconds, **options):
+        if seconds and [len(peer.holds) for peer in group.peers] == [2]:
+            full.set()
+        return wait(group, peers, seconds, **options)
+
+    monkeypatch.setattr(PeerGroup, "wait", waiting)
 
     def read():
         with receiver(address) as source, source.leases() as stream:
             lease = next(stream)
             held.set()
-            assert go_on.wait(10)
+            assert go_on.wait(TIMEOUT)
             assert lease.tensor.tolist() == [0.0] * 1000
             return 1 + sum(1 for _ in stream)
 
@@ -117,8 +127,9 @@ def test_release_is_the_acknowledgement(address):
             sent.set()
 
     threads = [Thread(read), Thread(send)]
-    assert held.wait(10)
-    assert not sent.wait(0.2)  # It has four more tensors to send, and one slot.
+    assert held.wait(TIMEOUT)
+    assert full.wait(TIMEOUT), "the sender does not wait for a slot, and has four more tensors to send"
+    assert not sent.is_set()
     go_on.set()
     assert threads[0].result() == 6
     threads[1].result()
@@ -153,10 +164,8 @@ def test_a_pickle_is_not_opened(tmp_path):
 
 def test_a_word_of_an_earlier_update_is_refused():
     """Row 27: without an id an old word is as good as a new one."""
-    from hotweights.transfer.states import Session, Side, State
-
     session = Session(Side.RECEIVER)
-    session.state, session.update = State.PREPARED, 8
+    session.state, session.update = SessionState.PREPARED, 8
     with pytest.raises(ProtocolError, match="'commit' of update 7 is stale"):
         session.came("commit", 7)
     session.came("commit", 8)
