@@ -259,7 +259,7 @@ class TestPrefixes:
 
 
 class TestMiniLM:
-    """Weights that were really trained, by others. FAILURES row 32c: the checkpoint has more than the model."""
+    """Weights that were really trained, by others. The checkpoint has more than the model."""
 
     @pytest.fixture
     def directory(self):

@@ -1,4 +1,4 @@
-"""FAILURES 1 to 5: borrowed tensors that are kept, sorted, awaited, viewed, or copied late. Naive code, then ours."""
+"""Borrowed tensors that are kept, sorted, awaited, viewed, or copied late. Naive code, then ours."""
 
 import threading
 from collections import defaultdict
@@ -154,7 +154,7 @@ class TestKept:
 
 
 class TestViews:
-    """Row 4: a callback keeps what it was given, and the next bucket overwrites it."""
+    """A callback keeps what it was given, and the next bucket overwrites it."""
 
     def test_a_trap_names_the_tensor(self, opened):
         kept = {}
@@ -185,7 +185,7 @@ class TestViews:
 
 
 class TestLateCopies:
-    """Row 5: the copy still runs when the iterator advances."""
+    """The copy still runs when the iterator advances."""
 
     def test_ours_waits_for_the_device(self, monkeypatch):
         """The copies that ``load`` queues are done only when the device says so, on another thread."""

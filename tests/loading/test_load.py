@@ -109,7 +109,7 @@ class TestRight:
 
     @pytest.mark.parametrize("slot_nbytes", [1, 12289, 20000, 1 << 20])
     def test_any_strides_and_any_slot_size(self, way, slot_nbytes):
-        """FAILURES rows 19 to 22: larger than a slot, unaligned, empty, 0-dim, not contiguous."""
+        """Larger than a slot, unaligned, empty, 0-dim, not contiguous."""
         ours = nn.Module()
         for name, tensor in ODD.items():
             ours.register_buffer(
@@ -259,7 +259,7 @@ class TestRefused:
         assert_same_bits(snapshot(self.model), before)
 
     def test_all_problems_at_once(self, way):
-        """FAILURES row 17: a tensor absent, and more, listed before anything changes."""
+        """A tensor is absent, and more is wrong: all is listed before anything changes."""
         state = other_weights(self.model)
         del state["1.linear.weight"]
         state["2.linear.bias"] = torch.zeros(25)

@@ -75,7 +75,7 @@ def test_every_problem_is_reported_at_once_and_sorted():
 
 
 def test_broadcasts_are_problems():
-    """FAILURES row 32: ``copy_`` of [4] into [4, 4] succeeds in silence."""
+    """``copy_`` of [4] into [4, 4] succeeds in silence."""
     naive = torch.zeros(4, 4)
     naive.copy_(torch.arange(4.0))  # the naive way is bitten: no error, 16 elements out of 4
     assert naive.count_nonzero() == 12
@@ -86,7 +86,7 @@ def test_broadcasts_are_problems():
 
 
 def test_lossy_casts_are_problems_unless_asked_for():
-    """FAILURES row 31: int64 383 into bf16 is 384; an fp32 router loses its last bits in bf16."""
+    """Copied naively, int64 383 into bf16 is 384; an fp32 router loses its last bits in bf16."""
     assert torch.tensor([383]).to(BF16).item() == 384  # the naive way is bitten
     for found, expected in ((I64, BF16), (F32, BF16), (I64, torch.int32), (BF16, torch.float16), (torch.int32, F32)):
         with pytest.raises(PlanError, match="loses information"):

@@ -154,15 +154,15 @@ def parts(loaders, **options):
 
 
 class TestBorrowed:
-    """FAILURES rows 1 to 5, first in code that is wrong."""
+    """Borrowed tensors that are kept or copied late, first in code that is wrong."""
 
     def test_naive_code_is_bitten(self):
         state = small()
-        kept = dict(reused(state))  # row 1; row 4 is the same dictionary in a callback
+        kept = dict(reused(state))  # a callback that keeps its dictionary does the same
         assert all(bool(tensor.isnan().all()) for tensor in kept.values())
-        sorted_first = {part: [t for n, t in reused(state) if n.startswith(part)] for part in "abc"}  # row 2
+        sorted_first = {part: [t for n, t in reused(state) if n.startswith(part)] for part in "abc"}
         assert all(bool(tensor.isnan().all()) for tensors in sorted_first.values() for tensor in tensors)
-        model, prefix = VisionLanguage(), "language_model."  # row 3, in a model that is right with tensors of its own
+        model, prefix = VisionLanguage(), "language_model."  # in a model that is right with tensors of its own
         pairs = reused(vision_language_checkpoint())
         with torch.no_grad():
             model.language_model.load_weights((n.removeprefix(prefix), t) for n, t in pairs if n.startswith(prefix))

@@ -1,4 +1,4 @@
-"""Reading bytes by every road, from files and kernels that misbehave. FAILURES row 18."""
+"""Reading bytes by every road, from files and kernels that misbehave."""
 
 import errno
 import fcntl
@@ -591,7 +591,7 @@ def test_an_interrupt_in_a_sink(path):
 
 
 def test_a_slot_waits_for_the_event_of_its_sink(path, road):
-    """FAILURES 5: the copy happens when the event does, and finds its own bytes."""
+    """The copy happens when the event does, and finds its own bytes."""
 
     class Copy:
         """A copy that has not happened before it was asked for three times."""

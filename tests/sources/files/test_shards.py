@@ -288,7 +288,7 @@ def test_an_index_never_leads_outside(shards, place):
 
 
 def test_one_tensor_in_two_files(shards):
-    """FAILURES 18: every other reader takes the last, silently."""
+    """Every other reader takes the last, silently."""
     (shards / INDEX).unlink()
     write_safetensors(shards / "z.safetensors", {"scale": torch.tensor(666.0)})
     naive = {}
@@ -346,7 +346,7 @@ def test_every_problem_of_an_index_comes_at_once(shards):
 
 
 def test_the_naive_reader_of_an_index_does_not_notice(shards):
-    """FAILURES 17: load_file of every named shard misses what the index promises, and says nothing."""
+    """``load_file`` of every named shard misses what the index promises, and says nothing."""
     edit_index(shards, lambda weight_map: weight_map.update(ghost=TWO))
     naive = {}
     for shard in set(json.loads((shards / INDEX).read_text())["weight_map"].values()):

@@ -1,6 +1,6 @@
-"""FileSource: leases, owned tensors, and the memory they lie in. Some of FAILURES rows 1, 4 and 19 to 23.
+"""FileSource: leases, owned tensors, and the memory they lie in.
 
-Each row first bites a naive implementation written here.
+What went wrong in other readers first bites a naive one that is written here.
 """
 
 import json
@@ -48,7 +48,7 @@ def one_buffer(tensors):
         yield name, memory[: raw.numel()].view(tensor.dtype).view(tensor.shape)
 
 
-# --- row 1: a borrowed tensor that is kept ---------------------------------------------------------------------------
+# --- a borrowed tensor that is kept -----------------------------------------------------------------------------------
 
 
 def test_kept_tensors(path):
@@ -76,7 +76,7 @@ def test_kept_leases_are_stale_and_owned_ones_are_not(path):
     assert_same_bits(owned, WEIGHTS)
 
 
-# --- row 4: a view that is kept past its bucket ----------------------------------------------------------------------
+# --- a view that is kept past its bucket ------------------------------------------------------------------------------
 
 
 def test_kept_views(path):
@@ -114,7 +114,7 @@ def test_a_borrowed_tensor_is_not_written(path):
         assert torch.equal(lease.tensor, WEIGHTS[lease.name])
 
 
-# --- row 19: larger than a slot --------------------------------------------------------------------------------------
+# --- larger than a slot -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("slots", [1, 2])
@@ -138,7 +138,7 @@ def test_a_tensor_larger_than_a_slot(tmp_path, slots):
             assert pool.stats().touched_nbytes <= slots * 16 * PAGE
 
 
-# --- row 20: a mix of dtypes that does not align ---------------------------------------------------------------------
+# --- a mix of dtypes that does not align ------------------------------------------------------------------------------
 
 
 def test_a_float32_behind_three_bfloat16(tmp_path):
@@ -169,7 +169,7 @@ def test_a_float32_behind_three_bfloat16(tmp_path):
         assert_same_bits(dict(source.tensors()), mixed)
 
 
-# --- row 21: nothing, and nought dimensions --------------------------------------------------------------------------
+# --- nothing, and nought dimensions -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("order", [("empty", "scalar", "wide"), ("scalar", "wide", "empty"), ("wide", "empty")])
@@ -197,7 +197,7 @@ def test_a_file_of_nothing(tmp_path):
                 next(stream)
 
 
-# --- row 22: not contiguous ------------------------------------------------------------------------------------------
+# --- not contiguous ---------------------------------------------------------------------------------------------------
 
 
 def test_strided_tensors(tmp_path):
@@ -239,7 +239,7 @@ def test_the_bytes_of_lazy_views(name):
         assert torch.equal(next(stream).raw, right)
 
 
-# --- row 23: one name twice ------------------------------------------------------------------------------------------
+# --- one name twice ---------------------------------------------------------------------------------------------------
 
 
 def test_one_name_twice(tmp_path):
