@@ -1,7 +1,8 @@
 """Ranges against sets of bytes: what is cut is what was asked for, each byte once."""
 
 import torch
-from hypothesis import given, settings
+from examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hotweights.boxes import box_of
@@ -35,7 +36,7 @@ strided = st.builds(lambda a, n, c, more: Range(a, n, c, n + more), *(st.integer
 )
 
 
-@settings(deadline=None)
+@examples(100)
 @given(st.lists(columns().map(lambda one: (one,)), min_size=1, max_size=4))
 def test_what_several_want_is_cut_into_pieces_that_each_wants_wholly_or_not(wishes):
     found = shared(wishes)
@@ -48,7 +49,7 @@ def test_what_several_want_is_cut_into_pieces_that_each_wants_wholly_or_not(wish
         assert all(any(within(one, whole) for whole in wish) for one in mine)
 
 
-@settings(deadline=None)
+@examples(100)
 @given(st.lists(st.tuples(anything | strided), min_size=1, max_size=4))
 def test_however_odd_the_wishes_everybody_gets_what_it_asked_for(wishes):
     for number, wish in enumerate(wishes):
@@ -63,6 +64,7 @@ def test_ranks_that_want_a_slice_each_are_sent_the_tensor_once():
     assert [(one, set(asking)) for one, asking in shared(halves)] == [(halves[0][0], {0, 2}), (halves[1][0], {1, 2})]
 
 
+@examples(100)
 @given(anything | strided, st.integers(1, 64))
 def test_pieces_are_the_range_in_order_and_small_enough(one, limit):
     found = list(pieces_of(one, limit))
@@ -70,6 +72,7 @@ def test_pieces_are_the_range_in_order_and_small_enough(one, limit):
     assert all(piece.size <= limit and piece.fits(one.stop) for piece in found)
 
 
+@examples(100)
 @given(anything | strided, anything | strided)
 def test_disjoint_is_never_said_of_what_is_not(one, other):
     apart = not union([one]) & union([other])
@@ -78,7 +81,7 @@ def test_disjoint_is_never_said_of_what_is_not(one, other):
         assert disjoint((one, other)) == apart
 
 
-@settings(deadline=None)
+@examples(100)
 @given(anything | strided, anything | strided)
 def test_within_says_where_the_bytes_lie_among_the_others(part, whole):
     found = within(part, whole)
@@ -89,6 +92,7 @@ def test_within_says_where_the_bytes_lie_among_the_others(part, whole):
         assert not set(places(part)) <= set(places(whole))
 
 
+@examples(100)
 @given(anything | strided, st.integers(0, 400))
 def test_what_fits_has_all_its_bytes_in_the_tensor(one, nbytes):
     assert one.fits(nbytes) == (max(places(one)) < nbytes)

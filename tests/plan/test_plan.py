@@ -4,7 +4,8 @@ import re
 
 import pytest
 import torch
-from hypothesis import given, settings
+from examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -179,7 +180,7 @@ def test_lossless_for_the_large_ones():
     assert not any(is_lossless(*pair) for pair in no)
 
 
-@settings(deadline=None, max_examples=200, derandomize=True)
+@examples(200, derandomize=True)
 @given(st.lists(st.integers(0, 7), max_size=4), st.integers(1, 40))
 def test_pieces_cover_a_tensor_once_and_in_order(shape, limit):
     whole = torch.arange(torch.Size(shape).numel()).view(shape)

@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from examples import examples
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from idioms import IDIOMS, Model, weights
 from torch import nn
@@ -256,7 +257,7 @@ def check_composed(program, tally):
         assert fingerprint(ours) == fingerprint(theirs), kind
 
 
-@settings(deadline=None, max_examples=150, derandomize=True, suppress_health_check=list(HealthCheck))
+@examples(150, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.lists(INSTRUCTION, min_size=1, max_size=14))
 def test_idioms_composed_at_random_load_as_their_own_code_does(program):
     check_composed(program, Counter())
