@@ -19,7 +19,7 @@ test: $(VENV)/.installed
 	$(PYTEST) -m "not long"
 
 test-all: $(VENV)/.installed
-	HOTWEIGHTS_EXAMPLES=4 $(PYTEST)
+	HOTWEIGHTS_EXAMPLES=4 $(PYTEST) --timeout 600
 
 # With a real vLLM engine on the CPU, in an environment of its own: some ten minutes, 2 GB. The part: three minutes.
 test-vllm: $(VLLM_VENV)/.installed
