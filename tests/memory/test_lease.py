@@ -40,12 +40,12 @@ def test_nothing_is_taken_from_a_lease_that_is_over(take):
 
 
 def test_what_is_owned_outlives_the_lease():
-    memory = torch.zeros(3, 2)
-    with Lease(SPEC, tensor=memory.t()) as lease:
-        own = lease.own()
-    memory.fill_(7)
-    assert own.is_contiguous()
-    assert own.tolist() == [[0, 0, 0], [0, 0, 0]]
+    for memory in (torch.zeros(2, 3), torch.zeros(3, 2).t()):
+        with Lease(SPEC, tensor=memory) as lease:
+            own = lease.own()
+        memory.fill_(7)
+        assert own.is_contiguous()
+        assert own.tolist() == [[0, 0, 0], [0, 0, 0]]
 
 
 def test_what_is_not_borrowed_is_owned_without_a_copy():
