@@ -4,7 +4,8 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 import hotweights as hw
@@ -57,7 +58,7 @@ walks = st.lists(
     ),
     max_size=5,
 )
-many = settings(deadline=None, max_examples=300, derandomize=True)
+many = examples(300, derandomize=True)
 
 
 def base():
@@ -161,7 +162,7 @@ def test_covered_counts_each_element_once(several, target):
     assert covered([box_of(part) for part in parts], box_of(target)) == len(seen) // 4
 
 
-@settings(deadline=None, max_examples=150, derandomize=True)
+@examples(150, derandomize=True)
 @given(walks, walks, st.sampled_from([torch.int32, torch.int64]), st.sampled_from([1, 2, 3]))
 def test_a_copy_of_slices_is_read_exactly(tmp_path_factory, of, into, dtype, pages):
     """Any part of a file's tensor into any part of a destination, through any slot."""

@@ -1,7 +1,8 @@
 """Ranges against sets of bytes: what is cut is what was asked for, each byte once."""
 
 import torch
-from hypothesis import given, settings
+from examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hotweights.boxes import box_of
@@ -35,7 +36,7 @@ strided = st.builds(lambda a, n, c, more: Range(a, n, c, n + more), *(st.integer
 )
 
 
-@settings(deadline=None)
+@examples(100)
 @given(st.lists(columns().map(lambda asked: (asked,)), min_size=1, max_size=4))
 def test_what_several_want_is_cut_into_pieces_that_each_wants_wholly_or_not(requests):
     cut = shared(requests)
@@ -48,7 +49,7 @@ def test_what_several_want_is_cut_into_pieces_that_each_wants_wholly_or_not(requ
         assert all(any(within(asked, whole) for whole in request) for asked in mine)
 
 
-@settings(deadline=None)
+@examples(100)
 @given(st.lists(st.tuples(anything | strided), min_size=1, max_size=4))
 def test_however_odd_the_requests_everybody_gets_what_it_asked_for(requests):
     for number, request in enumerate(requests):
@@ -66,6 +67,7 @@ def test_ranks_that_want_a_slice_each_are_sent_the_tensor_once():
     ]
 
 
+@examples(100)
 @given(anything | strided, st.integers(1, 64))
 def test_pieces_are_the_range_in_order_and_small_enough(asked, limit):
     pieces = list(pieces_of(asked, limit))
@@ -73,6 +75,7 @@ def test_pieces_are_the_range_in_order_and_small_enough(asked, limit):
     assert all(piece.size <= limit and piece.fits(asked.stop) for piece in pieces)
 
 
+@examples(100)
 @given(anything | strided, anything | strided)
 def test_disjoint_is_never_said_of_what_is_not(asked, other):
     apart = not union([asked]) & union([other])
@@ -81,7 +84,7 @@ def test_disjoint_is_never_said_of_what_is_not(asked, other):
         assert disjoint((asked, other)) == apart
 
 
-@settings(deadline=None)
+@examples(100)
 @given(anything | strided, anything | strided)
 def test_within_says_where_the_bytes_lie_among_the_others(part, whole):
     inside = within(part, whole)
@@ -92,6 +95,7 @@ def test_within_says_where_the_bytes_lie_among_the_others(part, whole):
         assert not set(places(part)) <= set(places(whole))
 
 
+@examples(100)
 @given(anything | strided, st.integers(0, 400))
 def test_what_fits_has_all_its_bytes_in_the_tensor(asked, nbytes):
     assert asked.fits(nbytes) == (max(places(asked)) < nbytes)

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from processes import Child
 from typer.testing import CliRunner
 
 from hotweights import LoadPlan
@@ -173,17 +174,21 @@ class TestReader:
         assert "known are: fastsafetensors, hotweights, runai" in result.stderr
 
 
+def receive(pipe, address, model):
+    result = run("receive", "--from", address, "--model", model, "--offer-timeout", "60", "--json")
+    pipe.send((result.exit_code, result.output))
+
+
 class TestTransfer:
     def test_from_one_terminal_to_another(self, bert, tmp_path):
         """Two processes; whoever starts first waits for the other."""
-        command = [sys.executable, "-m", "hotweights"]
         address = f"unix:{tmp_path / 'run' / 'socket'}"
-        receiving = [*command, "receive", "--from", address, "--model", str(bert), "--offer-timeout", "60", "--json"]
-        with subprocess.Popen(receiving, stdout=subprocess.PIPE, text=True) as receiver:
+        with Child(receive, address, bert) as child:
             sent = run("send", bert, "--to", address, "--version", "step-1", "--json")
-            received = json.loads(receiver.communicate(timeout=60)[0])
-        assert (sent.exit_code, receiver.returncode) == (0, 0)
-        assert json.loads(sent.output)["committed"] == [f"process {receiver.pid}"]
+            exit_code, output = child.heard()
+        received = json.loads(output)
+        assert (sent.exit_code, exit_code) == (0, 0)
+        assert json.loads(sent.output)["committed"] == [child.name]
         assert received["version"] == "step-1"
         assert received["bytes_written"] > 0
         assert "pooler.dense.weight" in received["tensors"]["written"]
@@ -214,6 +219,7 @@ def test_as_a_module():
     assert "inspect" in done.stdout
 
 
+@pytest.mark.long
 @pytest.mark.timeout(330)  # Four more processes import torch and transformers.
 def test_demo():
     """All of ``make demo``: it proves and refuses by itself, and fails if a proof fails."""

@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from hypothesis import given, settings
+from examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -261,7 +262,7 @@ class TestOrder:
         largest, first = LANGUAGE, next(part.name for part in components if part.name != ADAPTER)
         assert report.streamed == {"reused": first, "ordered": largest}.get(way.name)
 
-    @settings(deadline=None, max_examples=60)
+    @examples(60)
     @given(data=st.data())
     def test_every_order_of_tensors(self, data):
         state = vision_language_checkpoint()

@@ -4,6 +4,7 @@ from collections import deque
 from pathlib import Path
 
 import pytest
+from examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -92,6 +93,7 @@ def test_the_table_is_a_function_of_known_words():
     assert {row.state for row in TABLE} == set(SessionState)
 
 
+@examples(100)
 @given(st.lists(st.tuples(st.booleans(), st.sampled_from(KINDS), st.integers(0, 3)), max_size=20))
 def test_a_session_follows_the_table_and_nothing_else(said):
     session = Session(Side.SENDER)

@@ -9,7 +9,8 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
-from hypothesis import example, given, settings
+from examples import examples
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import hotweights as hw
@@ -20,8 +21,8 @@ from hotweights.sources import Read
 from hotweights.sources.files.header import MAX_HEADER_NBYTES, read_header
 from hotweights.testing import assert_same_bits, bits, write_safetensors
 
-EXAMPLES = settings(max_examples=120, deadline=None, derandomize=True, database=None)
-FUZZ = settings(max_examples=500, deadline=None, derandomize=True, database=None)
+EXAMPLES = examples(120, derandomize=True, database=None)
+FUZZ = examples(500, derandomize=True, database=None)
 TORCH_DTYPES = [getattr(torch, name) for _, name in FORMAT_DTYPES.values() if name]
 PACKED = torch.float4_e2m1fn_x2
 

@@ -1,4 +1,4 @@
-"""What bit others in transfers, first in code that is wrong: FAILURES rows 6, 19 to 23, 27, 28 and 36."""
+"""What bit others in transfers, first in code that is wrong."""
 
 import os
 import pickle
@@ -53,12 +53,10 @@ def carried(pairs, address):
 @pytest.mark.parametrize(
     ("pairs", "bites"),
     [
-        pytest.param([("w", torch.randn(3000))], AssertionError, id="row 19: larger than the bucket"),
-        pytest.param(
-            [("bf16", torch.randn(3).bfloat16()), ("fp32", torch.randn(2))], RuntimeError, id="row 20: an odd offset"
-        ),
-        pytest.param([("w", torch.randn(4, 6).t())], RuntimeError, id="row 22: transposed"),
-        pytest.param([("w", torch.randn(4, 6)[:, ::2])], RuntimeError, id="row 22: every second column"),
+        pytest.param([("w", torch.randn(3000))], AssertionError, id="larger than the bucket"),
+        pytest.param([("bf16", torch.randn(3).bfloat16()), ("fp32", torch.randn(2))], RuntimeError, id="an odd offset"),
+        pytest.param([("w", torch.randn(4, 6).t())], RuntimeError, id="transposed"),
+        pytest.param([("w", torch.randn(4, 6)[:, ::2])], RuntimeError, id="every second column"),
     ],
 )
 def test_tensors_that_do_not_fit_the_naive_bucket_are_carried(pairs, bites, address):
@@ -75,7 +73,7 @@ def test_tensors_that_do_not_fit_the_naive_bucket_are_carried(pairs, bites, addr
 
 
 def test_empty_and_scalar_tensors_are_carried(address):
-    """Row 21: a buffer of no bytes cannot even be had."""
+    """A buffer of no bytes cannot even be had."""
     with pytest.raises(ValueError, match="both buffer length"):
         torch.frombuffer(bytearray(), dtype=torch.float32)
     content = {"empty": torch.empty(0), "scalar": torch.tensor(3.0), "rows": torch.empty(3, 0)}
@@ -83,7 +81,7 @@ def test_empty_and_scalar_tensors_are_carried(address):
 
 
 def test_two_tensors_of_one_name_are_refused(address):
-    """Row 23: the second silently takes the first one's place."""
+    """The second silently takes the first one's place."""
     pairs = [("w", torch.zeros(2)), ("w", torch.ones(2))]
     bucket = Bucket()
     for name, tensor in pairs:
@@ -94,7 +92,7 @@ def test_two_tensors_of_one_name_are_refused(address):
 
 
 def test_release_is_the_acknowledgement(address, monkeypatch):
-    """Row 6: acknowledged when it came and not when it was read, a bucket is filled again under its reader."""
+    """Acknowledged when it came and not when it was read, a bucket is filled again under its reader."""
     bucket = Bucket()
     bucket.put("w0", torch.zeros(1000))
     acknowledged, reading = bucket.get("w0"), torch.empty(1000)
@@ -136,7 +134,7 @@ def test_release_is_the_acknowledgement(address, monkeypatch):
 
 
 def test_segments_with_names_outlive_those_who_made_them(address, tmp_path):
-    """Row 28: a killed process leaves its segment; ours has no name to leave."""
+    """A killed process leaves its segment; ours has no name to leave."""
     left = SharedMemory(create=True, size=BUCKET)
     assert os.path.exists(f"/dev/shm/{left.name}")  # until somebody unlinks it
     left.close()
@@ -147,7 +145,7 @@ def test_segments_with_names_outlive_those_who_made_them(address, tmp_path):
 
 
 def test_a_pickle_is_not_opened(tmp_path):
-    """Row 36."""
+    """Unpickling runs what the other side wrote."""
 
     class Evil:
         def __reduce__(self):
@@ -163,7 +161,7 @@ def test_a_pickle_is_not_opened(tmp_path):
 
 
 def test_a_word_of_an_earlier_update_is_refused():
-    """Row 27: without an id an old word is as good as a new one."""
+    """Without an id an old word is as good as a new one."""
     session = Session(Side.RECEIVER)
     session.state, session.update = SessionState.PREPARED, 8
     with pytest.raises(ProtocolError, match="'commit' of update 7 is stale"):

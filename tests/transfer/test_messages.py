@@ -11,7 +11,8 @@ import msgspec
 import pytest
 import torch
 from ends import Thread, receiver, sender
-from hypothesis import given, settings
+from examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 import hotweights as hw
@@ -235,7 +236,7 @@ def channel(state=SessionState.CONNECTED, side=Side.SENDER):
     return made, theirs
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(
     raw=st.binary(max_size=200), header=st.booleans(), state=st.sampled_from(SessionState), side=st.sampled_from(Side)
 )
@@ -249,7 +250,7 @@ def test_random_bytes_give_our_errors_and_nothing_else(raw, header, state, side)
                 assert made.read() is not None
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.floats(), st.lists))
 def test_random_content_gives_our_errors_and_nothing_else(content):
     with contextlib.suppress(hw.ProtocolError), contextlib.suppress(OverflowError):
