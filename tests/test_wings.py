@@ -85,19 +85,6 @@ def tree_of(module):
     return ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text())
 
 
-# Allowed until they have names of their own. Nothing may be added.
-TAKES_PRIVATE_NAMES = {("tracing.trace", "_Traced")}
-SHARED_NAMES = {
-    "Event": "a moment of an update's timeline, and what a device does",
-    "Header": "of a safetensors file, and of a message",
-    "Options": "of a live model, and of vLLM's loader",
-    "Part": "one component's share of a stream, and a range of a tensor in a slot",
-    "Read": "of bytes of a file, and of a tensor by another package",
-    "State": "of a live model, which is public, and of a connection, whose table is",
-    "_Place": "in a memory layout, and in a file",
-}
-
-
 @pytest.mark.parametrize("module", MODULES)
 def test_private_names_stay_in_their_file(module):
     tree = tree_of(module)
@@ -109,8 +96,7 @@ def test_private_names_stay_in_their_file(module):
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
             taken |= {node.attr} if node.attr.startswith("_") and not node.attr.startswith("__") else set()
-    wrong = {name for name in taken if (module, name) not in TAKES_PRIVATE_NAMES}
-    assert not wrong, f"{module} takes {sorted(wrong)} from another file; a name that two files use is not private"
+    assert not taken, f"{module} takes {sorted(taken)} from another file; a name that two files use is not private"
 
 
 def test_two_classes_have_two_names():
@@ -119,7 +105,7 @@ def test_two_classes_have_two_names():
         for node in ast.walk(tree_of(module)):
             if isinstance(node, ast.ClassDef):
                 homes[node.name].append(module)
-    shared = {name: where for name, where in homes.items() if len(where) > 1 and name not in SHARED_NAMES}
+    shared = {name: where for name, where in homes.items() if len(where) > 1}
     assert not shared, "a reader takes one for the other: " + "; ".join(f"{k} in {v}" for k, v in shared.items())
 
 

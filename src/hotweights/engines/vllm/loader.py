@@ -99,9 +99,14 @@ class ModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not install
             memory_limit=options.memory_limit,
         )
         with self._opened(model, model_config) as source:
-            if options.verify == "loader":
-                load(model, source, device=device, verify="loader", show_progress=False, **allowed)
-            report = live.load(source, device=device, threads=options.threads, show_progress=False, **allowed)
+            report = live.load(
+                source,
+                device=device,
+                threads=options.threads,
+                verify=options.verify,
+                show_progress=False,
+                **allowed,
+            )
         return live, report
 
     def _allowed(self, model: nn.Module) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Options: what ``model_loader_extra_config`` may say, checked before anything is loaded."""
+"""LoaderOptions: what ``model_loader_extra_config`` may say, checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ...loading.verify import Verify
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class LoaderOptions:
     """How one model is loaded and updated.
 
     Attributes:
@@ -30,7 +30,7 @@ class Options:
     allow_unexpected: tuple[str, ...] = ()
 
 
-def options_from(config: object) -> Options:
+def options_from(config: object) -> LoaderOptions:
     """The options that a load config carries.
 
     Raises:
@@ -38,11 +38,11 @@ def options_from(config: object) -> Options:
     """
     if not isinstance(config, Mapping):
         raise UsageError(f"model_loader_extra_config is a dict; found {type(config).__name__}")
-    known = [field.name for field in fields(Options)]
+    known = [field.name for field in fields(LoaderOptions)]
     for key in config:
         if key not in known:
             raise UnknownName("key of model_loader_extra_config", key, known)
-    return Options(**{key: _checked(key, value) for key, value in config.items()})
+    return LoaderOptions(**{key: _checked(key, value) for key, value in config.items()})
 
 
 def _checked(key: str, value: Any) -> Any:
