@@ -167,7 +167,8 @@ def test_progress_ends_at_its_total_though_a_rank_reads_slices(source, tmp_path,
         if source == "mapping":
             given = weights
         elif source == "files":
-            given = write_safetensors(tmp_path / "model.safetensors", weights)
+            given = tmp_path / "model.safetensors"
+            write_safetensors(given, weights)
         else:
             given = hw.from_iterator(ReusedBuffer(weights), hw.open(weights).manifest)
         live.update(given) if totals else live.load(given)
