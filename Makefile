@@ -1,17 +1,25 @@
-# demo, test, check, bench: each sets up what it needs in .venv, the first time.
+# demo, test, test-all, check, bench: each sets up what it needs in .venv, the first time.
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 VLLM_VENV ?= .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 
-.PHONY: demo test test-vllm test-vllm-part check lint bench clean
+# Every worker imports torch and transformers: half a GB each. With one thread each they do not fight for processors.
+WORKERS ?= $(shell n=$$(env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n : 8)))
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+.PHONY: demo test test-all test-vllm test-vllm-part check lint bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/hotweights demo
 
+# Minutes on two processors, and all that guards correctness. The rest: the whole demo, benchmarks, more random examples.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not long"
+
+test-all: $(VENV)/.installed
+	HOTWEIGHTS_EXAMPLES=4 $(PYTEST) --timeout 600
 
 # With a real vLLM engine on the CPU, in an environment of its own: some ten minutes, 2 GB. The part: three minutes.
 test-vllm: $(VLLM_VENV)/.installed

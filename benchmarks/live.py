@@ -36,7 +36,7 @@ class Layers(nn.Module):
         super().__init__()
         shape = (nbytes // tensors // 2 // 1024, 1024)
         blank = (nn.Parameter(torch.zeros(shape, dtype=torch.bfloat16), requires_grad=False) for _ in range(tensors))
-        self.layers = nn.ModuleList(_holding(one) for one in blank)
+        self.layers = nn.ModuleList(_holding(weight) for weight in blank)
 
 
 def _holding(weight: nn.Parameter) -> nn.Module:
@@ -46,12 +46,12 @@ def _holding(weight: nn.Parameter) -> nn.Module:
 
 
 def weights(model: nn.Module, value: float) -> Weights:
-    return {name: torch.full_like(one, value).detach() for name, one in model.state_dict().items()}
+    return {name: torch.full_like(tensor, value).detach() for name, tensor in model.state_dict().items()}
 
 
 def plain_copy(model: nn.Module, new: Weights) -> None:
-    for name, one in model.named_parameters():
-        one.copy_(new[name])
+    for name, parameter in model.named_parameters():
+        parameter.copy_(new[name])
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -79,7 +79,7 @@ def measure(options: argparse.Namespace, console: Console) -> None:
                 seconds.setdefault(name, []).append(took)
                 seconds.setdefault(f"{name}: stall", []).append(report[0].stall_seconds)
                 last[name] = report[0]
-                if any(not torch.equal(one, new[key]) for key, one in live.model.named_parameters()):
+                if any(not torch.equal(tensor, new[key]) for key, tensor in live.model.named_parameters()):
                     raise RuntimeError(f"{name}: wrong values")
     console.print(table(seconds, options))
     if options.timeline:
@@ -88,13 +88,13 @@ def measure(options: argparse.Namespace, console: Console) -> None:
 
 def table(seconds: dict[str, list[float]], options: argparse.Namespace) -> Table:
     plain = statistics.median(seconds["plain copy"])
-    found = Table(title=f"update of {options.size / 1e9:.1f} GB in {options.tensors} tensors, from memory")
+    result = Table(title=f"update of {options.size / 1e9:.1f} GB in {options.tensors} tensors, from memory")
     for heading in ("", "seconds", "spread", "x a plain copy"):
-        found.add_column(heading, justify="left" if not heading else "right")
+        result.add_column(heading, justify="left" if not heading else "right")
     for name, took in seconds.items():
         middle = statistics.median(took)
-        found.add_row(name, f"{middle:.3f}", f"{min(took):.3f}..{max(took):.3f}", f"{middle / plain:.2f}")
-    return found
+        result.add_row(name, f"{middle:.3f}", f"{min(took):.3f}..{max(took):.3f}", f"{middle / plain:.2f}")
+    return result
 
 
 def open_bytes(options: argparse.Namespace) -> dict[str, list[tuple[float, int]]]:
@@ -106,21 +106,21 @@ def open_bytes(options: argparse.Namespace) -> dict[str, list[tuple[float, int]]
         "as files are sorted": sorted(names),
         "worst: tensor by tensor over all layers": sorted(names, key=lambda name: name.rpartition(".")[2]),
     }
-    found = {}
+    by_order = {}
     # The processor plays the device: what counts as one is a single function.
     with mock.patch("hotweights.live.open_layers.is_device", lambda device: device.type != "meta"):
         for name, order in orders.items():
             live = LiveModel(model, process=lambda layer: None)
             new = model.state_dict()
-            live.load({key: one.clone() for key, one in new.items()})
+            live.load({key: tensor.clone() for key, tensor in new.items()})
             with live.begin() as update:
                 seen = []
                 for number, key in enumerate(order):
                     update.feed([(key, new[key].clone())])
                     seen.append((number / len(order), update.open_nbytes))
                 update.commit()
-            found[name] = seen
-    return found
+            by_order[name] = seen
+    return by_order
 
 
 def plot(found: dict[str, list[tuple[float, int]]], path: str) -> None:
@@ -160,10 +160,10 @@ def main(arguments: Iterable[str] | None = None) -> None:
     options = parse(None if arguments is None else list(arguments))
     console = Console()
     measure(options, console)
-    found = open_bytes(options)
-    console.print(orders_table(found))
+    opened = open_bytes(options)
+    console.print(orders_table(opened))
     if options.plot:
-        plot(found, options.plot)
+        plot(opened, options.plot)
 
 
 if __name__ == "__main__":

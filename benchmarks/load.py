@@ -103,12 +103,12 @@ def rounds(
                     seconds[name].append(took)
                 except RuntimeError as error:
                     console.print(f"{case}: {name}: {error}")
-    return {name: found for name, found in seconds.items() if found}
+    return {name: times for name, times in seconds.items() if times}
 
 
 def limit(seconds: Seconds, case: str) -> float:
     """The fastest limit: of those that fill the parameters; for cold files, the direct reads."""
-    fit = [statistics.median(found) for name, found in seconds.items() if name in LIMITS and fits(name, case)]
+    fit = [statistics.median(times) for name, times in seconds.items() if name in LIMITS and fits(name, case)]
     return min(fit, default=float("nan"))
 
 
@@ -121,12 +121,12 @@ def speed_table(seconds: Seconds, case: str, nbytes: int) -> Table:
     table = Table(title=f"{case}: {CASES[case]}", title_justify="left")
     for heading in ("", "seconds", "spread", "GB/s", "of the limit"):
         table.add_column(heading, justify="left" if not heading else "right")
-    for name, found in seconds.items():
-        middle = statistics.median(found)
+    for name, times in seconds.items():
+        middle = statistics.median(times)
         table.add_row(
             f"[bold]{name}[/]" if name in OURS else f"[dim]{name}[/]" if name in LIMITS else name,
             f"{middle:.3f}",
-            f"{min(found):.3f}..{max(found):.3f}",
+            f"{min(times):.3f}..{max(times):.3f}",
             f"{nbytes / middle / 1e9:.1f}",
             f"{limit(seconds, case) / middle:.2f}",
         )
@@ -140,8 +140,10 @@ def memory_table(peaks: dict[str, dict[str, Peak]]) -> Table:
     for case in cases:
         table.add_column(f"{case}: own (RssAnon)", justify="right")
         table.add_column("with mapped files (VmHWM)", justify="right")
-    for name, found in peaks.items():
-        cells = [(f"{found[c].anonymous / MB:.0f}", f"{found[c].total / MB:.0f}") if c in found else "" for c in cases]
+    for name, by_case in peaks.items():
+        cells = [
+            (f"{by_case[c].anonymous / MB:.0f}", f"{by_case[c].total / MB:.0f}") if c in by_case else "" for c in cases
+        ]
         table.add_row(name, *(cell for pair in cells for cell in (pair or ("-", "-"))))
     return table
 
@@ -150,10 +152,10 @@ def small_table(seconds: Seconds, floor: float, tensors: int) -> Table:
     table = Table(title=f"{tensors} tensors, warm: open and load, over {floor:.3f} s that the bytes take")
     for heading in ("", "seconds", "spread", "µs a tensor over the bytes"):
         table.add_column(heading, justify="left" if not heading else "right")
-    for name, found in seconds.items():
-        middle = statistics.median(found)
+    for name, times in seconds.items():
+        middle = statistics.median(times)
         table.add_row(
-            name, f"{middle:.3f}", f"{min(found):.3f}..{max(found):.3f}", f"{(middle - floor) / tensors * 1e6:.1f}"
+            name, f"{middle:.3f}", f"{min(times):.3f}..{max(times):.3f}", f"{(middle - floor) / tensors * 1e6:.1f}"
         )
     return table
 
@@ -176,12 +178,12 @@ def plot(results: dict[str, Any], path: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    cases = {case: found for case, found in results["seconds"].items() if found}
+    cases = {case: times for case, times in results["seconds"].items() if times}
     figure, panels = pyplot.subplots(1, len(cases), figsize=(5 * len(cases), 5), squeeze=False, layout="constrained")
-    for panel, (case, found) in zip(panels[0], cases.items(), strict=True):
-        names = [name for name in found if name not in LIMITS or fits(name, case)][::-1]
+    for panel, (case, times) in zip(panels[0], cases.items(), strict=True):
+        names = [name for name in times if name not in LIMITS or fits(name, case)][::-1]
         colours = ["tab:orange" if n in OURS else "tab:gray" if n in LIMITS else "tab:blue" for n in names]
-        panel.barh(names, [statistics.median(found[name]) for name in names], color=colours)
+        panel.barh(names, [statistics.median(times[name]) for name in names], color=colours)
         panel.set(title=case, xlabel="seconds")
     figure.savefig(path, dpi=120)
 
@@ -237,8 +239,8 @@ def main() -> None:
                 peaks = peaks_of([name for name in names if name not in LIMITS], watched, big)
                 console.print(memory_table(peaks))
                 results["memory"] = {
-                    name: {case: {"anonymous": p.anonymous, "total": p.total} for case, p in found.items()}
-                    for name, found in peaks.items()
+                    name: {case: {"anonymous": p.anonymous, "total": p.total} for case, p in by_case.items()}
+                    for name, by_case in peaks.items()
                 }
         if options.small_tensors:
             many(options, names, Path(directory, "small"), results, console)
@@ -264,8 +266,8 @@ def many(
     seconds: Seconds = {}
     for _ in range(options.repeats):
         floor.append(limit(rounds(limits, "warm", few, 1, console, patience=options.patience, first=tiny), "warm"))
-        for name, found in rounds(mine, "warm", small, 1, console, patience=options.patience, first=tiny).items():
-            seconds.setdefault(name, []).extend(found)
+        for name, times in rounds(mine, "warm", small, 1, console, patience=options.patience, first=tiny).items():
+            seconds.setdefault(name, []).extend(times)
     results["small"] = {"floor": floor, "seconds": seconds}
     console.print(small_table(seconds, statistics.median(floor), options.small_tensors))
 

@@ -47,7 +47,7 @@ def model_of(layers: int, width: int) -> nn.Module:
 
 def weights(model: nn.Module, seed: int) -> dict[str, torch.Tensor]:
     made = torch.Generator().manual_seed(seed)
-    return {name: torch.rand(one.shape, generator=made) for name, one in model.state_dict().items()}
+    return {name: torch.rand(tensor.shape, generator=made) for name, tensor in model.state_dict().items()}
 
 
 def holding(new: dict[str, torch.Tensor], options: argparse.Namespace) -> nn.Module:
@@ -92,8 +92,8 @@ class ByHand:
                     getattr(live.weight, key).copy_(getattr(layer.weight, key))
 
 
-def same(one: nn.Module, other: nn.Module) -> bool:
-    pairs = zip(one, other, strict=True)
+def same(model: nn.Module, expected: nn.Module) -> bool:
+    pairs = zip(model, expected, strict=True)
     return all(
         torch.equal(getattr(a.weight, key), getattr(b.weight, key)) for a, b in pairs for key in ("qdata", "scale")
     )
@@ -134,16 +134,19 @@ def peak(name: str, options: argparse.Namespace) -> int:
     def run(stage: Stage) -> None:
         # What is let go goes back to the system: kept by the allocator it would count for others, or for nothing.
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1024 * 1024)
-        process, (one, two, three) = int8(), (weights(model_of(options.layers, options.width), n) for n in range(3))
+        process, (first, second, third) = (
+            int8(),
+            (weights(model_of(options.layers, options.width), n) for n in range(3)),
+        )
         if name in WAYS:
             live = LiveModel(model_of(options.layers, options.width), process=process, atomic=WAYS[name])
-            live.load(one)
-            live.update(two)
+            live.load(first)
+            live.update(second)
             stage.begin()
-            live.update(three)
+            live.update(third)
         else:
-            processed(holding(one, options), process)
-            model = holding(two, options)[:1]
+            processed(holding(first, options), process)
+            model = holding(second, options)[:1]
             stage.begin()
             processed(model, process)
         stage.end()
@@ -154,28 +157,28 @@ def peak(name: str, options: argparse.Namespace) -> int:
 class Round(NamedTuple):
     seconds: float
     faults: int
-    found: Any
+    result: Any
 
 
 def clock(rounds: dict[str, list[Round]], name: str, work: Callable[[], Any]) -> Any:
     faults, began = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.perf_counter()
-    found = work()
+    result = work()
     took = time.perf_counter() - began
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
-    rounds.setdefault(name, []).append(Round(took, faults, found if isinstance(found, UpdateReport) else None))
-    return found
+    rounds.setdefault(name, []).append(Round(took, faults, result if isinstance(result, UpdateReport) else None))
+    return result
 
 
 def show(rounds: dict[str, list[Round]], memory: dict[str, int], options: argparse.Namespace, console: Console) -> None:
-    median = {name: statistics.median(one.seconds for one in found) for name, found in rounds.items()}
-    fastest = {name: min(one.seconds for one in found) for name, found in rounds.items()}
+    median = {name: statistics.median(turn.seconds for turn in turns) for name, turns in rounds.items()}
+    fastest = {name: min(turn.seconds for turn in turns) for name, turns in rounds.items()}
     alone = "processing alone"
     columns = ("seconds", "x alone", "x cold load", "fastest x alone", "stall x alone", "copied, MB", "page faults")
     table = Table("", *columns, "memory, MB", "and a copy, MB")
-    for name, found in rounds.items():
-        ratios = [median[name] / median[other] for other in (alone, "cold load")] + [fastest[name] / fastest[alone]]
-        report = found[-1].found
-        stall = f"{min(one.found.stall_seconds for one in found) / fastest[alone]:.2f}" if report else ""
+    for name, turns in rounds.items():
+        ratios = [median[name] / median[base] for base in (alone, "cold load")] + [fastest[name] / fastest[alone]]
+        report = turns[-1].result
+        stall = f"{min(turn.result.stall_seconds for turn in turns) / fastest[alone]:.2f}" if report else ""
         full, live = (options.layers * options.width * size for size in (4 * options.width, options.width + 4))
         copied = (
             f"{sum(n * nbytes for n, nbytes in zip(COPIES.get(name, (0, 0)), (full, live), strict=True)) / 1e6:.0f}"
@@ -186,7 +189,7 @@ def show(rounds: dict[str, list[Round]], memory: dict[str, int], options: argpar
             *(f"{ratio:.2f}" for ratio in ratios),
             stall,
             copied,
-            f"{statistics.median(one.faults for one in found):.0f}",
+            f"{statistics.median(turn.faults for turn in turns):.0f}",
             f"{memory[name] / 1e6:.0f}" if name in memory else "",
             f"{report.copy_bytes / 1e6:.0f}" if report else "",
         )

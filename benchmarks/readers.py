@@ -165,16 +165,16 @@ def table(seconds: load.Seconds, title: str, count: int) -> Table:
     made = Table(title=title, title_justify="left")
     for heading in ("the package", "seconds", "ours over it", "seconds ", "ratio", "µs a tensor"):
         made.add_column(heading, justify="left" if heading in ("the package", "ours over it") else "right")
-    for raw, ours in ROWS:
-        if raw in seconds and ours in seconds:
-            one, other = (statistics.median(seconds[name]) for name in (raw, ours))
+    for name_of_theirs, name_of_ours in ROWS:
+        if name_of_theirs in seconds and name_of_ours in seconds:
+            theirs, ours = (statistics.median(seconds[name]) for name in (name_of_theirs, name_of_ours))
             cells = (
-                raw,
-                f"{one:.3f}",
-                ours,
-                f"{other:.3f}",
-                f"{other / one:.2f}",
-                f"{(other - one) / count * 1e6:.1f}",
+                name_of_theirs,
+                f"{theirs:.3f}",
+                name_of_ours,
+                f"{ours:.3f}",
+                f"{ours / theirs:.2f}",
+                f"{(ours - theirs) / count * 1e6:.1f}",
             )
             made.add_row(*cells)
     return made

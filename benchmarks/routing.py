@@ -123,7 +123,7 @@ def measure(state: State, path: Path, rounds: int) -> dict[str, dict[str, float]
     parts = {
         part: Part({n.partition(".")[2]: t for n, t in state.items() if n.startswith(f"{part}.")}) for part in SHARES
     }
-    found = {}
+    by_case = {}
     for case, ways in cases(state, path).items():
         seconds: tuple[list[float], list[float]] = ([], [])
         for number in range(rounds + 1):
@@ -138,16 +138,16 @@ def measure(state: State, path: Path, rounds: int) -> dict[str, dict[str, float]
                 check(parts, state)
         hand, ours = seconds[0][1:], seconds[1][1:]  # The first of each warms up.
         ratio = min(ours) / min(hand)  # Work beside it only ever adds.
-        found[case] = {"by_hand_s": statistics.median(hand), "routed_s": statistics.median(ours), "ratio": ratio}
-    return found
+        by_case[case] = {"by_hand_s": statistics.median(hand), "routed_s": statistics.median(ours), "ratio": ratio}
+    return by_case
 
 
 def check(parts: dict[str, Part], state: State) -> None:
     """Every byte is there, outside the clock."""
     for name, tensor in state.items():
         part, _, ours = name.partition(".")
-        found = parts[part].tensors[ours]
-        assert torch.equal(found.view(torch.uint8), tensor.view(torch.uint8)), f"{name} is wrong"
+        loaded = parts[part].tensors[ours]
+        assert torch.equal(loaded.view(torch.uint8), tensor.view(torch.uint8)), f"{name} is wrong"
 
 
 def main() -> None:

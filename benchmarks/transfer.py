@@ -59,7 +59,7 @@ class Layers(nn.Module):
 
 def check(model: nn.Module, value: float) -> None:
     four = torch.full((4,), value, dtype=torch.bfloat16).view(torch.int64)  # compared by fours, four times as fast
-    if any(not bool((one.view(torch.int64) == four).all()) for one in model.parameters()):
+    if any(not bool((parameter.view(torch.int64) == four).all()) for parameter in model.parameters()):
         raise RuntimeError("wrong values")
 
 
@@ -82,12 +82,12 @@ class Worker:
 def copying(pipe: Connection, nbytes: int, tensors: int) -> None:
     model, source = Layers(nbytes, tensors), Layers(nbytes, tensors, 1.0)
     while (value := pipe.recv()) is not None:
-        for one in source.parameters():
-            one.fill_(value)
+        for parameter in source.parameters():
+            parameter.fill_(value)
         pipe.send("ready")
         pipe.recv()
-        for one, other in zip(model.parameters(), source.parameters(), strict=True):
-            one.copy_(other)
+        for parameter, new in zip(model.parameters(), source.parameters(), strict=True):
+            parameter.copy_(new)
         pipe.send("done")
 
 
@@ -102,7 +102,7 @@ def receiving(pipe: Connection, nbytes: int, tensors: int, address: str, atomic:
 
 def from_buckets(pipe: Connection, nbytes: int, tensors: int, memories: list[SharedMemory]) -> None:
     model = Layers(nbytes, tensors)
-    into = [one.view(-1).view(torch.uint8) for one in model.parameters()]
+    into = [parameter.view(-1).view(torch.uint8) for parameter in model.parameters()]
     while (value := pipe.recv()) is not None:
         for parameter in into:
             for start in range(0, parameter.numel(), BUCKET):
@@ -273,8 +273,8 @@ def measure(options: argparse.Namespace, receivers: int) -> dict[str, list[float
                 run = make(stack)
                 for counted in (False, False, True, True):  # The first update makes the copy of the model.
                     value = value % 100 + 1
-                    for one in trainer.parameters():
-                        one.fill_(value)
+                    for parameter in trainer.parameters():
+                        parameter.fill_(value)
                     if counted:
                         wait_for_quiet(1.0)
                     took = run(trainer, value)
@@ -286,13 +286,13 @@ def measure(options: argparse.Namespace, receivers: int) -> dict[str, list[float
 def table(seconds: dict[str, list[float]], options: argparse.Namespace, receivers: int) -> Table:
     base = statistics.median(seconds["plain copy"])
     title = f"{options.size / 1e9:.1f} GB in {options.tensors} tensors to {receivers} receiver(s)"
-    found = Table(title=title)
+    result = Table(title=title)
     for heading in ("", "seconds", "spread", "x plain"):
-        found.add_column(heading, justify="left" if not heading else "right")
+        result.add_column(heading, justify="left" if not heading else "right")
     for name, took in seconds.items():
         middle = statistics.median(took)
-        found.add_row(name, f"{middle:.3f}", f"{min(took):.3f}..{max(took):.3f}", f"{middle / base:.2f}")
-    return found
+        result.add_row(name, f"{middle:.3f}", f"{min(took):.3f}..{max(took):.3f}", f"{middle / base:.2f}")
+    return result
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -86,8 +86,8 @@ def show(results: dict[str, list[tuple[float, int]]], console: Console) -> None:
     """The table."""
     table = Table("load format", "ready, s", "of auto", "memory, MB")
     base = statistics.median(seconds for seconds, _ in results["auto"])
-    for name, found in results.items():
-        seconds, peak = statistics.median(one for one, _ in found), max(one for _, one in found)
+    for name, runs in results.items():
+        seconds, peak = statistics.median(took for took, _ in runs), max(peak for _, peak in runs)
         table.add_row(name, f"{seconds:.2f}", f"{seconds / base:.2f}", f"{peak / 1e6:.0f}")
     console.print(table)
 

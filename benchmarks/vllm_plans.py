@@ -214,13 +214,13 @@ def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def differences(model: nn.Module, expected: Mapping[str, torch.Tensor]) -> list[str]:
-    found = tensors_of(model)
+    tensors = tensors_of(model)
     return [
-        f"{name}: {int((bits(found[name]) != expected[name]).sum())} of {expected[name].numel()} bytes"
-        if name in found and bits(found[name]).shape == expected[name].shape
+        f"{name}: {int((bits(tensors[name]) != expected[name]).sum())} of {expected[name].numel()} bytes"
+        if name in tensors and bits(tensors[name]).shape == expected[name].shape
         else f"{name}: gone, new, or of another size"
-        for name in sorted(found.keys() | expected.keys())
-        if name not in found or name not in expected or not torch.equal(bits(found[name]), expected[name])
+        for name in sorted(tensors.keys() | expected.keys())
+        if name not in tensors or name not in expected or not torch.equal(bits(tensors[name]), expected[name])
     ]
 
 
@@ -260,8 +260,8 @@ def examine(name: str, directory: Path, rank: int, ranks: int, repeats: int) -> 
         # Shards are streamed in the order of vLLM's default loader: file by file, as the names lie in them.
         order = [entry.spec.name for shard in open_shards(directory) for entry in shard.header.entries]
 
-        def own(one: nn.Module) -> None:
-            one.load_weights((key, state[key]) for key in order)  # type: ignore[operator]
+        def own(target: nn.Module) -> None:
+            target.load_weights((key, state[key]) for key in order)  # type: ignore[operator]
 
         theirs, ours = model(), model()
         garble(theirs, 1)
@@ -283,7 +283,9 @@ def examine(name: str, directory: Path, rank: int, ranks: int, repeats: int) -> 
         result.slices, result.programs = len(sliced), sum(isinstance(step, Program) for step in plan.steps)
         result.bytes_needed = needed(plan, manifest)
         result.fallback, result.skipped = len(plan.fallback), len(plan.names(hw.Fate.SKIPPED))
-        result.notes = [f"{one.what} of {len(one.sources)} tensors at {short(one.where)}" for one in plan.graph_breaks]
+        result.notes = [
+            f"{note.what} of {len(note.sources)} tensors at {short(note.where)}" for note in plan.graph_breaks
+        ]
         result.side_effects, result.state_read = list(plan.side_effects), list(plan.state_read)
 
         def road(words: str, what: Any, seed: int | None) -> None:
@@ -380,36 +382,36 @@ def show(results: Iterable[Result], console: Console) -> None:
         "needed", "read", "trace µs", "own µs", "ratio",
     ):  # fmt: skip
         table.add_column(head, justify="left" if head == "architecture" else "right")
-    for one in results:
-        if one.error:
-            table.add_row(one.name, f"{one.rank} of {one.ranks}", *["-"] * 2, "error")
+    for result in results:
+        if result.error:
+            table.add_row(result.name, f"{result.rank} of {result.ranks}", *["-"] * 2, "error")
             continue
         table.add_row(
-            one.name,
-            f"{one.rank} of {one.ranks}",
-            str(one.tensors),
-            str(one.equal),
-            str(max(map(len, one.differing.values()), default=0)),
-            str(one.copies),
-            str(one.slices),
-            str(one.programs),
-            str(one.fallback),
-            f"{one.bytes_needed / one.nbytes:.0%}",
-            f"{one.bytes_read / one.nbytes:.0%}",
-            f"{one.trace / one.tensors * 1e6:.0f}",
-            f"{one.own / one.tensors * 1e6:.0f}",
-            f"{one.trace / one.own:.2f}",
+            result.name,
+            f"{result.rank} of {result.ranks}",
+            str(result.tensors),
+            str(result.equal),
+            str(max(map(len, result.differing.values()), default=0)),
+            str(result.copies),
+            str(result.slices),
+            str(result.programs),
+            str(result.fallback),
+            f"{result.bytes_needed / result.nbytes:.0%}",
+            f"{result.bytes_read / result.nbytes:.0%}",
+            f"{result.trace / result.tensors * 1e6:.0f}",
+            f"{result.own / result.tensors * 1e6:.0f}",
+            f"{result.trace / result.own:.2f}",
         )
     console.print(table)
-    for one in results:
-        who = f"{one.name}, rank {one.rank} of {one.ranks}"
-        lines = [one.error] if one.error else []
-        lines += [f"fell back: {note}" for note in one.notes]
-        lines += [f"vLLM leaves unwritten: {_some(one.unwritten)}"] if one.unwritten else []
-        lines += [f"skipped by its loader: {one.skipped} tensors"] if one.skipped else []
-        lines += [f"side effects of its loader: {_some(one.side_effects)}"] if one.side_effects else []
-        lines += [f"state read: {_some(one.state_read)}"] if one.state_read else []
-        lines += [f"differ, from {words}: {_some(wrong)}" for words, wrong in one.differing.items()]
+    for result in results:
+        who = f"{result.name}, rank {result.rank} of {result.ranks}"
+        lines = [result.error] if result.error else []
+        lines += [f"fell back: {note}" for note in result.notes]
+        lines += [f"vLLM leaves unwritten: {_some(result.unwritten)}"] if result.unwritten else []
+        lines += [f"skipped by its loader: {result.skipped} tensors"] if result.skipped else []
+        lines += [f"side effects of its loader: {_some(result.side_effects)}"] if result.side_effects else []
+        lines += [f"state read: {_some(result.state_read)}"] if result.state_read else []
+        lines += [f"differ, from {words}: {_some(wrong)}" for words, wrong in result.differing.items()]
         for line in lines:
             console.print(f"{who}: {line}", markup=False, highlight=False)
 

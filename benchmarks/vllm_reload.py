@@ -70,11 +70,11 @@ def asked(zoo: Zoo, name: str, act: Callable[[Talker, str], None], paths: Sequen
 
 def verdict(said: list[Any], expected: Sequence[Tokens]) -> tuple[str, str]:
     """How the short prompts and the long one were answered."""
-    words = [one for one in said if isinstance(one, str)]
+    words = [answer for answer in said if isinstance(answer, str)]
     if words:
         return words[0][:60], ""
-    short = [one[:-1] == right[:-1] for one, right in zip(said, expected, strict=True)]
-    long = [one[-1] == right[-1] for one, right in zip(said, expected, strict=True)]
+    short = [answers[:-1] == right[:-1] for answers, right in zip(said, expected, strict=True)]
+    long = [answers[-1] == right[-1] for answers, right in zip(said, expected, strict=True)]
     return ("right" if all(short) else "WRONG"), ("right" if all(long) else "WRONG")
 
 
@@ -92,9 +92,9 @@ def refusals(zoo: Zoo, kind: str, name: str = "llama") -> list[str]:
     row = [kind]
     for act in (theirs, ours):
         said = asked(zoo, name, act, [str(path)])
-        raised = any(isinstance(one, str) for one in said[:-1])
+        raised = any(isinstance(answer, str) for answer in said[:-1])
         last = next(
-            (f"serves {weights}" for weights, one in right.items() if one == said[-1]), "serves neither A nor B"
+            (f"serves {weights}" for weights, answers in right.items() if answers == said[-1]), "serves neither A nor B"
         )
         row.append(("an error; " if raised else "no error; ") + (last if isinstance(said[-1], list) else "dead"))
     return row
@@ -109,13 +109,13 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ.update(Zoo.environment, PYTHONPATH=f"{TESTS}:{Path(__file__).parent}")
     console = Console()
-    one = Table("model", "vLLM, short", "vLLM, long", "hotweights, short", "hotweights, long")
-    other = Table("checkpoint", "vLLM", "hotweights")
+    reloaded = Table("model", "vLLM, short", "vLLM, long", "hotweights, short", "hotweights, long")
+    refused = Table("checkpoint", "vLLM", "hotweights")
     with tempfile.TemporaryDirectory() as directory:
         zoo = Zoo(Path(directory))
         models = [reloads(zoo, name) for name in filter(None, arguments.only.split(","))]
         bad = [refusals(zoo, kind) for kind in filter(None, arguments.broken.split(","))]
-    for table, rows in ((one, models), (other, bad)):
+    for table, rows in ((reloaded, models), (refused, bad)):
         for row in rows:
             table.add_row(*row)
         console.print(table)

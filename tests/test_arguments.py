@@ -31,7 +31,9 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("kind", ["memory", "file"])
-@pytest.mark.parametrize(("options", "words"), OPTIONS, ids=lambda one: str(one) if isinstance(one, dict) else "")
+@pytest.mark.parametrize(
+    ("options", "words"), OPTIONS, ids=lambda option: str(option) if isinstance(option, dict) else ""
+)
 def test_options_of_load(options, words, kind, tmp_path):
     model = nn.Linear(2, 2)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -41,7 +43,7 @@ def test_options_of_load(options, words, kind, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [one for one, _ in OPTIONS if one.keys() & {"device", "cast", "allow_missing"}], ids=str
+    "options", [option for option, _ in OPTIONS if option.keys() & {"device", "cast", "allow_missing"}], ids=str
 )
 def test_options_of_trace(options):
     with pytest.raises(UsageError, match=next(iter(options))):
@@ -74,8 +76,8 @@ def test_what_trace_takes(tmp_path):
     path = write_checkpoint(tmp_path, STATE)
     source = nn.Linear(2, 2)
     with hw.open(path) as opened:
-        for one in (opened.manifest, opened, path, str(path), STATE, source):
-            plan = hw.trace(nn.Linear(2, 2), one)
+        for given in (opened.manifest, opened, path, str(path), STATE, source):
+            plan = hw.trace(nn.Linear(2, 2), given)
             assert plan.manifest == opened.manifest
             assert isinstance(plan.manifest, hw.Manifest)
         assert len(list(opened.tensors())) == 2, "it was closed"

@@ -1,12 +1,27 @@
 """Boxes against torch: what the arithmetic says of a view is what the view is."""
 
+import itertools
+
 import pytest
 import torch
-from hypothesis import given, settings
+from examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 import hotweights as hw
-from hotweights.boxes import box_of, contiguous, covered, extent, meets, narrowed, runs, view
+from hotweights.boxes import (
+    box_of,
+    contiguous,
+    covered,
+    extent,
+    joined,
+    meeting,
+    meets,
+    narrowed,
+    runs,
+    share_bytes,
+    view,
+)
 from hotweights.loading.reads import reads_of
 from hotweights.plan.steps import Copy
 from hotweights.testing import write_safetensors
@@ -43,7 +58,7 @@ walks = st.lists(
     ),
     max_size=5,
 )
-many = settings(deadline=None, max_examples=300, derandomize=True)
+many = examples(300, derandomize=True)
 
 
 def base():
@@ -95,10 +110,39 @@ def test_narrowing(choices, data):
 @many
 @given(walks, walks)
 def test_boxes_that_share_a_byte_meet(one, other):
-    """It may say so of two that do not; never the other way round."""
+    """``meets`` may say so of two that do not; never the other way round."""
     a, b = viewed(base(), one), viewed(base(), other)
-    if touched(a) & touched(b):
-        assert meets(box_of(a), box_of(b))
+    assert share_bytes(box_of(a), box_of(b)) == bool(touched(a) & touched(b))
+    assert meets(box_of(a), box_of(b)) >= share_bytes(box_of(a), box_of(b))
+
+
+def test_an_empty_box_shares_nothing():
+    full, empty = torch.zeros(8), torch.zeros(8)[3:3]
+    assert not meets(box_of(full), box_of(empty))
+    assert not share_bytes(box_of(full), box_of(empty))
+
+
+spans = st.lists(st.tuples(st.integers(0, 40), st.integers(1, 9)).map(lambda span: (span[0], sum(span))), max_size=8)
+
+
+@many
+@given(spans, st.integers(0, 3))
+def test_joined_spans_hold_the_same_bytes_and_lie_apart(several, gap):
+    together = joined(several, gap)
+    held = {byte for start, stop in several for byte in range(start, stop)}
+    after = {byte for start, stop in together for byte in range(start, stop)}
+    assert held <= after
+    assert held == after or gap
+    assert all(before[1] + gap < behind[0] for before, behind in itertools.pairwise(together))
+
+
+@many
+@given(spans)
+def test_spans_meet_where_they_have_a_byte_together(several):
+    pairs = list(meeting((*span, number) for number, span in enumerate(several)))
+    right = [(a, b) for a in range(len(several)) for b in range(a) if set(range(*several[a])) & set(range(*several[b]))]
+    assert sorted(map(sorted, pairs)) == sorted(map(sorted, right))
+    assert all(several[first][0] <= several[second][0] for first, second in pairs)
 
 
 def test_columns_of_a_matrix_do_not_meet():
@@ -113,12 +157,12 @@ def test_columns_of_a_matrix_do_not_meet():
 @given(st.lists(walks, max_size=4), walks)
 def test_covered_counts_each_element_once(several, target):
     target = viewed(base(), target)
-    parts = [viewed(base(), one) for one in several]
+    parts = [viewed(base(), walk) for walk in several]
     seen = set().union(*map(touched, parts)) & touched(target)
     assert covered([box_of(part) for part in parts], box_of(target)) == len(seen) // 4
 
 
-@settings(deadline=None, max_examples=150, derandomize=True)
+@examples(150, derandomize=True)
 @given(walks, walks, st.sampled_from([torch.int32, torch.int64]), st.sampled_from([1, 2, 3]))
 def test_a_copy_of_slices_is_read_exactly(tmp_path_factory, of, into, dtype, pages):
     """Any part of a file's tensor into any part of a destination, through any slot."""

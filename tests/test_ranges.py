@@ -1,7 +1,8 @@
 """Ranges against sets of bytes: what is cut is what was asked for, each byte once."""
 
 import torch
-from hypothesis import given, settings
+from examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hotweights.boxes import box_of
@@ -10,18 +11,18 @@ from hotweights.ranges import Range, disjoint, pieces_of, range_of, ranges_of, s
 ROW = 24
 
 
-def places(one):
+def places(asked):
     """The bytes of a range, in its order."""
-    return [one.start + run * one.stride + byte for run in range(one.count) for byte in range(one.nbytes)]
+    return [asked.start + run * asked.stride + byte for run in range(asked.count) for byte in range(asked.nbytes)]
 
 
 def union(ranges):
-    return {byte for one in ranges for byte in places(one)}
+    return {byte for asked in ranges for byte in places(asked)}
 
 
 @st.composite
 def columns(draw):
-    """Some columns of some rows of a matrix with rows of 24 bytes; whole rows are one run."""
+    """Some columns of some rows of a matrix with rows of 24 bytes; whole rows are a single run."""
     first, last = sorted(draw(st.lists(st.integers(0, ROW), min_size=2, max_size=2, unique=True)))
     row, rows = draw(st.integers(0, 5)), draw(st.integers(1, 6))
     if last - first == ROW:
@@ -31,67 +32,73 @@ def columns(draw):
 
 anything = st.builds(Range, st.integers(0, 200), st.integers(1, 100)) | columns()
 strided = st.builds(lambda a, n, c, more: Range(a, n, c, n + more), *(st.integers(1, 9) for _ in range(4))).filter(
-    lambda one: one.count > 1
+    lambda asked: asked.count > 1
 )
 
 
-@settings(deadline=None)
-@given(st.lists(columns().map(lambda one: (one,)), min_size=1, max_size=4))
-def test_what_several_want_is_cut_into_pieces_that_each_wants_wholly_or_not(wishes):
-    found = shared(wishes)
-    whole = [byte for one, _ in found for byte in places(one)]
+@examples(100)
+@given(st.lists(columns().map(lambda asked: (asked,)), min_size=1, max_size=4))
+def test_what_several_want_is_cut_into_pieces_that_each_wants_wholly_or_not(requests):
+    cut = shared(requests)
+    whole = [byte for asked, _ in cut for byte in places(asked)]
     assert len(whole) == len(set(whole)), "a byte is sent twice"
-    assert set(whole) == union(one for wish in wishes for one in wish)
-    for number, wish in enumerate(wishes):
-        mine = [one for one, asking in found if number in asking]
-        assert union(mine) == union(wish)
-        assert all(any(within(one, whole) for whole in wish) for one in mine)
+    assert set(whole) == union(asked for request in requests for asked in request)
+    for number, request in enumerate(requests):
+        mine = [asked for asked, asking in cut if number in asking]
+        assert union(mine) == union(request)
+        assert all(any(within(asked, whole) for whole in request) for asked in mine)
 
 
-@settings(deadline=None)
+@examples(100)
 @given(st.lists(st.tuples(anything | strided), min_size=1, max_size=4))
-def test_however_odd_the_wishes_everybody_gets_what_it_asked_for(wishes):
-    for number, wish in enumerate(wishes):
-        mine = [one for one, asking in shared(wishes) if number in asking]
-        assert sorted(byte for one in mine for byte in places(one)) == sorted(union(wish))
+def test_however_odd_the_requests_everybody_gets_what_it_asked_for(requests):
+    for number, request in enumerate(requests):
+        mine = [asked for asked, asking in shared(requests) if number in asking]
+        assert sorted(byte for asked in mine for byte in places(asked)) == sorted(union(request))
 
 
 def test_ranks_that_want_a_slice_each_are_sent_the_tensor_once():
     rows = [(Range(rank * 100, 100),) for rank in range(4)]
-    assert [(one, set(asking)) for one, asking in shared(rows)] == [(rows[rank][0], {rank}) for rank in range(4)]
+    assert [(asked, set(asking)) for asked, asking in shared(rows)] == [(rows[rank][0], {rank}) for rank in range(4)]
     halves = [(Range(0, 12, 10, ROW),), (Range(12, 12, 10, ROW),), (Range(0, 240),)]
-    assert [(one, set(asking)) for one, asking in shared(halves)] == [(halves[0][0], {0, 2}), (halves[1][0], {1, 2})]
+    assert [(asked, set(asking)) for asked, asking in shared(halves)] == [
+        (halves[0][0], {0, 2}),
+        (halves[1][0], {1, 2}),
+    ]
 
 
+@examples(100)
 @given(anything | strided, st.integers(1, 64))
-def test_pieces_are_the_range_in_order_and_small_enough(one, limit):
-    found = list(pieces_of(one, limit))
-    assert [byte for piece in found for byte in places(piece)] == places(one)
-    assert all(piece.size <= limit and piece.fits(one.stop) for piece in found)
+def test_pieces_are_the_range_in_order_and_small_enough(asked, limit):
+    pieces = list(pieces_of(asked, limit))
+    assert [byte for piece in pieces for byte in places(piece)] == places(asked)
+    assert all(piece.size <= limit and piece.fits(asked.stop) for piece in pieces)
 
 
+@examples(100)
 @given(anything | strided, anything | strided)
-def test_disjoint_is_never_said_of_what_is_not(one, other):
-    apart = not union([one]) & union([other])
-    assert apart or not disjoint((one, other))
-    if one.count == other.count == 1:
-        assert disjoint((one, other)) == apart
+def test_disjoint_is_never_said_of_what_is_not(asked, other):
+    apart = not union([asked]) & union([other])
+    assert apart or not disjoint((asked, other))
+    if asked.count == other.count == 1:
+        assert disjoint((asked, other)) == apart
 
 
-@settings(deadline=None)
+@examples(100)
 @given(anything | strided, anything | strided)
 def test_within_says_where_the_bytes_lie_among_the_others(part, whole):
-    found = within(part, whole)
-    if found is not None:
+    inside = within(part, whole)
+    if inside is not None:
         order = places(whole)
-        assert [order[byte] for byte in places(found)] == places(part)
+        assert [order[byte] for byte in places(inside)] == places(part)
     elif part.count == whole.count == 1:
         assert not set(places(part)) <= set(places(whole))
 
 
+@examples(100)
 @given(anything | strided, st.integers(0, 400))
-def test_what_fits_has_all_its_bytes_in_the_tensor(one, nbytes):
-    assert one.fits(nbytes) == (max(places(one)) < nbytes)
+def test_what_fits_has_all_its_bytes_in_the_tensor(asked, nbytes):
+    assert asked.fits(nbytes) == (max(places(asked)) < nbytes)
 
 
 def test_malformed_ranges_fit_nowhere():
@@ -119,9 +126,9 @@ def test_slices_of_tensors_are_ranges():
     views = [matrix, matrix[2:5], matrix[:, 2:4], matrix[1:3, 5:], matrix[3], stack[1:], stack[:, 1:2], stack[:, :, :5]]
     views += [stack[1], stack[2, :, 4:6], stack[:, 0], torch.tensor(3.0), matrix[:0]]
     for view in views:
-        found = range_of(box_of(view))
-        assert found is not None, view.shape
-        assert places(found) == bytes_of(view)
+        asked = range_of(box_of(view))
+        assert asked is not None, view.shape
+        assert places(asked) == bytes_of(view)
     for odd in (
         matrix.t(),
         stack[:, :2, :5],

@@ -1,7 +1,9 @@
 """The house keeps its shape: imports run one way, names stay, importing does nothing."""
 
 import ast
+import collections
 import graphlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,13 +32,21 @@ def modules():
 MODULES = [name for name in modules() if name not in ("__init__", "__main__")]
 
 
+def running(tree):
+    """Every node of the code that runs: imports for types only tie no file to another."""
+    for node in ast.iter_child_nodes(tree):
+        if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+            yield node
+            yield from running(node)
+
+
 def imports(module):
     """The modules of ours that ``module`` imports, at the top or within a function."""
     path = ROOT / Path(*module.split("."))
     is_package = path.is_dir()
-    tree = ast.parse((path / "__init__.py" if is_package else path.with_suffix(".py")).read_text())
+    tree = tree_of(module)
     package = module.split(".") if is_package else module.split(".")[:-1]
-    for node in ast.walk(tree):
+    for node in running(tree):
         if isinstance(node, ast.Import):
             assert not any(alias.name.startswith("hotweights") for alias in node.names), "import relatively"
         if not isinstance(node, ast.ImportFrom):
@@ -68,6 +78,45 @@ def test_imports_run_one_way(module):
 def test_no_file_imports_itself_in_a_circle():
     sorter = graphlib.TopologicalSorter({name: set(imports(name)) for name in MODULES})
     sorter.prepare()
+
+
+def tree_of(module):
+    path = ROOT / Path(*module.split("."))
+    return ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text())
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_private_names_stay_in_their_file(module):
+    tree = tree_of(module)
+    aliases = [
+        alias for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level for alias in node.names
+    ]
+    taken = {alias.name for alias in aliases if alias.name.startswith("_")}
+    modules = {alias.asname or alias.name for alias in aliases if alias.name.islower()}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+            taken |= {node.attr} if node.attr.startswith("_") and not node.attr.startswith("__") else set()
+    assert not taken, f"{module} takes {sorted(taken)} from another file; a name that two files use is not private"
+
+
+def test_two_classes_have_two_names():
+    homes = collections.defaultdict(list)
+    for module in MODULES:
+        for node in ast.walk(tree_of(module)):
+            if isinstance(node, ast.ClassDef):
+                homes[node.name].append(module)
+    shared = {name: where for name, where in homes.items() if len(where) > 1}
+    assert not shared, "a reader takes one for the other: " + "; ".join(f"{k} in {v}" for k, v in shared.items())
+
+
+def test_no_two_files_of_a_wing_differ_by_an_ending_only():
+    """``file`` and ``files``, ``trace`` and ``tracing`` beside each other are taken for one another."""
+    stems = collections.defaultdict(set)
+    for module in MODULES:
+        folder, _, name = module.rpartition(".")
+        stems[folder, re.sub(r"(?<=\w\w\w)(s|es|e|ing)$", "", name)].add(module)
+    wrong = {frozenset(names) for names in stems.values() if len(names) > 1}
+    assert not wrong, wrong
 
 
 def test_the_public_words_are_these():

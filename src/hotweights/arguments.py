@@ -1,4 +1,4 @@
-"""Arguments: what callers hand to the public functions, checked before anything is done with it. It changes nothing."""
+"""Arguments: what callers give to public functions is checked here, before anything is done with it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .errors import UnknownName, UsageError
 
 
 def check_model(model: object, source: object = None) -> None:
-    """A model is a module that shows its tensors and its code."""
+    """Raise ``UsageError`` unless it is a module that shows its tensors and its code."""
     if isinstance(model, torch.jit.ScriptModule):
         raise UsageError(
             "this model is a TorchScript module, which does not show its loading code; load the module that it was "
@@ -27,42 +27,42 @@ def check_model(model: object, source: object = None) -> None:
 
 
 def check_choices(**options: tuple[object, Any]) -> None:
-    """Each option, given with the ``Literal`` that lists its values, has one of them."""
+    """Raise ``UnknownName`` for an option that has no value of its ``Literal``: ``check_choices(io=(io, IOMode))``."""
     for name, (value, known) in options.items():
         if value not in get_args(known):
             raise UnknownName(name, value, get_args(known))
 
 
 def check_kind(what: str, value: object, kind: type | tuple[type, ...], words: str) -> None:
-    """``value`` is ``None`` or of this kind; ``words`` say which that is."""
+    """Raise ``UsageError`` unless ``value`` is ``None`` or of this kind, which ``words`` describe."""
     if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
         raise UsageError(f"{what}= is {words}; found {_words(value)}")
 
 
 def patterns_from(**options: object) -> list[list[str | re.Pattern[str]]]:
-    """The patterns of each option, which is one or several, in order."""
+    """The patterns of each option, in the options' order. An option is one pattern or several."""
     return [list(_patterns(name, value)) for name, value in options.items()]
 
 
 def _patterns(name: str, value: object) -> Iterator[str | re.Pattern[str]]:
-    for one in value if isinstance(value, Iterable) and not isinstance(value, (str, Mapping)) else [value]:
-        if not isinstance(one, (str, re.Pattern)):
-            raise UsageError(f"{name}= is a pattern of names, or several; found {_words(one)}")
-        yield one
+    for pattern in value if isinstance(value, Iterable) and not isinstance(value, (str, Mapping)) else [value]:
+        if not isinstance(pattern, (str, re.Pattern)):
+            raise UsageError(f"{name}= is a pattern of names, or several; found {_words(pattern)}")
+        yield pattern
 
 
 def device_from(device: torch.device | str | int | None) -> torch.device | None:
-    """The device that meta tensors shall be made real on, seen to be one that holds tensors."""
+    """The device on which meta tensors are made real. Raises ``UsageError`` if no tensor can be made there."""
     if device is None:
         return None
     try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
+        target = torch.device(device)
+        torch.empty(0, device=target)
     except Exception as error:  # Every backend has its own way of not being there.
         raise UsageError(f"device={device!r} is no device that can be used here: {_first_line(error)}") from error
-    if found.type == "meta":
+    if target.type == "meta":
         raise UsageError("device= says where meta tensors are made real; on 'meta' they would not be")
-    return found
+    return target
 
 
 def _first_line(error: Exception) -> str:
@@ -76,6 +76,6 @@ def _words(value: object) -> str:
 
 
 def check_version(version: object) -> None:
-    """Raises ``UsageError`` for what cannot name a version."""
+    """Raise ``UsageError`` unless it can name a version, or is ``None``."""
     if version is not None and (not isinstance(version, (str, int)) or isinstance(version, bool)):
         raise UsageError(f"a version is a str or an int; this is a {type(version).__name__}")

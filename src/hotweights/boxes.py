@@ -1,15 +1,18 @@
-"""Memory, Box and Region: which bytes of what. Arithmetic on names and numbers; no tensors, no modules."""
+"""Memory, Box and Region: which bytes of what. Arithmetic on names and numbers."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 import msgspec
 import torch
 
 from .manifest import TensorSpec
+
+T = TypeVar("T")
 
 
 class Memory(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -17,7 +20,7 @@ class Memory(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
     Attributes:
         kind: ``"source"``, ``"model"``, ``"result"`` or ``"constant"``.
-        name: of the source tensor or the model's tensor; a number for the others.
+        name: the name of the source's or the model's tensor; for results and constants a number.
     """
 
     kind: str
@@ -25,13 +28,13 @@ class Memory(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Box(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """A strided box of elements.
+    """Strided elements, as a view has them: a slice, a transpose, a column.
 
     Attributes:
-        dtype: how the bytes are seen.
-        shape: lengths.
-        stride: in elements.
-        offset: of the first element, in bytes.
+        dtype: how the bytes are read.
+        shape: elements in each dimension.
+        stride: distance of neighbours in each dimension, in elements.
+        offset: where the first element lies, in bytes.
     """
 
     dtype: torch.dtype
@@ -46,12 +49,12 @@ class Box(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its elements, holes not counted."""
+        """Bytes of its elements, without the holes between them."""
         return self.numel * self.dtype.itemsize
 
 
 class Region(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """A box over a memory; offsets count from the memory's first byte."""
+    """A box over a memory. Its offset counts from the memory's first byte."""
 
     memory: Memory
     box: Box
@@ -67,7 +70,7 @@ def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def whole(spec: TensorSpec) -> Box:
-    """All of a contiguous tensor."""
+    """The box that all of a contiguous tensor is."""
     assert isinstance(spec.dtype, torch.dtype)
     return Box(spec.dtype, spec.shape, row_major(spec.shape), 0)
 
@@ -90,7 +93,7 @@ def contiguous(box: Box) -> bool:
 
 
 def extent(box: Box) -> tuple[int, int]:
-    """First byte, and the byte after the last. Empty boxes extend nowhere."""
+    """First byte, and the byte after the last. Both are the offset if the box is empty."""
     if box.numel == 0:
         return box.offset, box.offset
     last = sum((length - 1) * stride for length, stride in zip(box.shape, box.stride, strict=True))
@@ -98,7 +101,7 @@ def extent(box: Box) -> tuple[int, int]:
 
 
 def narrowed(box: Box, start: tuple[int, ...], lengths: tuple[int, ...]) -> Box:
-    """The part of ``box`` that begins at index ``start``."""
+    """The part of ``box`` that begins at index ``start`` and has these lengths."""
     skip = sum(at * stride for at, stride in zip(start, box.stride, strict=True))
     return Box(box.dtype, lengths, box.stride, box.offset + skip * box.dtype.itemsize)
 
@@ -131,27 +134,59 @@ def runs(box: Box) -> tuple[int, Iterator[tuple[tuple[int, ...], int]]]:
     return inner, each()
 
 
-def meets(one: Box, other: Box) -> bool:
-    """Whether two boxes over one memory may share a byte. Interleaved strided boxes are told apart only roughly."""
-    a, b = extent(one), extent(other)
-    if a[1] <= b[0] or b[1] <= a[0]:
-        return False
-    return not _apart_by_columns(one, other)
+def meets(box: Box, other: Box) -> bool:
+    """Whether two boxes over one memory may share a byte. Says yes of some that interleave and share none."""
+    (start, stop), (first, last) = extent(box), extent(other)
+    return max(start, first) < min(stop, last) and not _apart_by_columns(box, other)
 
 
-def _apart_by_columns(one: Box, other: Box) -> bool:
-    """Two column ranges of one matrix interleave in memory and share nothing."""
-    if one.dtype.itemsize != other.dtype.itemsize or len(one.shape) != len(other.shape) or one.stride != other.stride:
+def share_bytes(box: Box, other: Box) -> bool:
+    """Whether two boxes over one memory share a byte. Exact: strided boxes are compared byte by byte."""
+    (start, stop), (first, last) = extent(box), extent(other)
+    if max(start, first) >= min(stop, last) or (contiguous(box) and contiguous(other)):
+        return max(start, first) < min(stop, last)
+    base = min(start, first)
+    touched = torch.zeros(max(stop, last) - base, dtype=torch.bool, device="cpu")
+    _bytes(touched, moved(box, -base)).fill_(True)
+    return bool(_bytes(touched, moved(other, -base)).any())
+
+
+def meeting(spans: Iterable[tuple[int, int, T]]) -> Iterator[tuple[T, T]]:
+    """Pairs of items whose spans of bytes, from a first one to the one behind the last, overlap.
+
+    The one that begins first stands first; of two that begin together, the larger one.
+    """
+    reaching: list[tuple[int, int, T]] = []  # Those seen so far that reach past the one at hand.
+    for span in sorted(spans, key=lambda span: (span[0], -span[1])):
+        reaching = [earlier for earlier in reaching if span[0] < earlier[1]]
+        yield from ((earlier[2], span[2]) for earlier in reaching)
+        reaching.append(span)
+
+
+def joined(spans: Iterable[tuple[int, int]], gap: int = 0) -> list[tuple[int, int]]:
+    """Spans of bytes, ascending; those that overlap, touch, or lie at most ``gap`` bytes apart are one."""
+    result: list[tuple[int, int]] = []
+    for start, stop in sorted(spans):
+        if result and start <= result[-1][1] + gap:
+            result[-1] = result[-1][0], max(result[-1][1], stop)
+        else:
+            result.append((start, stop))
+    return result
+
+
+def _apart_by_columns(box: Box, other: Box) -> bool:
+    """Whether they are ranges of columns of one matrix, which interleave in memory and share no byte."""
+    if box.dtype.itemsize != other.dtype.itemsize or len(box.shape) != len(other.shape) or box.stride != other.stride:
         return False
-    if not one.shape or any(stride <= 0 for stride in one.stride):
+    if not box.shape or any(stride <= 0 for stride in box.stride):
         return False
     # Coordinates of the first elements, in the common grid that the strides span.
-    first, second = _coordinates(one), _coordinates(other)
+    first, second = _coordinates(box), _coordinates(other)
     if first is None or second is None:
         return False
     return any(
         a + length <= b or b + width <= a
-        for a, b, length, width in zip(first, second, one.shape, other.shape, strict=True)
+        for a, b, length, width in zip(first, second, box.shape, other.shape, strict=True)
     )
 
 
@@ -167,20 +202,20 @@ def _coordinates(box: Box) -> tuple[int, ...] | None:
 
 
 def slices(box: Box, of: Box) -> list[tuple[int, int]] | None:
-    """``box`` as a range of indices in each dimension of the contiguous tensor ``of``; None if it is no such part."""
+    """``box`` as a range of indices in each dimension of ``of``, which has no holes; ``None`` if it is no such part."""
     if box == of:
         return [(0, length) for length in of.shape]
     if box.dtype != of.dtype or not contiguous(of) or box.numel == 0:
         return None
     counts = _counts_of_run(box.numel, of.shape) if contiguous(box) else _counts_of_grid(box, of)
     rest = (box.offset - of.offset) // of.dtype.itemsize
-    found: list[tuple[int, int]] = []
+    indices: list[tuple[int, int]] = []
     for length, stride, count in zip(of.shape, row_major(of.shape), counts or (), strict=False):
         start, rest = divmod(rest, stride)
         if start + count > length:
             return None
-        found.append((start, start + count))
-    return found if counts is not None and rest == 0 else None
+        indices.append((start, start + count))
+    return indices if counts is not None and rest == 0 else None
 
 
 def _counts_of_run(numel: int, shape: tuple[int, ...]) -> list[int] | None:
@@ -206,7 +241,7 @@ def _counts_of_grid(box: Box, of: Box) -> list[int] | None:
 
 
 def covered(boxes: Iterable[Box], target: Box) -> int:
-    """How many elements of ``target`` the boxes write, each counted once; boxes may reach beyond it on both sides."""
+    """How many elements of ``target`` the boxes cover, each counted once. Boxes may reach beyond it on both sides."""
     parts = [box for box in boxes if box.numel]
     if any(box == target for box in parts):
         return target.numel
@@ -214,7 +249,7 @@ def covered(boxes: Iterable[Box], target: Box) -> int:
     if contiguous(target) and len(spans) == len(parts):
         low, high = extent(target)
         inside = [(max(start, low), min(stop, high)) for start, stop in spans if start < high and stop > low]
-        return sum(stop - start for start, stop in _merged(inside)) // target.dtype.itemsize
+        return sum(stop - start for start, stop in joined(inside)) // target.dtype.itemsize
     if not target.numel:
         return 0
     spans = [extent(box) for box in (*parts, target)]
@@ -225,20 +260,8 @@ def covered(boxes: Iterable[Box], target: Box) -> int:
     return int(_bytes(grid, moved(target, -first)).all(dim=-1).sum())
 
 
-def _merged(spans: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    start = stop = -1
-    for a, b in sorted(spans):
-        if a > stop:
-            if stop > start:
-                yield start, stop
-            start, stop = a, b
-        else:
-            stop = max(stop, b)
-    if stop > start:
-        yield start, stop
-
-
 def _bytes(grid: torch.Tensor, box: Box) -> torch.Tensor:
+    """The box over ``grid``, which has an element for each byte of the memory, with a dimension for bytes behind."""
     size = box.dtype.itemsize
     return grid.as_strided((*box.shape, size), (*(stride * size for stride in box.stride), 1), box.offset)
 
@@ -270,7 +293,7 @@ def _pieces(
 
 
 def view(tensor: torch.Tensor, box: Box) -> torch.Tensor:
-    """The box over ``tensor``'s memory; offsets count from the tensor's first element. Shares the memory."""
+    """The box over ``tensor``'s memory, which it shares. The offset counts from the tensor's first element."""
     return _at(tensor.untyped_storage(), int(tensor.storage_offset()) * tensor.element_size(), tensor.device, box)
 
 

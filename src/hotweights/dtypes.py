@@ -1,4 +1,4 @@
-"""Casts: which of them lose nothing. Facts about dtypes; nothing is converted here."""
+"""Dtypes: those of the file format and their names in torch, and which casts lose nothing."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import msgspec
 import torch
 
 Cast = Literal["error", "loader"]
-"""What a cast that loses information is: a problem, or what the loader means to do."""
+"""Whether a cast that loses information is a problem (``error``), or what the loader means to do (``loader``)."""
 
 
 def is_float(dtype: torch.dtype) -> bool:
-    """Whether it has fractions."""
+    """Whether its values can have fractions; complex ones can."""
     return dtype.is_floating_point or dtype.is_complex
 
 
-# Of each float: bits of its significand, its smallest and largest exponent, and whether it has infinities, NaN, signs
-# and zero. finfo does not say all of it. Sources: IEEE 754, the OCP 8-bit and microscaling formats, arXiv:2206.02915.
+# Of each float: bits of its significand, smallest and largest exponent, and which special values it has. torch.finfo
+# does not say all of it. Sources: IEEE 754, the OCP 8-bit and microscaling formats, arXiv:2206.02915.
 _FLOATS: Mapping[str, tuple[int, int, int, frozenset[str]]] = {
     "float64": (53, -1074, 1023, frozenset({"inf", "nan", "sign", "zero", "-0"})),
     "float32": (24, -149, 127, frozenset({"inf", "nan", "sign", "zero", "-0"})),
@@ -32,32 +32,32 @@ _FLOATS: Mapping[str, tuple[int, int, int, frozenset[str]]] = {
 }
 
 
-def is_lossless(found: torch.dtype, expected: torch.dtype) -> bool:
-    """Whether every value of ``found`` is a value of ``expected``, so that a cast loses nothing."""
-    if found == expected:
+def is_lossless(source: torch.dtype, target: torch.dtype) -> bool:
+    """Whether every value of ``source`` is a value of ``target``, so that a cast loses nothing."""
+    if source == target:
         return True
-    if found.is_complex or expected.is_complex:
-        return expected.is_complex and is_lossless(_real(found), expected.to_real())
-    if found == torch.bool:
-        return not expected.is_floating_point or "zero" in _float(expected)[3]
-    if expected == torch.bool:
+    if source.is_complex or target.is_complex:
+        return target.is_complex and is_lossless(_real(source), target.to_real())
+    if source == torch.bool:
+        return not target.is_floating_point or "zero" in _float(target)[3]
+    if target == torch.bool:
         return False
-    if not found.is_floating_point and not expected.is_floating_point:
-        here, there = torch.iinfo(found), torch.iinfo(expected)
-        return there.min <= here.min and here.max <= there.max
-    if not expected.is_floating_point:
+    if not source.is_floating_point and not target.is_floating_point:
+        inner, outer = torch.iinfo(source), torch.iinfo(target)
+        return outer.min <= inner.min and inner.max <= outer.max
+    if not target.is_floating_point:
         return False
-    bits, low, high, has = _float(expected)
-    if not found.is_floating_point:
-        info = torch.iinfo(found)
+    bits, low, high, special = _float(target)
+    if not source.is_floating_point:
+        info = torch.iinfo(source)
         # The most negative integer is a power of two: it needs range, not significant bits.
-        return info.max.bit_length() <= bits and max(-info.min, info.max).bit_length() - 1 <= high and "zero" in has
-    found_bits, found_low, found_high, found_has = _float(found)
-    return found_bits <= bits and low <= found_low and found_high <= high and found_has <= has
+        return info.max.bit_length() <= bits and max(-info.min, info.max).bit_length() - 1 <= high and "zero" in special
+    source_bits, source_low, source_high, source_special = _float(source)
+    return source_bits <= bits and low <= source_low and source_high <= high and source_special <= special
 
 
 def _float(dtype: torch.dtype) -> tuple[int, int, int, frozenset[str]]:
-    # A float we do not know (packed ones) fits nowhere and holds nothing.
+    # A float that is not listed, such as a packed one, is taken to lose everything.
     return _FLOATS.get(str(dtype).removeprefix("torch."), (0, 10**6, -(10**6), frozenset()))
 
 
@@ -68,8 +68,7 @@ def _real(dtype: torch.dtype) -> torch.dtype:
 class OpaqueDtype(msgspec.Struct, frozen=True):
     """A dtype of the file format for which the installed torch has no type.
 
-    Tensors of such a dtype are listed, verified and carried as bytes; they cannot become a
-    ``torch.Tensor``.
+    Tensors of such a dtype are listed, checked and carried as bytes. They cannot become a ``torch.Tensor``.
 
     Attributes:
         name: the format's own name, for example ``"F6_E2M3"``.
@@ -120,7 +119,7 @@ _NAMES = {
 
 
 def format_name(dtype: DType) -> str:
-    """The name a reader of checkpoints knows a dtype by: ``BF16``; torch's own where the format has none."""
+    """The format's name of a dtype, such as ``BF16``; torch's own where the format has none."""
     if isinstance(dtype, OpaqueDtype):
         return dtype.name
     return _NAMES.get(dtype) or str(dtype).removeprefix("torch.")

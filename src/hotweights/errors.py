@@ -21,15 +21,15 @@
     │   ├── TransferIncomplete  the group took the version, and some members were lost on the way
     │   ├── TransferTimeout     nobody answered in time
     │   ├── PeerLost            the process on the other end is gone
-    │   ├── ProtocolError       what the other end said is not what may be said
+    │   ├── ProtocolError       the other end broke the protocol
     │   └── AddressTaken        another sender listens there; the message says which process
-    ├── PoolTimeout             no memory came free in time
+    ├── PoolTimeout             memory that is used again did not come free in time
     └── UsageError              the calling program is wrong; fix it
         ├── StaleLease              a tensor was used after its lease ended
         ├── BorrowedTensor          a borrowed tensor was about to be written, or its address to escape
         ├── Closed                  something was used after close()
         ├── NoManifest              an iterator came without a manifest; the message says what to pass
-        ├── UnknownName             an option or a kind nobody knows; the message lists the known ones
+        ├── UnknownName             an option has an unknown value; the message lists the known ones
         └── MissingPackage          an optional package is needed; the message says what to install
 """
 
@@ -73,7 +73,7 @@ _SHOWN = 50  # A 20,000-tensor mismatch must not bury the terminal; `problems` h
 
 
 class HotweightsError(Exception):
-    """What every error of ours is. A correct program may meet one: bad files, lost peers, exhausted bounds."""
+    """Any error of hotweights. Unless it is a ``UsageError``, a correct program may meet it: bad files, lost peers."""
 
 
 class UsageError(HotweightsError):
@@ -116,7 +116,7 @@ class CheckpointChanged(CheckpointError):
 
 
 class UnsupportedDtype(HotweightsError):
-    """The format knows this dtype, the installed torch does not. The bytes can still be had."""
+    """The installed torch has no type for this dtype of the format. The bytes can be had: ``lease.raw``."""
 
 
 class PlanError(_Problems):
@@ -124,13 +124,13 @@ class PlanError(_Problems):
 
 
 class PlanFileError(_Problems):
-    """A saved plan is damaged, forged or of another version; or a plan holds what no file may. Nothing was written."""
+    """A saved plan is damaged, forged or of another version; or a plan cannot be saved. Nothing was written."""
 
 
 class RoutingError(_Problems):
     """A stream without a manifest carried what its components do not take, or more than may wait.
 
-    The component that is loaded from the passing stream may have been loaded by then; the others are unharmed.
+    The component that was loaded while the stream passed is loaded by then; the others are unharmed.
     """
 
 
@@ -156,7 +156,7 @@ class SourceError(_Problems):
 
 
 class TransferError(_Problems):
-    """A transfer between processes failed. The kinds below say what that leaves behind."""
+    """A transfer between processes failed. Its subclasses say what that leaves behind."""
 
 
 class TransferAborted(TransferError):
@@ -167,10 +167,10 @@ class TransferAborted(TransferError):
 
 
 class TransferIncomplete(TransferError):
-    """The group took the version. Those named did not say that they did: they were lost, or it failed there.
+    """The group took the version, but members that are named did not confirm it: they were lost, or failed.
 
     Attributes:
-        committed: who has the new version for certain.
+        committed: the members that confirmed it.
     """
 
     def __init__(self, title: str, problems: Iterable[str] = (), *, committed: tuple[str, ...] = ()) -> None:
@@ -187,7 +187,7 @@ class PeerLost(TransferError):
 
 
 class ProtocolError(TransferError):
-    """The other end said what it may not say: damaged, stale, of another protocol or another user."""
+    """The other end broke the protocol: its message is damaged, stale, of another version or of another user."""
 
 
 class AddressTaken(TransferError):
@@ -218,7 +218,7 @@ class StaleLease(UsageError):
 
 
 class BorrowedTensor(UsageError):
-    """A borrowed tensor was about to be written, or its address to leave the guard's sight."""
+    """A borrowed tensor was about to be written, or its address was about to be handed to code that no guard sees."""
 
 
 class Closed(UsageError):
@@ -226,14 +226,14 @@ class Closed(UsageError):
 
 
 class NoManifest(UsageError, AttributeError):
-    """The manifest of an iterator was asked for that came without one. The message says what to pass."""
+    """An iterator came without a manifest, and one is needed. The message says what to pass."""
 
 
 class UnknownName(UsageError, ValueError):
-    """An option has a value nobody knows. The message lists the known ones."""
+    """An option has an unknown value. The message lists the known ones."""
 
-    def __init__(self, what: str, found: object, known: Iterable[str]) -> None:
-        super().__init__(f"unknown {what} {found!r}; known are: {', '.join(sorted(known))}")
+    def __init__(self, what: str, value: object, known: Iterable[str]) -> None:
+        super().__init__(f"unknown {what} {value!r}; known are: {', '.join(sorted(known))}")
 
 
 class MissingPackage(UsageError, ImportError):

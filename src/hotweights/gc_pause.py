@@ -1,4 +1,4 @@
-"""Pausing garbage collection while many small objects are made that stay."""
+"""Pausing garbage collection while many small objects are made that stay alive."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from .signals import held
 @contextmanager
 @held
 def without_collection() -> Iterator[None]:
-    """No automatic collection inside: each would look at all that was made so far, and double the time.
+    """No automatic garbage collection inside: each would look at all objects made so far, and double the time.
 
-    Objects without cycles are freed as ever.
+    Objects without cycles are freed as always.
     """
     enabled = gc.isenabled()
     gc.disable()

@@ -1,8 +1,9 @@
-"""TensorSpec and Manifest: frozen facts about tensors. No I/O, no memory."""
+"""TensorSpec and Manifest: what a source promises. Frozen facts."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 
 import msgspec
@@ -10,6 +11,7 @@ from msgspec.structs import force_setattr
 
 from .dtypes import DType, OpaqueDtype, format_name
 from .errors import UsageError
+from .text import some
 
 
 class TensorSpec(msgspec.Struct, frozen=True, gc=False):
@@ -18,8 +20,8 @@ class TensorSpec(msgspec.Struct, frozen=True, gc=False):
     Attributes:
         name: as the source spells it.
         dtype: a ``torch.dtype``, or an ``OpaqueDtype`` where torch has none.
-        shape: as torch counts it (packed dtypes in packs); as the format counts it for an ``OpaqueDtype``.
-        nbytes: size in bytes, without padding; follows from the others.
+        shape: as torch counts it (packed dtypes in packs); for an ``OpaqueDtype``, as the format counts it.
+        nbytes: size in bytes, without padding. It follows from the others and is not given.
     """
 
     name: str
@@ -28,7 +30,7 @@ class TensorSpec(msgspec.Struct, frozen=True, gc=False):
     nbytes: int = -1
 
     def __post_init__(self) -> None:
-        # Asked for again and again on the way of every tensor, so it is worked out once.
+        # Worked out once: every tensor is asked for it many times.
         bits = self.dtype.bits if isinstance(self.dtype, OpaqueDtype) else 8 * self.dtype.itemsize
         force_setattr(self, "nbytes", math.prod(self.shape) * bits // 8)
 
@@ -37,21 +39,19 @@ class TensorSpec(msgspec.Struct, frozen=True, gc=False):
 
 
 class Manifest(Mapping[str, TensorSpec]):
-    """A source's promise: an ordered, frozen mapping from name to spec.
+    """What a source promises: an ordered, frozen mapping from name to spec.
 
-    The order is the source's own and promises nothing about the order in which tensors arrive.
+    The order is the source's own. Tensors may arrive in another one.
     """
 
     __slots__ = ("_specs", "nbytes")
 
     def __init__(self, specs: Iterable[TensorSpec]) -> None:
-        self._specs: dict[str, TensorSpec] = {}
-        count = 0
-        for spec in specs:
-            self._specs[spec.name] = spec
-            count += 1
-        if count != len(self._specs):
-            raise UsageError(f"a manifest names {count - len(self._specs)} tensors twice")
+        given = tuple(specs)
+        self._specs: dict[str, TensorSpec] = {spec.name: spec for spec in given}
+        if len(given) != len(self._specs):
+            twice = sorted({name for name, count in Counter(spec.name for spec in given).items() if count > 1})
+            raise UsageError(f"a manifest names tensors twice: {some(twice)}; give each spec once")
         self.nbytes = sum(spec.nbytes for spec in self._specs.values())
         """Bytes of all tensors together."""
 

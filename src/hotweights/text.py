@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-_SHOWN = 3  # names a line; the report holds all of them
+_SHOWN = 3  # names in a line of a report; the report's attributes hold all of them
 
 
 def some(names: Sequence[str], limit: int = 10) -> str:
@@ -14,7 +14,7 @@ def some(names: Sequence[str], limit: int = 10) -> str:
 
 
 def table(rows: Iterable[tuple[str, str]], width: int = 10) -> str:
-    """Lines of a label, right-aligned in a column at least ``width`` wide, and a text."""
+    """A line for each label and text; labels are right-aligned in a column of at least ``width`` characters."""
     rows = list(rows)
     width = max(width, *(len(label) for label, _ in rows)) if rows else width
     return "\n".join(f"{label:>{width}}  {text}" for label, text in rows)
@@ -31,9 +31,7 @@ def size(nbytes: int) -> str:
 
 
 def summary(names: tuple[str, ...], casts: Mapping[str, str]) -> str:
-    """A few names, with their casts; or how many there are."""
+    """How many names there are, and a few of them with their casts; many without a cast are only counted."""
     if len(names) > _SHOWN and not any(name in casts for name in names):
         return f"{len(names)} tensors"
-    shown = [f"{name} ({casts[name]})" if name in casts else name for name in names[:_SHOWN]]
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return f"{len(names)}: {', '.join(shown)}{more}"
+    return f"{len(names)}: {some([f'{name} ({casts[name]})' if name in casts else name for name in names], _SHOWN)}"

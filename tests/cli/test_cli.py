@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from processes import Child
 from typer.testing import CliRunner
 
 from hotweights import LoadPlan
@@ -64,10 +65,10 @@ class TestInspect:
         assert "more" not in run("inspect", checkpoint, "--limit", 0).output
 
     def test_for_machines(self, checkpoint):
-        found = json.loads(run("inspect", checkpoint, "--json").output)
-        assert found["nbytes"] == 32
-        assert [tensor["name"] for tensor in found["tensors"]] == ["a.weight", "b"]
-        first = found["tensors"][0]
+        document = json.loads(run("inspect", checkpoint, "--json").output)
+        assert document["nbytes"] == 32
+        assert [tensor["name"] for tensor in document["tensors"]] == ["a.weight", "b"]
+        first = document["tensors"][0]
         assert (first["dtype"], first["shape"], first["nbytes"]) == ("F32", [2, 3], 24)
         with open(first["file"], "rb") as file:
             file.seek(first["offset"])
@@ -79,9 +80,9 @@ class TestInspect:
         result = run("inspect", checkpoint)
         assert result.exit_code == 1
         assert "CheckpointError" in result.stderr
-        found = json.loads(run("inspect", checkpoint, "--json").output)
-        assert found["error"]["kind"] == "CheckpointError"
-        assert "model.safetensors" in found["error"]["message"]
+        document = json.loads(run("inspect", checkpoint, "--json").output)
+        assert document["error"]["kind"] == "CheckpointError"
+        assert "model.safetensors" in document["error"]["message"]
 
     def test_wrong_usage(self):
         assert run("inspect").exit_code == 2
@@ -104,9 +105,9 @@ class TestLoad:
         result = run("load", bert, "--model", bert)
         assert result.exit_code == 0
         assert "BertModel" in result.output
-        found = json.loads(run("load", bert, "--model", bert, "--json", "--io", "direct").output)
-        assert found["bytes_read"] == found["bytes_written"] > 0
-        assert found["tensors"]["missing"] == []
+        document = json.loads(run("load", bert, "--model", bert, "--json", "--io", "direct").output)
+        assert document["bytes_read"] == document["bytes_written"] > 0
+        assert document["tensors"]["missing"] == []
 
     def test_what_does_not_fit_is_refused(self, bert, checkpoint):
         result = run("load", checkpoint, "--model", bert, "--json")
@@ -135,15 +136,17 @@ class TestPlan:
         assert "copies" in result.output
         assert "... and " not in run("plan", bert, "--model", bert, "--limit", 0).output
         assert "more; --limit 0 lists all" in run("plan", bert, "--model", bert, "--limit", 1).output
-        found = json.loads(run("plan", bert, "--model", bert, "--json").output)
-        assert {"level": 0, "sources": ["pooler.dense.bias"], "destinations": ["pooler.dense.bias"]} in found["steps"]
-        assert found["fates"]["pooler.dense.bias"] == "written"
+        document = json.loads(run("plan", bert, "--model", bert, "--json").output)
+        assert {"level": 0, "sources": ["pooler.dense.bias"], "destinations": ["pooler.dense.bias"]} in document[
+            "steps"
+        ]
+        assert document["fates"]["pooler.dense.bias"] == "written"
 
     def test_explain(self, bert):
         result = run("plan", bert, "--model", bert, "--explain", "pooler.dense.bias")
         assert result.output == "pooler.dense.bias: F32 [16]\n  all of it <- pooler.dense.bias\n"
-        found = json.loads(run("plan", bert, "--model", bert, "--explain", "pooler.dense.bias", "--json").output)
-        assert found["name"] == "pooler.dense.bias"
+        document = json.loads(run("plan", bert, "--model", bert, "--explain", "pooler.dense.bias", "--json").output)
+        assert document["name"] == "pooler.dense.bias"
         assert run("plan", bert, "--model", bert, "--explain", "pooler.tense.bias").exit_code == 2
 
     def test_save(self, bert, tmp_path):
@@ -162,8 +165,8 @@ class TestReader:
         torch.save({"a.weight": torch.zeros(2, 3), "b": torch.tensor(1)}, tmp_path / "model.pt")
         result = run("inspect", tmp_path / "model.pt", "--reader", "torch")
         assert "2 tensors (1 F32, 1 I64), 32 B in 1 files" in result.output
-        found = json.loads(run("inspect", tmp_path / "model.pt", "--reader", "torch", "--json").output)
-        assert [set(tensor) for tensor in found["tensors"]] == [{"name", "dtype", "shape", "nbytes", "file"}] * 2
+        document = json.loads(run("inspect", tmp_path / "model.pt", "--reader", "torch", "--json").output)
+        assert [set(tensor) for tensor in document["tensors"]] == [{"name", "dtype", "shape", "nbytes", "file"}] * 2
 
     def test_unknown(self, checkpoint):
         result = run("inspect", checkpoint, "--reader", "gguf")
@@ -171,19 +174,25 @@ class TestReader:
         assert "known are: fastsafetensors, hotweights, runai" in result.stderr
 
 
+def receive(pipe, address, model):
+    result = run("receive", "--from", address, "--model", model, "--offer-timeout", "60", "--json")
+    pipe.send((result.exit_code, result.output))
+
+
 class TestTransfer:
     def test_from_one_terminal_to_another(self, bert, tmp_path):
         """Two processes; whoever starts first waits for the other."""
-        command = [sys.executable, "-m", "hotweights"]
         address = f"unix:{tmp_path / 'run' / 'socket'}"
-        receiving = [*command, "receive", "--from", address, "--model", str(bert), "--offer-timeout", "60", "--json"]
-        with subprocess.Popen(receiving, stdout=subprocess.PIPE, text=True) as receiver:
+        with Child(receive, address, bert) as child:
             sent = run("send", bert, "--to", address, "--version", "step-1", "--json")
-            received = json.loads(receiver.communicate(timeout=60)[0])
-        assert (sent.exit_code, receiver.returncode) == (0, 0)
-        assert json.loads(sent.output)["committed"] == [f"process {receiver.pid}"]
+            exit_code, output = child.heard()
+        received = json.loads(output)
+        assert (sent.exit_code, exit_code) == (0, 0)
+        assert json.loads(sent.output)["committed"] == [child.name]
         assert received["version"] == "step-1"
         assert received["bytes_written"] > 0
+        assert "pooler.dense.weight" in received["tensors"]["written"]
+        assert "events" not in received
 
     def test_nobody_there(self, bert, tmp_path):
         address = f"unix:{tmp_path / 'run' / 'socket'}"
@@ -210,6 +219,7 @@ def test_as_a_module():
     assert "inspect" in done.stdout
 
 
+@pytest.mark.long
 @pytest.mark.timeout(330)  # Four more processes import torch and transformers.
 def test_demo():
     """All of ``make demo``: it proves and refuses by itself, and fails if a proof fails."""
@@ -228,6 +238,6 @@ def test_demo():
     assert done.stdout.count("none of a mix") == 2
     assert not done.stderr
     assert "SIGKILL, with" in done.stdout
-    said = [line for line in done.stdout.splitlines() if "workers  both at" in line]
-    assert [line.split("'")[1] for line in said] == ["step-1", "step-2", "step-3", "step-3", "step-5"]
-    assert said[2].split("digest ")[1] == said[3].split("digest ")[1].partition(" ")[0]
+    workers = [line for line in done.stdout.splitlines() if "workers  both at" in line]
+    assert [line.split("'")[1] for line in workers] == ["step-1", "step-2", "step-3", "step-3", "step-5"]
+    assert workers[2].split("digest ")[1] == workers[3].split("digest ")[1].partition(" ")[0]

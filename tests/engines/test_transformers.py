@@ -112,7 +112,7 @@ class TestEqualsFromPretrained:
     def test_a_model_built_on_meta(self, saved, name, dtype):
         architecture, checkpoint = ARCHITECTURES[name], saved(name, DTYPES[dtype])
         model = engine.build(checkpoint.directory)
-        real = {one for one, tensor in model.named_parameters() if not tensor.is_meta}
+        real = {name for name, tensor in model.named_parameters() if not tensor.is_meta}
         # wav2vec2 makes one by torch.Tensor(size), which knows no devices.
         assert real - {"masked_spec_embed"} == set(architecture.never_saved)
         assert not model.training
@@ -131,20 +131,20 @@ class TestEqualsFromPretrained:
         architecture, checkpoint = ARCHITECTURES[name], saved(name)
         torch.manual_seed(1000)
         model = fresh(name)
-        before = {one: tensor.clone() for one, tensor in everything(model).items()}
-        addresses = {one: tensor.data_ptr() for one, tensor in everything(model).items()}
+        before = {key: tensor.clone() for key, tensor in everything(model).items()}
+        addresses = {key: tensor.data_ptr() for key, tensor in everything(model).items()}
         written = set(model.state_dict()) - set(architecture.never_saved)
-        assert not any(torch.equal(before[one], everything(checkpoint.expected)[one]) for one in written)
+        assert not any(torch.equal(before[key], everything(checkpoint.expected)[key]) for key in written)
         with hw.open(checkpoint.directory) as source:
             report = hw.load(model, source)
             assert_fits_its_description(name, report, source, model)
         assert model.training
         assert_same(model, checkpoint.expected, frozen=architecture.frozen, but=architecture.never_saved)
-        assert {one: tensor.data_ptr() for one, tensor in everything(model).items()} == addresses
+        assert {key: tensor.data_ptr() for key, tensor in everything(model).items()} == addresses
         assert set(report.tensors[Fate.MISSING]) == set(architecture.never_saved)
-        assert all(torch.equal(everything(model)[one], before[one]) for one in architecture.never_saved)
+        assert all(torch.equal(everything(model)[key], before[key]) for key in architecture.never_saved)
 
-    @pytest.mark.parametrize("name", [one for one, architecture in ARCHITECTURES.items() if architecture.inputs])
+    @pytest.mark.parametrize("name", [name for name, architecture in ARCHITECTURES.items() if architecture.inputs])
     def test_outputs(self, saved, name):
         checkpoint = saved(name)
         model = engine.build(checkpoint.directory)
@@ -175,7 +175,7 @@ class TestEqualsFromPretrained:
         hw.load(model, tmp_path, device="cpu")
         expected = tf.LlamaForCausalLM.from_pretrained(tmp_path)
         prompt = {"input_ids": torch.tensor([[1, 17, 33]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
-        tokens = [one.generate(**prompt, do_sample=False, pad_token_id=0) for one in (model, expected)]
+        tokens = [each.generate(**prompt, do_sample=False, pad_token_id=0) for each in (model, expected)]
         assert torch.equal(*tokens)
         assert tokens[0].shape == (1, 10)
 
@@ -259,7 +259,7 @@ class TestPrefixes:
 
 
 class TestMiniLM:
-    """Weights that were really trained, by others. FAILURES row 32c: the checkpoint has more than the model."""
+    """Weights that were really trained, by others: the checkpoint has more than the model."""
 
     @pytest.fixture
     def directory(self):

@@ -264,7 +264,7 @@ def test_a_first_load_that_fails_can_be_repeated(monkeypatch, processed, error):
 
 
 def test_a_naive_reload_leaves_two_versions():
-    """What the tests above would find in a loader that just writes: FAILURES 29."""
+    """What the tests above would find in a loader that just writes."""
     model, live = loaded(UNPROCESSED)
     before = live.digest()
     with pytest.raises(RuntimeError, match="injected"), AtCopies(Fault(3, RuntimeError), after=False):

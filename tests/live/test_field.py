@@ -57,7 +57,7 @@ class CountsElements:
 
 
 @pytest.mark.parametrize("atomic", WAYS)
-def test_9_a_composed_loader_is_not_counted_twice(atomic):
+def test_a_composed_loader_is_not_counted_twice(atomic):
     naive = Mixer()
     CountsElements(naive)
     naive.load_weights(mixer_weights(1).items())
@@ -104,7 +104,7 @@ def block_weights(value):
 
 
 @pytest.mark.parametrize("atomic", WAYS)
-def test_12_a_layer_that_reads_others_comes_last(atomic):
+def test_a_layer_that_reads_others_comes_last(atomic):
     naive = Block()
     naive.load_state_dict(block_weights(1))
     for layer in naive.modules():  # in the order of the modules
@@ -133,7 +133,7 @@ class Bypassing(nn.Module):
 
 
 @pytest.mark.parametrize("atomic", WAYS)
-def test_13_writes_past_the_loader_are_seen(atomic):
+def test_writes_past_the_loader_are_seen(atomic):
     naive = Bypassing()
     live_weight, naive.weight = naive.weight, nn.Parameter(naive.weight.to("meta"), requires_grad=False)
     naive.load_weights([("weight", torch.ones(4))])  # A reload that only watches weight_loader: nothing happens here.
@@ -159,7 +159,7 @@ class Tied(nn.Module):
 
 @pytest.mark.parametrize("processed", [(), ("head",), ("embed",), ("embed", "head")])
 @pytest.mark.parametrize("atomic", WAYS)
-def test_16_tied_weights_stay_tied(atomic, processed):
+def test_tied_weights_stay_tied(atomic, processed):
     naive = Tied()
     naive.head.weight = nn.Parameter(torch.full((3, 2), torch.nan), requires_grad=False)  # each layer made anew
     naive.embed.weight.copy_(torch.ones(3, 2))
@@ -199,7 +199,7 @@ class Deriving(nn.Module):
 
 @pytest.mark.parametrize("processed", [None, lambda layer: None])
 @pytest.mark.parametrize("atomic", WAYS)
-def test_35_a_hook_refreshes_what_was_derived(atomic, processed):
+def test_a_hook_refreshes_what_was_derived(atomic, processed):
     x, new = torch.ones(1, 2), {"weight": torch.full((2, 2), 3.0)}
     naive = Deriving()
     naive(x)

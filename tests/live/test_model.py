@@ -1,5 +1,6 @@
 """LiveModel: what it takes, what it says, and how its first load is proven."""
 
+import contextlib
 import json
 import re
 
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 import hotweights as hw
-from hotweights.testing import ReusedBuffer
+from hotweights.testing import ReusedBuffer, write_safetensors
 
 
 def mlp():
@@ -130,3 +131,47 @@ def test_a_report_is_plain_data():
     assert facts["tensors"]["written"] == sorted(tensors())
     assert facts["bytes_by_io"] == {"memory": report.bytes_read}
     assert {event["what"] for event in facts["events"]} == {"read", "prepare", "commit"}
+
+
+class Half(nn.Module):
+    """A rank that takes the upper half of a tensor, and one tensor in two places."""
+
+    def __init__(self):
+        super().__init__()
+        self.half, self.whole = nn.Linear(64, 32, bias=False), nn.Linear(4, 4, bias=False)
+
+    def load_weights(self, pairs):
+        own = dict(self.named_parameters())
+        for name, tensor in pairs:
+            own[name].data.copy_(tensor[:32] if name == "half.weight" else tensor)
+
+
+@pytest.mark.parametrize("source", ["mapping", "files", "stream"])
+def test_progress_ends_at_its_total_though_a_rank_reads_slices(source, tmp_path, monkeypatch):
+    totals, advanced = [], []
+
+    @contextlib.contextmanager
+    def recorded(title, total, *, show):
+        totals.append(total)
+        advanced.append(0)
+
+        def advance(nbytes):
+            advanced[-1] += nbytes
+
+        yield advance
+
+    monkeypatch.setattr("hotweights.live.update.progress", recorded)
+    weights = {"half.weight": torch.randn(64, 64), "whole.weight": torch.randn(4, 4)}
+    live = hw.LiveModel(Half())
+    for _ in range(2):
+        if source == "mapping":
+            given = weights
+        elif source == "files":
+            given = tmp_path / "model.safetensors"
+            write_safetensors(given, weights)
+        else:
+            given = hw.from_iterator(ReusedBuffer(weights), hw.open(weights).manifest)
+        live.update(given) if totals else live.load(given)
+    assert advanced == totals
+    whole = sum(tensor.nbytes for tensor in weights.values())
+    assert totals == [whole if source == "stream" else whole - 32 * 64 * 4] * 2

@@ -128,7 +128,7 @@ def test_what_did_not_come_is_named(atomic):
 
 
 def test_a_manifest_that_does_not_fit_changes_nothing():
-    """FAILURES 31 and 32 too: every problem at once, before anything is written."""
+    """Every problem at once, before anything is written."""
     model, live = loaded()
     tensors = zoo.checkpoint(SPEC, 1)
     del tensors["tied1.weight"], tensors["aliased2.other"]
@@ -144,7 +144,7 @@ def test_a_manifest_that_does_not_fit_changes_nothing():
 
 
 def test_casts_and_broadcasts_are_problems():
-    """FAILURES 31 and 32: copied naively, 383 becomes 384 and four numbers become sixteen."""
+    """Copied naively, 383 becomes 384 and four numbers become sixteen."""
     model = nn.ModuleDict({"a": nn.Linear(4, 4, bias=False, dtype=torch.bfloat16)})
     naive = model["a"].weight.detach().clone()
     assert float(naive.copy_(torch.full((4,), 383))[0, 0]) == 384
@@ -158,7 +158,7 @@ def test_casts_and_broadcasts_are_problems():
 
 
 def test_the_order_of_the_manifest_says_nothing():
-    """FAILURES 34: a loader that trusts it writes the wrong tensors."""
+    """A loader that trusts it writes the wrong tensors."""
     tensors = {"a.weight": torch.ones(2, 2), "b.weight": torch.zeros(2, 2)}
     model = nn.ModuleDict({name: nn.Linear(2, 2, bias=False) for name in "ab"})
     live = hw.LiveModel(model)
@@ -366,7 +366,7 @@ def test_an_update_covers_what_the_first_load_covered():
 
 @pytest.mark.parametrize("atomic", WAYS)
 def test_tied_weights_that_differ_are_refused(atomic):
-    """FAILURES 16; a loader by name keeps whichever comes last."""
+    """A loader by name keeps whichever comes last."""
     model = nn.ModuleDict({"embed": nn.Embedding(4, 3), "head": nn.Linear(3, 4, bias=False)})
     model["head"].weight = model["embed"].weight
     live = hw.LiveModel(model, atomic=atomic)

@@ -4,7 +4,8 @@ import random
 
 import pytest
 import zoo
-from hypothesis import given, settings
+from examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 import hotweights as hw
@@ -130,7 +131,7 @@ def layer_nbytes(model):
 STEPS = st.lists(st.tuples(st.sampled_from(ROADS), st.sampled_from(WAYS)), min_size=2, max_size=3)
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(spec=SPECS, first=st.sampled_from(ROADS[:4]), steps=STEPS, seed=st.integers(0, 2**16))
 def test_any_model_any_way(tmp_path_factory, spec, first, steps, seed):
     chance, directory = random.Random(seed), tmp_path_factory.mktemp("any")

@@ -1,4 +1,4 @@
-"""FAILURES 1 to 5: borrowed tensors that are kept, sorted, awaited, viewed, or copied late. Naive code, then ours."""
+"""Borrowed tensors that are kept, sorted, awaited, viewed, or copied late: first naive code, then ours."""
 
 import threading
 from collections import defaultdict
@@ -105,15 +105,15 @@ LOADERS["engine"] = (Engine, engine_checkpoint())
 
 @pytest.fixture(params=LOADERS)
 def loader(request):
-    """A model that keeps what it is given, a checkpoint for it, and what is right."""
+    """A model that keeps what it is given, a checkpoint for it, and what it becomes."""
     make, tensors = LOADERS[request.param]
-    right = make()
-    right.load_weights(tensors.items())
-    return make, tensors, state(right)
+    expected = make()
+    expected.load_weights(tensors.items())
+    return make, tensors, state(expected)
 
 
 class TestKept:
-    """Rows 1 to 3, and 5: code that keeps tensors longer than they live."""
+    """Code that keeps tensors longer than they live."""
 
     def test_a_dictionary(self, opened):
         naive = dict(ReusedBuffer(TENSORS))
@@ -125,25 +125,25 @@ class TestKept:
         assert_same_bits(kept, TENSORS)
 
     def test_the_naive_way_bites(self, loader):
-        make, tensors, right = loader
+        make, tensors, expected = loader
         model = make()
         model.load_weights(ReusedBuffer(tensors))
         with pytest.raises(AssertionError, match="other bytes"):
-            assert_same_bits(state(model), right)
+            assert_same_bits(state(model), expected)
 
     def test_its_own_code_with_owned_tensors(self, loader, opened):
-        make, tensors, right = loader
+        make, tensors, expected = loader
         model = make()
         with opened(tensors) as source:
             model.load_weights(source.tensors())
-        assert_same_bits(state(model), right)
+        assert_same_bits(state(model), expected)
 
     def test_planned(self, loader, opened):
-        make, tensors, right = loader
+        make, tensors, expected = loader
         model = make()
         with opened(tensors) as source:
             hw.load(model, source, allow_unexpected="*")
-        assert_same_bits(state(model), right)
+        assert_same_bits(state(model), expected)
 
     def test_a_weight_and_its_scale_are_one_step(self):
         tensors = scaled_checkpoint()
@@ -154,7 +154,7 @@ class TestKept:
 
 
 class TestViews:
-    """Row 4: a callback keeps what it was given, and the next bucket overwrites it."""
+    """A callback keeps a view of what it was given, and the next tensor overwrites it."""
 
     def test_a_trap_names_the_tensor(self, opened):
         kept = {}
@@ -185,7 +185,7 @@ class TestViews:
 
 
 class TestLateCopies:
-    """Row 5: the copy still runs when the iterator advances."""
+    """The copy to the device still runs when the iterator advances."""
 
     def test_ours_waits_for_the_device(self, monkeypatch):
         """The copies that ``load`` queues are done only when the device says so, on another thread."""

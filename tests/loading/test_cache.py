@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import hotweights as hw
 from hotweights.testing import assert_same_bits
@@ -63,10 +64,30 @@ def test_the_same_is_traced_once(traces):
     model, tensors = Loaded(), state()
     for _ in range(3):
         load(model, tensors)
-    load(model, {name: one.clone() for name, one in tensors.items()})
+    load(model, {name: tensor.clone() for name, tensor in tensors.items()})
     assert len(traces) == 1
     hw.load(model, tensors, cache=False)
     assert len(traces) == 2
+
+
+@pytest.fixture
+def four_ranks():
+    """This process as the first of four, of whom the others are only pretended to be there."""
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("four_ranks")
+def test_every_process_group_counts(traces):
+    """Loading code may ask any of them for its rank: those of tensor and of expert parallelism differ."""
+    model, tensors = Loaded(), state()
+    load(model, tensors)
+    for number, ranks in enumerate([[0, 1], [0, 2]], 2):
+        torch.distributed.new_group(ranks)
+        for _ in range(2):
+            load(model, tensors)
+        assert len(traces) == number
 
 
 def test_two_sources_take_turns(traces):
@@ -134,7 +155,7 @@ def test_every_part_of_the_key_counts(part, traces, monkeypatch):
     changes()[part](model, monkeypatch)
     try:
         load(model, tensors, cast="loader", allow_missing="*")  # other options: to know what is right
-        expected = {name: one.clone() for name, one in model.named_parameters()}
+        expected = {name: tensor.clone() for name, tensor in model.named_parameters()}
         count = len(traces)
         load(model, tensors)
         assert_same_bits(dict(model.named_parameters()), expected)
@@ -303,6 +324,6 @@ def test_values_of_the_model_are_never_stale(way):
     model.perm.copy_(torch.tensor([1, 2, 0, 3]))
     model.scale.fill_(3.0)
     load(model, {"w": tensor})
-    found = model.w.tolist()
+    loaded = model.w.tolist()
     WAYS[way](model, tensor)
-    assert found == model.w.tolist()
+    assert loaded == model.w.tolist()

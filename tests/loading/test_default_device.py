@@ -66,8 +66,8 @@ class Fused(nn.Module):
         self.register_buffer("column", self.weight.data[:, 1], persistent=False)
 
     def load_weights(self, pairs):
-        for _, one in pairs:
-            self.weight.data[:2].copy_(-one.exp())
+        for _, tensor in pairs:
+            self.weight.data[:2].copy_(-tensor.exp())
             self.weight.data[2:].fill_(1)
 
 

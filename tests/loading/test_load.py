@@ -27,9 +27,9 @@ class Block(nn.Module):
 
 
 def model(width=24):
-    made = nn.Sequential(nn.Embedding(50, width), Block(width), Block(width), nn.Linear(width, 50, bias=False))
-    made[3].weight = made[0].weight  # tied
-    return made
+    layers = nn.Sequential(nn.Embedding(50, width), Block(width), Block(width), nn.Linear(width, 50, bias=False))
+    layers[3].weight = layers[0].weight  # tied
+    return layers
 
 
 def other_weights(like):
@@ -109,7 +109,7 @@ class TestRight:
 
     @pytest.mark.parametrize("slot_nbytes", [1, 12289, 20000, 1 << 20])
     def test_any_strides_and_any_slot_size(self, way, slot_nbytes):
-        """FAILURES rows 19 to 22: larger than a slot, unaligned, empty, 0-dim, not contiguous."""
+        """Larger than a slot, unaligned, empty, 0-dim, not contiguous."""
         ours = nn.Module()
         for name, tensor in ODD.items():
             ours.register_buffer(
@@ -162,8 +162,8 @@ class TestRight:
             state[prefix + "weight"] = state.pop(prefix + "kernel")
 
         ours, theirs = (nn.Sequential(Turned(4, 4), nn.Linear(4, 4)) for _ in range(2))
-        for one in (ours, theirs):
-            one[1].register_load_state_dict_pre_hook(renamed)
+        for model in (ours, theirs):
+            model[1].register_load_state_dict_pre_hook(renamed)
         state = {
             "0.weight": torch.randn(4, 4),
             "0.bias": torch.randn(4),
@@ -182,10 +182,10 @@ class TestRight:
         state = {"0." + name: torch.rand(3) for name in norm.state_dict() if name != "num_batches_tracked"}
         source, options = way(state)
         ours, theirs = nn.Sequential(deepcopy(norm)), nn.Sequential(deepcopy(norm))
-        for one in (ours, theirs):
-            one[0].num_batches_tracked.fill_(5)
+        for model in (ours, theirs):
+            model[0].num_batches_tracked.fill_(5)
             if hooked:
-                one.register_load_state_dict_post_hook(lambda module, keys: None)
+                model.register_load_state_dict_post_hook(lambda module, keys: None)
         report = hw.load(ours, source, **options)
         theirs.load_state_dict(state)
         assert_same_bits(ours.state_dict(), theirs.state_dict())
@@ -259,7 +259,7 @@ class TestRefused:
         assert_same_bits(snapshot(self.model), before)
 
     def test_all_problems_at_once(self, way):
-        """FAILURES row 17: a tensor absent, and more, listed before anything changes."""
+        """A missing tensor, another shape and a stranger are listed together, before anything changes."""
         state = other_weights(self.model)
         del state["1.linear.weight"]
         state["2.linear.bias"] = torch.zeros(25)
@@ -567,3 +567,11 @@ class TestSurprises:
         hw.load(ours, {**ours.state_dict(), "a[0].bias": torch.zeros(1)}, allow_unexpected=["a[0].bias"])
         with pytest.raises(UsageError, match="threads=0"):
             hw.load(ours, ours, threads=0)
+
+    def test_options_are_checked_with_a_plan_too(self):
+        ours = nn.Linear(2, 2)
+        plan = hw.trace(ours, ours)
+        with pytest.raises(hw.UnknownName, match="unknown cast 'none'; known are: error, loader"):
+            hw.load(ours, ours, plan=plan, cast="none")
+        with pytest.raises(UsageError, match="device='nonsense' is no device"):
+            hw.load(ours, ours, plan=plan, device="nonsense")

@@ -103,6 +103,8 @@ def test_a_stream_cannot_be_asked_twice():
 
     with hw.open(nn.Linear(2, 2)) as source, pytest.raises(hw.UsageError, match="asked for a tensor twice"):
         hw.load(nn.Linear(2, 2), Stream(source), verify="loader")
+    with hw.open(nn.Linear(2, 2)) as source:  # What the error advises.
+        hw.load(nn.Linear(2, 2), dict(Stream(source).tensors()), verify="loader")
     with pytest.raises(hw.UnknownName, match="loader, off"):
         hw.load(nn.Linear(2, 2), nn.Linear(2, 2), verify="twice")
 

@@ -166,7 +166,7 @@ def test_a_stale_trap_still_tells_its_shape_and_its_state(slot):
 
 
 def test_the_rest_of_a_bucket_that_was_kept():
-    """FAILURES row 4: a callback keeps its dict, the next bucket overwrites it. Without a guard: wrong, and silent."""
+    """A callback keeps its dict, the next bucket overwrites it. Without a guard: wrong, and silent."""
     for guard in ("off", "trap"):
         with Pool(1, 4096, guard=guard) as pool:
             kept, owned = {}, {}
@@ -186,7 +186,7 @@ def test_the_rest_of_a_bucket_that_was_kept():
 
 
 def test_a_copy_in_another_thread_is_waited_for():
-    """FAILURES row 5: the stream advances while a thread still copies. Released after its event, the slot waits."""
+    """The stream advances while a thread still copies. Released after its event, the slot waits."""
     with Pool(1, 4096) as pool:
         for careful in (False, True):
             start, copied, event = threading.Event(), [], ManualEvent()

@@ -6,7 +6,8 @@ import msgspec
 import pytest
 import torch
 import xxhash
-from hypothesis import given, settings
+from examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from idioms import IDIOMS, Model, weights
 from torch import nn
@@ -166,6 +167,16 @@ class TestRefusedToRead:
         with pytest.raises(FileNotFoundError):
             LoadPlan.load(tmp_path / "absent")
 
+    def test_the_advice_can_be_followed(self, tmp_path):
+        model, path = nn.Linear(2, 2), tmp_path / "x"
+        manifest = hw.open(model.state_dict()).manifest
+        path.write_bytes(b"other")
+        with pytest.raises(PlanFileError) as caught:
+            LoadPlan.load(path)
+        advice = str(caught.value).partition("make one with ")[2]
+        eval(advice, {"hw": hw, "model": model, "manifest": manifest, "path": path})
+        assert LoadPlan.load(path).manifest == manifest
+
     def test_another_version(self, saved):
         document = msgspec.msgpack.decode(saved[1].read_bytes()[HEAD:])
         saved[1].write_bytes(signed({**document, "version": 1}))
@@ -214,7 +225,7 @@ def whole_file(tmp_path_factory):
     return BYTES[0]
 
 
-@settings(deadline=None, max_examples=300, derandomize=True)
+@examples(300, derandomize=True)
 @given(data=st.data())
 def test_damaged_bytes_give_our_error(tmp_path_factory, data):
     path, good = whole_file(tmp_path_factory)
@@ -231,7 +242,7 @@ def test_damaged_bytes_give_our_error(tmp_path_factory, data):
             LoadPlan.load(path)
 
 
-@settings(deadline=None, max_examples=1000, derandomize=True)
+@examples(1000, derandomize=True)
 @given(data=st.data())
 def test_forged_bytes_give_our_error_or_a_plan_that_runs_or_is_refused(tmp_path_factory, data):
     """The digest is made to match, so that everything behind it is tried."""
@@ -260,7 +271,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=1000, derandomize=True)
+@examples(1000, derandomize=True)
 @given(data=st.data())
 def test_forged_documents_give_our_error_or_a_plan_that_runs_or_is_refused(tmp_path_factory, data):
     path, good = whole_file(tmp_path_factory)

@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from hypothesis import given, settings
+from examples import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -154,15 +155,15 @@ def parts(loaders, **options):
 
 
 class TestBorrowed:
-    """FAILURES rows 1 to 5, first in code that is wrong."""
+    """Borrowed tensors that are kept or copied late, first in code that is wrong."""
 
     def test_naive_code_is_bitten(self):
         state = small()
-        kept = dict(reused(state))  # row 1; row 4 is the same dictionary in a callback
+        kept = dict(reused(state))  # a callback that keeps its dictionary does the same
         assert all(bool(tensor.isnan().all()) for tensor in kept.values())
-        sorted_first = {part: [t for n, t in reused(state) if n.startswith(part)] for part in "abc"}  # row 2
+        sorted_first = {part: [t for n, t in reused(state) if n.startswith(part)] for part in "abc"}
         assert all(bool(tensor.isnan().all()) for tensors in sorted_first.values() for tensor in tensors)
-        model, prefix = VisionLanguage(), "language_model."  # row 3, in a model that is right with tensors of its own
+        model, prefix = VisionLanguage(), "language_model."  # in a model that is right with tensors of its own
         pairs = reused(vision_language_checkpoint())
         with torch.no_grad():
             model.language_model.load_weights((n.removeprefix(prefix), t) for n, t in pairs if n.startswith(prefix))
@@ -184,11 +185,11 @@ class TestBorrowed:
         assert_same_bits(model.state_dict(), right(state))
 
     def test_a_thread_pool_that_copies_after_the_stream_has_ended(self, way):
-        state, found, ended = small(), {}, threading.Event()
+        state, copied, ended = small(), {}, threading.Event()
 
         def copy(name, tensor):
             assert ended.wait(30)
-            found[name] = tensor.clone()
+            copied[name] = tensor.clone()
 
         with ThreadPoolExecutor(3) as pool:
             futures = []
@@ -200,7 +201,7 @@ class TestBorrowed:
             ended.set()
             for future in futures:
                 future.result(30)
-        assert_same_bits(found, state)
+        assert_same_bits(copied, state)
 
     def test_the_trainer_may_go_on(self):
         state, loaders = small(), collecting()
@@ -258,10 +259,10 @@ class TestOrder:
         report = hw.route(way(state), components)
         assert_same_bits(model.state_dict(), right(state))
         assert list(report.tensors) == [component.name for component in components]
-        largest, first = LANGUAGE, next(one.name for one in components if one.name != ADAPTER)
+        largest, first = LANGUAGE, next(part.name for part in components if part.name != ADAPTER)
         assert report.streamed == {"reused": first, "ordered": largest}.get(way.name)
 
-    @settings(deadline=None, max_examples=60)
+    @examples(60)
     @given(data=st.data())
     def test_every_order_of_tensors(self, data):
         state = vision_language_checkpoint()
@@ -291,9 +292,9 @@ class TestOrder:
         state, loaders = small(), collecting(**{part: {"stop": stop}})
         source = way(state)
         report = hw.route(source, parts(loaders))
-        for one, loader in loaders.items():
-            expected = list(only(state, one).items())[: stop if one == part else 3]
-            assert_same_bits({f"{one}.{name}": tensor for name, tensor in loader.kept.items()}, dict(expected))
+        for loaded, loader in loaders.items():
+            expected = list(only(state, loaded).items())[: stop if loaded == part else 3]
+            assert_same_bits({f"{loaded}.{name}": tensor for name, tensor in loader.kept.items()}, dict(expected))
         untaken = tuple(only(state, part))[stop:]
         assert report.untaken == ({part: untaken} if untaken else {})
         assert report.returned[part] == "stopped"
@@ -325,15 +326,15 @@ class TestOrder:
         hw.route(Once(), parts(collecting()))
 
     def test_code_that_yields_is_run(self, way):
-        found = {}
+        given = {}
 
         def load(pairs):
             for name, tensor in pairs:
-                found[name] = tensor
+                given[name] = tensor
                 yield name
 
         report = hw.route(way(small()), [Component("", load)])
-        assert_same_bits(found, small())
+        assert_same_bits(given, small())
         assert sorted(report.returned["everything else"]) == sorted(small())
 
 
@@ -470,7 +471,7 @@ class TestProblems:
         ]
         failing = FailingSource(hw.open(tmp_path), at=0, error=AssertionError("a byte was read"))
         with failing as source:
-            found = problems(source, components)
+            listed = problems(source, components)
         expected = [
             *(f"a: a.{n} does not begin with 'vision.'" for n in range(3)),
             "adapter: bias",
@@ -481,16 +482,18 @@ class TestProblems:
             "gone: is missing",
             "stray.w: is unexpected",
         ]
-        assert len(found) == len(expected)
-        assert all(one.startswith(begin) for one, begin in zip(found, expected, strict=True)), "\n".join(found)
+        assert len(listed) == len(expected)
+        assert all(problem.startswith(begin) for problem, begin in zip(listed, expected, strict=True)), "\n".join(
+            listed
+        )
         assert not touched.kept
 
     def test_the_same_of_a_stream_once_it_has_passed(self):
         state = {**small(), "stray.w": torch.ones(2), "d.0": torch.ones(1)}
         loaders = collecting()
         pairs = [*reused_copy(state), ("b.0", torch.ones(3))]
-        found = problems(iter(pairs), [*parts(loaders), Component("d.", None), Component("gone.", Collecting())])
-        assert [one.split(",")[0].split(" (")[0] for one in found] == [
+        listed = problems(iter(pairs), [*parts(loaders), Component("d.", None), Component("gone.", Collecting())])
+        assert [problem.split(",")[0].split(" (")[0] for problem in listed] == [
             "b: b.0 comes twice",
             "d: its load_weights is None",
             "gone: is missing",
@@ -521,7 +524,7 @@ class TestProblems:
     @pytest.mark.parametrize(
         ("components", "message"),
         [
-            (list, "there are none"),
+            (list, "there are no components"),
             (
                 lambda: [Component("a.", print), Component("a.", print)],
                 "two have the name 'a'; two have the prefix 'a.'",
@@ -553,8 +556,8 @@ class TestMatching:
         m, v, r, p = (Collecting() for _ in range(4))
         components = [Component("m.", m), Component("m.v.", v), Component("m.v.r.", r)]
         hw.route(way(state), [*components, Component(lambda name: name.endswith("bias"), p, name="biases")])
-        assert [sorted(one.kept) for one in (m, v, r, p)] == [["a"], ["a"], ["a"], ["m.v.r.bias"]]
-        assert [one.kept[name].numel() for one, name in ((m, "a"), (v, "a"), (r, "a"), (p, "m.v.r.bias"))] == [
+        assert [sorted(part.kept) for part in (m, v, r, p)] == [["a"], ["a"], ["a"], ["m.v.r.bias"]]
+        assert [part.kept[name].numel() for part, name in ((m, "a"), (v, "a"), (r, "a"), (p, "m.v.r.bias"))] == [
             1,
             2,
             3,
@@ -588,7 +591,8 @@ class TestMatching:
         assert SOUND not in hw.route(way(state), model.components()).tensors
         with_sound = way(vision_language_checkpoint())
         assert any(
-            one.startswith(f"{SOUND}: its load_weights is None") for one in problems(with_sound, model.components())
+            problem.startswith(f"{SOUND}: its load_weights is None")
+            for problem in problems(with_sound, model.components())
         )
 
     def test_what_is_disabled_is_not_looked_at(self):
@@ -677,10 +681,10 @@ class TestByName:
 
     def test_what_does_not_fit_names_component_and_tensor(self, way):
         state = {"adapter.weight": torch.ones(3, 3), "adapter.extra": torch.ones(1)}
-        found = problems(way(state), [Component("adapter.", nn.Linear(2, 3))])
-        assert [one for one in found if "weight" in one]
-        assert [one for one in found if "extra" in one]
-        assert [one for one in found if "bias" in one]
+        listed = problems(way(state), [Component("adapter.", nn.Linear(2, 3))])
+        assert [problem for problem in listed if "weight" in problem]
+        assert [problem for problem in listed if "extra" in problem]
+        assert [problem for problem in listed if "bias" in problem]
 
 
 class TestTogether:
@@ -692,7 +696,7 @@ class TestTogether:
         assert report.fell_back == ()
         assert report.planned == len(state)
 
-    def test_stand_ins_wait_in_no_memory(self, tmp_path):
+    def test_fake_tensors_wait_in_no_memory(self, tmp_path):
         class Limited(VisionLanguage):
             def load_weights(self, pairs):
                 return hw.route(pairs, self.components(), memory_limit=0)
@@ -732,5 +736,5 @@ def test_iterators_and_readers_of_other_packages(kind, tmp_path, monkeypatch):
     with source:
         hw.route(source, [Component(f"{part}.", lambda pairs, part=part: kept[part].update(pairs)) for part in kept])
     for part, tensors in kept.items():
-        assert_same_bits(tensors, {name[2:]: one for name, one in state.items() if name.startswith(part)})
-        assert len({one.data_ptr() for one in tensors.values()}) == 8
+        assert_same_bits(tensors, {name[2:]: tensor for name, tensor in state.items() if name.startswith(part)})
+        assert len({tensor.data_ptr() for tensor in tensors.values()}) == 8

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import hotweights as hw
+from hotweights.sources.contracts import Addressed, InMemory, Participant, Source
 from hotweights.testing import SOURCE_CONTRACT, ReusedBuffer, write_checkpoint
 
 TENSORS = {
@@ -84,3 +85,25 @@ def reader(name, tmp_path, monkeypatch, *, reusing):
 @pytest.mark.parametrize("check", SOURCE_CONTRACT, ids=lambda check: check.__name__)
 def test_contract(check, case):
     check(*case)
+
+
+class Waiting:
+    """A source whose manifest is not there yet, as a receiver's: asking for it would wait for a sender."""
+
+    @property
+    def manifest(self):
+        raise AssertionError("its code ran")
+
+    position = read = borrow = wanted = decision = refuse = manifest
+
+    def leases(self, *, guard="off"): ...
+    def tensors(self): ...
+    def close(self): ...
+    def __enter__(self): ...
+    def __exit__(self, *error): ...
+
+
+@pytest.mark.parametrize("contract", [Source, Addressed, InMemory, Participant])
+def test_asking_what_a_source_can_do_runs_none_of_its_code(contract):
+    assert isinstance(Waiting(), contract)
+    assert not isinstance({}, contract)

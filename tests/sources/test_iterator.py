@@ -11,6 +11,7 @@ from torch import nn
 import hotweights as hw
 from hotweights.sources import IteratorSource, Source
 from hotweights.sources import iterator as module
+from hotweights.sources.opening import is_pairs, opened
 from hotweights.testing import ManualEvent, ReusedBuffer, assert_same_bits
 
 TENSORS = {f"layers.{number}.weight": torch.full((4, 3), float(number + 1)) for number in range(4)}
@@ -57,6 +58,27 @@ class TestManifest:
                 source.manifests  # noqa: B018
             assert isinstance(hw.from_iterator([], MANIFEST), Source)
 
+    def test_trace_does_not_use_it_up_to_get_one(self):
+        pairs = Watched()
+        with hw.from_iterator(pairs) as source, pytest.raises(hw.NoManifest, match="manifest="):
+            hw.trace(nn.Linear(2, 2), source)
+        assert pairs.given == 0
+
+    def test_a_sender_collects_as_load_does(self, tmp_path):
+        with (
+            hw.Sender(f"unix:{tmp_path}/socket", timeout=0.01) as sender,
+            hw.from_iterator(TENSORS.items()) as source,
+            pytest.raises(hw.TransferTimeout),  # Not refused: only receivers are missing.
+        ):
+            sender.send(source, version=1)
+
+    @pytest.mark.parametrize("pairs", [list(TENSORS.items()), iter(TENSORS.items()), TENSORS.items()])
+    def test_bare_pairs_are_no_source(self, pairs):
+        assert is_pairs(pairs)
+        assert not any(is_pairs(source) for source in ("path", TENSORS, nn.ReLU(), hw.from_iterator(pairs), 3))
+        with pytest.raises(hw.UsageError, match=r"goes through hotweights\.from_iterator"), opened(pairs):
+            pass
+
     def test_collect_makes_one(self):
         with hw.from_iterator(ReusedBuffer(TENSORS)) as source, source.collect() as kept:
             assert dict(kept.manifest) == dict(MANIFEST)
@@ -83,8 +105,8 @@ class TestManifest:
         with hw.from_iterator(iter(pairs), MANIFEST) as source:
             got = []
             with pytest.raises(hw.SourceError) as caught:  # noqa: PT012 - how far it came counts
-                for one in getattr(source, way)():
-                    got.append(one)
+                for item in getattr(source, way)():
+                    got.append(item)
             assert all(word in str(caught.value) for word in words), str(caught.value)
             assert len(got) == given
 
@@ -162,8 +184,8 @@ class TestOwning:
                 yield name, fresh()
 
         with hw.from_iterator(pairs(), borrowed=False) as source:
-            for one in getattr(source, way)():
-                del one
+            for item in getattr(source, way)():
+                del item
         assert len(memories) == len(NAMES)
 
 
@@ -297,8 +319,8 @@ class TestClosing:
                     closed.append(True)
 
         source = hw.from_iterator(Again())
-        with source.leases() as one, source.leases() as other:
-            assert (next(one).name, next(other).name) == (NAMES[0], NAMES[0])
+        with source.leases() as stream, source.leases() as other:
+            assert (next(stream).name, next(other).name) == (NAMES[0], NAMES[0])
             source.close()
             assert closed == [True, True]
 

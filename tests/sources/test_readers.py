@@ -287,6 +287,7 @@ class TestTorch:
             ({"model": {"w": torch.ones(1)}, "step": 3}, ["'model' is a dict", "'step' is a int"]),
             ([torch.ones(1)], ["holds a list, not a dictionary of tensors"]),
             ({"w": torch.eye(2).to_sparse()}, ["'w' is torch.sparse_coo"]),
+            ({5: torch.ones(1)}, ["the key 5 is no name"]),
         ],
     )
     def test_what_is_no_flat_dictionary(self, content, words, tmp_path):

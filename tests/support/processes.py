@@ -55,11 +55,11 @@ class Killer:
         return wrapped
 
     def noting(self, decide):
-        def wrapped(ballot, wish):
-            found = decide(ballot, wish)
+        def wrapped(ballot, vote):
+            written = decide(ballot, vote)
             if self._armed and self._decided is not None:
-                self._decided.value = found.value
-            return found
+                self._decided.value = written.value
+            return written
 
         return wrapped
 
@@ -93,12 +93,12 @@ class Child:
         ready = multiprocessing.connection.wait([self._pipe, self.process.sentinel], TIMEOUT)
         assert ready, "it waits for ever"
         try:
-            found = self._pipe.recv() if self._pipe.poll() else None
+            said = self._pipe.recv() if self._pipe.poll() else None
         except EOFError:
             return None
-        if isinstance(found, Exception):
-            raise found
-        return found
+        if isinstance(said, Exception):
+            raise said
+        return said
 
     def say(self, word):
         self._pipe.send(word)
@@ -133,8 +133,8 @@ class Tiny(nn.Module):
 
 def value_of(model):
     """The value that all of the model has; it fails where it is of two versions."""
-    (found,) = {one for tensor in model.state_dict().values() for one in tensor.float().unique().tolist()}
-    return found
+    (value,) = {value for tensor in model.state_dict().values() for value in tensor.float().unique().tolist()}
+    return value
 
 
 def follow(pipe, address, at=None, atomic="journal"):

@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from examples import examples
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from idioms import IDIOMS, Model, weights
 from torch import nn
@@ -256,7 +257,7 @@ def check_composed(program, tally):
         assert fingerprint(ours) == fingerprint(theirs), kind
 
 
-@settings(deadline=None, max_examples=150, derandomize=True, suppress_health_check=list(HealthCheck))
+@examples(150, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.lists(INSTRUCTION, min_size=1, max_size=14))
 def test_idioms_composed_at_random_load_as_their_own_code_does(program):
     check_composed(program, Counter())
@@ -537,7 +538,7 @@ def test_a_plan_does_not_read_what_only_the_fallback_writes():
     assert fingerprint(ours) == fingerprint(theirs)
 
 
-# --- what went wrong in the field (FAILURES.md) ----------------------------------------------------------------------
+# --- what went wrong in the field ------------------------------------------------------------------------------------
 
 
 def reused_buffer(tensors):
@@ -576,13 +577,13 @@ class TestField:
         assert report.tensors[hw.Fate.SKIPPED] == ("experts.1.gate", "experts.1.up", "rotary.inv_freq")
 
     def test_the_pair_is_one_step(self):
-        """Row 3."""
+        """A tensor and its scale, read together."""
         plan = hw.trace(Engine(), hw.open(engine_checkpoint()).manifest)
         pairs = [step for step in plan.steps if isinstance(step, Program) and len(step.sources) == 2]
         assert [set(step.sources) for step in pairs] == [{"scaled", "scaled.scale"}]
 
     def test_a_composed_loader_is_not_counted_twice_in_any_order(self):
-        """Row 9: counting elements, two copies into A are A and D."""
+        """Counting elements, two copies into A are A and D."""
         names = ["mixer.A", "mixer.D", "mixer.dt_bias"]
         written, needed = 0, sum(one.numel() for one in Engine().mixer.parameters())
         for name in names:  # naive: complete when as many elements were written as there are
@@ -599,7 +600,7 @@ class TestField:
             assert_loaded(ours, right)
 
     def test_uninitialised_parameters(self):
-        """Row 10: whoever asks one for its memory gets an exception."""
+        """Whoever asks one for its memory gets an exception."""
 
         class Lazy(nn.Module):
             def __init__(self):
@@ -621,7 +622,7 @@ class TestField:
             hw.trace(model, hw.open({"p": torch.ones(2)}).manifest)
 
     def test_writes_that_bypass_the_loader(self):
-        """Row 13: on meta a copy into ``.data`` is lost in silence."""
+        """On meta a copy into ``.data`` is lost in silence."""
 
         def loader(model, pairs):
             for _, one in pairs:
@@ -636,7 +637,7 @@ class TestField:
         assert ours.weight.tolist() == [[1, 1], [1, 1]]
 
     def test_a_read_that_is_swallowed_is_noted(self):
-        """Row 32a: a recorder that only raises records the branch for tensors without values."""
+        """A recorder that only raises records the branch for tensors without values."""
         row = next(row for row in IDIOMS if row.name == "swallows a value read")
         tensors = weights(1)
         naive, right = Model(row.loader), Model(row.loader)
@@ -650,7 +651,7 @@ class TestField:
 
     @pytest.mark.parametrize("world", [1, 2])
     def test_each_rank_gets_its_rows_and_reads_no_others(self, world, tmp_path):
-        """Row 33: every row says whose it is."""
+        """Every row says whose it is."""
         rows, columns = 8, 512
         tensors = {"w": torch.arange(rows).float()[:, None].expand(rows, columns).contiguous()}
         path = write_checkpoint(tmp_path, tensors)
@@ -675,7 +676,7 @@ class TestField:
 
     @pytest.mark.parametrize("rank", [0, 1])
     def test_a_rank_of_the_engine(self, rank, tmp_path):
-        """Row 33, by everything an engine's model does."""
+        """It reads half of what is sliced, by everything an engine's model does."""
         right, ours = engines(rank, 2)
         report = hw.load(ours, write_checkpoint(tmp_path, engine_checkpoint()))
         assert_loaded(ours, right)
@@ -684,7 +685,7 @@ class TestField:
         assert whole.bytes_read - report.bytes_read == sliced // 2
 
     def test_the_order_of_the_manifest_is_not_that_of_the_stream(self):
-        """Row 34: whoever pairs them by position mixes up tensors of one shape."""
+        """Whoever pairs them by position mixes up tensors of one shape."""
         tensors = engine_checkpoint()
         right, ours = engines()
         naive = dict(zip(hw.open(tensors).manifest, reversed(tensors.values()), strict=True))
@@ -693,7 +694,7 @@ class TestField:
         assert_loaded(ours, right)
 
     def test_broadcasts_are_refused_by_what_the_loader_does(self):
-        """Row 32."""
+        """``copy_`` of [4] into [4, 4] succeeds in silence."""
         naive = torch.zeros(4, 4)
         naive.copy_(torch.ones(4))
         row = next(row for row in IDIOMS if row.name == "silent broadcast")

@@ -25,7 +25,7 @@ def held():
     with open("/proc/self/maps") as maps:
         mapped = sum("hotweights" in line for line in maps)
     return (
-        len([one for one in links if one.startswith(("socket", "/memfd:hotweights", "anon_inode:[eventfd]"))]),
+        sum(link.startswith(("socket", "/memfd:hotweights", "anon_inode:[eventfd]")) for link in links),
         mapped,
         threading.active_count(),
     )

@@ -57,8 +57,8 @@ def test_starters_that_race_for_a_stale_socket_agree_on_one(address):
             said = [racer.heard() for racer in racers]
             assert said.count("won") == 1
             winner = racers[said.index("won")]
-            others = [one for one in said if one != "won"]
-            assert all(str(winner.process.pid) in one or "just started" in one for one in others)
+            refusals = [word for word in said if word != "won"]
+            assert all(str(winner.process.pid) in refusal or "just started" in refusal for refusal in refusals)
             assert os.path.exists(path)
             winner.say("end")
         assert not os.listdir(os.path.dirname(path))

@@ -14,6 +14,7 @@ from torch import nn
 import hotweights as hw
 from hotweights.ranges import Range
 from hotweights.sources.contracts import Request
+from hotweights.transfer import member
 from hotweights.transfer.ballot import Ballot, Decision
 
 
@@ -45,28 +46,39 @@ def test_a_stream_whose_receiver_another_thread_closes_says_so(digests, address)
 def test_a_version_that_was_decided_is_taken_whoever_closes_the_receiver_meanwhile(address, monkeypatch):
     new = nn.Linear(8, 8)
     live = hw.LiveModel(nn.Linear(8, 8))
-    live.load({name: torch.zeros(one.shape) for name, one in new.state_dict().items()}, version="old")
+    live.load({name: torch.zeros(tensor.shape) for name, tensor in new.state_dict().items()}, version="old")
     source, asked = receiver(address), threading.Event()
     closer = threading.Thread(target=source.close, daemon=True)
-    decide = Ballot.decide
+    decide, holding, at_lock, excluded = Ballot.decide, member.holding, threading.Event(), []
 
-    def deciding(ballot, wish):
-        if wish is Decision.COMMIT:
-            found = decide(ballot, wish)
+    def deciding(ballot, vote):
+        if vote is Decision.COMMIT:
+            decided = decide(ballot, vote)
             closer.start()
-            assert asked.wait(TIMEOUT)  # Its word to commit is late: the receiver reads what was decided.
-            return found
+            assert asked.wait(TIMEOUT)  # Its message to commit is late: the receiver reads what was decided.
+            return decided
         asked.set()
-        closer.join(0.5)  # As long as a close that does not wait has to let go of the ballot.
-        return decide(ballot, wish)
+        assert at_lock.wait(TIMEOUT), "close does not wait"
+        return decide(ballot, vote)
+
+    def locking(lock, seconds):
+        if threading.current_thread() is closer:
+            free = lock.acquire(blocking=False)
+            if free:
+                lock.release()
+            excluded.append(not free)
+            at_lock.set()
+        return holding(lock, seconds)
 
     monkeypatch.setattr(Ballot, "decide", deciding)
+    monkeypatch.setattr(member, "holding", locking)
     with sender(address) as sending:
         worker = Thread(lambda: live.update(source))
         with pytest.raises(hw.TransferIncomplete):
             sending.send(new, version="new")
         worker.result()
         closer.join(TIMEOUT)
+    assert excluded == [True], "close could let go of the ballot before the receiver read it"
     assert live.version == "new"
     assert torch.equal(live.model.weight, new.weight)
 
@@ -143,24 +155,24 @@ def test_a_wrapper_is_refused_and_never_read_at_its_null_address(as_stream, addr
             worker.result()
 
 
-# Wishes.
+# Requests.
 
 
 def test_ranges_that_touch_are_never_sent_as_one_piece(address):
     def slices(*ranges):
         with receiver(address) as source:
             source.wanted([Request("a", ranges)])
-            (found,) = [lease.own() for lease in source.leases()]
+            (tensor,) = [lease.own() for lease in source.leases()]
             with source.decision():
-                return found
+                return tensor
 
     content = torch.arange(1000, dtype=torch.int32)
     with sender(address, receivers=2) as sending:
         workers = Thread(slices, Range(0, 1000), Range(1000, 1000)), Thread(slices, Range(500, 3000))
         sending.send({"a": content}, version=1)
-        touching, other = (worker.result() for worker in workers)
+        touching, middle = (worker.result() for worker in workers)
     assert torch.equal(touching[:500], content[:500])
-    assert torch.equal(other[125:875], content[125:875])
+    assert torch.equal(middle[125:875], content[125:875])
 
 
 def test_room_of_the_wrong_size_is_the_consumers_mistake(address):
@@ -173,7 +185,7 @@ def test_room_of_the_wrong_size_is_the_consumers_mistake(address):
         worker = Thread(consume)
         with pytest.raises(hw.TransferAborted, match="room"):
             sending.send({"a": torch.ones(10)}, version=1)
-        with pytest.raises(hw.UsageError, match=r"a: .*40.*room"):
+        with pytest.raises(hw.UsageError, match=r"a: .*room of 40"):
             worker.result()
 
 
@@ -257,8 +269,8 @@ def test_a_child_takes_the_address_after_its_parent_let_go(address):
     os.write(go_write, b"x")
     assert os.read(read, 1000) == b"ok"
     os.waitpid(child, 0)
-    for one in (read, write, go_read, go_write):
-        os.close(one)
+    for descriptor in (read, write, go_read, go_write):
+        os.close(descriptor)
 
 
 # hw.load.
@@ -303,3 +315,10 @@ def test_a_load_is_sent_what_it_needs_and_no_more(address):
         worker.result()
     assert (report.tensors, report.nbytes) == (2, 80)
     assert torch.equal(model.weight, content["weight"])
+
+
+def test_a_version_without_a_name_is_refused(address):
+    with sender(address) as sending:
+        for wrong in (None, True, 1.5):
+            with pytest.raises(hw.UsageError, match="a str or an int"):
+                sending.send({"a": torch.ones(1)}, version=wrong)

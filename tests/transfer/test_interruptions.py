@@ -28,7 +28,7 @@ class Interrupting:
         self.left, self.armed, self.where = at, False, None
 
     def trace(self, frame, event, argument):
-        names = {one.f_code.co_name for one in (frame, frame.f_back) if one is not None}
+        names = {caller.f_code.co_name for caller in (frame, frame.f_back) if caller is not None}
         if not frame.f_code.co_filename.startswith(OURS) or "__del__" in names:  # That swallows whatever is raised.
             return None
         if event == "line" and self.armed and self.where is None:
@@ -46,17 +46,18 @@ class Interrupting:
         sys.settrace(None)
 
 
+@pytest.mark.parametrize("step", [7, pytest.param(1, marks=pytest.mark.long)])  # at every so many-th line
 @pytest.mark.parametrize("atomic", ["staged", "journal"])
-def test_ctrl_c_at_any_line_leaves_no_member_alone(atomic, address, monkeypatch):
+def test_ctrl_c_at_any_line_leaves_no_member_alone(atomic, step, address, monkeypatch):
     handler = signal.getsignal(signal.SIGINT)
     decided, decide, decision = threading.Event(), Ballot.decide, Receiver.decision
     running = {"interrupting": Interrupting(-1)}
 
-    def noting(ballot, wish):
-        found = decide(ballot, wish)
-        if found is Decision.COMMIT:
+    def noting(ballot, vote):
+        written = decide(ballot, vote)
+        if written is Decision.COMMIT:
             decided.set()
-        return found
+        return written
 
     def arming(source):
         if threading.current_thread() is threading.main_thread():
@@ -83,7 +84,7 @@ def test_ctrl_c_at_any_line_leaves_no_member_alone(atomic, address, monkeypatch)
         live.load(mine)
         for thread in first:
             thread.result()
-        for at in itertools.count():
+        for at in itertools.count(step=step):
             decided.clear()
             threads = [Thread(send, sending, at + 1), Thread(follow, theirs)]
             with Interrupting(at) as interrupting:
@@ -156,8 +157,8 @@ def test_a_trainer_that_is_interrupted_at_any_wait_sends_again(look, address, mo
         with receiver(address) as source:
             while source.version != "last":
                 with contextlib.suppress(hw.TransferError):
-                    found = dict(source.tensors())
-            return found
+                    tensors = dict(source.tensors())
+            return tensors
 
     content = {f"w{number}": torch.full((1000,), float(number)) for number in range(4)}
     taking = Thread(take)

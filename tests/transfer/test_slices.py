@@ -52,8 +52,8 @@ class Shard(nn.Module):
             self.get_parameter(name.replace(".", "_")).data.copy_(tensor)
 
     def expected(self, value):
-        found = {name.replace(".", "_"): self.part(name, one) for name, one in checkpoint(value).items()}
-        return {**found, "router_weight": found["router_weight"].double()}
+        parts = {name.replace(".", "_"): self.part(name, tensor) for name, tensor in checkpoint(value).items()}
+        return {**parts, "router_weight": parts["router_weight"].double()}
 
 
 def follow(address, shard, atomic):
@@ -67,26 +67,26 @@ def follow(address, shard, atomic):
 @pytest.fixture
 def told(monkeypatch):
     """The bytes that each connection was told of, in all slots."""
-    found, say = {}, Channel.send
+    nbytes, say = {}, Channel.send
 
     def noting(channel, message, **options):
         if isinstance(message, Filled):
             key = id(channel)
-            found[key] = found.get(key, 0) + sum(part.range.size for part in message.parts)
+            nbytes[key] = nbytes.get(key, 0) + sum(chunk.range.size for chunk in message.chunks)
         say(channel, message, **options)
 
     monkeypatch.setattr(Channel, "send", noting)
-    return found
+    return nbytes
 
 
 def whole(content):
-    return sum(one.nbytes for one in content.values())
+    return sum(tensor.nbytes for tensor in content.values())
 
 
 def own(rank, size):
     """Bytes that a rank asks for: its slices, but of the short columns everything that lies between them."""
     full, shard = checkpoint(), Shard(rank, size)
-    nbytes = sum(shard.part(name, one).nbytes for name, one in full.items())
+    nbytes = sum(shard.part(name, tensor).nbytes for name, tensor in full.items())
     short = full["short.weight"]
     return nbytes + (
         short.nbytes - (size - 1) * short.nbytes // size // HIDDEN - shard.part("short.weight", short).nbytes
@@ -142,7 +142,8 @@ def test_slices_of_tensors_that_do_not_lie_in_row_major_order(as_pairs, address)
     with sender(address, receivers=2) as sending:
         for value in (1, 2):
             turned = {
-                name: one.t().contiguous().t() if one.ndim == 2 else one for name, one in checkpoint(value).items()
+                name: tensor.t().contiguous().t() if tensor.ndim == 2 else tensor
+                for name, tensor in checkpoint(value).items()
             }
             manifest = hw.open(checkpoint(value)).manifest
             if as_pairs:
@@ -167,7 +168,7 @@ def test_a_changed_byte_of_any_slice_is_caught_before_it_counts(name, atomic, ad
             live.load(source)
             with pytest.raises(hw.UpdateAborted, match="is not what the sender held"):
                 live.update(source)
-            before = {key: one.clone() for key, one in live.model.state_dict().items()}
+            before = {key: tensor.clone() for key, tensor in live.model.state_dict().items()}
             live.update(source)
             return before, live.model.state_dict()
 
@@ -177,10 +178,10 @@ def test_a_changed_byte_of_any_slice_is_caught_before_it_counts(name, atomic, ad
 
         def corrupting(channel, message, **options):
             if isinstance(message, Filled) and not changed:
-                for part in message.parts:
-                    if part.tensor == number:
-                        sending._slots.memories[message.slot][part.offset + part.range.size - 1] ^= 1
-                        changed.append(part)
+                for chunk in message.chunks:
+                    if chunk.tensor == number:
+                        sending._slots.memories[message.slot][chunk.offset + chunk.range.size - 1] ^= 1
+                        changed.append(chunk)
                         break
             say(channel, message, **options)
 
@@ -206,10 +207,10 @@ def test_bytes_that_are_only_moved_go_straight_to_where_they_belong(address):
         with receiver(address) as source:
             wanted = source.wanted
 
-            def noting(wishes):
-                wishes = list(wishes)
-                asked.update((wish.name, (wish.ranges, wish.into and wish.into())) for wish in wishes)
-                wanted(wishes)
+            def noting(requests):
+                requests = list(requests)
+                asked.update((request.name, (request.ranges, request.into and request.into())) for request in requests)
+                wanted(requests)
 
             source.wanted = noting
             live.update(source)
@@ -231,7 +232,7 @@ def test_bytes_that_are_only_moved_go_straight_to_where_they_belong(address):
 @pytest.mark.parametrize(
     "ranges", [(), (Range(0, 0),), (Range(0, 10), Range(5, 10)), (Range(-1, 4),), (Range(0, 4, 9, 8),)]
 )
-def test_wishes_for_bytes_that_there_are_not_are_refused(ranges, address):
+def test_requests_for_bytes_that_there_are_not_are_refused(ranges, address):
     def want():
         with receiver(address) as source, pytest.raises(hw.UsageError, match="bytes are wanted that there are not"):
             source.wanted([Request("w", ranges)])
@@ -248,20 +249,20 @@ def test_a_consumer_of_its_own_says_what_it_wants(address):
     room = torch.zeros(80, dtype=torch.uint8)
 
     def take():
-        found = {}
+        tensors = {}
         with receiver(address) as source:
             source.wanted([Request("b", (Range(0, 16, 5, 48),)), Request("a", (Range(40, 80),), lambda: room)])
             with source.leases() as stream:
                 for lease in stream:
                     assert lease.placed == (lease.name == "a")
-                    found[lease.name] = lease.own()
+                    tensors[lease.name] = lease.own()
             with source.decision():
                 pass
-        return found
+        return tensors
 
     taking = Thread(take)
     with sender(address) as sending:
         assert sending.send(content, version=1).nbytes == 160
-    found = taking.result()
+    tensors = taking.result()
     assert torch.equal(room.view(torch.float32), content["a"][10:30])
-    assert torch.equal(found["b"][:, :2], content["b"][:, :2])
+    assert torch.equal(tensors["b"][:, :2], content["b"][:, :2])

@@ -4,12 +4,13 @@ from collections import deque
 from pathlib import Path
 
 import pytest
+from examples import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
 import hotweights as hw
 from hotweights.transfer.messages import KINDS
-from hotweights.transfer.states import TABLE, Session, Side, State
+from hotweights.transfer.states import TABLE, Session, SessionState, Side
 
 UNDER_WAY = 3  # messages on the way in each direction
 
@@ -39,17 +40,17 @@ def moves(sender, receiver, down, up):
 
 # Rows for what was under way: in these states a side takes such a message, and does not say it any more.
 LATE = {
-    "filled": (State.REFUSED,),
-    "end": (State.REFUSED,),
-    "accept": (State.ABORTED,),
-    "release": (State.ABORTED,),
-    "prepared": (State.ABORTED,),
-    "refuse": (State.ABORTED,),
+    "filled": (SessionState.REFUSED,),
+    "end": (SessionState.REFUSED,),
+    "accept": (SessionState.ABORTED,),
+    "release": (SessionState.ABORTED,),
+    "prepared": (SessionState.ABORTED,),
+    "refuse": (SessionState.ABORTED,),
 }
 
 
 def reachable():
-    start = (State.CONNECTED, State.CONNECTED, (), ())
+    start = (SessionState.CONNECTED, SessionState.CONNECTED, (), ())
     seen, waiting, steps = {start}, deque([start]), {}
     while waiting:
         here = waiting.popleft()
@@ -65,9 +66,9 @@ def test_whatever_crosses_whatever_nobody_is_surprised():
     """Every message that can come is one that the state takes; and from everywhere both come to rest together."""
     steps = reachable()
     assert len(steps) > 100
-    rest = {one for one in steps if one[0] is one[1] is State.IDLE and not one[2] and not one[3]}
+    rest = {here for here in steps if here[0] is here[1] is SessionState.IDLE and not here[2] and not here[3]}
     assert rest
-    back = {one: set() for one in steps}
+    back = {here: set() for here in steps}
     for here, there in ((here, there) for here, all_there in steps.items() for there in all_there):
         back[there].add(here)
     reached, waiting = set(rest), deque(rest)
@@ -80,18 +81,19 @@ def test_whatever_crosses_whatever_nobody_is_surprised():
 
 def test_nobody_commits_who_did_not_prepare():
     """A receiver is told to commit only when it said that it can; and nothing but its answer comes after that."""
-    assert [row.state for row in TABLE if row.next is State.COMMITTED] == [State.PREPARED]
-    assert {row.by for row in TABLE if row.next is State.PREPARED} == {Side.RECEIVER}
-    assert [(row.by, row.kind) for row in TABLE if row.state is State.COMMITTED] == [(Side.RECEIVER, "done")]
+    assert [row.state for row in TABLE if row.next is SessionState.COMMITTED] == [SessionState.PREPARED]
+    assert {row.by for row in TABLE if row.next is SessionState.PREPARED} == {Side.RECEIVER}
+    assert [(row.by, row.kind) for row in TABLE if row.state is SessionState.COMMITTED] == [(Side.RECEIVER, "done")]
 
 
 def test_the_table_is_a_function_of_known_words():
     keys = [(row.state, row.by, row.kind) for row in TABLE]
     assert len(set(keys)) == len(keys)
     assert {row.kind for row in TABLE} == set(KINDS) - {"broken"}
-    assert {row.state for row in TABLE} == set(State)
+    assert {row.state for row in TABLE} == set(SessionState)
 
 
+@examples(100)
 @given(st.lists(st.tuples(st.booleans(), st.sampled_from(KINDS), st.integers(0, 3)), max_size=20))
 def test_a_session_follows_the_table_and_nothing_else(said):
     session = Session(Side.SENDER)
@@ -123,7 +125,7 @@ def drawing() -> str:
     """The table as text, for people."""
     width = max(len(row.state.value) for row in TABLE)
     lines = []
-    for state in State:
+    for state in SessionState:
         for row in (row for row in TABLE if row.state is state):
             arrow = f"── {row.by.value}: {row.kind} ".ljust(22, "─")
             lines.append(f"{row.state.value:>{width}} {arrow}▶ {row.next.value}")

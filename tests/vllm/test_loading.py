@@ -4,7 +4,6 @@ import cases
 import pytest
 
 OPTIONS = ({"load_format": "auto"}, {"load_format": "hotweights"})
-VERIFIED = {"load_format": "hotweights", "model_loader_extra_config": {"verify": "loader", "guard": "poison"}}
 
 
 def join():

@@ -1,4 +1,4 @@
-"""The command line. It parses, calls the library and prints; each command has a file of its own.
+"""The command line: each command has a file of its own, which parses, calls the library and prints.
 
 Exit codes: 0 done; 1 refused (a broken checkpoint, a model that does not fit); 2 wrong usage; 130 interrupted.
 """

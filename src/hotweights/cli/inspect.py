@@ -1,28 +1,27 @@
-"""``hotweights inspect``: what a checkpoint holds. Reads headers only."""
+"""``hotweights inspect``: what a checkpoint holds. It reads headers, no weights."""
 
 from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Annotated
 
-import typer
 from rich.console import Console
 from rich.table import Table
 
 from ..dtypes import format_name
 from ..sources.files.source import FileSource
 from ..sources.opening import open as open_source
-from ..sources.readers.source import READERS, ReaderSource
+from ..sources.readers.source import ReaderSource
 from ..text import size
+from . import flags
 from .outcome import ending, print_json
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A safetensors file, a checkpoint directory, an index, a hub cache.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
-    limit: Annotated[int, typer.Option(help="Tensors to list at most; 0 for all.", min=0)] = 40,
-    reader: Annotated[str, typer.Option(help=f"Who reads the files: hotweights, {', '.join(READERS)}.")] = "hotweights",
+    path: flags.Checkpoint,
+    as_json: flags.Json = False,
+    limit: flags.Limit = 40,
+    reader: flags.Reader = "hotweights",
 ) -> None:
     """List the tensors of a checkpoint and check its files. No weight is read."""
     with ending(as_json=as_json), open_source(path, reader=reader) as source:
@@ -43,7 +42,7 @@ def _as_dict(source: FileSource | ReaderSource) -> dict[str, object]:
         }
         for spec in source.manifest.values()
     ]
-    if isinstance(source, FileSource):  # Only there is a tensor a range of its file.
+    if isinstance(source, FileSource):  # For other readers a tensor need not be a range of its file.
         for tensor in tensors:
             tensor["offset"] = source.position(str(tensor["name"]))[1]
     return {

@@ -1,36 +1,36 @@
-"""``hotweights load``: a checkpoint into a transformers model, to see that it fits, how fast, in how much memory."""
+"""``hotweights load``: load a checkpoint into a transformers model: does it fit, how fast, in how much memory?"""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 import typer
 
-from ..dtypes import FORMAT_DTYPES
+from ..dtypes import FORMAT_DTYPES, Cast
 from ..engines import transformers
 from ..errors import UnknownName
 from ..loading.load import load as load_weights
+from ..sources.contracts import IOMode
 from ..sources.opening import open as open_source
-from ..sources.readers.source import READERS
+from . import flags
 from .outcome import ending, print_json
 
 
 def load(
-    path: Annotated[Path, typer.Argument(help="The checkpoint: a file, a directory, an index, a hub cache.")],
-    model: Annotated[Path, typer.Option(help="A directory with the config.json of a transformers model.")],
-    reader: Annotated[str, typer.Option(help=f"Who reads the files: hotweights, {', '.join(READERS)}.")] = "hotweights",
-    device: Annotated[str, typer.Option(help="Where the parameters are made real.")] = "cpu",
-    dtype: Annotated[str | None, typer.Option(help="Of the parameters (BF16, F32, ...); else the config's.")] = None,
-    cast: Annotated[Literal["error", "loader"], typer.Option(help="What a cast that loses information is.")] = "error",
-    io: Annotated[
-        Literal["auto", "buffered", "direct"], typer.Option(help="Through the page cache, or around it.")
-    ] = "auto",
-    threads: Annotated[int | None, typer.Option(help="How many read at once.", min=1)] = None,
-    allow_missing: Annotated[list[str] | None, typer.Option(help="Names that may be missing, * is any.")] = None,
-    allow_unexpected: Annotated[list[str] | None, typer.Option(help="Names that may have no place.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    path: flags.Checkpoint,
+    model: flags.Model,
+    reader: flags.Reader = "hotweights",
+    device: flags.Device = "cpu",
+    dtype: Annotated[
+        str | None, typer.Option(help="Dtype of the parameters (BF16, F32, ...); else the config's.")
+    ] = None,
+    cast: Annotated[Cast, typer.Option(help="Casts that lose information: error refuses them.")] = "error",
+    io: Annotated[IOMode, typer.Option(help="buffered reads through the page cache, direct around it.")] = "auto",
+    threads: Annotated[int | None, typer.Option(help="How many threads read.", min=1)] = None,
+    allow_missing: flags.AllowMissing = None,
+    allow_unexpected: flags.AllowUnexpected = None,
+    as_json: flags.Json = False,
 ) -> None:
     """Build a model from its config, load a checkpoint into it, and report. The model is thrown away."""
     with ending(as_json=as_json), open_source(path, reader=reader) as source:
@@ -54,7 +54,7 @@ def load(
 
 def _dtype(name: str) -> torch.dtype:
     known = {format_name: torch_name for format_name, (_, torch_name) in FORMAT_DTYPES.items() if torch_name}
-    found = getattr(torch, known.get(name.upper(), name), None)
-    if not isinstance(found, torch.dtype):
+    dtype = getattr(torch, known.get(name.upper(), name), None)
+    if not isinstance(dtype, torch.dtype):
         raise UnknownName("dtype", name, known)
-    return found
+    return dtype

@@ -1,4 +1,4 @@
-"""How a command ends: its result or its refusal, for people or for machines, and its exit code."""
+"""How a command ends: with its result or an error, printed for people or as JSON, and its exit code."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ def print_json(content: object) -> None:
 
 @contextmanager
 def ending(*, as_json: bool) -> Iterator[None]:
-    """Turn our errors, and Ctrl-C, into a message and an exit code."""
+    """Print our errors, and Ctrl-C, as a message or as JSON, and exit with their code."""
     try:
         yield
     except HotweightsError as error:
-        _tell(error, as_json)
+        _print_error(error, as_json)
         raise typer.Exit(WRONG_USAGE if isinstance(error, UsageError) else REFUSED) from None
     except KeyboardInterrupt as error:
-        _tell(error, as_json)
+        _print_error(error, as_json)
         raise typer.Exit(INTERRUPTED) from None
 
 
-def _tell(error: BaseException, as_json: bool) -> None:
+def _print_error(error: BaseException, as_json: bool) -> None:
     notes = list(getattr(error, "__notes__", ()))
     if as_json:
         problems = list(getattr(error, "problems", ()))

@@ -1,4 +1,4 @@
-"""``hotweights plan``: which tensors of a checkpoint become which of a model. It reads headers only."""
+"""``hotweights plan``: which tensors of a checkpoint become which of a model. It reads headers, no weights."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ from ..engines import transformers
 from ..plan.plan import LoadPlan, Order
 from ..sources.opening import open as open_source
 from ..tracing.trace import trace
+from . import flags
 from .outcome import ending, print_json
 
 
 def plan(
-    path: Annotated[Path, typer.Argument(help="The checkpoint: a file, a directory, an index, a hub cache.")],
-    model: Annotated[Path, typer.Option(help="A directory with the config.json of a transformers model.")],
-    order: Annotated[Order, typer.Option(help="What is read first.")] = "file",
-    explain: Annotated[str | None, typer.Option(help="Tell all about one tensor instead.")] = None,
+    path: flags.Checkpoint,
+    model: flags.Model,
+    order: Annotated[Order, typer.Option(help="Read layer by layer, as in the files, or as traced.")] = "file",
+    explain: Annotated[str | None, typer.Option(help="Explain one tensor instead.")] = None,
     save: Annotated[Path | None, typer.Option(help="Write the plan to a file.")] = None,
-    limit: Annotated[int, typer.Option(help="Steps to list at most; 0 for all.", min=0)] = 40,
-    allow_missing: Annotated[list[str] | None, typer.Option(help="Names that may be missing, * is any.")] = None,
-    allow_unexpected: Annotated[list[str] | None, typer.Option(help="Names that may have no place.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    limit: flags.Limit = 40,
+    allow_missing: flags.AllowMissing = None,
+    allow_unexpected: flags.AllowUnexpected = None,
+    as_json: flags.Json = False,
 ) -> None:
     """Plan the loading of a checkpoint into a model built from its config. No weight is read, none is written."""
     with ending(as_json=as_json), open_source(path) as source:
-        made = trace(
+        load_plan = trace(
             transformers.build(model),
             source.manifest,
             device="cpu",
@@ -37,18 +38,18 @@ def plan(
             allow_unexpected=allow_unexpected or (),
         ).ordered(order, source.position)
         if save is not None:
-            made.save(save)
+            load_plan.save(save)
         if as_json:
-            print_json(_as_dict(made, explain))
+            print_json(_as_dict(load_plan, explain))
         elif explain is not None:
-            typer.echo(made.explain(explain))
+            typer.echo(load_plan.explain(explain))
         else:
-            _print(made, limit)
+            _print(load_plan, limit)
 
 
-def _as_dict(made: LoadPlan, explain: str | None) -> dict[str, object]:
+def _as_dict(load_plan: LoadPlan, explain: str | None) -> dict[str, object]:
     if explain is not None:
-        return {"name": explain, "explanation": made.explain(explain)}
+        return {"name": explain, "explanation": load_plan.explain(explain)}
     return {
         "steps": [
             {
@@ -56,28 +57,28 @@ def _as_dict(made: LoadPlan, explain: str | None) -> dict[str, object]:
                 "sources": list(step.sources),
                 "destinations": list(dict.fromkeys(step.destinations)),
             }
-            for level, step in zip(made.levels or [0] * len(made.steps), made.steps, strict=True)
+            for level, step in zip(load_plan.levels or [0] * len(load_plan.steps), load_plan.steps, strict=True)
         ],
-        "ties": [[first.source, second.source] for first, second in made.ties],
-        "fates": {name: fate.value for name, fate in made.fates.items()},
-        "casts": dict(made.casts),
-        "fallback": list(made.fallback),
-        "graph_breaks": [str(note) for note in made.graph_breaks],
+        "ties": [[first.source, second.source] for first, second in load_plan.ties],
+        "fates": {name: fate.value for name, fate in load_plan.fates.items()},
+        "casts": dict(load_plan.casts),
+        "fallback": list(load_plan.fallback),
+        "graph_breaks": [str(note) for note in load_plan.graph_breaks],
     }
 
 
-def _print(made: LoadPlan, limit: int) -> None:
-    console = Console(highlight=False, markup=False)  # [0:8, :] is no markup
+def _print(load_plan: LoadPlan, limit: int) -> None:
+    console = Console(highlight=False, markup=False)  # As markup, rich would swallow the slice [0:8, :].
     if not console.is_terminal:
         console.width = 240  # Whoever searches the output must find whole names.
     table = Table(box=None, header_style="bold")
     for title in ("of the model", "is made by", "from the checkpoint"):
         table.add_column(title, overflow="fold")
-    rows = [row for step in made.steps[: limit or None] for row in made.rows(step)]
+    rows = [row for step in load_plan.steps[: limit or None] for row in load_plan.rows(step)]
     for row in rows:
         table.add_row(*row)
     console.print(table)
-    hidden = len(made.steps) - limit
+    hidden = len(load_plan.steps) - limit
     if limit and hidden > 0:
         console.print(f"... and {hidden} more; --limit 0 lists all")
-    console.print(str(made))
+    console.print(str(load_plan))

@@ -1,25 +1,24 @@
-"""``hotweights receive``: versions that a sender on this host sends, into a transformers model."""
+"""``hotweights receive``: take the versions that a sender on this host sends into a transformers model."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import typer
 
 from ..engines import transformers
 from ..live.model import LiveModel
 from ..transfer.receiver import Receiver
+from . import flags
 from .outcome import ending, print_json
-
-_TOLD = ("version", "previous", "bytes_read", "bytes_written", "seconds", "stall_seconds", "warnings")
 
 
 def receive(
     sender: Annotated[str, typer.Option("--from", help="Where the sender listens: unix:PATH.")],
-    model: Annotated[Path, typer.Option(help="A directory with the config.json of a transformers model.")],
-    versions: Annotated[int, typer.Option(help="How many to take before it ends.", min=1)] = 1,
-    device: Annotated[str, typer.Option(help="Where the parameters are made real.")] = "cpu",
+    model: flags.Model,
+    versions: Annotated[int, typer.Option(help="How many versions to take.", min=1)] = 1,
+    device: flags.Device = "cpu",
     timeout: Annotated[float, typer.Option(help="Seconds that a single wait within an update may take.")] = 60.0,
     offer_timeout: Annotated[float, typer.Option(help="Seconds to wait for the next version.")] = 3600.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document for each version.")] = False,
@@ -31,7 +30,9 @@ def receive(
         for number in range(versions):
             report = live.update(source) if number else live.load(source, device=device)
             if as_json:
-                print_json({name: getattr(report, name) for name in _TOLD})
+                facts = msgspec.to_builtins(report)
+                del facts["events"]  # One for each layer: they are for a trace viewer.
+                print_json(facts)
             else:
                 typer.echo(f"{type(built).__name__} from {sender}")
                 typer.echo(str(report))

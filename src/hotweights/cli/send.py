@@ -1,28 +1,30 @@
-"""``hotweights send``: a checkpoint to the processes on this host that wait for it."""
+"""``hotweights send``: send a checkpoint to processes on this host that receive it."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from ..sources.opening import open as open_source
 from ..transfer.sender import Sender
+from . import flags
 from .outcome import ending, print_json
 
 
 def send(
-    path: Annotated[Path, typer.Argument(help="The checkpoint: a file, a directory, an index, a hub cache.")],
+    path: flags.Checkpoint,
     to: Annotated[str, typer.Option(help="Where receivers connect: unix:PATH.")],
-    version: Annotated[str | None, typer.Option(help="Its name; by default the checkpoint's path.")] = None,
-    receivers: Annotated[int, typer.Option(help="How many must be there before it starts.", min=1)] = 1,
+    version: Annotated[str | None, typer.Option(help="The version's name; else the path.")] = None,
+    receivers: Annotated[int, typer.Option(help="How many receivers to wait for.", min=1)] = 1,
     timeout: Annotated[float, typer.Option(help="Seconds that a single wait may take.")] = 60.0,
-    on_lost: Annotated[Literal["abort", "drop"], typer.Option(help="When a receiver is lost.")] = "abort",
-    digests: Annotated[bool, typer.Option(help="Whether receivers compare what they copied.")] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    on_lost: Annotated[
+        Literal["abort", "drop"], typer.Option(help="If a receiver is lost: abort for all, or go on without it.")
+    ] = "abort",
+    digests: Annotated[bool, typer.Option(help="Compare digests of what was sent and what was copied.")] = True,
+    as_json: flags.Json = False,
 ) -> None:
-    """Send a checkpoint to the receivers that connect, all or nobody, and report."""
+    """Send a checkpoint to the receivers that connect: all of them take it, or none. Report what was sent."""
     with (
         ending(as_json=as_json),
         open_source(path) as source,

@@ -1,1 +1,1 @@
-"""Engines: one file or folder for each; each speaks only its engine's seams."""
+"""Engines: adapters to other packages, one file or folder for each. Each is imported only when it is named."""

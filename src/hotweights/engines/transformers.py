@@ -1,4 +1,4 @@
-"""transformers: its renamings, conversions and ties as steps of a plan; its models on meta. It loads nothing itself."""
+"""``build``: the model that a config.json of transformers describes, on meta, ready to be loaded."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def build(config_dir: str | os.PathLike[str], *, dtype: torch.dtype | None = Non
     except ImportError as error:
         raise MissingPackage("transformers", "transformers") from error
     directory = Path(config_dir)
-    # transformers would take the name of a directory that is not there for one on the hub.
+    # transformers would take the name of a directory that does not exist for a name on the hub, and fetch it.
     if not (directory / "config.json").is_file():
         raise CheckpointError(f"{directory}: has no config.json")
     with _our_errors(directory):
@@ -56,7 +56,7 @@ def build(config_dir: str | os.PathLike[str], *, dtype: torch.dtype | None = Non
 
 @contextmanager
 def _our_errors(directory: Path) -> Iterator[None]:
-    """A configuration may break anything in a model's constructor, so that any error is the configuration's."""
+    """Turn any error into a ``CheckpointError``: a wrong configuration breaks a constructor in any way."""
     try:
         yield
     except (CheckpointError, ImportError):
@@ -78,16 +78,16 @@ def _keep_dtypes(model: Any) -> None:
     """Give parameters that transformers keeps in float32 that dtype."""
     plan = model._get_dtype_plan(model.config.dtype or torch.get_default_dtype())
     kept = {re.compile(pattern.replace("*", ".*")): dtype for pattern, dtype in plan.items()}
-    # The old tensors stay in this list: ties are known by id, which is another tensor's once they are gone.
-    found = [(place, place.tensor) for place in places(model) if place.persistent and place.tensor.is_floating_point()]
-    made: dict[int, torch.Tensor] = {}
-    for place, old in found:
+    # This list keeps the old tensors alive: ties are known by id, and a new tensor may get the id of one that is gone.
+    olds = [(place, place.tensor) for place in places(model) if place.persistent and place.tensor.is_floating_point()]
+    casts: dict[int, torch.Tensor] = {}
+    for place, old in olds:
         for pattern, dtype in kept.items():
-            if pattern.search(place.name) and id(old) not in made:
-                made[id(old)] = _cast(old, dtype)
-    for place, old in found:
-        if id(old) in made:
-            place.put(made[id(old)])
+            if pattern.search(place.name) and id(old) not in casts:
+                casts[id(old)] = _cast(old, dtype)
+    for place, old in olds:
+        if id(old) in casts:
+            place.put(casts[id(old)])
 
 
 def _cast(old: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -101,12 +101,14 @@ def _cast(old: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _initialise(model: Any) -> None:
     """Make real what no checkpoint carries, and compute it as ``from_pretrained`` does.
 
-    That is: once the model stands, and not in its dtype. Within the constructor torch's default dtype is the model's,
-    and some rotary tables come out coarser by it.
+    That is after the constructor: inside it, torch's default dtype is the model's, and rotary tables that are computed
+    in that dtype come out coarser.
     """
-    found = list(places(model))
+    everywhere = list(places(model))
     never_saved = matches(ignored_when_missing(model))
-    names = {place.name for place in found if not isinstance(place.tensor, nn.Parameter) or never_saved(place.name)}
-    for place, _ in materialise(found, names, torch.device("cpu")):
-        place.tensor.detach().zero_()  # What their code leaves out is at least the same in every run.
+    names = {
+        place.name for place in everywhere if not isinstance(place.tensor, nn.Parameter) or never_saved(place.name)
+    }
+    for place, _ in materialise(everywhere, names, torch.device("cpu")):
+        place.tensor.detach().zero_()  # What initialize_weights() leaves out would differ from run to run.
     model.initialize_weights()

@@ -2,8 +2,8 @@
 
 from ..model.digests import Digest
 from .model import LiveModel
-from .report import Event, UpdateReport
+from .report import TimelineEvent, UpdateReport
 from .state import State
 from .update import Update
 
-__all__ = ["Digest", "Event", "LiveModel", "State", "Update", "UpdateReport"]
+__all__ = ["Digest", "LiveModel", "State", "TimelineEvent", "Update", "UpdateReport"]

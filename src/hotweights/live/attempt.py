@@ -16,6 +16,7 @@ from ..loading.execute import execute
 from ..loading.fallback import fall_back
 from ..loading.filling import Filling
 from ..loading.report import Tally
+from ..loading.requests import bytes_to_read, request_nbytes
 from ..loading.verify import Verifier
 from ..manifest import Manifest, TensorSpec
 from ..memory import host
@@ -77,6 +78,7 @@ class Attempt:
         self._held = 0  # bytes of tensors that wait on the host for their layer's turn
         self._peak_held = 0
         self._arrived: set[str] = set()
+        self._asked: dict[str, int] = {}  # bytes of each tensor, where the source sends what it is asked for
         self._fallen: dict[str, torch.Tensor] = {}  # what the model's own code gets
         self._source: Addressed | InMemory | None = None
         self._fell_back = False
@@ -87,8 +89,10 @@ class Attempt:
         return self._layers.nbytes
 
     def nbytes_to_read(self, source: Source) -> int:
-        """How many bytes will come from the source."""
-        return sum(spec.nbytes for spec in source.manifest.values())
+        """How many bytes will come from the source: the total of a progress bar."""
+        if isinstance(source, (Addressed, InMemory)):
+            return sum(bytes_to_read(group.plan, source) for group in (self.job.in_place, *self.job.groups))
+        return sum(self._asked.values()) if self._asked else self.manifest.nbytes
 
     @property
     def manifest(self) -> Manifest:
@@ -103,7 +107,9 @@ class Attempt:
     def requests(self) -> list[Request]:
         """What to ask of a source that can choose: layer by layer, deferred layers last."""
         self.take_as_it_comes()
-        return requests(sorted(self._todo, key=self._comes_late), self.job.plan, self._room)
+        wanted = requests(sorted(self._todo, key=self._comes_late), self.job.plan, self._room)
+        self._asked = {request.name: request_nbytes(request, self.manifest) for request in wanted}
+        return wanted
 
     def _room(self, group: LayerGroup, step: Copy) -> torch.Tensor | None:
         """The memory that the copy would fill with unchanged bytes; ``None`` if its layer cannot be opened yet."""
@@ -169,7 +175,7 @@ class Attempt:
                     advance(lease.raw.nbytes)
                     continue
                 devices = self.take(lease.name, lease.tensor, lease.own)
-                advance(lease.spec.nbytes)
+                advance(self._asked.get(lease.name, lease.spec.nbytes))
                 lease.release(after=record_events(devices))
                 signals.deliver()
 
@@ -206,7 +212,7 @@ class Attempt:
         if spec is None:
             raise SourceError(f"{name}: unexpected; the manifest does not promise it")
         _check_kept(spec, tensor)
-        self._arrive(name, spec.nbytes)
+        self._arrive(name, self._asked.get(name, spec.nbytes))
         if name in self.job.plan.fallback:
             self._fallen[name] = own()
         devices: set[torch.device] = set()

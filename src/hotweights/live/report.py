@@ -18,7 +18,7 @@ from ..text import size, some, table
 from .open_layers import OpenLayers
 
 
-class Event(NamedTuple):
+class TimelineEvent(NamedTuple):
     """Something that an update spent time on.
 
     Attributes:
@@ -45,7 +45,7 @@ class Timeline:
     """
 
     def __init__(self, layers: OpenLayers) -> None:
-        self.events: list[Event] = []
+        self.events: list[TimelineEvent] = []
         self.began = time.perf_counter()
         self._layers = layers
 
@@ -58,7 +58,7 @@ class Timeline:
             yield
         finally:
             now = time.perf_counter()
-            self.events.append(Event(what, of, began - self.began, now - began, self._layers.nbytes))
+            self.events.append(TimelineEvent(what, of, began - self.began, now - began, self._layers.nbytes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +108,7 @@ class UpdateReport:
     replaced: tuple[str, ...]
     bytes_by_io: Mapping[str, int]
     warnings: tuple[str, ...]
-    events: tuple[Event, ...]
+    events: tuple[TimelineEvent, ...]
 
     def as_dict(self) -> dict[str, object]:
         """The same facts for machines: only names, numbers, lists and dictionaries."""

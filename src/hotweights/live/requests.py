@@ -9,10 +9,11 @@ from functools import partial
 import torch
 
 from ..loading.copy_step import place_of
+from ..loading.requests import ranges_read
 from ..manifest import TensorSpec
 from ..plan.plan import LoadPlan
-from ..plan.steps import Copy, Program, Step
-from ..ranges import range_of, ranges_of
+from ..plan.steps import Copy, Step
+from ..ranges import range_of
 from ..sources.contracts import Request
 from .groups import LayerGroup
 
@@ -51,11 +52,7 @@ def _steps(group: LayerGroup) -> Iterator[tuple[Step, bool]]:
 
 
 def _request(spec: TensorSpec, takes: list[tuple[LayerGroup, Step, bool]], give: Room) -> Request:
-    boxes = [None if isinstance(step, Program) else step.of for _, step, _ in takes]
-    exact = [box for box in boxes if box is not None]
-    ranges = ranges_of(exact) if exact and len(exact) == len(boxes) else None
-    if ranges is not None and sum(taken.size for taken in ranges) in (0, spec.nbytes):
-        ranges = None
+    ranges = ranges_read(spec, [step for _, step, _ in takes])
     into = None
     if len(takes) == 1:
         group, step, at_once = takes[0]

@@ -141,11 +141,12 @@ class Update:
         attempt = self._attempt
         with ExitStack() as stack:
             pool = pool or stack.enter_context(Pool())
-            advance = stack.enter_context(progress("loading", attempt.nbytes_to_read(source), show=show_progress))
             options = {"io": io, "threads": threads} if isinstance(source, Addressed) else {}
             with self._failing():
                 if isinstance(source, Participant) and not isinstance(source, (Addressed, InMemory)):
                     source.wanted(attempt.requests())  # Of the others it is asked for what is wanted, tensor by tensor.
+                nbytes = attempt.nbytes_to_read(source)
+                advance = stack.enter_context(progress("loading", nbytes, show=show_progress))
                 attempt.run(source, pool=pool, advance=advance, verify=verify, **options)
             attempt.peak_buffer = pool.stats().peak * pool.slot_nbytes
             if isinstance(source, Participant):
@@ -281,7 +282,7 @@ class Update:
         self.abort()
 
     def __del__(self) -> None:
-        if not self._is_over():
+        if hasattr(self, "_attempt") and not self._is_over():  # Its making may have been interrupted.
             warnings.warn(
                 "an update was neither committed nor aborted; it is aborted now", ResourceWarning, stacklevel=2
             )

@@ -1,4 +1,4 @@
-"""One step of a plan, run on real memory."""
+"""One step of a plan, done on real memory: a copy, a program, or the comparison of a tie."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ Destinations = Mapping[str, torch.Tensor]
 
 
 def any_inference(destinations: Destinations) -> bool:
-    """Whether one of them was made under inference mode."""
+    """Whether any of the tensors was made under inference mode."""
     lazy = torch.nn.parameter.is_lazy
     return any(not lazy(tensor) and tensor.is_inference() for tensor in destinations.values())
 
 
 def writing_mode(inference: bool) -> AbstractContextManager[object]:
-    """Writes inside are not seen by autograd. Tensors made under inference mode may only be written under it."""
+    """Inside, autograd sees no write. Tensors made under inference mode may only be written under it."""
     return torch.inference_mode() if inference else torch.no_grad()
 
 
@@ -69,28 +69,28 @@ def copy_now(step: Copy, tensor: torch.Tensor, destinations: Destinations, done:
     return place.device
 
 
-def same_as_written(other: Copy, tensor: torch.Tensor, one: Copy, destinations: Destinations) -> bool:
-    """Whether ``other``, not done, would have written the bits that ``one`` wrote."""
-    place = place_of(one, destinations)
-    return same_bits(part_of(other, tensor).to(place.dtype), place.cpu())
+def same_as_written(skipped: Copy, tensor: torch.Tensor, done: Copy, destinations: Destinations) -> bool:
+    """Whether ``skipped`` would have written, from its source ``tensor``, the bits that ``done`` wrote."""
+    place = place_of(done, destinations)
+    return same_bits(part_of(skipped, tensor).to(place.dtype), place.cpu())
 
 
 def prove_ties(plan: LoadPlan, manifest: Manifest, equal: Callable[[Copy, Copy], bool]) -> None:
-    """Compare what becomes the same bytes, before anything is written."""
-    refuse_ties((one, other) for one, other in plan.ties if manifest[one.source].nbytes and not equal(one, other))
+    """Compare the sources of tied names before anything is written; raise ``TiedWeightsDiffer`` if any two differ."""
+    refuse_ties(pair for pair in plan.ties if manifest[pair[0].source].nbytes and not equal(*pair))
 
 
 def refuse_ties(differing: Iterable[tuple[Copy, Copy]]) -> None:
-    """Raise ``TiedWeightsDiffer`` where there is one."""
+    """Raise ``TiedWeightsDiffer`` if there is any pair."""
     problems = [
-        f"{one.source} and {other.source} are one tensor in the model, and differ in the source"
-        for one, other in differing
+        f"{first.source} and {second.source} are one tensor in the model, and differ in the source"
+        for first, second in differing
     ]
     if problems:
         raise TiedWeightsDiffer("tied weights differ", problems)
 
 
-def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
     """Whether two tensors hold the same bytes, as they would be written in row-major order."""
     # Bits, not values: a NaN is equal to itself here, and -0.0 differs from 0.0.
-    return torch.equal(one.contiguous().view(-1).view(torch.uint8), other.contiguous().view(-1).view(torch.uint8))
+    return torch.equal(left.contiguous().view(-1).view(torch.uint8), right.contiguous().view(-1).view(torch.uint8))

@@ -1,4 +1,4 @@
-"""Runs the steps of a plan from a source into destinations. It decides nothing that the plan has decided."""
+"""``execute``: do the steps of a plan with the bytes of a source."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ..memory.devices import record_events
 from ..memory.host import PAGE, host_empty
 from ..memory.pool import Pool
 from ..plan.plan import LoadPlan
-from ..plan.steps import Copy, Program, Step
-from ..sources.contracts import Addressed, InMemory, IOMode, Read, Source
+from ..plan.steps import Copy, Program
+from ..sources.contracts import Addressed, InMemory, IOMode, Participant, Read, Source
 from ..sources.streams import ahead
 from .copy_step import (
     COMPARED,
@@ -34,6 +34,7 @@ from .copy_step import (
 from .filling import Filling
 from .reads import reads_of
 from .report import Tally
+from .requests import request_nbytes, requests_of, used_nbytes
 
 
 def execute(
@@ -47,7 +48,7 @@ def execute(
     threads: int | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Do every step of ``plan``. Ties are proven before the first write, unless the source comes as it comes.
+    """Do every step of ``plan``. Ties are proven before the first write, unless the source is a stream.
 
     Args:
         plan: what to do.
@@ -60,11 +61,11 @@ def execute(
         advance: called as bytes arrive, from any thread.
 
     Returns:
-        Those tensors of ``plan.fallback``, owned, for which the source cannot be asked again: because it comes as it
-        comes, or because its tensors share memory with the model.
+        Those tensors of ``plan.fallback``, owned, for which the source cannot be asked again: because it is a stream,
+        or because they share memory with the model.
 
     Raises:
-        TiedWeightsDiffer: nothing was written.
+        TiedWeightsDiffer: nothing was written; of a stream, everything was.
         CheckpointChanged: a file changed; some destinations may have been written.
     """
 
@@ -84,7 +85,7 @@ def execute(
 
 
 class _Addressed:
-    """One execution from a source that gives any bytes."""
+    """One execution from a source that can be asked for any bytes."""
 
     def __init__(
         self,
@@ -111,11 +112,9 @@ class _Addressed:
 
     def _copy(self, steps: Sequence[Copy]) -> None:
         manifest, limit = self._source.manifest, self._pool.slot_nbytes - 2 * PAGE
-        requests = (
-            reads_of(step, manifest[step.source], self._destinations[step.destination], limit) for step in steps
-        )
-        # Made one by one as they are taken: a model's tensors lie all over the memory, and each visit costs.
-        self._done.count(self._read(chain.from_iterable(requests)))
+        reads = (reads_of(step, manifest[step.source], self._destinations[step.destination], limit) for step in steps)
+        # A generator: a model's tensors lie all over the memory, and a second visit to each would cost a cache miss.
+        self._done.count(self._read(chain.from_iterable(reads)))
         self._done.bytes_written += sum(written_nbytes(step, self._destinations) for step in steps)
 
     def _run_programs(self, programs: list[Program]) -> None:
@@ -135,33 +134,33 @@ class _Addressed:
             gathered.close()
 
     def _gather(self, step: Program, stop: threading.Event) -> dict[str, torch.Tensor]:
-        """The program's sources in scratch of their own."""
+        """Read the program's sources into scratch of its own, which it may change."""
         tensors = {name: _scratch(self._source.manifest, name) for name in step.sources}
         self._done.hold_scratch(sum(tensor.nbytes for tensor in tensors.values()))
         reads = [Read(name, 0, tensor.nbytes, tensor) for name, tensor in tensors.items()]
         self._done.count(self._read(reads, stop=stop))
         return tensors
 
-    def _equal(self, one: Copy, other: Copy) -> bool:
-        if one.of is not None or other.of is not None:
-            return self._equal_parts(one, other)
-        nbytes = self._source.manifest[one.source].nbytes
+    def _equal(self, first: Copy, second: Copy) -> bool:
+        if first.of is not None or second.of is not None:
+            return self._equal_parts(first, second)
+        nbytes = self._source.manifest[first.source].nbytes
         left, right = (host_empty((min(nbytes, COMPARED),), torch.uint8) for _ in range(2))
         self._done.hold_scratch(left.nbytes + right.nbytes)
         try:
             for start in range(0, nbytes, COMPARED):
                 count = min(COMPARED, nbytes - start)
-                reads = [Read(one.source, start, count, left[:count]), Read(other.source, start, count, right[:count])]
-                self._done.count(self._read(reads))
+                sides = ((first.source, left[:count]), (second.source, right[:count]))
+                self._done.count(self._read([Read(name, start, count, memory) for name, memory in sides]))
                 if not torch.equal(left[:count], right[:count]):
                     return False
             return True
         finally:
             self._done.hold_scratch(-left.nbytes - right.nbytes)
 
-    def _equal_parts(self, one: Copy, other: Copy) -> bool:
+    def _equal_parts(self, first: Copy, second: Copy) -> bool:
         parts = []
-        for step in (one, other):
+        for step in (first, second):
             tensor = _scratch(self._source.manifest, step.source)
             self._done.count(self._read([Read(step.source, 0, tensor.nbytes, tensor)]))
             parts.append(part_of(step, tensor))
@@ -169,7 +168,7 @@ class _Addressed:
 
 
 def owned(source: Addressed | InMemory, name: str, read: Callable[..., dict[str, int]]) -> torch.Tensor:
-    """One tensor of ``source`` in memory of its own."""
+    """One tensor of ``source`` in memory of its own, the caller's. ``read`` is the source's, with its options bound."""
     if isinstance(source, InMemory):
         return source.borrow(name).clone(memory_format=torch.contiguous_format)
     tensor = _scratch(source.manifest, name)
@@ -192,32 +191,29 @@ def _from_memory(
     def borrow(name: str) -> torch.Tensor:
         return private[name] if name in private else source.borrow(name)
 
-    def equal(one: Copy, other: Copy) -> bool:
-        return same_bits(part_of(one, borrow(one.source)), part_of(other, borrow(other.source)))
+    def equal(first: Copy, second: Copy) -> bool:
+        return same_bits(part_of(first, borrow(first.source)), part_of(second, borrow(second.source)))
 
     prove_ties(plan, source.manifest, equal)
     done.writing = True
     for steps in plan.by_level():
         for step in steps:
-            names = step.sources
             if isinstance(step, Copy):
                 copy_now(step, borrow(step.source), destinations, done)
             else:
-                tensors = {name: borrow(name).clone(memory_format=torch.contiguous_format) for name in names}
+                tensors = {name: borrow(name).clone(memory_format=torch.contiguous_format) for name in step.sources}
                 done.hold_scratch(sum(tensor.nbytes for tensor in tensors.values()))
                 run_step(step, tensors, plan, destinations, done)
-            nbytes = _read_nbytes(step, source.manifest)
+            nbytes = used_nbytes(step, source.manifest)
             done.count({"memory": nbytes})
             arrive(nbytes)
     return {name: private[name] for name in plan.fallback if name in private}
 
 
 def _private(plan: LoadPlan, source: InMemory, destinations: Destinations) -> dict[str, torch.Tensor]:
-    """Copies of the plan's tensors that share memory with the model: they would change under the copying."""
+    """Copies of those source tensors that share memory with the model: writing to it would change them."""
     written = {tensor.untyped_storage().data_ptr() for tensor in destinations.values() if has_bytes(tensor)}
-    steps = (*plan.steps, *(step for pair in plan.ties for step in pair))
-    names = dict.fromkeys((*(name for step in steps for name in step.sources), *plan.fallback))
-    borrowed = ((name, source.borrow(name)) for name in names)
+    borrowed = ((request.name, source.borrow(request.name)) for request in requests_of(plan, source))
     return {
         name: tensor.clone(memory_format=torch.contiguous_format)
         for name, tensor in borrowed
@@ -225,15 +221,13 @@ def _private(plan: LoadPlan, source: InMemory, destinations: Destinations) -> di
     }
 
 
-def _read_nbytes(step: Step, manifest: Manifest) -> int:
-    if isinstance(step, Copy):
-        return manifest[step.source].nbytes if step.of is None else step.of.nbytes
-    return sum(manifest[name].nbytes for name in step.sources)
-
-
 def _from_stream(
     plan: LoadPlan, source: Source, destinations: Destinations, done: Tally, arrive: Callable[[int], None]
 ) -> dict[str, torch.Tensor]:
+    requests = requests_of(plan, source)
+    nbytes = {request.name: request_nbytes(request, plan.manifest) for request in requests}
+    if isinstance(source, Participant):
+        source.wanted(requests)
     filling = Filling(plan, destinations, done)
     done.writing = True
     with source.leases() as stream:
@@ -241,7 +235,7 @@ def _from_stream(
             if lease.name not in filling.missing:
                 continue
             devices = filling.take(lease.name, lease.tensor, lease.own)
-            done.count({"memory": lease.spec.nbytes})
-            arrive(lease.spec.nbytes)
+            done.count({"memory": nbytes[lease.name]})
+            arrive(nbytes[lease.name])
             lease.release(after=record_events(devices))
     return filling.finish()

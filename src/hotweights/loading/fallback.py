@@ -1,9 +1,9 @@
-"""Falling back: what cannot be planned is loaded by the model's own code, with owned tensors, watched and proven."""
+"""``fall_back``: what no plan can do is loaded by the model's own code, and what it writes is watched."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..boxes import Box, box_of, covered, meets
+from ..boxes import Box, box_of, covered, meets, moved
 from ..errors import IncompleteLoad, PlanDiffers
 from ..memory.aliases import plain
 from ..memory.pool import Pool
@@ -21,6 +21,7 @@ from ..model.reachable import reachable
 from ..model.survey import loader_of
 from ..plan.plan import LoadPlan
 from ..sources.contracts import Addressed, InMemory, Source
+from ..text import some
 from ..tracing.dispatch import written_by
 from ..tracing.threads import in_every_thread
 from .execute import owned
@@ -37,22 +38,22 @@ def fall_back(
     pool: Pool,
     advance: Callable[[int], None],
 ) -> None:
-    """Give the model's own loading code the tensors of ``plan.fallback``; prove that it wrote what only it can.
+    """Give the model's own loading code the tensors of ``plan.fallback``, owned; see that it wrote what only it can.
 
     Args:
-        plan: says which.
+        plan: says which; its steps were done before.
         model: is loaded by its own code, which may do anything to it.
         source: where the tensors are, unless they were ``kept``.
-        kept: owned tensors of a source that cannot be asked again.
+        kept: those that ``execute`` returned.
         done: is kept up to date.
         pool: memory for reading.
         advance: called as bytes arrive.
 
     Raises:
-        IncompleteLoad: its code left something unwritten.
-        PlanDiffers: its code wrote over what was planned.
+        IncompleteLoad: the code left something unwritten.
+        PlanDiffers: the code wrote over what was planned.
 
-    These, and whatever its code raises, bear a note that says which layers had been written by then.
+    These, and whatever the code raises, have a note that says which layers had been written by then.
     """
     load = loader_of(model)
     assert load is not None, "only models with loading code of their own fall back"
@@ -64,6 +65,8 @@ def fall_back(
     def tensors(names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
         for name in names:
             if name in kept:
+                if isinstance(source, InMemory):  # Of a stream it was counted when it came.
+                    arrive(kept[name].nbytes)
                 yield name, kept[name]
             elif isinstance(source, Addressed):
                 yield name, owned(source, name, partial(_counted, source, done, pool, arrive))
@@ -89,7 +92,7 @@ def fall_back(
             whole = len(plan.fallback) == len(source.manifest) or not isinstance(source, (Addressed, InMemory))
             if whole or progress.begun():
                 raise error
-            # It wrote nothing: it may need the tensors that were planned, and can begin anew.
+            # It may need the tensors that were planned. As it wrote nothing, it can begin anew, with all of them.
             with torch.no_grad(), in_every_thread(lambda: watch):
                 load(tensors(source.manifest))
         unwritten = [place.name for place in places(model) if place.name in plan.unproven and not progress.wrote(place)]
@@ -98,7 +101,7 @@ def fall_back(
 
 
 class _Progress:
-    """What of a model its own loading code has written so far."""
+    """What the model's own loading code has written so far."""
 
     def __init__(self, model: nn.Module, watch: _Watch) -> None:
         self._model = model
@@ -106,15 +109,14 @@ class _Progress:
         self._before = {place.name: (place.tensor, _storage(place.tensor)) for place in places(model)}
 
     def begun(self) -> bool:
-        """Whether it has written anything that was there."""
+        """Whether it has written to any tensor that was there before."""
         return any(self._watch.saw(tensor) for tensor, _ in self._before.values() if tensor.numel())
 
     def wrote(self, place: Place) -> bool:
-        """Whether it has written there."""
+        """Whether it has written to this place, or put another tensor there."""
         return self._rebound(place) or self._watch.saw(place.tensor)
 
     def _rebound(self, place: Place) -> bool:
-        """Rebound is written: it put another tensor in the place."""
         tensor, storage = self._before.get(place.name, (None, 0))
         return place.tensor is not tensor or _storage(place.tensor) != storage
 
@@ -133,24 +135,23 @@ class _Progress:
             if place.persistent and plain(place.tensor) and place.tensor.numel():
                 layer = place.name.rpartition(".")[0] or type(self._model).__name__
                 layers[layer][place.name] = 1.0 if self._rebound(place) else self._watch.share(place.tensor)
-        whole = [layer for layer, one in layers.items() if min(one.values()) == 1]
-        torn = [one for one in layers.values() if min(one.values()) < 1]
+        whole = [layer for layer, shares in layers.items() if min(shares.values()) == 1]
+        torn = [shares for shares in layers.values() if min(shares.values()) < 1]
         partly = [
-            name if share == 1 else f"{name} ({share:.0%})" for one in torn for name, share in one.items() if share
+            name if share == 1 else f"{name} ({share:.0%})"
+            for shares in torn
+            for name, share in shares.items()
+            if share
         ]
-        never = [layer for layer, one in layers.items() if not any(one.values())]
+        never = [layer for layer, shares in layers.items() if not any(shares.values())]
+        words = [some(names, _SHOWN) or "none" for names in (whole, partly, never)]
         return (
-            f"by then these layers had been written: {_some(whole)}; of others these tensors: {_some(partly)}; "
-            f"these layers hold what they held before: {_some(never)}"
+            f"by then these layers had been written: {words[0]}; of others these tensors: {words[1]}; "
+            f"these layers hold what they held before: {words[2]}"
         )
 
 
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return (", ".join(names[:_SHOWN]) + more) or "none"
-
-
-_SHOWN = 50
+_SHOWN = 50  # names of each kind in the note
 
 
 def _storage(tensor: torch.Tensor) -> int:
@@ -166,27 +167,30 @@ def _counted(source: Addressed, done: Tally, pool: Pool, arrive: Callable[[int],
 
 
 def _planned(plan: LoadPlan, model: nn.Module) -> dict[int, list[tuple[str, Box]]]:
-    """What the plan writes: boxes within storages, by the storage's address."""
+    """What the plan writes: by the address of a storage, names and their boxes, counted from its first byte."""
     reached = reachable(model)
-    found: dict[int, list[tuple[str, Box]]] = defaultdict(list)
+    boxes: dict[int, list[tuple[str, Box]]] = defaultdict(list)
     for step in plan.steps:
         for name, box in step.written:
             tensor = reached[name]
             first = int(tensor.storage_offset()) * tensor.element_size()
-            box = box_of(tensor) if box is None else Box(box.dtype, box.shape, box.stride, box.offset + first)
-            found[tensor.untyped_storage().data_ptr()].append((name, box))
-    return found
+            box = box_of(tensor) if box is None else moved(box, first)
+            boxes[tensor.untyped_storage().data_ptr()].append((name, box))
+    return boxes
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees which memory is written, in whatever way goes through the dispatcher."""
+    """Sees which memory is written by operations that go through torch's dispatcher.
+
+    Attributes:
+        conflicts: names of the model where something was written over what the plan had written.
+    """
 
     def __init__(self, planned: Mapping[int, list[tuple[str, Box]]]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._written: dict[int, set[Box]] = defaultdict(set)
         self._planned = planned
         self.conflicts: set[str] = set()
-        """Names of the model where something was written that the plan had written."""
 
     def saw(self, tensor: torch.Tensor) -> bool:
         """Whether something was written to the tensor's memory."""
@@ -199,8 +203,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def share(self, tensor: torch.Tensor) -> float:
         """How much of the tensor was written, by plan or by the model's code."""
         address, box = tensor.untyped_storage().data_ptr(), box_of(tensor)
-        boxes = [*self._written.get(address, ()), *(one for _, one in self._planned.get(address, ()))]
-        return covered([one for one in boxes if meets(one, box)], box) / box.numel
+        boxes = [*self._written.get(address, ()), *(planned for _, planned in self._planned.get(address, ()))]
+        return covered([written for written in boxes if meets(written, box)], box) / box.numel
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in written_by(func, args, kwargs or {}):

@@ -1,4 +1,4 @@
-"""Filling: the steps of a plan run as their tensors arrive."""
+"""Filling: a plan that is followed while its tensors arrive one by one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from ..plan.plan import LoadPlan
-from ..plan.steps import Copy, Program, Step
+from ..plan.steps import Copy, Program
 from .copy_step import (
     Destinations,
     any_inference,
@@ -23,11 +23,11 @@ from .report import Tally
 
 
 class Filling:
-    """A plan that is followed as its tensors arrive, in any order. What cannot be done at once waits, owned.
+    """A plan that is followed as its tensors arrive, in any order. Steps that need several wait, with owned copies.
 
     Attributes:
-        missing: names of the tensors that have not arrived. Whoever uses it sees that none comes twice.
-        kept: tensors that wait for others.
+        missing: names of the tensors that have not arrived. The caller sees to it that none comes twice.
+        kept: owned copies that wait for others.
     """
 
     def __init__(self, plan: LoadPlan, destinations: Destinations, done: Tally) -> None:
@@ -45,11 +45,11 @@ class Filling:
         self.kept: dict[str, torch.Tensor] = {}
 
     def take(self, name: str, tensor: torch.Tensor, own: Callable[[], torch.Tensor]) -> set[torch.device]:
-        """Do what can be done with a tensor that has arrived; it is borrowed until the device's queue is done.
+        """Do every copy that can be done with a tensor that has arrived.
 
         Args:
             name: of the tensor, one of ``missing``.
-            tensor: is not kept.
+            tensor: is borrowed, until the queues of the devices that are returned are done.
             own: gives a tensor of the same values that may be kept.
 
         Returns:
@@ -63,15 +63,15 @@ class Filling:
             return {copy_now(step, tensor, self._destinations, self._done) for step in self._copies.get(name, ())}
 
     def placed(self, name: str) -> None:
-        """The bytes of one of ``missing`` lie where its only copy would have put them."""
+        """Count one of ``missing`` as copied: its bytes came straight to where its only copy would have put them."""
         self.missing.discard(name)
         self._done.bytes_written += sum(written_nbytes(step, self._destinations) for step in self._copies[name])
 
     def finish(self) -> dict[str, torch.Tensor]:
-        """Do the rest, now that everything is there; returns the tensors of ``plan.fallback``, owned.
+        """Do the steps that waited, now that everything is there; returns the tensors of ``plan.fallback``, owned.
 
         Raises:
-            TiedWeightsDiffer: names of one tensor carry different bytes. They were written.
+            TiedWeightsDiffer: names of one tensor carry different bytes. One of them was written.
         """
         kept, destinations = self.kept, self._destinations
         with writing_mode(self._inference):
@@ -82,12 +82,8 @@ class Filling:
                     sources = {name: kept[name].clone() for name in step.sources}
                     run_step(step, sources, self._plan, destinations, self._done)
         refuse_ties(
-            (one, other)
-            for one, other in self._plan.ties
-            if not same_as_written(other, kept[other.source], one, destinations)
+            (done, skipped)
+            for done, skipped in self._plan.ties
+            if not same_as_written(skipped, kept[skipped.source], done, destinations)
         )
         return {name: kept[name] for name in self._plan.fallback}
-
-
-def _names(step: Step) -> tuple[str, ...]:
-    return step.sources

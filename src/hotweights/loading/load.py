@@ -1,4 +1,4 @@
-"""``load``: a source into a model, once. It plans, executes and reports; the parts do the work."""
+"""``load``: a source into a model, once: plan it, execute the plan, report."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from ..plan.patterns import Patterns
 from ..plan.plan import LoadPlan, Order
 from ..plan.steps import Copy, Fate, Program
 from ..progress import progress
-from ..sources.contracts import Addressed, IOMode, Participant, Source, refusing
+from ..sources.contracts import Addressed, IOMode, Participant, refusing
 from ..sources.iterator import IteratorSource
-from ..sources.opening import open as open_source
+from ..sources.opening import AnySource, opened
 from ..text import size
 from ..tracing.fit import check
 from ..tracing.frameworks import has_rules
@@ -37,12 +37,13 @@ from .cache import planned
 from .execute import execute
 from .fallback import fall_back
 from .report import LoadReport, Tally
+from .requests import bytes_to_read
 from .verify import Verify, verifier
 
 
 def load(
     model: nn.Module,
-    source: str | os.PathLike[str] | Mapping[str, torch.Tensor] | nn.Module | Source | IteratorSource,
+    source: AnySource,
     *,
     plan: LoadPlan | None = None,
     device: torch.device | str | None = None,
@@ -64,31 +65,33 @@ def load(
     Everything that does not fit is found before the first byte is read, and raised together. Tied parameters may be in
     the source under any of their names, or several. Models of transformers are loaded through transformers' own
     renamings, conversions and ties. Autograd does not see the writes. A failure while reading leaves tensors of both
-    versions in the model, and the error's note says how much was written; parameters that were on meta are on meta
-    again.
+    versions in the model, and the error's note says how much was read; parameters that were on meta are on meta
+    again. The word "loader", in ``cast=`` and ``verify=``, means the model's own loading code: ``load_weights``, or
+    ``load_state_dict`` and its hooks.
 
     Args:
-        model: is written in place; addresses do not change, except those of meta tensors.
+        model: is written in place: the addresses of its tensors do not change, except those of meta tensors.
         source: an open source, which stays open; or anything that ``hotweights.open`` takes. An iterator that came
             without a manifest is read to its end first, and all its tensors are in memory until this returns.
-        plan: a plan made or saved before; it is checked to be one for this model and this source. By default it is
-            traced now, unless it was before.
+        plan: a plan made or saved before; it is checked to be one for this model and this source. By default the model
+            is traced now, or a plan from the cache is used.
         device: where meta tensors are made real. Without it they are a problem.
         allow_missing: names of the model that may be missing from the source; they keep their values.
         allow_partial: names of the model of which some bytes may keep their values.
         allow_unexpected: tensors of the source that may have no place in the model.
-        cast: whether casts that lose information are problems (``"error"``, the default by name) or done
-            (``"loader"``, the default for models with loading code of their own). Casts that lose nothing are
-            done and reported; from floats to integers always is a problem.
+        cast: whether casts that lose information are problems (``"error"``, the default by name) or done, as the
+            model's own loading code does them (``"loader"``, the default for models that have some). Casts that lose
+            nothing are done and reported; a cast from floats to integers is always a problem.
         order: what is read first, see ``Order``. Files are read in their own order within a layer, and where no order
             is asked for.
-        cache: whether a plan that was traced from all the same is used again, and this one kept for that. By default
-            only for models that are loaded by name: loading code of their own may read what no key can see.
+        cache: whether to use again a plan that was traced from the same model, manifest and options, and to keep this
+            one for that. By default only for models that are loaded by name: loading code of a model's own may read
+            what no key can see.
         cache_dir: where plans are kept for other processes too.
         io: how files are read, see ``IOMode``.
         threads: how many read at once; by default a few.
-        pool: memory for what cannot be read in place; by default 64 MiB, which is let go at the end.
-        verify: ``"loader"`` lets the model's own code load each layer once more afterwards and compares the bits.
+        pool: memory for what cannot be read in place; by default 64 MiB, which is freed at the end.
+        verify: ``"loader"`` lets the model's own loading code load each layer once more afterwards, and compares bits.
         show_progress: whether to draw a progress bar; by default on a terminal.
 
     Raises:
@@ -106,52 +109,43 @@ def load(
     check_kind("pool", pool, Pool, "a Pool")
     check_kind("threads", threads, int, "a number of threads")
     check_kind("cache_dir", cache_dir, (str, os.PathLike), "a path")
-    check_choices(order=(order, Order), io=(io, IOMode), verify=(verify, Verify))
+    check_choices(order=(order, Order), io=(io, IOMode), verify=(verify, Verify), cast=(cast or "error", Cast))
     if threads is not None and threads < 1:
         raise UsageError(f"at least one thread must read; got threads={threads}")
-    may = patterns_from(allow_missing=allow_missing, allow_partial=allow_partial, allow_unexpected=allow_unexpected)
+    allowed = patterns_from(allow_missing=allow_missing, allow_partial=allow_partial, allow_unexpected=allow_unexpected)
     target_device = device_from(device)
     began = time.perf_counter()
     done = Tally()
     with without_collection(), refusing(source), ExitStack() as stack:
-        if isinstance(source, (str, os.PathLike, Mapping, nn.Module)):
-            source = open_source(source)
-            stack.callback(source.close)
-        elif isinstance(source, IteratorSource) and not isinstance(source, Source):
-            source = stack.enter_context(source.collect())
+        given, source = source, stack.enter_context(opened(source))
+        if isinstance(given, IteratorSource) and given is not source:  # Its tensors were collected.
             done.hold_scratch(source.manifest.nbytes)
-        if not isinstance(source, Source):
-            raise UsageError(
-                f"a source is a path, a mapping of tensors, a module or a Source; this is a {type(source).__name__}. "
-                "An iterator of (name, tensor) goes through hotweights.from_iterator"
-            )
-        found = survey(model)
+        seen = survey(model)
         if plan is None:
-            make = partial(_trace, model, source.manifest, target_device, may, cast)
-            options = (target_device, may, cast)
+            make = partial(_trace, model, source.manifest, target_device, allowed, cast)
+            options = (target_device, allowed, cast)
             # Code of the model's own may depend on what no key can see.
-            keep = found.plain if cache is None else cache
-            plain = found if found.plain and not has_rules(model) else None
+            keep = seen.plain if cache is None else cache
+            plain = seen if seen.plain and not has_rules(model) else None
             plan = planned(model, plain, source.manifest, options, make, cache_dir) if keep or cache_dir else make()
         else:
             check(plan, model, source.manifest, target_device)
         if order != "given":
             plan = plan.ordered(order, source.position if isinstance(source, Addressed) else None)
-        nbytes = _bytes_to_read(plan, source)
-        with _made_real(plan, model, found, target_device) as tensors, _noting(done, nbytes):
-            # Those in lists and attributes are looked for only if a step writes there.
+        nbytes = bytes_to_read(plan, source)
+        with _made_real(plan, model, seen, target_device) as tensors, _noting(done, nbytes):
+            # Tensors in lists and attributes are looked for only if a step writes there: it takes a second walk.
             destinations = tensors if plan.targets.keys() <= tensors.keys() else reachable(model)
             if pool is None:
                 pool = stack.enter_context(Pool(device=_slowest(destinations)))
             advance = stack.enter_context(progress("loading", nbytes, show=show_progress))
-            if isinstance(source, Participant):
-                source.wanted(_used(plan))
             kept = execute(plan, source, destinations, done, pool=pool, io=io, threads=threads, advance=advance)
             if plan.fallback:
                 fall_back(plan, model, source, kept, done, pool=pool, advance=advance)
             if verify == "loader":
                 verifier(model, source)(plan, destinations, pool)
-            if isinstance(source, Participant):  # Not before all of it is loaded and proven.
+            # Not before everything is loaded and proven: from here on the group counts on this member.
+            if isinstance(source, Participant):
                 stack.enter_context(source.decision())
         return _report(plan, done, pool, time.perf_counter() - began)
 
@@ -160,10 +154,10 @@ def _trace(
     model: nn.Module,
     manifest: Manifest,
     device: torch.device | None,
-    may: list[list[str | re.Pattern[str]]],
+    allowed: list[list[str | re.Pattern[str]]],
     cast: Cast | None,
 ) -> LoadPlan:
-    missing, partly, unexpected = may
+    missing, partly, unexpected = allowed
     return trace(
         model,
         manifest,
@@ -175,19 +169,6 @@ def _trace(
     )
 
 
-def _used(plan: LoadPlan) -> list[str]:
-    """The tensors that are needed, in the plan's order."""
-    moved = (name for step in plan.steps for name in step.sources)
-    compared = (step.source for pair in plan.ties for step in pair)
-    return list(dict.fromkeys((*moved, *compared, *plan.fallback)))
-
-
-def _bytes_to_read(plan: LoadPlan, source: Source) -> int:
-    used = [name for name, fate in plan.fates.items() if fate in (Fate.WRITTEN, Fate.CAST)]
-    compared = [step.source for pair in plan.ties for step in pair]
-    return sum(source.manifest[name].nbytes for name in (*used, *compared))
-
-
 def _slowest(destinations: Mapping[str, torch.Tensor]) -> torch.device:
     """The device that the pool's memory must suit: an accelerator, if any destination lies on one."""
     devices = {tensor.device for tensor in destinations.values() if tensor.device.type not in ("cpu", "meta")}
@@ -196,25 +177,22 @@ def _slowest(destinations: Mapping[str, torch.Tensor]) -> torch.device:
 
 @contextmanager
 def _made_real(
-    plan: LoadPlan, model: nn.Module, found: Survey, device: torch.device | None
+    plan: LoadPlan, model: nn.Module, seen: Survey, device: torch.device | None
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """The model's tensors; meta tensors that the plan writes are real inside, and stay so unless it fails."""
-    replaced = [] if device is None else materialise(places(model), _written(plan), device)
+    """The model's tensors. Inside, meta tensors that the plan writes are real; after an error they are meta again."""
+    written = {name for step in plan.steps for name in step.destinations} | set(plan.unproven)
+    replaced = [] if device is None else materialise(places(model), written, device)
     try:
-        yield survey(model).tensors if replaced else found.tensors
+        yield survey(model).tensors if replaced else seen.tensors
     except BaseException:
         for place, old in replaced:
             place.put(old)
         raise
 
 
-def _written(plan: LoadPlan) -> set[str]:
-    return {name for step in plan.steps for name in step.destinations} | set(plan.unproven)
-
-
 @contextmanager
 def _noting(done: Tally, nbytes: int) -> Iterator[None]:
-    """Errors and Ctrl-C say what was read by then: the model may hold tensors of two versions."""
+    """Errors and Ctrl-C get a note of how much had been read: the model may hold tensors of two versions."""
     try:
         yield
     except BaseException as error:
@@ -224,6 +202,11 @@ def _noting(done: Tally, nbytes: int) -> Iterator[None]:
                 "hold tensors of both versions until a load succeeds"
             )
         raise
+
+
+def _is_slice(step: Copy) -> bool:
+    """Whether it copies, or fills, less than a whole tensor."""
+    return step.of is not None or step.into is not None
 
 
 def _report(plan: LoadPlan, done: Tally, pool: Pool, seconds: float) -> LoadReport:
@@ -240,7 +223,7 @@ def _report(plan: LoadPlan, done: Tally, pool: Pool, seconds: float) -> LoadRepo
         bytes_by_io=dict(done.bytes_by_io),
         steps={
             "copies": sum(isinstance(step, Copy) for step in plan.steps),
-            "slices": sum(isinstance(step, Copy) and step.of is not step.into for step in plan.steps),
+            "slices": sum(isinstance(step, Copy) and _is_slice(step) for step in plan.steps),
             "programs": sum(isinstance(step, Program) for step in plan.steps),
         },
         planned=sum(name not in plan.fallback for name in used),

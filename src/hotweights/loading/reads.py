@@ -1,7 +1,8 @@
-"""How a copy is read: boxes of a source and a destination become reads. It plans them; it moves no byte itself."""
+"""``reads_of``: the reads that fetch one copy from a source that can be asked for any bytes."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -19,13 +20,13 @@ _RUN = 512  # bytes of a contiguous run from which it is read by itself; below t
 
 
 def reads_of(step: Copy, spec: TensorSpec, destination: torch.Tensor, limit: int) -> Iterator[Read]:
-    """The reads of one copy: straight into the destination where the bytes are the same, else by sinks.
+    """The reads of one copy: straight into the destination where the bytes stay as they are, else through sinks.
 
     Args:
         step: the copy.
         spec: of its source.
         destination: the model's tensor.
-        limit: bytes that a sink's read may have.
+        limit: the most bytes that one read through a sink may have, since it must fit into a slot of the pool.
     """
     target = destination if step.into is None else view(destination, step.into)
     small = 0 < spec.nbytes < _LARGE
@@ -39,19 +40,31 @@ def reads_of(step: Copy, spec: TensorSpec, destination: torch.Tensor, limit: int
         dtype, first = (spec.dtype, 0) if step.of is None else (step.of.dtype, step.of.offset)
         yield from _contiguous(spec.name, first, dtype, target, limit)
         return
-    inner, each = runs(step.of)
-    run_nbytes = step.of.dtype.itemsize
-    for length in step.of.shape[len(step.of.shape) - inner :]:
-        run_nbytes *= length
-    if run_nbytes >= _RUN and 0 not in step.of.stride:
-        for index, first in each:
+    if _pays_by_runs(step.of):
+        for index, first in runs(step.of)[1]:
             yield from _contiguous(spec.name, first, step.of.dtype, target[index], limit)
     else:
         yield from _strided(spec.name, step.of, target, limit)
 
 
+def read_nbytes(step: Copy, spec: TensorSpec) -> int:
+    """How many bytes the reads of one copy take from the source, those between short runs included."""
+    if step.of is None:
+        return spec.nbytes
+    if contiguous(step.of) or _pays_by_runs(step.of):
+        return step.of.nbytes
+    start, stop = extent(step.of)
+    return stop - start
+
+
+def _pays_by_runs(box: Box) -> bool:
+    inner, _ = runs(box)
+    nbytes = math.prod(box.shape[len(box.shape) - inner :]) * box.dtype.itemsize
+    return nbytes >= _RUN and 0 not in box.stride
+
+
 def _contiguous(name: str, first: int, dtype: torch.dtype, target: torch.Tensor, limit: int) -> Iterator[Read]:
-    """Bytes of the source from ``first`` on, in row-major order of ``target``."""
+    """Read the bytes of the source from ``first`` on; they are ``target`` in row-major order."""
     if target.is_cpu and target.dtype == dtype and target.is_contiguous():
         if target.nbytes >= _LARGE:
             advise_huge_pages(target)
@@ -64,28 +77,30 @@ def _contiguous(name: str, first: int, dtype: torch.dtype, target: torch.Tensor,
 
 
 def _strided(name: str, box: Box, target: torch.Tensor, limit: int) -> Iterator[Read]:
-    """A box with short runs: all bytes from its first to its last, in parts that fit."""
+    """Read a box with short runs: all bytes from its first to its last, in parts that fit."""
     start, stop = extent(box)
     if stop - start <= limit:
         yield Read(name, start, stop - start, _copy_into(target, box, start))
         return
-    dim = max(
-        (dim for dim in range(len(box.shape)) if box.shape[dim] > 1), key=lambda dim: box.stride[dim] * box.shape[dim]
-    )
-    half = box.shape[dim] // 2
-    for at, length in ((0, half), (half, box.shape[dim] - half)):
-        begin = tuple(at if one == dim else 0 for one in range(len(box.shape)))
-        shape = tuple(length if one == dim else whole for one, whole in enumerate(box.shape))
-        yield from _strided(name, narrowed(box, begin, shape), target.narrow(dim, at, length), limit)
+    dims = range(len(box.shape))
+    longest = max((dim for dim in dims if box.shape[dim] > 1), key=lambda dim: box.stride[dim] * box.shape[dim])
+    half = box.shape[longest] // 2
+    for start, length in ((0, half), (half, box.shape[longest] - half)):
+        begin = tuple(start if dim == longest else 0 for dim in dims)
+        shape = tuple(length if dim == longest else box.shape[dim] for dim in dims)
+        yield from _strided(name, narrowed(box, begin, shape), target.narrow(longest, start, length), limit)
 
 
 def _copy_into(target: torch.Tensor, box: Box, start: int | None = None) -> Sink:
-    """A sink that sees its bytes as ``box``, contiguous where no start is given, and copies them into ``target``."""
+    """A sink that copies its bytes into ``target``: they are ``box``, whose byte ``start`` is their first.
+
+    Without ``start`` they are the elements of ``box`` one behind the other.
+    """
 
     def sink(raw: torch.Tensor) -> Event | None:
         if raw.data_ptr() % box.dtype.itemsize:
             raw = raw.clone()  # A file may pack a float32 behind three bytes; torch cannot view that in place.
-        # Grad mode belongs to a thread, and this may be any.
+        # Grad mode belongs to a thread, and a sink may be called in any.
         with torch.inference_mode() if target.is_inference() else torch.no_grad():
             if start is None:
                 seen = raw.view(box.dtype).view(box.shape)

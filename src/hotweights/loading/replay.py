@@ -1,4 +1,4 @@
-"""Replay: a program's recorded operations on real tensors. The table of memories, and views into them."""
+"""``run_program``: the recorded operations of a program, done again on real tensors."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten
 
-from ..boxes import Box, Memory, Region, view
+from ..boxes import Memory, Region, extent, view
 from ..plan.steps import Program
 
 
 class _Table:
-    """Where each memory of a program lies while it runs."""
+    """Where each memory that a program names lies while it runs."""
 
     def __init__(
         self,
@@ -25,13 +25,13 @@ class _Table:
         self._sources = sources
         self._constants = constants
         self._model = model
-        self._found: dict[Memory, torch.Tensor] = {}
+        self._memories: dict[Memory, torch.Tensor] = {}
 
     def __getitem__(self, region: Region) -> torch.Tensor:
         memory = region.memory
-        tensor = self._found.get(memory)
+        tensor = self._memories.get(memory)
         if tensor is None:
-            tensor = self._found[memory] = self._find(memory)
+            tensor = self._memories[memory] = self._find(memory)
         return view(tensor, region.box)
 
     def _find(self, memory: Memory) -> torch.Tensor:
@@ -42,24 +42,19 @@ class _Table:
         return self._model(memory.name)
 
     def put(self, region: Region, tensor: torch.Tensor) -> None:
-        """Take a result. Where torch laid it out otherwise than the trace foresaw, it is laid out anew."""
-        if region.memory in self._found:
-            return  # a view of a result that is known
+        """Keep a result. If torch laid it out in another way than the trace foresaw, it is laid out anew."""
+        if region.memory in self._memories:
+            return  # a view of a result that is kept already
         box = region.box
         if tensor.stride() != box.stride or tensor.storage_offset() * tensor.element_size() != box.offset:
-            laid = torch.empty(_reach(box), dtype=torch.uint8, device=tensor.device)
-            tensor = view(laid, box).copy_(tensor)
-        self._found[region.memory] = _first(tensor)
+            memory = torch.empty(extent(box)[1], dtype=torch.uint8, device=tensor.device)
+            tensor = view(memory, box).copy_(tensor)
+        self._memories[region.memory] = _storage_of(tensor)
 
 
-def _first(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor's storage from its first byte on, as a tensor of no particular shape."""
+def _storage_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor's storage from its first byte on, ``uint8``, as what regions are counted from."""
     return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
-
-
-def _reach(box: Box) -> int:
-    last = sum((length - 1) * stride for length, stride in zip(box.shape, box.stride, strict=True))
-    return box.offset + (last + 1) * box.dtype.itemsize if box.numel else box.offset
 
 
 def run_program(
@@ -83,7 +78,7 @@ def run_program(
 
 @contextmanager
 def _no_autocast() -> Iterator[None]:
-    """The caller's autocast was none of the loading code's."""
+    """Inside, autocast is off: it is the caller's, and tracing recorded the operations without it."""
     with ExitStack() as stack:
         if torch._C._is_any_autocast_enabled():
             for kind in ("cpu", "cuda", "xpu", "mps"):
@@ -98,8 +93,9 @@ def _run(program: Program, table: _Table) -> None:
         out = op.func(*args, **kwargs)
         if op.results:
             operands = {id(value) for value in tree_flatten((args, kwargs))[0]}
-            fresh = (one for one in tree_flatten(out)[0] if isinstance(one, torch.Tensor) and id(one) not in operands)
-            for region, tensor in zip(op.results, fresh, strict=True):
+            outputs = (tensor for tensor in tree_flatten(out)[0] if isinstance(tensor, torch.Tensor))
+            results = (tensor for tensor in outputs if id(tensor) not in operands)
+            for region, tensor in zip(op.results, results, strict=True):
                 table.put(region, tensor)
 
 
@@ -107,7 +103,7 @@ def _decoded(value: Any, table: _Table) -> Any:
     if isinstance(value, Region):
         return table[value]
     if isinstance(value, (list, tuple)):
-        return type(value)(_decoded(one, table) for one in value)
+        return type(value)(_decoded(item, table) for item in value)
     if isinstance(value, dict):
-        return {key: _decoded(one, table) for key, one in value.items()}
+        return {key: _decoded(item, table) for key, item in value.items()}
     return value

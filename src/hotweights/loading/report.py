@@ -1,4 +1,4 @@
-"""LoadReport: what one load did. A frozen fact that prints as a short table."""
+"""LoadReport: what one load did, as a frozen fact that prints as a short table; and Tally, what it did so far."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import msgspec
+
 from ..plan.steps import Fate
-from ..text import size, summary
+from ..text import size, summary, table
 
 
 @dataclass(slots=True)
 class Tally:
-    """What has been done so far. ``execute`` changes it; whoever catches its error may read it."""
+    """What has been done so far. ``execute`` keeps it up to date, so that an error's note can say it."""
 
     bytes_read: int = 0
     bytes_written: int = 0
@@ -45,17 +47,17 @@ class LoadReport:
     """What one load did.
 
     Attributes:
-        bytes_read: bytes that came from the source, those compared for ties included.
+        bytes_read: bytes that came from the source. From files, those compared for ties are among them.
         bytes_written: bytes of the model that were written.
         seconds: from opening the source to the last byte.
         peak_buffer_bytes: the most memory that the pool held at once.
-        peak_scratch_bytes: the most memory that programs held at once to assemble their sources.
+        peak_scratch_bytes: the most memory that was held at once outside the pool, to assemble sources of programs.
         tensors: names by fate.
         casts: by source name, "from -> to" dtypes.
         bytes_by_io: bytes read by I/O path: ``"buffered"``, ``"direct"``, or ``"memory"``.
-        steps: how many copies (of them slices) and programs the plan had.
+        steps: how many ``"copies"`` the plan had, how many ``"slices"`` among them, and how many ``"programs"``.
         planned: how many source tensors the plan moved; the model's own code loaded the others.
-        fell_back: why it did: what it asked for, of which tensor, at which line of code.
+        fell_back: why the model's own code did: what it asked for, of which tensor, at which line.
         side_effects: attributes that the model's loading code would have changed, and the plan did not.
         warnings: what a person should read.
     """
@@ -76,21 +78,8 @@ class LoadReport:
 
     def as_dict(self) -> dict[str, object]:
         """The same facts for machines: only names, numbers, lists and dictionaries."""
-        return {
-            "bytes_read": self.bytes_read,
-            "bytes_written": self.bytes_written,
-            "seconds": self.seconds,
-            "peak_buffer_bytes": self.peak_buffer_bytes,
-            "peak_scratch_bytes": self.peak_scratch_bytes,
-            "tensors": {fate.value: list(names) for fate, names in self.tensors.items()},
-            "casts": dict(self.casts),
-            "bytes_by_io": dict(self.bytes_by_io),
-            "steps": dict(self.steps),
-            "planned": self.planned,
-            "fell_back": list(self.fell_back),
-            "side_effects": list(self.side_effects),
-            "warnings": list(self.warnings),
-        }
+        facts: dict[str, object] = msgspec.json.decode(msgspec.json.encode(self))
+        return facts
 
     def __str__(self) -> str:
         rate = self.bytes_read / max(self.seconds, 1e-9) / 1e9
@@ -107,4 +96,4 @@ class LoadReport:
         rows += [("fell back", reason) for reason in self.fell_back]
         rows += [("not done", f"change of {effect}") for effect in self.side_effects]
         rows += [("warning", warning) for warning in self.warnings]
-        return "\n".join(f"{label:>10}  {text}" for label, text in rows)
+        return table(rows)

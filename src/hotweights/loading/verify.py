@@ -1,4 +1,4 @@
-"""Verifying a plan: layer by layer the model's own code loads once more, and bits are compared. The cheapest proof."""
+"""``verify_by_loader``: the model's own loading code loads each layer once more, and bits are compared."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from ..errors import PlanDiffers, UsageError
 from ..memory.pool import Pool
 from ..model.snapshot import Snapshot
 from ..model.survey import LoadingCode, by_name, loader_of
+from ..plan.disjoint_sets import DisjointSets
 from ..plan.plan import LoadPlan
 from ..sources.contracts import Addressed, InMemory, Source
 from ..tracing.frameworks import rules_for
-from .copy_step import Destinations
+from .copy_step import Destinations, same_bits
 from .execute import owned
 
 Verify = Literal["off", "loader"]
-"""Whether the model's own loading code proves a load."""
+"""Whether the model's own loading code (its "loader") proves a load."""
 
 Verifier = Callable[[LoadPlan, Destinations, Pool], None]
 """Proves what a plan, or a part of one, has made in these tensors."""
@@ -35,7 +36,10 @@ def verifier(model: nn.Module, source: Source) -> Verifier:
     """
     load = rules_for(model, source.manifest).load or loader_of(model) or by_name(model)
     if not isinstance(source, (Addressed, InMemory)):
-        raise UsageError('verify="loader" needs a source that can be asked for a tensor twice; this one only streams')
+        raise UsageError(
+            'verify="loader" needs a source that can be asked for a tensor twice, and this one only streams; '
+            "load dict(source.tensors()) instead"
+        )
 
     def verify(plan: LoadPlan, destinations: Destinations, pool: Pool) -> None:
         read = partial(source.read, pool=pool) if isinstance(source, Addressed) else dict
@@ -53,8 +57,8 @@ def verify_by_loader(
 ) -> None:
     """Load each layer again by the model's own code, over poisoned memory, and compare it with what the plan made.
 
-    Holds one copy of one layer at a time (of several, where they share source tensors). Attributes that the loading
-    code changes are put back.
+    One layer is copied at a time; layers that share source tensors, together. Attributes that the loading code
+    changes are put back.
 
     Args:
         plan: was followed just now.
@@ -95,39 +99,34 @@ def _verify(
             tensor.copy_(poison.view(tensor.dtype).view(tensor.shape))
         load((name, own(name)) for name in group.sources)
         for name, tensor in tensors.items():
-            if torch.equal(_bytes(tensor), _bytes(planned[name])):
+            if same_bits(tensor, planned[name]):
                 tensor.copy_(planned[name])
             else:
                 yield name
 
 
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view(-1).view(torch.uint8)
-
-
 def _groups(plan: LoadPlan) -> Iterator[_Group]:
-    leader: dict[str, str] = {}
-
-    def find(node: str) -> str:
-        while leader.setdefault(node, node) != node:
-            node = leader[node]
-        return node
-
     sources: dict[str, None] = {}
-    written: dict[str, None] = {}
+    destinations: dict[str, None] = {}
+    sets = DisjointSets()
     for step in plan.steps:
-        names = step.sources
-        if not names:
-            continue  # Constants alone: the loading code, given nothing of the source, would have nothing to put there.
-        places = step.destinations
-        sources.update(dict.fromkeys(names))
-        written.update(dict.fromkeys(places))
-        nodes = [*(f"<{name}" for name in names), *(f">{name.rpartition('.')[0]}" for name in places)]
-        for node in nodes[1:]:
-            leader[find(node)] = find(nodes[0])
-    gathered: dict[str, _Group] = defaultdict(lambda: _Group([], []))
+        if not step.sources:
+            continue  # It writes constants: the loading code, given no tensor of the source, would not write them.
+        sources.update(dict.fromkeys(step.sources))
+        destinations.update(dict.fromkeys(step.destinations))
+        sets.join([*map(_source, step.sources), *map(_layer, step.destinations)])
+    groups: dict[str, _Group] = defaultdict(lambda: _Group([], []))
     for name in sources:
-        gathered[find(f"<{name}")].sources.append(name)
-    for name in written:
-        gathered[find(f">{name.rpartition('.')[0]}")].destinations.append(name)
-    yield from (group for group in gathered.values() if group.sources)
+        groups[sets.of(_source(name))].sources.append(name)
+    for name in destinations:
+        groups[sets.of(_layer(name))].destinations.append(name)
+    yield from groups.values()
+
+
+def _source(name: str) -> str:
+    return f"source {name}"
+
+
+def _layer(name: str) -> str:
+    """The layer of a model's tensor, told apart from a source tensor of the same name."""
+    return f"layer {name.rpartition('.')[0]}"

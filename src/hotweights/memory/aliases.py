@@ -1,4 +1,4 @@
-"""Aliases: which tensors share memory, and which of them owns it. It compares addresses and writes nothing."""
+"""Aliases: which tensors share memory, and which of them owns it. Compares addresses."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from functools import cache
 
 import torch
 
+from ..boxes import Box, extent, meeting, share_bytes
+
 
 def owners(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """For every name the first name of the same tensor: itself, unless it is tied.
 
-    The same tensor means the same memory seen the same way. Tensors of no bytes are nobody's.
+    The same tensor means the same memory seen the same way. A tensor of no bytes is tied to none.
     """
     first: dict[Hashable, str] = {}
     return {name: first.setdefault(_identity(tensor), name) for name, tensor in tensors.items()}
@@ -25,14 +27,14 @@ def _identity(tensor: torch.Tensor) -> Hashable:
 
 
 def plain(tensor: torch.Tensor) -> bool:
-    """Whether it has bytes of its own, and no code between them and whoever reads it."""
+    """Whether it has bytes of its own, and no code stands between them and whoever reads it."""
     if type(tensor) not in _PLAIN and type(tensor).__torch_dispatch__ is not _NO_DISPATCH:
         return False
     return tensor.layout is torch.strided and not torch.nn.parameter.is_lazy(tensor)
 
 
 def has_bytes(tensor: torch.Tensor) -> bool:
-    """Whether it lies in plain memory of its own or others': not lazy, sparse, meta, empty or a wrapper."""
+    """Whether it lies in plain memory: it is not lazy, sparse, on meta, empty or a wrapper."""
     return plain(tensor) and not tensor.is_meta and tensor.numel() > 0
 
 
@@ -51,59 +53,39 @@ def _where(tensor: torch.Tensor) -> tuple[str, int]:
 def overlaps(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, str]]:
     """Pairs of names whose tensors share bytes without being the same tensor.
 
-    One sorted pass over address ranges; only tensors whose ranges meet are compared, strided ones byte by byte.
+    Only tensors whose address ranges meet are compared with each other: strided ones byte by byte.
     """
-    spans = sorted(
-        ((*_extent(tensor), name) for name, tensor in tensors.items() if plain(tensor) and tensor.numel()),
-        key=lambda span: (span[0], span[1], -span[2]),  # Of two that begin together the larger comes first.
-    )
-    open_spans: list[tuple[str, int, int, str]] = []  # Those seen so far that reach past the one at hand.
-    for span in spans:
-        device, start, _, name = span
-        open_spans = [other for other in open_spans if other[0] == device and start < other[2]]
-        for *_, other in open_spans:
-            if _identity(tensors[other]) != _identity(tensors[name]) and _share_bytes(tensors[other], tensors[name]):
-                yield other, name
-        open_spans.append(span)
+    spans: dict[str, list[tuple[int, int, str]]] = defaultdict(list)
+    for name, tensor in tensors.items():
+        if plain(tensor) and tensor.numel():
+            memory, start = _where(tensor)
+            nbytes = tensor.nbytes if tensor.is_contiguous() else extent(_box(tensor))[1] - start
+            spans[memory].append((start, start + nbytes, name))
+    for of_one_memory in spans.values():
+        for name, other in meeting(of_one_memory):
+            tensor, beside = tensors[name], tensors[other]
+            if _identity(tensor) != _identity(beside) and share_bytes(_box(tensor), _box(beside)):
+                yield name, other
+
+
+def _box(tensor: torch.Tensor) -> Box:
+    """The tensor as a box over its memory; the offset is its address."""
+    return Box(tensor.dtype, tuple(tensor.shape), tensor.stride(), _where(tensor)[1])
 
 
 def spots(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[str, int]]:
     """Where tensors lie that have a storage together with others, which they may overlap or lie beside.
 
-    Gives the first name in that storage, and the tensor's first byte, counted from that of the lowest of them.
+    For each the name of the first tensor in that storage, and its first byte, counted from that of the lowest of them.
     """
     several: dict[int, list[str]] = defaultdict(list)
     for name, tensor in tensors.items():
         if plain(tensor) and tensor.numel():
             several[tensor.untyped_storage()._cdata].append(name)
-    found: dict[str, tuple[str, int]] = {}
+    spot: dict[str, tuple[str, int]] = {}
     for names in several.values():
         if len(names) > 1 and len({_identity(tensors[name]) for name in names}) > 1:
             first = {name: int(tensors[name].storage_offset()) * tensors[name].element_size() for name in names}
             lowest = min(first.values())
-            found.update({name: (names[0], at - lowest) for name, at in first.items()})
-    return found
-
-
-def _extent(tensor: torch.Tensor) -> tuple[str, int, int]:
-    memory, start = _where(tensor)
-    if tensor.is_contiguous():
-        return memory, start, start + tensor.nbytes
-    last = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return memory, start, start + (last + 1) * tensor.element_size()
-
-
-def _share_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
-    if one.is_contiguous() and other.is_contiguous():
-        return True
-    base = min(_extent(one)[1], _extent(other)[1])
-    touched = torch.zeros(max(_extent(one)[2], _extent(other)[2]) - base, dtype=torch.bool, device="cpu")
-    _bytes_of(touched, one, base).fill_(True)
-    return bool(_bytes_of(touched, other, base).any())
-
-
-def _bytes_of(touched: torch.Tensor, tensor: torch.Tensor, base: int) -> torch.Tensor:
-    size = tensor.element_size()
-    return touched.as_strided(
-        (*tensor.shape, size), (*(s * size for s in tensor.stride()), 1), _where(tensor)[1] - base
-    )
+            spot.update({name: (names[0], at - lowest) for name, at in first.items()})
+    return spot

@@ -1,15 +1,18 @@
-"""Devices: pinned memory and events through torch.accelerator. On a CPU every event has happened. No copies here."""
+"""Devices: pinned memory, and events that tell when a device has finished. On a CPU every event has happened."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from typing import NamedTuple, Protocol
 
 import torch
 
+POLL = 0.001  # seconds; device events have no wait with a deadline, so they are asked again this often
+
 
 class Event(Protocol):
-    """Something that happens once, after which memory may be reused. ``torch.Event`` is one."""
+    """Something that happens once, and after which memory may be reused. A ``torch.Event`` is one."""
 
     def query(self) -> bool:
         """Has it happened? Never blocks; may be called from any thread."""
@@ -33,7 +36,7 @@ def record_event(device: torch.device) -> Event | None:
 
 
 class _All(NamedTuple):
-    """Several events as one: it has happened when all of them have."""
+    """Several events as one. It has happened when all of them have."""
 
     events: tuple[Event, ...]
 
@@ -56,6 +59,25 @@ def wait_for_copies(device: torch.device) -> None:
         torch.accelerator.current_stream(device).synchronize()
 
 
+def wait(happened: Callable[[], bool], timeout: float | None, stop: Callable[[], bool] = bool) -> bool:
+    """Ask ``happened`` every ``POLL`` seconds until it says true.
+
+    Args:
+        happened: asked at least once; usually an event's ``query``. What it raises ends the wait.
+        timeout: seconds to wait at most; ``None`` for no limit.
+        stop: asked as often; when it says true the wait ends. What it raises ends the wait, too.
+
+    Returns:
+        Whether it happened. If not, time was up or ``stop`` said true.
+    """
+    deadline = None if timeout is None else time.monotonic() + timeout
+    while not happened():
+        if stop() or (deadline is not None and time.monotonic() >= deadline):
+            return False
+        time.sleep(POLL)
+    return True
+
+
 def pinned_empty(nbytes: int) -> torch.Tensor:
-    """Page-locked host memory, ``uint8 [nbytes]``, the caller's; accelerators copy from it asynchronously."""
+    """Page-locked host memory, ``uint8 [nbytes]``: accelerators copy from it asynchronously. It is the caller's."""
     return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)

@@ -1,7 +1,7 @@
-"""Guards: what makes a tensor loud once its lease is over. They watch memory; they never hand it out.
+"""Guards: what makes a tensor loud once its lease is over.
 
-Three words, chosen per stream: ``"off"`` costs nothing; ``"poison"`` fills memory that goes back to a
-pool; ``"trap"`` also wraps every leased tensor so that its first use after the lease raises.
+One is chosen per stream or pool. ``"off"`` costs nothing. ``"poison"`` fills memory whose lease has ended with NaN.
+``"trap"`` does that too, and wraps every leased tensor, so that its first use after the lease raises.
 """
 
 from __future__ import annotations
@@ -13,28 +13,27 @@ import torch
 from torch.utils._pytree import tree_map
 
 from ..dtypes import DType
-from ..errors import BorrowedTensor, StaleLease, UnknownName
+from ..errors import BorrowedTensor, StaleLease
 
-Guard = Literal["off", "poison", "trap"]
+Guard = Literal["off", "poison", "trap"]  # each does all that those before it do
 
 
-def check_guard(guard: str) -> None:
-    """Raise ``UnknownName`` unless ``guard`` is one of the three words."""
-    if guard not in get_args(Guard):
-        raise UnknownName("guard", guard, get_args(Guard))
+def stricter(guard: Guard, other: Guard) -> Guard:
+    """The one of two guards that does more."""
+    return max(guard, other, key=get_args(Guard).index)
 
 
 def poison_byte(dtype: DType) -> int:
-    """The byte that, repeated, is a NaN of ``dtype`` where it has one, and improbable where it has none.
+    """The byte that, repeated, is a NaN of ``dtype``; where there is no NaN, an improbable value.
 
-    0xFF is a NaN in every IEEE-like format and in e4m3fn, e5m2 and e8m0. The fnuz formats have one NaN
-    only, 0x80 (their 0xFF is a plain number). Integers have none: -1, or the largest value.
+    0xFF is a NaN in every IEEE-like format and in e4m3fn, e5m2 and e8m0. The fnuz formats have a single NaN, 0x80;
+    0xFF is a plain number there. Integers have none: 0xFF is -1 in them, or the largest value.
     """
     return 0x80 if str(dtype).endswith("fnuz") else 0xFF
 
 
 class Tripwire:
-    """Says whether a lease is still running. One per lease, shared by every view made from its tensor."""
+    """Knows whether a lease still runs. There is one per lease; every view made from its tensor shares it."""
 
     __slots__ = ("name", "over")
 
@@ -73,12 +72,12 @@ class TrapTensor(torch.Tensor):
     """A leased tensor under ``guard="trap"``: every use goes through here, in any thread and grad mode.
 
     Views of it are traps too; results that own their memory are plain tensors. While the lease runs,
-    writing to it, and everything that would carry its address out of sight (``.numpy()``, DLPack,
-    ``.data_ptr()``, ``param.data = trap``), raises ``BorrowedTensor``. Pointers taken by C++ are not seen;
-    that is why a trap is also poisoned.
+    ``BorrowedTensor`` is raised by writes, and by everything that would carry the address out of sight (``.numpy()``,
+    DLPack, ``.data_ptr()``, ``param.data = trap``). A pointer that C++ code took is not seen; that is why the memory is
+    poisoned as well.
 
-    It stands on the meta device and answers with the real one: so torch itself refuses to rebind a
-    real parameter's ``.data`` to it (with a real device torch would do so, and crash later).
+    The wrapper itself is on the meta device, and answers with the real device when it is asked. So torch refuses to
+    rebind a real parameter's ``.data`` to it; on a real device torch would do that, and crash later.
     """
 
     _inner: torch.Tensor

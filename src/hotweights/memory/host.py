@@ -1,4 +1,4 @@
-"""Host memory: on huge pages, pinned or plain; how much there is."""
+"""Host memory: on huge pages, pinned or plain, and how much is left."""
 
 from __future__ import annotations
 
@@ -44,8 +44,7 @@ def host_empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 def huge_region(nbytes: int) -> torch.Tensor:
     """``nbytes`` of fresh host memory that starts on a huge page. Without that, direct reads are three times slower."""
-    # Private: shared anonymous memory is shmem, which gets no huge pages unless the kernel is told to, and which a fork
-    # would go on sharing.
+    # Private: shared anonymous memory gets no huge pages unless the kernel is told to, and a fork would share it.
     region = mmap.mmap(-1, nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if _MADV_HUGEPAGE is not None:
         with contextlib.suppress(OSError):  # A kernel without huge pages; everything works, slower.
@@ -58,14 +57,14 @@ def copy_bytes(target: torch.Tensor, value: torch.Tensor) -> None:
     """Copy into ``target`` unseen by autograd; also into tensors that were made under inference mode."""
     with torch.inference_mode() if target.is_inference() else torch.no_grad():
         target, value = target.detach(), value.detach()
-        for dim, stride in enumerate(target.stride()):  # What was expanded has one place for many elements.
+        for dim, stride in enumerate(target.stride()):  # torch refuses to write to an expanded dimension.
             if stride == 0 and target.shape == value.shape and target.shape[dim] > 1 and value.stride(dim) == 0:
                 target, value = target.narrow(dim, 0, 1), value.narrow(dim, 0, 1)
         target.copy_(value)
 
 
 def host_available() -> int | None:
-    """Bytes of host memory that can still be taken, as the kernel reckons; ``None`` where it does not say."""
+    """Bytes of host memory that can still be taken, by the kernel's estimate; ``None`` where it gives none."""
     try:
         with open("/proc/meminfo") as file:
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
@@ -74,14 +73,12 @@ def host_available() -> int | None:
 
 
 def host_copy(nbytes: int, device: torch.device) -> torch.Tensor:
-    """Memory on the host for what lies on ``device``; pinned where that is an accelerator."""
+    """Host memory to copy bytes of ``device`` to: pinned where that is an accelerator."""
     return host_empty((nbytes,), torch.uint8) if device.type == "cpu" else pinned_empty(nbytes)
 
 
 def scratch(nbytes: int, device: torch.device) -> torch.Tensor:
-    """Memory for open layers, on the device on which they are live."""
-    return (
-        host_empty((nbytes,), torch.uint8)
-        if device.type == "cpu"
-        else torch.empty(nbytes, dtype=torch.uint8, device=device)
-    )
+    """Uninitialised memory on ``device``, for layers that are being loaded."""
+    if device.type == "cpu":
+        return host_empty((nbytes,), torch.uint8)
+    return torch.empty(nbytes, dtype=torch.uint8, device=device)

@@ -11,17 +11,22 @@ from ..dtypes import OpaqueDtype
 from ..errors import UnsupportedDtype
 from ..manifest import TensorSpec
 from .devices import Event
-from .guards import Guard, TrapTensor, Tripwire, poison_byte
+from .guards import Guard, TrapTensor, Tripwire, poison_byte, stricter
 
 Poison = tuple[int, int, int]
-"""Start, stop and the byte that a slot's memory is filled with there."""
+"""Fill a slot's memory from the first number to the second with the third, a byte."""
 
 
 class Slot:
     """One piece of a pool's memory, held by one owner at a time.
 
-    ``memory`` is ``uint8 [slot_nbytes]``, page-aligned, valid until the holder's claim and all leases out of
-    the slot have ended. Whoever keeps it longer reads somebody else's bytes.
+    Attributes:
+        memory: ``uint8 [slot_nbytes]``, page-aligned. It is valid until the holder's claim and all leases out of the
+            slot have ended. Whoever keeps it longer reads somebody else's bytes.
+        holder: who holds it, for messages; empty before the first time.
+        claims: how many have yet to end: the holder's, and one for each lease.
+        pending: events that must happen before it is used again.
+        poison: what could not be filled yet, because a device may still read it.
     """
 
     __slots__ = ("_give_back", "_guard", "_lock", "claims", "holder", "memory", "pending", "poison")
@@ -40,23 +45,23 @@ class Slot:
         self._guard: Guard = guard
         self._lock = lock
         self._give_back = give_back
-        # The three below change under the lock only.
+        # These three change under the lock only.
         self.claims = 0
         self.pending: list[Event] = []
         self.poison: list[Poison] = []
 
-    def lease(self, spec: TensorSpec, offset: int) -> Lease:
-        """Lease the tensor whose bytes start at ``offset`` of this slot. The slot outlives the lease."""
+    def lease(self, spec: TensorSpec, offset: int, guard: Guard = "off") -> Lease:
+        """Lease the tensor whose bytes start at ``offset`` of this slot. The slot outlives the lease.
+
+        The pool's guard holds if it is stricter than ``guard``.
+        """
         raw = self.memory[offset : offset + spec.nbytes]
         with self._lock:
             self.claims += 1
-        return Lease(spec, raw=raw, guard=self._guard, slot=self)
+        return Lease(spec, raw=raw, guard=stricter(guard, self._guard), slot=self)
 
     def release(self, *after: Event) -> None:
-        """End the holder's own claim. Leases out of the slot keep it until they end too.
-
-        The slot is reused when all of ``after`` have happened.
-        """
+        """End the holder's own claim. The slot is used again when its leases have ended and ``after`` has happened."""
         self._end(after, None)
 
     def _end(self, after: tuple[Event, ...], poison: Poison | None) -> None:
@@ -74,7 +79,7 @@ class Slot:
                 self._give_back(self)
 
     def is_ready(self) -> bool:
-        """Whether every event that its leases were released after has happened. Never blocks."""
+        """Whether every event has happened after which it may be used again. Never blocks."""
         return all(event.query() for event in self.pending)
 
     def __repr__(self) -> str:
@@ -90,14 +95,15 @@ def fill(memory: torch.Tensor, poison: Poison) -> None:
 class Lease:
     """The right to read one tensor that lies in memory which will be reused.
 
-    It ends at ``release()``, at the end of its ``with``, or when its stream advances. Under a guard, tensors
-    taken from it are loud after that; without one they silently hold whatever the memory holds by then.
+    It ends at ``release()``, at the end of its ``with``, or when its stream advances. After that, tensors taken from it
+    are loud under a guard; without one they silently hold whatever the memory holds by then.
 
     Attributes:
         name: the tensor's name.
         spec: its spec.
         borrowed: whether the memory will be reused; if not, ``own()`` costs nothing.
-        placed: whether the bytes lie where the consumer wished them (``Request.into``); then ``tensor`` is that memory.
+        placed: whether the bytes lie where the request wanted them (``Request.into``); ``tensor`` is that memory then.
+        guard: what makes tensors loud that are used later.
     """
 
     __slots__ = (
@@ -125,7 +131,7 @@ class Lease:
         slot: Slot | None = None,
         placed: bool = False,
     ) -> None:
-        """For sources. Give ``raw`` (``uint8 [nbytes]``, aligned for the dtype) or ``tensor``, not both."""
+        """For sources. They give ``raw`` (``uint8 [nbytes]``, aligned for the dtype) or ``tensor``, not both."""
         self.name = spec.name
         self.spec = spec
         self.borrowed = borrowed
@@ -163,10 +169,7 @@ class Lease:
         return TrapTensor(self._raw, self._wire) if self.guard == "trap" and self.borrowed else self._raw
 
     def own(self) -> torch.Tensor:
-        """A contiguous tensor that nobody will overwrite: a copy if the memory is borrowed, the tensor itself if not.
-
-        It belongs to the caller, and outlives the lease.
-        """
+        """A contiguous tensor that is the caller's and outlives the lease: a copy if the memory is borrowed."""
         self._wire.check()
         plain = self._plain()
         return plain.detach().clone(memory_format=torch.contiguous_format) if self.borrowed else plain.contiguous()

@@ -1,8 +1,7 @@
-"""Pool, Slot and Lease. The only file that hands out memory; it never reads a checkpoint.
+"""Pool: a few slots of memory that are used again and again.
 
-A ``Pool`` owns a few slots of memory and never more. Whoever fills a slot leases tensors out of it;
-the slot goes back to the pool when its last lease has ended *and* every event given to ``release`` has
-happened. So the end of the lease is the acknowledgement.
+Whoever fills a slot leases tensors out of it. The slot goes back to the pool when its last lease has ended *and* every
+event given to ``release`` has happened: the end of the lease is the acknowledgement.
 """
 
 from __future__ import annotations
@@ -14,13 +13,14 @@ from dataclasses import dataclass
 
 import torch
 
+from ..arguments import check_choices
 from ..errors import Closed, PoolTimeout, UsageError
 from .devices import is_host, pinned_empty
-from .guards import Guard, check_guard
+from .guards import Guard
 from .host import PAGE, huge_region
 from .lease import Slot, fill
 
-_ASK = 0.1  # seconds after which a wait asks its `stop` again, for those who forget to `wake`
+_ASK = 0.1  # seconds after which a wait asks its `stop` again, in case nobody calls `wake`
 _POLL = 0.001  # seconds; device events have no wait with a deadline, so they are asked again this often
 
 
@@ -31,9 +31,9 @@ class PoolStats:
     Attributes:
         nbytes: its bound: bytes of all slots together.
         slots: how many there are.
-        leased: slots out of its hands now, those whose events have not happened included.
+        leased: slots that cannot be handed out now; also those that wait for an event only.
         peak: the most that were out at once.
-        touched_nbytes: bytes of the slots that were ever used; the others cost no memory.
+        touched_nbytes: bytes of the slots that were ever used. Only these take memory.
         waited: seconds spent waiting for a slot, all threads together.
     """
 
@@ -48,15 +48,15 @@ class PoolStats:
 class Pool:
     """A bounded, reused set of memory slots; thread-safe.
 
-    Memory is mapped at the first ``acquire``, on huge pages, and page-locked when ``device`` is an
-    accelerator. The bound is never exceeded. Closing ends every wait; memory of slots that are still held
-    stays valid until the last tensor over it is gone.
+    Memory is mapped at the first ``acquire``: on huge pages, or page-locked when ``device`` is an accelerator. The
+    bound is never exceeded. Closing ends every wait; memory of slots that are still held stays valid until the last
+    tensor over it is gone.
 
     Args:
         slots: how many slots.
         slot_nbytes: size of each, in bytes; rounded up to whole pages.
         device: the device that copies out of the slots.
-        guard: what happens to memory that comes back, see ``guards``.
+        guard: makes tensors loud that are used after their lease, see ``guards``. A stream may ask for a stricter one.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Pool:
     ) -> None:
         if slots < 1 or slot_nbytes < 1:
             raise UsageError(f"a pool needs at least one slot of one byte; got {slots} slots of {slot_nbytes} bytes")
-        check_guard(guard)
+        check_choices(guard=(guard, Guard))
         self.slots = slots
         self.slot_nbytes = -(-slot_nbytes // PAGE) * PAGE
         self.nbytes = slots * self.slot_nbytes
@@ -88,7 +88,7 @@ class Pool:
         """A free slot, held for ``holder`` until ``Slot.release``. Blocks while there is none.
 
         Args:
-            holder: who will hold it, for the message that others get when they wait in vain.
+            holder: who will hold it; others who wait in vain are told.
             timeout: seconds to wait at most.
             stop: asked again and again; when it says true the wait ends. Call ``wake`` to have it asked now.
 

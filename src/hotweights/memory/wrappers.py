@@ -1,4 +1,4 @@
-"""Wrappers: tensors without bytes of their own, looked into through ``__tensor_flatten__``. It copies no bytes."""
+"""Wrappers: tensors whose bytes lie in other tensors inside them, found through ``__tensor_flatten__``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def is_wrapper(tensor: torch.Tensor) -> bool:
-    """Whether its bytes lie in other tensors that it names."""
+    """Whether its bytes lie in other tensors, inside it."""
     return type(tensor) not in _BARE and not nn.parameter.is_lazy(tensor) and is_traceable_wrapper_subclass(tensor)
 
 
@@ -18,7 +18,7 @@ _BARE = {torch.Tensor, nn.Parameter, nn.Buffer}
 
 
 def leaves(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """A tensor by its name; and of a wrapper the tensors inside, theirs too, as ``weight.scale``."""
+    """The tensor by its name; of a wrapper also the tensors inside, to any depth, by names like ``weight.scale``."""
     yield name, tensor
     if is_wrapper(tensor):
         for key in _keys(tensor):
@@ -26,23 +26,26 @@ def leaves(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]
 
 
 def context(tensor: torch.Tensor) -> object:
-    """What a wrapper is besides the tensors inside: their names, and what the wrapper's own class says."""
+    """What a wrapper is besides the tensors inside: their names, and what its class needs to wrap them again."""
     return tensor.__tensor_flatten__() if is_wrapper(tensor) else None  # type: ignore[attr-defined]
 
 
 def attributes_of(tensor: torch.Tensor) -> dict[str, object]:
-    """Its attributes, but for the tensors inside a wrapper."""
+    """Its attributes, without the tensors inside a wrapper."""
     inside = _keys(tensor) if is_wrapper(tensor) else ()
     return {key: value for key, value in tensor.__dict__.items() if key not in inside}
 
 
 def rebuilt(name: str, tensor: torch.Tensor, made: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The tensor that was made for this name; or a wrapper like it around those that were made for the names inside."""
+    """The tensor that was made for this name; or a wrapper like ``tensor`` around those made for the names inside.
+
+    ``tensor`` itself, if nothing was made for it or inside it.
+    """
     if name in made or not is_wrapper(tensor):
         return made.get(name, tensor)
     inside = {key: getattr(tensor, key) for key in _keys(tensor)}
-    new = {key: rebuilt(f"{name}.{key}", one, made) for key, one in inside.items()}
-    if all(new[key] is one for key, one in inside.items()):
+    new = {key: rebuilt(f"{name}.{key}", inner, made) for key, inner in inside.items()}
+    if all(new[key] is inner for key, inner in inside.items()):
         return tensor
     _, rest = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
     bare = type(tensor).__tensor_unflatten__(new, rest, tensor.size(), tensor.stride())  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Digests of tensors of a model."""
+"""Digests of a model's tensors, which tell whether values have changed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .survey import survey
 
 
 def digests(tensors: Mapping[str, torch.Tensor], names: Iterable[str]) -> dict[str, str]:
-    """Digests (xxh3) of the values of the named tensors, with what they are; of those that are not there, nothing."""
+    """xxh3 of the values, dtype and shape of each named tensor. Names that ``tensors`` does not have are left out."""
     return {name: _digest(tensors[name]) for name in names if name in tensors}
 
 
@@ -42,8 +42,8 @@ class Digest:
 
 def digest_of(model: nn.Module) -> Digest:
     """Digests of all parameters and buffers of a model."""
-    found = (pair for name, one in survey(model).tensors.items() for pair in leaves(name, one))
-    tensors = {name: one for name, one in found if not nn.parameter.is_lazy(one) and not is_wrapper(one)}
+    pairs = (pair for name, tensor in survey(model).tensors.items() for pair in leaves(name, tensor))
+    tensors = {name: tensor for name, tensor in pairs if not nn.parameter.is_lazy(tensor) and not is_wrapper(tensor)}
     each = digests(tensors, tensors)
-    whole = xxhash.xxh3_128("".join(f"{name} {one}\n" for name, one in sorted(each.items())).encode())
+    whole = xxhash.xxh3_128("".join(f"{name} {digest}\n" for name, digest in sorted(each.items())).encode())
     return Digest(whole.hexdigest(), each)

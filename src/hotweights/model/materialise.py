@@ -1,4 +1,4 @@
-"""Making meta tensors real."""
+"""Materialising: tensors on the meta device are replaced by real ones."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from .places import Place
 
 
 def materialise(
-    found: Iterable[Place], names: Container[str], device: torch.device
+    places: Iterable[Place], names: Container[str], device: torch.device
 ) -> list[tuple[Place, torch.Tensor]]:
-    """Replace the meta tensors with these names by uninitialised ones on ``device``, tied ones by one under all names.
+    """Replace the meta tensors with these names by uninitialised tensors on ``device``.
 
-    Those that share memory with them are replaced too, and share it as before. Keeps classes, attributes and
-    ``requires_grad``. Returns what was replaced, so that it can be put back.
+    A tied tensor is replaced under all its names by one. Tensors that share memory with a replaced one are replaced
+    too, and share memory as before. Classes, attributes and ``requires_grad`` stay. Returns the places with the
+    tensors that were there, so that they can be put back.
     """
-    found = [place for place in found if place.tensor.is_meta]
-    wanted = {_memory(place.tensor) for place in found if place.name in names}
-    metas = {id(place.tensor): place.tensor for place in found if _memory(place.tensor) in wanted}
+    places = [place for place in places if place.tensor.is_meta]
+    wanted = {_memory(place.tensor) for place in places if place.name in names}
+    metas = {id(place.tensor): place.tensor for place in places if _memory(place.tensor) in wanted}
     sharing = Counter(map(_memory, metas.values()))
-    shared = {_memory(one): _whole(one, device) for one in metas.values() if sharing[_memory(one)] > 1}
-    made = {key: _real(one, device, shared.get(_memory(one))) for key, one in metas.items()}
-    replaced = [(place, place.tensor) for place in found if id(place.tensor) in made]
+    shared = {_memory(tensor): _whole(tensor, device) for tensor in metas.values() if sharing[_memory(tensor)] > 1}
+    made = {key: _real(tensor, device, shared.get(_memory(tensor))) for key, tensor in metas.items()}
+    replaced = [(place, place.tensor) for place in places if id(place.tensor) in made]
     for place, old in replaced:
         place.put(made[id(old)])
     return replaced

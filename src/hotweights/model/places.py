@@ -1,4 +1,4 @@
-"""The tensors of a module by the names of its state dict, and meta tensors made real. It copies no weights."""
+"""Place: where a module keeps a tensor of its state dict. Also the tensors of a model as targets of a plan."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import nn
 from ..manifest import TensorSpec
 from ..memory.aliases import owners, spots
 from ..plan.steps import Target
+from .walk import modules_of
 
 
 class Place(msgspec.Struct, frozen=True, gc=False):
@@ -44,27 +45,23 @@ class Place(msgspec.Struct, frozen=True, gc=False):
 
 
 def places(model: nn.Module) -> Iterator[Place]:
-    """Every parameter and buffer, once for each name it has, in the order of the state dict."""
-    stack = [("", model)]
-    while stack:  # named_modules() gives the same in four times the time, and every load comes here.
-        dot, module = stack.pop()
+    """Every parameter and buffer, once for each of its names, in the order of the state dict."""
+    for prefix, module in modules_of(model):
         for key, parameter in module._parameters.items():
             if parameter is not None:
-                yield Place(dot + key, module, key, persistent=True)
+                yield Place(prefix + key, module, key, persistent=True)
         for key, buffer in module._buffers.items():
             if buffer is not None:
-                yield Place(dot + key, module, key, persistent=key not in module._non_persistent_buffers_set)
-        children = [(f"{dot}{key}.", child) for key, child in module._modules.items() if child is not None]
-        stack += reversed(children)
+                yield Place(prefix + key, module, key, persistent=key not in module._non_persistent_buffers_set)
 
 
 def targets_of(tensors: Mapping[str, torch.Tensor], device: torch.device | None) -> dict[str, Target]:
     """The tensors as targets of a plan; ``device`` is where meta tensors will be made real."""
     owner, spot = owners(tensors), spots(tensors)
-    found = {name: _described(tensor, name, owner[name], device) for name, tensor in tensors.items()}
+    targets = {name: _described(tensor, name, owner[name], device) for name, tensor in tensors.items()}
     for name, (memory, start) in spot.items():
-        found[name] = msgspec.structs.replace(found[name], memory=memory, start=start)
-    return found
+        targets[name] = msgspec.structs.replace(targets[name], memory=memory, start=start)
+    return targets
 
 
 def _described(tensor: torch.Tensor, name: str, owner: str, device: torch.device | None) -> Target:

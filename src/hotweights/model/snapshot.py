@@ -1,4 +1,4 @@
-"""Snapshot: the attributes of a model and their containers, to be put back. It copies no tensor."""
+"""Snapshot: the attributes of a model and their containers, to be put back. Values of tensors are not kept."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-_DEPTH = 8
+from .walk import LEAVES, MODULE_PRIVATE
+
+_DEPTH = 8  # More than a walk for tensors goes, so whatever that finds is put back.
 _CONTAINERS = (dict, list, set)
 _OPAQUE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType)
-_NO_CONTAINERS = {bool, int, float, str, type(None), torch.Tensor, nn.Parameter}  # found out faster than by isinstance
+_NO_CONTAINERS = LEAVES | {torch.Tensor, nn.Parameter}  # found out faster than by isinstance
 
 
 class Change(NamedTuple):
@@ -78,12 +80,9 @@ class Snapshot:
                 changes.append(Change(f"{where}.__class__", True, type(owner)))
                 owner.__class__ = kind
         for where, container, before in self._held:
-            found = list(_undone(where, container, before))
-            changes += [Change(name, id(container) in self._state, now) for name, now in found]
-        filled = [(where, key, container) for where, key, container in self._empty if container]
-        for where, key, container in filled:
-            found = list(_undone(_within(where, key), container, {} if isinstance(container, dict) else ()))
-            changes += [Change(name, id(container) in self._state, now) for name, now in found]
+            changes += self._put_back(where, container, before)
+        for where, key, container in [row for row in self._empty if row[2]]:
+            changes += self._put_back(_within(where, key), container, {} if isinstance(container, dict) else ())
         for where, tensor, requires_grad, grad in self._grads:
             if tensor.requires_grad != requires_grad:
                 changes.append(Change(f"{where}.requires_grad", True, tensor.requires_grad))
@@ -93,12 +92,13 @@ class Snapshot:
                 tensor.grad = grad
         return changes
 
-
-_PRIVATE = set(nn.Module().__dict__)
+    def _put_back(self, where: str, container: Any, before: Any) -> list[Change]:
+        of_state = id(container) in self._state
+        return [Change(path, of_state, now) for path, now in _undone(where, container, before)]
 
 
 def _within(where: str, key: Any) -> str:
-    return where if key in _PRIVATE else f"{where}.{key}"
+    return where if key in MODULE_PRIVATE else f"{where}.{key}"
 
 
 def _undone(where: str, container: Any, before: Any) -> Iterator[tuple[str, object]]:

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from .walk import modules_of
+
 
 class Survey(NamedTuple):
     """What one walk over a model finds.
@@ -24,16 +26,20 @@ class Survey(NamedTuple):
     transient: list[str]
     plain: bool
 
+    @property
+    def persistent(self) -> dict[str, torch.Tensor]:
+        """The tensors of the state dict; computed anew each time."""
+        transient = set(self.transient)
+        return {name: tensor for name, tensor in self.tensors.items() if name not in transient}
+
 
 def survey(model: nn.Module) -> Survey:
-    """Look at every module once. Every load does, so it asks all its questions on one walk."""
+    """Look at every module once. Every load does this, so one walk answers all questions."""
     tensors: dict[str, torch.Tensor] = {}
     transient: list[str] = []
     plain = not hasattr(model, "load_weights") and _loads_by_name(model)
     kinds: dict[type, bool] = {}
-    stack = [("", model)]
-    while stack:
-        dot, module = stack.pop()
+    for prefix, module in modules_of(model):
         inside = module.__dict__
         kind = type(module)
         if kind not in kinds:
@@ -42,29 +48,29 @@ def survey(model: nn.Module) -> Survey:
             plain = False
         for key, tensor in inside["_parameters"].items():
             if tensor is not None:
-                tensors[dot + key] = tensor
+                tensors[prefix + key] = tensor
         for key, tensor in inside["_buffers"].items():
             if tensor is not None:
-                tensors[dot + key] = tensor
+                tensors[prefix + key] = tensor
                 if key in inside["_non_persistent_buffers_set"]:
-                    transient.append(dot + key)
-        if inside["_modules"]:
-            children = [(f"{dot}{key}.", child) for key, child in inside["_modules"].items() if child is not None]
-            stack += reversed(children)
+                    transient.append(prefix + key)
     return Survey(tensors, transient, plain)
 
 
-_HARMLESS = ("torch.nn.modules.batchnorm", "torch.nn.modules.instancenorm")  # They fill in counters of old files.
+_HARMLESS = (
+    "torch.nn.modules.batchnorm",
+    "torch.nn.modules.instancenorm",
+)  # Their code fills in counters of old files.
 
 
 def counters(model: nn.Module, absent: Iterable[str]) -> list[str]:
-    """Those of the ``absent`` names that torch's own ``load_state_dict`` does without, as old checkpoints lack them.
+    """Those of the ``absent`` names that torch's own ``load_state_dict`` does not miss, as old checkpoints lack them.
 
-    It keeps the values of real ones, and makes zeros of those on meta.
+    Torch keeps the values of real counters, and makes zeros of those on meta.
     """
     split = (name.rpartition(".") for name in absent)
-    holders = {"".join(one): model.get_submodule(one[0]) for one in split if one[2] == "num_batches_tracked"}
-    return [name for name, one in holders.items() if type(one)._load_from_state_dict.__module__ in _HARMLESS]
+    holders = {"".join(parts): model.get_submodule(parts[0]) for parts in split if parts[2] == "num_batches_tracked"}
+    return [name for name, module in holders.items() if type(module)._load_from_state_dict.__module__ in _HARMLESS]
 
 
 def hook_problems(model: nn.Module) -> Iterator[str]:
@@ -74,20 +80,17 @@ def hook_problems(model: nn.Module) -> Iterator[str]:
         yield f"module {type(model).__name__}: has a load_state_dict of its own; loading by name does not run it"
     seen: set[int] = set()
     own: dict[type, bool] = {}
-    stack = [("", model)]
-    while stack:
-        dot, module = stack.pop()
+    for prefix, module in modules_of(model):
         if id(module) in seen:
             continue
         seen.add(id(module))
-        stack += [(f"{dot}{key}.", child) for key, child in module._modules.items() if child is not None]
         kind = type(module)
         if kind not in own:
             own[kind] = _has_loading_code(kind)
         if own[kind]:
-            yield f"module {dot[:-1] or kind.__name__}: {kind.__name__} has loading code of its own; {cure}"
+            yield f"module {prefix[:-1] or kind.__name__}: {kind.__name__} has loading code of its own; {cure}"
         if module._load_state_dict_pre_hooks or module._load_state_dict_post_hooks:
-            yield f"module {dot[:-1] or kind.__name__}: has a hook around loading; {cure}"
+            yield f"module {prefix[:-1] or kind.__name__}: has a hook around loading; {cure}"
 
 
 def _loads_by_name(model: nn.Module) -> bool:
@@ -119,7 +122,7 @@ def loader_of(model: nn.Module) -> LoadingCode | None:
 
 
 def _drained(result: object) -> object:
-    """Loading code that yields does nothing until somebody asks for what it yields."""
+    """Run a generator to its end: loading code that yields does nothing until somebody asks for what it yields."""
     if isinstance(result, types.GeneratorType):
         deque(result, maxlen=0)
     return result

@@ -1,4 +1,4 @@
-"""Sharing: which targets lie in one memory, and what is written to whose bytes. It touches no tensor."""
+"""Sharing: which targets lie in one memory, and which of them holds the bytes that are written."""
 
 from __future__ import annotations
 
@@ -17,33 +17,34 @@ T = TypeVar("T")
 
 
 class Sharing:
-    """The targets that share memory with others, over or beside them. For all other targets it has nothing to say."""
+    """The targets that share memory with others, over or beside them."""
 
     def __init__(self, targets: Mapping[str, Target]) -> None:
         self._targets = targets
-        lying: dict[str, list[tuple[Box, str]]] = defaultdict(list)
+        boxes: dict[str, list[tuple[Box, str]]] = defaultdict(list)
         for name, target in targets.items():
             if target.memory and target.owner == name:
-                lying[target.memory].append((moved(target.box, target.start), name))
-        self._lying = {memory: _Spans(several) for memory, several in lying.items()}
+                boxes[target.memory].append((moved(target.box, target.start), name))
+        self._intervals = {memory: _Intervals(several) for memory, several in boxes.items()}
 
     def homes(self, name: str, box: Box) -> list[tuple[str, Box]]:
-        """Which targets the bytes of a box belong to.
+        """Which targets hold the bytes of a box.
 
         Args:
             name: a target.
-            box: counted from its first byte; it may reach beyond it.
+            box: counted from the target's first byte; it may reach beyond the target on both sides.
 
         Returns:
-            The target that holds all of the box, and the box counted from its first byte; of several that which
-            begins first, and of those the largest. If none does, the bytes in each.
+            The target that holds all of the box, and the box counted from that target's first byte. Of several such
+            targets it is the one that begins first, and of those the largest. If no target holds all of the box: each
+            that holds a part, with the bytes of that part.
         """
         target = self._targets.get(name)
         if target is None or not target.memory:
             return [(name, box)]
         box = moved(box, target.start)
         start, stop = extent(box)
-        near = list(self._lying[target.memory].meeting(start, stop))
+        near = list(self._intervals[target.memory].meeting(start, stop))
         for low, high, other in near:
             if low <= start and stop <= high:
                 return [(other, moved(box, -self._targets[other].start))]
@@ -53,7 +54,9 @@ class Sharing:
 
     def at_home(self, program: Program) -> Program:
         """The program with each region of the model under the name of the target that holds it."""
-        if not self._lying or not any(self._moved(one) is not one for op in program.ops for one in op.reads):
+        if not self._intervals or not any(
+            self._moved(region) is not region for op in program.ops for region in op.reads
+        ):
             return program
         return Program(program.sources, tuple(map(self._op, program.ops)), tuple(map(self._moved, program.writes)))
 
@@ -77,29 +80,29 @@ class Sharing:
             if target.memory:
                 box = moved(box, target.start)
                 boxes[target.memory].append((box, box))
-        spans = {memory: _Spans(several) for memory, several in boxes.items()}
+        intervals = {memory: _Intervals(several) for memory, several in boxes.items()}
 
         def to(name: str) -> list[Box]:
             target = self._targets[name]
-            if target.memory not in spans:
+            if target.memory not in intervals:
                 return []
-            found = spans[target.memory].meeting(*extent(moved(target.box, target.start)))
-            return [moved(box, -target.start) for *_, box in found]
+            meeting = intervals[target.memory].meeting(*extent(moved(target.box, target.start)))
+            return [moved(box, -target.start) for *_, box in meeting]
 
         return to
 
 
-class _Spans(Generic[T]):
-    """What lies where in one memory: first byte, the byte after the last, and what it is."""
+class _Intervals(Generic[T]):
+    """What lies where in one memory: the first byte, the byte after the last, and the item that lies there."""
 
     def __init__(self, several: Iterable[tuple[Box, T]]) -> None:
-        spans = [(*extent(box), one) for box, one in several]
+        spans = [(*extent(box), item) for box, item in several]
         # Of two that begin together the larger comes first: what is written belongs to that.
         self._spans = sorted(spans, key=lambda span: (span[0], -span[1]))
         self._starts = [start for start, *_ in self._spans]
         self._longest = max((stop - start for start, stop, _ in spans), default=0)
 
     def meeting(self, start: int, stop: int) -> Iterator[tuple[int, int, T]]:
-        """Those with bytes between ``start`` and ``stop``."""
+        """The items with bytes between ``start`` and ``stop``, and where they lie."""
         first, last = bisect_left(self._starts, start - self._longest), bisect_left(self._starts, stop)
         return (span for span in self._spans[first:last] if span[1] > start)

@@ -20,7 +20,7 @@ _OVERWRITES = frozenset(
         torch.ops.aten.zero_.default,
     )
 )
-"""Operations after which their first operand holds nothing of what it held."""
+"""Operations that overwrite all of their first operand, so that reading it first is no reading."""
 
 
 class Fate(enum.Enum):
@@ -52,7 +52,7 @@ class Copy(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """The source tensor, as a program has several."""
+        """The source tensor, as the only one of a tuple."""
         return (self.source,)
 
     @property
@@ -87,22 +87,22 @@ class Op(msgspec.Struct, frozen=True):
 
 
 def read_too_early(ops: Iterable[Op], written: dict[str, list[Box]]) -> set[str]:
-    """Names of the model's tensors of which operations read what nothing has written before.
+    """Names of the model's tensors of which operations read bytes that nothing has written before.
 
-    ``written`` says what was, by name; what these operations write is added to it.
+    ``written`` holds the boxes that were written by then, by name; what these operations write is added to it.
     """
-    found = set()
+    early = set()
     for op in ops:
         overwritten = op.writes[:1] if op.func in _OVERWRITES else ()
         for region in op.reads:
             if region.memory.kind == "model" and region not in overwritten:
                 name = region.memory.name
                 if covered(written.get(name, ()), region.box) < region.box.numel:
-                    found.add(name)
+                    early.add(name)
         for region in op.writes:
             if region.memory.kind == "model":
                 written.setdefault(region.memory.name, []).append(region.box)
-    return found
+    return early
 
 
 class Program(msgspec.Struct, frozen=True):
@@ -162,7 +162,7 @@ class Target(msgspec.Struct, frozen=True, gc=False):
         owner: the first name of the same tensor; its own where it is not tied.
         problem: why it cannot be written, if it cannot.
         stride: in elements; ``None`` for a contiguous tensor.
-        memory: where it shares memory with others, over or beside them: the first name there; else nothing.
+        memory: the first name of those with which it shares memory, over or beside them; empty if there are none.
         start: its first byte in that memory.
     """
 

@@ -1,1 +1,1 @@
-"""Routing: one stream of tensors to several components."""
+"""Routing: one stream of tensors to several components, each with loading code of its own."""

@@ -1,7 +1,8 @@
-"""Component and Routes: which tensor goes to which part of a model, under which name. They move nothing."""
+"""Component and Routes: which tensor goes to which part of a model, and under which name."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass
 
@@ -9,8 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import UsageError
-
-_SHOWN = 3  # names a line
+from ..text import some
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -18,16 +18,16 @@ class Component:
     """A part of a model, and which tensors are its own.
 
     Attributes:
-        match: a prefix of their names, or a predicate on a name. A predicate goes before any prefix, a longer prefix
-            before a shorter one; ``""`` is all the rest.
-        load_weights: the part's own loading code, which is given an iterable of pairs, once, and may keep the tensors;
-            or a module: its ``load_weights``, or without one it is loaded by name, as ``hotweights.load`` does it.
-            ``None`` where the model does not have this part.
+        match: a prefix of the tensors' names, or a predicate on a name. A predicate goes before any prefix, a longer
+            prefix before a shorter one; ``""`` matches all the rest.
+        load_weights: the part's own loading code. It is called once, with an iterable of pairs, and may keep the
+            tensors. Or a module: its ``load_weights`` is called; a module without one is loaded by name, as
+            ``hotweights.load`` does it. ``None`` if the model does not have this part.
         strip: what is taken off the front of each name; by default a matched prefix.
-        rename: makes of what is left the name that ``load_weights`` gets.
-        enabled: if not, its tensors are left alone: neither read, copied nor looked at. Nor is ``load_weights``.
+        rename: is given what is left of a name, and returns the name that ``load_weights`` gets.
+        enabled: if ``False``, its tensors are left alone: neither read, copied nor looked at, as is ``load_weights``.
         required: whether it is a problem if there is no tensor for it. A part that got none is not called.
-        name: in errors and in the report; by default the prefix, or the predicate's name.
+        name: its name in errors and in the report; by default the prefix, or the predicate's name.
     """
 
     match: str | Callable[[str], bool]
@@ -43,10 +43,8 @@ class Component:
         if not (isinstance(self.match, str) or callable(self.match)):
             raise UsageError(f"a component matches a prefix or a predicate, not a {type(self.match).__name__}")
         if self.enabled and not (self.load_weights is None or callable(self.load_weights)):
-            raise UsageError(
-                f"the load_weights of a component is a function, a module or None, not a "
-                f"{type(self.load_weights).__name__}"
-            )
+            found = type(self.load_weights).__name__
+            raise UsageError(f"the load_weights of a component is a function, a module or None, not a {found}")
         object.__setattr__(self, "name", self.name or _name_of(self.match))
 
 
@@ -57,21 +55,26 @@ def _name_of(match: str | Callable[[str], bool]) -> str:
 
 
 class Routes:
-    """Decides, name by name, where tensors go, and keeps every problem that it meets."""
+    """Decides, name by name, where tensors go, and collects every problem.
+
+    Attributes:
+        components: in the order in which they were given.
+        problems: what was wrong so far, one line each.
+    """
 
     def __init__(self, components: Iterable[Component]) -> None:
         self.components = tuple(components)
         _check(self.components)
         self.problems: list[str] = []  # Grows as names are placed.
         self._origins: dict[Component, dict[str, str]] = {component: {} for component in self.components}
-        self._predicates = [(one.match, one) for one in self.components if not isinstance(one.match, str)]
-        prefixes = [(one.match, one) for one in self.components if isinstance(one.match, str)]
+        self._predicates = [(part.match, part) for part in self.components if not isinstance(part.match, str)]
+        prefixes = [(part.match, part) for part in self.components if isinstance(part.match, str)]
         self._prefixes = sorted(prefixes, key=lambda pair: -len(pair[0]))
 
     def place(self, name: str) -> tuple[Component, str] | None:
-        """The component that gets the tensor, and the name that it gets it under.
+        """The component that gets the tensor, and the tensor's name there.
 
-        ``None`` if no component does, because it is disabled or because of a problem.
+        ``None`` if none gets it: the component is disabled, or there is a problem.
         """
         component = self._component(name)
         if component is None:
@@ -79,28 +82,32 @@ class Routes:
         ours = self._renamed(component, name) if component.enabled else name
         origins = self._origins[component]
         if ours in origins:
-            one, other = sorted((name, origins[ours]))
-            twice = f"{name} comes twice" if one == other else f"{one} and {other} both become {ours}"
-            self.problems.append(f"{component.name}: {twice}")
+            before = origins[ours]
+            both = f"{min(name, before)} and {max(name, before)} both become {ours}"
+            self.problems.append(f"{component.name}: {f'{name} comes twice' if name == before else both}")
             return None
         origins[ours] = name
         return (component, ours) if component.enabled and component.load_weights is not None else None
 
     def names(self, component: Component) -> Mapping[str, str]:
-        """The tensors that came for the component: of each its name there, and the source's."""
+        """The tensors that came for the component: from each one's name there to its name in the source."""
         return self._origins[component]
 
     def loaded(self) -> list[Component]:
-        """The components that are there, enabled, and have tensors."""
-        return [one for one in self.components if one.enabled and one.load_weights is not None and self._origins[one]]
+        """The components that are present and have tensors."""
+        return [component for component in self.present() if self._origins[component]]
+
+    def present(self) -> list[Component]:
+        """The components that the model has, and that are enabled."""
+        return [part for part in self.components if part.enabled and part.load_weights is not None]
 
     def _component(self, name: str) -> Component | None:
-        found = [component for matches, component in self._predicates if matches(name)] if self._predicates else ()
-        if len(found) > 1:
-            self.problems.append(f"{name}: fits {' and '.join(component.name for component in found)}")
+        fitting = [component for matches, component in self._predicates if matches(name)] if self._predicates else ()
+        if len(fitting) > 1:
+            self.problems.append(f"{name}: fits {' and '.join(component.name for component in fitting)}")
             return None
-        if found:
-            return found[0]
+        if fitting:
+            return fitting[0]
         for prefix, component in self._prefixes:
             if name.startswith(prefix):
                 return component
@@ -123,32 +130,30 @@ class Routes:
 
 
 def unfilled(routes: Routes) -> Iterator[str]:
-    """What is wrong once all names are known: parts that are needed and got nothing, or got tensors and are absent."""
+    """What is wrong once all names are known: a required part got nothing, or a part that is absent got tensors."""
     for component in routes.components:
         names = list(routes.names(component).values())
         if not component.enabled:
             continue
         if component.load_weights is None and names:
             yield (
-                f"{component.name}: its load_weights is None, but there are tensors for it: {_shown(names)}; "
+                f"{component.name}: its load_weights is None, but there are tensors for it: {some(names, 3)}; "
                 "enabled=False leaves them alone"
             )
         elif component.load_weights is not None and component.required and not names:
             yield f"{component.name}: is missing, for there is no tensor for it; required=False allows that"
 
 
-def _shown(names: list[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
-
-
 def _check(components: tuple[Component, ...]) -> None:
-    problems = [f"{one!r} is no Component" for one in components if not isinstance(one, Component)]
-    if not problems:
-        problems += _twice("name", [one.name for one in components])
-        problems += _twice("prefix", [one.match for one in components if isinstance(one.match, str)])
-    if not components or problems:
-        raise UsageError("these components cannot be told apart: " + "; ".join(problems or ["there are none"]))
+    if not components:
+        raise UsageError("there are no components to route to; give at least one hotweights.Component")
+    if strangers := [f"{value!r} is no Component" for value in components if not isinstance(value, Component)]:
+        raise UsageError(f"{'; '.join(strangers)}; give hotweights.Component(match, load_weights)")
+    twice = _twice("name", [component.name for component in components])
+    twice += _twice("prefix", [component.match for component in components if isinstance(component.match, str)])
+    if twice:
+        raise UsageError(f"these components cannot be told apart: {'; '.join(twice)}")
 
 
 def _twice(what: str, values: list[str]) -> list[str]:
-    return [f"two have the {what} {value!r}" for value in sorted({one for one in values if values.count(one) > 1})]
+    return [f"two have the {what} {value!r}" for value, count in sorted(Counter(values).items()) if count > 1]

@@ -1,8 +1,8 @@
-"""Feed and OnePass: pairs on their way to loading code. They hand on nothing that will be overwritten.
+"""Feed and OnePass: pairs on their way to loading code, which gets only tensors that nobody will overwrite.
 
-Loading code may do anything with a tensor: keep it, sort it into a list, let it wait for its scale. So what it gets is
-its own. Trapped leases were no choice: they would raise in code that is right with tensors of its own, and refuse
-``data_ptr()`` and ``numpy()``, which some needs.
+Loading code may do anything with a tensor: keep it, sort it into a list, let it wait for its scale. So it is given
+tensors of its own. Leases under ``guard="trap"`` were refused: they raise in code that is right, and in code that needs
+``data_ptr()`` or ``numpy()``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .component import Component
 
 Pairs = Iterable[tuple[str, torch.Tensor]]
 Item = torch.Tensor | Lease
-"""What comes along a stream."""
+"""What a stream brings."""
 
 
 def own(name: str, item: Item, borrowed: bool) -> torch.Tensor:
@@ -36,14 +36,14 @@ def own(name: str, item: Item, borrowed: bool) -> torch.Tensor:
     if not borrowed:
         return item
     copy = _copy(item.detach())
-    # Whoever lent it may overwrite it at the next step, and does not know what still runs on our stream.
+    # Whoever lent it may overwrite it at the next step, and does not know that this copy may still run on a device.
     wait_for_copies(copy.device)
     return copy
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
     if type(tensor) is torch.Tensor and is_host(tensor.device) and tensor.nbytes >= 2 * HUGE_PAGE:
-        # On huge pages: faulting in small ones makes the copy of a large tensor three times slower.
+        # On huge pages: faults in small ones make the copy of a large tensor three times slower.
         return host_empty(tuple(tensor.shape), tensor.dtype).copy_(tensor)
     return tensor.clone(memory_format=torch.contiguous_format)
 
@@ -51,11 +51,17 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
 def _nbytes(item: Item) -> int:
     if isinstance(item, Lease):
         return item.spec.nbytes
-    return 0 if isinstance(item, FakeWeight) else item.nbytes  # A fake tensor holds no memory that could be too much.
+    return 0 if isinstance(item, FakeWeight) else item.nbytes  # A fake tensor takes no memory.
 
 
 class Feed:
-    """The pairs on their way to one component: they can be ended, and a failure is remembered."""
+    """The pairs that one component's loading code is given. It can be ended, and remembers what happened.
+
+    Attributes:
+        taken: names that were given so far; ``last`` is the latest.
+        nbytes: bytes of those tensors.
+        failure: what the pairs raised; loading code may have swallowed it.
+    """
 
     def __init__(self, pairs: Pairs) -> None:
         self._pairs = iter(pairs)
@@ -84,19 +90,19 @@ class Feed:
         return pair
 
     def end(self) -> None:
-        """Give nothing more, also to code that kept this."""
+        """Give nothing more, also to code that kept the iterator."""
         self._over = True
         if isinstance(self._pairs, GeneratorType):
             self._pairs.close()
 
 
 class OnePass:
-    """One pass through a stream. An iterator over the tensors of one component; copies of the others' wait.
+    """One pass through a stream: an iterator over the tensors of one component, while copies of the others' wait.
 
     Attributes:
         first: the component that does not wait for the end; ``None`` if all do.
-        waiting: copies by component, under the names that it gets them under.
-        waiting_nbytes: how much waits, or waited, at the end of what has passed.
+        waiting: by component, copies of its tensors under the names that it knows.
+        waiting_nbytes: bytes of all copies that had to wait so far.
     """
 
     def __init__(
@@ -108,13 +114,13 @@ class OnePass:
         borrowed: bool = True,
         limit: int | None,
     ) -> None:
-        """``place`` says whose a tensor is, and under which name it gets it."""
+        """``place`` gives the component that a tensor belongs to and its name there; ``None`` if nobody gets it."""
         self._items = items
         self._place = place
         self.first = first
         self._borrowed = borrowed
         self._limit = limit
-        self._found: tuple[str, str, Item] | None = None
+        self._next: tuple[str, str, Item] | None = None
         self.waiting: dict[Component, deque[tuple[str, torch.Tensor]]] = {}
         self.waiting_nbytes = 0
 
@@ -122,29 +128,29 @@ class OnePass:
         return self
 
     def __next__(self) -> tuple[str, torch.Tensor]:
-        if self._found is None and not self.seek():
+        if self._next is None and not self.seek():
             raise StopIteration
-        assert self._found is not None
-        (ours, name, item), self._found = self._found, None
+        assert self._next is not None
+        (ours, name, item), self._next = self._next, None
         return ours, own(name, item, self._borrowed)
 
     def seek(self) -> bool:
-        """Pass on to the next tensor of the first component. False at the end."""
-        self._found = None
+        """Go on to the next tensor of the first component; ``False`` at the end of the stream."""
+        self._next = None
         for name, item in self._items:
             placed = self._place(name)
             if placed is None:
                 continue
             component, ours = placed
             if component is self.first:
-                self._found = ours, name, item
+                self._next = ours, name, item
                 return True
             self._keep(component, ours, name, item)
-        self._items = iter(())  # An iterator of somebody's may not like to be asked again after its end.
+        self._items = iter(())  # An iterator of the caller's may fail if it is asked again after its end.
         return False
 
     def emptied(self, component: Component) -> Iterator[tuple[str, torch.Tensor]]:
-        """Give away what waits for the component, and keep none of it."""
+        """Yield what waits for the component, and let go of each tensor with that."""
         queue = self.waiting[component]
         while queue:
             yield queue.popleft()
@@ -155,7 +161,7 @@ class OnePass:
             raise RoutingError(
                 f"{component.name}: with {name} ({nbytes} bytes) {self.waiting_nbytes + nbytes} bytes would wait for "
                 f"the end of the stream, more than memory_limit={self._limit}; put the largest component first, or "
-                "give a source that is read in any order"
+                "give a source that is read in any order, such as files"
             )
         self.waiting_nbytes += nbytes
         self.waiting.setdefault(component, deque()).append((ours, own(name, item, self._borrowed)))

@@ -1,4 +1,4 @@
-"""Part, Passing and Readings: some tensors of a source, apart from the others. They never decide which."""
+"""Subset, Passing and Readings: some tensors of a source, as a source of their own or as pairs."""
 
 from __future__ import annotations
 
@@ -20,14 +20,17 @@ from ..sources.streams import LeaseStream
 
 
 class Readings:
-    """Owned tensors of one part of a source after the other, read ahead across their borders. ``close`` ends that."""
+    """The owned tensors of several parts of a source, one part after another.
+
+    The first tensors of a part are read ahead while the last ones of the part before are still being used.
+    """
 
     def __init__(self, source: Addressed, parts: Iterable[Mapping[str, str]]) -> None:
-        """``parts``: the names of each, as for ``Part``, in the order in which they will be asked for."""
+        """``parts``: the names of each, as for ``Subset``, in the order in which they will be asked for."""
         self._source = source
         self._left = deque(parts)
         self._running: Generator[tuple[str, torch.Tensor], None, None] | None = None
-        self._whole = True  # Whether the part before was read to its end: only then does the next one follow.
+        self._whole = True  # Whether the part before was read to its end. If not, its rest comes before the next part.
 
     def pairs(self, part: Mapping[str, str]) -> Generator[tuple[str, torch.Tensor], None, None]:
         """The tensors of the next part. What is left of the part before is not read any more."""
@@ -58,7 +61,7 @@ class Readings:
 
 
 class Passing:
-    """Owned tensors that pass once, with a manifest that was known before."""
+    """A source of owned tensors that come once, with a manifest that was known before."""
 
     def __init__(self, manifest: Manifest, pairs: Iterable[tuple[str, torch.Tensor]]) -> None:
         self._manifest = manifest
@@ -80,7 +83,7 @@ class Passing:
         return iter(self._pairs)
 
     def close(self) -> None:
-        """Nothing: whoever gave the tensors closes what they come from."""
+        """Do nothing: whoever gave the tensors closes what they come from."""
 
     def __enter__(self) -> Passing:
         return self
@@ -89,11 +92,11 @@ class Passing:
         self.close()
 
 
-class Part(Passing):
-    """Tensors of an addressed source under other names. The source stays its owner's, and open."""
+class Subset(Passing):
+    """Some tensors of an addressed source, under other names. The source stays open."""
 
     def __init__(self, source: Addressed, names: Mapping[str, str]) -> None:
-        """``names``: of each tensor its name here, and the source's."""
+        """``names``: from each tensor's name here to its name in the source."""
         self._source = source
         self._names = names
         renamed = Manifest(replace(source.manifest[theirs], name=ours) for ours, theirs in names.items())
@@ -108,7 +111,7 @@ class Part(Passing):
         return owned_tensors(self, sorted(self._manifest.values(), key=lambda spec: self.position(spec.name)))
 
     def position(self, name: str) -> tuple[int, int]:
-        """Where the source has it."""
+        """Where it lies in the source."""
         return self._source.position(self._names[name])
 
     def read(

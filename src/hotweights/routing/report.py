@@ -1,25 +1,25 @@
-"""RouteReport: what one routing did. A frozen fact that prints as a short table."""
+"""RouteReport: what one routing did. Frozen; prints as a short table."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..text import size, summary
+from ..text import size, summary, table
 
 
 @dataclass(frozen=True, slots=True)
 class RouteReport:
-    """What one routing did. Components stand by name, in the order in which they were given.
+    """What one routing did. Its maps go by the components' names, in the order in which those were given.
 
     Attributes:
-        tensors: by component that was loaded, the source's names of its tensors.
-        nbytes: bytes of those, by component.
+        tensors: of each component that was loaded, the source's names of its tensors.
+        nbytes: the bytes of those.
         returned: what each ``load_weights`` returned; the ``LoadReport`` of a module that was loaded by name.
-        untaken: by component, the source's names of tensors that its loading code stopped before.
-        disabled: by component that was left alone, the source's names of its tensors.
-        streamed: the component that was loaded while the stream passed; ``None`` where none had to wait for it.
-        peak_waiting_bytes: the most memory that tensors of the others held at once, waiting for the end of the stream.
+        untaken: the source's names of tensors that a component's loading code did not take, because it stopped early.
+        disabled: of each component that is disabled, the source's names of its tensors.
+        streamed: the component that was loaded while the stream passed; ``None`` if no component had to wait.
+        peak_waiting_bytes: the most memory that tensors of the other components held at once, until the stream's end.
         seconds: from opening the source to the end of the last component.
     """
 
@@ -40,8 +40,7 @@ class RouteReport:
         rows.append(
             ("all", f"{size(total)} in {self.seconds:.3f} s ({total / max(self.seconds, 1e-9) / 1e9:.2f} GB/s)")
         )
-        width = max(10, *(len(label) for label, _ in rows))
-        return "\n".join(f"{label:>{width}}  {text}" for label, text in rows)
+        return table(rows)
 
     def _loaded(self, name: str) -> str:
         text = f"{size(self.nbytes[name])} in {len(self.tensors[name])} tensors"

@@ -1,8 +1,7 @@
-"""``route``: one source to the loading code of several components. It moves tensors; what goes where is decided."""
+"""``route``: the tensors of one source, given to the loading code of several components."""
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
@@ -21,21 +20,21 @@ from ..manifest import Manifest, TensorSpec
 from ..plan.plan import LoadPlan
 from ..sources.contracts import Addressed, InMemory, Source
 from ..sources.iterator import IteratorSource
-from ..sources.opening import open as open_source
+from ..sources.opening import AnySource, is_pairs, opened
 from ..sources.owned import unsupported
 from ..sources.state_dict import StateSource
 from ..tracing.fake_weight import FakeWeight
 from ..tracing.trace import trace
 from .component import Component, Routes, unfilled
 from .handover import Feed, OnePass, Pairs, own
-from .parts import Part, Passing, Readings
+from .parts import Passing, Readings, Subset
 from .report import RouteReport
 
 _Load = Callable[[Pairs], object]
 
 
 def route(
-    source: str | os.PathLike[str] | Mapping[str, torch.Tensor] | nn.Module | Source | Pairs,
+    source: AnySource | Pairs,
     components: Iterable[Component],
     *,
     borrowed: bool = True,
@@ -43,12 +42,12 @@ def route(
 ) -> RouteReport:
     """Give each component's own loading code the tensors that are its own. For code without a plan.
 
-    No loading code ever gets a tensor that will be overwritten: it may keep them, sort them, wait with one for another.
-    Where the source has to be asked tensor by tensor in an order of our choice (files, mappings, modules), components
-    are loaded one after another, and nothing waits. A stream is passed through once, to its end: one component is
-    loaded while it passes, the largest by the manifest, or without a manifest the first that has loading code; copies
-    of the others' tensors wait for its end. A module that is loaded by name and a stream without a manifest make that
-    module's tensors wait, too.
+    No loading code ever gets a tensor that will be overwritten: it may keep tensors, sort them, or let them wait.
+
+    Files, mappings and modules are read in the order of the components, one after another, and nothing waits. A stream
+    is passed through once, to its end. One component is loaded while it passes: the largest by the manifest, or without
+    a manifest the first that has loading code. Copies of the others' tensors wait for the end. Without a manifest, the
+    tensors of a module that is loaded by name always wait.
 
     Loading code runs without autograd, in this thread. A failure leaves its component loaded in part, those before it
     loaded, and those after it untouched; the error's note says which. The source's stream is closed in any case; a
@@ -56,45 +55,42 @@ def route(
 
     Args:
         source: an open source; anything that ``hotweights.open`` takes; or an iterable of names and tensors.
-        components: the parts of the model, in the order in which they are loaded, but for the one that streams first.
-        borrowed: whether whoever made the pairs, or owns the mapping or module, may overwrite the tensors later. If
-            not, they are handed on uncopied. Files and open streams of leases know for themselves.
-        memory_limit: bytes that may wait for the end of a stream; by default any number.
+        components: the parts of the model. They are loaded in this order, but for the one that is loaded while a stream
+            passes.
+        borrowed: whether the tensors of pairs, of a mapping or of a module may be overwritten later. If not, they are
+            handed on uncopied. Files and open sources know for themselves.
+        memory_limit: how many bytes may wait for the end of a stream; by default any number.
 
     Raises:
         CheckpointError: the checkpoint is broken; nothing was read.
         PlanError: by the manifest, source and components do not fit; nothing was read.
-        RoutingError: the same, for a stream without a manifest, which is known when it has passed; or more than
+        RoutingError: a stream without a manifest has passed, and it and the components do not fit; or more than
             ``memory_limit`` would have to wait.
+        UsageError: an argument is of the wrong kind; nothing was read.
     """
     began = time.perf_counter()
     if memory_limit is not None and memory_limit < 0:
-        raise UsageError(f"a limit of memory is a number of bytes; got memory_limit={memory_limit}")
+        raise UsageError(f"memory_limit= is a number of bytes, or None; got memory_limit={memory_limit}")
     routes = Routes(components)
     with ExitStack() as stack:
-        given: Source | Pairs
-        if isinstance(source, (str, os.PathLike, Mapping, nn.Module)):
-            opened: Source = open_source(source)
-            given = stack.enter_context(opened)
+        done = _Loaded()
+        if is_pairs(source):
+            _from_pairs(source, routes, done, stack, borrowed, memory_limit)
+        elif isinstance(source, IteratorSource) and not isinstance(source, Source):
+            # It has no manifest. The tensors that it yields are owned.
+            _from_pairs(source.tensors(), routes, done, stack, False, memory_limit)
         else:
-            given = source
-        done = _Done()
-        if isinstance(given, (Addressed, InMemory)):
-            _one_after_another(given, routes, done, stack, borrowed)
-        elif isinstance(given, Source):
-            _from_stream(given, routes, done, stack, memory_limit)
-        elif isinstance(given, IteratorSource):  # Without a manifest; what it yields is owned.
-            _from_pairs(given.tensors(), routes, done, stack, False, memory_limit)
-        elif isinstance(given, Iterable):
-            _from_pairs(given, routes, done, stack, borrowed, memory_limit)
-        else:
-            raise UsageError(f"a {type(given).__name__} is no source, and yields no pairs of names and tensors")
+            given = stack.enter_context(opened(source))
+            if isinstance(given, (Addressed, InMemory)):
+                _one_after_another(given, routes, done, stack, borrowed)
+            else:
+                _from_stream(given, routes, done, stack, memory_limit)
     return _report(routes, done, time.perf_counter() - began)
 
 
 @dataclass(slots=True)
-class _Done:
-    """What has been done so far, by name of component. ``taken`` holds names as its loading code knows them."""
+class _Loaded:
+    """What was done so far, by component. ``taken`` holds the names that its loading code knows."""
 
     returned: dict[str, object] = field(default_factory=dict)
     nbytes: dict[str, int] = field(default_factory=dict)
@@ -103,8 +99,8 @@ class _Done:
     streamed: str | None = None
 
 
-def _report(routes: Routes, done: _Done, seconds: float) -> RouteReport:
-    loaded = {one.name: routes.names(one) for one in routes.components if one.name in done.returned}
+def _report(routes: Routes, done: _Loaded, seconds: float) -> RouteReport:
+    loaded = {part.name: routes.names(part) for part in routes.components if part.name in done.returned}
     untaken = {
         name: tuple(theirs for ours, theirs in names.items() if ours not in done.taken[name])
         for name, names in loaded.items()
@@ -114,7 +110,7 @@ def _report(routes: Routes, done: _Done, seconds: float) -> RouteReport:
         nbytes={name: done.nbytes[name] for name in loaded},
         returned=done.returned,
         untaken={name: names for name, names in untaken.items() if names},
-        disabled={one.name: tuple(routes.names(one).values()) for one in routes.components if not one.enabled},
+        disabled={part.name: tuple(routes.names(part).values()) for part in routes.components if not part.enabled},
         streamed=done.streamed,
         peak_waiting_bytes=done.peak,
         seconds=seconds,
@@ -131,28 +127,28 @@ def _code(component: Component) -> _Load | None:
     return code
 
 
-def _give(component: Component, load: _Load, pairs: Pairs, done: _Done) -> None:
+def _give(component: Component, load: _Load, pairs: Pairs, done: _Loaded) -> None:
     """Let the component's code load ``pairs``."""
-    handed = Feed(pairs)
+    feed = Feed(pairs)
     try:
         with torch.no_grad():
-            returned = load(handed)
-            # Loading code that yields does nothing until somebody asks for what it yields.
+            returned = load(feed)
+            # A generator function does nothing until somebody iterates over what it returned.
             returned = tuple(returned) if isinstance(returned, GeneratorType) else returned
-        if handed.failure is not None:  # A broken stream must not look like its end, whatever the loading code thinks.
-            raise handed.failure
+        if feed.failure is not None:  # Loading code that swallows it takes a broken stream for one that has ended.
+            raise feed.failure
     except BaseException as error:
-        given = f", after it was given {handed.last!r}" if handed.last else ""
+        given = f", after it was given {feed.last!r}" if feed.last else ""
         before = ", ".join(done.returned) or "none"
         error.add_note(
             f"hotweights: raised while component {component.name!r} was loaded{given}; loaded by then: {before}"
         )
         raise
     finally:
-        handed.end()
+        feed.end()
     done.returned[component.name] = returned
-    done.taken[component.name] = handed.taken
-    done.nbytes[component.name] = handed.nbytes
+    done.taken[component.name] = feed.taken
+    done.nbytes[component.name] = feed.nbytes
 
 
 # --- with a manifest -------------------------------------------------------------------------------------------------
@@ -160,7 +156,7 @@ def _give(component: Component, load: _Load, pairs: Pairs, done: _Done) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _ByName:
-    """How a module is loaded that has no loading code; ``manifest`` has its tensors as it knows them."""
+    """How a module without loading code is loaded; ``manifest`` has its tensors under the names that it knows."""
 
     manifest: Manifest
     plan: LoadPlan
@@ -168,7 +164,7 @@ class _ByName:
 
 @dataclass(frozen=True, slots=True)
 class _Planned:
-    """What a component will get. ``by_name`` is ``None`` where its own code loads it."""
+    """What a component will get. ``by_name`` is ``None`` if its own code loads it."""
 
     nbytes: int
     by_name: _ByName | None = None
@@ -176,7 +172,11 @@ class _Planned:
 
 @without_collection()
 def _plan(manifest: Manifest, routes: Routes, *, limit: int | None) -> dict[Component, _Planned]:
-    """What each component gets, and how it is loaded if it is by name. Raises with every problem that is known now."""
+    """What each component gets, and how it is loaded if that is by name.
+
+    Raises:
+        PlanError: with every problem that the manifest shows.
+    """
     for name in manifest:
         routes.place(name)
     problems = [*routes.problems, *unfilled(routes)]
@@ -190,9 +190,9 @@ def _plan(manifest: Manifest, routes: Routes, *, limit: int | None) -> dict[Comp
             misfits = [why for spec in specs if (why := unsupported(spec)) is not None]
         problems += (f"{component.name}: {misfit}" for misfit in misfits)
         planned[component] = _Planned(sum(spec.nbytes for spec in specs), by_name)
-    waiting = sum(sorted(one.nbytes for one in planned.values())[:-1])
+    waiting = sum(sorted(what.nbytes for what in planned.values())[:-1])
     if limit is not None and waiting > limit:
-        problems.append(f"{waiting} bytes would have to wait, more than memory_limit={limit}")
+        problems.append(f"{waiting} bytes would have to wait for the end of the stream, more than memory_limit={limit}")
     if problems:
         raise PlanError("source and components do not fit; nothing was read", problems)
     return planned
@@ -208,7 +208,7 @@ def _plan_by_name(component: Component, specs: list[TensorSpec], routes: Routes)
 
 
 def _one_after_another(
-    source: Addressed | InMemory, routes: Routes, done: _Done, stack: ExitStack, borrowed: bool
+    source: Addressed | InMemory, routes: Routes, done: _Loaded, stack: ExitStack, borrowed: bool
 ) -> None:
     planned = _plan(source.manifest, routes, limit=None)
     coded = [routes.names(component) for component in planned if _code(component) is not None]
@@ -226,7 +226,7 @@ def _one_after_another(
             assert code is not None
             _give(component, code, pairs(names), done)
         else:
-            # Straight from where the bytes are to where they belong.
+            # Without the detour over pairs: from where the bytes lie straight into the parameters.
             _give(component, partial(_directly, component, _part(source, names), what.by_name.plan), (), done)
             done.taken[component.name], done.nbytes[component.name] = set(names), what.nbytes
 
@@ -237,7 +237,7 @@ def _from_memory(source: InMemory, borrowed: bool, names: Mapping[str, str]) -> 
 
 def _part(source: Addressed | InMemory, names: Mapping[str, str]) -> Source:
     if isinstance(source, Addressed):
-        return Part(source, names)
+        return Subset(source, names)
     return StateSource({ours: source.borrow(theirs) for ours, theirs in names.items()})
 
 
@@ -253,7 +253,7 @@ def _by_name(component: Component, source: Source, plan: LoadPlan | None) -> obj
 def _when_whole(component: Component, state: dict[str, torch.Tensor]) -> object:
     if any(isinstance(tensor, FakeWeight) for tensor in state.values()):
         assert isinstance(component.load_weights, nn.Module)
-        # Somebody traces the code that called us: a load within would plan for itself, and ask fake tensors for bytes.
+        # The caller's code is being traced. A load in here would plan for itself, and ask fake tensors for bytes.
         return component.load_weights.load_state_dict(state)
     return _by_name(component, StateSource(state), None)
 
@@ -261,10 +261,10 @@ def _when_whole(component: Component, state: dict[str, torch.Tensor]) -> object:
 # --- streams ---------------------------------------------------------------------------------------------------------
 
 
-def _from_stream(source: Source, routes: Routes, done: _Done, stack: ExitStack, limit: int | None) -> None:
-    """A source that comes as it comes, with a manifest."""
+def _from_stream(source: Source, routes: Routes, done: _Loaded, stack: ExitStack, limit: int | None) -> None:
+    """Load from a source with a manifest that can only be streamed."""
     planned = _plan(source.manifest, routes, limit=limit)
-    promised = {theirs: (one, ours) for one in planned for ours, theirs in routes.names(one).items()}
+    promised = {theirs: (part, ours) for part in planned for ours, theirs in routes.names(part).items()}
     largest = max(planned, key=lambda component: planned[component].nbytes, default=None)
     loads = {component: _load(component, what.by_name) for component, what in planned.items()}
     with source.leases() as leases:
@@ -273,16 +273,18 @@ def _from_stream(source: Source, routes: Routes, done: _Done, stack: ExitStack, 
         _pass_through(stream, loads, done, stack)
     if promised:
         never = [f"{component.name}: {name}" for name, (component, _) in promised.items()]
-        raise RoutingError("the source's manifest promised what never came", never)
+        raise RoutingError("the source's manifest promised tensors that never came", never)
     _load_waiting(stream, loads, done)
 
 
-def _from_pairs(pairs: Pairs, routes: Routes, done: _Done, stack: ExitStack, borrowed: bool, limit: int | None) -> None:
-    """A stream of which nothing is known."""
+def _from_pairs(
+    pairs: Pairs, routes: Routes, done: _Loaded, stack: ExitStack, borrowed: bool, limit: int | None
+) -> None:
+    """Load from a stream without a manifest."""
     items = iter(pairs)
     stack.callback(getattr(items, "close", bool))
-    present = [one for one in routes.components if one.enabled and one.load_weights is not None]
-    first = next((one for one in present if _code(one) is not None), None)
+    present = routes.present()
+    first = next((component for component in present if _code(component) is not None), None)
     loads = {component: _load(component) for component in present}
     stream = OnePass(items, routes.place, first, borrowed=borrowed, limit=limit)
     _pass_through(stream, loads, done, stack)
@@ -293,15 +295,15 @@ def _from_pairs(pairs: Pairs, routes: Routes, done: _Done, stack: ExitStack, bor
 
 
 def _load(component: Component, by_name: _ByName | None = None) -> _Load:
-    """What loads the component from owned tensors."""
+    """The code that loads the component from owned tensors."""
     if by_name is not None:
         return lambda pairs: _by_name(component, Passing(by_name.manifest, pairs), by_name.plan)
     return _code(component) or (lambda pairs: _when_whole(component, dict(pairs)))
 
 
-def _pass_through(stream: OnePass, loads: Mapping[Component, _Load], done: _Done, stack: ExitStack) -> None:
-    """Load the first component, and pass on to the end of the stream, wherever its loading code stopped."""
-    stack.callback(stream.waiting.clear)  # The frames of an error would keep the copies alive.
+def _pass_through(stream: OnePass, loads: Mapping[Component, _Load], done: _Loaded, stack: ExitStack) -> None:
+    """Load the first component, and go on to the end of the stream, wherever its loading code stopped."""
+    stack.callback(stream.waiting.clear)  # An error's traceback would keep the copies alive.
     if stream.seek() and stream.first is not None:
         _give(stream.first, loads[stream.first], stream, done)
         done.streamed = stream.first.name
@@ -310,7 +312,7 @@ def _pass_through(stream: OnePass, loads: Mapping[Component, _Load], done: _Done
     done.peak = stream.waiting_nbytes
 
 
-def _load_waiting(stream: OnePass, loads: Mapping[Component, _Load], done: _Done) -> None:
+def _load_waiting(stream: OnePass, loads: Mapping[Component, _Load], done: _Loaded) -> None:
     for component, code in loads.items():
         if component in stream.waiting:
             _give(component, code, stream.emptied(component), done)

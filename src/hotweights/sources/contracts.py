@@ -1,7 +1,7 @@
-"""What a source promises, as two short contracts. No source lives here.
+"""What sources promise, as four contracts, and the requests that they are given. No source lives here.
 
-Every source is a ``Source``: it can be streamed. Some are ``Addressed`` too: they give any bytes of any tensor,
-in any order, into memory of the caller's choice.
+Every source is a ``Source``: it can be streamed. Some can do more: an ``Addressed`` one reads any bytes of any tensor
+in any order, an ``InMemory`` one lends the tensors themselves, a ``Participant`` takes part in a group's decision.
 """
 
 from __future__ import annotations
@@ -9,10 +9,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal
 
 import msgspec
 import torch
+
+# Not typing's own: up to Python 3.11 its isinstance reads every property, and a receiver's manifest waits for a sender.
+from typing_extensions import Protocol, runtime_checkable
 
 from ..manifest import Manifest
 from ..memory.devices import Event
@@ -26,18 +29,18 @@ IOMode = Literal["auto", "buffered", "direct"]
 """How files are read: ``buffered`` through the page cache, ``direct`` around it, ``auto`` by what is cached."""
 
 Sink = Callable[[torch.Tensor], "Event | None"]
-"""Takes borrowed bytes (``uint8 [n]``), valid until it returns, or until the event it returns has happened."""
+"""Is given borrowed bytes (``uint8 [n]``), which are valid until it returns, or until the event it returns happened."""
 
 
 class Read(msgspec.Struct, frozen=True, gc=False):
-    """A request: the bytes ``start .. start + nbytes`` of a tensor, into memory.
+    """One read of an ``Addressed`` source: the bytes ``start .. start + nbytes`` of a tensor, and where they go.
 
     Attributes:
         name: which tensor.
         start: first byte within the tensor, row-major.
         nbytes: how many.
         into: a contiguous host tensor of ``nbytes`` bytes that is filled, or a sink that is called once,
-            possibly from another thread; a sink's request must fit into one slot of the pool.
+            possibly from another thread; what goes to a sink must fit into one slot of the pool.
     """
 
     name: str
@@ -47,14 +50,14 @@ class Read(msgspec.Struct, frozen=True, gc=False):
 
 
 class Request(msgspec.Struct, frozen=True, gc=False):
-    """A tensor that is wanted of a version, or a part of it.
+    """What is wanted of one tensor, said to a ``Participant`` before the stream: all of it, or some ranges.
 
     Attributes:
         name: which tensor.
         ranges: which bytes, ascending and apart; ``None`` for all.
-        into: where the bytes of the one range may be put as they are. Called once, by the stream, when the first of
-            them are there; gives a contiguous ``uint8`` host tensor of that size, which stays the caller's; then the
-            lease says ``placed``. Or it gives ``None``, and has them leased.
+        into: for a single range, where its bytes may be put as they are. The stream calls it once, when the first of
+            them are there. It returns a contiguous ``uint8`` host tensor of that size, which stays the caller's; the
+            lease then says ``placed``. Or it returns ``None``, and the bytes are leased as usual.
     """
 
     name: str
@@ -75,17 +78,17 @@ class Stream(Protocol):
 
 @runtime_checkable
 class Source(Protocol):
-    """Where weights come from. ``manifest`` promises, the stream keeps the promise: each tensor once, every byte."""
+    """Where weights come from. The manifest promises tensors; a stream brings each of them once, with every byte."""
 
     @property
     def manifest(self) -> Manifest:
-        """Name, dtype and shape of every tensor. Its order says nothing about the order of arrival."""
+        """Name, dtype and shape of every tensor. Tensors may arrive in another order."""
 
     def leases(self, *, guard: Guard = "off") -> Stream:
         """Stream every tensor as a lease, which ends when the stream advances."""
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield every tensor, owned by the caller: nobody overwrites it, at no time."""
+        """Yield every tensor. It is the caller's: nobody else ever overwrites it."""
 
     def close(self) -> None:
         """Let go of files and memory. May be called twice."""
@@ -96,7 +99,7 @@ class Source(Protocol):
 
 @runtime_checkable
 class InMemory(Source, Protocol):
-    """A source whose tensors all lie in memory already, and stay their owner's."""
+    """A source whose tensors all lie in memory already. They stay their owner's."""
 
     def borrow(self, name: str) -> torch.Tensor:
         """The tensor itself, to read while the source is open. Never write to it."""
@@ -104,7 +107,7 @@ class InMemory(Source, Protocol):
 
 @runtime_checkable
 class Addressed(Source, Protocol):
-    """A source that can be asked for these bytes of that tensor."""
+    """A source that reads any bytes of any tensor, in any order."""
 
     def position(self, name: str) -> tuple[int, int]:
         """Where the tensor lies: which file, which byte of it. Reading in this order is fastest."""
@@ -119,19 +122,19 @@ class Addressed(Source, Protocol):
         advance: Callable[[int], None] | None = None,
         stop: threading.Event | None = None,
     ) -> dict[str, int]:
-        """Do all the reads; return when every byte lies where it was wished, and every sink has returned.
+        """Do all the reads; return when every byte lies where it belongs, and every sink has returned.
 
         Args:
             reads: in any order; they are sorted and neighbours share a read.
-            pool: memory for what cannot be read in place. Never more than its bound is used.
+            pool: memory for what cannot be read in place; nothing beyond its bound is taken.
             io: which I/O path, see ``IOMode``.
             threads: how many read at once; by default a few.
             advance: called with a number of bytes as they arrive, from any thread.
-            stop: ends the reading early when set; ``Closed`` is raised. Whoever sets it calls ``pool.wake()`` too, in
-                case all slots are held elsewhere.
+            stop: ends the reading early when set; ``Closed`` is raised. Whoever sets it calls ``pool.wake()`` too:
+                a wait for a slot would not see it at once.
 
         Returns:
-            Bytes by the I/O path they came: ``"buffered"`` or ``"direct"``.
+            How many bytes came by each I/O path, ``"buffered"`` and ``"direct"``.
 
         Raises:
             CheckpointChanged: a file is not the one that was opened.
@@ -140,26 +143,29 @@ class Addressed(Source, Protocol):
 
 @runtime_checkable
 class Participant(Protocol):
-    """A source whose versions are taken by a group, all or nobody. Whoever takes it into a live model asks for this."""
+    """A source that takes part in a two-phase commit: all members of its group take a version, or nobody does.
+
+    Whoever loads from one calls ``wanted``, streams, and then enters ``decision`` or calls ``refuse``.
+    """
 
     def wanted(self, requests: Iterable[str | Request]) -> None:
-        """Say, before the stream, what is wanted, best in this order; a name is all of its tensor.
+        """Say, before the stream, what is wanted, best in this order. A name stands for all of its tensor.
 
-        Whoever says so decides too. Of a tensor that is wanted in part, a lease shows the rest undefined. A source that
-        can be asked for any tensor (``Addressed``, ``InMemory``) is not told.
+        Whoever calls this must decide too. Where only ranges of a tensor are wanted, the other bytes of its lease are
+        undefined. It is not called of a source that can be asked for any tensor (``Addressed``, ``InMemory``).
         """
 
     def decision(self) -> AbstractContextManager[None]:
         """Enter it when a commit cannot fail any more: it waits for the group. Commit inside; if it raises, abort."""
 
     def refuse(self, error: BaseException) -> None:
-        """Tell the group that this version cannot be taken, and why. Does nothing when it is decided."""
+        """Tell the group that this version cannot be taken, and why. Does nothing once the group has decided."""
 
 
 @contextmanager
 @held
 def refusing(source: object) -> Iterator[None]:
-    """A group that waits for whoever loads is told of any failure inside, whatever it was."""
+    """Whatever fails inside, the source's group is told: otherwise it would wait for this member until a deadline."""
     try:
         yield
     except BaseException as error:

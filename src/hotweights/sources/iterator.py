@@ -1,4 +1,4 @@
-"""IteratorSource: any iterator of (name, tensor) as a source. Ordered, and maybe only once; it opens no files."""
+"""IteratorSource: any iterator of (name, tensor) as a source. It comes in its own order, and maybe only once."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..arguments import check_choices
 from ..errors import Closed, NoManifest, PoolTimeout, SourceError, UsageError
 from ..manifest import Manifest, TensorSpec
 from ..memory.devices import Event, record_event
-from ..memory.guards import Guard, check_guard, poison_byte
+from ..memory.guards import Guard, poison_byte
 from ..memory.lease import Lease
 from .state_dict import StateSource, unfit
 from .streams import LeaseStream
@@ -28,15 +29,15 @@ def from_iterator(pairs: Iterable[Pair], manifest: Manifest | None = None, *, bo
     """Make any iterator of (name, tensor) safe: a source whose tensors may be kept. Close it; use it in a ``with``.
 
     ``model.load_weights(from_iterator(pairs).tensors())`` needs nothing else. ``hotweights.load`` and ``trace`` plan
-    from the manifest. Without one, ``load`` reads the iterator to its end first and keeps every tensor, which takes
-    the memory of one checkpoint; with one, a tensor at a time is in memory.
+    from the manifest. With one, a tensor at a time is in memory. Without one, ``load`` reads the iterator to its end
+    first and keeps every tensor, which takes the memory of one checkpoint.
 
     Args:
         pairs: an iterator, which can be streamed once and is closed with the source; or what can be iterated again
             and again, such as a list.
         manifest: what it will give, in any order. Each tensor is checked against it as it passes.
-        borrowed: whether the memory of a tensor may be used again when the iterator advances. Then ``tensors()``
-            copies. Say false only of an iterator that gives each tensor memory of its own for good.
+        borrowed: whether the memory of a tensor may be used again when the iterator advances; ``tensors()`` copies
+            then. Say ``False`` only if the iterator gives each tensor memory of its own for good.
     """
     return IteratorSource(pairs, manifest, borrowed=borrowed)
 
@@ -44,12 +45,12 @@ def from_iterator(pairs: Iterable[Pair], manifest: Manifest | None = None, *, bo
 class IteratorSource:
     """The tensors that an iterator gives, in its order. Made by ``hotweights.from_iterator``.
 
-    One lease lives at a time. The iterator advances only when it has ended *and* the event given to its ``release``
-    has happened, so the end of the lease is the acknowledgement.
+    One lease runs at a time. The iterator advances only when the lease has ended *and* the event given to its
+    ``release`` has happened: the end of the lease is the acknowledgement.
 
     Attributes:
-        manifest: what the iterator promises. Where none was given there is none, and this is no ``Source`` that can
-            be planned from; ``collect`` makes one.
+        manifest: what the iterator promises. If none was given, the attribute is missing and this is no ``Source``:
+            nothing can be planned from it, until ``collect`` makes one.
     """
 
     manifest: Manifest
@@ -62,7 +63,7 @@ class IteratorSource:
             )
         if manifest is not None:
             if not isinstance(manifest, Manifest):
-                raise UsageError(f"manifest= takes a hotweights.Manifest; this is a {type(manifest).__name__}")
+                raise UsageError(f"manifest= is a hotweights.Manifest; found a {type(manifest).__name__}")
             self.manifest = manifest
         self._promised = manifest
         self._pairs = pairs
@@ -76,18 +77,18 @@ class IteratorSource:
         """Stream every tensor as a lease on the iterator's own memory, uncopied, in its order.
 
         Args:
-            guard: makes stale tensors loud, see ``guards``. The iterator's memory is never written: under ``poison``
-                and ``trap`` each borrowed tensor is copied, and its copy is leased and poisoned.
+            guard: makes stale tensors loud, see ``guards``. The iterator's own memory is never written: under
+                ``poison`` and ``trap`` each borrowed tensor is copied, and the copy is leased and poisoned.
 
         Raises:
             UsageError: it can be streamed only once, and was.
         """
-        check_guard(guard)
+        check_choices(guard=(guard, Guard))
         run = self._begin()
         return LeaseStream(self._lease_all(run, guard), stop=run.stop)
 
     def tensors(self) -> Iterator[Pair]:
-        """Yield every tensor, contiguous, the caller's to keep: a copy if it is borrowed, itself if not.
+        """Yield every tensor, contiguous and the caller's to keep: a copy if it is borrowed, itself if not.
 
         Raises:
             UsageError: it can be streamed only once, and was.
@@ -105,9 +106,9 @@ class IteratorSource:
         """Close the iterator, and those of running streams. May be called twice."""
         self._closed = True
         passes, self._passes = self._passes, []
-        with ExitStack() as stack:  # Each is closed whatever the others do.
-            for one in passes:
-                stack.callback(one.close)
+        with ExitStack() as stack:  # Each is closed, also if another fails to.
+            for run in passes:
+                stack.callback(run.close)
 
     def __enter__(self) -> IteratorSource:
         return self
@@ -122,7 +123,7 @@ class IteratorSource:
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            # Not a property: isinstance(x, Source) would run it on some Pythons and not on others.
+            # Not a property: then every IteratorSource were a Source, also one that has no manifest.
             if name == "manifest":
                 raise NoManifest(
                     "this iterator came without a manifest, and planning starts from one. Pass "
@@ -136,11 +137,11 @@ class IteratorSource:
             raise Closed("this source was closed")
         if self._only is None:
             run = _Pass(iter(self._pairs))
-            self._passes = [one for one in self._passes if not one.done] + [run]
+            self._passes = [running for running in self._passes if not running.done] + [run]
             return run
         if self._streamed:
             raise UsageError(
-                "an iterator gives its tensors once, and this one was streamed before. Make it anew, or pass "
+                "an iterator gives its tensors once, and this one was streamed before. Make a new one, or pass "
                 "from_iterator what can be iterated again"
             )
         self._streamed = True
@@ -174,8 +175,8 @@ class IteratorSource:
         if promised is None:
             raise _broken([f"tensor {name!r}: came, and the manifest does not name it"])
         if promised.dtype != tensor.dtype or promised.shape != tensor.shape:
-            found = TensorSpec(name, tensor.dtype, tuple(tensor.shape))
-            raise _broken([f"tensor {promised} was promised, {found} came"])
+            came = TensorSpec(name, tensor.dtype, tuple(tensor.shape))
+            raise _broken([f"tensor {promised} was promised, {came} came"])
         return promised, tensor
 
 
@@ -195,7 +196,7 @@ def _broken(problems: Iterable[str]) -> SourceError:
 
 
 class _Pass:
-    """One way through an iterator, which moves on only when nobody reads what it gave last."""
+    """One pass through an iterator. It advances only when nobody reads what it gave last."""
 
     def __init__(self, pairs: Iterator[Pair]) -> None:
         self._pairs = pairs
@@ -204,7 +205,7 @@ class _Pass:
         self._private: torch.Tensor | None = None  # The copy that is leased under a guard.
         self._stopped = threading.Event()
         self._lock = threading.Lock()
-        # Both change under the lock. Only one thread lets go of the iterator: not while another is within it.
+        # Both change under the lock. Only one thread lets go of the iterator, and not while another is inside it.
         self._busy = False
         self.done = False
 
@@ -221,14 +222,14 @@ class _Pass:
         finally:
             with self._lock:
                 self._busy = False
-            self._check_open()  # Closed meanwhile: neither a pair nor an end that came of it is to be believed.
+            self._check_open()  # If it was closed meanwhile, neither a pair nor an end that came is to be believed.
 
     def lend(self, spec: TensorSpec, tensor: torch.Tensor, borrowed: bool, guard: Guard) -> Lease:
-        """The lease on what the iterator gave last."""
+        """Lease what the iterator gave last."""
         plain = tensor.detach().resolve_conj().resolve_neg()
         self._device = plain.device
         if type(plain) is torch.Tensor and plain.data_ptr() % plain.element_size():
-            # Packages hand out float32 at odd addresses, because a file packs them behind three bytes.
+            # Some packages give float32 at odd addresses: a file packs them behind three bytes.
             plain, borrowed = plain.clone(memory_format=torch.contiguous_format), False
         if borrowed and guard != "off":
             plain = self._private = plain.clone(memory_format=torch.contiguous_format)
@@ -236,18 +237,18 @@ class _Pass:
         return self._lease
 
     def stop(self) -> None:
-        """End another thread's wait to advance. A foreign iterator itself cannot be interrupted."""
+        """End another thread's wait to advance. The iterator's own code cannot be interrupted."""
         self._stopped.set()
 
     def close(self) -> None:
-        """Let go of the iterator. If another thread is within it, that one does so when it is back."""
+        """Let go of the iterator. If another thread is inside it, that thread does so when it comes back."""
         self._stopped.set()
         with self._lock:
             if self._busy or self.done:
                 return
             self.done = True
         try:
-            # Also here: a generator that is closed frees memory that a device may still read.
+            # A generator that is closed frees memory, which a device may still read.
             self._settle(threading.Event())
         finally:
             if callable(close := getattr(self._pairs, "close", None)):
@@ -261,7 +262,8 @@ class _Pass:
         if self._lease is None:
             return
         self._lease.release()
-        queued = record_event(self._device)  # Copies out of device memory, own() among them, return before they end.
+        # Copies out of device memory, by own() too, return before they end.
+        queued = record_event(self._device)
         end = time.monotonic() + _PATIENCE
         while self._lease.pending() or not _happened(queued):
             if stopped.wait(_POLL):
@@ -269,8 +271,8 @@ class _Pass:
             if time.monotonic() > end:
                 name, self._lease = self._lease.name, None  # So that close does not wait again.
                 raise PoolTimeout(
-                    f"{name!r} was released {_PATIENCE:g} s ago, and its copy has not finished; the iterator may not "
-                    "use the memory before"
+                    f"the event given to the release of {name!r} has not happened for {_PATIENCE:g} s; the iterator "
+                    "cannot advance, because it may use the memory again"
                 )
         if self._private is not None:
             self._private.view(-1).view(torch.uint8).fill_(poison_byte(self._private.dtype))

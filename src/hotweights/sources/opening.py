@@ -1,46 +1,51 @@
-"""Opening: whatever a user may name as a source, as an open one."""
+"""Opening: whatever a caller may give as a source becomes an open one."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal, overload
 
 import torch
 from torch import nn
+from typing_extensions import TypeIs
 
 from ..errors import UnknownName, UsageError
 from .contracts import Source
 from .files.source import FileSource
-from .iterator import IteratorSource
+from .iterator import IteratorSource, Pair
 from .readers.source import READERS, ReaderSource
 from .state_dict import StateSource
 
-AnySource = str | os.PathLike[str] | Mapping[str, torch.Tensor] | nn.Module | Source
-
-
-def version_of(source: Source, version: str | int | None) -> str | int | None:
-    """The version's name: what was said, or else what the source says."""
-    found: str | int | None = getattr(source, "version", None) if version is None else version
-    return found
+AnySource = str | os.PathLike[str] | Mapping[str, torch.Tensor] | nn.Module | Source | IteratorSource
 
 
 @contextmanager
 def opened(source: AnySource) -> Iterator[Source]:
-    """The source; one that is opened here is closed here."""
-    if isinstance(source, (str, os.PathLike, Mapping, nn.Module)):
-        with open(source) as found:
-            yield found
-    elif isinstance(source, IteratorSource) and not isinstance(source, Source):
-        with source.collect() as found:
-            yield found
-    elif isinstance(source, Source):
+    """The source, open. What is opened here is closed here; a source that was open stays open.
+
+    An iterator that came without a manifest is read to its end: all of its tensors are in memory until this is left.
+    """
+    if isinstance(source, Source):
         yield source
+    elif isinstance(source, IteratorSource):
+        with source.collect() as collected:
+            yield collected
     else:
-        raise UsageError(
-            f"a source is a path, a mapping of tensors, a module or a Source; found {type(source).__name__}"
-        )
+        with open(source) as fresh:
+            yield fresh
+
+
+def is_pairs(source: object) -> TypeIs[Iterable[Pair]]:
+    """Whether it is a bare iterable of names and tensors, which ``opened`` does not take."""
+    return isinstance(source, Iterable) and not isinstance(source, (str, Mapping, nn.Module, Source))
+
+
+def version_of(source: Source, version: str | int | None) -> str | int | None:
+    """The version's name: what the caller said, or else what the source says."""
+    said: str | int | None = getattr(source, "version", None) if version is None else version
+    return said
 
 
 @overload
@@ -68,7 +73,7 @@ def open(
     Raises:
         CheckpointError: the checkpoint is broken; every problem is listed.
         MissingPackage: the reader's package is not installed.
-        UsageError: ``what`` is none of these.
+        UsageError: ``what`` is nothing of these.
     """
     if reader not in ("hotweights", *READERS):
         raise UnknownName("reader", reader, ("hotweights", *READERS))
@@ -78,7 +83,9 @@ def open(
         raise UsageError(f"the reader {reader!r} reads files; this is a {type(what).__name__}")
     if isinstance(what, (Mapping, torch.nn.Module)):
         return StateSource(what)
+    if isinstance(what, Source):
+        raise UsageError(f"this {type(what).__name__} is an open source; use it as it is")
     raise UsageError(
-        f"a source is a path, a mapping of tensors or a module; this is a {type(what).__name__}. An iterator of "
-        "(name, tensor) goes through hotweights.from_iterator"
+        f"a source is a path, a mapping of tensors, a module or an open source; this is a {type(what).__name__}. An "
+        "iterator of (name, tensor) goes through hotweights.from_iterator"
     )

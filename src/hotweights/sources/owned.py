@@ -1,4 +1,4 @@
-"""Owned tensors out of a source that can be asked for any bytes."""
+"""Owned tensors: read from an addressed source, each into memory of its own."""
 
 from __future__ import annotations
 
@@ -17,16 +17,19 @@ from ..memory.pool import Pool
 from .contracts import Addressed, IOMode, Read
 from .streams import ahead
 
-# Bytes of owned tensors that are read ahead. Of those the allocator gives the memory of tensors that were let go again,
-# still in the cache; four times as many took twice as long, for every batch met memory that was never touched.
+# Bytes that are read ahead. With this little, a batch gets the memory of tensors that were just freed, still in the
+# cache. Four times as much took twice as long: every batch got memory that nobody had touched.
 _BATCH = 8 * 1024 * 1024
 
 
 def unsupported(spec: TensorSpec) -> str | None:
-    """Why the tensor cannot be owned, if torch has no type for it; ``leases()`` carries its bytes."""
+    """Why the tensor cannot be owned, if torch has no type for it."""
     if not isinstance(spec.dtype, OpaqueDtype):
         return None
-    return f"tensor {spec.name!r} has dtype {spec.dtype}, for which torch {torch.__version__} has no type"
+    return (
+        f"tensor {spec.name!r} has dtype {spec.dtype}, for which torch {torch.__version__} has no type; "
+        "leases() of the source carry its bytes"
+    )
 
 
 def owned_tensors(
@@ -34,7 +37,7 @@ def owned_tensors(
 ) -> Generator[tuple[str, torch.Tensor], None, None]:
     """Yield these tensors of ``source``, in this order, each in memory of its own, read one batch ahead.
 
-    No batch holds tensors of two groups: what cannot be read fails in its own group.
+    No batch holds tensors of two groups, so that a failure to read comes in the group that it belongs to.
 
     Raises:
         UnsupportedDtype: before the first tensor, if torch has no type for one.
@@ -66,7 +69,7 @@ def _own_all(
 
 
 def _batches(specs: list[TensorSpec]) -> Iterator[list[TensorSpec]]:
-    """Batches of at most ``_BATCH`` bytes; a larger tensor is one of its own."""
+    """Batches of at most ``_BATCH`` bytes; a larger tensor is a batch of its own."""
     batch: list[TensorSpec] = []
     nbytes = 0
     for spec in specs:

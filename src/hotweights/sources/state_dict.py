@@ -1,4 +1,4 @@
-"""StateSource: tensors that already lie in memory, in a mapping or a module. They stay their owner's."""
+"""StateSource: the tensors of a mapping or a module. They lie in memory already, and stay their owner's."""
 
 from __future__ import annotations
 
@@ -6,25 +6,27 @@ from collections.abc import Generator, Iterator, Mapping
 
 import torch
 
+from ..arguments import check_choices
 from ..errors import Closed, UsageError
 from ..manifest import Manifest, TensorSpec
 from ..memory.guards import Guard
 from ..memory.lease import Lease
+from ..text import some
 from .streams import LeaseStream
 
 
 class StateSource:
     """The tensors of a mapping (a state dict, say) or of a module's ``state_dict()``.
 
-    They belong to whoever made them: leases are borrowed and cost nothing, ``tensors()`` and ``own()`` copy, so that a
-    trainer may go on training. Their owner must not change them while a stream runs.
+    They belong to whoever made them, who must not change them while a stream runs and may do so afterwards: leases are
+    borrowed and cost nothing, and ``tensors()`` and ``own()`` copy.
     """
 
     def __init__(self, state: Mapping[str, torch.Tensor] | torch.nn.Module) -> None:
         tensors = state.state_dict() if isinstance(state, torch.nn.Module) else state
         problems = [message for name, tensor in tensors.items() if (message := unfit(name, tensor))]
         if problems:
-            raise UsageError("these are no tensors with values: " + "; ".join(sorted(problems)))
+            raise UsageError(f"these are no tensors with values: {some(sorted(problems), 50)}")
         self._tensors = {name: _with_bytes(tensor.detach()) for name, tensor in tensors.items()}
         self._manifest = Manifest(TensorSpec(name, t.dtype, tuple(t.shape)) for name, t in self._tensors.items())
         self._closed = False
@@ -35,7 +37,8 @@ class StateSource:
         return self._manifest
 
     def leases(self, *, guard: Guard = "off") -> LeaseStream:
-        """Stream every tensor, in the mapping's order, uncopied. ``poison`` does nothing: the memory is not ours."""
+        """Stream every tensor, in the mapping's order, uncopied. ``poison`` does nothing: the memory is its owner's."""
+        check_choices(guard=(guard, Guard))
         self._check_open()
         return LeaseStream(self._lease_all(guard))
 
@@ -74,12 +77,12 @@ class StateSource:
 
 
 def _with_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor; a lazily conjugated or negated view has no bytes of its own to lease, and is worked out."""
+    """The tensor. Of a lazily conjugated or negated view a copy: no bytes lie anywhere that could be leased."""
     return tensor.resolve_conj().resolve_neg() if tensor.is_conj() or tensor.is_neg() else tensor
 
 
 def unfit(name: object, tensor: object) -> str | None:
-    """What keeps this pair from being a named tensor with values; ``None`` if nothing does."""
+    """Why this pair is no named tensor with values; ``None`` if it is one."""
     if not isinstance(name, str):
         return f"key {name!r} is no name"
     if not isinstance(tensor, torch.Tensor):

@@ -1,4 +1,4 @@
-"""LeaseStream: leases one after another, each ending when the next begins. It reads nothing itself."""
+"""LeaseStream: leases one after another, each of which ends when the next begins."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ class LeaseStream:
         try:
             self._running = next(self._leases, None)
         except BaseException:
-            self._closed = True  # A generator that raised is exhausted; the next call must not look like the end.
+            # A generator that raised is exhausted. Without this the next call would look like the stream's end.
+            self._closed = True
             raise
         if self._running is None:
             self._ended = self._closed = True
@@ -54,7 +55,7 @@ class LeaseStream:
         try:
             self._end_running()
         finally:
-            # If it runs, another thread waits in it; it was stopped and ends by itself.
+            # A generator that runs has another thread in it, cannot be closed, and ends by itself: it was stopped.
             if inspect.getgeneratorstate(self._leases) != inspect.GEN_RUNNING:
                 self._leases.close()
 
@@ -83,11 +84,11 @@ def ahead(
     stop: Callable[[], None],
     drop: Callable[[T], None] = lambda result: None,
 ) -> Generator[T, None, None]:
-    """Do ``work`` in one other thread, ``depth`` results ahead of whoever takes them, in order.
+    """Do ``work`` in another thread, in order, up to ``depth`` results ahead of whoever takes them.
 
-    Closing the generator calls ``stop``, which must end work that is under way, waits for the thread, and gives every
-    result that nobody took to ``drop``. With ``depth=0`` each piece is done when it is asked for, in the caller's
-    thread.
+    With ``depth=0`` each piece is done when it is asked for, in the caller's thread. Closing the generator calls
+    ``stop``, which must end work that is under way; then it waits for the thread, and gives every result that nobody
+    took to ``drop``.
     """
     if depth == 0:
         for piece in work:
@@ -99,7 +100,7 @@ def ahead(
         for piece in work:
             waiting.append(executor.submit(piece))
             if len(waiting) > depth:
-                result = waiting[0].result()  # An interrupted wait leaves it in the list, to be dropped.
+                result = waiting[0].result()  # It is removed after this: an interrupted wait leaves it to be dropped.
                 del waiting[0]
                 yield result
         while waiting:

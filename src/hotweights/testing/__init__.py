@@ -1,6 +1,7 @@
-"""Contracts of sources, pools and transports as tests; tiny checkpoints and models; faulty sources. No GPU, no network.
+"""For tests: contracts of sources, pools and transports; tiny checkpoints and models; faults that come when told to.
 
-A contract is a tuple of checks; each takes what makes the thing under test and raises ``AssertionError``::
+A contract is a tuple of checks. Each takes a function that makes the thing under test, and raises ``AssertionError``
+if the thing breaks the contract. Nothing here needs a GPU or the network::
 
     @pytest.mark.parametrize("check", hotweights.testing.SOURCE_CONTRACT, ids=lambda check: check.__name__)
     def test_my_source(check):

@@ -1,4 +1,4 @@
-"""Tiny checkpoints, written in our own words. It reads none."""
+"""Tiny checkpoints, written by code that shares nothing with our readers or with the safetensors package."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .checks import Tensors, bits
 
 
 def write_safetensors(path: str | Path, tensors: Tensors, *, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file in the mapping's order; in our own words, to compare with the reference's."""
+    """Write a safetensors file, its tensors in the mapping's order."""
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     data = bytearray()
     for name, tensor in tensors.items():
@@ -28,9 +28,7 @@ def write_safetensors(path: str | Path, tensors: Tensors, *, metadata: Mapping[s
         }
         data += raw
     text = json.dumps(header).encode()
-    text += b" " * (
-        -len(text) % 8
-    )  # As the reference pads it, so that tensors are aligned unless the mapping says otherwise.
+    text += b" " * (-len(text) % 8)  # Without padding, tensors that the reference aligns would not be.
     Path(path).write_bytes(len(text).to_bytes(8, "little") + text + data)
 
 

@@ -1,4 +1,4 @@
-"""What checks say of tensors and errors: same bits, memory apart, raised. It makes nothing to be checked."""
+"""Assertions that the contracts are made of: same bits, memory apart, an error raised."""
 
 from __future__ import annotations
 
@@ -36,4 +36,4 @@ def raised(kind: type[BaseException], act: Callable[[], object]) -> BaseExceptio
 def assert_apart(tensors: Iterable[torch.Tensor]) -> None:
     """No two of them share a byte."""
     spans = sorted((t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors if t.numel())
-    assert all(one[1] <= other[0] for one, other in itertools.pairwise(spans)), "tensors share memory"
+    assert all(stop <= start for (_, stop), (start, _) in itertools.pairwise(spans)), "tensors share memory"

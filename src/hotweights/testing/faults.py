@@ -1,4 +1,4 @@
-"""Faults that happen when a test says so: an event, a source that fails. Nothing here waits or is left to luck."""
+"""Faults that happen when a test says so: a late event, a reused buffer, a source that fails."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class ManualEvent:
 class ReusedBuffer:
     """Gives every tensor in the same memory, filled with 0xFF as soon as the iterator advances or ends.
 
-    It does at once what a reader that uses its buffers again does sooner or later: whoever keeps a tensor finds NaN in
-    it, or the tensor that came after it. Can be iterated again and again.
+    A reader that reuses its buffers does this sooner or later: whoever keeps a tensor finds NaN in it, or the tensor
+    that came after it. It can be iterated again and again.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -93,8 +93,8 @@ class FailingSource:
             self._at -= 1
             if self._at < 0:
                 raise self._error
-            one = self._source.read([read], pool=pool, io=io, threads=1, advance=advance, stop=stop)
-            bytes_by_io = {path: bytes_by_io.get(path, 0) + count for path, count in one.items()}
+            counts = self._source.read([read], pool=pool, io=io, threads=1, advance=advance, stop=stop)
+            bytes_by_io |= {path: bytes_by_io.get(path, 0) + count for path, count in counts.items()}
         return bytes_by_io
 
     def close(self) -> None:

@@ -1,6 +1,6 @@
-"""What passes the dispatcher by: ``param.data =``, views of memory that are no tensors, swaps. It records nothing.
+"""What torch's dispatcher does not see: ``param.data =``, views of memory that are no tensors, swaps.
 
-Where the model's tensors are concerned it is refused through the recorder.
+No plan can repeat these, so each is a graph break where it concerns the model's tensors or fake ones.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from torch import nn
 from .fake_weight import SCALAR_TAKERS, VALUE_READS, FakeWeight, Scalar
 from .recorder import Recorder
 
-_OF_REAL: Mapping[object, str] = {  # what bypasses the dispatcher; for memory that was written, or that is the model's
+# Functions that the dispatcher does not see, and of which real tensors they are refused: of those that the recorded
+# operations have written, or of all that the model has.
+_OF_REAL: Mapping[object, str] = {
     torch.Tensor.numpy: "model",
     torch.Tensor.__array__: "model",
     torch.Tensor.__dlpack__: "model",
@@ -30,7 +32,7 @@ _OF_REAL: Mapping[object, str] = {  # what bypasses the dispatcher; for memory t
 
 
 class Bypasses(torch.overrides.TorchFunctionMode):
-    """Sees what passes the dispatcher by: ``param.data =``, and views of memory that are no tensors."""
+    """A mode that refuses ``param.data =`` and views of memory that are no tensors, such as ``.numpy()``."""
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
@@ -46,8 +48,8 @@ class Bypasses(torch.overrides.TorchFunctionMode):
                 raise recorder.refuse(VALUE_READS.get(func, ".storage()"), [args[0]])
             recorder.read(args[0])
         elif func == _SET_DATA and recorder.active:
-            if any(recorder.knows(one) or nn.parameter.is_lazy(one) for one in args):
-                raise recorder.refuse(".data =", [one for one in args if not nn.parameter.is_lazy(one)])
+            if any(recorder.knows(tensor) or nn.parameter.is_lazy(tensor) for tensor in args):
+                raise recorder.refuse(".data =", [tensor for tensor in args if not nn.parameter.is_lazy(tensor)])
         elif func in SCALAR_TAKERS and type(args[-1]) is Scalar:
             return func(*args[:-1], args[-1].filling())
         return func(*args, **(kwargs or {}))
@@ -59,11 +61,11 @@ _WATCHED = {*_OF_REAL, *SCALAR_TAKERS, _SET_DATA}
 
 @contextmanager
 def no_swaps(recorder: Recorder) -> Iterator[None]:
-    """``torch.utils.swap_tensors`` exchanges what two tensors are, unseen by modes: it is refused meanwhile."""
+    """Refuse ``torch.utils.swap_tensors`` meanwhile: it exchanges what two tensors are, and no mode sees it."""
     swap = torch.utils.swap_tensors
 
-    def refused(one: torch.Tensor, other: torch.Tensor) -> None:
-        raise recorder.refuse("torch.utils.swap_tensors()", [one, other])
+    def refused(first: torch.Tensor, second: torch.Tensor) -> None:
+        raise recorder.refuse("torch.utils.swap_tensors()", [first, second])
 
     torch.utils.swap_tensors = refused
     try:

@@ -16,24 +16,26 @@ def _schema(func: Any) -> tuple[tuple[tuple[int, str], ...], bool]:
     if known is None:
         arguments = func._schema.arguments
         writes = tuple(
-            (number, one.name)
-            for number, one in enumerate(arguments)
-            if one.alias_info is not None and one.alias_info.is_write
+            (number, argument.name)
+            for number, argument in enumerate(arguments)
+            if argument.alias_info is not None and argument.alias_info.is_write
         )
-        view = not writes and any(one.alias_info is not None for one in func._schema.returns)
+        view = not writes and any(argument.alias_info is not None for argument in func._schema.returns)
         known = _SCHEMAS[func] = (writes, view)
     return known
 
 
 def written_by(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
     """The tensors that an operation writes to."""
-    found: list[torch.Tensor] = []
+    tensors: list[torch.Tensor] = []
     for number, name in _schema(func)[0]:
         value = args[number] if number < len(args) else kwargs.get(name)
-        found += [
-            one for one in (value if isinstance(value, (list, tuple)) else (value,)) if isinstance(one, torch.Tensor)
+        tensors += [
+            tensor
+            for tensor in (value if isinstance(value, (list, tuple)) else (value,))
+            if isinstance(tensor, torch.Tensor)
         ]
-    return found
+    return tensors
 
 
 def is_view(func: Any) -> bool:
@@ -41,13 +43,13 @@ def is_view(func: Any) -> bool:
     return _schema(func)[1]
 
 
-_TRIED = 1 << 30  # bytes; an operation on more than this is not tried for its error
+_TRIED = 1 << 30  # bytes of operands; an operation on more is not tried
 
 
 def fails_really(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether an operation that failed without data fails with data too: then the loading code would see that error."""
-    metas = [one for one in tree_flatten((args, kwargs))[0] if isinstance(one, torch.Tensor)]
-    if sum(one.nbytes for one in metas) > _TRIED:
+    """Whether an operation that failed without data fails with zeros too: then the error is the loading code's own."""
+    metas = [meta for meta in tree_flatten((args, kwargs))[0] if isinstance(meta, torch.Tensor)]
+    if sum(meta.nbytes for meta in metas) > _TRIED:
         return False
 
     def real(value: Any) -> Any:

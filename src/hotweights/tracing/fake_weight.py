@@ -18,11 +18,11 @@ class Witness(Protocol):
     def dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Do an operation with a fake tensor, or record it; returns what the loading code gets."""
 
-    def scalar(self, standin: FakeWeight) -> Scalar:
+    def scalar(self, fake: FakeWeight) -> Scalar:
         """What stands in for the fake tensor's value."""
 
     def refuse(self, what: str, tensors: Iterable[torch.Tensor], where: str = "") -> ValueRead:
-        """GraphBreak what was asked for; the error to raise into the loading code."""
+        """Record a graph break; returns the error to raise into the loading code."""
 
 
 class ValueRead(RuntimeError):
@@ -88,8 +88,8 @@ class FakeWeight(torch.Tensor):
             return torch.tensor(*args[1:], **kwargs)
         what = VALUE_READS.get(func)
         if what is not None:
-            one = next(value for value in args if isinstance(value, FakeWeight))
-            raise one._recorder.refuse(what, [value for value in args if isinstance(value, FakeWeight)])
+            fake = next(value for value in args if isinstance(value, FakeWeight))
+            raise fake._recorder.refuse(what, [value for value in args if isinstance(value, FakeWeight)])
         if torch._C._is_any_autocast_enabled():  # Seen only from here: below, autocast has done its work and is off.
             return _under_autocast(torch._C._disabled_torch_function_impl, func, types, args, kwargs or {})
         return torch._C._disabled_torch_function_impl(func, types, args, kwargs or {})
@@ -134,14 +134,14 @@ def _under_autocast(call: Callable[..., Any], *args: Any) -> Any:
 class Scalar:
     """What ``.item()`` of a fake tensor gives: it may fill a tensor, and nothing else. To ``isinstance`` a number."""
 
-    def __init__(self, standin: FakeWeight) -> None:
-        self.standin = standin
+    def __init__(self, fake: FakeWeight) -> None:
+        self.fake = fake
         self.used = False
         self._where = line_of_the_model()
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
-        dtype = self.standin.dtype
+        dtype = self.fake.dtype
         if dtype.is_floating_point or dtype.is_complex:
             return complex if dtype.is_complex else float
         return bool if dtype is torch.bool else int
@@ -150,7 +150,7 @@ class Scalar:
     def __torch_function__(
         cls, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        scalars = [one for one in tree_flatten((args, kwargs))[0] if type(one) is cls]
+        scalars = [value for value in tree_flatten((args, kwargs))[0] if type(value) is cls]
         if func not in SCALAR_TAKERS or type(args[-1]) is not cls or len(scalars) != 1 or kwargs:
             raise scalars[0].refused()
         return func(*args[:-1], scalars[0].filling())
@@ -158,12 +158,12 @@ class Scalar:
     def filling(self) -> FakeWeight:
         """The fake tensor, of which something is filled with its value."""
         self.used = True
-        return self.standin
+        return self.fake
 
     def refused(self) -> ValueRead:
-        """GraphBreak that the value was asked for; the error to raise."""
+        """Record that the value was asked for, as a graph break; returns the error to raise."""
         self.used = True
-        return self.standin._recorder.refuse(".item()", [self.standin], self._where)
+        return self.fake._recorder.refuse(".item()", [self.fake], self._where)
 
 
 def _refusing(name: str) -> Callable[..., Any]:

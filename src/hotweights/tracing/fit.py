@@ -1,4 +1,4 @@
-"""Whether a plan that was made earlier still fits: the model's tensors, and the values that it was made from."""
+"""Whether a plan that was made earlier fits: the source, the model's tensors, and the values that it was made from."""
 
 from __future__ import annotations
 
@@ -11,36 +11,36 @@ from torch import nn
 from ..errors import PlanError
 from ..manifest import Manifest
 from ..model.digests import digests
-from ..model.places import places, targets_of
+from ..model.places import targets_of
 from ..model.reachable import reachable
+from ..model.survey import survey
 from ..plan.plan import LoadPlan
-from ..plan.steps import Target
 
 
 def complete(plan: LoadPlan, model: nn.Module) -> LoadPlan:
-    """The plan with what only ``model`` knows: digests of the values it read, tensors of no name that it writes."""
+    """The plan with what only ``model`` knows: digests of the values that were read, and the tensors in attributes."""
     written = {name for step in plan.steps for name in step.destinations}
     unnamed = written - plan.targets.keys()
     if not unnamed and not plan.state_read:
         return plan
     reached = reachable(model)
-    found = targets_of({name: reached[name] for name in sorted(unnamed) if name in reached}, None)
-    return replace(plan, targets={**plan.targets, **found}, digests=digests(reached, plan.state_read))
+    others = targets_of({name: reached[name] for name in sorted(unnamed) if name in reached}, None)
+    return replace(plan, targets={**plan.targets, **others}, digests=digests(reached, plan.state_read))
 
 
 def check(plan: LoadPlan, model: nn.Module, manifest: Manifest, device: torch.device | None) -> None:
-    """See that the plan is one for this model and this manifest.
+    """Check that the plan was made for this model and this manifest.
 
     Raises:
         PlanError: with every difference.
     """
-    found = _targets(model, device)
+    targets = targets_of(survey(model).persistent, device)
     reached: Mapping[str, torch.Tensor] = {}
-    if not plan.targets.keys() <= found.keys() or plan.state_read:
+    if not plan.targets.keys() <= targets.keys() or plan.state_read:
         reached = reachable(model)
-        unnamed = [name for name in plan.targets if name not in found and name in reached]
-        found |= targets_of({name: reached[name] for name in unnamed}, None)
-    problems = plan.differences(manifest, found)
+        unnamed = [name for name in plan.targets if name not in targets and name in reached]
+        targets |= targets_of({name: reached[name] for name in unnamed}, None)
+    problems = plan.differences(manifest, targets)
     values = digests(reached, plan.state_read)
     problems += [
         f"model: {name}: holds other values, from which the plan was made"
@@ -49,8 +49,3 @@ def check(plan: LoadPlan, model: nn.Module, manifest: Manifest, device: torch.de
     ]
     if problems:
         raise PlanError("the plan was made for another source or another model; nothing was read or written", problems)
-
-
-def _targets(model: nn.Module, device: torch.device | None) -> dict[str, Target]:
-    tensors = {place.name: place.tensor for place in places(model) if place.persistent}
-    return targets_of(tensors, device)

@@ -1,4 +1,4 @@
-"""The table of frameworks that have a say in loading. None is imported to find out."""
+"""The frameworks that have rules of their own for loading a model. So far it is transformers."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import sys
 from torch import nn
 
 from ..manifest import Manifest
-from .rules import Rules
+from ..plan.rules import Rules
 
 
 def has_rules(model: nn.Module) -> bool:
-    """Whether the model's framework has a say in its loading. No framework is imported to find out."""
+    """Whether the model's framework has rules for its loading. No framework is imported to find out."""
     if "transformers" in sys.modules:
         from . import transformers
 
@@ -20,7 +20,7 @@ def has_rules(model: nn.Module) -> bool:
 
 
 def rules_for(model: nn.Module, manifest: Manifest) -> Rules:
-    """The rules of the model's framework, by the names of its classes."""
+    """The rules of the model's framework for this manifest; empty ones for a model of no framework."""
     if has_rules(model):
         from . import transformers
 

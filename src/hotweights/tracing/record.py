@@ -1,9 +1,9 @@
-"""Tracing: a model's own loading code, run on fake tensors, becomes a record. No byte is read, no live tensor written.
+"""Recording: a model's own loading code is run on fake tensors, and what it does becomes a list of operations.
 
-A *fake tensor* is a tensor without data. Views of it are computed as metadata; everything else that touches a
-fake tensor, writes to the model, or reads what was written there, is recorded and not done. What touches none of them
-runs for real. Operands are recorded as *regions*: a box of elements over a piece of memory (a source tensor's bytes, a
-tensor of the model, an intermediate result, a constant), so views need no record of their own.
+A *fake tensor* is a tensor without data. A view of it is another fake tensor. Every other operation that touches a fake
+tensor, writes to the model or reads what was written there is recorded and not done. All others run for real. Operands
+are recorded as *regions*: a box of elements over a piece of memory (a source tensor, a tensor of the model, an
+intermediate result or a constant). So views need no record of their own.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from ..manifest import Manifest
 from ..memory.aliases import plain
 from ..model.reachable import reachable
 from ..model.snapshot import Snapshot
+from ..model.walk import DEPTH
 from ..plan.steps import GraphBreak, Op
 from .bypasses import Bypasses, no_swaps
 from .fake_weight import FakeWeight, Scalar
@@ -29,7 +30,6 @@ from .recorder import Recorder
 from .threads import in_every_thread
 
 _AT_ONCE = 256  # fake tensors that are made together
-_DEPTH = 6  # of containers within containers that are searched for what was kept
 
 
 class Recording(NamedTuple):
@@ -73,7 +73,7 @@ def record(
         device: what the fake tensors report.
         leave_out: names that are not streamed.
     """
-    recorder = Recorder({name: one for name, one in reachable(model).items() if plain(one)})
+    recorder = Recorder({name: tensor for name, tensor in reachable(model).items() if plain(tensor)})
     taken: set[str] = set()
 
     def stream() -> Iterator[tuple[str, torch.Tensor]]:
@@ -81,9 +81,9 @@ def record(
             spec for spec in manifest.values() if spec.name not in leave_out and not isinstance(spec.dtype, OpaqueDtype)
         )
         while specs := list(itertools.islice(wanted, _AT_ONCE)):
-            for spec, standin in zip(specs, recorder.stand_ins(specs, device), strict=True):
+            for spec, fake in zip(specs, recorder.fake_weights(specs, device), strict=True):
                 taken.add(spec.name)
-                yield spec.name, standin
+                yield spec.name, fake
 
     error: Exception | None = None
     random = torch.get_rng_state()
@@ -120,7 +120,7 @@ def record(
 
 
 class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees operations without a fake tensor: fills, and reads of what was written."""
+    """Hands the recorder operations without a fake tensor: fills, and reads of what was written."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -139,12 +139,12 @@ class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _held(value: object, recorder: Recorder, depth: int = 0) -> Iterator[torch.Tensor]:
     """Tensors within ``value`` that do not hold what they would hold after loading."""
     if type(value) is Scalar:
-        yield value.standin
+        yield value.fake
     elif isinstance(value, torch.Tensor):
         if recorder.written(value):
             yield value
-    elif isinstance(value, (list, tuple, set, frozenset, dict)) and depth < _DEPTH:
+    elif isinstance(value, (list, tuple, set, frozenset, dict)) and depth < DEPTH:
         for item in value.values() if isinstance(value, dict) else value:
             yield from _held(item, recorder, depth + 1)
-    elif hasattr(value, "__dict__") and not isinstance(value, (type, types.ModuleType)) and depth < _DEPTH:
+    elif hasattr(value, "__dict__") and not isinstance(value, (type, types.ModuleType)) and depth < DEPTH:
         yield from _held(vars(value), recorder, depth + 1)

@@ -1,6 +1,6 @@
 """Recorder: what happens to fake tensors and to the model while loading code runs, as operations on regions.
 
-It sees what goes through the dispatcher. What passes that by is for ``bypasses``, and the run itself for ``tracing``.
+It sees what goes through torch's dispatcher; what does not is the concern of ``bypasses``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ _SCALAR_READS = {
     aten.is_nonzero.default: "bool()",
     aten.nonzero.default: ".nonzero()",
     aten.masked_select.default: ".masked_select()",
-    aten.is_same_size.default: "",
 }
 _CONJUGATES = {aten._conj.default: aten.conj_physical.default, aten._neg_view.default: aten.neg.default}
 _NEVER_AUTOCAST = {aten.copy_.default, aten.clone.default, aten._to_copy.default, aten.fill_.Scalar, aten.zero_.default}
@@ -58,25 +57,33 @@ _FACTORIES = {
 
 
 class Recorder:
-    """Everything one trace knows. Used from the thread that traces and from those that the loading code starts."""
+    """Everything one trace knows. Used from the thread that traces and from those that the loading code starts.
 
-    def __init__(self, anchors: Mapping[str, torch.Tensor]) -> None:
+    Attributes:
+        records: the operations, in order.
+        graph_breaks: what the loading code did that no plan can repeat.
+        constants: tensors that operations use, by the names of their memory.
+        state_read: names of the model's tensors whose values the loading code asked for.
+        active: whether the trace goes on; threads of the loading code may outlive it, with its modes.
+    """
+
+    def __init__(self, reached: Mapping[str, torch.Tensor]) -> None:
         self.records: list[Op] = []
         self.graph_breaks: list[GraphBreak] = []
         self.constants: dict[str, torch.Tensor] = {}
-        self.lock = threading.RLock()
-        self.active = True  # Threads of the loading code may outlive the trace, with its modes; then this is False.
+        self.state_read: set[str] = set()
+        self.active = True
+        self._lock = threading.RLock()
         self._memories: dict[int, Memory] = {}  # by the address of the storage object
         self._kept: list[object] = []  # Storages whose address is a key must outlive the trace.
         self._bases: dict[Memory, int] = {}  # first byte of a model tensor within its storage
         self._metas: dict[int, torch.Tensor] = {}  # for a real storage, its whole memory on meta, as bytes
-        self._dirty: set[Memory] = set()
-        self._born: dict[int, StorageWeakRef] = {}  # Memory made since; the reference keeps its address from others.
-        self._copied: set[Memory] = set()  # Stand in for views that cannot be had; writing to them would be lost.
+        self._written: set[Memory] = set()  # by recorded operations, so that it does not hold what it would hold
+        self._made: dict[int, StorageWeakRef] = {}  # by the loading code; the reference keeps the address from others
+        self._copied: set[Memory] = set()  # Copies in place of views that cannot be had: writing to them would be lost.
         self._scalars: list[Scalar] = []
-        self.state_read: set[str] = set()
         self._results = 0
-        for name, tensor in anchors.items():
+        for name, tensor in reached.items():
             storage = tensor.untyped_storage()
             memory = self._memories.setdefault(storage._cdata, Memory("model", name))
             if memory.name == name:
@@ -85,7 +92,7 @@ class Recorder:
 
     # What the loading code sees.
 
-    def stand_ins(self, specs: Sequence[TensorSpec], device: torch.device) -> list[FakeWeight]:
+    def fake_weights(self, specs: Sequence[TensorSpec], device: torch.device) -> list[FakeWeight]:
         """One for each spec. Several at once, because stepping out of the modes costs more than making one."""
         made: list[FakeWeight] = []
         with _disable_current_modes(), torch._C.DisableTorchFunction():
@@ -96,41 +103,47 @@ class Recorder:
                 made.append(FakeWeight(meta, self, device))
         return made
 
-    def scalar(self, standin: FakeWeight) -> Scalar:
+    def scalar(self, fake: FakeWeight) -> Scalar:
         """What stands in for its value."""
-        self._scalars.append(Scalar(standin))
+        self._scalars.append(Scalar(fake))
         return self._scalars[-1]
 
     def end(self) -> None:
-        """GraphBreak the values that were asked for and did not fill anything: they went where nobody sees them."""
+        """End the trace. Values that were asked for and filled nothing went where nobody sees them: graph breaks."""
         for scalar in self._scalars:
             if not scalar.used:
                 scalar.refused()
         self.active = False
 
     def refuse(self, what: str, tensors: Iterable[torch.Tensor], where: str = "") -> ValueRead:
-        """GraphBreak what was asked for; the error to raise into the loading code."""
+        """Record a graph break; returns the error to raise into the loading code.
+
+        Args:
+            what: what the loading code did, in words.
+            tensors: the operands.
+            where: the line of the model's code; by default the one that runs now.
+        """
         with torch._C.DisableTorchFunction():
-            asked = [self._memory(meta_of(one)) for one in tensors if self.knows(one)]
+            asked = [self._memory(meta_of(tensor)) for tensor in tensors if self.knows(tensor)]
         sources = sorted({name for memory in asked for name in self.sources_of(memory)})
         where = where or line_of_the_model()
         self.graph_breaks.append(GraphBreak(what, tuple(sources), where))
         return ValueRead(
-            f"{what} at {where} asks for what tensor {', '.join(sources)} does not have while it is traced"
+            f"{what} at {where} asks for what {', '.join(sources) or 'the model'} does not have while it is traced"
         )
 
     def knows(self, tensor: torch.Tensor) -> bool:
-        """Whether it is a fake tensor, or memory of the model, or was written."""
+        """Whether it is a fake tensor, or lies in memory of the model or in memory that took a fake tensor."""
         with torch._C.DisableTorchFunction():
             return self._is_ours(tensor)
 
     def written(self, tensor: torch.Tensor) -> bool:
-        """Whether what it holds is not what it would hold after loading."""
+        """Whether it is a fake tensor or was written by a recorded operation: its real values are not there yet."""
         with torch._C.DisableTorchFunction():
-            return self._is_dirty(tensor)
+            return self._is_written(tensor)
 
     def read(self, tensor: torch.Tensor) -> None:
-        """GraphBreak that the model's own state was asked for."""
+        """Remember that the loading code asked for the value of this tensor, if it is one of the model's."""
         with torch._C.DisableTorchFunction():
             if self._is_ours(tensor):
                 self.state_read.add(self._memory(tensor).name)
@@ -149,19 +162,16 @@ class Recorder:
         """Names of the source tensors that went into ``memory``."""
         if memory.kind == "source":
             return {memory.name}
-        found: set[str] = set()
         seen, todo = set[Memory](), [memory]
         while todo:
-            one = todo.pop()
-            if one in seen:
+            reached = todo.pop()
+            if reached in seen:
                 continue
-            seen.add(one)
-            if one.kind == "source":
-                found.add(one.name)
-            for record in self.records:
-                if any(region.memory == one for region in (*record.results, *record.writes)):
-                    todo += [region.memory for region in record.reads]
-        return found
+            seen.add(reached)
+            for op in self.records:
+                if any(region.memory == reached for region in (*op.results, *op.writes)):
+                    todo += [region.memory for region in op.reads]
+        return {reached.name for reached in seen if reached.kind == "source"}
 
     def region(self, tensor: torch.Tensor) -> Region:
         """Where the tensor lies."""
@@ -173,12 +183,12 @@ class Recorder:
 
     def dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Do an operation, or record it; returns what the loading code gets."""
-        with self.lock, torch._C.DisableTorchFunction():
+        with self._lock, torch._C.DisableTorchFunction():
             return self._dispatch(func, args, kwargs)
 
     def _dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.active:
-            if any(isinstance(one, FakeWeight) for one in tree_flatten((args, kwargs))[0]):
+            if any(isinstance(value, FakeWeight) for value in tree_flatten((args, kwargs))[0]):
                 raise ValueRead(f"{func} of a fake tensor whose trace is over: the loading code kept it")
             return func(*args, **kwargs)
         if is_view(func):
@@ -187,57 +197,59 @@ class Recorder:
             return args[0]
         flat, spec = tree_flatten((args, kwargs))
         tensors = [value for value in flat if isinstance(value, torch.Tensor)]
-        standins = [value for value in tensors if isinstance(value, FakeWeight)]
         written = written_by(func, args, kwargs)
-        if not standins and not any(map(self._is_ours, written)) and not any(map(self._is_dirty, tensors)):
-            self.state_read.update(self._memory(one).name for one in tensors if self._is_ours(one))
+        faked = any(isinstance(tensor, FakeWeight) for tensor in tensors)
+        if not faked and not any(map(self._is_ours, written)) and not any(map(self._is_written, tensors)):
+            self.state_read.update(self._memory(tensor).name for tensor in tensors if self._is_ours(tensor))
             self._check_own(written)
-            return self._bear(func(*args, **kwargs), tensors)
+            return self._remember(func(*args, **kwargs), tensors)
         if func in _REBINDS:
             raise self.refuse(_REBINDS[func], tensors)
+        if func is aten.is_same_size.default:
+            return tensors[0].shape == tensors[1].shape
         if func in _SCALAR_READS:
-            return self._value(func, args, kwargs, tensors, standins)
+            raise self.refuse(_SCALAR_READS[func], tensors)
         return self._record(func, flat, spec, tensors, written)
 
     def _is_ours(self, tensor: torch.Tensor) -> bool:
         return isinstance(tensor, FakeWeight) or _storage_of(tensor) in self._memories
 
-    def _is_dirty(self, tensor: torch.Tensor) -> bool:
+    def _is_written(self, tensor: torch.Tensor) -> bool:
         if isinstance(tensor, FakeWeight):
             return True
-        return self._memories.get(_storage_of(tensor)) in self._dirty
+        return self._memories.get(_storage_of(tensor)) in self._written
 
-    def _bear(self, made: Any, operands: Sequence[torch.Tensor]) -> Any:
-        """Remember the memory of tensors that the loading code made itself: it may write to that."""
-        old = {_storage_of(one) for one in operands}
-        for one in tree_flatten(made)[0]:
-            if isinstance(one, torch.Tensor) and _storage_of(one) not in old and plain(one):
-                self._born[_storage_of(one)] = _weakly(one)
+    def _remember(self, made: Any, operands: Sequence[torch.Tensor]) -> Any:
+        """Remember memory that the loading code made itself: it may write to it."""
+        old = {_storage_of(tensor) for tensor in operands}
+        for value in tree_flatten(made)[0]:
+            if isinstance(value, torch.Tensor) and _storage_of(value) not in old and plain(value):
+                self._made[_storage_of(value)] = _weakly(value)
         return made
 
     def _check_own(self, written: Iterable[torch.Tensor]) -> None:
-        """Memory that was there before and that no path from the model leads to may be anybody's."""
+        """Refuse writes to memory that was there before the trace and is not the model's: it may be anybody's."""
         for tensor in written:
-            if _storage_of(tensor) not in self._born:
+            if _storage_of(tensor) not in self._made:
                 raise self.refuse("writing to memory that is not the model's", [tensor])
 
     def _view(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A view of a fake tensor stands in for the view; a view of a real tensor is known by its storage."""
-        one = args[0]
-        if not isinstance(one, FakeWeight):
+        base = args[0]
+        if not isinstance(base, FakeWeight):
             out = func(*args, **kwargs)
             # torch.tensor() makes memory of its own, torch.from_numpy() does not.
-            if func in _LIFTS and one.untyped_storage().resizable():
-                self._born[_storage_of(one)] = _weakly(one)
+            if func in _LIFTS and base.untyped_storage().resizable():
+                self._made[_storage_of(base)] = _weakly(base)
             return out
         if func in _CONJUGATES:
             out = self._dispatch(_CONJUGATES[func], args, kwargs)
             self._copied.add(self._memory(meta_of(out)))
             return out
-        out = func(meta_of(one), *args[1:], **kwargs)
+        out = func(meta_of(base), *args[1:], **kwargs)
         if isinstance(out, torch.Tensor):
-            return FakeWeight(out, self, one.device)
-        return type(out)(FakeWeight(value, self, one.device) for value in out)
+            return FakeWeight(out, self, base.device)
+        return type(out)(FakeWeight(value, self, base.device) for value in out)
 
     def _plainly_copied(self, destination: torch.Tensor, source: torch.Tensor) -> bool:
         """Record the most frequent operation, a fake tensor of the same shape into the model, without ceremony."""
@@ -251,59 +263,71 @@ class Recorder:
         if memory is None or memory.kind != "model" or destination.is_conj() or destination.is_neg():
             return False
         into, of = Region(memory, box_of(destination, self._bases[memory])), self.region(source)
-        self._dirty.add(memory)
+        self._written.add(memory)
         self.records.append(Op(aten.copy_.default, (into, of), {}, (), (into,), (into, of)))
         return True
-
-    def _value(self, func: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor], standins: list[FakeWeight]) -> Any:
-        if func is aten.is_same_size.default:
-            return tensors[0].shape == tensors[1].shape
-        raise self.refuse(_SCALAR_READS[func], tensors)
 
     def _record(
         self, func: Any, flat: list[Any], spec: Any, tensors: list[torch.Tensor], written: list[torch.Tensor]
     ) -> Any:
+        """Record an operation instead of doing it; ``flat`` and ``spec`` are its arguments. Gives fake results."""
+        self._check(func, tensors, written)
+        for tensor in written:
+            if not self._is_ours(tensor):
+                self._adopt(tensor)
+        operands = [self._operand(value, written) if isinstance(value, torch.Tensor) else value for value in flat]
+        if any(isinstance(value, torch.Tensor) and (value.is_conj() or value.is_neg()) for value in operands):
+            raise self.refuse("a conjugate", tensors)
+        metas = [self._on_meta(value) for value in operands]
+        out = self._try(func, spec, metas, tensors)
+        known = {id(meta): value for meta, value in zip(metas, flat, strict=True) if isinstance(meta, torch.Tensor)}
+        returned, results = self._faked(out, known, _device_of(flat, tensors))
+        encoded = [self.region(value) if isinstance(value, torch.Tensor) else value for value in operands]
+        writes = tuple(map(self.region, written))
+        self._written.update(region.memory for region in writes)
+        args, kwargs = spec.unflatten(encoded)
+        reads = tuple(value for value in encoded if isinstance(value, Region))
+        self.records.append(Op(func, tuple(args), kwargs, results, writes, reads))
+        return returned
+
+    def _check(self, func: Any, tensors: list[torch.Tensor], written: list[torch.Tensor]) -> None:
+        """Refuse an operation that cannot be done again, or not on these operands."""
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise self.refuse("random numbers", tensors)
         if under_autocast() and func not in _NEVER_AUTOCAST:
             raise self.refuse("autocast", tensors)  # It passes tensors by that have no data.
-        device = _device_of(flat, tensors)
-        if not all(isinstance(one, FakeWeight) or plain(one) for one in tensors):
+        if not all(isinstance(tensor, FakeWeight) or plain(tensor) for tensor in tensors):
             raise self.refuse(f"{func} with a tensor that is not plain", tensors)
         self._check_own(tensor for tensor in written if not self._is_ours(tensor))
-        for tensor in written:
-            if self._is_ours(tensor) and self._memory(meta_of(tensor)) in self._copied:
-                raise self.refuse("writing to a conjugate", tensors)
-            if not self._is_ours(tensor):
-                self._adopt(tensor)
-        metas: list[Any] = []
-        encoded: list[Any] = []
-        for value in flat:
-            if not isinstance(value, torch.Tensor):
-                metas.append(META if isinstance(value, torch.device) else value)
-                encoded.append(value)
-                continue
-            if not self._is_ours(value) or not (self._is_dirty(value) or any(value is one for one in written)):
-                if self._is_ours(value):
-                    self.state_read.add(self._memory(value).name)
-                value = self._constant(value)  # State that loading has not written: its value now is part of the plan.
-            if value.is_conj() or value.is_neg():
-                raise self.refuse("a conjugate", tensors)
-            metas.append(self._on_meta(value))
-            encoded.append(self.region(value))
+        if any(self._is_ours(tensor) and self._memory(meta_of(tensor)) in self._copied for tensor in written):
+            raise self.refuse("writing to a conjugate", tensors)
+
+    def _operand(self, tensor: torch.Tensor, written: list[torch.Tensor]) -> torch.Tensor:
+        """The tensor itself, if recorded operations write it; else a constant with its value now."""
+        if not self._is_ours(tensor):
+            return self._constant(tensor)
+        if self._is_written(tensor) or any(tensor is other for other in written):
+            return tensor
+        self.state_read.add(self._memory(tensor).name)  # The plan holds only for this value of it.
+        return self._constant(tensor)
+
+    def _try(self, func: Any, spec: Any, metas: list[Any], tensors: list[torch.Tensor]) -> Any:
+        """What the operation gives without data: the shapes and dtypes of its results."""
         args, kwargs = spec.unflatten(metas)
         if func in _FACTORIES:
             kwargs = {**kwargs, "device": META}
         try:
-            out = func(*args, **kwargs)  # The mode that called is off meanwhile, so this is not recorded again.
+            return func(*args, **kwargs)  # The mode that called is off meanwhile, so this is not recorded again.
         except Exception as error:
             if fails_really(func, args, kwargs):
                 raise
             raise self.refuse(f"{func}, which depends on values", tensors) from error
-        known = {id(meta): value for meta, value in zip(metas, flat, strict=True) if isinstance(meta, torch.Tensor)}
-        results: list[Region] = []
 
-        def wrap(value: Any) -> Any:
+    def _faked(self, out: Any, known: Mapping[int, Any], device: torch.device) -> tuple[Any, tuple[Region, ...]]:
+        """The results as the loading code gets them: operands by their ids on meta, fake tensors for all others."""
+        regions: list[Region] = []
+
+        def fake(value: Any) -> Any:
             if not isinstance(value, torch.Tensor):
                 return value
             if id(value) in known:
@@ -311,20 +335,14 @@ class Recorder:
             if value.untyped_storage()._cdata not in self._memories:
                 self._results += 1
                 self._own(value, Memory("result", str(self._results)))
-            standin = FakeWeight(value, self, device)
-            results.append(self.region(standin))
-            return standin
+            made = FakeWeight(value, self, device)
+            regions.append(self.region(made))
+            return made
 
-        returned = tree_map(wrap, out)
-        regions = [one for one in encoded if isinstance(one, Region)]
-        writes = tuple(self.region(tensor) for tensor in written)
-        self._dirty.update(region.memory for region in writes)
-        enc_args, enc_kwargs = spec.unflatten(encoded)
-        self.records.append(Op(func, tuple(enc_args), enc_kwargs, tuple(results), writes, tuple(regions)))
-        return returned
+        return tree_map(fake, out), tuple(regions)
 
     def _adopt(self, tensor: torch.Tensor) -> None:
-        """A scratch tensor of the loading code that takes a fake tensor: its bytes until now are a constant."""
+        """Watch a scratch tensor of the loading code that takes a fake tensor: its bytes until now are a constant."""
         with _disable_current_modes():
             whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
             copied = whole.clone()
@@ -332,7 +350,7 @@ class Recorder:
         self.constants[memory.name] = copied
         self._memories[tensor.untyped_storage()._cdata] = memory
         self._kept.append(tensor.untyped_storage())
-        self._dirty.add(memory)
+        self._written.add(memory)
 
     def _constant(self, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.is_meta:
@@ -344,9 +362,18 @@ class Recorder:
         self._own(copied, memory)
         return copied
 
-    def _on_meta(self, tensor: torch.Tensor) -> torch.Tensor:
-        if isinstance(tensor, FakeWeight):
-            return meta_of(tensor)  # type: ignore[no-any-return]
+    def _on_meta(self, value: Any) -> Any:
+        """A tensor without data for a tensor, over memory that is known as the tensor's; the meta device for a device.
+
+        Everything else is as it is.
+        """
+        if isinstance(value, torch.device):
+            return META
+        if not isinstance(value, torch.Tensor) or isinstance(value, FakeWeight):
+            return meta_of(value)
+        return self._twin(value)
+
+    def _twin(self, tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         with _disable_current_modes():
             if storage._cdata not in self._metas:
@@ -376,5 +403,5 @@ def _device_of(flat: list[Any], tensors: list[torch.Tensor]) -> torch.device:
     for value in flat:
         if isinstance(value, torch.device):
             return value
-    sized = [one for one in tensors if one.dim()] or tensors
+    sized = [tensor for tensor in tensors if tensor.dim()] or tensors
     return sized[0].device if sized else torch.device("cpu")

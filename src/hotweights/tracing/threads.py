@@ -1,4 +1,4 @@
-"""Modes of torch in every thread that loading code starts or gives work to. It knows nothing of what they record."""
+"""Modes of torch in every thread that loading code starts or gives work to: torch keeps modes by thread."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ Mode = Callable[[], AbstractContextManager[object]]
 
 @contextmanager
 def in_every_thread(*modes: Mode) -> Iterator[Callable[[], bool]]:
-    """Enter the modes in this thread and in those that it starts or gives work to: modes belong to threads.
+    """Enter the modes in this thread, and in threads that it starts or gives work to, for that work.
 
-    Several threads may do so at once; each one's modes are entered for its own work only.
+    Several threads may be in such a block at once; the modes of each are entered for its own work only.
 
-    Gives a function that says whether any of that work is still under way.
+    Yields a function that says whether any of the work that was given away is still under way.
     """
     followed = _Followed(modes, _follows())
     with _patched(), followed.entered():
@@ -50,29 +50,29 @@ class _Followed:
     def run(self, work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Do the work in all of the modes, in another thread."""
         with ExitStack() as stack:
-            for one in reversed(self._chain()):
-                stack.enter_context(one.entered())
+            for followed in reversed(self._chain()):
+                stack.enter_context(followed.entered())
             return work(*args, **kwargs)
 
     def gave(self, *, thread: threading.Thread | None = None, future: Future[Any] | None = None) -> None:
-        """GraphBreak what was given away."""
-        for one in self._chain():
-            one._threads += [] if thread is None else [thread]
-            one._futures += [] if future is None else [future]
+        """Remember what was given away."""
+        for followed in self._chain():
+            followed._threads += [] if thread is None else [thread]
+            followed._futures += [] if future is None else [future]
 
     def unfinished(self) -> bool:
         """Whether any of it is still under way, after a moment's patience."""
         patience = time.monotonic() + _PATIENCE
         for thread in self._threads:
             thread.join(max(0.0, patience - time.monotonic()))
-        return any(thread.is_alive() for thread in self._threads) or not all(one.done() for one in self._futures)
+        return any(thread.is_alive() for thread in self._threads) or not all(future.done() for future in self._futures)
 
     def _chain(self) -> list[_Followed]:
         return [self, *(self._around._chain() if self._around is not None else ())]
 
 
 class _Here(threading.local):
-    """What follows this thread, if anything."""
+    """The block that this thread works for, if any."""
 
     followed: _Followed | None = None
 
@@ -111,7 +111,7 @@ def _followed_submit(self: ThreadPoolExecutor, work: Any, /, *args: Any, **kwarg
     return future
 
 
-# How many are inside now, in all threads; changes under the lock. The last one out takes the patch off.
+# How many blocks are open now, in all threads; changes under the lock. The last to end takes the patch off.
 _inside = 0
 _changing = threading.Lock()
 

@@ -1,10 +1,8 @@
-"""``trace``: the plan of loading a manifest into a model. It chooses how to find out; it reads and writes nothing."""
+"""``trace``: the plan of loading a manifest into a model, by its own loading code, its framework's rules or by name."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -17,19 +15,19 @@ from ..manifest import Manifest
 from ..memory.aliases import overlaps
 from ..model.places import targets_of
 from ..model.survey import Survey, counters, extra_state_problems, loader_of, survey
-from ..plan.draft import draft
+from ..plan.draft import Allowed, draft
 from ..plan.patterns import Patterns, both, matches
 from ..plan.plan import LoadPlan
-from ..sources.contracts import Source
-from ..sources.opening import open as open_source
+from ..sources.iterator import IteratorSource
+from ..sources.opening import AnySource, opened
 from .fit import complete
 from .frameworks import rules_for
-from .leave_out import _Traced
+from .leave_out import trace_code
 
 
 def trace(
     model: nn.Module,
-    manifest: Manifest | str | os.PathLike[str] | Mapping[str, torch.Tensor] | nn.Module | Source,
+    manifest: Manifest | AnySource,
     *,
     device: torch.device | str | None = None,
     allow_missing: Patterns = (),
@@ -62,42 +60,41 @@ def trace(
         allow_missing=allow_missing, allow_partial=allow_partial, allow_unexpected=allow_unexpected
     )
     where = device_from(device)
+    if cast is None:
+        cast = "loader" if hasattr(model, "load_weights") else "error"
+    allowed = Allowed(missing, partly, unexpected, cast)
     with without_collection():
-        return _trace(model, _promised(manifest), where, missing, partly, unexpected, cast)
+        return _trace(model, _promised(manifest), where, allowed)
 
 
-def _promised(source: Any) -> Manifest:
+def _promised(source: Manifest | AnySource) -> Manifest:
     if isinstance(source, Manifest):
         return source
-    if isinstance(source, Source):
+    if isinstance(source, IteratorSource):  # Without a manifest it says what to pass; to collect would use it up.
         return source.manifest
-    with open_source(source) as opened:
-        manifest: Manifest = opened.manifest
-    return manifest
+    with opened(source) as promising:
+        return promising.manifest
 
 
-def _trace(
-    model: nn.Module,
-    manifest: Manifest,
-    where: torch.device | None,
-    allow_missing: Patterns,
-    allow_partial: Patterns,
-    allow_unexpected: Patterns,
-    cast: Cast | None,
-) -> LoadPlan:
-    rules = rules_for(model, manifest)
-    found = survey(model)
-    transient = set(found.transient)
-    tensors = {name: tensor for name, tensor in found.tensors.items() if name not in transient}
+def _trace(model: nn.Module, manifest: Manifest, device: torch.device | None, allowed: Allowed) -> LoadPlan:
+    surveyed = survey(model)
+    tensors = surveyed.persistent
     own_code = hasattr(model, "load_weights")
-    absent = [] if own_code else counters(model, sorted(tensors.keys() - manifest.keys()))
-    may_miss = both(both(allow_missing, rules.allow_missing), absent)
-    loader = None if found.plain or rules.steps is not None else loader_of(model)
-    problems: list[str] = []
+    rules = rules_for(model, manifest)
+    if not own_code:
+        absent = counters(model, sorted(tensors.keys() - manifest.keys()))
+        zeroed = tuple(name for name in absent if tensors[name].is_meta) if device is not None else ()
+        rules = replace(rules, allow_missing=both(rules.allow_missing, absent), zeroed=zeroed)
+    problems = list(rules.problems)
+    if not own_code and not surveyed.plain:
+        problems += extra_state_problems(model)
+    if device is not None:
+        problems += _left_on_meta(surveyed, both(allowed.missing, rules.allow_missing))
+    loader = None if surveyed.plain or rules.steps is not None else loader_of(model)
     traced = None
     if loader is not None:
         try:
-            traced = _Traced.of(model, manifest, loader)
+            traced = trace_code(model, manifest, loader)
         except PlanError as error:
             if own_code:
                 raise
@@ -105,36 +102,21 @@ def _trace(
             problems += error.problems
     plan = draft(
         manifest,
-        targets_of(tensors, where),
-        steps=rules.steps if traced is None else traced.steps,
-        zeroed=[name for name in absent if tensors[name].is_meta and where is not None and traced is None],
-        taken=frozenset() if traced is None else traced.recording.taken,
-        skip=rules.skip,
-        allow_missing=may_miss,
-        allow_partial=allow_partial,
-        allow_unexpected=allow_unexpected,
-        cast=cast or ("loader" if own_code else "error"),
+        targets_of(tensors, device),
+        traced=traced,
+        rules=rules,
+        allowed=allowed,
         overlapping=overlaps(tensors),
-        constants=rules.constants if traced is None else traced.recording.constants,
-        fallback=() if traced is None else traced.fallback,
-        graph_breaks=() if traced is None else traced.graph_breaks,
-        side_effects=() if traced is None else traced.recording.side_effects,
-        state_read=() if traced is None else traced.recording.state_read,
-        problems=[
-            *problems,
-            *rules.problems,
-            *(() if own_code or found.plain else extra_state_problems(model)),
-            *(_left_on_meta(found, may_miss) if where is not None else ()),
-        ],
+        problems=problems,
     )
     return complete(plan, model)
 
 
-def _left_on_meta(found: Survey, allowed: Patterns) -> list[str]:
+def _left_on_meta(surveyed: Survey, allowed: Patterns) -> list[str]:
     may_stay = matches(allowed)
     return [
         f"{name}: is a non-persistent buffer on the meta device, and no checkpoint carries it; build the model "
         "with real buffers, or allow it with allow_missing= and fill it yourself"
-        for name in found.transient
-        if found.tensors[name].is_meta and not may_stay(name)
+        for name in surveyed.transient
+        if surveyed.tensors[name].is_meta and not may_stay(name)
     ]

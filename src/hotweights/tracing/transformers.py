@@ -1,4 +1,4 @@
-"""transformers: its conversions, ties and patterns as steps of a plan."""
+"""transformers: the renamings and conversions of ``from_pretrained`` as steps of a plan."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from torch import nn
 from ..dtypes import OpaqueDtype
 from ..manifest import Manifest, TensorSpec
 from ..model.places import places
+from ..plan.rules import Rules
 from ..plan.steps import Copy, Step
 from .lower import lower
 from .record import Recording, record
-from .rules import Rules
 
 
 def owns(model: nn.Module) -> bool:
@@ -56,17 +56,17 @@ def rules(model: Any, manifest: Manifest) -> Rules:
         else:
             conversions.setdefault(target, _Conversion(target, names.converters[pattern], model)).add(source, pattern)
     problems: list[str] = []
-    sound = [one for one in conversions.values() if one.fits(manifest, names.known, problems)]
+    sound = [conversion for conversion in conversions.values() if conversion.fits(manifest, names.known, problems)]
     recording = _trace(model, manifest, sound, names)
     ignored = _ignored_when_unexpected(model)
     skipped = {source for source, target in unknown.items() if ignored is not None and ignored.search(target)}
-    # One that has a problem still claims its names: that they are missing as well would only bury the reason.
-    claimed = [target for target, one in conversions.items() if one not in sound]
+    # Their targets may be missing and their sources go nowhere: saying so as well would only bury the reason.
+    unsound = {target: conversion for target, conversion in conversions.items() if conversion not in sound}
     return Rules(
         steps=(*steps, *lower(recording.ops)),
         constants=recording.constants,
-        skip=_exactly(skipped | {name for one in conversions.values() if one not in sound for name in one.sources}),
-        allow_missing=[*ignored_when_missing(model), *_exactly(claimed)],
+        skip=_exactly(skipped | {name for conversion in unsound.values() for name in conversion.sources}),
+        allow_missing=[*ignored_when_missing(model), *_exactly(unsound)],
         problems=tuple(problems),
         load=partial(_load, names, sound),
     )
@@ -75,9 +75,9 @@ def rules(model: Any, manifest: Manifest) -> Rules:
 def _load(names: _Names, conversions: Sequence[_Conversion], pairs: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Load real tensors: every conversion whose sources are all there, and the others by name."""
     tensors = dict(pairs)
-    for one in conversions:
-        if all(source in tensors for source in one.sources):
-            for name, made in one.run({source: tensors.pop(source) for source in one.sources}).items():
+    for conversion in conversions:
+        if all(source in tensors for source in conversion.sources):
+            for name, made in conversion.run({source: tensors.pop(source) for source in conversion.sources}).items():
                 names.known[name].detach().copy_(made)
     for source, tensor in tensors.items():
         names.known[names.target(source)[0]].detach().copy_(tensor)
@@ -89,8 +89,7 @@ def _exactly(names: Collection[str]) -> list[re.Pattern[str]]:
 
 def _trace(model: Any, manifest: Manifest, conversions: Sequence[_Conversion], names: _Names) -> Recording:
     """What the conversions do, recorded on fake tensors: a stack of experts becomes one copy for each."""
-
-    taken = Manifest(manifest[name] for one in conversions for name in one.sources)
+    taken = Manifest(manifest[name] for conversion in conversions for name in conversion.sources)
     recording = record(model, taken, partial(_load, names, conversions), device=torch.device("cpu"))
     if recording.error is not None:
         raise recording.error
@@ -105,11 +104,17 @@ class _Names:
 
         self._core = core_model_loading
         transforms = conversion_mapping.get_model_conversion_mapping(model)
-        self._renamings = [one for one in transforms if isinstance(one, core_model_loading.WeightRenaming)]
-        self._converters = [one for one in transforms if isinstance(one, core_model_loading.WeightConverter)]
+        self._renamings = [
+            transform for transform in transforms if isinstance(transform, core_model_loading.WeightRenaming)
+        ]
+        self._converters = [
+            transform for transform in transforms if isinstance(transform, core_model_loading.WeightConverter)
+        ]
         self._prefix = model.base_model_prefix
         self.known = {place.name: place.tensor for place in places(model) if place.persistent}
-        self.converters = {pattern: one for one in self._converters for pattern in one.source_patterns}
+        self.converters = {
+            pattern: converter for converter in self._converters for pattern in converter.source_patterns
+        }
 
     def in_order(self, manifest: Manifest) -> list[str]:
         """Names in the order in which conversions collect them: expert 2 before expert 10."""
@@ -146,16 +151,16 @@ class _Conversion:
     def fits(self, manifest: Manifest, known: Mapping[str, torch.Tensor], problems: list[str]) -> bool:
         """Whether it makes what the model has, tried on tensors without data before a byte moves; says why not."""
         specs = [manifest[name] for name in self.sources]
-        found = [
+        wrong = [
             f"{spec}: torch has no such type, and it would have to be converted"
             for spec in specs
             if isinstance(spec.dtype, OpaqueDtype)
         ]
         for _, names in self._lists():
-            found += _gaps(self._target, names)
-        found = found or self._misfits(specs, known)
-        problems += found
-        return not found
+            wrong += _gaps(self._target, names)
+        wrong = wrong or self._misfits(specs, known)
+        problems += wrong
+        return not wrong
 
     def _misfits(self, specs: Sequence[TensorSpec], known: Mapping[str, torch.Tensor]) -> list[str]:
         try:
@@ -209,7 +214,7 @@ def _gaps(target: str, names: Sequence[str]) -> list[str]:
 
 
 def _odd(specs: Sequence[TensorSpec]) -> list[TensorSpec]:
-    """Those that have another shape than most."""
+    """The specs that have another shape than most."""
     (usual, _), *_ = Counter(spec.shape for spec in specs).most_common(1)
     return [spec for spec in specs if spec.shape != usual]
 

@@ -1,4 +1,4 @@
-"""From a trainer to workers on one host: ``Sender`` and ``Receiver``. Each part of a transfer has a file of its own."""
+"""From a trainer to workers on one host: ``Sender`` and ``Receiver``."""
 
 from .receiver import Receiver
 from .report import SendReport

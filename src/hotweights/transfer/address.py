@@ -1,4 +1,4 @@
-"""Where a sender listens: a socket that one process holds, in a directory that one user can enter. No messages here."""
+"""Address: where a sender listens. One process holds the socket, and only its user can enter the directory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LONGEST = 107  # bytes of a path in sockaddr_un, without its NUL
 _BACKLOG = 128
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 
-# Record locks belong to a process: within one they exclude nobody, so its own are listed. Changes under the lock.
+# The kernel's record locks belong to a process and do not exclude two senders of one: so those are listed here.
 _held: set[str] = set()
 _held_lock = threading.Lock()
 
@@ -25,21 +25,21 @@ def path_of(address: str) -> str:
     """The path of ``unix:PATH``.
 
     Raises:
-        UsageError: it is no such address, or too long for the kernel.
+        UsageError: it is no such address, or its path is too long for the kernel.
     """
     kind, colon, path = address.partition(":")
     if kind != "unix" or not colon or not path:
         raise UsageError(f"an address looks like unix:/run/user/1000/trainer/socket; this is {address!r}")
     if len(os.fsencode(path)) > _LONGEST:
-        raise UsageError(f"the path of a socket has {_LONGEST} bytes at most; this one has {len(os.fsencode(path))}")
+        raise UsageError(f"the path of a socket has {_LONGEST} bytes at most; {path} has {len(os.fsencode(path))}")
     return path
 
 
 def check_peer(peer: socket.socket) -> int:
-    """The pid on the other end.
+    """The pid of the process on the other end.
 
     Raises:
-        ProtocolError: it belongs to another user.
+        ProtocolError: the process belongs to another user.
     """
     raw = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     pid, uid, _ = _CREDENTIALS.unpack(raw)
@@ -49,24 +49,28 @@ def check_peer(peer: socket.socket) -> int:
 
 
 def connect(path: str) -> socket.socket | None:
-    """A connection to whoever listens there; ``None`` while nobody does. The caller closes it.
+    """A connection to whoever listens at the path; ``None`` while nobody does. The caller closes it.
 
     Raises:
-        TransferError: nobody can, as things are: a part of the path is no directory, or this user may not enter.
+        TransferError: waiting does not help: a part of the path is no directory, or this user may not enter it.
     """
-    found = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+    connected = _socket()
     try:
-        found.connect(path)
+        connected.connect(path)
     except (FileNotFoundError, ConnectionRefusedError, BlockingIOError):
-        found.close()
+        connected.close()
         return None
     except OSError as error:
-        found.close()
+        connected.close()
         raise TransferError(f"nobody can connect to {path}: {error}") from error
     except BaseException:
-        found.close()
+        connected.close()
         raise
-    return found
+    return connected
+
+
+def _socket() -> socket.socket:
+    return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
 
 
 class Listener:
@@ -80,19 +84,19 @@ class Listener:
         """Take the path; a socket that a dead process left there is replaced.
 
         Raises:
-            AddressTaken: another sender holds it; says which process.
-            UsageError: others may enter the directory, it cannot be made, or something else lies at the path.
+            AddressTaken: another sender holds it; the message says which process.
+            UsageError: others may enter the directory, it cannot be made, or the path is that of something else.
         """
         self._path = os.path.realpath(path)
         self._lock = -1
         self._ours: list[str] = []  # what close removes
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+        self.socket = _socket()
         try:
             _check_directory(os.path.dirname(self._path))
             self._lock = _lock(self._path)
             self._ours.append(_lock_path(self._path))
             _remove_stale(self._path)
-            # The kernel takes short paths only; a relative one may name a place whose absolute one is longer.
+            # The absolute path may be too long for the kernel where the given, relative one is not.
             self.socket.bind(self._path if len(os.fsencode(self._path)) <= _LONGEST else path)
             self._ours.append(self._path)
             os.chmod(self._path, 0o600)
@@ -107,10 +111,10 @@ class Listener:
     def accept(self) -> socket.socket | None:
         """The next connection, if one waits. The caller closes it."""
         try:
-            found, _ = self.socket.accept()
+            accepted, _ = self.socket.accept()
         except (BlockingIOError, ConnectionAbortedError):
             return None
-        return found
+        return accepted
 
     def close(self) -> None:
         """Stop listening and remove the socket and its lock. May be called twice."""
@@ -118,10 +122,10 @@ class Listener:
         lock, self._lock = self._lock, -1
         if lock < 0:
             return
-        with _held_lock:  # Removed while it is held: nobody else's is removed.
-            for left in self._ours:
+        with _held_lock:  # Files are removed before the lock is let go: after that they may be another sender's.
+            for path in self._ours:
                 with contextlib.suppress(FileNotFoundError):
-                    os.unlink(left)
+                    os.unlink(path)
             os.close(lock)
             _held.discard(self._path)
 
@@ -141,16 +145,16 @@ def _lock_path(path: str) -> str:
 def _check_directory(directory: str) -> None:
     with contextlib.suppress(FileExistsError):
         os.mkdir(directory, 0o700)
-    found = os.stat(directory)
-    if found.st_uid != os.geteuid() or found.st_mode & 0o077:
+    status = os.stat(directory)
+    if status.st_uid != os.geteuid() or status.st_mode & 0o077:
         raise UsageError(
-            f"the directory {directory} is not this user's alone (mode {stat.S_IMODE(found.st_mode):o}); put the "
+            f"the directory {directory} is not this user's alone (mode {stat.S_IMODE(status.st_mode):o}); put the "
             "socket into one of mode 700. One that does not exist is made so"
         )
 
 
 def _lock(path: str) -> int:
-    """A descriptor of the lock file, which this process holds from now on."""
+    """A descriptor of the lock file, locked; the caller closes it."""
     with _held_lock:
         if path in _held:
             raise AddressTaken(f"{path} is held by another sender in this process, {os.getpid()}")
@@ -164,7 +168,7 @@ def _lock(path: str) -> int:
                 raise AddressTaken(f"{path} is held by another sender, process {holder}") from None
             if _same_file(descriptor, _lock_path(path)):
                 break
-            os.close(descriptor)  # Whoever held it before removed it between our two steps.
+            os.close(descriptor)  # Its holder removed it between our open and our lock: a lock on it excludes nobody.
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         _held.add(path)
@@ -181,5 +185,5 @@ def _same_file(descriptor: int, path: str) -> bool:
 def _remove_stale(path: str) -> None:
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            raise UsageError(f"{path} is no socket; it is left alone")
+            raise UsageError(f"{path} is no socket, and is left alone; name a path at which nothing lies")
         os.unlink(path)

@@ -1,4 +1,4 @@
-"""Ballot: what a group decided about one update, written once. It is no lock, so nobody can die holding it."""
+"""Ballot: what a group decided about one update, written once. It is not a lock: nobody can die holding it."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ class Decision(enum.Enum):
 
 
 class Ballot:
-    """One word that all members share: an empty memfd whose seals are the word.
+    """The decision, in memory that all members share: an empty memfd whose seals say which it is.
 
-    The kernel adds seals in one step, and ``F_SEAL_SEAL`` forbids every later one: whoever is first decides, and all
-    others learn what was decided. A member that dies before the step has not written, after it has; there is nothing
-    in between. Owns its descriptor; close it.
+    The kernel adds seals in one step, and ``F_SEAL_SEAL`` forbids every later one: the first to write decides, and all
+    others read what was decided. A member that dies has written or has not; there is nothing in between. Owns its
+    descriptor; close it.
     """
 
     def __init__(self, descriptor: int) -> None:
         """Take over a descriptor that another member sent.
 
         Raises:
-            ProtocolError: it can bear no seals. It is closed.
+            ProtocolError: it cannot be sealed. The descriptor is closed.
         """
         self.descriptor = descriptor
         try:
@@ -39,18 +39,18 @@ class Ballot:
 
     @classmethod
     def new(cls) -> Ballot:
-        """An empty one."""
+        """A ballot with nothing written."""
         return cls(os.memfd_create("hotweights-ballot", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
 
-    def decide(self, request: Decision) -> Decision:
-        """Write ``request`` if nothing is written. Returns what is written then."""
+    def decide(self, vote: Decision) -> Decision:
+        """Write ``vote`` if nothing is written yet. Returns what is written then."""
         try:
-            fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SEAL | request.value)
+            fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SEAL | vote.value)
         except PermissionError:  # Somebody was first.
-            found = self.read()
-            assert found is not None
-            return found
-        return request
+            written = self.read()
+            assert written is not None
+            return written
+        return vote
 
     def read(self) -> Decision | None:
         """What is written, if anything."""

@@ -1,4 +1,4 @@
-"""Channel: frames and descriptors over one socket, in the order that the table allows. It decides nothing."""
+"""Channel: frames and descriptors over one socket, in the order that the table of states allows."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from ..errors import PeerLost, ProtocolError
-from .messages import DESCRIPTORS, HEADER, Broken, Frame, Message, decode, decode_header, encode, kind_of
+from .messages import DESCRIPTORS, HEADER, REASON, Broken, Frame, Message, decode, decode_header, encode, kind_of
 from .states import Session, Side
 
 _CHUNK = 256 * 1024  # bytes asked for at once
-_MANY = 8  # descriptors; the most that may come at once; the protocol never sends two
+_MANY = 8  # descriptors that may come at once; the protocol never sends two
 
 
 class Channel:
     """One end of a connection. It never blocks; whoever uses it waits until the socket is ready.
 
     Attributes:
-        socket: closed by ``close``.
-        session: the state, as this end sees it.
+        socket: the channel's own.
+        session: the state of the connection, as this end sees it.
     """
 
     def __init__(self, connected: socket.socket, side: Side) -> None:
@@ -43,12 +43,13 @@ class Channel:
         return bool(self._out)
 
     def send(self, message: Message, *, update: int | None = None, descriptors: Sequence[int] = ()) -> None:
-        """Say something; what the socket does not take now waits. Descriptors stay the caller's, open until then.
+        """Send a message; what the socket does not take now waits for ``flush``.
 
-        A dead peer is not noticed here: reading says so, and what it said last.
+        Descriptors stay the caller's, and must stay open until ``unsent`` is false. A dead peer is not noticed here:
+        ``read`` raises, with what it said last.
         """
         update = self.session.update if update is None else update
-        frame = encode(update, message, len(descriptors))  # First: what cannot be said was not said.
+        frame = encode(update, message, len(descriptors))  # First: if this raises, the session must not have moved.
         if not isinstance(message, Broken):
             self.session.sent(kind_of(message), update)
         self._out.append((memoryview(frame), tuple(descriptors)))
@@ -91,7 +92,7 @@ class Channel:
 
     def say_goodbye(self, reason: str) -> None:
         """Tell the other end why nothing more will come, as far as the socket takes it, and close."""
-        self.send(Broken(reason[:2000]), update=0)
+        self.send(Broken(reason[:REASON]), update=0)
         self.close()
 
     def close(self) -> None:
@@ -112,21 +113,21 @@ class Channel:
         end = HEADER.size + header.nbytes
         if len(self._in) < end:
             return None
-        message = decode(
-            self._in[HEADER.size : end]
-        )  # A copy: a view that a traceback keeps would forbid the next line.
+        # Decoded from a copy: a view of the buffer that a traceback keeps would forbid to shorten it.
+        message = decode(self._in[HEADER.size : end])
         del self._in[:end]
         if not isinstance(message, Broken):
             self.session.came(kind_of(message), header.update)
-        expected = DESCRIPTORS.get(kind_of(message), 0)
-        if header.descriptors != expected or expected > len(self._descriptors):
-            raise ProtocolError(
-                f"{kind_of(message)!r} comes with {expected} descriptors, not with {header.descriptors}"
-            )
+        kind = kind_of(message)
+        expected = DESCRIPTORS.get(kind, 0)
+        if header.descriptors != expected:
+            raise ProtocolError(f"{kind!r} comes with {expected} descriptors, not with {header.descriptors}")
+        if expected > len(self._descriptors):
+            raise ProtocolError(f"{kind!r} came without its descriptor")
         return Frame(header.update, message, tuple(self._descriptors.popleft() for _ in range(header.descriptors)))
 
     def _fill(self) -> bool:
-        """Take what the socket has. False if it has nothing now."""
+        """Take what the socket has. Returns false if it has nothing now."""
         space = socket.CMSG_SPACE(_MANY * array.array("i").itemsize)
         try:
             raw, ancillary, flags, _ = self.socket.recvmsg(_CHUNK, space, socket.MSG_CMSG_CLOEXEC)
@@ -136,9 +137,9 @@ class Channel:
             raise PeerLost(f"the connection is gone: {error}") from error
         for level, kind, data in ancillary:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                found = array.array("i")
-                found.frombytes(data[: len(data) - len(data) % found.itemsize])
-                self._descriptors.extend(found)
+                descriptors = array.array("i")
+                descriptors.frombytes(data[: len(data) - len(data) % descriptors.itemsize])
+                self._descriptors.extend(descriptors)
         if flags & socket.MSG_CTRUNC:
             raise ProtocolError("descriptors came and were lost: too many, or this process may open no more")
         if len(self._descriptors) > _MANY:
@@ -153,20 +154,20 @@ class _Forgetting(Protocol):
     def forget(self) -> None: ...
 
 
-# What a forked child must close: a copy that it holds would hide the parent's death from the other side.
+# A copy that a forked child holds would hide the parent's death from the other side.
 _inherited: weakref.WeakSet[_Forgetting] = weakref.WeakSet()
 _registered: list[bool] = []
 
 
-def close_in_children(what: _Forgetting) -> None:
-    """Have ``what.forget()`` called in every forked child."""
+def close_in_children(owner: _Forgetting) -> None:
+    """Have ``owner.forget()`` called in every forked child."""
     if not _registered:
         os.register_at_fork(after_in_child=_forget_all)
         _registered.append(True)
-    _inherited.add(what)
+    _inherited.add(owner)
 
 
 def _forget_all() -> None:
-    for what in list(_inherited):
+    for owner in list(_inherited):
         with contextlib.suppress(OSError):
-            what.forget()
+            owner.forget()

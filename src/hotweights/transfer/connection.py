@@ -1,4 +1,4 @@
-"""Connection: a receiver's connection to whoever sends at an address, made again when it is lost."""
+"""Connection: a receiver's connection to the sender at an address, made again when it is lost."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .slots import ReadSlots
 from .states import Session, Side
 from .waits import Waker, left
 
-_RETRY = 0.02  # seconds after which an address is tried again at which nobody listened; nothing tells when one does
+_RETRY = 0.02  # seconds between two tries to connect; the kernel does not tell when somebody begins to listen
 
 
 class Connection:
     """One connection at a time. One thread uses it; any may ``stop`` it. Close it.
 
     Attributes:
-        patience: seconds that the sender waits for a single answer.
+        patience: seconds that the sender waits for a single answer; 0 before it said so.
     """
 
     def __init__(self, path: str) -> None:
@@ -31,15 +31,18 @@ class Connection:
         self._channel: Channel | None = None
         self._slots: ReadSlots | None = None
         self._stopped = False
+        self._last = ""  # what came instead of an offer, for the message when none comes in time
         self._using = threading.RLock()
         self.patience = 0.0
 
     @property
     def session(self) -> Session:
-        """The running connection's."""
-        if self._channel is None:
-            raise PeerLost("the connection to the sender is gone")
-        return self._channel.session
+        """The running connection's session.
+
+        Raises:
+            PeerLost: there is none.
+        """
+        return self._running().session
 
     @property
     def connected(self) -> bool:
@@ -47,8 +50,18 @@ class Connection:
         return self._channel is not None
 
     @property
+    def stopped(self) -> bool:
+        """Whether ``stop`` was called."""
+        return self._stopped
+
+    @property
     def slots(self) -> ReadSlots:
-        """What the sender writes into."""
+        """The memory that the sender writes into.
+
+        Raises:
+            PeerLost: the connection is gone.
+            Closed: ``stop`` was called.
+        """
         slots = self._slots
         if slots is None:  # Another thread closed the receiver between two tensors.
             self.check_open()
@@ -65,22 +78,21 @@ class Connection:
             Closed: ``stop`` was called.
         """
         deadline = time.monotonic() + seconds
-        last = "nobody listens there"
+        self._last = "the sender offered nothing" if self.connected else "nobody listens there"
         with self._using:
             while left(deadline):
                 try:
                     if self._connect():
-                        frame = self.receive(deadline)
-                        if (found := self._accepted(frame)) is not None:
-                            return found
+                        if (offer := self._accepted(self.receive(deadline))) is not None:
+                            return offer
                         continue
                 except PeerLost as error:
-                    last = str(error)
+                    self._last = str(error)
                 except TransferTimeout:
-                    last = "the sender offered nothing"
                     break
-                self.pause(min(_RETRY, left(deadline)))
-        raise TransferTimeout(f"no offer came to {self._path} within {seconds:g} s", [last])
+                self._waker.wait((), min(_RETRY, left(deadline)), lambda: self._stopped)
+                self.check_open()
+        raise TransferTimeout(f"no offer came to {self._path} within {seconds:g} s", [self._last])
 
     def receive(
         self, deadline: float, *, stop: Callable[[], bool] = bool, meanwhile: Callable[[], float] = float
@@ -89,8 +101,8 @@ class Connection:
 
         Args:
             deadline: on the monotonic clock.
-            stop: says true when somebody wants the wait to end, and calls ``wake`` then.
-            meanwhile: is called before each wait, and says in how many seconds again; never, if none.
+            stop: ends the wait when it says true. Whoever changes what it says calls ``wake`` then.
+            meanwhile: is called before each wait. Returns the seconds after which to call it again; 0 for never.
 
         Raises:
             TransferTimeout: none came in time.
@@ -101,9 +113,7 @@ class Connection:
         with self._using:
             while True:
                 self.check_open(stop)
-                channel = self._channel
-                if channel is None:
-                    raise PeerLost("the connection to the sender is gone")
+                channel = self._running()
                 try:
                     frame = channel.read()
                 except (PeerLost, ProtocolError):
@@ -133,66 +143,64 @@ class Connection:
         if slots is not None:
             slots.close()
 
-    def pause(self, seconds: float) -> None:
-        """Wait for something that nothing tells of.
-
-        Raises:
-            Closed: ``stop`` was called.
-        """
-        self._waker.wait((), seconds, lambda: self._stopped)
-        self.check_open()
-
     def wake(self) -> None:
         """Have the running wait ask its ``stop`` again."""
         self._waker.wake()
 
     def stop(self) -> None:
-        """End every wait for good, from any thread."""
+        """End every wait, now and later. Any thread may call it."""
         self._stopped = True
         self._waker.wake()
 
     def close(self) -> None:
-        """Let go of everything, when whoever waits has left. May be called twice."""
+        """Stop, wait until no thread uses it, and let go of everything. May be called twice."""
         self.stop()
         with self._using:
             self.drop("the receiver was closed")
             self._waker.close()
 
     def check_open(self, stop: Callable[[], bool] = bool) -> None:
-        """Whether waits are to go on.
+        """Check that waits are to go on.
 
         Raises:
-            Closed: they are not.
+            Closed: the receiver was closed, or ``stop`` says true.
         """
         if self._stopped:
             raise Closed("this receiver was closed")
         if stop():
             raise Closed("this stream of leases was closed")
 
+    def _running(self) -> Channel:
+        channel = self._channel  # Read once: another thread may close the receiver between two looks.
+        if channel is None:
+            raise PeerLost("the connection to the sender is gone")
+        return channel
+
     def _connect(self) -> bool:
         if self._channel is not None:
             return True
-        found = connect(self._path)
-        if found is None:
+        connected = connect(self._path)
+        if connected is None:
             return False
         try:
-            check_peer(found)
+            check_peer(connected)
         except BaseException:
-            found.close()
+            connected.close()
             raise
-        self._channel = Channel(found, Side.RECEIVER)
+        self._channel = Channel(connected, Side.RECEIVER)
         self._channel.send(Hello(os.getpid()))
+        self._last = "the sender offered nothing"
         return True
 
     def _accepted(self, frame: Frame) -> Frame | None:
-        """An offer that still stands; ``None`` for all that comes before one."""
+        """The offer in a frame, if there is one and it still stands."""
         if isinstance(frame.message, Welcome):
             self._map(frame.message, frame.descriptors[0])
             return None
         return self._standing(frame) if isinstance(frame.message, Offer) else None
 
     def _standing(self, offer: Frame) -> Frame | None:
-        """The offer, unless it was withdrawn before anybody looked."""
+        """The offer, unless the sender aborted it before anybody looked."""
         assert self._channel is not None
         try:
             later = self._channel.read()
@@ -205,6 +213,7 @@ class Connection:
         assert isinstance(later.message, Abort), "the table lets nothing else pass"
         os.close(offer.descriptors[0])
         self.send(Done(""))
+        self._last = f"the sender gave up what it offered: {later.message.reason}"
         return None
 
     def _map(self, welcome: Welcome, descriptor: int) -> None:

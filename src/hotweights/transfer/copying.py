@@ -1,4 +1,4 @@
-"""Copying parts of tensors between slots and other memory, with digests. It knows neither messages nor receivers."""
+"""Copying: parts of tensors into slots and out of them, with digests of what was copied."""
 
 from __future__ import annotations
 
@@ -13,54 +13,54 @@ from ..memory.host import buffer
 from ..memory.wrappers import is_wrapper
 from ..ranges import Range
 
-_BLOCK = 512 * 1024  # bytes; what was just copied is still in the second cache when it is hashed
+_BLOCK = 512 * 1024  # bytes; what was just copied is still in the L2 cache when it is hashed
 _SAME_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
 
 def flat(tensor: torch.Tensor) -> torch.Tensor:
-    """Something to copy from: the same bytes in row-major order, ``uint8 [nbytes]`` where they lie so already.
+    """A view to copy from: ``uint8 [nbytes]`` if the tensor is contiguous, else its shape with a dtype of its width.
 
     Raises:
         UsageError: it is a wrapper, whose bytes lie in other tensors.
     """
-    if is_wrapper(tensor):  # Its address is null: reading there kills the process.
+    if is_wrapper(tensor):  # Its address is null, and reading there would kill the process.
         raise UsageError(wrapped(tensor))
     plain = tensor.detach().resolve_conj().resolve_neg()
     if plain.is_contiguous():
         return plain.reshape(-1).view(torch.uint8)
-    return plain.view(_SAME_WIDTH[plain.element_size()])  # Not every dtype can be copied; these can.
+    return plain.view(_SAME_WIDTH[plain.element_size()])  # Torch cannot copy every dtype; these it can.
 
 
 def wrapped(tensor: torch.Tensor) -> str:
-    """What to say of a wrapper that was to be sent."""
+    """The message for a wrapper that was to be sent."""
     return f"a {type(tensor).__name__} has no bytes of its own; send what it holds, or its full_tensor()"
 
 
 def parts(tensor: torch.Tensor, limit: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """Split what ``flat`` gave: ``(start, view)`` of at most ``limit`` bytes, in row-major order; never a copy."""
+    """Split what ``flat`` gave into ``(first byte, view)`` of at most ``limit`` bytes, in row-major order."""
     if tensor.nbytes <= limit:
         yield 0, tensor
         return
-    each = tensor.nbytes // tensor.shape[0]
-    rows = limit // each
+    row_nbytes = tensor.nbytes // tensor.shape[0]
+    rows = limit // row_nbytes
     if rows:
         for first in range(0, tensor.shape[0], rows):
-            yield first * each, tensor[first : first + rows]
+            yield first * row_nbytes, tensor[first : first + rows]
         return
     for index in range(tensor.shape[0]):
         for start, part in parts(tensor[index], limit):
-            yield index * each + start, part
+            yield index * row_nbytes + start, part
 
 
-def over(memory: torch.Tensor, one: Range) -> torch.Tensor:
-    """The bytes of a range within ``uint8 [n]``: of one dimension where they lie together, else runs by bytes."""
-    if one.count == 1:
-        return memory[one.start : one.stop]
-    return memory.as_strided((one.count, one.nbytes), (one.stride, 1), int(memory.storage_offset()) + one.start)
+def over(memory: torch.Tensor, part: Range) -> torch.Tensor:
+    """A view of a range within ``uint8 [n]``: ``[part.nbytes]`` if it is one run, else ``[count, nbytes of a run]``."""
+    if part.count == 1:
+        return memory[part.start : part.stop]
+    return memory.as_strided((part.count, part.nbytes), (part.stride, 1), int(memory.storage_offset()) + part.start)
 
 
 def put(part: torch.Tensor, memory: torch.Tensor, *, hashed: bool) -> int | None:
-    """Copy a part into ``memory``, ``uint8 [part.nbytes]``; the digest of what the part holds, if it is wanted."""
+    """Copy a part into ``memory``, ``uint8 [part.nbytes]``. Returns the digest of what the part holds, if hashed."""
     if part.dtype is torch.uint8 and part.is_cpu and part.is_contiguous():
         return _copy(part, memory, part if hashed else None)
     memory.view(part.dtype).view(part.shape).copy_(part)
@@ -68,7 +68,7 @@ def put(part: torch.Tensor, memory: torch.Tensor, *, hashed: bool) -> int | None
 
 
 def copy_out(raw: torch.Tensor, room: torch.Tensor, *, hashed: bool) -> int | None:
-    """Copy ``uint8 [n]`` into room of as many bytes; the digest of what lies there then, if it is wanted."""
+    """Copy ``uint8 [n]`` into ``room`` of as many bytes. Returns the digest of what lies there then, if hashed."""
     if room.is_contiguous():
         return _copy(raw, room, room if hashed else None)
     runs = raw.view(room.shape)
@@ -77,7 +77,7 @@ def copy_out(raw: torch.Tensor, room: torch.Tensor, *, hashed: bool) -> int | No
         return None
     digest, step = xxh3_64(), max(1, _BLOCK // room.shape[1])
     for row in range(0, room.shape[0], step):
-        # Copied twice: what is hashed must be what is used, and nobody else may be able to write to it.
+        # Copied twice: the sender could write to the slot between the copy and the hash, and nobody would notice.
         private = runs[row : row + step].clone()
         digest.update(_bytes(private, 0, private.numel()))
         room[row : row + step].copy_(private)
@@ -85,7 +85,7 @@ def copy_out(raw: torch.Tensor, room: torch.Tensor, *, hashed: bool) -> int | No
 
 
 def _copy(source: torch.Tensor, target: torch.Tensor, hashed: torch.Tensor | None) -> int | None:
-    """Between contiguous bytes of the host; autograd and inference mode are none of its business."""
+    """Copy contiguous host bytes; returns the digest of ``hashed``. (``copy_`` refuses inference tensors.)"""
     into, of, nbytes = target.data_ptr(), source.data_ptr(), source.numel()
     if hashed is None:
         ctypes.memmove(into, of, nbytes)

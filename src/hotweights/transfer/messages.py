@@ -1,4 +1,4 @@
-"""The messages of a transfer, and frames: a message with its protocol and update, as bytes. No socket lives here."""
+"""Messages of a transfer, and the frames that carry them: protocol, update, and the message as bytes."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from ..dtypes import OpaqueDtype
 from ..errors import ProtocolError, UsageError
 from ..manifest import Manifest, TensorSpec
 from ..ranges import Range
+from ..text import some
 
 PROTOCOL = 1
 MAX_FRAME = 32 * 1024 * 1024  # bytes; a manifest of 100,000 tensors takes about 10
 _MAGIC = b"hotw"
 _ADDRESSES = 2**48  # bytes that a process can address
-_REASONS = 50  # An error of 20,000 tensors must not outgrow a frame; both sides keep their own in full.
-_REASON = 2000  # characters
+_REASONS = 50  # An error of 20,000 tensors must not outgrow a frame; whoever raised it has all of it.
+REASON = 2000  # characters of a reason that are sent
 HEADER = struct.Struct("<4sHHQI")  # magic, protocol, number of descriptors, update, bytes that follow
 
 
 class _Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=str.lower):
-    """Every field is checked when it is decoded: there is nothing to unpickle."""
+    """Decoding checks the type of every field, and runs no code as unpickling does."""
 
 
 class Hello(_Message, frozen=True):
@@ -68,8 +69,8 @@ class Refuse(_Message, frozen=True):
     reasons: tuple[str, ...]
 
 
-class Part(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
-    """Bytes of a tensor, one behind the other from ``offset`` of a slot on; and the digest of what they shall be."""
+class Chunk(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
+    """Bytes of a tensor, packed in a slot from ``offset`` on; and the digest of what the sender holds."""
 
     tensor: int
     range: Range
@@ -78,14 +79,14 @@ class Part(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=T
 
 
 class Filled(_Message, frozen=True):
-    """A slot is to be read, and holds still until it is released."""
+    """A slot that may be read; it does not change until it is released."""
 
     slot: int
-    parts: tuple[Part, ...]
+    chunks: tuple[Chunk, ...]
 
 
 class Release(_Message, frozen=True):
-    """This receiver reads these slots no more. It is the acknowledgement."""
+    """This receiver does not read these slots any more."""
 
     slots: tuple[int, ...]
 
@@ -103,19 +104,19 @@ class Commit(_Message, frozen=True):
 
 
 class Abort(_Message, frozen=True):
-    """The group decided not to, and why."""
+    """The group decided not to take the version, and why."""
 
     reason: str
 
 
 class Done(_Message, frozen=True):
-    """The decision was carried out, or what failed."""
+    """The decision was carried out; the problem, if any, came after that."""
 
     problem: str
 
 
 class Broken(_Message, frozen=True):
-    """The other side broke the protocol or is given up, and why. The connection ends; it may come at any time."""
+    """The connection ends, and why: the other side broke the protocol, or is given up. It may come at any time."""
 
     reason: str
 
@@ -126,8 +127,8 @@ _decoder = msgspec.msgpack.Decoder(Message)
 _encoder = msgspec.msgpack.Encoder()
 
 
-class Header(NamedTuple):
-    """What stands before a message."""
+class FrameHeader(NamedTuple):
+    """What a frame says before its message."""
 
     descriptors: int
     update: int
@@ -135,7 +136,7 @@ class Header(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """A message and what it belongs to."""
+    """A message, the update it belongs to, and the descriptors that came with it."""
 
     update: int
     message: Message
@@ -151,14 +152,14 @@ KINDS = tuple(map(kind_of, _KINDS))
 """Every kind there is."""
 
 DESCRIPTORS: Mapping[str, int] = {"welcome": 1, "offer": 1}
-"""How many descriptors come with a message; with all others none."""
+"""How many descriptors come with a message of this kind; none with the others."""
 
 
 def encode(update: int, message: Message, descriptors: int = 0) -> bytes:
     """The bytes of a frame.
 
     Raises:
-        UsageError: it is larger than any receiver takes, or holds what is no text.
+        UsageError: it is larger than any receiver takes, or a name in it is no Unicode text.
     """
     try:
         body = _encoder.encode(message)
@@ -169,8 +170,8 @@ def encode(update: int, message: Message, descriptors: int = 0) -> bytes:
     return HEADER.pack(_MAGIC, PROTOCOL, descriptors, update, len(body)) + body
 
 
-def decode_header(raw: bytes | bytearray) -> Header:
-    """What the first bytes of a frame promise.
+def decode_header(raw: bytes | bytearray) -> FrameHeader:
+    """The header of a frame.
 
     Raises:
         ProtocolError: it is no frame, or one of another protocol, or larger than any may be.
@@ -182,55 +183,66 @@ def decode_header(raw: bytes | bytearray) -> Header:
         raise ProtocolError(f"the other side speaks protocol {protocol}, this one {PROTOCOL}; install the same version")
     if nbytes > MAX_FRAME:
         raise ProtocolError(f"a frame of {nbytes} bytes is too large; {MAX_FRAME} is the most")
-    return Header(descriptors, update, nbytes)
+    return FrameHeader(descriptors, update, nbytes)
 
 
 def decode(raw: bytes | bytearray) -> Message:
     """The message in the body of a frame.
 
     Raises:
-        ProtocolError: it is none.
+        ProtocolError: it holds none.
     """
     try:
-        found: Message = _decoder.decode(raw)
+        message: Message = _decoder.decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, OverflowError) as error:
         raise ProtocolError(f"a frame holds no message: {error}") from error
-    return found
+    return message
 
 
 def specs_of(offer: Offer) -> Manifest:
-    """The manifest that an offer stands for.
+    """The manifest in an offer.
 
     Raises:
         ProtocolError: it names a tensor twice, an unknown dtype or an impossible shape.
     """
     try:
-        found = Manifest(TensorSpec(name, _dtype(dtype), shape) for name, dtype, shape in offer.tensors)
+        manifest = Manifest(TensorSpec(name, _dtype(dtype), shape) for name, dtype, shape in offer.tensors)
     except UsageError as error:
         raise ProtocolError(f"the offer is broken: {error}") from error
-    impossible = [str(spec) for spec in found.values() if min(spec.shape, default=0) < 0 or spec.nbytes > _ADDRESSES]
+    impossible = [str(spec) for spec in manifest.values() if min(spec.shape, default=0) < 0 or spec.nbytes > _ADDRESSES]
     if impossible:
         raise ProtocolError("the offer is broken; no tensor can have these shapes", impossible)
-    return found
+    return manifest
 
 
 def described(manifest: Mapping[str, TensorSpec]) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
-    """A manifest as it stands in an offer."""
+    """A manifest as it stands in an offer.
+
+    Raises:
+        UsageError: the installed torch has no type for some tensors.
+    """
     opaque = [str(spec) for spec in manifest.values() if isinstance(spec.dtype, OpaqueDtype)]
     if opaque:
-        raise UsageError(f"the installed torch has no type for these, so they cannot be sent: {'; '.join(opaque)}")
+        raise UsageError(f"the installed torch has no type for these, so they cannot be sent: {some(opaque)}")
     return tuple((spec.name, str(spec.dtype).removeprefix("torch."), spec.shape) for spec in manifest.values())
 
 
 def _dtype(name: str) -> torch.dtype:
-    found = getattr(torch, name, None)
-    if not isinstance(found, torch.dtype):
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
         raise UsageError(f"the installed torch knows no dtype {name!r}")
-    return found
+    return dtype
+
+
+def words_of(part: Range) -> str:
+    """A range for people: ``bytes 0 to 24``, ``3 runs of 8 bytes from byte 64 on, 16 apart``."""
+    if part.count == 1:
+        return f"bytes {part.start} to {part.stop}"
+    return f"{part.count} runs of {part.nbytes} bytes from byte {part.start} on, {part.stride} apart"
 
 
 def reasons_of(error: BaseException) -> tuple[str, ...]:
     """What the other side is told of an error: its problems, or its text; as much as fits."""
     problems: Iterable[str] = getattr(error, "problems", ()) or (f"{type(error).__name__}: {error}",)
-    told = [str(problem)[:_REASON] for problem in problems]
-    return tuple(told[:_REASONS]) + ((f"... and {len(told) - _REASONS} more",) if len(told) > _REASONS else ())
+    reasons = [str(problem)[:REASON] for problem in problems]
+    return tuple(reasons[:_REASONS]) + ((f"... and {len(reasons) - _REASONS} more",) if len(reasons) > _REASONS else ())

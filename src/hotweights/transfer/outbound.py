@@ -1,4 +1,4 @@
-"""Outbound: one version on its way from a sender to its receivers, which all commit or all abort."""
+"""Outbound: one version on its way from a sender to its receivers: offered, sent, decided for all of them at once."""
 
 from __future__ import annotations
 
@@ -11,20 +11,40 @@ from ..errors import PeerLost, ProtocolError, TransferAborted, TransferIncomplet
 from ..manifest import Manifest, TensorSpec
 from ..ranges import Range, disjoint
 from ..sources.contracts import InMemory, Source
+from ..text import some
 from .ballot import Ballot, Decision
-from .messages import Abort, Accept, Commit, Done, End, Filled, Frame, Offer, Refuse, Release, Wanted, described
+from .messages import (
+    REASON,
+    Abort,
+    Accept,
+    Commit,
+    Done,
+    End,
+    Filled,
+    Frame,
+    Offer,
+    Refuse,
+    Release,
+    Wanted,
+    described,
+    words_of,
+)
 from .packing import Packing, Piece, pieces
-from .peers import Group, Peer, told
+from .peers import Peer, PeerGroup, told
 from .report import SendReport
 from .slots import WriteSlots
-from .states import State
+from .states import SessionState
 from .waits import left
 
-_OPEN = (State.OFFERED, State.STREAMING, State.ENDED, State.PREPARED, State.REFUSED)
+_OPEN = (SessionState.OFFERED, SessionState.STREAMING, SessionState.ENDED, SessionState.PREPARED, SessionState.REFUSED)
 
 
 def merged(orders: Sequence[Sequence[int]]) -> list[int]:
-    """One order for all: each number once, as early as whoever wants it earliest, in parts of that one's whole."""
+    """One order of tensors for several receivers, from the order that each of them wants.
+
+    A tensor's place is a fraction of each order's length, and the smallest of these counts: what somebody wants in the
+    middle of its order comes by the middle of this one.
+    """
     rank: dict[int, float] = {}
     for order in orders:
         for place, number in enumerate(order):
@@ -33,11 +53,11 @@ def merged(orders: Sequence[Sequence[int]]) -> list[int]:
 
 
 class Outbound:
-    """One update. ``run`` it once."""
+    """One update of a group. ``run`` it once."""
 
     def __init__(
         self,
-        group: Group,
+        group: PeerGroup,
         members: Sequence[Peer],
         slots: WriteSlots,
         *,
@@ -47,20 +67,21 @@ class Outbound:
         drop: bool,
         advance: Callable[[int], None],
     ) -> None:
+        """``drop``: go on without members that are lost. ``advance`` is called with the bytes that were sent."""
         self._group = group
-        self._members = list(members)
-        self._leaving: list[Peer] = []  # Those that refused, and are yet to say that they put everything back.
+        self._members = list(members)  # those that take part
+        self._leaving: list[Peer] = []  # those that refused, and are yet to say that they put everything back
         self._slots = slots
         self._update = update
         self._timeout = timeout
         self._hashed = digests
         self._packing = Packing(slots, hashed=digests)
         self._may_lose = drop
-        self._over = False  # Nobody is waited for any more but to say goodbye: whoever is lost changes nothing.
+        self._over = False  # Whether it is decided: whoever is lost after that changes nothing.
         self._advance = advance
         self._began = time.monotonic()
-        self._waited: dict[str, float] = {}
-        self._lost: dict[str, str] = {}
+        self._waited: dict[str, float] = {}  # seconds by name
+        self._lost: dict[str, str] = {}  # reasons by name
         self._tensors = self._nbytes = 0
 
     def run(self, source: Source, version: str | int) -> SendReport:
@@ -68,7 +89,7 @@ class Outbound:
 
         Raises:
             TransferAborted: nobody took the version.
-            TransferIncomplete: those not named in ``lost`` took it.
+            TransferIncomplete: the group took the version, and some members did not say that they have it.
             Exception: the source failed; nobody took the version.
         """
         ballot = Ballot.new()
@@ -83,7 +104,7 @@ class Outbound:
                 if ballot.decide(Decision.COMMIT) is Decision.ABORT:
                     raise TransferAborted("the update was aborted", ["a receiver gave up waiting for the decision"])
             except BaseException as error:
-                # An interruption may come between the decision and here: then it stands.
+                # Ctrl-C may come when the group has just decided to commit. Then the version is taken all the same.
                 if ballot.decide(Decision.ABORT) is Decision.ABORT:
                     self._abort(error)
                 else:
@@ -92,8 +113,8 @@ class Outbound:
             return self._commit(version)
         finally:
             ballot.close()
-            for peer in (*self._members, *self._leaving):  # None but after an interruption.
-                if peer.state is not State.IDLE:
+            for peer in (*self._members, *self._leaving):  # Some are left only if the steps above were interrupted.
+                if peer.state is not SessionState.IDLE:
                     self._group.part_with(peer, "the sender gave up waiting")
 
     # The steps.
@@ -102,7 +123,7 @@ class Outbound:
         offer = Offer(version, self._hashed, described(manifest))
         for peer in self._members:
             peer.channel.send(offer, update=self._update, descriptors=(ballot.descriptor,))
-        self._wait(self._in(State.OFFERED), "answer the offer")
+        self._wait(self._in(SessionState.OFFERED), "answer the offer")
         for peer in list(self._members):
             if problem := _problem(peer.wanted, list(manifest.values())):
                 self._lose(peer, problem)
@@ -111,9 +132,9 @@ class Outbound:
         asking = list(self._members)
         requests: dict[int, list[tuple[int, tuple[Range, ...]]]] = {}
         for place, peer in enumerate(asking):
-            for one in peer.wanted:
-                requests.setdefault(one.tensor, []).append((place, one.ranges))
-        order = merged([[one.tensor for one in peer.wanted] for peer in asking])
+            for wanted in peer.wanted:
+                requests.setdefault(wanted.tensor, []).append((place, wanted.ranges))
+        order = merged([[wanted.tensor for wanted in peer.wanted] for peer in asking])
         for number, tensor in _tensors(source, order):
             self._tensors += 1
             for piece in pieces(tensor, requests[number], self._slots.slot_nbytes):
@@ -129,16 +150,16 @@ class Outbound:
         self._nbytes += nbytes
 
     def _hand_over(self, asking: Sequence[Peer]) -> None:
-        """Give the slot to all who want something of it; it holds still until the last of them releases it."""
+        """Tell all who want something of the slot. It is not written again before the last of them has released it."""
         slot, packed = self._packing.take()
         if slot is None:
             return
         for place, peer in enumerate(asking):
-            theirs = tuple(part for part, wanting in packed if place in wanting)
-            if theirs and peer in self._members:
+            chunks = tuple(chunk for chunk, wanting in packed if place in wanting)
+            if chunks and peer in self._members:
                 peer.holds.add(slot)
-                peer.channel.send(Filled(slot, theirs))
-        self._advance(sum(part.range.size for part, _ in packed))
+                peer.channel.send(Filled(slot, chunks))
+        self._advance(sum(chunk.range.size for chunk, _ in packed))
         self._look()
 
     def _free_slot(self) -> int:
@@ -152,22 +173,22 @@ class Outbound:
     def _end(self) -> None:
         for peer in self._members:
             peer.channel.send(End())
-        self._wait(self._in(State.ENDED, State.STREAMING), "prepare")
+        self._wait(self._in(SessionState.ENDED, SessionState.STREAMING), "prepare")
         self._look()
 
     def _commit(self, version: str | int) -> SendReport:
-        self._over = True  # The decision stands, whoever is lost from here on.
+        self._over = True
         members = list(self._members)
         for peer in members:
             peer.channel.send(Commit())
-        self._wait(self._in(State.COMMITTED), "say that it has the version")
+        self._wait(self._in(SessionState.COMMITTED), "say that it has the version")
         self._part()
         committed = tuple(peer.name for peer in self._members)
-        after = [peer for peer in members if peer not in self._members]
-        if after:
+        silent = [peer for peer in members if peer not in self._members]
+        if silent:
             raise TransferIncomplete(
                 f"version {version!r} was taken, and not everybody said so; {', '.join(committed) or 'nobody'} did",
-                [f"{peer.name}: {self._lost[peer.name]}" for peer in after],
+                [f"{peer.name}: {self._lost[peer.name]}" for peer in silent],
                 committed=committed,
             )
         return SendReport(
@@ -185,39 +206,39 @@ class Outbound:
         self._over = True
         for peer in list(self._members):
             if peer.state in _OPEN:
-                peer.channel.send(Abort(told(error)[:2000]))
+                peer.channel.send(Abort(told(error)[:REASON]))
         self._part()
 
     def _part(self) -> None:
-        """Wait for those that abort. Who does not answer is parted with."""
-        everybody = [*self._members, *self._leaving]
-        self._wait(lambda: [peer for peer in everybody if peer.state is State.ABORTED and _open(peer)], "abort")
+        """Wait until those that abort have put everything back. Who does not answer is parted with."""
+        peers = [*self._members, *self._leaving]
+        self._wait(lambda: [peer for peer in peers if peer.state is SessionState.ABORTED and _is_open(peer)], "abort")
 
     # Waiting.
 
-    def _in(self, *states: State) -> Callable[[], list[Peer]]:
+    def _in(self, *states: SessionState) -> Callable[[], list[Peer]]:
         return lambda: [peer for peer in self._members if peer.state in states]
 
     def _wait(self, pending: Callable[[], list[Peer]], deed: str) -> None:
-        """Until nobody is pending any more. Who is at the deadline is lost."""
+        """Wait until nobody is pending any more. Who is at the deadline is lost, since it did not do the deed."""
         deadline = time.monotonic() + self._timeout
-        while waited_for := pending():
+        while peers := pending():
             if not left(deadline):
-                for peer in waited_for:
+                for peer in peers:
                     self._lose(peer, f"it did not {deed} within {self._timeout:g} s")
                 continue
             began = time.monotonic()
             self._look(left(deadline))
-            for peer in waited_for:
+            for peer in peers:
                 self._waited[peer.name] = self._waited.get(peer.name, 0.0) + time.monotonic() - began
 
     def _look(self, seconds: float = 0.0) -> None:
-        """Take what comes from anybody within ``seconds``."""
-        taking_part = [peer for peer in (*self._members, *self._leaving) if peer.state is not State.IDLE]
-        for peer in self._group.wait(taking_part, seconds):
+        """Wait until something comes, for ``seconds`` at most, and take it."""
+        peers = [peer for peer in (*self._members, *self._leaving) if peer.state is not SessionState.IDLE]
+        for peer in self._group.wait(peers, seconds):
             try:
-                # Who is done has said all: what comes after it, a goodbye maybe, is of no update.
-                while _open(peer) and peer.state is not State.IDLE and (frame := peer.channel.read()) is not None:
+                # A peer that is done is not read: what comes after that, a goodbye maybe, is not of this update.
+                while _is_active(peer) and (frame := peer.channel.read()) is not None:
                     self._take(peer, frame)
             except (PeerLost, ProtocolError) as error:
                 self._lose(peer, str(error))
@@ -228,30 +249,34 @@ class Outbound:
                 peer.wanted = wanted
             case Release(slots):
                 peer.holds.difference_update(slots)
-            case Refuse(reasons) if peer.state is State.REFUSED:
+            case Refuse(reasons) if peer.state is SessionState.REFUSED:
                 self._lose(peer, "; ".join(reasons))
             case Done(problem):
                 peer.problem = problem
 
     def _lose(self, peer: Peer, reason: str) -> None:
-        """Go on without it, or, if nobody may be lost, not at all."""
-        refused = peer.state is State.REFUSED and _open(peer)
-        self._members = [one for one in self._members if one is not peer]
-        self._leaving = [one for one in self._leaving if one is not peer]
+        """Go on without a peer.
+
+        Raises:
+            TransferAborted: nobody may be lost, or nobody is left.
+        """
+        refused = peer.state is SessionState.REFUSED and _is_open(peer)
+        self._members = [member for member in self._members if member is not peer]
+        self._leaving = [member for member in self._leaving if member is not peer]
         peer.holds.clear()
         self._lost.setdefault(peer.name, reason)
         if refused:
-            peer.channel.send(Abort(reason[:2000]))
+            peer.channel.send(Abort(reason[:REASON]))
             self._leaving.append(peer)
         else:
             self._group.part_with(peer, reason)
         if not self._over and not (self._may_lose and self._members):
-            told = [f"{name}: {reason}" for name, reason in self._lost.items()]
-            raise TransferAborted("the update was aborted", told)
+            reasons = [f"{name}: {reason}" for name, reason in self._lost.items()]
+            raise TransferAborted("the update was aborted", reasons)
 
 
 def _tensors(source: Source, order: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
-    """The tensors in ``order`` where any can be had at any time, else as they come."""
+    """Number and tensor of all that are in ``order``: in that order if they lie in memory, else in the source's."""
     names = list(source.manifest)
     if isinstance(source, InMemory):
         for number in order:
@@ -264,17 +289,23 @@ def _tensors(source: Source, order: Sequence[int]) -> Iterator[tuple[int, torch.
                 yield numbers[lease.name], lease.tensor
 
 
-def _open(peer: Peer) -> bool:
+def _is_open(peer: Peer) -> bool:
     return peer.channel.socket.fileno() >= 0
 
 
+def _is_active(peer: Peer) -> bool:
+    return _is_open(peer) and peer.state is not SessionState.IDLE
+
+
 def _problem(wanted: Sequence[Wanted], offered: Sequence[TensorSpec]) -> str:
-    """What is wrong with what a receiver wants, if anything."""
-    if any(not 0 <= one.tensor < len(offered) for one in wanted) or len({one.tensor for one in wanted}) != len(wanted):
+    """What is wrong with what a receiver wants; nothing, if that is empty."""
+    numbers = {request.tensor for request in wanted}
+    if not numbers <= set(range(len(offered))) or len(numbers) != len(wanted):
         return "it wants tensors that were not offered, or one twice"
-    for one in wanted:
-        spec = offered[one.tensor]
-        inside = all(each.size and each.fits(spec.nbytes) for each in one.ranges)
-        if one.ranges and not (inside and disjoint(one.ranges)):
-            return f"it wants bytes of {spec} that there are not, or some twice: {one.ranges}"
+    for request in wanted:
+        spec, ranges = offered[request.tensor], request.ranges
+        inside = all(part.size and part.fits(spec.nbytes) for part in ranges)
+        if ranges and not (inside and disjoint(ranges)):
+            shown = some([words_of(part) for part in ranges])
+            return f"it wants bytes of {spec} that there are not, or some twice: {shown}"
     return ""

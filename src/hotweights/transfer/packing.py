@@ -1,4 +1,4 @@
-"""Packing: what is wanted of tensors, into slots, one after the other. It neither waits nor sends."""
+"""Packing: tensors are cut into the pieces that receivers want, and pieces are put into slots."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 
 from ..ranges import Range, pieces_of, shared
 from .copying import flat, over, parts, put
-from .messages import Part
+from .messages import Chunk
 from .slots import WriteSlots, aligned
 
 
 class Piece(NamedTuple):
-    """Bytes of a tensor that fit into a slot, and who wants them: places in a list of receivers."""
+    """Bytes of a tensor that fit into a slot; ``asking`` are the places, in a list of receivers, of who wants them."""
 
     range: Range
     content: torch.Tensor
@@ -22,12 +22,12 @@ class Piece(NamedTuple):
 
 
 def pieces(tensor: torch.Tensor, requests: Sequence[tuple[int, tuple[Range, ...]]], limit: int) -> Iterator[Piece]:
-    """What is wanted of a tensor, each byte once however many want it; views of it where it lies in row-major order.
+    """What is wanted of a tensor, each byte once however many want it. No copies are made of a contiguous tensor.
 
     Args:
-        tensor: what is sent; read only while this is iterated.
-        requests: by place of a receiver, the ranges that it wants; none for all of the tensor.
-        limit: bytes that a piece may have.
+        tensor: read only while this is iterated.
+        requests: the place of a receiver and the ranges that it wants, for each; no ranges for all of the tensor.
+        limit: bytes that a piece may have at most.
     """
     bytes_of = flat(tensor)
     everything = (Range(0, bytes_of.nbytes),)
@@ -38,42 +38,42 @@ def pieces(tensor: torch.Tensor, requests: Sequence[tuple[int, tuple[Range, ...]
         yield from (Piece(Range(start, part.nbytes), part, asking) for start, part in parts(bytes_of, limit))
         return
     if not plain or not bytes_of.is_contiguous():
-        bytes_of = bytes_of.contiguous().view(-1).view(torch.uint8)  # Slices of its row-major order lie nowhere else.
-    for one, places in shared(ranges):
+        bytes_of = bytes_of.contiguous().view(-1).view(torch.uint8)  # Ranges are of its row-major order.
+    for wanted, places in shared(ranges):
         asking = frozenset(requests[place][0] for place in places)
-        yield from (Piece(piece, over(bytes_of, piece), asking) for piece in pieces_of(one, limit))
+        yield from (Piece(part, over(bytes_of, part), asking) for part in pieces_of(wanted, limit))
 
 
 class Packing:
     """The slot that is being filled.
 
     Attributes:
-        slot: its number; whoever sets it knows that nobody reads it.
+        slot: its number, set by the caller to a slot that nobody reads; ``None`` when there is none.
         packed: what it holds, and who wants it.
     """
 
     def __init__(self, slots: WriteSlots, *, hashed: bool) -> None:
         self.slot: int | None = None
-        self.packed: list[tuple[Part, frozenset[int]]] = []
+        self.packed: list[tuple[Chunk, frozenset[int]]] = []
         self._slots = slots
         self._hashed = hashed
         self._offset = 0
 
     def has_room(self, nbytes: int) -> bool:
-        """Whether so many bytes fit behind what the slot holds."""
+        """Whether there is a slot, and so many bytes fit behind what it holds."""
         return self.slot is not None and self._offset + nbytes <= self._slots.slot_nbytes
 
     def put(self, tensor: int, piece: Piece) -> None:
-        """Copy a piece into the slot. The digest is that of the tensor's own bytes."""
+        """Copy a piece into the slot, which has room for it."""
         assert self.slot is not None
         stop = self._offset + piece.range.size
         memory = self._slots.memories[self.slot][self._offset : stop]
         digest = put(piece.content, memory, hashed=self._hashed)
-        self.packed.append((Part(tensor, piece.range, self._offset, digest), piece.asking))
+        self.packed.append((Chunk(tensor, piece.range, self._offset, digest), piece.asking))
         self._offset = aligned(stop)
 
-    def take(self) -> tuple[int | None, list[tuple[Part, frozenset[int]]]]:
-        """The slot and what it holds, to be handed over; the next begins with none."""
-        found = self.slot, self.packed
+    def take(self) -> tuple[int | None, list[tuple[Chunk, frozenset[int]]]]:
+        """The slot and what it holds. After this there is no slot."""
+        filled = self.slot, self.packed
         self.slot, self.packed, self._offset = None, [], 0
-        return found
+        return filled

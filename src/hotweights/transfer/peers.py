@@ -1,4 +1,4 @@
-"""Group: the receivers that are connected to one sender. It greets and counts them; what is sent is not its matter."""
+"""Peers: the receivers that are connected to one sender, which greets and counts them."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from .address import Listener, check_peer
 from .channel import Channel, close_in_children
 from .messages import Hello, Wanted, Welcome
 from .slots import WriteSlots
-from .states import Side, State
+from .states import SessionState, Side
 from .waits import Waker, left
 
 
 @dataclass(eq=False)
 class Peer:
-    """One receiver, as the sender knows it. The round that runs changes all but the first two.
+    """One receiver, as the sender knows it. The running ``Outbound`` changes all but the first two attributes.
 
     Attributes:
-        channel: the way to it.
-        name: for people.
+        channel: its connection.
+        name: for people: ``process 4711``.
         wanted: what it wants of the running update.
         holds: slots that it has not released.
         problem: what it said was wrong when it was done.
@@ -34,13 +34,13 @@ class Peer:
     problem: str = ""
 
     @property
-    def state(self) -> State:
-        """Where the two stand."""
+    def state(self) -> SessionState:
+        """The state of its connection."""
         return self.channel.session.state
 
 
-class Group:
-    """Everybody who connected. Not thread-safe but for ``stop``; owns its sockets."""
+class PeerGroup:
+    """Everybody who connected. One thread uses it; any may ``stop`` it. Owns its sockets; close it."""
 
     def __init__(self, path: str, slots: WriteSlots, timeout: float) -> None:
         self.peers: list[Peer] = []
@@ -59,7 +59,8 @@ class Group:
         """Wait until at least ``count`` receivers are there; returns all of them.
 
         Raises:
-            TransferTimeout: they did not come in time; the message says what those said that came and went.
+            TransferTimeout: they did not come in time; ``problems`` says why those left that came.
+            Closed: ``stop`` was called.
         """
         deadline = time.monotonic() + self._timeout
         gone: list[str] = []
@@ -67,20 +68,25 @@ class Group:
             self._accept()
             for peer in list(self.peers):
                 self._greet(peer, gone)
-            there = [peer for peer in self.peers if peer.state is State.IDLE]
-            if len(there) >= count:
-                return there
+            ready = [peer for peer in self.peers if peer.state is SessionState.IDLE]
+            if len(ready) >= count:
+                return ready
             if not left(deadline):
                 raise TransferTimeout(
-                    f"{len(there)} of {count} receivers were there after {self._timeout:g} s", gone[-20:]
+                    f"{len(ready)} of {count} receivers were there after {self._timeout:g} s", gone[-20:]
                 )
             self.wait(self.peers, left(deadline), listen=True)
 
     def wait(self, peers: Iterable[Peer], seconds: float, *, listen: bool = False) -> list[Peer]:
-        """Those of ``peers`` that something came from, after ``seconds`` at most; what is unsent goes out.
+        """Wait until something comes from some of ``peers``, and return those. What is unsent goes out.
+
+        Args:
+            peers: who is waited for.
+            seconds: how long at most.
+            listen: whether the wait also ends when somebody connects.
 
         Raises:
-            Closed: the sender was closed.
+            Closed: ``stop`` was called.
         """
         listed = list(peers)
         sockets = [(peer.channel.socket, peer.channel.unsent) for peer in listed]
@@ -88,18 +94,18 @@ class Group:
         ready = self._waker.wait(sockets, seconds, lambda: self._stopped)
         if self._stopped:
             raise Closed("the sender was closed")
-        found = [peer for peer in listed if peer.channel.socket.fileno() in ready]
-        for peer in found:
+        heard = [peer for peer in listed if peer.channel.socket.fileno() in ready]
+        for peer in heard:
             peer.channel.flush()
-        return found
+        return heard
 
     def part_with(self, peer: Peer, reason: str) -> None:
         """End the connection, and say why."""
-        self.peers = [one for one in self.peers if one is not peer]
+        self.peers = [other for other in self.peers if other is not peer]
         peer.channel.say_goodbye(reason)
 
     def stop(self) -> None:
-        """End every wait, from any thread."""
+        """End every wait, now and later. Any thread may call it."""
         self._stopped = True
         self._waker.wake()
 
@@ -125,7 +131,7 @@ class Group:
             self.peers.append(Peer(Channel(accepted, Side.SENDER), unique))
 
     def _greet(self, peer: Peer, gone: list[str]) -> None:
-        """Welcome who said hello; between updates nobody says anything else."""
+        """Answer a hello, the only message that may come between updates. Who is gone is noted."""
         try:
             while (frame := peer.channel.read()) is not None:
                 assert isinstance(frame.message, Hello), "the table lets nothing else pass"

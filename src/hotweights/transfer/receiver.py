@@ -1,79 +1,81 @@
-"""Receiver: a worker's end of a transfer: an ordered source whose tensors a sender sends. The parts beside it work."""
+"""Receiver: a worker's end of a transfer, as its users hold it: a source whose tensors a sender sends."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 import torch
 
+from ..arguments import check_choices
 from ..errors import Closed, UsageError
 from ..manifest import Manifest
-from ..memory.guards import Guard, check_guard
-from ..signals import held_back
+from ..memory.guards import Guard
 from ..sources.contracts import Request
 from ..sources.streams import LeaseStream
 from .address import path_of
-from .arrival import Private
 from .connection import Connection
 from .inbound import Inbound
+from .pending_leases import PrivateMemory
 
 
 class Receiver:
     """Takes the versions that a ``Sender`` on this host sends, one after another. A source; a context manager.
 
-    Whatever asks for the manifest, or streams, when no version is under way waits for the next one. Each version is
-    streamed once. ``LiveModel.update`` takes part in the group's decision: the model becomes version M only if
-    every member's does; ``hotweights.load`` too, but it puts nothing back. For all others a version is taken when
-    its stream has ended without an error; who leaves it early refuses it, and so does an exception within its
-    ``with``, or that of the receiver, whose text the sender gets.
+    Asking for the manifest, or for a stream, waits for the next version when none is under way. Each version is
+    streamed once.
+
+    ``LiveModel.update`` takes part in the group's decision: the model becomes version M only if every member's
+    does. ``hotweights.load`` takes part, too, but puts nothing back. For all others a version is taken when its
+    stream has ended without an error. Leaving the stream early refuses the version; so does an exception within the
+    ``with`` of the stream or of the receiver, and the sender gets its text.
     """
 
     def __init__(self, address: str, *, timeout: float = 60.0, offer_timeout: float = 3600.0) -> None:
-        """Nothing is connected yet; the sender may start later, and start again.
+        """Nothing is connected yet: the sender may start later, and be replaced by another.
 
         Args:
-            address: as the sender's, ``unix:PATH``.
+            address: the sender's, ``unix:PATH``.
             timeout: seconds that each single wait within an update may take.
             offer_timeout: seconds to wait for the next version.
         """
         if not (timeout > 0 and offer_timeout > 0):
-            raise UsageError(f"waits take some time; got {timeout:g} and {offer_timeout:g} s")
+            raise UsageError(f"timeout= and offer_timeout= are more than 0 s; found {timeout:g} and {offer_timeout:g}")
         self.address = address
-        self._uplink = Connection(path_of(address))
+        self._connection = Connection(path_of(address))
         self._timeout, self._offer_timeout = timeout, offer_timeout
-        self._private = Private()
-        self._taking: Inbound | None = None
+        self._private = PrivateMemory()
+        self._inbound: Inbound | None = None  # the version that came last
         self._closed = False
 
     @property
     def manifest(self) -> Manifest:
-        """That of the version that is offered or under way. Waits for the next one when there is none.
+        """What is in the version that is offered or under way. Waits for the next one when there is none.
 
         Raises:
-            TransferTimeout: none came.
-            ProtocolError: the sender is of another protocol, or another user's.
+            TransferTimeout: none came within ``offer_timeout``.
+            ProtocolError: the sender speaks another protocol, or belongs to another user.
         """
         return self._offered().manifest
 
     @property
     def version(self) -> str | int | None:
         """The name of the version that came last; ``None`` before the first. Never waits."""
-        return None if self._taking is None else self._taking.version
+        return None if self._inbound is None else self._inbound.member.version
 
     def leases(self, *, guard: Guard = "off") -> LeaseStream:
         """Stream the version that is offered, or the next one, in the sender's order.
 
-        A lease lies in the sender's slot, which is filled again when all leases in it have ended, here and at all other
-        receivers. With digests or a guard, and for tensors larger than a slot, it lies in memory of the receiver's own
-        that is used again.
+        A lease lies in one of the sender's slots, which is filled again when all leases in it have ended, here and at
+        all other receivers. With digests or a guard, and for tensors larger than a slot, it lies in the receiver's own
+        memory, which is reused for the next tensor.
 
         Raises, while it is iterated:
             TransferAborted: the sender, or the group, gave this version up; the message says why.
             TransferError: the sender is lost, or what was copied is not what it held.
         """
-        check_guard(guard)
-        return _Stream(self._offered(), self._uplink, guard)
+        check_choices(guard=(guard, Guard))
+        return _VersionStream(self._offered(), guard)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield every tensor, owned by the caller.
@@ -86,18 +88,17 @@ class Receiver:
         return self._tensors()
 
     def wanted(self, requests: Iterable[str | Request]) -> None:
-        """Say before the stream what is wanted, tensors or ranges of them, in which order; whoever does also decides.
+        """Say before the stream which tensors are wanted, or which ranges of them, best in this order.
 
-        The order is a request. Then the end of the stream consents to nothing: use ``decision``.
+        After that the end of the stream consents to nothing: use ``decision``. The sender may use another order.
 
         Raises:
-            UsageError: something is wanted that is not offered.
+            UsageError: something is wanted that is not offered, or the stream has begun.
         """
         self._offered().want(requests)
 
-    @contextmanager
-    def decision(self) -> Iterator[None]:
-        """Wait until the group has decided; inside, commit. Leaving says that this was done.
+    def decision(self) -> AbstractContextManager[None]:
+        """Entering waits until the group has decided; inside, commit. Leaving says that this was done.
 
         Ctrl-C ends the wait while the decision can still be that nobody commits; from there on it waits until the
         commit is done, and is raised then. A second one does not wait.
@@ -106,32 +107,24 @@ class Receiver:
             TransferAborted: the group decided not to.
             TransferError: the sender is lost and had not decided: nobody takes the version.
         """
-        taking = self._offered()
-        with held_back(self._uplink.wake) as interruption, taking.deciding():
-            taking.prepare(interruption)
-            try:
-                yield
-            except BaseException as error:
-                taking.done(error)
-                raise
-            taking.done(None)
+        return self._offered().member.decision()
 
     def refuse(self, error: BaseException) -> None:
         """Tell the sender that this version cannot be taken, and why. Does nothing when none is under way."""
-        if self._taking is not None:
-            self._taking.refuse(error)
+        if self._inbound is not None:
+            self._inbound.member.refuse(error)
 
     def close(self) -> None:
         """Refuse what is under way, end every wait, let go. May be called twice, and by any thread.
 
-        A commit that the group decided on is not cut short: another thread's is waited for.
+        A commit that the group decided on is not cut short: if another thread is at it, this waits for its end.
         """
         self._closed = True
-        self._uplink.stop()
-        taking = self._taking
-        if taking is not None and not taking.over:
-            taking.refuse(Closed("the receiver was closed"))
-        self._uplink.close()
+        self._connection.stop()
+        inbound = self._inbound
+        if inbound is not None and not inbound.member.over:
+            inbound.member.refuse(Closed("the receiver was closed"))
+        self._connection.close()
 
     def __enter__(self) -> Receiver:
         return self
@@ -145,13 +138,16 @@ class Receiver:
         return f"<Receiver from {self.address}: version {self.version!r}>"
 
     def _offered(self) -> Inbound:
+        """The version that is under way, or else the next one."""
         self._check_open()
-        if self._taking is not None and self._taking.aborted:  # Nobody refused what the group had given up.
-            self._taking.refuse(UsageError("refuse was not called"))
-        if self._taking is None or self._taking.over:
-            frame = self._uplink.offer(self._offer_timeout)
-            self._taking = Inbound(self._uplink, frame, self._private, self._timeout)
-        return self._taking
+        inbound = self._inbound
+        if inbound is not None and inbound.member.aborted:
+            # The consumer never said that it had put everything back, and the sender would wait for that.
+            inbound.member.refuse(UsageError("refuse was not called"))
+        if inbound is None or inbound.member.over:
+            frame = self._connection.offer(self._offer_timeout)
+            inbound = self._inbound = Inbound(self._connection, frame, self._private, self._timeout)
+        return inbound
 
     def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         with self.leases() as stream:
@@ -163,24 +159,19 @@ class Receiver:
             raise Closed("this receiver was closed")
 
 
-class _Stream(LeaseStream):
-    """Leases of one version. Leaving it early refuses the version, an exception inside with its text."""
+class _VersionStream(LeaseStream):
+    """Leases of one version. Leaving it early refuses the version; an exception inside does so with its text."""
 
-    def __init__(self, taking: Inbound, uplink: Connection, guard: Guard) -> None:
-        self._taking = taking
-        self._wake = uplink.wake
-        super().__init__(taking.leases(guard), stop=self._cancel)
+    def __init__(self, inbound: Inbound, guard: Guard) -> None:
+        self._member = inbound.member
+        super().__init__(inbound.leases(guard), stop=self._member.cancel)
 
     def close(self) -> None:
         """End the running lease and every wait. May be called twice."""
         super().close()
-        self._taking.leave()
+        self._member.leave()
 
     def __exit__(self, *error: object) -> None:
         if isinstance(error[1], BaseException):
-            self._taking.fail(error[1])
+            self._member.fail(error[1])
         super().__exit__(*error)
-
-    def _cancel(self) -> None:
-        self._taking.cancelled = True
-        self._wake()

@@ -1,11 +1,13 @@
-"""SendReport: what one sending did. It is only facts."""
+"""SendReport: what one ``send`` did."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..text import size
+import msgspec
+
+from ..text import size, table
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,8 +20,8 @@ class SendReport:
         lost: receivers that were dropped on the way, and why. They may hold any version.
         problems: by receiver that has it, what failed there after its commit: a hook, say.
         tensors: how many were sent; nobody wanted the others.
-        nbytes: their bytes. They were copied once, however many receivers there were.
-        seconds: from the call to the last answer.
+        nbytes: bytes that were sent, each counted once, however many receivers took it.
+        seconds: from the offer to the last answer.
         waited: seconds of those, by receiver that was waited for; several may be waited for at once.
     """
 
@@ -33,25 +35,16 @@ class SendReport:
     waited: Mapping[str, float]
 
     def as_dict(self) -> dict[str, object]:
-        """The same, of plain values."""
-        return {
-            "version": self.version,
-            "committed": list(self.committed),
-            "lost": dict(self.lost),
-            "problems": dict(self.problems),
-            "tensors": self.tensors,
-            "nbytes": self.nbytes,
-            "seconds": self.seconds,
-            "waited": dict(self.waited),
-        }
+        """The attributes as numbers, text, lists and dicts: what JSON can hold."""
+        return {**msgspec.to_builtins(self), "committed": list(self.committed)}
 
     def __str__(self) -> str:
         rate = self.nbytes / max(self.seconds, 1e-9) / 1e9
-        rows = [
+        rows = (
             ("sent", f"{size(self.nbytes)} in {self.tensors} tensors in {self.seconds:.3f} s ({rate:.2f} GB/s)"),
             ("version", f"{self.version!r}, taken by {', '.join(self.committed) or 'nobody'}"),
             *(("waited", f"{seconds:.3f} s for {name}") for name, seconds in self.waited.items()),
             *(("lost", f"{name}: {reason}") for name, reason in self.lost.items()),
             *(("problem", f"{name}: {reason}") for name, reason in self.problems.items()),
-        ]
-        return "\n".join(f"{label:>10}  {text}" for label, text in rows)
+        )
+        return table(rows)

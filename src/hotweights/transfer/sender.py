@@ -1,44 +1,43 @@
-"""Sender: the trainer's end of a transfer, as its users hold it. The group and the round do the work."""
+"""Sender: the trainer's end of a transfer, as its users hold it. Each version that it sends is an ``Outbound``."""
 
 from __future__ import annotations
 
-import os
 import secrets
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 
-from ..errors import Closed, UnknownName, UsageError
+from ..arguments import check_choices, check_version
+from ..errors import Closed, UsageError
 from ..manifest import Manifest
 from ..memory.wrappers import is_wrapper
 from ..progress import progress
 from ..sources.contracts import InMemory, Source
 from ..sources.iterator import from_iterator
-from ..sources.opening import open as open_source
+from ..sources.opening import AnySource, is_pairs, opened
 from ..sources.state_dict import StateSource
+from ..text import some
 from .address import path_of
 from .copying import wrapped
 from .outbound import Outbound
-from .peers import Group
+from .peers import PeerGroup
 from .report import SendReport
 from .slots import WriteSlots
 
 OnLost = Literal["abort", "drop"]
-"""What becomes of an update when a receiver is lost: nobody takes it, or the others do."""
+"""When a receiver is lost during an update: nobody takes the version, or all others do."""
 
-Sendable = (
-    str | os.PathLike[str] | Mapping[str, torch.Tensor] | torch.nn.Module | Source | Iterable[tuple[str, torch.Tensor]]
-)
+Sendable = AnySource | Iterable[tuple[str, torch.Tensor]]
 
 
 class Sender:
     """Sends versions to the receivers on this host that connect to an address. A context manager.
 
-    Bytes go through a few slots of shared memory, filled once for all receivers. One thread sends at a time; between
-    two calls of ``send`` nothing runs, and whoever connects waits.
+    Bytes go through a few slots of shared memory, filled once for all receivers. One thread sends at a time. Between
+    two calls of ``send`` nothing runs, and receivers that connect wait.
     """
 
     def __init__(
@@ -56,36 +55,35 @@ class Sender:
 
         Args:
             address: ``unix:PATH``. The directory must be this user's alone; one that does not exist is made so.
-            receivers: how many must be there before anything is sent. All that are there take part.
+            receivers: how many must be connected before anything is sent. All that are connected take part.
             slots: pieces of shared memory; two are enough for filling one while another is read.
-            slot_nbytes: bytes of each; best when all of them fit into the last cache. Larger tensors are split.
+            slot_nbytes: bytes of each; best when all of them fit into the CPU's last cache. Larger tensors are split.
             digests: whether receivers compare what they copied with what this side held.
             timeout: seconds that each single wait may take.
-            on_lost: what becomes of an update when a receiver dies, fails or does not answer, see ``OnLost``.
+            on_lost: what happens to an update when a receiver dies, fails or does not answer, see ``OnLost``.
 
         Raises:
-            AddressTaken: another sender is there; says which process.
+            AddressTaken: another sender is there; the message says which process.
             UsageError: the address or an option is wrong.
         """
-        if on_lost not in get_args(OnLost):
-            raise UnknownName("on_lost", on_lost, get_args(OnLost))
+        check_choices(on_lost=(on_lost, OnLost))
         if receivers < 1 or not timeout > 0:
-            raise UsageError(f"at least one receiver and some time are needed; got {receivers} and {timeout:g} s")
+            raise UsageError(f"receivers= is at least 1 and timeout= more than 0 s; found {receivers} and {timeout:g}")
         path = path_of(address)
         self.address = address
         self._receivers, self._timeout, self._digests = receivers, timeout, digests
         self._drop = on_lost == "drop"
         self._slots = WriteSlots(slots, slot_nbytes)
         try:
-            self._group = Group(path, self._slots, timeout)
+            self._group = PeerGroup(path, self._slots, timeout)
         except BaseException:
             self._slots.close()
             raise
-        # Never the same twice, and after those of a sender that was there before only by luck: receivers take the
-        # first as it comes and refuse what is not larger from then on.
+        # Random, so that a late message of a sender that was here before is not taken for one of this sender's.
+        # Receivers take the first id that they see, and after that only larger ones.
         self._update = secrets.randbits(62)
         self._sending = threading.Lock()
-        self._thread: int | None = None  # the one that sends; it alone changes this
+        self._thread: int | None = None  # the one that sends; only it changes this
         self._closed = False
 
     def send(
@@ -99,24 +97,26 @@ class Sender:
     ) -> SendReport:
         """Send one version; return when every receiver has it.
 
-        A tensor is read only while this runs: before it returns nobody may change it, afterwards everybody may.
+        Tensors are read only while this runs: nobody may change them before it returns.
 
         Args:
-            tensors: a mapping, a module, a source or a path; or pairs of name and tensor, which go out in their own
-                order. A generator without ``manifest`` is read to its end first, and its tensors are kept until then.
+            tensors: a mapping, a module, a source or a path; or pairs of name and tensor. With ``manifest`` pairs are
+                sent as they come. Without it they are read to the end first, and all tensors are kept until the return.
             version: its name.
-            manifest: what a generator will give.
-            receivers: how many must be there this time.
+            manifest: what the pairs will be.
+            receivers: how many must be connected this time.
             show_progress: whether to draw a progress bar; by default on a terminal.
 
         Raises:
-            TransferAborted: nobody has it, and why; a receiver's problem stands under its name.
-            TransferIncomplete: some have it, some were lost after that was decided.
+            TransferAborted: nobody has it; each problem begins with the name of a receiver.
+            TransferIncomplete: the group took it, and some receivers were lost after that.
             TransferTimeout: not enough receivers came.
-            UsageError: the tensors cannot be sent: two of one name, for example. Nobody was told of them.
-            Exception: the tensors could not be had. Nobody has the version.
+            UsageError: the tensors cannot be sent: two have one name, for example. Nobody was told of the version.
+            Exception: the source failed. Nobody has the version.
         """
-        _check_version(version)
+        if version is None:
+            raise UsageError("a version has a name, a str or an int; found None")
+        check_version(version)
         with self._alone(), _opened(tensors, manifest) as source:
             _check_bare(source)
             members = self._group.gather(self._receivers if receivers is None else receivers)
@@ -136,14 +136,14 @@ class Sender:
     def close(self) -> None:
         """Let go of the address and the memory. May be called twice, and by any thread.
 
-        A ``send`` that runs is aborted. In its own thread, by a handler of a signal or by what is sent, this returns at
-        once, and ``send`` lets go when it ends.
+        A running ``send`` is aborted. When its own thread calls this, from a signal handler or from the source, this
+        returns at once, and ``send`` lets go when it ends.
         """
         self._closed = True
         self._group.stop()
         if self._thread == threading.get_ident():  # It would wait for itself.
             return
-        with self._sending:  # Whoever sends is on the way out: every wait of it has ended.
+        with self._sending:  # Not for long: every wait of the running send has ended.
             self._group.close()
             self._slots.close()
 
@@ -177,45 +177,36 @@ class Sender:
 @contextmanager
 def _opened(tensors: Sendable, manifest: Manifest | None) -> Iterator[Source]:
     """What is to be sent, as a source; one that is made here is closed here."""
-    if isinstance(tensors, (str, os.PathLike, Mapping, torch.nn.Module)):
-        with open_source(tensors) as found:
-            yield found
-    elif isinstance(tensors, Source):
-        yield tensors
-    elif not isinstance(tensors, Iterable):
-        raise UsageError(f"a mapping or pairs of name and tensor can be sent; this is a {type(tensors).__name__}")
+    if not is_pairs(tensors):
+        with opened(tensors) as source:
+            yield source
     elif manifest is not None:
-        with from_iterator(tensors, manifest) as pairs:
-            assert isinstance(pairs, Source)
-            yield pairs
+        with from_iterator(tensors, manifest) as promised:
+            yield promised
     else:
         with StateSource(_collected(tensors)) as state:
             yield state
 
 
 def _collected(pairs: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The tensors themselves, not copies."""
-    found: dict[str, torch.Tensor] = {}
+    """The tensors by name; no copies."""
+    tensors: dict[str, torch.Tensor] = {}
     twice = set()
     for pair in pairs:
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise UsageError(f"a mapping or pairs of name and tensor can be sent; this holds a {type(pair).__name__}")
         name, tensor = pair
-        if name in found:
+        if name in tensors:
             twice.add(name)
-        found[name] = tensor
+        tensors[name] = tensor
     if twice:
-        raise UsageError(f"two tensors have one name: {', '.join(sorted(twice))}")
-    return found
+        raise UsageError(f"two tensors have one name: {some(sorted(twice))}")
+    return tensors
 
 
 def _check_bare(source: Source) -> None:
+    """Wrappers are refused before anybody is told of the version; in a stream they are met later."""
     if isinstance(source, InMemory):
-        found = ((name, source.borrow(name)) for name in source.manifest)
-        if odd := [f"{name}: {wrapped(tensor)}" for name, tensor in found if is_wrapper(tensor)]:
-            raise UsageError("; ".join(odd[:10]) + (f"; and {len(odd) - 10} more" if len(odd) > 10 else ""))
-
-
-def _check_version(version: object) -> None:
-    if not isinstance(version, (str, int)) or isinstance(version, bool):
-        raise UsageError(f"a version is a str or an int; this is a {type(version).__name__}")
+        tensors = ((name, source.borrow(name)) for name in source.manifest)
+        if wrappers := {name: tensor for name, tensor in tensors if is_wrapper(tensor)}:
+            raise UsageError(f"cannot send {some(list(wrappers))}: {wrapped(next(iter(wrappers.values())))}")

@@ -1,4 +1,4 @@
-"""The memory of the slots: one sealed memfd that a sender writes and receivers map read-only. Nobody waits here."""
+"""Slots: shared memory in one sealed memfd, which a sender writes and receivers map read-only."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ def aligned(offset: int) -> int:
 
 
 class WriteSlots:
-    """The sender's side. The memory goes with the last tensor over it and the last receiver.
+    """The sender's side. The memory is freed with the last tensor over it and the last receiver.
 
     Attributes:
         memories: one ``uint8 [slot_nbytes]`` for each slot, page-aligned.
-        descriptor: what receivers get.
+        descriptor: what receivers are sent.
         write_protected: whether the kernel keeps receivers from mapping it writable.
     """
 
     def __init__(self, slots: int, slot_nbytes: int) -> None:
-        """Take the memory now, all of it.
+        """Allocate all of the memory now.
 
         Raises:
-            TransferError: there is not so much.
+            TransferError: there is not enough.
         """
         if slots < 1 or slot_nbytes < 1:
             raise UsageError(f"at least one slot of one byte is needed; got {slots} slots of {slot_nbytes} bytes")
@@ -56,10 +56,10 @@ class WriteSlots:
     def _region(self, nbytes: int) -> mmap.mmap:
         try:
             self.descriptor = os.memfd_create("hotweights-slots", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-            os.posix_fallocate(self.descriptor, 0, nbytes)  # What is not there is missed here, not by SIGBUS later.
+            os.posix_fallocate(self.descriptor, 0, nbytes)  # Without it, missing memory is a SIGBUS at the first write.
             return mmap.mmap(self.descriptor, nbytes)
         except (OSError, OverflowError) as error:
-            raise TransferError(f"shared memory of {nbytes} bytes for the slots cannot be had: {error}") from error
+            raise TransferError(f"no shared memory of {nbytes} bytes for the slots: {error}") from error
 
     def close(self) -> None:
         """Let go. May be called twice."""
@@ -72,7 +72,7 @@ class WriteSlots:
 def _seal(descriptor: int) -> bool:
     try:
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SIZE | _FUTURE_WRITE | fcntl.F_SEAL_SEAL)
-    except OSError:  # Linux before 5.1 does not know it. Receivers of ours map read-only by themselves.
+    except OSError:  # Linux before 5.1 does not know the seal. Our own receivers map read-only all the same.
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SIZE | fcntl.F_SEAL_SEAL)
         _log.warning("this kernel cannot forbid receivers to write into the slots; F_SEAL_FUTURE_WRITE needs Linux 5.1")
         return False
@@ -80,18 +80,18 @@ def _seal(descriptor: int) -> bool:
 
 
 class ReadSlots:
-    """A receiver's side: never written, never smaller than promised.
+    """A receiver's side: mapped read-only.
 
     Attributes:
-        memories: as the sender's; writing to one kills the process.
+        memories: as the sender's. Writing to one kills the process.
     """
 
     def __init__(self, descriptor: int, slots: int, slot_nbytes: int) -> None:
-        """Map them. The descriptor stays the caller's.
+        """Map the slots. The descriptor stays the caller's.
 
         Raises:
-            ProtocolError: it is smaller than promised, or may become so: then reading could kill the process.
-            TransferError: this process has no room for them.
+            ProtocolError: the memory is smaller than promised, or could become so: reading would kill the process.
+            TransferError: this process cannot map so much.
         """
         nbytes = slots * slot_nbytes
         try:
@@ -100,9 +100,9 @@ class ReadSlots:
             raise ProtocolError(f"the slots are no sealed memory: {error}") from error
         if not seals & fcntl.F_SEAL_SHRINK:
             raise ProtocolError("the slots are not sealed against shrinking")
-        found = os.fstat(descriptor).st_size
-        if slots < 1 or slot_nbytes < 1 or found < nbytes:
-            raise ProtocolError(f"{slots} slots of {slot_nbytes} bytes were promised; the memory has {found} bytes")
+        size = os.fstat(descriptor).st_size
+        if slots < 1 or slot_nbytes < 1 or size < nbytes:
+            raise ProtocolError(f"{slots} slots of {slot_nbytes} bytes were promised; the memory has {size} bytes")
         try:
             region = mmap.mmap(descriptor, nbytes, mmap.MAP_SHARED | mmap.MAP_POPULATE, mmap.PROT_READ)
         except OSError as error:
@@ -113,5 +113,5 @@ class ReadSlots:
         self.memories: tuple[torch.Tensor, ...] = torch.split(whole, slot_nbytes)
 
     def close(self) -> None:
-        """Let go. The mapping goes with the last tensor over it."""
+        """Let go. The mapping ends with the last tensor over it."""
         self.memories = ()

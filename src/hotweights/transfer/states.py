@@ -1,4 +1,4 @@
-"""The states of one sender and one receiver, as a table. Both sides follow it; nothing is sent or waited for here."""
+"""States of the connection between a sender and one receiver, as a table that both sides follow."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class Side(enum.Enum):
 
     @property
     def other(self) -> Side:
-        """The one on the other end."""
+        """The opposite side."""
         return Side.RECEIVER if self is Side.SENDER else Side.SENDER
 
 
-class State(enum.Enum):
-    """Where two sides stand, as one of them sees it. The other may be a message ahead or behind."""
+class SessionState(enum.Enum):
+    """The state of a connection, as one side sees it. The other side may be some messages ahead or behind."""
 
     CONNECTED = "connected"
     GREETED = "greeted"
@@ -36,44 +36,44 @@ class State(enum.Enum):
 
 
 class Row(NamedTuple):
-    """In this state this side may say this; then the state is the next."""
+    """In ``state`` the side ``by`` may send a message of this kind; ``next`` is the state after it."""
 
-    state: State
+    state: SessionState
     by: Side
     kind: str
-    next: State
+    next: SessionState
 
 
 _S, _R = Side.SENDER, Side.RECEIVER
 
-# A row that leads back to its own state takes what was under way when the other side had moved on already.
+# Rows that lead back to their own state let in messages that were under way when the other side had moved on.
 TABLE: tuple[Row, ...] = (
-    Row(State.CONNECTED, _R, "hello", State.GREETED),
-    Row(State.GREETED, _S, "welcome", State.IDLE),
-    Row(State.IDLE, _S, "offer", State.OFFERED),
-    Row(State.OFFERED, _R, "accept", State.STREAMING),
-    Row(State.OFFERED, _R, "refuse", State.REFUSED),
-    Row(State.OFFERED, _S, "abort", State.ABORTED),
-    Row(State.STREAMING, _S, "filled", State.STREAMING),
-    Row(State.STREAMING, _R, "release", State.STREAMING),
-    Row(State.STREAMING, _S, "end", State.ENDED),
-    Row(State.STREAMING, _R, "refuse", State.REFUSED),
-    Row(State.STREAMING, _S, "abort", State.ABORTED),
-    Row(State.ENDED, _R, "release", State.ENDED),
-    Row(State.ENDED, _R, "prepared", State.PREPARED),
-    Row(State.ENDED, _R, "refuse", State.REFUSED),
-    Row(State.ENDED, _S, "abort", State.ABORTED),
-    Row(State.PREPARED, _S, "commit", State.COMMITTED),
-    Row(State.PREPARED, _S, "abort", State.ABORTED),
-    Row(State.REFUSED, _S, "filled", State.REFUSED),
-    Row(State.REFUSED, _S, "end", State.REFUSED),
-    Row(State.REFUSED, _S, "abort", State.ABORTED),
-    Row(State.ABORTED, _R, "accept", State.ABORTED),
-    Row(State.ABORTED, _R, "release", State.ABORTED),
-    Row(State.ABORTED, _R, "prepared", State.ABORTED),
-    Row(State.ABORTED, _R, "refuse", State.ABORTED),
-    Row(State.ABORTED, _R, "done", State.IDLE),
-    Row(State.COMMITTED, _R, "done", State.IDLE),
+    Row(SessionState.CONNECTED, _R, "hello", SessionState.GREETED),
+    Row(SessionState.GREETED, _S, "welcome", SessionState.IDLE),
+    Row(SessionState.IDLE, _S, "offer", SessionState.OFFERED),
+    Row(SessionState.OFFERED, _R, "accept", SessionState.STREAMING),
+    Row(SessionState.OFFERED, _R, "refuse", SessionState.REFUSED),
+    Row(SessionState.OFFERED, _S, "abort", SessionState.ABORTED),
+    Row(SessionState.STREAMING, _S, "filled", SessionState.STREAMING),
+    Row(SessionState.STREAMING, _R, "release", SessionState.STREAMING),
+    Row(SessionState.STREAMING, _S, "end", SessionState.ENDED),
+    Row(SessionState.STREAMING, _R, "refuse", SessionState.REFUSED),
+    Row(SessionState.STREAMING, _S, "abort", SessionState.ABORTED),
+    Row(SessionState.ENDED, _R, "release", SessionState.ENDED),
+    Row(SessionState.ENDED, _R, "prepared", SessionState.PREPARED),
+    Row(SessionState.ENDED, _R, "refuse", SessionState.REFUSED),
+    Row(SessionState.ENDED, _S, "abort", SessionState.ABORTED),
+    Row(SessionState.PREPARED, _S, "commit", SessionState.COMMITTED),
+    Row(SessionState.PREPARED, _S, "abort", SessionState.ABORTED),
+    Row(SessionState.REFUSED, _S, "filled", SessionState.REFUSED),
+    Row(SessionState.REFUSED, _S, "end", SessionState.REFUSED),
+    Row(SessionState.REFUSED, _S, "abort", SessionState.ABORTED),
+    Row(SessionState.ABORTED, _R, "accept", SessionState.ABORTED),
+    Row(SessionState.ABORTED, _R, "release", SessionState.ABORTED),
+    Row(SessionState.ABORTED, _R, "prepared", SessionState.ABORTED),
+    Row(SessionState.ABORTED, _R, "refuse", SessionState.ABORTED),
+    Row(SessionState.ABORTED, _R, "done", SessionState.IDLE),
+    Row(SessionState.COMMITTED, _R, "done", SessionState.IDLE),
 )
 
 _NEXT = {(row.state, row.by, row.kind): row.next for row in TABLE}
@@ -85,23 +85,27 @@ class Session:
     Attributes:
         side: which side this is.
         state: changes with each message that is sent or comes.
-        update: the running update's id, or the last one's.
+        update: the id of the running update, or of the last one.
     """
 
     def __init__(self, side: Side) -> None:
         self.side = side
-        self.state = State.CONNECTED
+        self.state = SessionState.CONNECTED
         self.update = 0
 
     def sent(self, kind: str, update: int) -> None:
-        """This side says something."""
+        """This side sends a message.
+
+        Raises:
+            ProtocolError: as ``came``.
+        """
         self._step(kind, self.side, update)
 
     def came(self, kind: str, update: int) -> None:
-        """The other side said something.
+        """A message of the other side came.
 
         Raises:
-            ProtocolError: it may not say this now, or means another update; the state is as it was.
+            ProtocolError: it may not come in this state, or is of another update. The state is as it was.
         """
         self._step(kind, self.side.other, update)
 
@@ -110,7 +114,7 @@ class Session:
         if following is None:
             raise ProtocolError(f"the {by.value} may not say {kind!r} when the state is {self.state.value!r}")
         if kind == "offer" and update <= self.update:
-            raise ProtocolError(f"the offer of update {update} is stale; update {self.update} has been")
+            raise ProtocolError(f"the offer of update {update} is stale; update {self.update} came before it")
         if kind != "offer" and update != self.update:
             raise ProtocolError(f"{kind!r} of update {update} is stale; update {self.update} runs")
         self.state, self.update = following, update

@@ -1,4 +1,4 @@
-"""Waits that end: for sockets, when one is ready, at a deadline, or by another thread; for a lock. It reads nothing."""
+"""Waits for sockets and for a lock, which end at a deadline, or when another thread says so."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 from ..errors import TransferTimeout
 
-_LONGEST = 1e6  # seconds; the kernel counts milliseconds in an int, and whoever waits longer waits again
+_LONGEST = 1e6  # seconds; the kernel counts milliseconds in an int. Longer waits return early, and are repeated
 
 
 def left(deadline: float) -> float:
@@ -25,10 +25,10 @@ def holding(lock: threading.RLock, seconds: float) -> Iterator[None]:
     """Hold the lock inside.
 
     Raises:
-        TransferTimeout: another thread held it all the time.
+        TransferTimeout: another thread held it for so long.
     """
     if not lock.acquire(timeout=min(seconds, threading.TIMEOUT_MAX)):
-        raise TransferTimeout(f"another thread did not end what it does to this version within {seconds:g} s")
+        raise TransferTimeout(f"another thread was still committing or refusing this version after {seconds:g} s")
     try:
         yield
     finally:
@@ -52,15 +52,15 @@ class Waker:
         seconds: float,
         stop: Callable[[], bool] = bool,
     ) -> set[int]:
-        """Descriptors of the sockets that can be read from; of those with ``True`` also that can be written to.
+        """Wait until a socket can be read from, or written to where it comes with ``True``.
 
-        Returns an empty set after ``seconds``, or when woken, or at once when ``stop`` says true.
+        Returns the descriptors of those that can; none after ``seconds``, when woken, or when ``stop`` says true.
         """
         poll = select.poll()
         poll.register(self._event, select.POLLIN)
-        for one, write in sockets:
-            poll.register(one, select.POLLIN | (select.POLLOUT if write else 0))
-        if stop():  # Whoever sets it wakes after that: looked at before the wait, it cannot be missed.
+        for connected, write in sockets:
+            poll.register(connected, select.POLLIN | (select.POLLOUT if write else 0))
+        if stop():  # Not before: whoever changes the answer after this wakes the poll below.
             return set()
         ready = {descriptor for descriptor, _ in poll.poll(1000 * min(seconds, _LONGEST))}
         if self._event in ready:

@@ -9,7 +9,8 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
-from hypothesis import example, given, settings
+from examples import examples
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import hotweights as hw
@@ -20,8 +21,8 @@ from hotweights.sources import Read
 from hotweights.sources.files.header import MAX_HEADER_NBYTES, read_header
 from hotweights.testing import assert_same_bits, bits, write_safetensors
 
-EXAMPLES = settings(max_examples=120, deadline=None, derandomize=True, database=None)
-FUZZ = settings(max_examples=500, deadline=None, derandomize=True, database=None)
+EXAMPLES = examples(120, derandomize=True, database=None)
+FUZZ = examples(500, derandomize=True, database=None)
 TORCH_DTYPES = [getattr(torch, name) for _, name in FORMAT_DTYPES.values() if name]
 PACKED = torch.float4_e2m1fn_x2
 
@@ -69,18 +70,18 @@ def format_shape(spec):
 def theirs(raw):
     """The same from the reference."""
     try:
-        found = safetensors.deserialize(raw)
+        parsed = safetensors.deserialize(raw)
     except safetensors.SafetensorError:
         return None
-    return {name: (one["dtype"], one["shape"], bytes(one["data"])) for name, one in found}
+    return {name: (entry["dtype"], entry["shape"], bytes(entry["data"])) for name, entry in parsed}
 
 
 def assert_at_least_as_strict(raw):
     """Accepted by us means accepted by the reference, with the same meaning. Returns whether it was."""
-    found = ours(raw)
-    if found is not None:
-        assert found == theirs(raw)
-    return found is not None
+    parsed = ours(raw)
+    if parsed is not None:
+        assert parsed == theirs(raw)
+    return parsed is not None
 
 
 names = st.text(st.characters(exclude_categories=["Cs"]), max_size=8).filter(lambda name: name != "__metadata__")
@@ -193,8 +194,8 @@ def test_a_dtype_that_torch_does_not_know_yet_is_opaque(monkeypatch):
     raw = file_of({"w": entry("F8_E8M0", [2], 0, 2)}, b"ab")
     assert read_header("f", len(raw), lambda n, at: raw[at : at + n]).entries[0].spec.dtype == torch.float8_e8m0fnu
     monkeypatch.delattr(torch, "float8_e8m0fnu")
-    (found,) = read_header("f", len(raw), lambda n, at: raw[at : at + n]).entries
-    assert found.spec == TensorSpec("w", OpaqueDtype("F8_E8M0", 8), (2,))
+    (opaque,) = read_header("f", len(raw), lambda n, at: raw[at : at + n]).entries
+    assert opaque.spec == TensorSpec("w", OpaqueDtype("F8_E8M0", 8), (2,))
 
 
 def test_a_header_of_any_length_is_a_header():
@@ -487,7 +488,9 @@ def structured(draw):
     name = st.sampled_from(['"w"', '"v"', '"\\u0077"', '"a:b"', '"\\"__metadata__"', '"__metadata__"', '""'])
     meta = st.sampled_from(["{}", '{"a":"b"}', '{"a":"1","a":"2"}', '{"a":1}', "null", '{"a:b":"__metadata__"}'])
     entries = draw(st.lists(st.one_of(st.tuples(name, value), st.tuples(st.just('"__metadata__"'), meta)), max_size=4))
-    return file_of("{" + ",".join(f"{key}:{one}" for key, one in entries) + "}", draw(st.sampled_from([b"", b"abcd"])))
+    return file_of(
+        "{" + ",".join(f"{key}:{entry}" for key, entry in entries) + "}", draw(st.sampled_from([b"", b"abcd"]))
+    )
 
 
 @FUZZ

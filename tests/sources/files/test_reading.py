@@ -1,4 +1,4 @@
-"""Reading bytes by every road, from files and kernels that misbehave. FAILURES row 18."""
+"""Reading bytes by every road, from files and kernels that misbehave."""
 
 import errno
 import fcntl
@@ -32,7 +32,7 @@ TENSORS = {
     **{f"small.{number}": torch.randn(17) for number in range(20)},
     "odd": torch.randint(0, 255, (2 * SLOT + 13,), dtype=torch.uint8),
 }
-ROADS = ["auto", "buffered", "direct", "cold"]
+IO = ["auto", "buffered", "direct", "cold"]
 
 
 @pytest.fixture
@@ -43,8 +43,8 @@ def path(tmp_path):
     return path
 
 
-@pytest.fixture(params=ROADS)
-def road(request, monkeypatch):
+@pytest.fixture(params=IO)
+def io(request, monkeypatch):
     """``cold`` is ``auto`` on a file of which nothing is cached."""
     if request.param == "cold":
         monkeypatch.setattr(file_module, "_NOWAIT", 0)
@@ -80,9 +80,9 @@ def faults(monkeypatch):
     monkeypatch.setattr(os, "preadv", real)
 
 
-def read_all(source, road, *, pool, threads=None, stop=None, advance=None):
+def read_all(source, io, *, pool, threads=None, stop=None, advance=None):
     """Every tensor twice: into memory, and in pieces through sinks; the bytes that came."""
-    wishes, into, pieces, lock = [], {}, {}, threading.Lock()
+    reads, into, pieces, lock = [], {}, {}, threading.Lock()
 
     def keep(name, start, raw):
         with lock:
@@ -92,49 +92,49 @@ def read_all(source, road, *, pool, threads=None, stop=None, advance=None):
     step = min(2 * PAGE, pool.slot_nbytes - 2 * PAGE)
     for name, spec in source.manifest.items():
         into[name], pieces[name] = torch.full((spec.nbytes,), 0xFF, dtype=torch.uint8), {}
-        wishes.append(Read(name, 0, spec.nbytes, into[name]))
-        wishes += [
+        reads.append(Read(name, 0, spec.nbytes, into[name]))
+        reads += [
             Read(name, start, min(step, spec.nbytes - start), partial(keep, name, start))
             for start in range(0, spec.nbytes, step)
         ]
-    roads = source.read(wishes, pool=pool, io=road, threads=threads, stop=stop, advance=advance)
-    assert sum(roads.values()) == 2 * source.manifest.nbytes
+    bytes_by_io = source.read(reads, pool=pool, io=io, threads=threads, stop=stop, advance=advance)
+    assert sum(bytes_by_io.values()) == 2 * source.manifest.nbytes
     by_sink = {
-        name: torch.cat([piece for _, piece in sorted(found.items())] or [torch.empty(0, dtype=torch.uint8)])
-        for name, found in pieces.items()
+        name: torch.cat([piece for _, piece in sorted(parts.items())] or [torch.empty(0, dtype=torch.uint8)])
+        for name, parts in pieces.items()
     }
-    return into, by_sink, roads
+    return into, by_sink, bytes_by_io
 
 
-def assert_reads(path, road, *, slots=2, slot_nbytes=SLOT, threads=None):
+def assert_reads(path, io, *, slots=2, slot_nbytes=SLOT, threads=None):
     with hw.open(path) as source, hw.Pool(slots, slot_nbytes) as pool:
-        into, by_sink, roads = read_all(source, road, pool=pool, threads=threads)
+        into, by_sink, bytes_by_io = read_all(source, io, pool=pool, threads=threads)
         for name, tensor in TENSORS.items():
             assert torch.equal(into[name], bits(tensor)), name
             assert torch.equal(by_sink[name], bits(tensor)), name
         assert pool.stats().leased == 0
     with hw.open(path) as source:
-        for name, tensor in source.tensors(io=road):
+        for name, tensor in source.tensors(io=io):
             assert torch.equal(bits(tensor), bits(TENSORS[name])), name
     with hw.open(path) as source, hw.Pool(slots, slot_nbytes) as pool:
-        with source.leases(pool=pool, io=road) as stream:
+        with source.leases(pool=pool, io=io) as stream:
             for lease in stream:
                 assert torch.equal(bits(lease.tensor), bits(TENSORS[lease.name])), lease.name
         assert pool.stats().leased == 0
-    return roads
+    return bytes_by_io
 
 
-def ways(source, road, pool, threads=None):
+def ways(source, io, pool, threads=None):
     """The three ways in which bytes leave a file."""
     return {
-        "read": lambda: read_all(source, road, pool=pool, threads=threads),
-        "tensors": lambda: dict(source.tensors(io=road)),
-        "leases": lambda: drain(source, road, pool),
+        "read": lambda: read_all(source, io, pool=pool, threads=threads),
+        "tensors": lambda: dict(source.tensors(io=io)),
+        "leases": lambda: drain(source, io, pool),
     }
 
 
-def drain(source, road, pool):
-    with source.leases(pool=pool, io=road) as stream:
+def drain(source, io, pool):
+    with source.leases(pool=pool, io=io) as stream:
         for lease in stream:
             assert torch.equal(bits(lease.tensor), bits(TENSORS[lease.name])), f"{lease.name}: wrong bytes, no error"
 
@@ -151,27 +151,27 @@ def outcome(act):
 WAYS = ["read", "tensors", "leases"]
 
 
-# --- every road, every size of slot ----------------------------------------------------------------------------------
+# --- every I/O path, every size of slot -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("threads", [1, 4])
 @pytest.mark.parametrize(("slots", "slot_nbytes"), [(1, 3 * PAGE), (1, SLOT), (3, 64 * PAGE)])
-def test_every_road(path, road, slots, slot_nbytes, threads):
-    assert_reads(path, road, slots=slots, slot_nbytes=slot_nbytes, threads=threads)
+def test_every_io_path(path, io, slots, slot_nbytes, threads):
+    assert_reads(path, io, slots=slots, slot_nbytes=slot_nbytes, threads=threads)
 
 
 @pytest.mark.parametrize("slot_nbytes", [1, PAGE, 2 * PAGE])
-def test_a_pool_that_is_too_small(path, road, slot_nbytes):
+def test_a_pool_that_is_too_small(path, io, slot_nbytes):
     """It has no room for a page and its margins; splitting by nothing would never end."""
     with hw.open(path) as source, hw.Pool(2, slot_nbytes) as pool:
         memory = torch.empty(3, dtype=torch.uint8)
         with pytest.raises(UsageError, match="too small"):
-            source.read([Read("three", 0, 3, memory)], pool=pool, io=road)
+            source.read([Read("three", 0, 3, memory)], pool=pool, io=io)
         with pytest.raises(UsageError, match="too small"):
-            drain(source, road, pool)
+            drain(source, io, pool)
 
 
-def test_the_roads_are_told(path):
+def test_the_io_paths_are_told(path):
     """Direct reads need a file system that has them; where the temporary directory has not, all is buffered."""
     with hw.open(path) as source:
         direct = source._shards[0].file.has_direct()
@@ -182,7 +182,7 @@ def test_the_roads_are_told(path):
 
 @pytest.mark.parametrize("tail", [0, 1, 511, PAGE - 1])
 @pytest.mark.parametrize("start", [0, 8, 100, PAGE - 1])
-def test_the_end_of_a_file_lies_anywhere(tmp_path, road, start, tail):
+def test_the_end_of_a_file_lies_anywhere(tmp_path, io, start, tail):
     """Direct reads want whole pages; a file ends where it ends."""
     path = tmp_path / "plain"
     content = os.urandom(3 * PAGE + tail)
@@ -190,12 +190,12 @@ def test_the_end_of_a_file_lies_anywhere(tmp_path, road, start, tail):
     memory = torch.full((16 * PAGE,), 0xFF, dtype=torch.uint8)
     memory = memory[-memory.data_ptr() % PAGE :][: 8 * PAGE]
     file = file_module.File(str(path))
-    data, _ = reading.fill(file, memory, start, len(content), road)
+    data, _ = reading.fill(file, memory, start, len(content), io)
     assert bytes(data.tolist()) == content[start:]
     file.close()
 
 
-def test_unknown_road(path):
+def test_an_unknown_io_path(path):
     with hw.open(path) as source, hw.Pool() as pool, pytest.raises(UnknownName, match="auto, buffered, direct"):
         source.read([], pool=pool, io="mmap")
 
@@ -222,25 +222,25 @@ def short(most):
 
 
 @pytest.mark.parametrize("most", [5, 68, PAGE - 1, PAGE, PAGE + 1, 2 * PAGE + 700])
-def test_short_reads_are_finished(path, road, faults, most):
+def test_short_reads_are_finished(path, io, faults, most):
     numbers = faults(short(most))
-    assert_reads(path, road)
+    assert_reads(path, io)
     assert numbers[0] > path.stat().st_size // most
 
 
-def test_a_file_that_ends_early_without_having_changed(path, road, faults):
+def test_a_file_that_ends_early_without_having_changed(path, io, faults):
     """As some network file systems do. Nothing was read, so nothing may be believed."""
     with hw.open(path) as source, hw.Pool(2, SLOT) as pool:
         for way in WAYS:
             faults(lambda number, real, fd, buffers, offset: 0)
             with pytest.raises(CheckpointChanged, match="ends at byte"):
-                ways(source, road, pool)[way]()
+                ways(source, io, pool)[way]()
             assert pool.stats().leased == 0
 
 
 @pytest.mark.parametrize("most", [1, 3, 4, 68, 1000, PAGE, 2 * PAGE + 1])
 def test_what_is_cached_in_part(path, faults, most):
-    """``auto`` takes the cached beginning of each piece in place, and the rest by the other road."""
+    """``auto`` takes the cached beginning of each piece in place, and the rest by the other I/O path."""
     shorten = short(most)
 
     def fault(number, real, fd, buffers, offset):
@@ -251,8 +251,8 @@ def test_what_is_cached_in_part(path, faults, most):
         return shorten(number, real, fd, buffers, offset)
 
     faults(fault)
-    roads = assert_reads(path, "auto", slot_nbytes=16 * PAGE)
-    assert roads["buffered"] > 0
+    bytes_by_io = assert_reads(path, "auto", slot_nbytes=16 * PAGE)
+    assert bytes_by_io["buffered"] > 0
 
 
 def test_a_naive_reader_leaves_its_memory_as_it_was(path):
@@ -264,7 +264,7 @@ def test_a_naive_reader_leaves_its_memory_as_it_was(path):
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_an_error_of_the_disk(path, road, faults, threads):
+def test_an_error_of_the_disk(path, io, faults, threads):
     """At every read in turn: our error, with the file and the byte; no slot, no thread, no descriptor stays."""
     failed, number = True, 0
     while failed:
@@ -278,7 +278,7 @@ def test_an_error_of_the_disk(path, road, faults, threads):
 
         with hw.open(path) as source, hw.Pool(2, SLOT) as pool:
             faults(fault)
-            error = outcome(partial(read_all, source, road, pool=pool, threads=threads))
+            error = outcome(partial(read_all, source, io, pool=pool, threads=threads))
             failed = error is not None
             assert failed == bool(place)
             if failed:
@@ -292,7 +292,7 @@ def test_an_error_of_the_disk(path, road, faults, threads):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_an_error_of_the_disk_by_each_way(path, road, faults, way):
+def test_an_error_of_the_disk_by_each_way(path, io, faults, way):
     for number in (0,) if way == "tensors" else (0, 2):  # All tensors share one read.
         with hw.open(path) as source, hw.Pool(2, SLOT) as pool:
 
@@ -303,14 +303,14 @@ def test_an_error_of_the_disk_by_each_way(path, road, faults, way):
 
             faults(fault)
             with pytest.raises(CheckpointError, match="Input/output error"):
-                ways(source, road, pool)[way]()
+                ways(source, io, pool)[way]()
             assert pool.stats().leased == 0
             faults(lambda number, real, *rest: real())
 
 
 @pytest.mark.parametrize("error", [errno.EINVAL, errno.EOPNOTSUPP])
 @pytest.mark.parametrize("refused", ["open", "read", "later read"])
-def test_a_file_system_without_direct_reads(path, road, faults, monkeypatch, refused, error):
+def test_a_file_system_without_direct_reads(path, io, faults, monkeypatch, refused, error):
     real_open, direct_reads, refusals = os.open, [0], [0]
 
     def refusing_open(name, flags, *rest, **options):
@@ -330,14 +330,14 @@ def test_a_file_system_without_direct_reads(path, road, faults, monkeypatch, ref
     monkeypatch.setattr(os, "open", refusing_open)
     if refused != "open":
         faults(refusing_read)
-    roads = assert_reads(path, road)
-    assert roads["direct"] == 0 or refused == "later read"
+    bytes_by_io = assert_reads(path, io)
+    assert bytes_by_io["direct"] == 0 or refused == "later read"
     monkeypatch.setattr(os, "open", real_open)
-    if road == "direct" and refused != "later read":
+    if io == "direct" and refused != "later read":
         assert refusals[0], "nothing was refused; the test tests nothing"
 
 
-def test_no_cache_to_ask(path, road, faults, monkeypatch):
+def test_no_cache_to_ask(path, io, faults, monkeypatch):
     """A file system that does not know RWF_NOWAIT."""
     real = os.preadv
 
@@ -347,15 +347,15 @@ def test_no_cache_to_ask(path, road, faults, monkeypatch):
         return real(fd, buffers, offset)
 
     monkeypatch.setattr(os, "preadv", preadv)
-    assert_reads(path, road)
+    assert_reads(path, io)
 
 
 @pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="no tmpfs here")
-def test_memory_as_a_file_system(road):
+def test_memory_as_a_file_system(io):
     with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
         path = Path(directory) / "model.safetensors"
         write_safetensors(path, TENSORS)
-        assert_reads(path, road)
+        assert_reads(path, io)
 
 
 # --- a file that changes ---------------------------------------------------------------------------------------------
@@ -381,18 +381,18 @@ def replace(path):
     """As ``save_pretrained`` to the same place: other bytes, same size, same times."""
     other = path.with_suffix(".new")
     other.write_bytes(path.read_bytes()[:-1] + b"\0")
-    found = path.stat()
-    os.utime(other, ns=(found.st_atime_ns, found.st_mtime_ns))
+    status = path.stat()
+    os.utime(other, ns=(status.st_atime_ns, status.st_mtime_ns))
     os.replace(other, path)
 
 
 def rewrite(path):
     """In place, same size; a second later, as the clock of a fast test would not show."""
-    found = path.stat()
+    status = path.stat()
     with path.open("r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"\0")
-    os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns + 10**9))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 10**9))
 
 
 def delete(path):
@@ -409,25 +409,25 @@ CHANGES = [truncate, truncate_to_nothing, cut_a_page, grow, replace, rewrite, de
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_a_change_between_open_and_read(path, road, change, way):
+def test_a_change_between_open_and_read(path, io, change, way):
     with hw.open(path) as source, hw.Pool(2, SLOT) as pool:
         change(path)
         with pytest.raises(CheckpointChanged) as error:
-            ways(source, road, pool)[way]()
+            ways(source, io, pool)[way]()
         assert str(path) in str(error.value)
         assert pool.stats().leased == 0
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("change", [truncate_to_nothing, replace, rewrite, delete])
-def test_a_change_at_any_read(path, road, faults, change, way):
+def test_a_change_at_any_read(path, io, faults, change, way):
     """The file changes just before the k-th read, for every k. Always an error, whatever had been read by then."""
-    content, found = path.read_bytes(), path.stat()
+    content, status = path.read_bytes(), path.stat()
     number, reached = 0, True
     while reached:
         reached = False
         path.write_bytes(content)
-        os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
         with hw.open(path) as source, hw.Pool(2, SLOT) as pool:
 
             def fault(now, real, fd, buffers, offset, number=number):
@@ -438,7 +438,7 @@ def test_a_change_at_any_read(path, road, faults, change, way):
                 return real()
 
             faults(fault)
-            error = outcome(ways(source, road, pool, threads=2)[way])
+            error = outcome(ways(source, io, pool, threads=2)[way])
             assert isinstance(error, CheckpointChanged) == reached, f"changed at read {number}: {error!r}"
             assert error is None or str(path) in str(error)
             assert pool.stats().leased == 0
@@ -487,10 +487,10 @@ class Asked(threading.Event):
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_stop_before_and_during(path, road, threads):
+def test_stop_before_and_during(path, io, threads):
     stop = threading.Event()
     with hw.open(path) as source, hw.Pool(2, SLOT) as pool:
-        read_all(source, road, pool=pool, threads=threads, stop=stop)
+        read_all(source, io, pool=pool, threads=threads, stop=stop)
         arrived = []
 
         def advance(nbytes):
@@ -498,10 +498,10 @@ def test_stop_before_and_during(path, road, threads):
             stop.set()
 
         with pytest.raises(Closed):
-            read_all(source, road, pool=pool, threads=threads, stop=stop, advance=advance)
+            read_all(source, io, pool=pool, threads=threads, stop=stop, advance=advance)
         assert 0 < len(arrived) <= threads
         with pytest.raises(Closed):
-            read_all(source, road, pool=pool, threads=threads, stop=stop, advance=lambda nbytes: pytest.fail("read"))
+            read_all(source, io, pool=pool, threads=threads, stop=stop, advance=lambda nbytes: pytest.fail("read"))
         assert pool.stats().leased == 0
 
 
@@ -533,7 +533,7 @@ class Boom(Exception):
 
 @pytest.mark.parametrize("where", ["sink", "advance"])
 @pytest.mark.parametrize(("threads", "slots"), [(1, 1), (4, 1), (4, 2)])
-def test_the_error_of_a_sink_is_the_one_that_is_raised(path, road, where, threads, slots, monkeypatch):
+def test_the_error_of_a_sink_is_the_one_that_is_raised(path, io, where, threads, slots, monkeypatch):
     """Other threads wait for the slot that the failing one holds; that they are stopped must not hide why."""
     work, told = reading._Crew._work, threading.Event()
 
@@ -558,13 +558,13 @@ def test_the_error_of_a_sink_is_the_one_that_is_raised(path, road, where, thread
             assert mine <= number or told.wait(30)
 
         with hw.open(path) as source, hw.Pool(slots, SLOT) as pool:
-            wishes = [
+            reads = [
                 Read("odd", start, 64, boom if where == "sink" else keep)
                 for start in range(0, 2 * SLOT, 128)  # No neighbours: each has a read of its own.
             ]
             advance = boom if where == "advance" else None
             try:
-                source.read(wishes, pool=pool, io=road, threads=threads, advance=advance)
+                source.read(reads, pool=pool, io=io, threads=threads, advance=advance)
             except Boom:
                 assert calls[0] > number
             else:
@@ -590,8 +590,8 @@ def test_an_interrupt_in_a_sink(path):
         assert pool.stats().leased == 0
 
 
-def test_a_slot_waits_for_the_event_of_its_sink(path, road):
-    """FAILURES 5: the copy happens when the event does, and finds its own bytes."""
+def test_a_slot_waits_for_the_event_of_its_sink(path, io):
+    """The copy happens when the event does, and finds its own bytes."""
 
     class Copy:
         """A copy that has not happened before it was asked for three times."""
@@ -613,8 +613,8 @@ def test_a_slot_waits_for_the_event_of_its_sink(path, road):
 
     with hw.open(path) as source, hw.Pool(1, SLOT) as pool:
         starts = range(0, 2 * SLOT, 3 * PAGE - 1)[:3]
-        wishes = [Read("odd", start, 3 * PAGE - 1, partial(sink, start)) for start in starts]
-        source.read(wishes, pool=pool, io=road, threads=2)
+        reads = [Read("odd", start, 3 * PAGE - 1, partial(sink, start)) for start in starts]
+        source.read(reads, pool=pool, io=io, threads=2)
         while pool.stats().leased:
             pass
         # Who keeps the views instead finds another piece in most of them.
@@ -626,7 +626,7 @@ def test_a_slot_waits_for_the_event_of_its_sink(path, road):
 # --- a file that is closed -------------------------------------------------------------------------------------------
 
 
-def test_closing_while_reading_is_closed_not_a_bad_descriptor(path, road, faults):
+def test_closing_while_reading_is_closed_not_a_bad_descriptor(path, io, faults):
     with hw.open(path) as source, hw.Pool(2, SLOT) as pool:
 
         def fault(number, real, fd, buffers, offset):
@@ -636,7 +636,7 @@ def test_closing_while_reading_is_closed_not_a_bad_descriptor(path, road, faults
 
         faults(fault)
         with pytest.raises(Closed):
-            read_all(source, road, pool=pool, threads=1)
+            read_all(source, io, pool=pool, threads=1)
         assert pool.stats().leased == 0
 
 
@@ -653,7 +653,7 @@ def test_close_twice(path):
     assert not file.has_direct()
 
 
-# --- wishes that are wrong -------------------------------------------------------------------------------------------
+# --- reads that are wrong -------------------------------------------------------------------------------------------
 
 WRONG = {
     "past its end": lambda: Read("three", 1, 3, torch.empty(3, dtype=torch.uint8)),
@@ -668,7 +668,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_a_wish_that_does_not_fit_is_refused(path, case):
+def test_a_read_that_does_not_fit_is_refused(path, case):
     """Memory is written by address: any of these would read a neighbour, or overwrite a stranger."""
     with hw.open(path) as source, hw.Pool(1, SLOT) as pool:
         good = torch.full((3,), 0xFF, dtype=torch.uint8)
@@ -677,8 +677,8 @@ def test_a_wish_that_does_not_fit_is_refused(path, case):
         assert good.tolist() == [0xFF] * 3, "something was read before everything was checked"
 
 
-def test_every_sink_is_called_once_even_for_nothing(path, road):
+def test_every_sink_is_called_once_even_for_nothing(path, io):
     with hw.open(path) as source, hw.Pool(1, SLOT) as pool:
         seen = []
-        source.read([Read("empty", 0, 0, seen.append), Read("page", 9, 0, seen.append)], pool=pool, io=road)
+        source.read([Read("empty", 0, 0, seen.append), Read("page", 9, 0, seen.append)], pool=pool, io=io)
         assert [(raw.dtype, raw.numel()) for raw in seen] == [(torch.uint8, 0)] * 2

@@ -28,11 +28,11 @@ def no_descriptor_is_left():
 
 def descriptors():
     """What this process has open, without the descriptor that lists it."""
-    found = []
+    descriptors = []
     for fd in os.listdir("/proc/self/fd"):
         if os.path.exists(f"/proc/self/fd/{fd}") or os.path.islink(f"/proc/self/fd/{fd}"):
-            found.append((fd, os.readlink(f"/proc/self/fd/{fd}")))
-    return sorted(found)
+            descriptors.append((fd, os.readlink(f"/proc/self/fd/{fd}")))
+    return sorted(descriptors)
 
 
 @pytest.fixture
@@ -288,7 +288,7 @@ def test_an_index_never_leads_outside(shards, place):
 
 
 def test_one_tensor_in_two_files(shards):
-    """FAILURES 18: every other reader takes the last, silently."""
+    """Every other reader takes the last, silently."""
     (shards / INDEX).unlink()
     write_safetensors(shards / "z.safetensors", {"scale": torch.tensor(666.0)})
     naive = {}
@@ -340,13 +340,13 @@ def test_every_problem_of_an_index_comes_at_once(shards):
     ]
     unexplained = list(error.problems)
     for pattern in expected:
-        (found,) = [problem for problem in unexplained if re.search(pattern, problem)]
-        unexplained.remove(found)
+        (explained,) = [problem for problem in unexplained if re.search(pattern, problem)]
+        unexplained.remove(explained)
     assert not unexplained
 
 
 def test_the_naive_reader_of_an_index_does_not_notice(shards):
-    """FAILURES 17: load_file of every named shard misses what the index promises, and says nothing."""
+    """``load_file`` of every named shard misses what the index promises, and says nothing."""
     edit_index(shards, lambda weight_map: weight_map.update(ghost=TWO))
     naive = {}
     for shard in set(json.loads((shards / INDEX).read_text())["weight_map"].values()):

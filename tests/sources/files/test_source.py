@@ -1,6 +1,6 @@
-"""FileSource: leases, owned tensors, and the memory they lie in. Some of FAILURES rows 1, 4 and 19 to 23.
+"""FileSource: leases, owned tensors, and the memory they lie in.
 
-Each row first bites a naive implementation written here.
+What went wrong in other readers first bites a naive one that is written here.
 """
 
 import json
@@ -48,7 +48,7 @@ def one_buffer(tensors):
         yield name, memory[: raw.numel()].view(tensor.dtype).view(tensor.shape)
 
 
-# --- row 1: a borrowed tensor that is kept ---------------------------------------------------------------------------
+# --- a borrowed tensor that is kept -----------------------------------------------------------------------------------
 
 
 def test_kept_tensors(path):
@@ -76,7 +76,7 @@ def test_kept_leases_are_stale_and_owned_ones_are_not(path):
     assert_same_bits(owned, WEIGHTS)
 
 
-# --- row 4: a view that is kept past its bucket ----------------------------------------------------------------------
+# --- a view that is kept past its bucket ------------------------------------------------------------------------------
 
 
 def test_kept_views(path):
@@ -94,6 +94,37 @@ def test_kept_views(path):
         first = lease.tensor
         lease.release()
         assert first.isnan().all()
+
+
+@pytest.mark.parametrize("guards", [("trap", "off"), ("poison", "off"), ("off", "trap"), ("poison", "trap")])
+def test_of_the_guards_of_a_stream_and_its_pool_the_stricter_holds(path, guards):
+    asked, of_pool = guards
+    with (
+        hw.open(path) as source,
+        hw.Pool(2, 8 * PAGE, guard=of_pool) as pool,
+        source.leases(guard=asked, pool=pool) as stream,
+    ):
+        lease = next(stream)
+        kept, raw = lease.tensor, lease.raw
+        lease.release()
+        if "trap" in guards:
+            with pytest.raises(StaleLease, match=lease.name):
+                kept.sum()
+            kept, raw = (tensor._inner for tensor in (kept, raw))
+        assert kept.isnan().all()
+        assert (raw == 0xFF).all()
+
+
+def test_an_open_source_needs_no_opening(path):
+    with hw.open(path) as source, pytest.raises(hw.UsageError, match="this FileSource is an open source; use it as"):
+        hw.open(source)
+
+
+def test_a_guard_that_nobody_knows(path):
+    with hw.open(path) as source, hw.Pool(2, 8 * PAGE) as pool, hw.open(WEIGHTS) as mapping:
+        for stream in (lambda: source.leases(guard="traps", pool=pool), lambda: mapping.leases(guard="traps")):
+            with pytest.raises(hw.UnknownName, match="known are: off, poison, trap"):
+                stream()
 
 
 def test_without_a_guard_it_bites_us_too(path):
@@ -114,7 +145,7 @@ def test_a_borrowed_tensor_is_not_written(path):
         assert torch.equal(lease.tensor, WEIGHTS[lease.name])
 
 
-# --- row 19: larger than a slot --------------------------------------------------------------------------------------
+# --- larger than a slot -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("slots", [1, 2])
@@ -127,18 +158,18 @@ def test_a_tensor_larger_than_a_slot(tmp_path, slots):
     write_safetensors(tmp_path / "model.safetensors", large)
     for guard in ("off", "poison", "trap"):
         with hw.open(tmp_path) as source, hw.Pool(slots, 16 * PAGE, guard=guard) as pool:
-            found, borrowed = {}, {}
+            owned, borrowed = {}, {}
             with source.leases(pool=pool) as stream:
                 for lease in stream:
                     assert torch.equal(lease.tensor.clone(), large[lease.name])
-                    found[lease.name], borrowed[lease.name] = lease.own(), lease.borrowed
-            assert_same_bits(found, large)
+                    owned[lease.name], borrowed[lease.name] = lease.own(), lease.borrowed
+            assert_same_bits(owned, large)
             assert borrowed == {"small": True, "large": False, "last": True}
             assert pool.stats().leased == 0
             assert pool.stats().touched_nbytes <= slots * 16 * PAGE
 
 
-# --- row 20: a mix of dtypes that does not align ---------------------------------------------------------------------
+# --- a mix of dtypes that does not align ------------------------------------------------------------------------------
 
 
 def test_a_float32_behind_three_bfloat16(tmp_path):
@@ -169,7 +200,7 @@ def test_a_float32_behind_three_bfloat16(tmp_path):
         assert_same_bits(dict(source.tensors()), mixed)
 
 
-# --- row 21: nothing, and nought dimensions --------------------------------------------------------------------------
+# --- nothing, and nought dimensions -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("order", [("empty", "scalar", "wide"), ("scalar", "wide", "empty"), ("wide", "empty")])
@@ -197,7 +228,7 @@ def test_a_file_of_nothing(tmp_path):
                 next(stream)
 
 
-# --- row 22: not contiguous ------------------------------------------------------------------------------------------
+# --- not contiguous ---------------------------------------------------------------------------------------------------
 
 
 def test_strided_tensors(tmp_path):
@@ -239,7 +270,7 @@ def test_the_bytes_of_lazy_views(name):
         assert torch.equal(next(stream).raw, right)
 
 
-# --- row 23: one name twice ------------------------------------------------------------------------------------------
+# --- one name twice ---------------------------------------------------------------------------------------------------
 
 
 def test_one_name_twice(tmp_path):
@@ -251,8 +282,8 @@ def test_one_name_twice(tmp_path):
         write_safetensors(tmp_path / f"{int(tensor[0])}.safetensors", {name: tensor})
     with pytest.raises(CheckpointError, match=r"'w'.*again"):
         hw.open(tmp_path)
-    one = json.dumps({"dtype": "U8", "shape": [1], "data_offsets": [0, 1]})
-    text = f'{{"w": {one}, "w": {one}}}'.encode()
+    entry = json.dumps({"dtype": "U8", "shape": [1], "data_offsets": [0, 1]})
+    text = f'{{"w": {entry}, "w": {entry}}}'.encode()
     (tmp_path / "0.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + b"x")
     with pytest.raises(CheckpointError, match="'w' occurs twice"):
         hw.open(tmp_path / "0.safetensors")

@@ -1,4 +1,4 @@
-"""``hotweights demo``: real weights into a real model, proven exact; then broken ones, refused. No network, no GPU."""
+"""``hotweights demo``: what the library promises, shown and checked on real weights. It needs no network and no GPU."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _SENTENCES = ("A cat sits on the mat.", "A kitten rests on a rug.", "The central
 
 
 def demo() -> None:
-    """Load real weights, prove them exact, see broken ones refused; reload the model in place, send it to workers."""
+    """Load real weights, prove them exact, refuse broken ones; reload the model in place; send it to workers."""
     quiet()
     console = Console(highlight=False, soft_wrap=True)
     with ending(as_json=False), tempfile.TemporaryDirectory() as scratch:
@@ -44,8 +44,8 @@ def demo() -> None:
         _refuse_broken(console, model, checkpoint, Path(scratch))
         _catch_stale(console, checkpoint)
         _plan_fused(console, model, checkpoint)
-        serve_and_reload(console, checkpoint, lambda one: _embed(one, checkpoint))
-        serve_quantised(console, checkpoint, lambda one: _embed(one, checkpoint))
+        serve_and_reload(console, checkpoint, lambda served: _embed(served, checkpoint))
+        serve_quantised(console, checkpoint, lambda served: _embed(served, checkpoint))
         follow_a_trainer(console, checkpoint, Path(scratch))
 
 
@@ -96,9 +96,9 @@ def _compare_sentences(console: Console, model: Any, checkpoint: Path) -> None:
     console.rule("[bold]2. It understands sentences")
     embeddings = _embed(model, checkpoint)
     table = Table(*("", "cosine similarity to", ""), box=None, show_header=False)
-    for one, other in ((0, 1), (0, 2), (1, 2)):
-        similarity = float(embeddings[one] @ embeddings[other])
-        table.add_row(_SENTENCES[one], f"{similarity:+.2f}", _SENTENCES[other])
+    for first, second in ((0, 1), (0, 2), (1, 2)):
+        similarity = float(embeddings[first] @ embeddings[second])
+        table.add_row(_SENTENCES[first], f"{similarity:+.2f}", _SENTENCES[second])
     console.print(table)
     console.print()
 
@@ -118,12 +118,12 @@ def _embed(model: Any, checkpoint: Path) -> torch.Tensor:
 
 def _refuse_broken(console: Console, model: Any, checkpoint: Path, scratch: Path) -> None:
     console.rule("[bold]3. Broken checkpoints are refused, and the model is unharmed")
-    whole = (checkpoint / "model.safetensors").read_bytes()
+    file = (checkpoint / "model.safetensors").read_bytes()
     before = _digest(model)
-    for what, break_it in _WAYS.items():
+    for what, break_it in _BREAKS.items():
         place = scratch / break_it.__name__
         place.mkdir()
-        break_it(place, whole)
+        break_it(place, file)
         try:
             load(model, place)
         except HotweightsError as error:
@@ -138,34 +138,34 @@ def _refuse_broken(console: Console, model: Any, checkpoint: Path, scratch: Path
     console.print()
 
 
-def _truncated(place: Path, whole: bytes) -> None:
-    (place / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+def _truncated(place: Path, file: bytes) -> None:
+    (place / "model.safetensors").write_bytes(file[: len(file) // 2])
 
 
-def _other_model(place: Path, whole: bytes) -> None:
-    header, data = _split(whole)
+def _other_model(place: Path, file: bytes) -> None:
+    header, data = _split(file)
     header["pooler.dense.weight"]["shape"] = [192, 768]
     header["encoder.layer.7.attention.self.query.weight"] = header.pop("encoder.layer.5.attention.self.query.weight")
     _write(place / "model.safetensors", header, data)
 
 
-def _overlapping(place: Path, whole: bytes) -> None:
-    header, data = _split(whole)
+def _overlapping(place: Path, file: bytes) -> None:
+    header, data = _split(file)
     names = [name for name in header if name.endswith("attention.self.key.weight")]
     header[names[1]]["data_offsets"] = header[names[0]]["data_offsets"]
     _write(place / "model.safetensors", header, data)
 
 
-_WAYS: dict[str, Callable[[Path, bytes], None]] = {
+_BREAKS: dict[str, Callable[[Path, bytes], None]] = {
     "A download that broke off half-way": _truncated,
     "A shape and a name of another model": _other_model,
     "Two tensors that claim the same bytes": _overlapping,
 }
 
 
-def _split(whole: bytes) -> tuple[dict[str, Any], bytes]:
-    nbytes = int.from_bytes(whole[:8], "little")
-    return json.loads(whole[8 : 8 + nbytes]), whole[8 + nbytes :]
+def _split(file: bytes) -> tuple[dict[str, Any], bytes]:
+    nbytes = int.from_bytes(file[:8], "little")
+    return json.loads(file[8 : 8 + nbytes]), file[8 + nbytes :]
 
 
 def _write(path: Path, header: dict[str, Any], data: bytes) -> None:

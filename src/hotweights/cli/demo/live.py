@@ -23,7 +23,7 @@ Embed = Callable[[Any], torch.Tensor]
 
 
 def serve_and_reload(console: Console, checkpoint: Path, embed: Embed) -> None:
-    """The demo's part: MiniLM as it is."""
+    """Reload MiniLM in the checkpoint's precision, and print each proof."""
     console.rule("[bold]6. New weights while it serves: all or nothing")
     prove_reloads(console, checkpoint, embed)
 
@@ -81,7 +81,7 @@ def prove_reloads(
 
 
 class _Client:
-    """Asks in a thread of its own, until it is left, and keeps each answer with the version that gave it."""
+    """Asks the model in a thread until its ``with`` ends, and keeps each answer with the version that gave it."""
 
     def __init__(self, live: LiveModel, embed: Embed) -> None:
         self.answers: list[tuple[str | int | None, torch.Tensor]] = []
@@ -99,7 +99,7 @@ class _Client:
         self._thread.join()
 
     def wait_for_answers(self) -> None:
-        """Until two more were given."""
+        """Return when two more answers were given."""
         with self._answered:
             enough = len(self.answers) + 2
             self._answered.wait_for(lambda: len(self.answers) >= enough or not self._thread.is_alive(), timeout=60)
@@ -125,8 +125,8 @@ def _half_of(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.T
 
 
 def _addresses(model: torch.nn.Module) -> dict[str, int]:
-    found = (pair for name, tensor in model.state_dict().items() for pair in leaves(name, tensor))
-    return {name: tensor.data_ptr() for name, tensor in found if not is_wrapper(tensor)}
+    tensors = (pair for name, tensor in model.state_dict().items() for pair in leaves(name, tensor))
+    return {name: tensor.data_ptr() for name, tensor in tensors if not is_wrapper(tensor)}
 
 
 def _prove(true: bool, otherwise: str) -> None:

@@ -1,4 +1,4 @@
-"""The demo's quantised part: MiniLM in int8 takes weights in the checkpoint's precision while it answers."""
+"""The demo's part in int8: a quantized MiniLM takes weights in the checkpoint's precision while it answers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 
 from ...engines import transformers as engine
-from ...engines.torchao import quantise
+from ...engines.torchao import quantize
 from ...errors import CheckpointError
 from ...loading.load import load
 from ...memory.wrappers import is_wrapper, leaves
@@ -17,13 +17,13 @@ from .live import Embed, prove_reloads
 
 
 def serve_quantised(console: Console, checkpoint: Path, embed: Embed) -> None:
-    """Quantise by torchao, then all that the part before does; the proof is torchao's own quantising of a cold load.
+    """Quantize by torchao, then do what the part before does; the proof is that torchao makes the same of a cold load.
 
     Raises:
         MissingPackage: torchao is not installed.
     """
-    console.rule("[bold]7. The same in int8: each layer is quantised anew, in place")
-    process = quantise()
+    console.rule("[bold]7. The same in int8: each layer is quantized anew, in place")
+    process = quantize()
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     plain = engine.build(checkpoint)
@@ -41,5 +41,5 @@ def serve_quantised(console: Console, checkpoint: Path, embed: Embed) -> None:
 
 
 def _nbytes(model: torch.nn.Module) -> int:
-    found = (one for name, tensor in model.state_dict().items() for _, one in leaves(name, tensor))
-    return sum(one.nbytes for one in found if not is_wrapper(one))
+    tensors = (leaf for name, tensor in model.state_dict().items() for _, leaf in leaves(name, tensor))
+    return sum(tensor.nbytes for tensor in tensors if not is_wrapper(tensor))

@@ -28,7 +28,7 @@ _spawn = multiprocessing.get_context("spawn")  # Forked children of a process wi
 
 
 def follow_a_trainer(console: Console, checkpoint: Path, scratch: Path) -> None:
-    """Three versions to two workers; a trainer killed in the middle of a fourth; a new one that brings them on."""
+    """Send three versions to two workers; kill the trainer in the middle of a fourth; go on with a new trainer."""
     console.rule("[bold]8. From a trainer to two workers: nobody is left between two versions")
     address = f"unix:{scratch / 'transfer' / 'socket'}"
     with ExitStack() as stack:
@@ -44,19 +44,19 @@ def follow_a_trainer(console: Console, checkpoint: Path, scratch: Path) -> None:
         with _Process(_train, checkpoint, address, ("step-5",), None) as trainer:
             console.print(f"{'sent':>10}  {trainer.heard()}, by a new trainer at the same address")
             _agree(console, workers, "step-5")
-    left = os.listdir(scratch / "transfer")
-    if left:
-        raise CheckpointError(f"the transfer left files behind: {', '.join(left)}")
+    files = os.listdir(scratch / "transfer")
+    if files:
+        raise CheckpointError("the transfer left files behind", files)
     console.print(f"{'proof':>10}  no socket, no lock and no shared memory is left behind\n")
 
 
 def _agree(console: Console, workers: list[_Process], version: str) -> None:
     """See that all workers say that this version is live, with equal digests."""
-    said = [worker.heard() for worker in workers]
-    if len({(live, digest) for live, digest, _ in said}) != 1 or said[0][0] != version:
-        raise CheckpointError(f"workers disagree: {said}")
-    why = f" ({said[0][2]})" if said[0][2] else ""
-    console.print(f"{'workers':>10}  both at {version!r}, digest {said[0][1]}{why}", markup=False)
+    answers = [worker.heard() for worker in workers]
+    (live, digest, why), *_ = answers
+    if live != version or any(answer[:2] != (live, digest) for answer in answers):
+        raise CheckpointError("workers disagree", [f"{live!r}, digest {digest}" for live, digest, _ in answers])
+    console.print(f"{'workers':>10}  both at {version!r}, digest {digest}{why and f' ({why})'}", markup=False)
 
 
 class _Process:
@@ -95,7 +95,7 @@ class _Process:
 
 
 def _work(pipe: Connection, checkpoint: Path, address: str) -> None:
-    """A worker: follow whoever sends, until version 5; say after each what is live."""
+    """A worker: follow whoever sends, until version 5; after each version say what is live."""
     _modest()
     live = LiveModel(engine.build(checkpoint))
     with Receiver(address) as receiver:

@@ -1,4 +1,4 @@
-"""Attached: how a model knows its live model. It knows neither."""
+"""``attach`` and ``attached``: the live model that belongs to a model of vLLM's, kept on the model itself."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ...live.model import LiveModel
 
 
 class _Attached:
-    """Hides a live model from whoever walks over the attributes of its model: it leads back to all of them."""
+    """Holds a live model where walks over a model's attributes do not find it: it leads back to the whole model."""
 
     __slots__ = ("live",)
 
@@ -23,5 +23,5 @@ def attach(model: nn.Module, live: LiveModel) -> None:
 
 def attached(model: nn.Module) -> LiveModel | None:
     """The live model of a model, if it was loaded by us."""
-    found = model.__dict__.get("_hotweights")
-    return found.live if isinstance(found, _Attached) else None
+    holder = model.__dict__.get("_hotweights")
+    return holder.live if isinstance(holder, _Attached) else None

@@ -1,6 +1,6 @@
-"""Layers: what vLLM does with one layer after loading, and which layers those are. It loads nothing.
+"""Layers: which layers vLLM processes after loading, and how it processes one.
 
-It follows ``vllm.model_executor.model_loader.utils.process_weights_after_loading``, which does it for a whole model.
+This follows ``vllm.model_executor.model_loader.utils.process_weights_after_loading``, which does it for a whole model.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.model_executor.model_loader.reload.layerwise import LAYERWISE_INFO
 from vllm.model_executor.model_loader.utils import device_loading_context
 
-# Buffers that checkpoints rarely carry, with defaults: scales of the KV cache, and maps that vLLM computes.
+# Buffers that checkpoints rarely carry, and that have defaults: scales of the KV cache, and maps that vLLM computes.
 _DEFAULTED = (
     *("*._k_scale", "*._v_scale", "*._q_scale", "*._prob_scale"),
     *("*._expert_map", "*.expert_mask", "*.expert_global_to_physical", "*.expert_physical_to_global"),
@@ -63,7 +63,7 @@ def processing(dtype: torch.dtype, device: torch.device) -> Callable[[nn.Module]
 
 
 def may_be_missing(model: nn.Module) -> list[str]:
-    """Names and patterns of what no checkpoint must carry, because vLLM has defaults for it."""
+    """Names and patterns of what a checkpoint need not carry, because vLLM has defaults for it."""
     scales = [
         f"{name}.{key}"
         for name, layer in model.named_modules(remove_duplicate=False)
@@ -74,7 +74,10 @@ def may_be_missing(model: nn.Module) -> list[str]:
 
 
 def unwrap(model: nn.Module) -> None:
-    """Let loading code write, where it would collect tensors and process layers as soon as it thinks them complete."""
+    """Undo vLLM's online processing: let loading code write at once, where it would collect tensors and process layers.
+
+    A trace must see the writes, and a live model processes the layers itself.
+    """
     for layer in model.modules():
         for tensor in (*layer._parameters.values(), *layer._buffers.values()):
             loader = getattr(tensor, "weight_loader", None)
@@ -86,7 +89,7 @@ def unwrap(model: nn.Module) -> None:
 
 @contextmanager
 def without_lora(model: nn.Module) -> Iterator[None]:
-    """Inside, layers that are wrapped for LoRA stand where their wrappers stood."""
+    """Inside, the layers that LoRA has wrapped stand in the place of their wrappers."""
     wrappers = [
         (parent, key, child)
         for parent in model.modules()

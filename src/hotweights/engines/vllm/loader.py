@@ -1,4 +1,4 @@
-"""The load format ``hotweights``: vLLM's models loaded by plan, layer by layer, processed; and kept as live models."""
+"""ModelLoader: the load format ``hotweights``. It loads a model by plan, layer by layer, and keeps it for updates."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ from ...sources.files.source import FileSource
 from ...sources.opening import open as open_source
 from ...text import size
 from .attached import attach, attached
-from .guarded import guarded
 from .layers import deferred, is_processed, may_be_missing, processes_itself, processing, unwrap
 from .options import options_from
 
@@ -50,7 +49,7 @@ class ModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not install
         self._options = options_from(load_config.model_loader_extra_config)
 
     def download_model(self, model_config: Any) -> None:
-        """See that the checkpoint is on this machine."""
+        """Download the checkpoint if it is not on this machine."""
         self._directory(model_config)
 
     def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> nn.Module:
@@ -76,7 +75,7 @@ class ModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not install
         return model
 
     def load_weights(self, model: nn.Module, model_config: Any) -> None:
-        """Load a model that stands already: an update if this format loaded it, else as it is, unprocessed."""
+        """Load into a model that is built already: an update if this format loaded it, else without processing."""
         live = attached(model)
         with self._opened(model, model_config) as source:
             if live is not None:
@@ -85,7 +84,7 @@ class ModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not install
                 load(model, source, **self._allowed(model), threads=self._options.threads)
 
     def get_all_weights(self, model_config: Any, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor of the checkpoint, for vLLM's own ``reload_weights``; the live model does not hear of that."""
+        """Every tensor of the checkpoint, for vLLM's own ``reload_weights``, of which the live model learns nothing."""
         with self._opened(model, model_config) as source:
             yield from source.tensors()
 
@@ -100,10 +99,14 @@ class ModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not install
             memory_limit=options.memory_limit,
         )
         with self._opened(model, model_config) as source:
-            if options.verify == "loader":
-                load(model, source, device=device, verify="loader", show_progress=False, **allowed)
-            guarded_source = guarded(source, options.guard)
-            report = live.load(guarded_source, device=device, threads=options.threads, show_progress=False, **allowed)
+            report = live.load(
+                source,
+                device=device,
+                threads=options.threads,
+                verify=options.verify,
+                show_progress=False,
+                **allowed,
+            )
         return live, report
 
     def _allowed(self, model: nn.Module) -> dict[str, Any]:

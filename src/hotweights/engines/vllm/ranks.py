@@ -1,8 +1,8 @@
-"""Ranks: the workers of one engine take a version together, or none does. It moves no weights."""
+"""Ranks: the workers of one engine, who take a version together or not at all."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,18 @@ from ...sources.contracts import Addressed, Read, Source, Stream
 
 
 class Refused(HotweightsError):
-    """Some rank cannot take this version; each is named with its cause. Nobody has taken it."""
+    """Some rank cannot take this version; each is named with its cause. No rank has taken it.
+
+    Attributes:
+        problems: one for each such rank.
+    """
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__(self.problems)
+
+    def __str__(self) -> str:
+        return "; ".join(self.problems)
 
 
 class Ranks:
@@ -37,7 +48,7 @@ class Ranks:
         self._group: Any = group.cpu_group
 
     def gather(self, word: str | None) -> list[str | None]:
-        """What each rank says. Every rank must ask; it waits for all."""
+        """What each rank says. Every rank must call this: it waits for all of them."""
         if self.size == 1:
             return [word]
         words: list[str | None] = [None] * self.size
@@ -45,19 +56,19 @@ class Ranks:
         return words
 
     def agree(self, problem: str | None) -> None:
-        """Go on together.
+        """Return when no rank has a problem. Every rank must call this: it waits for all of them.
 
         Raises:
-            Refused: a rank has a problem; the message names all that have.
+            Refused: some ranks have one; the message names them.
         """
         words = self.gather(problem)
         problems = [f"rank {number}: {word}" for number, word in enumerate(words) if word is not None]
         if problems:
-            raise Refused("; ".join(problems))
+            raise Refused(problems)
 
 
 class _Together:
-    """A source whose versions all ranks take, or none. Each rank has its own, and asks the others once."""
+    """A source whose version all ranks take, or none. Each rank has one of these, and asks the others once."""
 
     def __init__(self, source: Source, ranks: Ranks) -> None:
         self._source = source
@@ -75,7 +86,7 @@ class _Together:
         return self._source.tensors()
 
     def wanted(self, names: Iterable[object]) -> None:
-        """A file waits for nobody."""
+        """Nothing need be said before: a file is there already."""
 
     @contextmanager
     def decision(self) -> Iterator[None]:
@@ -104,21 +115,21 @@ class _AddressedTogether(_Together):
     _source: Any
 
     def position(self, name: str) -> tuple[int, int]:
-        found: tuple[int, int] = self._source.position(name)
-        return found
+        position: tuple[int, int] = self._source.position(name)
+        return position
 
     def read(self, reads: Iterable[Read], **how: Any) -> dict[str, int]:
-        found: dict[str, int] = self._source.read(reads, **how)
-        return found
+        bytes_by_io: dict[str, int] = self._source.read(reads, **how)
+        return bytes_by_io
 
 
 def together(source: Source, ranks: Ranks) -> Source:
-    """The source, as one that takes part in the ranks' decision: a live model waits for it before it commits."""
+    """The source, as a ``Participant`` in the ranks' decision: a live model waits for it before it commits."""
     return _AddressedTogether(source, ranks) if isinstance(source, Addressed) else _Together(source, ranks)
 
 
 def words_of(error: BaseException) -> str:
-    """An error as another process can be told of it; of an aborted update, what ended it."""
+    """An error in words for another process. Of an aborted update, they are those of its cause."""
     if isinstance(error, UpdateAborted) and error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {error}"

@@ -1,7 +1,6 @@
-"""Worker: what ``--worker-extension-cls`` adds to vLLM's workers, for ``collective_rpc``. It holds no state.
+"""Worker: what ``--worker-extension-cls`` adds to vLLM's workers, for ``collective_rpc``.
 
-Everything that fails is told in what is returned: an exception in one worker would leave the engine to guess about
-the others.
+A failure is returned, never raised: an exception in one worker would leave the engine to guess about the others.
 """
 
 from __future__ import annotations
@@ -36,19 +35,20 @@ class Worker:
     vllm_config: Any
 
     def hotweights_update(self, source: str, version: str | int | None = None, timeout: float = 60.0) -> dict[str, Any]:
-        """Take new weights, if every rank can. To be called on all workers, when nothing is in flight.
+        """Take new weights, if every rank can. Call it on all workers, while no step runs.
 
         Whoever calls it resets the engine's caches afterwards: ``hotweights.engines.vllm.update`` does both.
 
         Args:
             source: path of a checkpoint, or ``unix:PATH`` of a ``hotweights.Sender``, which has as many receivers as
                 there are ranks.
-            version: its name; by default the sender's, or the number of commits.
+            version: its name; by default the one that the sender gave, or the number of commits.
             timeout: seconds that each single wait for a sender may take.
 
         Returns:
-            ``rank``, ``version`` and ``state`` that it has now, and ``error``: what failed, here or elsewhere, in
-            which case every rank has what it had; else ``None``, and ``report`` has numbers.
+            ``rank``, and the ``version`` and ``state`` that it has now. ``error`` is ``None`` if every rank has taken
+            the new version, and ``report`` has the numbers; else it says what failed, here or on another rank, and
+            every rank has what it had before.
         """
         ranks = Ranks()
         try:
@@ -68,8 +68,8 @@ class Worker:
             digest: whether to read every byte of the model, to tell it from another.
 
         Returns:
-            ``rank``, ``version``, ``state``; ``digest`` over all parameters and buffers as they are now; ``hidden``,
-            how many weights were packed out of sight, which no digest sees; and ``error``.
+            ``rank``, ``version`` and ``state``; ``digest``, over all parameters and buffers as they are now;
+            ``hidden``, how many weights kernels have packed into memory of their own, which no digest sees; ``error``.
         """
         ranks = Ranks()
         try:
@@ -86,40 +86,44 @@ def _updated(worker: Worker, ranks: Ranks, source: str, version: str | int | Non
         try:
             live = _live(worker)
             _check(worker, live)
-            found = stack.enter_context(_opened(source, ranks, timeout))
+            opened = stack.enter_context(_opened(source, ranks, timeout))
         except Exception as error:
             problem = words_of(error)
         ranks.agree(problem)
         stack.enter_context(_as_loaded(worker, live.model))
-        return live.update(found, version=version, show_progress=False)
+        return live.update(opened, version=version, show_progress=False)
 
 
 def _live(worker: Worker) -> LiveModel:
     live = attached(worker.get_model())
     if live is None:
         raise UsageError(
-            "this model was not loaded by hotweights, so nothing is known of how; start the engine with "
+            "this model was not loaded by hotweights, so it cannot be updated; start the engine with "
             "--load-format hotweights"
         )
     return live
 
 
 def _check(worker: Worker, live: LiveModel) -> None:
-    """What cannot be updated is refused."""
+    """Raise ``UsageError`` for a model that cannot be updated."""
     from .layers import processes_itself
 
     if worker.parallel_config.enable_eplb:
         raise UsageError(
-            "experts are moved between ranks while this engine runs (enable_eplb); plans do not know where"
+            "this engine moves experts between ranks while it runs, and plans do not know where they are; start it "
+            "without enable_eplb"
         )
     if processes_itself(live.model):
-        raise UsageError(f"{type(live.model).__name__} processes itself as a whole after loading, not layer by layer")
+        raise UsageError(
+            f"{type(live.model).__name__} processes itself as a whole after loading, not layer by layer; start a new "
+            "engine with the new weights"
+        )
     if live.state is not State.SERVING:
-        raise UsageError(f"the model is {live.state.value}")
+        raise UsageError(f"the model is {live.state.value}; only a model that is {State.SERVING.value} can be updated")
 
 
 def _opened(source: str, ranks: Ranks, timeout: float) -> Any:
-    """The source, opened; files as one that waits for the other ranks. A sender does that by itself."""
+    """The source, opened. Ranks that read files decide among each other; with a sender, the sender sees to that."""
     if not isinstance(source, str):
         raise UsageError(f"a source is a path, or unix:PATH of a sender; found {type(source).__name__}")
     if source.startswith("unix:"):
@@ -129,7 +133,7 @@ def _opened(source: str, ranks: Ranks, timeout: float) -> Any:
 
 @contextmanager
 def _as_loaded(worker: Worker, model: nn.Module) -> Iterator[None]:
-    """Inside, everything that processing looks at is as it was when the model was loaded."""
+    """Inside, what processing looks at (vLLM's config, the default dtype, layers) is as it was for the first load."""
     from vllm.config import set_current_vllm_config
     from vllm.utils.torch_utils import set_default_torch_dtype
 
@@ -151,11 +155,12 @@ def _state(worker: Worker, ranks: Ranks) -> dict[str, Any]:
 
 
 def _hidden(live: LiveModel) -> int:
-    """How many parameters were emptied: what they held is in memory that only a kernel sees."""
-    return sum(one.numel() == 0 for one in live.model.parameters())
+    """How many parameters are empty, because what they held is in memory that only a kernel sees."""
+    return sum(parameter.numel() == 0 for parameter in live.model.parameters())
 
 
 def _numbers(report: UpdateReport) -> dict[str, Any]:
+    """What fits an answer: every rank's goes through the engine's pipe, so of tensors' names only the counts do."""
     names = ("previous", "bytes_read", "bytes_written", "seconds", "stall_seconds", "copy_bytes", "planned")
     return {
         **{name: getattr(report, name) for name in names},

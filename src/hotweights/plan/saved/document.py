@@ -1,4 +1,4 @@
-"""Document: a plan as tuples, numbers and names, as a file holds it. It neither reads files nor believes any."""
+"""Document: a plan as tuples, numbers and names, as a file holds it. Whether one is right is for ``validation``."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class WireOp(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
 
 
 class WireProgram(msgspec.Struct, array_like=True, tag=1, forbid_unknown_fields=True):
-    """A program; what it takes and writes follows from its operations."""
+    """A program. What it takes and writes is not said: it follows from the operations."""
 
     ops: list[WireOp]
 
@@ -71,7 +71,7 @@ class WireConstant(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
 
 
 class Document(msgspec.Struct, forbid_unknown_fields=True):
-    """The fields of a plan, and the version of this format."""
+    """The fields of a plan, and the version of the file format."""
 
     version: int
     manifest: list[tuple[str, str, tuple[int, ...]]]
@@ -83,23 +83,23 @@ class Document(msgspec.Struct, forbid_unknown_fields=True):
     casts: dict[str, str]
     constants: dict[str, WireConstant]
     fallback: list[str]
-    graph_breaks: list[GraphBreak] = msgspec.field(name="notes")  # The word of the file format.
+    graph_breaks: list[GraphBreak] = msgspec.field(name="notes")  # as files of this version say
     unproven: list[str]
     side_effects: list[str]
     state_read: list[str]
     digests: dict[str, str]
     by_layer: bool
-    warnings: list[str] = msgspec.field(default_factory=list)  # Always empty; files of this version have it.
+    warnings: list[str] = msgspec.field(default_factory=list)  # always empty; files of this version have it
 
 
 DTYPES: Mapping[str, torch.dtype] = {
-    str(found).removeprefix("torch."): found
+    str(dtype).removeprefix("torch."): dtype
     for _, name in [*FORMAT_DTYPES.values(), (0, "complex128"), (0, "complex32")]
-    if isinstance(found := getattr(torch, name or "-", None), torch.dtype)
+    if isinstance(dtype := getattr(torch, name or "-", None), torch.dtype)
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 ATTRIBUTES = {
-    kind: {str(one).removeprefix("torch."): one for one in vars(torch).values() if type(one) is kind}
+    kind: {str(value).removeprefix("torch."): value for value in vars(torch).values() if type(value) is kind}
     for kind in (torch.layout, torch.memory_format)
 }
 
@@ -137,21 +137,28 @@ class _Writer:
         return Document(
             version=VERSION,
             manifest=[(spec.name, _dtype_name(spec.dtype), spec.shape) for spec in plan["manifest"].values()],
-            targets=[self._target(name, one) for name, one in plan["targets"].items()],
-            steps=[self._copy(one) if isinstance(one, Copy) else self._program(one) for one in plan["steps"]],
-            ties=[(self._copy(one), self._copy(other)) for one, other in plan["ties"]],
+            targets=[self._target(name, target) for name, target in plan["targets"].items()],
+            steps=[self._copy(step) if isinstance(step, Copy) else self._program(step) for step in plan["steps"]],
+            ties=[(self._copy(first), self._copy(second)) for first, second in plan["ties"]],
             fates=dict(plan["fates"]),
             casts=dict(plan["casts"]),
-            constants={name: self._constant(one) for name, one in plan["constants"].items()},
+            constants={name: self._constant(tensor) for name, tensor in plan["constants"].items()},
             digests=dict(plan["digests"]),
             by_layer=plan["by_layer"],
             **{name: list(plan[name]) for name in lists},
         )
 
-    def _target(self, name: str, one: Target) -> WireTarget:
-        owner = self._targets[one.owner]
+    def _target(self, name: str, target: Target) -> WireTarget:
+        owner = self._targets[target.owner]
         return WireTarget(
-            name, _dtype_name(one.spec.dtype), one.spec.shape, owner, one.problem, one.stride, one.memory, one.start
+            name,
+            _dtype_name(target.spec.dtype),
+            target.spec.shape,
+            owner,
+            target.problem,
+            target.stride,
+            target.memory,
+            target.start,
         )
 
     def _copy(self, step: Copy) -> WireCopy:
@@ -166,9 +173,9 @@ class _Writer:
             [
                 WireOp(
                     str(op.func),
-                    [_wire(one, self._path) for one in op.args],
-                    {key: _wire(one, self._path) for key, one in op.kwargs.items()},
-                    [_wire_region(one) for one in op.results],
+                    [_wire(value, self._path) for value in op.args],
+                    {key: _wire(value, self._path) for key, value in op.kwargs.items()},
+                    [_wire_region(region) for region in op.results],
                 )
                 for op in step.ops
             ]
@@ -207,7 +214,7 @@ def _wire(value: Any, path: object) -> Any:
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, (list, tuple)):
-        return {"tuple" if isinstance(value, tuple) else "list": [_wire(one, path) for one in value]}
+        return {"tuple" if isinstance(value, tuple) else "list": [_wire(item, path) for item in value]}
     if isinstance(value, Region):
         return {"region": _wire_region(value)}
     if isinstance(value, torch.dtype) and value in NAMES:

@@ -1,9 +1,9 @@
-"""Saved plans: files that hold one, written at once and read with suspicion. It runs no operation on data.
+"""Saved plans: writing one to a file, all of it or nothing, and reading it without trust in what the file says.
 
 A file is ``MAGIC``, the digest of the rest (xxh3, 8 bytes, little-endian), and one msgpack document. It holds names,
-numbers and small constants. Operations are named from a list of ATen's that do nothing but compute on their operands;
-each is tried on tensors without data, so that what a file says of its results is known to be so. A file of other bytes,
-damaged or forged, gives ``PlanFileError`` and nothing else.
+numbers and small constants. Operations are named from a list of those that only compute on their operands. Each is
+tried on tensors without data, so what a file says of its results is checked too. A file of other bytes, damaged or
+forged, gives ``PlanFileError`` and nothing else.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from .document import VERSION, Document, document_of
 from .validation import validated
 
 _MAGIC = b"hotweights plan\n"
+_ANEW = "make one with hw.trace(model, manifest).save(path)"
 
 
 def write(path: str | os.PathLike[str], parts: Mapping[str, Any]) -> None:
@@ -60,14 +61,14 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     data = Path(path).read_bytes()
     head = len(_MAGIC) + 8
     if data[: len(_MAGIC)] != _MAGIC or len(data) < head:
-        raise PlanFileError(f"{path}: is no saved plan")
+        raise PlanFileError(f"{path}: is no saved plan; {_ANEW}")
     if xxhash.xxh3_64_intdigest(memoryview(data)[head:]).to_bytes(8, "little") != data[head - 8 : head]:
-        raise PlanFileError(f"{path}: is damaged: its digest does not match its bytes")
+        raise PlanFileError(f"{path}: is damaged: its digest does not match its bytes; {_ANEW}")
     with without_collection():
         try:
             version = msgspec.msgpack.decode(memoryview(data)[head:], type=_Versioned).version
             if version != VERSION:
-                raise PlanFileError(f"{path}: is a plan of version {version}; this hotweights reads {VERSION}")
+                raise PlanFileError(f"{path}: is a plan of version {version}; this hotweights reads {VERSION}; {_ANEW}")
             document = msgspec.msgpack.decode(memoryview(data)[head:], type=Document)
         except (msgspec.MsgspecError, RecursionError, ValueError) as error:
             raise PlanFileError(f"{path}: is no saved plan: {error}") from error

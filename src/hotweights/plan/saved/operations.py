@@ -1,4 +1,4 @@
-"""ATen's operations: which a saved plan may name, what they take and write. None is run on anybody's data."""
+"""The operations of ATen that a saved plan may name, and whether a value is what one of them takes."""
 
 from __future__ import annotations
 
@@ -50,20 +50,20 @@ _TYPES = {
 @cache
 def operations() -> Mapping[str, torch._ops.OpOverload]:
     """The operations that a saved plan may name, by their names."""
-    found: dict[str, torch._ops.OpOverload] = {}
+    known: dict[str, torch._ops.OpOverload] = {}
     for word in _PACKETS.split():
         packet = getattr(torch.ops.aten, word, None)
         for overload in packet.overloads() if packet is not None else ():
             func = getattr(packet, overload)
             if _is_plain(func):
-                found[str(func)] = func
-    return found
+                known[str(func)] = func
+    return known
 
 
 def _is_plain(func: torch._ops.OpOverload) -> bool:
     """Whether it takes only what a file can hold, and writes only what it is named for: no generator, no ``out=``."""
-    return not any(one.is_out for one in func._schema.arguments) and all(
-        _innermost(str(one.real_type)) in _TYPES for one in func._schema.arguments
+    return not any(argument.is_out for argument in func._schema.arguments) and all(
+        _innermost(str(argument.real_type)) in _TYPES for argument in func._schema.arguments
     )
 
 
@@ -80,7 +80,7 @@ def fits(value: Any, kind: str) -> bool:
     if kind.startswith("List["):
         inner = kind[len("List[") : -1]
         if isinstance(value, (list, tuple)):
-            return all(fits(one, inner) for one in value)
+            return all(fits(item, inner) for item in value)
         return inner in ("int", "SymInt") and fits(value, inner)  # torch takes one for all
     if kind in ("int", "SymInt") and isinstance(value, bool):
         return False

@@ -1,4 +1,4 @@
-"""Validation: a document becomes a plan's fields again, every index and operation checked. It reads no file."""
+"""Validation: a document becomes the fields of a plan again, with every index, region and operation checked."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def validated(path: object, document: Document) -> dict[str, Any]:
     Raises:
         PlanFileError: it says something that cannot be.
     """
-    return _Reader(path, document).parts()
+    return _Validator(path, document).parts()
 
 
-class _Reader:
+class _Validator:
     """One document as the fields of a plan. Every method raises ``PlanFileError`` for what cannot be."""
 
     def __init__(self, path: object, document: Document) -> None:
@@ -53,11 +53,11 @@ class _Reader:
 
     def parts(self) -> dict[str, Any]:
         document = self._document
-        self._specs = [self._spec(*one) for one in document.manifest]
+        self._specs = [self._spec(*row) for row in document.manifest]
         manifest = {spec.name: spec for spec in self._specs}
-        self._targets = [self._target(one) for one in document.targets]
-        targets = {one.spec.name: one for one in self._targets}
-        self._constants = {name: self._constant(name, one) for name, one in document.constants.items()}
+        self._targets = [self._target(wire) for wire in document.targets]
+        targets = {target.spec.name: target for target in self._targets}
+        self._constants = {name: self._constant(name, wire) for name, wire in document.constants.items()}
         if len(manifest) != len(self._specs) or len(targets) != len(self._targets):
             self.wrong("it names a tensor twice")
         if document.levels and (len(document.levels) != len(document.steps) or min(document.levels) < 0):
@@ -65,15 +65,15 @@ class _Reader:
         unknown = {*document.fallback} - manifest.keys() | {*document.fates} - manifest.keys() - targets.keys()
         unknown |= {*document.unproven} - targets.keys() | {*document.state_read} ^ document.digests.keys()
         if unknown:
-            self.wrong(f"it speaks of {sorted(unknown)[0]!r} and does not describe it")
+            self.wrong(f"it names {sorted(unknown)[0]!r} and does not describe it")
         return {
             "manifest": Manifest(self._specs),
             "targets": targets,
             "constants": self._constants,
             "steps": tuple(
-                self._copy(one) if isinstance(one, WireCopy) else self._program(one) for one in document.steps
+                self._copy(wire) if isinstance(wire, WireCopy) else self._program(wire) for wire in document.steps
             ),
-            "ties": tuple((self._copy(one), self._copy(other)) for one, other in document.ties),
+            "ties": tuple((self._copy(first), self._copy(second)) for first, second in document.ties),
             "fates": document.fates,
             "casts": document.casts,
             "digests": document.digests,
@@ -90,43 +90,43 @@ class _Reader:
     # Tensors.
 
     def _spec(self, name: str, dtype: str, shape: tuple[int, ...]) -> TensorSpec:
-        found: DType | None = DTYPES.get(dtype)
-        if found is None and dtype in FORMAT_DTYPES:
-            found = OpaqueDtype(dtype, FORMAT_DTYPES[dtype][0])
-        if found is None:
+        kind: DType | None = DTYPES.get(dtype)
+        if kind is None and dtype in FORMAT_DTYPES:
+            kind = OpaqueDtype(dtype, FORMAT_DTYPES[dtype][0])
+        if kind is None:
             self.wrong(f"{name}: torch {torch.__version__} has no dtype {dtype!r}")
-        spec = TensorSpec(name, found, shape)
+        spec = TensorSpec(name, kind, shape)
         if len(shape) > 64 or (shape and not 0 <= min(shape) <= max(shape) < _LARGEST) or spec.nbytes >= _LARGEST:
             self.wrong(f"{name}: no tensor has the shape {list(shape)}")
         return spec
 
-    def _target(self, one: WireTarget) -> Target:
-        spec = self._spec(one.name, one.dtype, one.shape)
-        if isinstance(spec.dtype, OpaqueDtype) or not 0 <= one.owner < len(self._document.targets):
-            self.wrong(f"{one.name}: no tensor of a model is like this")
-        if not 0 <= one.start < _LARGEST:
-            self.wrong(f"{one.name}: no memory has a byte {one.start}")
-        owner = self._document.targets[one.owner].name
-        target = Target(spec, owner, one.problem, one.stride, one.memory, one.start)
-        if one.stride is not None:
-            self._sized(target.box, Memory("model", one.name), _LARGEST)
-        self._nbytes[Memory("model", one.name)] = extent(target.box)[1]
+    def _target(self, wire: WireTarget) -> Target:
+        spec = self._spec(wire.name, wire.dtype, wire.shape)
+        if isinstance(spec.dtype, OpaqueDtype) or not 0 <= wire.owner < len(self._document.targets):
+            self.wrong(f"{wire.name}: no tensor of a model is like this")
+        if not 0 <= wire.start < _LARGEST:
+            self.wrong(f"{wire.name}: no memory has a byte {wire.start}")
+        owner = self._document.targets[wire.owner].name
+        target = Target(spec, owner, wire.problem, wire.stride, wire.memory, wire.start)
+        if wire.stride is not None:
+            self._sized(target.box, Memory("model", wire.name), _LARGEST)
+        self._nbytes[Memory("model", wire.name)] = extent(target.box)[1]
         return target
 
-    def _constant(self, name: str, one: WireConstant) -> torch.Tensor:
-        spec = self._spec(f"constant {name}", one.dtype, one.shape)
+    def _constant(self, name: str, wire: WireConstant) -> torch.Tensor:
+        spec = self._spec(f"constant {name}", wire.dtype, wire.shape)
         if isinstance(spec.dtype, OpaqueDtype):
             self.wrong(f"{spec.name}: no constant is like this")
-        self._sized(Box(spec.dtype, one.shape, one.stride, 0), Memory("constant", name), len(one.data))
-        self._nbytes[Memory("constant", name)] = len(one.data)
+        self._sized(Box(spec.dtype, wire.shape, wire.stride, 0), Memory("constant", name), len(wire.data))
+        self._nbytes[Memory("constant", name)] = len(wire.data)
         try:
             raw = (
-                torch.frombuffer(bytearray(one.data), dtype=torch.uint8)
-                if one.data
+                torch.frombuffer(bytearray(wire.data), dtype=torch.uint8)
+                if wire.data
                 else torch.empty(0, dtype=torch.uint8, device="cpu")
             )
-            storage = raw.to(torch.device(one.device)).untyped_storage()
-            return torch.empty(0, dtype=spec.dtype, device=one.device).set_(storage, 0, one.shape, one.stride)
+            storage = raw.to(torch.device(wire.device)).untyped_storage()
+            return torch.empty(0, dtype=spec.dtype, device=wire.device).set_(storage, 0, wire.shape, wire.stride)
         except Exception as error:  # Devices have many ways of not being there.
             raise PlanFileError(f"{self._path}: cannot be believed: {spec.name}: {error}") from error
 
@@ -136,7 +136,7 @@ class _Reader:
         if (
             len(box.shape) != len(box.stride)
             or len(box.shape) > 64
-            or any(not 0 <= one < _LARGEST for one in (*box.shape, *box.stride, box.offset))
+            or any(not 0 <= number < _LARGEST for number in (*box.shape, *box.stride, box.offset))
             or box.offset % box.dtype.itemsize
             or extent(box)[1] > nbytes
         ):
@@ -157,12 +157,12 @@ class _Reader:
         memory = Memory(wire[0], wire[1])
         nbytes = results.get(memory) if memory.kind == "result" else self._room(memory)
         if nbytes is None:
-            self.wrong(f"an operation speaks of {memory.kind} {memory.name!r}, which is not there")
+            self.wrong(f"an operation names {memory.kind} {memory.name!r}, which is not there")
         return Region(memory, self.box(wire[2], memory, nbytes))
 
     def _room(self, memory: Memory) -> int | None:
         if memory.kind == "source" and not self._boxes:
-            self._boxes = {one.name: whole(one) for one in self._specs if not isinstance(one.dtype, OpaqueDtype)}
+            self._boxes = {spec.name: whole(spec) for spec in self._specs if not isinstance(spec.dtype, OpaqueDtype)}
         if memory.kind == "source":
             box = self._boxes.get(memory.name)
             return None if box is None else box.nbytes
@@ -193,57 +193,59 @@ class _Reader:
     def _program(self, wire: WireProgram) -> Program:
         trial = _Trial(self)
         try:
-            ops = tuple(trial.op(one) for one in wire.ops)
+            ops = tuple(trial.op(operation) for operation in wire.ops)
         except PlanFileError:
             raise
         except Exception as error:  # torch has no common error for operands that it refuses.
             raise PlanFileError(f"{self._path}: cannot be believed: an operation fails: {error}") from error
-        sources = dict.fromkeys(one.memory.name for op in ops for one in op.reads if one.memory.kind == "source")
-        writes = tuple(one for op in ops for one in op.writes if one.memory.kind == "model")
+        sources = dict.fromkeys(
+            region.memory.name for op in ops for region in op.reads if region.memory.kind == "source"
+        )
+        writes = tuple(region for op in ops for region in op.writes if region.memory.kind == "model")
         return Program(tuple(sources), ops, writes)
 
 
 class _Trial:
     """One program's operations, decoded and tried one after the other on tensors without data."""
 
-    def __init__(self, reader: _Reader) -> None:
-        self._reader = reader
+    def __init__(self, validator: _Validator) -> None:
+        self._validator = validator
         self._results: dict[Memory, int] = {}
 
     def op(self, wire: WireOp) -> Op:
         func = operations().get(wire.func)
         if func is None:
-            self._reader.wrong(f"it names an operation that no plan may name: {wire.func!r}")
-        args = tuple(self._decoded(one) for one in wire.args)
-        kwargs = {key: self._decoded(one) for key, one in wire.kwargs.items()}
+            self._validator.wrong(f"it names an operation that no plan may name: {wire.func!r}")
+        args = tuple(self._decoded(value) for value in wire.args)
+        kwargs = {key: self._decoded(value) for key, value in wire.kwargs.items()}
         bound = self._bound(func, args, kwargs)
         writes = tuple(
-            one
+            region
             for argument, value in bound
             if argument.alias_info is not None and argument.alias_info.is_write
-            for one in tree_flatten(value)[0]
-            if isinstance(one, Region)
+            for region in tree_flatten(value)[0]
+            if isinstance(region, Region)
         )
         results = self._tried(func, args, kwargs, wire.results)
-        reads = tuple(one for one in tree_flatten((args, kwargs))[0] if isinstance(one, Region))
+        reads = tuple(region for region in tree_flatten((args, kwargs))[0] if isinstance(region, Region))
         return Op(func, args, kwargs, results, writes, reads)
 
     def _decoded(self, wire: Any) -> Any:
         if not isinstance(wire, dict):
             if isinstance(wire, (list, bytes, msgspec.msgpack.Ext)):
-                self._reader.wrong("an operand is of no known kind")
+                self._validator.wrong("an operand is of no known kind")
             return wire
         if len(wire) != 1:
-            self._reader.wrong("an operand is of no known kind")
+            self._validator.wrong("an operand is of no known kind")
         ((kind, content),) = wire.items()
         make = _OPERANDS.get(kind)
         if kind in ("list", "tuple") and isinstance(content, list):
-            several = [self._decoded(one) for one in content]
+            several = [self._decoded(item) for item in content]
             return several if kind == "list" else tuple(several)
         if kind == "region":
-            return self._reader.region(msgspec.convert(content, WireRegion), self._results)
+            return self._validator.region(msgspec.convert(content, WireRegion), self._results)
         if make is None:
-            self._reader.wrong(f"an operand is of no known kind: {kind!r}")
+            self._validator.wrong(f"an operand is of no known kind: {kind!r}")
         return make(content)
 
     def _bound(
@@ -251,18 +253,18 @@ class _Trial:
     ) -> Iterator[tuple[Any, Any]]:
         """Each argument of the schema with its value; all of the right type, none left over."""
         arguments = func._schema.arguments
-        positional = [one for one in arguments if not one.kwarg_only]
-        if len(args) > len(positional) or kwargs.keys() - {one.name for one in arguments[len(args) :]}:
-            self._reader.wrong(f"{func} takes no such arguments")
+        positional = [argument for argument in arguments if not argument.kwarg_only]
+        if len(args) > len(positional) or kwargs.keys() - {argument.name for argument in arguments[len(args) :]}:
+            self._validator.wrong(f"{func} takes no such arguments")
         bound = [*zip(positional, args, strict=False)]
-        for one in arguments[len(args) :]:
-            if one.name in kwargs:
-                bound.append((one, kwargs[one.name]))
-            elif not one.has_default_value():
-                self._reader.wrong(f"{func} needs {one.name}")
-        for one, value in bound:
-            if not fits(value, str(one.real_type)):
-                self._reader.wrong(f"{func}: {one.name} is no {one.real_type}")
+        for argument in arguments[len(args) :]:
+            if argument.name in kwargs:
+                bound.append((argument, kwargs[argument.name]))
+            elif not argument.has_default_value():
+                self._validator.wrong(f"{func} needs {argument.name}")
+        for argument, value in bound:
+            if not fits(value, str(argument.real_type)):
+                self._validator.wrong(f"{func}: {argument.name} is no {argument.real_type}")
         return iter(bound)
 
     def _tried(
@@ -272,7 +274,7 @@ class _Trial:
 
         def meta(value: Any) -> Any:
             if isinstance(value, (list, tuple)):
-                return type(value)(meta(one) for one in value)
+                return type(value)(meta(item) for item in value)
             if isinstance(value, Region):
                 box = value.box
                 nbytes = extent(box)[1]
@@ -284,24 +286,32 @@ class _Trial:
             return torch.device("meta") if isinstance(value, torch.device) else value
 
         given = {key: meta(value) for key, value in kwargs.items()}
-        if any(one.name == "device" for one in func._schema.arguments):
+        if any(argument.name == "device" for argument in func._schema.arguments):
             given["device"] = torch.device("meta")  # Without it, a factory would take memory.
         out = func(*meta(args), **given)
-        fresh = [one for one in tree_flatten(out)[0] if isinstance(one, torch.Tensor) and id(one) not in metas]
+        fresh = [
+            tensor for tensor in tree_flatten(out)[0] if isinstance(tensor, torch.Tensor) and id(tensor) not in metas
+        ]
         if len(fresh) != len(wires):
-            self._reader.wrong(f"{func} gives {len(fresh)} tensors, the plan has {len(wires)}")
-        found: list[Region] = []
+            self._validator.wrong(f"{func} gives {len(fresh)} tensors, the plan has {len(wires)}")
+        results: list[Region] = []
         for wire, tensor in zip(wires, fresh, strict=True):
             memory = Memory(wire[0], wire[1])
             new = memory.kind == "result" and memory not in self._results
             # An operation may give a view that torch does not own up to: then it lies inside what is there.
-            box = self._reader.box(wire[2], memory, _LARGEST) if new else self._reader.region(wire, self._results).box
+            box = (
+                self._validator.box(wire[2], memory, _LARGEST)
+                if new
+                else self._validator.region(wire, self._results).box
+            )
             if (box.dtype, box.shape) != (tensor.dtype, tuple(tensor.shape)):
-                self._reader.wrong(f"{func} gives {tensor.dtype} {list(tensor.shape)}, the plan has {list(box.shape)}")
+                self._validator.wrong(
+                    f"{func} gives {tensor.dtype} {list(tensor.shape)}, the plan has {list(box.shape)}"
+                )
             if new:
                 self._results[memory] = extent(box)[1]
-            found.append(Region(memory, box))
-        return tuple(found)
+            results.append(Region(memory, box))
+        return tuple(results)
 
 
 _OPERANDS: Mapping[str, Callable[[Any], Any]] = {

@@ -1,6 +1,6 @@
-"""File: an open file that notices when it is no longer the one that was opened. It reads ranges; it knows no tensors.
+"""File: ranges of an open file, and whether it is still the file that was opened.
 
-There is no mmap: a file that shrinks under a mapping kills the process, under ``preadv`` it is an error.
+There is no mmap: a file that shrinks under a mapping kills the process. Under ``preadv`` that is an error.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ...errors import CheckpointChanged, CheckpointError, Closed
 from ...memory.host import PAGE, buffer
 
 DIRECT: int = getattr(os, "O_DIRECT", 0)
-"""The flag for reads around the page cache; 0 where there are none."""
+"""The flag for reads around the page cache; 0 where the system has none."""
 
 _FADVISE = getattr(os, "posix_fadvise", None)  # not on macOS
 _NOWAIT: int = getattr(os, "RWF_NOWAIT", 0)
@@ -48,38 +48,38 @@ def rest(buffers: Sequence[Buffer], done: int) -> Sequence[Buffer]:
     """The buffers without their first ``done`` bytes."""
     if done == 0:
         return buffers
-    rest: list[Buffer] = []
-    for one in buffers:
-        if done < len(one):
-            rest.append(memoryview(one).cast("B")[done:] if done else one)
-        done = max(0, done - len(one))
-    return rest
+    left: list[Buffer] = []
+    for memory in buffers:
+        if done < len(memory):
+            left.append(memoryview(memory).cast("B")[done:] if done else memory)
+        done = max(0, done - len(memory))
+    return left
 
 
 class File:
-    """An open file that notices when it is no longer the one that was opened.
+    """An open file. The owner closes it.
 
-    The owner closes it. Identity, size and modification time are compared by ``check``; a rewrite in place within
-    the clock tick of the opening, with the same size, is not seen.
+    ``check`` compares identity, size and modification time with those at the opening. A rewrite in place that keeps the
+    size, within the clock tick of the opening, is not seen.
     """
 
     def __init__(self, path: str) -> None:
         self.path = path
         self._where = os.path.abspath(path)  # A relative path would lead elsewhere after a chdir.
         self._direct_fd: int | None = None
-        # Cleared by the first read that is refused; the descriptor stays until close.
+        # Cleared by the first direct read that is refused. The descriptor stays open until close: others may use it.
         self._direct_works = bool(DIRECT)
         self._lock = threading.Lock()
         try:
-            # O_NONBLOCK: the opening of a named pipe would wait for a writer, for ever. Plain files do not mind.
+            # O_NONBLOCK: opening a named pipe would wait for a writer for ever. For plain files it changes nothing.
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except (OSError, ValueError) as error:  # ValueError: a name with a zero byte.
             raise CheckpointError(f"{path}: cannot be opened: {getattr(error, 'strerror', error)}") from error
-        found = os.fstat(self._fd)
-        if not stat.S_ISREG(found.st_mode):
+        status = os.fstat(self._fd)
+        if not stat.S_ISREG(status.st_mode):
             self.close()
-            raise CheckpointError(f"{path}: is {_kind(found.st_mode)}, not a file")
-        self._opened = _fingerprint(found)
+            raise CheckpointError(f"{path}: is {_kind(status.st_mode)}, not a file")
+        self._opened = _fingerprint(status)
         self.size = self._opened[2]
 
     def pread(self, nbytes: int, offset: int) -> bytes:
@@ -100,10 +100,10 @@ class File:
             done = self._preadv(buffers, offset)
 
     def cached_into(self, buffers: Sequence[Buffer], offset: int) -> int:
-        """Like ``read_into``, but only what the page cache holds; returns how many bytes that was."""
+        """Like ``read_into``, but reads only what the page cache holds, from the beginning; returns how many bytes."""
         total, done = sum(map(len, buffers)), 0
         cached = self._cached(offset, total)
-        # A read that may not wait still starts the kernel's readahead of what it misses, and the disk reads it twice.
+        # A read that must not wait still starts the kernel's readahead, and then the disk reads those bytes twice.
         if cached is not None and 2 * cached < total:
             return 0
         if cached is not None and cached >= total:
@@ -117,16 +117,19 @@ class File:
         return done
 
     def _cached(self, offset: int, nbytes: int) -> int | None:
-        """Bytes of the pages in this range that the page cache holds, if the kernel says. Costs some microseconds."""
-        asked, found = _CacheRange(offset, nbytes), _CacheState()
-        if nbytes == 0 or _libc.syscall(_CACHESTAT, self._fd, ctypes.byref(asked), ctypes.byref(found), 0):
-            return None  # Older kernels do not have it, and some sandboxes refuse it.
-        return PAGE * int(found.cached)
+        """Bytes of the pages in this range that the page cache holds; ``None`` if the kernel does not say.
+
+        Costs some microseconds.
+        """
+        asked, state = _CacheRange(offset, nbytes), _CacheState()
+        if nbytes == 0 or _libc.syscall(_CACHESTAT, self._fd, ctypes.byref(asked), ctypes.byref(state), 0):
+            return None  # Older kernels do not have the call, and some sandboxes refuse it.
+        return PAGE * int(state.cached)
 
     def will_need(self, start: int, stop: int) -> None:
-        """Let the kernel begin to read all of ``file[start:stop]``, where it is not cached: it would go by small steps.
+        """Let the kernel begin to read all of ``file[start:stop]``, if it is not cached.
 
-        Several threads that read one file look like random reads to its readahead.
+        Its own readahead takes several threads that read one file for random reads, and goes in small steps.
         """
         cached = self._cached(start, stop - start)
         if _FADVISE is not None and cached is not None and 2 * cached < stop - start:
@@ -136,7 +139,7 @@ class File:
     def direct_into(self, memory: torch.Tensor, offset: int) -> bool:
         """Fill page-aligned ``memory`` from page-aligned ``offset`` around the page cache, up to the file's end.
 
-        Returns False if this file system cannot, or gives less than a page at a time.
+        Returns ``False`` if this file system cannot, or gives less than a page at a time. ``memory`` is undefined then.
         """
         fd = self._open_direct()
         if fd is None:
@@ -155,7 +158,7 @@ class File:
             if done < wanted:
                 done -= done % PAGE  # A short direct read may end anywhere; the next must start on a page.
                 if done == before:
-                    return False  # The other I/O path finds out whether the file ends here.
+                    return False  # A buffered read will find out whether the file ends here.
         return True
 
     def check(self) -> None:
@@ -173,14 +176,14 @@ class File:
                 if old != new:
                     verb = "replaced" if what in ("device", "inode") else "changed"
                     raise CheckpointChanged(
-                        f"{self.path}: the file was {verb} after it was opened: {what} was {old}, is {new}"
+                        f"{self.path}: the file was {verb} after it was opened: its {what} was {old} and is {new}"
                     )
 
     def close(self) -> None:
         """Close it. May be called twice."""
         with self._lock:
             fds = (self._fd, self._direct_fd)
-            # Forget before closing: the numbers may be another file's at once, and a late thread must not read that.
+            # Forget before closing: the numbers may belong to another file at once, and a late thread would read that.
             self._fd, self._direct_fd, self._direct_works = -1, None, False
             for fd in fds:
                 if fd is not None and fd >= 0:
@@ -208,7 +211,7 @@ class File:
         with self._lock:
             if self._direct_fd is None and self._direct_works and self._fd >= 0:
                 try:
-                    # Through /proc, so that it is the file that was opened, whatever the path leads to by now.
+                    # Through /proc: the path may lead to another file by now.
                     self._direct_fd = os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC | DIRECT)
                 except OSError:
                     self._direct_works = False  # tmpfs and some network file systems have no direct reads.
@@ -223,8 +226,8 @@ class File:
         return CheckpointChanged(f"{self.path}: ends at byte {offset}; {self.size} bytes were there when it was opened")
 
 
-def _fingerprint(found: os.stat_result) -> tuple[int, int, int, int]:
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+def _fingerprint(status: os.stat_result) -> tuple[int, int, int, int]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _kind(mode: int) -> str:

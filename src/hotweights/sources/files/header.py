@@ -1,8 +1,8 @@
-"""The header of one safetensors file: from bytes to entries, validated. It reads no tensor and allocates none.
+"""The header of one safetensors file: parsed and validated, before any memory is allocated.
 
 Format: 8 bytes little-endian length N, N bytes of JSON ``{name: {dtype, shape, data_offsets}}``, then the data, without
-gaps. Source: https://github.com/huggingface/safetensors#format and ``safetensors/src/tensor.rs`` 0.8, which this is as
-strict as, and stricter: duplicate names are refused.
+gaps. Source: https://github.com/huggingface/safetensors#format and ``safetensors/src/tensor.rs`` 0.8. This is as strict
+as that, and also refuses duplicate names.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _ELSEWHERE |= {bytes([0x80, protocol]): "a pickle" for protocol in range(2, 6)}
 
 
 class Entry(msgspec.Struct, frozen=True, gc=False):
-    """One tensor of a file: its spec, and the byte of the file at which its data starts."""
+    """One tensor of a file: its spec, and the first byte of its data in the file."""
 
     spec: TensorSpec
     offset: int
 
 
-class Header(NamedTuple):
+class FileHeader(NamedTuple):
     """What one file holds: entries by offset, and the file's free-text metadata."""
 
     entries: tuple[Entry, ...]
@@ -52,7 +52,7 @@ _entry = msgspec.json.Decoder(_RawEntry)
 _metadata = msgspec.json.Decoder(dict[str, str])
 
 
-def read_header(file: str, size: int, pread: Callable[[int, int], bytes]) -> Header:
+def read_header(file: str, size: int, pread: Callable[[int, int], bytes]) -> FileHeader:
     """Parse and validate the header of ``file``.
 
     Args:
@@ -68,11 +68,11 @@ def read_header(file: str, size: int, pread: Callable[[int, int], bytes]) -> Hea
     start = pread(min(size, len(_POINTER)), 0)
     nbytes = int.from_bytes(start[:8], "little")
     if size < 8 or nbytes > size - 8:
-        # Only then: a sound header of 640 bytes begins like a pickle, one of 64 MB like a zip archive.
+        # Not before: a sound header of 640 bytes begins like a pickle, one of 64 MB like a zip archive.
         _refuse_other_formats(file, size, start)
     if size < 8:
         raise CheckpointError(f"{file}: {size} bytes are too few for a safetensors file, whose header alone needs 8")
-    # Both bounds come before any allocation: a header of 2^60 bytes must not be tried.
+    # Both bounds come before the allocation: a forged length of 2^60 bytes would take all memory.
     if nbytes > MAX_HEADER_NBYTES:
         raise CheckpointError(f"{file}: header of {nbytes} bytes; at most {MAX_HEADER_NBYTES} are allowed")
     if 8 + nbytes > size:
@@ -93,7 +93,7 @@ def _refuse_other_formats(file: str, size: int, start: bytes) -> None:
             raise CheckpointError(f"{file}: this is not a safetensors file but {what}")
 
 
-def _parse(file: str, raw: bytes, *, data_start: int, size: int) -> Header:
+def _parse(file: str, raw: bytes, *, data_start: int, size: int) -> FileHeader:
     try:
         fields = _names.decode(raw)
         names = len(fields)
@@ -124,20 +124,20 @@ def _parse(file: str, raw: bytes, *, data_start: int, size: int) -> Header:
                     f"tensor {name!r}: {entry.dtype} {list(entry.shape)} is {nbytes} bytes; "
                     f"data_offsets {start}..{stop} hold {stop - start}"
                 )
-    # Only sound entries can be laid side by side; with a broken one among them every neighbour would be blamed.
+    # Only if all entries are sound: beside a broken one, its neighbours would be blamed for gaps.
     if not problems:
         entries.sort(key=_by_offset)
         problems = _gaps(entries, data_start, size)
     if problems:
         raise CheckpointError(file, problems)
-    return Header(tuple(entries), metadata)
+    return FileHeader(tuple(entries), metadata)
 
 
 def _free_text(file: str, field: msgspec.Raw | bytes) -> dict[str, str]:
     try:
         return _metadata.decode(field)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{file}: __metadata__ of the header is not text by name: {error}") from error
+        raise CheckpointError(f"{file}: __metadata__ of the header does not map names to text: {error}") from error
 
 
 def _by_offset(entry: Entry) -> tuple[int, int]:
@@ -145,10 +145,11 @@ def _by_offset(entry: Entry) -> tuple[int, int]:
 
 
 def _refuse_duplicates(file: str, raw: bytes) -> None:
-    """The decoder keeps the last of two equal names, silently, so the header is parsed again with its pairs.
+    """Parse the header again, with all of its pairs: of two equal names the decoder silently keeps the last.
 
-    That is slow, and needed only where the colons are too many: each name that the decoder kept has one, each that it
-    dropped has one too, and none can be written as an escape. Colons inside names bring a sound header here as well.
+    That is slow. It is needed only if the header has more colons than the names that the decoder kept: a name that it
+    dropped has a colon, too, and JSON cannot write that colon in another way. A sound header with colons in its names
+    is also parsed again.
     """
     try:
         # Objects become tuples of pairs, to tell them from arrays.
@@ -176,7 +177,7 @@ def _spec(name: str, entry: _RawEntry, problems: list[str]) -> TensorSpec | None
         return None
     bits, attribute = FORMAT_DTYPES[entry.dtype]
     count = math.prod(entry.shape)
-    # The product of the nonzero lengths is what torch multiplies strides from: [2**62, 0] overflows though it is empty.
+    # torch multiplies the strides from the nonzero lengths: [2**62, 0] overflows, though it is empty.
     if (count or math.prod(filter(None, entry.shape))) > _LARGEST:
         problems.append(f"tensor {name!r}: shape {list(entry.shape)} has more elements than any memory")
         return None
@@ -216,7 +217,7 @@ def _gaps(entries: Iterable[Entry], data_start: int, size: int) -> list[str]:
             end, held = stop - data_start, size - data_start
             cut.append(f"tensor {spec.name!r}: ends at byte {end} of the data; the file holds {held}")
         position, last = max(position, stop), spec.name
-    if cut:  # One cut takes all that lay behind it; to name each would bury the reason.
+    if cut:  # A cut takes all tensors behind it. To name each would bury the reason.
         others = f", and {len(cut) - 1} tensors behind it" if len(cut) > 1 else ""
         problems.append(f"{cut[0]}{others}; is it truncated?")
     if not problems and position < size:

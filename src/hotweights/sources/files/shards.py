@@ -1,37 +1,39 @@
-"""Which files make up a checkpoint: one file, a directory, an index, a hub cache. Opens them; reads no tensor."""
+"""Which files make up a checkpoint: one file, a directory, an index, a hub cache. Finds, opens and checks them."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from ...errors import CheckpointError
+from ...text import some
 from .file import File
-from .header import MAX_HEADER_NBYTES, Header, read_header
+from .header import MAX_HEADER_NBYTES, FileHeader, read_header
 
 
 class Layout(NamedTuple):
     """How one format lies on disk.
 
     Attributes:
-        main: the checkpoint's name without its suffix; of several indexes, the one with this name is taken.
+        main: the checkpoint's usual name, without suffix; of several indexes, the one with this name is taken.
         prefix: how the names of its files begin.
-        suffix: how they end.
-        parse: what a file holds; raises ``CheckpointError``.
+        suffix: how the names of its files end.
+        parse: reads what a file holds; raises ``CheckpointError``.
     """
 
     main: str
     prefix: str
     suffix: str
-    parse: Callable[[File], Header]
+    parse: Callable[[File], FileHeader]
 
 
-def _parse_safetensors(file: File) -> Header:
+def _parse_safetensors(file: File) -> FileHeader:
     return read_header(file.path, file.size, file.pread)
 
 
@@ -46,7 +48,7 @@ class Shard:
     def __init__(self, path: str, layout: Layout = SAFETENSORS) -> None:
         self.file = File(path)
         try:
-            self.header: Header = layout.parse(self.file)
+            self.header: FileHeader = layout.parse(self.file)
         except BaseException:
             self.file.close()
             raise
@@ -85,22 +87,23 @@ def _open_directory(directory: Path, layout: Layout) -> tuple[Shard, ...]:
     if main in indexes:
         indexes = [main]
     if len(indexes) > 1:
-        raise CheckpointError(f"{directory}: several indexes, {_listed(indexes)}; open the one you mean")
+        listed = ", ".join(index.name for index in indexes)
+        raise CheckpointError(f"{directory}: several indexes, {listed}; open the one you mean")
     if indexes:
         whole = directory / indexes[0].name.removesuffix(".index.json")
         if whole in files:
             raise CheckpointError(f"{directory}: holds both {whole.name} and {indexes[0].name}; open the one you mean")
         return _open_index(indexes[0], layout)
     if not files:
-        found = f"it holds {', '.join(names[:5])}" if names else "it is empty"
+        content = f"it holds {some(names, 5)}" if names else "it is empty"
         if layout is SAFETENSORS and any(name.endswith(".bin") for name in names):
-            found += '; reader="torch" opens .bin files'
-        raise CheckpointError(f"{directory}: no {layout.prefix}*{layout.suffix} in this directory; {found}")
+            content += '; reader="torch" opens .bin files'
+        raise CheckpointError(f"{directory}: no {layout.prefix}*{layout.suffix} in this directory; {content}")
     return _open_all(files, layout)
 
 
 def _snapshot(directory: Path) -> Path:
-    """The snapshot that a hub cache's ``models--org--name`` directory leads to; any other directory is itself."""
+    """The snapshot that a hub cache's ``models--org--name`` directory leads to; any other directory as it is."""
     snapshots = directory / "snapshots"
     if not (directory.name.startswith("models--") and snapshots.is_dir()):
         return directory
@@ -139,8 +142,8 @@ def _open_each(paths: Iterable[Path], layout: Layout, undo: ExitStack) -> tuple[
 
 
 def _duplicates(shards: Sequence[Shard]) -> list[str]:
-    """One tensor in two files. Every other reader takes the last, silently."""
-    if len(shards) < 2:  # Within a file the header saw to it.
+    """One tensor in two files. Other readers take the last one silently."""
+    if len(shards) < 2:  # Within one file the header was checked for it.
         return []
     first: dict[str, str] = {}
     problems: list[str] = []
@@ -156,7 +159,7 @@ def _open_index(index: Path, layout: Layout) -> tuple[Shard, ...]:
     weight_map, problems = _read_index(index)
     names = sorted(set(weight_map.values()) - {""})
     problems += [f"{index.name}: shard {name!r} lies outside the directory" for name in names if _outside(name)]
-    # Once each: "a" and "./a" are one file.
+    # Each file once: "a" and "./a" are one.
     paths = list(dict.fromkeys(index.parent / name for name in names if not _outside(name)))
     absent = {path for path in paths if not os.path.exists(path)}
     for path in absent:
@@ -172,22 +175,22 @@ def _open_index(index: Path, layout: Layout) -> tuple[Shard, ...]:
 
 
 def _read_index(index: Path) -> tuple[dict[str, str], list[str]]:
-    """From each tensor to its file, ``""`` where that is no name; and what is wrong with the index by itself."""
+    """The file of each tensor, ``""`` where the index gives no name; and what is wrong with the index itself."""
     with contextlib.closing(File(str(index))) as file:
         if file.size > MAX_HEADER_NBYTES:
             raise CheckpointError(f"{index}: an index of {file.size} bytes; at most {MAX_HEADER_NBYTES} are allowed")
         raw = file.pread(file.size, 0)
     problems: set[str] = set()
 
-    def pairs(found: list[tuple[str, object]]) -> dict[str, object]:
-        table = dict(found)
-        if len(table) != len(found):
-            seen: set[str] = set()
-            problems.update(f"the name {name!r} occurs twice" for name, _ in found if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+    def without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        table = dict(pairs)
+        if len(table) < len(pairs):
+            counts = Counter(name for name, _ in pairs)
+            problems.update(f"the name {name!r} occurs twice" for name, count in counts.items() if count > 1)
         return table
 
     try:
-        content = json.loads(raw, object_pairs_hook=pairs, parse_constant=_refuse_constant)
+        content = json.loads(raw, object_pairs_hook=without_duplicates, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{index}: not a JSON object: {error}") from error
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
@@ -205,23 +208,23 @@ def _refuse_constant(name: str) -> float:
 
 
 def _outside(name: str) -> bool:
-    # The text decides, not where links lead: a hub cache's files are links out of the directory, made by its owner.
+    # The text decides, not where links lead: the files of a hub cache are links that leave the directory.
     return PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name
 
 
 def _disagreements(index: Path, weight_map: dict[str, str], shards: Iterable[Shard]) -> list[str]:
-    """Every tensor that does not lie where the index says. A shard that is absent was reported already."""
+    """Every tensor that does not lie where the index says. Files that are absent were reported already."""
     problems: list[str] = []
     opened = {shard.file.path for shard in shards}
-    found: dict[str, list[str]] = {}
+    homes: dict[str, list[str]] = {}
     for shard in shards:
         for entry in shard.header.entries:
-            found.setdefault(entry.spec.name, []).append(shard.file.path)
+            homes.setdefault(entry.spec.name, []).append(shard.file.path)
     for name, shard_name in weight_map.items():
         if not shard_name:
             continue
         promised = str(index.parent / shard_name)
-        actual = found.get(name, [])
+        actual = homes.get(name, [])
         if not actual and promised in opened:
             problems.append(f"tensor {name!r}: the index says {shard_name}, which does not hold it")
         elif actual and promised not in actual:
@@ -230,11 +233,7 @@ def _disagreements(index: Path, weight_map: dict[str, str], shards: Iterable[Sha
             )
     problems += [
         f"tensor {name!r}: lies in {os.path.relpath(paths[0], index.parent)}; the index does not know it"
-        for name, paths in found.items()
+        for name, paths in homes.items()
         if name not in weight_map
     ]
     return problems
-
-
-def _listed(paths: Iterable[Path]) -> str:
-    return ", ".join(path.name for path in paths)

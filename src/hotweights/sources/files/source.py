@@ -1,4 +1,4 @@
-"""FileSource: the tensors of safetensors files. Addressed: any bytes, in any order, into any memory."""
+"""FileSource: the tensors of safetensors files. It is addressed: it reads any bytes, in any order, into any memory."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from functools import partial
 from typing import NamedTuple
 
-import msgspec
 import torch
 
+from ...arguments import check_choices
 from ...dtypes import OpaqueDtype
 from ...errors import Closed, UsageError
 from ...gc_pause import without_collection
-from ...manifest import Manifest, TensorSpec
+from ...manifest import Manifest
 from ...memory.guards import Guard
 from ...memory.host import PAGE, host_empty
 from ...memory.lease import Lease, Slot
@@ -24,27 +24,21 @@ from ..contracts import IOMode, Read
 from ..owned import owned_tensors
 from ..streams import LeaseStream, ahead
 from .file import File
+from .header import Entry
 from .reading import Segment, fill, read_segments
 from .shards import Shard, open_shards
 
 
-class _Place(msgspec.Struct, frozen=True, gc=False):
-    file: File
-    offset: int
-    nbytes: int
-    number: int  # of the file among all
-
-
 class _Run(NamedTuple):
-    """Neighbouring tensors that are read at once."""
+    """Neighbouring tensors of one file that are read at once."""
 
-    place: _Place
-    specs: list[TensorSpec]
+    file: File
+    entries: list[Entry]
     nbytes: int
 
 
 class FileSource:
-    """The tensors of one checkpoint on disk. Closes its files; made by ``hotweights.open``.
+    """The tensors of one checkpoint on disk. Made by ``hotweights.open``; closing it closes the files.
 
     The manifest lists tensors file by file, in the order in which they lie there.
     """
@@ -55,8 +49,8 @@ class FileSource:
         with without_collection():
             self._shards: tuple[Shard, ...] = open_shards(path)
         self._closed = False
-        self._places = {
-            entry.spec.name: _Place(shard.file, entry.offset, entry.spec.nbytes, number)
+        self._homes = {
+            entry.spec.name: (number, entry)
             for number, shard in enumerate(self._shards)
             for entry in shard.header.entries
         }
@@ -79,12 +73,12 @@ class FileSource:
 
     def position(self, name: str) -> tuple[int, int]:
         """Which file (as an index into ``files``), and which byte of it, the tensor starts at."""
-        place = self._places[name]
-        return place.number, place.offset
+        number, entry = self._homes[name]
+        return number, entry.offset
 
     def file_of(self, name: str) -> str:
         """The path of the file that holds the tensor."""
-        return self._places[name].file.path
+        return self._shards[self._homes[name][0]].file.path
 
     def leases(self, *, guard: Guard = "off", pool: Pool | None = None, io: IOMode = "auto") -> LeaseStream:
         """Stream every tensor as a lease on the pool's memory, in the manifest's order, reading one slot ahead.
@@ -93,15 +87,16 @@ class FileSource:
         lease is not borrowed.
 
         Args:
-            guard: makes stale tensors loud, see ``guards``. Ignored where a pool is given: its own guard holds.
+            guard: makes stale tensors loud, see ``guards``. If the pool's guard is stricter, that one holds.
             pool: where the leases lie; by default one of 2 x 32 MiB, which ends with the stream.
             io: which I/O path, see ``IOMode``.
         """
+        check_choices(guard=(guard, Guard))
         self._check_open()
         own = pool is None
-        pool = pool or Pool(2, 2 * 16 * 1024 * 1024, guard=guard)
+        pool = pool or Pool(2, 32 * 1024 * 1024)
         stopped = threading.Event()
-        return LeaseStream(self._lease_all(pool, own, io, stopped), stop=partial(_stop, stopped, pool))
+        return LeaseStream(self._lease_all(pool, own, guard, io, stopped), stop=partial(_stop, stopped, pool))
 
     def tensors(self, *, io: IOMode = "auto") -> Iterator[tuple[str, torch.Tensor]]:
         """Yield every tensor in memory of its own, read one batch ahead.
@@ -154,43 +149,43 @@ class FileSource:
             raise Closed(f"the source {self.path!r} was closed")
 
     def _segment(self, read: Read) -> Segment:
-        place, into = self._places[read.name], read.into
+        (number, entry), into = self._homes[read.name], read.into
         # Memory is written by address: a request that does not fit would read a neighbour or overwrite a stranger.
-        if read.start < 0 or read.nbytes < 0 or read.start + read.nbytes > place.nbytes:
+        if read.start < 0 or read.nbytes < 0 or read.start + read.nbytes > entry.spec.nbytes:
             raise UsageError(
-                f"tensor {read.name!r} has {place.nbytes} bytes; {read.nbytes} from {read.start} were asked for"
+                f"tensor {read.name!r} has {entry.spec.nbytes} bytes; {read.nbytes} from {read.start} were asked for"
             )
         if isinstance(into, torch.Tensor) and not (into.nbytes == read.nbytes and into.is_cpu and into.is_contiguous()):
             raise UsageError(
                 f"tensor {read.name!r}: {read.nbytes} bytes go into contiguous host memory of as many bytes, not into "
                 f"{into.nbytes} of {'contiguous' if into.is_contiguous() else 'strided'} memory on {into.device}"
             )
-        return Segment(place.file, place.offset + read.start, read.nbytes, into)
+        return Segment(self._shards[number].file, entry.offset + read.start, read.nbytes, into)
 
     def _runs(self, limit: int) -> Iterator[_Run]:
-        """The manifest cut into runs of neighbours of at most ``limit`` bytes; a larger tensor is a run of its own."""
-        run: _Run | None = None
-        for spec in self._manifest.values():
-            place = self._places[spec.name]
-            nbytes = spec.nbytes
-            if run is not None and run.place.file is place.file and run.nbytes + nbytes <= limit:
-                run.specs.append(spec)
-                run = run._replace(nbytes=run.nbytes + nbytes)
-                continue
-            if run is not None:
-                yield run
-            run = _Run(place, [spec], nbytes)
-        if run is not None:
-            yield run
+        """All tensors as runs of neighbours of at most ``limit`` bytes; a larger tensor is a run of its own."""
+        for shard in self._shards:
+            entries: list[Entry] = []
+            nbytes = 0
+            for entry in shard.header.entries:
+                if entries and nbytes + entry.spec.nbytes > limit:
+                    yield _Run(shard.file, entries, nbytes)
+                    entries, nbytes = [], 0
+                entries.append(entry)
+                nbytes += entry.spec.nbytes
+            if entries:
+                yield _Run(shard.file, entries, nbytes)
 
-    def _lease_all(self, pool: Pool, own: bool, io: IOMode, stopped: threading.Event) -> Generator[Lease, None, None]:
+    def _lease_all(
+        self, pool: Pool, own: bool, guard: Guard, io: IOMode, stopped: threading.Event
+    ) -> Generator[Lease, None, None]:
         runs = list(self._runs(pool.slot_nbytes - 2 * PAGE))
         work = (partial(self._fill_slot, run, pool, io, stopped) for run in runs)
         slots = ahead(work, depth=min(1, pool.slots - 1), stop=partial(_stop, stopped, pool), drop=_drop)
         try:
             for run, (slot, data) in zip(runs, slots, strict=True):
                 try:
-                    yield from self._lease_run(run, slot, data, pool.guard)
+                    yield from _lease_run(run, slot, data, guard)
                 finally:
                     if slot is not None:
                         slot.release()
@@ -204,11 +199,11 @@ class FileSource:
     ) -> tuple[Slot | None, torch.Tensor]:
         if run.nbytes > pool.slot_nbytes - 2 * PAGE:
             return None, self._read_large(run, pool, io, stopped)
-        slot = pool.acquire(run.specs[0].name, stop=stopped.is_set)
+        first = run.entries[0]
+        slot = pool.acquire(first.spec.name, stop=stopped.is_set)
         try:
-            place = run.place
-            data, _ = fill(place.file, slot.memory, place.offset, place.offset + run.nbytes, io)
-            place.file.check()
+            data, _ = fill(run.file, slot.memory, first.offset, first.offset + run.nbytes, io)
+            run.file.check()
         except BaseException:
             slot.release()
             raise
@@ -217,20 +212,21 @@ class FileSource:
     def _read_large(self, run: _Run, pool: Pool, io: IOMode, stopped: threading.Event) -> torch.Tensor:
         data = host_empty((run.nbytes,), torch.uint8)
         # Buffered: it may not ask the pool for a slot to bounce through while others hold all of them.
-        self.read([Read(run.specs[0].name, 0, run.nbytes, data)], pool=pool, io="buffered", stop=stopped)
+        self.read([Read(run.entries[0].spec.name, 0, run.nbytes, data)], pool=pool, io="buffered", stop=stopped)
         return data
 
-    def _lease_run(self, run: _Run, slot: Slot | None, data: torch.Tensor, guard: Guard) -> Iterator[Lease]:
-        position = 0
-        for spec in run.specs:
-            raw = data[position : position + spec.nbytes]
-            position += spec.nbytes
-            itemsize = 1 if isinstance(spec.dtype, OpaqueDtype) else spec.dtype.itemsize
-            if slot is None or raw.data_ptr() % itemsize:
-                # No slot, or a file that packs a float32 behind three bytes: memory of its own.
-                yield Lease(spec, raw=raw if slot is None else raw.clone(), borrowed=False, guard=guard)
-            else:
-                yield slot.lease(spec, raw.data_ptr() - slot.memory.data_ptr())
+
+def _lease_run(run: _Run, slot: Slot | None, data: torch.Tensor, guard: Guard) -> Iterator[Lease]:
+    position = 0
+    for spec in (entry.spec for entry in run.entries):
+        raw = data[position : position + spec.nbytes]
+        position += spec.nbytes
+        itemsize = 1 if isinstance(spec.dtype, OpaqueDtype) else spec.dtype.itemsize
+        if slot is None or raw.data_ptr() % itemsize:
+            # No slot, or a file that packs a float32 behind three bytes: memory of its own.
+            yield Lease(spec, raw=raw if slot is None else raw.clone(), borrowed=False, guard=guard)
+        else:
+            yield slot.lease(spec, raw.data_ptr() - slot.memory.data_ptr(), guard)
 
 
 def _stop(stopped: threading.Event, pool: Pool) -> None:
@@ -239,7 +235,7 @@ def _stop(stopped: threading.Event, pool: Pool) -> None:
 
 
 def _drop(filled: tuple[Slot | None, torch.Tensor]) -> None:
-    """A slot that was read ahead and never streamed goes back to its pool."""
+    """Give a slot back to its pool that was read ahead and never streamed."""
     slot, _ = filled
     if slot is not None:
         slot.release()

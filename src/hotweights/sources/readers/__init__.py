@@ -1,1 +1,1 @@
-"""Readers: other packages that read files. One file each, imported when it is named."""
+"""Readers: other packages that read files. Each has a file here, which is imported when the package is asked for."""

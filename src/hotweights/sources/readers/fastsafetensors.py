@@ -1,7 +1,7 @@
-"""fastsafetensors: each file is read into one buffer, of which its tensors are views. On the CPU, and only borrowed.
+"""fastsafetensors: each file is read into one buffer, and its tensors are views of that. On the CPU, and borrowed.
 
-It can give tensors away, but what it gives away is freed by Python code: freed while an exception is on its way, as
-``list`` does, that exception is lost (0.5.0). So those that are kept are copied.
+The package can give tensors away, but then Python code frees them, and an exception that is on its way while it runs is
+lost (0.5.0). So tensors that are kept are copied.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .reader import Reader
 
 
 def _read(files: Sequence[str], *, borrow: bool) -> Iterator[Pair]:
-    for path in files:  # All at once would take the memory of the whole checkpoint.
+    for path in files:  # All files at once would take the memory of the whole checkpoint.
         with closing(SafeTensorsFileLoader(None, device="cpu", nogds=True)) as loader:
             loader.add_filenames({0: [path]})
             with closing(loader.copy_files_to_device(borrowed_tensors=True)) as buffers:

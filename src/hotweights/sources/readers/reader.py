@@ -1,4 +1,4 @@
-"""Reader: what one package that reads checkpoints can do. It knows no package."""
+"""Reader: what one package that reads checkpoints can do."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from ..files.shards import SAFETENSORS, Layout
 from ..iterator import Pair
 
 
-class Read(Protocol):
-    """Opens files and gives their tensors, in whatever order; closing the iterator closes the files."""
+class ReadFiles(Protocol):
+    """Opens files and gives their tensors, in any order. Closing the iterator closes the files."""
 
     def __call__(self, files: Sequence[str], *, borrow: bool) -> Iterator[Pair]:
-        """With ``borrow``, each tensor need only live until the iterator advances, if that is cheaper."""
+        """With ``borrow``, a tensor need only be valid until the iterator advances, if that is cheaper."""
 
 
 class Reader(NamedTuple):
@@ -21,12 +21,12 @@ class Reader(NamedTuple):
 
     Attributes:
         read: how it reads.
-        lends: whether what it reads with ``borrow`` lies in memory that is used again.
-        owns: whether what it reads without lies in memory of its own for good.
+        lends: whether tensors that it reads with ``borrow`` lie in memory that is used again.
+        owns: whether tensors that it reads without ``borrow`` lie in memory of their own for good.
         layout: the files it reads.
     """
 
-    read: Read
+    read: ReadFiles
     lends: bool
     owns: bool
     layout: Layout = SAFETENSORS

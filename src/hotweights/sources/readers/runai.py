@@ -1,6 +1,7 @@
-"""runai-model-streamer: threads of its own fill a ring of buffers, of ``RUNAI_STREAMER_MEMORY_LIMIT`` bytes.
+"""runai-model-streamer: its own threads fill a ring of buffers, of ``RUNAI_STREAMER_MEMORY_LIMIT`` bytes.
 
-Up to 0.16 the ring is always used again. Since 0.17 ``owned=True`` gives a drained buffer away and takes a new one.
+Up to 0.16 the ring is always used again. Since 0.17, ``owned=True`` gives a buffer away once it is drained, and takes a
+new one.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def _read(files: Sequence[str], *, borrow: bool) -> Iterator[Pair]:
             streamer.stream_files(list(files), owned=not borrow)
         else:
             streamer.stream_files(list(files))
-        # Before the streamer ends: its threads may still be writing into the ring.
+        # Close the pairs before the streamer ends: its threads may still write into the ring.
         with closing(streamer.get_tensors()) as pairs:
             yield from pairs
 

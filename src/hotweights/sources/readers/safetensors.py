@@ -1,7 +1,7 @@
 """safetensors, the reference implementation: ``safe_open``, one tensor after another.
 
-It reads with ``pread`` where it can. Older ones only map the file: such memory follows a file that is rewritten, and
-kills the process when the file is cut, so it counts as borrowed.
+Newer versions read with ``pread``. Older ones map the file: the memory changes with a file that is rewritten, and the
+process is killed when the file is cut. So that memory counts as borrowed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from safetensors import safe_open
 from ..iterator import Pair
 from .reader import Reader
 
-_CAN_PREAD = "backend" in (safe_open.__text_signature__ or "")  # Native: it shows no other signature.
+_CAN_PREAD = "backend" in (safe_open.__text_signature__ or "")  # Native code: it has no other signature.
 
 
 def _read(files: Sequence[str], *, borrow: bool) -> Iterator[Pair]:

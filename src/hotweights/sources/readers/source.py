@@ -1,4 +1,4 @@
-"""ReaderSource: files read by another package."""
+"""ReaderSource: files that another package reads, checked against our manifest of them."""
 
 from __future__ import annotations
 
@@ -36,23 +36,23 @@ READERS = tuple(_PACKAGES)
 class ReaderSource:
     """The tensors of a checkpoint on disk, read by another package, in its order. Made by ``hotweights.open``.
 
-    The manifest is our own, from validated headers, and every tensor is checked against it. The files stay open, to
-    notice at the end of each stream whether they are still the ones that were opened.
+    The manifest is read by hotweights from validated headers, and every tensor is checked against it. The files stay
+    open: at the end of each stream they are compared with those that were opened.
     """
 
     def __init__(self, path: str | os.PathLike[str], reader: str) -> None:
         self._closed = True  # Until the files are open there is nothing to close.
-        found = _import(reader)
+        package = _import(reader)
         self.path = os.fspath(path)
         self.reader = reader
-        self._shards: tuple[Shard, ...] = open_shards(path, found.layout)
+        self._shards: tuple[Shard, ...] = open_shards(path, package.layout)
         self._closed = False
         self.manifest = Manifest(entry.spec for shard in self._shards for entry in shard.header.entries)
         self._homes = {entry.spec.name: shard.file.path for shard in self._shards for entry in shard.header.entries}
-        lent = _Reading(reader, found, self._shards, borrow=True)
-        owned = _Reading(reader, found, self._shards, borrow=False)
-        self._lent = IteratorSource(lent, self.manifest, borrowed=found.lends)
-        self._owned = IteratorSource(owned, self.manifest, borrowed=not found.owns)
+        lent = _Reading(reader, package, self._shards, borrow=True)
+        owned = _Reading(reader, package, self._shards, borrow=False)
+        self._lent = IteratorSource(lent, self.manifest, borrowed=package.lends)
+        self._owned = IteratorSource(owned, self.manifest, borrowed=not package.owns)
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -74,14 +74,14 @@ class ReaderSource:
         return self._lent.leases(guard=guard)
 
     def tensors(self) -> Iterator[Pair]:
-        """Yield every tensor, the caller's to keep: as the package gives it where it gives it away, else a copy."""
+        """Yield every tensor, the caller's to keep: a copy, unless the package gives tensors away."""
         self._check_open()
         return self._owned.tensors()
 
     def close(self) -> None:
         """Close the files and every stream. May be called twice."""
         self._closed = True
-        with ExitStack() as stack:  # The last one goes first, and each goes whatever the others do.
+        with ExitStack() as stack:  # The last is called first, and each is called, also if another fails.
             for shard in self._shards:
                 stack.callback(shard.close)
             stack.callback(self._owned.close)
@@ -125,7 +125,7 @@ class _Reading(Iterable[Pair]):
         except HotweightsError:
             raise
         except Exception as error:
-            self._check_files()  # If one was cut or replaced, that is what the package stumbled over.
+            self._check_files()  # If a file was cut or replaced, that is what went wrong, and is said.
             raise SourceError(f"the reader {self._name!r} failed: {error}") from error
         self._check_files()
 
@@ -139,9 +139,9 @@ def _import(reader: str) -> Reader:
         raise UnknownName("reader", reader, ("hotweights", *READERS))
     package = _PACKAGES[reader]
     try:
-        found: Reader = importlib.import_module(f".{reader}", __package__).READER
+        known: Reader = importlib.import_module(f".{reader}", __package__).READER
     except ModuleNotFoundError as error:
-        if error.name != package.module:  # Something that the package itself lacks.
+        if error.name != package.module:  # The package is there, and lacks something itself.
             raise
         raise MissingPackage(package.name, reader) from error
-    return found
+    return known

@@ -1,7 +1,7 @@
 """Torch's own format: .bin, .pt and .pth that hold one flat dictionary of tensors. Read with ``weights_only=True``.
 
-A file has no header: opening runs its pickle once on the meta device, which allocates no tensor. Streaming holds one
-file in memory at a time.
+Such a file has no header. Opening runs its pickle once on the meta device, where no tensor takes memory. Streaming
+holds one file in memory at a time.
 """
 
 from __future__ import annotations
@@ -14,22 +14,24 @@ import torch
 from ...errors import CheckpointError
 from ...manifest import TensorSpec
 from ..files.file import File
-from ..files.header import Entry, Header
+from ..files.header import Entry, FileHeader
 from ..files.shards import Layout
 from ..iterator import Pair
 from .reader import Reader
 
 
-def _parse(file: File) -> Header:
+def _parse(file: File) -> FileHeader:
     tensors = _load(file.path, "meta")
     if not isinstance(tensors, Mapping):
         raise CheckpointError(f"{file.path}: holds a {type(tensors).__name__}, not a dictionary of tensors")
-    strangers = [problem for name, one in tensors.items() if (problem := _strange(name, one))]
+    strangers = [problem for name, value in tensors.items() if (problem := _strange(name, value))]
     if strangers:
         raise CheckpointError(
-            f"{file.path}: holds more than dense tensors by name; torch.load it, and open its part", strangers
+            f"{file.path}: holds more than dense tensors by name; torch.load it, and open the dictionary in it that "
+            "holds the tensors",
+            strangers,
         )
-    return Header(tuple(Entry(TensorSpec(name, t.dtype, tuple(t.shape)), 0) for name, t in tensors.items()), {})
+    return FileHeader(tuple(Entry(TensorSpec(name, t.dtype, tuple(t.shape)), 0) for name, t in tensors.items()), {})
 
 
 def _read(files: Sequence[str], *, borrow: bool) -> Iterator[Pair]:
@@ -44,10 +46,12 @@ def _read(files: Sequence[str], *, borrow: bool) -> Iterator[Pair]:
             yield name, tensor.clone(memory_format=torch.contiguous_format) if shared else tensor
 
 
-def _strange(name: object, one: object) -> str | None:
-    if not isinstance(one, torch.Tensor):
-        return f"{name!r} is a {type(one).__name__}"
-    return f"{name!r} is {one.layout}" if one.layout is not torch.strided or not isinstance(name, str) else None
+def _strange(name: object, value: object) -> str | None:
+    if not isinstance(value, torch.Tensor):
+        return f"{name!r} is a {type(value).__name__}"
+    if not isinstance(name, str):
+        return f"the key {name!r} is no name"
+    return f"{name!r} is {value.layout}" if value.layout is not torch.strided else None
 
 
 def _load(path: str, device: str) -> Mapping[str, torch.Tensor]:
@@ -55,13 +59,13 @@ def _load(path: str, device: str) -> Mapping[str, torch.Tensor]:
         loaded: Mapping[str, torch.Tensor] = torch.load(path, map_location=device, weights_only=True)
     except MemoryError:
         raise
-    except Exception as error:  # By what is wrong with the file: KeyError, EOFError, UnpicklingError, RuntimeError, ...
+    except Exception as error:  # A broken file raises KeyError, EOFError, UnpicklingError, RuntimeError and others.
         raise CheckpointError(f"{path}: torch.load with weights_only=True refuses it: {_reason(error)}") from error
     return loaded
 
 
 def _reason(error: Exception) -> str:
-    # Torch's text begins by telling how to run whatever the file holds.
+    # Torch's text begins with how to load the file all the same, and run whatever code it holds.
     text = str(error).partition("WeightsUnpickler error:")[2] or str(error)
     return f"{type(error).__name__}: {text.strip().partition(chr(10))[0]}"
 

@@ -1,1 +1,1 @@
-"""Contracts that anybody can run against an implementation of their own."""
+"""Contracts: checks that you can run against a source, a pool or a transport of your own."""

@@ -1,4 +1,4 @@
-"""The contract of a pool, as checks. No pool lives here."""
+"""The contract of a pool, as checks that each take what makes one."""
 
 from __future__ import annotations
 
@@ -76,9 +76,9 @@ def close_ends_every_wait(make: MakePool) -> None:
 def a_slot_waits_for_its_events(make: MakePool) -> None:
     """Released ``after`` an event, a slot is not handed out before the event has happened."""
     with make(1, 4096, "off") as pool:
-        for way in ("slot", "lease"):
+        for released in ("slot", "lease"):
             slot, event = pool.acquire("copying"), ManualEvent()
-            if way == "slot":
+            if released == "slot":
                 slot.release(event)
             else:
                 lease = slot.lease(TensorSpec("w", torch.uint8, (8,)), 0)

@@ -1,4 +1,4 @@
-"""The contract of a source, as checks. No source lives here."""
+"""The contract of a source, as checks that each take what makes one and the tensors that it holds."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def leases_carry_every_tensor_once(make: MakeSource, expected: Tensors) -> None:
     """Every tensor comes once, with its own bytes, under every guard."""
     for guard in ("off", "poison", "trap"):
         with make() as source, source.leases(guard=guard) as stream:
-            found: dict[str, torch.Tensor] = {}
+            copies: dict[str, torch.Tensor] = {}
             for lease in stream:
-                assert lease.name not in found
+                assert lease.name not in copies
                 assert lease.tensor.shape == expected[lease.name].shape
-                found[lease.name] = lease.tensor.clone()
-        assert_same_bits(found, expected)
+                copies[lease.name] = lease.tensor.clone()
+        assert_same_bits(copies, expected)
 
 
 def leases_end_when_the_stream_advances(make: MakeSource, expected: Tensors) -> None:
@@ -131,9 +131,9 @@ def _read_ranges(source: Addressed, pool: Pool, io: IOMode, expected: Tensors) -
     counted: list[int] = []
     bytes_by_io = source.read(reads, pool=pool, io=io, advance=counted.append)
     assert sum(bytes_by_io.values()) == sum(counted) == sum(read.nbytes for read in reads)
-    for name, right, found in wanted:
-        assert len(found) == 1, f"{name}: a sink was called {len(found)} times"
-        assert torch.equal(found[0], right), f"{name}: other bytes by io={io}"
+    for name, part, filled in wanted:
+        assert len(filled) == 1, f"{name}: a sink was called {len(filled)} times"
+        assert torch.equal(filled[0], part), f"{name}: other bytes by io={io}"
     assert pool.stats().leased == 0
 
 

@@ -1,4 +1,4 @@
-"""The contract of a transport, which carries versions from a sender to receivers: checks. No transport lives here."""
+"""The contract of a transport, which carries versions from a sender to receivers, as checks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ...ranges import Range
 from ...sources.contracts import Participant, Request, Source
 from ..checks import Tensors, assert_same_bits, raised
 
-_PATIENCE = 60.0  # seconds; after them something waits for ever
+_PATIENCE = 60.0  # seconds that one end may take; longer waits count as endless
 
 
 class Sending(AbstractContextManager["Sending"], Protocol):
@@ -49,10 +49,10 @@ MakeTransport = Callable[[], Transport]
 
 def everybody_gets_every_tensor(make: MakeTransport, expected: Tensors) -> None:
     """Each version comes whole, once, with its name, to all receivers; whatever the tensors look like."""
-    with _group(make(), _take_two, 2) as (sender, found):
+    with _group(make(), _take_two, 2) as (sender, results):
         for version in ("one", 2):
             sender.send(dict(expected), version=version)
-    for taken in found():
+    for taken in results():
         assert [name for name, _ in taken] == ["one", 2]
         for _, tensors in taken:
             assert_same_bits(tensors, expected)
@@ -60,12 +60,12 @@ def everybody_gets_every_tensor(make: MakeTransport, expected: Tensors) -> None:
 
 def pairs_are_sent_as_they_come(make: MakeTransport, expected: Tensors) -> None:
     """Pairs of name and tensor are as good as a mapping; two of one name are refused, and nobody is told of them."""
-    with _group(make(), _take_two, 1) as (sender, found):
+    with _group(make(), _take_two, 1) as (sender, results):
         sender.send(list(expected.items()), version=1)
         name, tensor = next(iter(expected.items()))
         raised(UsageError, lambda: sender.send([(name, tensor), (name, tensor)], version=2))
         sender.send(iter(list(expected.items())), version=3)
-    ((first, second),) = found()
+    ((first, second),) = results()
     assert (first[0], second[0]) == (1, 3)
     assert_same_bits(second[1], expected)
 
@@ -73,12 +73,12 @@ def pairs_are_sent_as_they_come(make: MakeTransport, expected: Tensors) -> None:
 def what_is_sent_may_change_afterwards(make: MakeTransport, expected: Tensors) -> None:
     """When ``send`` has returned the trainer does as it likes with its tensors, and nobody notices."""
     mine = {name: tensor.clone() for name, tensor in expected.items()}
-    with _group(make(), _take_two, 2) as (sender, found):
+    with _group(make(), _take_two, 2) as (sender, results):
         sender.send(mine, version=1)
         for tensor in mine.values():
             tensor.zero_()
         sender.send(dict(expected), version=2)
-    for taken in found():
+    for taken in results():
         for _, tensors in taken:
             assert_same_bits(tensors, expected)
 
@@ -91,9 +91,9 @@ def leases_hold_still(make: MakeTransport, expected: Tensors) -> None:
         with source.leases() as stream:
             return sum(_holds_still(lease) for lease in stream)
 
-    with _group(make(), look, 2) as (sender, found):
+    with _group(make(), look, 2) as (sender, results):
         sender.send(content, version=1)
-    assert list(found()) == [len(content)] * 2
+    assert list(results()) == [len(content)] * 2
 
 
 def slices_are_all_that_is_sent_of_a_tensor(make: MakeTransport, expected: Tensors) -> None:
@@ -103,16 +103,16 @@ def slices_are_all_that_is_sent_of_a_tensor(make: MakeTransport, expected: Tenso
 
     def take(source: Source, number: int) -> torch.Tensor:
         assert isinstance(source, Participant)
-        room = torch.zeros(sum(one.size for one in requests[number]), dtype=torch.uint8)
+        room = torch.zeros(sum(part.size for part in requests[number]), dtype=torch.uint8)
         source.wanted([Request("w", requests[number], lambda: room)])
         with source.leases() as stream:
             assert [(lease.name, lease.placed) for lease in stream] == [("w", True)]
         with source.decision():
             return room.view(torch.float32)
 
-    with _group(make(), take, 3, numbered=True) as (sender, found):
+    with _group(make(), take, 3, numbered=True) as (sender, results):
         sender.send(content, version=1)
-    first, second, third = found()
+    first, second, third = results()
     assert torch.equal(torch.cat([first, second]), content["w"].flatten())
     assert torch.equal(third.view(64, 32), content["w"][:, 32:])
 
@@ -128,12 +128,12 @@ def a_consumer_that_fails_is_heard_by_all(make: MakeTransport, expected: Tensors
             with suppress(TransferAborted):  # Whoever is late does not even see a version that was given up.
                 return dict(source.tensors())
 
-    with _group(make(), fail, 2, numbered=True) as (sender, found):
+    with _group(make(), fail, 2, numbered=True) as (sender, results):
         for at in range(count):
             error = raised(TransferAborted, partial(sender.send, dict(expected), version=at))
             assert f"failed at {at}" in str(error), error
         sender.send(dict(expected), version="next")
-    for tensors in found():
+    for tensors in results():
         assert_same_bits(tensors, expected)
 
 
@@ -149,11 +149,11 @@ def a_trainer_that_fails_is_heard_by_all(make: MakeTransport, expected: Tensors)
         return dict(source.tensors())
 
     manifest = Manifest(TensorSpec(name, torch.float32, (2,)) for name in "ab")
-    with _group(make(), take, 2) as (sender, found):
+    with _group(make(), take, 2) as (sender, results):
         send: Any = sender.send
         raised(ValueError, lambda: send(broken(), version=1, manifest=manifest))
         sender.send(dict(expected), version=2)
-    for tensors in found():
+    for tensors in results():
         assert_same_bits(tensors, expected)
 
 
@@ -169,14 +169,14 @@ def live_models_take_a_version_together(make: MakeTransport, expected: Tensors) 
                 live.update(source)
         return live.version, sorted(_values(live))
 
-    with _group(make(), follow, 2, numbered=True) as (sender, found):
+    with _group(make(), follow, 2, numbered=True) as (sender, results):
         sender.send(_Model(1.0).state_dict(), version=1)
         odd = {**_Model(2.0).state_dict(), "one": torch.zeros(7)}
         assert "one" in str(raised(TransferAborted, lambda: sender.send(odd, version=2)))
         refused = raised(TransferAborted, lambda: sender.send(_Model(13.0).state_dict(), version=3))
         assert "thirteen" in str(refused)
         sender.send(_Model(4.0).state_dict(), version=4)
-    assert list(found()) == [(4, [4.0])] * 2
+    assert list(results()) == [(4, [4.0])] * 2
 
 
 def closing_ends_every_wait(make: MakeTransport, expected: Tensors) -> None:
@@ -195,11 +195,11 @@ def closing_ends_every_wait(make: MakeTransport, expected: Tensors) -> None:
 
 
 def _take_two(source: Source) -> list[tuple[object, Tensors]]:
-    found: list[tuple[object, Tensors]] = []
+    versions: list[tuple[object, Tensors]] = []
     for _ in range(2):
         tensors = dict(source.tensors())
-        found.append((getattr(source, "version"), tensors))  # noqa: B009 - no source but a receiver has one
-    return found
+        versions.append((getattr(source, "version"), tensors))  # noqa: B009 - no source but a receiver has one
+    return versions
 
 
 def _holds_still(lease: Lease) -> bool:
@@ -221,19 +221,19 @@ class _Model(nn.Module):
 
 
 def _processing(layer: nn.Module) -> None:
-    if any(bool((one == 13.0).all()) for one in layer.parameters()):
+    if any(bool((parameter == 13.0).all()) for parameter in layer.parameters()):
         raise ValueError("thirteen")
 
 
 def _values(live: LiveModel) -> set[float]:
-    return {one for tensor in live.model.parameters() for one in tensor.flatten().tolist()}
+    return {value for parameter in live.model.parameters() for value in parameter.flatten().tolist()}
 
 
 @contextmanager
 def _group(
     transport: Transport, work: Callable[..., Any], receivers: int, *, numbered: bool = False
 ) -> Iterator[tuple[Sending, Callable[[], Iterator[Any]]]]:
-    """A sender, and receivers that work, each in a thread; and what gives their results, when the sender is closed."""
+    """A sender, receivers that work in a thread each, and what gives their results once they have ended."""
 
     def run(number: int) -> object:
         with transport.receiver() as source:
@@ -247,18 +247,18 @@ def _group(
 
 
 class _Thread(threading.Thread):
-    """Does one thing; ``result`` returns or raises what came of it."""
+    """Runs a function; ``result`` returns what it returned, or raises what it raised."""
 
     def __init__(self, work: Callable[..., Any], *arguments: object) -> None:
         super().__init__(daemon=True)
         self._work, self._arguments = work, arguments
-        self._found: Any = None
+        self._result: Any = None
         self._error: BaseException | None = None
         self.start()
 
     def run(self) -> None:
         try:
-            self._found = self._work(*self._arguments)
+            self._result = self._work(*self._arguments)
         except BaseException as error:
             self._error = error
 
@@ -268,7 +268,7 @@ class _Thread(threading.Thread):
         error, self._error = self._error, None
         if error is not None:
             raise error
-        return self._found
+        return self._result
 
 
 TRANSPORT_CONTRACT: tuple[Callable[[MakeTransport, Tensors], None], ...] = (

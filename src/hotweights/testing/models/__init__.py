@@ -1,1 +1,1 @@
-"""Small models that load as real ones do."""
+"""Small models whose loading code has the oddities of real ones."""

@@ -1,4 +1,4 @@
-"""A small model that loads as the engines' do: ``load_weights``, and ``weight_loader`` on parameters. No tests."""
+"""Engine: a small model that loads as the engines' do, by ``load_weights`` and ``weight_loader`` on parameters."""
 
 from __future__ import annotations
 
@@ -107,16 +107,16 @@ class Engine(nn.Module):
         self.norm = nn.LayerNorm(_WIDTH, bias=False, dtype=torch.bfloat16)
         self.scaled = _parameter(_WIDTH, _WIDTH)
         self.factor = nn.Parameter(torch.ones(()), requires_grad=False)
-        self.listed = [_parameter(_WIDTH), _parameter(_WIDTH)]  # no module knows of these
-        self.kept = self.mixer.dt_bias.data  # a reference from before
+        self.listed = [_parameter(_WIDTH), _parameter(_WIDTH)]  # not registered: state_dict() lacks them
+        self.kept = self.mixer.dt_bias.data  # a reference that was taken before any load
         self.loaded: set[str] = set()
 
     def load_weights(self, pairs: Pairs) -> set[str]:
-        """Load; what arrives in any order waits for what it needs."""
+        """Load pairs in any order: a tensor that needs another one waits for it."""
         waiting: dict[str, torch.Tensor] = {}
         late: list[Callable[[], object]] = []
         with ThreadPoolExecutor(2) as pool:
-            futures = [pool.submit(work) for name, one in pairs for work in self._work(name, one, waiting, late)]
+            futures = [pool.submit(work) for name, tensor in pairs for work in self._work(name, tensor, waiting, late)]
             for future in futures:
                 future.result()
         for work in late:
@@ -124,44 +124,44 @@ class Engine(nn.Module):
         return self.loaded
 
     def _work(
-        self, name: str, one: torch.Tensor, waiting: dict[str, torch.Tensor], late: list[Callable[[], object]]
+        self, name: str, tensor: torch.Tensor, waiting: dict[str, torch.Tensor], late: list[Callable[[], object]]
     ) -> Iterable[Callable[[], object]]:
         self.loaded.add(name)
         module, _, key = name.rpartition(".")
         if name in ("q", "k", "v"):
-            yield partial(self._fused, self.qkv, one, "qkv".index(name))
+            yield partial(self._fused, self.qkv, tensor, "qkv".index(name))
         elif name in ("gate", "up"):
-            yield partial(self._fused, self.gate_up, one, ("gate", "up").index(name))
+            yield partial(self._fused, self.gate_up, tensor, ("gate", "up").index(name))
         elif module == "experts" and key == "w2":
-            late.append(partial(self.experts.w2.data.copy_, one.permute(0, 2, 1)))
+            late.append(partial(self.experts.w2.data.copy_, tensor.permute(0, 2, 1)))
         elif module.startswith("experts."):
             part = ("gate", "up").index(key)
-            yield partial(self.experts.load, one, int(module.removeprefix("experts.")), part)
+            yield partial(self.experts.load, tensor, int(module.removeprefix("experts.")), part)
         elif name in ("scaled", "scaled.scale"):
-            waiting[name] = one
+            waiting[name] = tensor
             if len(waiting) == 2:
                 late.append(lambda: self.scaled.copy_(waiting["scaled"].float() * waiting["scaled.scale"]))
         elif module == "listed":
-            late.append(partial(self.listed[int(key)].data.copy_, one))
+            late.append(partial(self.listed[int(key)].data.copy_, tensor))
         elif name == "mixer.dt_bias":
-            yield partial(self.kept.copy_, one)
+            yield partial(self.kept.copy_, tensor)
         elif name == "factor":
-            self.factor.data.fill_(one.item())
+            self.factor.data.fill_(tensor.item())
         else:
             param = dict(self.named_parameters()).get(name)
             if param is not None:  # Others' tensors are dropped.
-                yield partial(getattr(param, "weight_loader", _plainly), param, one)
+                yield partial(getattr(param, "weight_loader", _plainly), param, tensor)
 
-    def _fused(self, module: Any, one: torch.Tensor, part: int) -> None:
-        module.weight.weight_loader(module.weight, one, part)
+    def _fused(self, module: Any, tensor: torch.Tensor, part: int) -> None:
+        module.weight.weight_loader(module.weight, tensor, part)
 
 
 def engine_checkpoint(seed: int = 0) -> dict[str, torch.Tensor]:
     """A checkpoint for ``Engine``: unfused, unstacked, with scales, and with tensors that nothing takes."""
-    made = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
 
     def rand(*shape: int) -> torch.Tensor:
-        return torch.rand(shape, generator=made)
+        return torch.rand(shape, generator=generator)
 
     square = (_WIDTH, _WIDTH)
     names = ["q", "k", "v", "gate", "up", "down.weight"]

@@ -1,4 +1,4 @@
-"""Layers as engines process them after loading, each odd in one way; and a model of several. No engine is needed.
+"""Processed: a model of layers that are processed after loading as engines do it, each odd in one way.
 
 Every layer has a ``quant_method``, whose ``process_weights_after_loading`` an engine calls once, after loading.
 """
@@ -138,7 +138,10 @@ class Derived(ProcessedLayer):
 
 
 class OnceOnly(ProcessedLayer):
-    """Says that it was processed, in places that are put back or the second time nothing happens. Qwen3-MoE on CPUs."""
+    """Notes in three places that it was processed, and then does nothing. vLLM's Qwen3-MoE on CPUs.
+
+    An update must put all three back, or the second processing is skipped.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,7 +149,7 @@ class OnceOnly(ProcessedLayer):
         self.state: dict[str, Any] = {"steps": [], "count": 0}
 
     def process(self) -> None:
-        """Acts when three flags say that it did not."""
+        """Reverse the rows, unless any of the three says that this was done."""
         if self.quant_method.done or self.state["steps"] or hasattr(self, "repacked"):
             return
         self.quant_method.done = self.repacked = True
@@ -155,9 +158,9 @@ class OnceOnly(ProcessedLayer):
         self.weight.data.copy_(self.weight.data.flip(0).clone())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """A count that is wrong is seen."""
-        found: torch.Tensor = linear(x, self.weight) * self.state["count"]
-        return found
+        """A wrong count changes the result."""
+        result: torch.Tensor = linear(x, self.weight) * self.state["count"]
+        return result
 
 
 class Kernel:
@@ -189,22 +192,22 @@ class Hidden(ProcessedLayer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """All of it takes part."""
-        found: torch.Tensor = linear(x, self.kernel.tensors["packed"].float()) * self.kernel.scale
-        found = found + self.kernel.parts[0] + self.kernel.parts[1][0] + self.kernel.parts[2]
-        found = found + self.quant_method.sums[0] + self.quant_method.sums[1][0]
+        result: torch.Tensor = linear(x, self.kernel.tensors["packed"].float()) * self.kernel.scale
+        result = result + self.kernel.parts[0] + self.kernel.parts[1][0] + self.kernel.parts[2]
+        result = result + self.quant_method.sums[0] + self.quant_method.sums[1][0]
         rest: torch.Tensor = self.table["first"] + self.table[7]["deep"] + self.pair[0] * self.pair[1] + self.history[0]
-        return found + rest
+        return result + rest
 
 
 class _Library:
-    """Stands for a kernel library in C++: prepared weights by number, and where it found what it did not copy."""
+    """Stands for a kernel library in C++: it holds a prepared weight, and a pointer to the scale, by number."""
 
     def __init__(self) -> None:
         self._numbers = itertools.count(1)
         self._open: dict[int, tuple[torch.Tensor, weakref.ref[Any]]] = {}
 
     def prepare(self, weight: torch.Tensor, scale: torch.Tensor) -> int:
-        """The number of a prepared weight; ``scale`` is looked up whenever it is used."""
+        """Copy the weight, point to the scale; returns a number for them."""
         number = next(self._numbers)
         self._open[number] = (weight.clone(), weakref.ref(scale.untyped_storage()))
         return number
@@ -231,7 +234,7 @@ class Handle:
         self.number = _LIBRARY.prepare(weight, scale)
 
     def __del__(self) -> None:
-        """Let it go."""
+        """Free it."""
         _LIBRARY.free(self.number)
 
 
@@ -292,17 +295,17 @@ class SharedKernel(ProcessedLayer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Its own entry, and its turn."""
-        found: torch.Tensor = linear(x, self.kernels[f"layer {self.number}"]) + self.rank
-        return found
+        result: torch.Tensor = linear(x, self.kernels[f"layer {self.number}"]) + self.rank
+        return result
 
 
 class Remade(ProcessedLayer):
-    """Processing makes a tensor anew that has the same value each time; another holds what a step last saw."""
+    """Processing makes one tensor anew, with the same value each time; users of the layer replace another one."""
 
     def __init__(self) -> None:
         super().__init__()
         self.one = torch.tensor(1.0)
-        self.cache = torch.tensor([])  # Whoever uses the layer puts another there.
+        self.cache = torch.tensor([])  # Replaced by whoever runs the layer, not by processing.
 
     def process(self) -> None:
         """Defaults, as vLLM's attention has for its scales."""
@@ -387,8 +390,8 @@ class TiedHead(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Both are used."""
-        found: torch.Tensor = self.head(self.embed(x))
-        return found
+        result: torch.Tensor = self.head(self.embed(x))
+        return result
 
 
 PROCESSED_LAYERS: Mapping[str, Callable[[], list[nn.Module]]] = {
@@ -437,25 +440,20 @@ class Processed(nn.Module):
         """What an engine does after loading: each layer once, the deferred ones last."""
         layers = [layer for layer in self.modules() if hasattr(layer, "quant_method")]
         with torch.no_grad():
-            for layer in sorted(layers, key=lambda one: isinstance(one, _Scales)):
+            for layer in sorted(layers, key=lambda layer: isinstance(layer, _Scales)):
                 layer.quant_method.process_weights_after_loading(layer)  # type: ignore[union-attr, operator]
 
 
 def processed_checkpoint(kinds: Iterable[str] = PROCESSED_LAYERS, *, seed: int) -> dict[str, torch.Tensor]:
     """Tensors for ``Processed(kinds)``; fp32, and int8 where the layer comes quantised."""
-    made = torch.Generator().manual_seed(seed)
-    return dict(_tensors(Processed(kinds), made))
+    return dict(_tensors(Processed(kinds), torch.Generator().manual_seed(seed)))
 
 
-def _tensors(model: nn.Module, made: torch.Generator) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, one in model.named_parameters():
-        if not name.endswith(("input_scale", "v_scale")):
-            is_int = one.dtype is torch.int8
-            yield (
-                name,
-                (
-                    torch.randint(-128, 128, one.shape, generator=made, dtype=torch.int8)
-                    if is_int
-                    else torch.rand(one.shape, generator=made)
-                ),
-            )
+def _tensors(model: nn.Module, generator: torch.Generator) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, parameter in model.named_parameters():
+        if name.endswith(("input_scale", "v_scale")):
+            continue
+        if parameter.dtype is torch.int8:
+            yield name, torch.randint(-128, 128, parameter.shape, generator=generator, dtype=torch.int8)
+        else:
+            yield name, torch.rand(parameter.shape, generator=generator)

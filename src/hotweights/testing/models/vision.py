@@ -1,4 +1,4 @@
-"""A small vision-language model: four parts with loading code of their own, and one checkpoint. No tests."""
+"""VisionLanguage: a small model of four parts with loading code of their own, and one checkpoint for all."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ class _Language(nn.Module):
         self.down = nn.ParameterList(_parameter(width, width) for _ in range(layers))
 
     def load_weights(self, pairs: Pairs) -> set[str]:
-        """Load; whatever of a weight and its scale comes first is kept until the other is there."""
+        """Load; of a weight and its scale, whichever comes first is kept until the other is there."""
         waiting: dict[str, torch.Tensor] = {}
         loaded: set[str] = set()
-        for name, one in pairs:
+        for name, tensor in pairs:
             loaded.add(name)
             if name == "embed":
-                self.embed.copy_(one)
+                self.embed.copy_(tensor)
                 continue
             _, number, key = name.split(".", 2)
             if key in ("q", "k", "v"):
-                self.qkv[int(number)].chunk(3)["qkv".index(key)].copy_(one)
+                self.qkv[int(number)].chunk(3)["qkv".index(key)].copy_(tensor)
                 continue
-            waiting[name] = one
+            waiting[name] = tensor
             weight = name.removesuffix(".scale")
             if weight in waiting and weight + ".scale" in waiting:
                 self.down[int(number)].copy_(waiting.pop(weight).float() * waiting.pop(weight + ".scale"))
@@ -54,10 +54,10 @@ class _Tower(nn.Module):
         self.blocks = nn.ParameterList(_parameter(width, width) for _ in range(blocks))
 
     def load_weights(self, pairs: Pairs) -> set[str]:
-        """Load; first sort them all."""
+        """Load; the stream is collected and sorted first."""
         ready = sorted(pairs, key=lambda pair: pair[0])
-        for name, one in ready:
-            self.blocks[int(name.rpartition(".")[2])].copy_(one)
+        for name, tensor in ready:
+            self.blocks[int(name.rpartition(".")[2])].copy_(tensor)
         return {name for name, _ in ready}
 
 
@@ -104,10 +104,10 @@ def vision_language_checkpoint(
     seed: int = 0, *, sound: bool = True, width: int = _WIDTH, layers: int = 4
 ) -> dict[str, torch.Tensor]:
     """A checkpoint for ``VisionLanguage``, of bfloat16 but for the adapter and the scales."""
-    made = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
 
     def rand(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-        return torch.rand(shape, generator=made).to(dtype)
+        return torch.rand(shape, generator=generator).to(dtype)
 
     state = {"language_model.embed": rand(2 * width, width)}
     for number in range(layers):

@@ -7,16 +7,17 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..plan.patterns import Patterns
-from ..plan.steps import Step
+from .patterns import Patterns
+from .steps import Step
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What loading ``manifest`` into a model means to its framework.
+    """What loading one manifest into one model means to the model's framework.
 
     Attributes:
         steps: what goes where, with levels; ``None`` for each tensor to its own name.
+        zeroed: names of the model that are filled with zeros, unless the model has loading code of its own.
         constants: tensors that the steps use.
         skip: tensors that the framework's own loading drops.
         allow_missing: names that it does not expect.
@@ -25,6 +26,7 @@ class Rules:
     """
 
     steps: tuple[tuple[int, Step], ...] | None = None
+    zeroed: tuple[str, ...] = ()
     constants: Mapping[str, torch.Tensor] = field(default_factory=dict)
     skip: Patterns = ()
     allow_missing: Patterns = ()

@@ -146,7 +146,7 @@ def test_a_reader_that_waits_gets_the_new_version():
 
 
 def test_no_reader_comes_between_the_commit_and_its_hooks():
-    """FAILURES 30: a cache that holds the old weights is dropped before anybody reads the new ones."""
+    """A cache that holds the old weights is dropped before anybody reads the new ones."""
     model, live = live_model()
     model.go_on.set()
     cache, tried = {}, []

@@ -44,7 +44,7 @@ def test_neighbours_in_one_storage_do_not_overlap():
 
 
 def test_what_has_no_bytes_aliases_nothing():
-    """FAILURES 10: sizes, meta, uninitialised, sparse and wrapped ones are passed over."""
+    """Sizes, meta, uninitialised, sparse and wrapped ones are passed over."""
     base, meta = torch.zeros(4), torch.zeros(4, device="meta")
     spans = MemoryLayout(
         {
@@ -100,7 +100,7 @@ class Mixer(nn.Module):
 
 
 def test_a_naive_reload_copies_garbage_over_the_weight():
-    """FAILURES 7 and 8: scratch for every tensor by itself, copied back by itself."""
+    """Scratch for every tensor by itself, copied back by itself: a view of the weight overwrites it."""
     model = Mixer()
     scratch = {
         name: torch.full_like(one, torch.nan) for name, one in [*model.named_parameters(), *model.named_buffers()]
@@ -154,7 +154,7 @@ def test_a_persistent_buffer_that_views_a_weight(atomic, process):
 
 
 def test_a_naive_reload_processes_once_and_never_again():
-    """FAILURES 14: a flag from the first time, and a square weight stays as the checkpoint has it."""
+    """A flag is left from the first time, and a square weight stays as the checkpoint has it."""
     spec = zoo.Spec((("Tied", "once", "nothing"),))
     model = zoo.cold(spec, 0)
     model.load_weights(zoo.checkpoint(spec, 1).items())
@@ -163,7 +163,7 @@ def test_a_naive_reload_processes_once_and_never_again():
 
 
 def test_a_naive_reload_moves_addresses():
-    """FAILURES 15: processing that replaces parameters."""
+    """Processing replaces parameters."""
     spec = zoo.Spec((("Tied", "transpose", "nothing"),))
     model = zoo.cold(spec, 0)
     before = model.tied0.embed.weight  # Kept alive: its address cannot be given again.
@@ -186,7 +186,7 @@ class Sliced(nn.Module):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_each_rank_gets_its_own_rows(rank):
-    """FAILURES 33: sentinel rows."""
+    """Each row holds its own number, so a wrong row is seen."""
     model = Sliced(rank)
     live = hw.LiveModel(model, process=zoo.process)
     rows = torch.arange(4.0).view(4, 1).expand(4, 3).contiguous()

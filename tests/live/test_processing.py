@@ -182,7 +182,7 @@ def test_an_abort_at_every_step_puts_everything_back(monkeypatch, atomic, step):
 
 
 def test_a_naive_reload_leaves_a_tied_head_with_its_old_copy():
-    """FAILURES 16: only layers whose own names come are processed again, and the head has none."""
+    """Only layers whose own names come are processed again, and the head has none."""
     naive = cold(["tied head"], 0)
     new = processed_checkpoint(["tied head"], seed=1)
     naive.load_state_dict(new, strict=False)

@@ -7,15 +7,18 @@ import threading
 
 import pytest
 import torch
-from ends import Thread, receiver, sender, tensors
+from ends import TIMEOUT, Thread, receiver, sender, tensors
 from processes import Child, Tiny, context, follow, send_twice, value_of
 
 import hotweights as hw
 from hotweights.testing import assert_same_bits
+from hotweights.transfer import connection as connection_module
 from hotweights.transfer.ballot import Ballot, Decision
 from hotweights.transfer.channel import Channel
-from hotweights.transfer.messages import Filled
+from hotweights.transfer.connection import Connection
+from hotweights.transfer.messages import Abort, Filled
 from hotweights.transfer.outbound import Outbound
+from hotweights.transfer.states import SessionState
 
 
 def history(child):
@@ -31,7 +34,7 @@ def history(child):
     return versions
 
 
-@pytest.mark.parametrize("atomic", ["journal", "staged"])
+@pytest.mark.parametrize("atomic", ["journal", pytest.param("staged", marks=pytest.mark.long)])
 def test_a_sender_killed_at_any_moment_leaves_all_at_one_version(atomic, address):
     seen = set()
     for at in range(100):
@@ -143,22 +146,34 @@ def test_an_exception_in_a_live_model_at_every_layer_leaves_version_n_everywhere
     assert {value_of(live.model) for live in (bad, good)} == {3}
 
 
-def test_a_sender_returns_when_version_n_is_back_and_not_before(address):
-    returned = threading.Event()
+def test_a_sender_returns_when_version_n_is_back_and_not_before(address, monkeypatch):
+    offered, waits_for_one, returned = (threading.Event() for _ in range(3))
+    look = Outbound._look
+
+    def looking(outbound, seconds=0.0):
+        peers = (*outbound._members, *outbound._leaving)
+        if outbound._over and seconds and sum(peer.state is not SessionState.IDLE for peer in peers) == 1:
+            waits_for_one.set()
+        look(outbound, seconds)
 
     def refuse():
         with receiver(address) as source:
             assert source.manifest
+            assert offered.wait(TIMEOUT)  # An offer that was given up before anybody looked at it is not seen.
             source.refuse(ValueError("no"))
 
     def put_back():
         with receiver(address) as source:
             source.wanted(["w"])
+            offered.set()
             with pytest.raises(hw.TransferAborted, match="ValueError: no"), source.leases() as stream:
                 list(stream)
-            assert not returned.wait(0.3)  # It waits for what this member has yet to do.
+            assert waits_for_one.wait(TIMEOUT), "the sender does not wait for this member"
+            assert not returned.is_set()
             source.refuse(ValueError("put back"))
-            assert returned.wait(10)
+            assert returned.wait(TIMEOUT)
+
+    monkeypatch.setattr(Outbound, "_look", looking)
 
     taking = [Thread(refuse), Thread(put_back)]
     with sender(address, receivers=2) as sending:
@@ -166,6 +181,47 @@ def test_a_sender_returns_when_version_n_is_back_and_not_before(address):
             sending.send({"w": torch.zeros(3)}, version=1)
         returned.set()
         for thread in taking:
+            thread.result()
+
+
+def test_who_is_late_for_an_offer_that_was_given_up_is_told_so(address, monkeypatch):
+    aborted, given_up = threading.Semaphore(0), threading.Event()
+    say, standing, left = Channel.send, Connection._standing, connection_module.left
+
+    def noting(channel, message, **options):
+        say(channel, message, **options)
+        if isinstance(message, Abort):
+            aborted.release()
+
+    def late(connection, offer):
+        if threading.current_thread() is threads[1]:
+            for _ in threads:  # Each of the two is told of the abort.
+                assert aborted.acquire(timeout=TIMEOUT)
+            assert standing(connection, offer) is None
+            given_up.set()
+            return None
+        return standing(connection, offer)
+
+    def left_over(deadline):
+        return 0.0 if given_up.is_set() and threading.current_thread() is threads[1] else left(deadline)
+
+    def refuse():
+        with receiver(address) as source:
+            assert source.manifest
+            source.refuse(ValueError("no"))
+
+    def wait_in_vain():
+        with receiver(address) as source, pytest.raises(hw.TransferTimeout, match=r"gave up what it offered: .*: no"):
+            source.leases()
+
+    monkeypatch.setattr(Channel, "send", noting)
+    monkeypatch.setattr(Connection, "_standing", late)
+    monkeypatch.setattr(connection_module, "left", left_over)
+    threads = [Thread(refuse), Thread(wait_in_vain)]
+    with sender(address, receivers=2) as sending:
+        with pytest.raises(hw.TransferAborted, match="no"):
+            sending.send({"w": torch.zeros(3)}, version=1)
+        for thread in threads:
             thread.result()
 
 
@@ -230,7 +286,7 @@ def test_a_slot_changed_after_it_was_handed_over_is_caught_by_the_digest(address
 
         def corrupting(channel, message, **options):
             if isinstance(message, Filled):
-                sending._slots.memories[message.slot][message.parts[0].offset] ^= 1
+                sending._slots.memories[message.slot][message.chunks[0].offset] ^= 1
             say(channel, message, **options)
 
         with monkeypatch.context() as patch:
@@ -249,14 +305,14 @@ def test_what_was_copied_is_private_when_there_are_digests(address):
     ends = {}
 
     def consume():
-        found = {}
+        tensors = {}
         with receiver(address) as source, source.leases() as stream:
             for lease in stream:
                 if "rogue" in ends:
                     for memory in ends["rogue"]:
                         memory[64 * 40 :].fill_(0xFF)  # beyond what is still to be copied of this slot
-                found[lease.name] = lease.own()
-        return found
+                tensors[lease.name] = lease.own()
+        return tensors
 
     one = {"only": content["large"]}
     taking = Thread(consume)
@@ -360,11 +416,11 @@ def test_racing_processes_read_one_decision():
         ballot = Ballot.new()
         start = context.Barrier(4)
 
-        def vote(pipe, wish, ballot=ballot, start=start):
+        def vote(pipe, decision, ballot=ballot, start=start):
             start.wait(10)
-            pipe.send(ballot.decide(wish).name)
+            pipe.send(ballot.decide(decision).name)
 
         with contextlib.ExitStack() as stack:
-            voters = [stack.enter_context(Child(vote, wish)) for wish in (*Decision, *Decision)]
+            voters = [stack.enter_context(Child(vote, decision)) for decision in (*Decision, *Decision)]
             assert len({voter.heard() for voter in voters}) == 1
         ballot.close()

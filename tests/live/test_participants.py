@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import hotweights as hw
+from hotweights.sources import FileSource
 
 
 class Composed(nn.Module):
@@ -23,15 +24,13 @@ class Composed(nn.Module):
             self.A.data.copy_(-torch.exp(self.A.float()))
 
 
-class Together:
+class Together(FileSource):
     """Files, and a group that says yes or no."""
 
-    def __init__(self, source, answer):
-        self._source, self._answer = source, answer
+    def __init__(self, path, answer):
+        super().__init__(path)
+        self._answer = answer
         self.refused = []
-
-    def __getattr__(self, name):
-        return getattr(self._source, name)
 
     def wanted(self, wishes):
         raise AssertionError("it is asked for what is wanted")
@@ -60,8 +59,8 @@ def test_each_step_is_done_once(tmp_path, atomic):
     live = hw.LiveModel(model, atomic=atomic)
     live.load(one)
     assert torch.equal(model.A, first)
-    with hw.open(two) as source:
-        live.update(Together(source, True))
+    with Together(two, True) as source:
+        live.update(source)
     assert torch.equal(model.A, second)
 
 
@@ -71,6 +70,6 @@ def test_a_group_that_says_no(tmp_path):
     model = Composed()
     live = hw.LiveModel(model)
     live.load(one)
-    with hw.open(two) as source, pytest.raises(hw.UpdateAborted, match="another rank cannot"):
-        live.update(Together(source, False))
+    with Together(two, False) as source, pytest.raises(hw.UpdateAborted, match="another rank cannot"):
+        live.update(source)
     assert torch.equal(model.A, first)

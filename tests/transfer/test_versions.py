@@ -35,11 +35,11 @@ def test_every_kind_of_tensor_arrives_bit_for_bit(digests, as_pairs, slot_nbytes
             content = tensors(version)
             report = sending.send(list(content.items()) if as_pairs else content, version=version)
             assert len(report.committed) == 2
-            assert report.nbytes == sum(one.nbytes for one in content.values())
+            assert report.nbytes == sum(tensor.nbytes for tensor in content.values())
     for thread in taking:
-        for version, (found, name) in enumerate(thread.result()):
+        for version, (taken, name) in enumerate(thread.result()):
             assert name == version
-            assert_same_bits(found, tensors(version))
+            assert_same_bits(taken, tensors(version))
 
 
 def test_a_generator_is_read_as_it_is_sent(address):
@@ -55,10 +55,10 @@ def test_a_generator_is_read_as_it_is_sent(address):
     taking = Thread(take, address)
     with sender(address) as sending:
         sending.send(made(), version="a", manifest=hw.open(content).manifest)
-    ((found, version),) = taking.result()
+    ((taken, version),) = taking.result()
     assert version == "a"
     assert alive == list(content)
-    assert_same_bits(found, content)
+    assert_same_bits(taken, content)
 
 
 def test_two_tensors_of_one_name_are_refused(address):

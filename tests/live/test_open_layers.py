@@ -69,7 +69,7 @@ def test_what_a_device_is():
 
 
 def test_round_robin_warns_once(on_device, caplog):
-    """FAILURES 11: vllm#40309."""
+    """Weights that come tensor by tensor over all layers hold every layer twice: vllm#40309."""
     model, live = live_model()
     with caplog.at_level(logging.WARNING, "hotweights"):
         report = push(live, round_robin(weights(1)))

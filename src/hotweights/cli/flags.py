@@ -1,0 +1,23 @@
+"""Arguments and options that several commands have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..sources.readers.source import READERS
+
+Checkpoint = Annotated[Path, typer.Argument(help="A safetensors file, a checkpoint directory, an index, a hub cache.")]
+Model = Annotated[Path, typer.Option(help="A directory with the config.json of a transformers model.")]
+Reader = Annotated[str, typer.Option(help=f"Which package reads the files: hotweights, {', '.join(READERS)}.")]
+Device = Annotated[str, typer.Option(help="The device on which parameters are created.")]
+Limit = Annotated[int, typer.Option(help="How many to list at most; 0 for all.", min=0)]
+AllowMissing = Annotated[
+    list[str] | None, typer.Option(help="Names of the model that the checkpoint may lack; * stands for anything.")
+]
+AllowUnexpected = Annotated[
+    list[str] | None, typer.Option(help="Tensors of the checkpoint that may have no place in the model.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]

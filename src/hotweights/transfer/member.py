@@ -1,0 +1,211 @@
+"""Member: a receiver's part in its group's decision about one version: it votes, and does what was decided."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+from ..errors import Closed, CommitHookError, TransferAborted, TransferError, UsageError
+from ..signals import Interruption, held_back
+from .ballot import Ballot, Decision
+from .connection import Connection
+from .messages import Abort, Commit, Done, Message, Prepared, Refuse, reasons_of
+from .pending_leases import PendingLeases
+from .states import SessionState
+from .waits import holding
+
+_BEFORE_VOTING = (SessionState.OFFERED, SessionState.STREAMING, SessionState.ENDED)
+
+
+class Member:
+    """A receiver's vote on one version, and what follows from it. Owns the ballot until the version is over.
+
+    Attributes:
+        version: its name.
+        over: whether it was decided, or the sender lost.
+        decides: whether the consumer takes part by ``decision``. If not, the end of the stream is its consent. Set
+            before the stream, by what the consumer says that it wants.
+    """
+
+    def __init__(
+        self, connection: Connection, ballot: Ballot, pending: PendingLeases, *, version: str | int, timeout: float
+    ) -> None:
+        self.version = version
+        self.decides = False
+        self.over = False
+        self._connection = connection
+        self._ballot = ballot
+        self._pending = pending
+        self._timeout = timeout
+        self._cancelled = False
+        self._deciding = threading.RLock()  # held by whoever decides, refuses or commits
+        self._interrupted: BaseException | None = None  # by what, after the group had decided to commit
+
+    @property
+    def state(self) -> SessionState:
+        """Where the two sides stand."""
+        return self._connection.session.state
+
+    @property
+    def aborted(self) -> bool:
+        """Whether the group gave it up, and the sender still waits to hear that it was put back."""
+        stopped = (SessionState.ABORTED, SessionState.REFUSED)
+        return not self.over and self._connection.connected and self.state in stopped
+
+    def require(self, state: SessionState, otherwise: str) -> None:
+        """Check that the version is in this state.
+
+        Raises:
+            UsageError: it is not; ``otherwise`` says what that means.
+            Closed: the receiver was closed.
+        """
+        self._connection.check_open()
+        if self.over or self.state is not state:
+            raise UsageError(f"version {self.version!r} {'is over' if self.over else otherwise}")
+
+    # While it streams.
+
+    def next_message(self) -> Message:
+        """The sender's next message within the stream.
+
+        Raises:
+            TransferAborted: the group gave the version up.
+            TransferError: the sender is lost, or said nothing in time.
+            Closed: ``cancel`` was called, or the receiver was closed.
+        """
+        return self._next(self._timeout, lambda: self._cancelled)
+
+    def cancel(self) -> None:
+        """End the stream's wait, from any thread."""
+        self._cancelled = True
+        self._connection.wake()
+
+    def fail(self, error: BaseException) -> None:
+        """The stream failed. Whoever decides puts version N back now, and refuses when that is done."""
+        if not self.decides:
+            self.refuse(error)
+        elif not self.over and self._connection.connected:
+            self._vote_no(error)
+
+    def leave(self) -> None:
+        """The consumer closed its stream; if that was before the end, it refuses."""
+        unfinished = (SessionState.OFFERED, SessionState.STREAMING)
+        if not self.over and self._connection.connected and self.state in unfinished:
+            self.fail(TransferError("the consumer left before the last tensor"))
+
+    def give_up(self, error: BaseException) -> None:
+        """End the connection and say why: sender and receiver do not understand each other any more."""
+        self._connection.drop("; ".join(reasons_of(error)))
+        self._finish()
+
+    # The decision.
+
+    @contextmanager
+    def decision(self) -> Iterator[None]:
+        """Wait until the group has decided to commit; inside, commit. Leaving tells the sender.
+
+        From here on a commit must not be able to fail. The first Ctrl-C ends the wait while the group can still
+        decide to abort; after that it is raised at the end.
+
+        Raises:
+            TransferAborted: the group decided to abort; the message says why.
+            TransferError: the sender is gone, and had not decided; so this is an abort for all.
+        """
+        with held_back(self._connection.wake) as interruption, self._alone():
+            self._prepare(interruption)
+            try:
+                yield
+            except BaseException as error:
+                self._done(error)
+                raise
+            self._done(None)
+
+    def refuse(self, error: BaseException) -> None:
+        """Tell the sender why this version cannot be taken; whatever it wrote is put back. Nothing when it is over."""
+        with self._alone():
+            if not self.over:
+                self._refuse(error)
+
+    def _alone(self) -> AbstractContextManager[None]:
+        """Inside, no other thread refuses or ends this version; ``Receiver.close`` may come at any time."""
+        return holding(self._deciding, self._connection.patience + self._timeout)
+
+    def _prepare(self, interruption: Interruption) -> None:
+        """Vote for the version, and wait for the decision. Returns if it is to commit."""
+        self.require(SessionState.ENDED, "has not streamed to its end")
+        try:
+            self._connection.send(Prepared())
+            self._hear(lambda: interruption.came or (self._cancelled and not self.decides))
+        except TransferAborted:
+            raise
+        except BaseException as error:
+            # The decision may have fallen without this member having heard of it: the ballot knows.
+            if self._ballot.decide(Decision.ABORT) is Decision.ABORT:
+                self.give_up(TransferError("it was interrupted") if interruption.came else error)
+                raise
+            self._interrupted = None if isinstance(error, Exception) else error
+            if not interruption.came or not self._hears_late():
+                self._connection.drop("it waited for the decision in vain, and read it")
+
+    def _hear(self, stop: Callable[[], bool]) -> None:
+        """Wait for the sender to say commit. It may be waiting for other receivers first."""
+        message = self._next(self._connection.patience + self._timeout, stop)
+        assert isinstance(message, Commit), "the table lets nothing else pass"
+
+    def _hears_late(self) -> bool:
+        """Whether the sender says what was read from the ballot, which it does unless it is lost."""
+        try:
+            self._hear(bool)
+        except (TransferError, Closed):
+            return False
+        return True
+
+    def _done(self, error: BaseException | None) -> None:
+        """Say that the commit was carried out, and what went wrong after it."""
+        if self.over:
+            return
+        if error is not None and not isinstance(error, CommitHookError):
+            self._connection.drop(f"the version was to be taken, and was not: {' '.join(reasons_of(error))}")
+        elif self._connection.connected:
+            self._connection.send(Done("" if error is None else "; ".join(reasons_of(error))))
+        self._finish()
+        interrupted, self._interrupted = self._interrupted, None
+        if interrupted is not None and error is None:
+            raise interrupted
+
+    def _refuse(self, error: BaseException) -> None:
+        try:
+            self._vote_no(error)
+            while self.state is not SessionState.ABORTED:  # Slots may be under way still.
+                self._connection.receive(time.monotonic() + self._timeout, meanwhile=self._pending.give_back)
+            self._put_back()
+        except BaseException as failure:
+            self.give_up(failure)
+            if not isinstance(failure, (TransferError, Closed)):
+                raise
+
+    def _vote_no(self, error: BaseException) -> None:
+        if self.state in _BEFORE_VOTING:
+            self._connection.send(Refuse(reasons_of(error)))
+
+    def _put_back(self) -> None:
+        """The abort is carried out, and the sender may use its slots again."""
+        self._pending.settle()
+        self._connection.send(Done(""))
+        self._finish()
+
+    def _next(self, seconds: float, stop: Callable[[], bool]) -> Message:
+        deadline = time.monotonic() + seconds
+        frame = self._connection.receive(deadline, stop=stop, meanwhile=self._pending.give_back)
+        if isinstance(frame.message, Abort):
+            if not self.decides:
+                self._put_back()
+            raise TransferAborted("the update was aborted", [frame.message.reason])
+        return frame.message
+
+    def _finish(self) -> None:
+        self.over = True
+        self._pending.forget()
+        self._ballot.close()

@@ -1,0 +1,66 @@
+"""Snapshot: whatever code does to a model's attributes and their containers is named and undone."""
+
+import pytest
+import torch
+import whole
+from torch import nn
+
+from hotweights.model.snapshot import Snapshot
+
+
+class Object:
+    def __init__(self):
+        self.names = ["a"]
+
+
+class Other(nn.Linear):
+    """Another class for the same layer."""
+
+
+def made():
+    layer = nn.Linear(2, 2)
+    layer.register_buffer("scale", torch.ones(2))
+    layer.table, layer.names, layer.seen, layer.method, layer.empty = {"a": [1]}, ["a", "b"], {1}, Object(), {}
+    layer.weight.loader = {"dim": 0}
+    return nn.Sequential(layer)
+
+
+CHANGES = {
+    "a new attribute": (lambda layer: setattr(layer, "new", 1), "0.new"),
+    "a removed attribute": (lambda layer: delattr(layer, "names"), "0.names"),
+    "another parameter": (lambda layer: setattr(layer, "weight", nn.Parameter(torch.ones(1))), "0.weight"),
+    "a removed buffer": (lambda layer: delattr(layer, "scale"), "0.scale"),
+    "a child": (lambda layer: layer.add_module("child", nn.Linear(1, 1)), "0.child"),
+    "the class": (lambda layer: setattr(layer, "__class__", Other), "0.__class__"),
+    "a key of a dict": (lambda layer: layer.table.update(b=2), "0.table.b"),
+    "an item deep inside": (lambda layer: layer.table["a"].append(2), "0.table.a"),
+    "the order of a list": (lambda layer: layer.names.reverse(), "0.names"),
+    "an item of a set": (lambda layer: layer.seen.add(2), "0.seen"),
+    "an object's list": (lambda layer: layer.method.names.clear(), "0.method.names"),
+    "an empty container": (lambda layer: layer.empty.update(a=1), "0.empty.a"),
+    "an attribute of a parameter": (lambda layer: layer.weight.loader.update(dim=1), "0.weight.loader.dim"),
+    "requires_grad": (lambda layer: layer.weight.requires_grad_(False), "0.weight.requires_grad"),
+    "a gradient": (lambda layer: setattr(layer.weight, "grad", torch.ones(2, 2)), "0.weight.grad"),
+}
+OF_STATE = {"another parameter", "a removed buffer", "a child", "the class", "requires_grad", "a gradient"}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_is_named_and_undone(name):
+    change, where = CHANGES[name]
+    model = made()
+    before, snapshot = whole.everything(model), Snapshot(model)
+    change(model[0])
+    changes = {change.where: change for change in snapshot.put_back()}
+    (where,) = (found for found in changes if found.removeprefix("Sequential.") == where)
+    assert changes[where].of_state == (name in OF_STATE)
+    assert whole.everything(model) == before
+    assert not snapshot.put_back()
+
+
+def test_values_of_tensors_are_no_matter_of_a_snapshot():
+    model = made()
+    snapshot = Snapshot(model)
+    model[0].weight.data.fill_(7)
+    assert not snapshot.put_back()
+    assert (model[0].weight == 7).all()

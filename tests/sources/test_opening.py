@@ -1,0 +1,57 @@
+"""Opening: whatever may be named as a source becomes one; what is opened here is closed here."""
+
+import pytest
+import torch
+from torch import nn
+
+import hotweights as hw
+from hotweights.sources.opening import opened, version_of
+from hotweights.testing import write_checkpoint
+
+TENSORS = {"weight": torch.ones(2, 3), "bias": torch.zeros(2)}
+SOURCES = {
+    "a path": lambda directory: write_checkpoint(directory, TENSORS),
+    "a path as words": lambda directory: str(write_checkpoint(directory, TENSORS)),
+    "a mapping": lambda _: TENSORS,
+    "a module": lambda _: nn.Linear(3, 2),
+    "an iterator without a manifest": lambda _: hw.from_iterator(TENSORS.items()),
+}
+
+
+@pytest.mark.parametrize("make", SOURCES.values(), ids=SOURCES)
+def test_what_is_opened_here_is_closed_here(make, tmp_path):
+    with opened(make(tmp_path / "c")) as source:
+        assert set(source.manifest) == set(TENSORS)
+    with pytest.raises(hw.Closed), source.leases():
+        pass
+
+
+def test_a_source_stays_its_owners():
+    with hw.open(TENSORS) as source:
+        with opened(source) as same:
+            assert same is source
+        assert len(list(source.tensors())) == 2
+
+
+@pytest.mark.parametrize("wrong", [None, 3, [("weight", torch.ones(1))]])
+def test_what_is_none_is_refused(wrong):
+    with pytest.raises(hw.UsageError, match="a source is a path"), opened(wrong):
+        pass
+    with pytest.raises(hw.UsageError, match="from_iterator"):
+        hw.open(wrong)
+
+
+def test_readers_read_files_only():
+    with pytest.raises(hw.UsageError, match="reads files"):
+        hw.open(TENSORS, reader="torch")
+    with pytest.raises(hw.UnknownName, match="known are"):
+        hw.open("somewhere", reader="gguf")
+
+
+def test_what_was_said_comes_before_what_the_source_says():
+    class Versioned:
+        version = "theirs"
+
+    assert version_of(Versioned(), None) == "theirs"
+    assert version_of(Versioned(), 0) == 0
+    assert version_of(object(), None) is None

@@ -1,0 +1,53 @@
+"""Leaving out what no plan can repeat: what it costs, and which tensors go together."""
+
+import torch
+from torch import nn
+
+import hotweights as hw
+from hotweights.tracing import leave_out
+
+
+class Asking(nn.Module):
+    """Two layers; the loading code asks for a value of the second one's tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.plain, self.asked = nn.Linear(2, 2), nn.Linear(2, 2)
+
+    def load_weights(self, pairs):
+        for name, tensor in pairs:
+            scale = tensor.max().item() if name == "asked.weight" else 1
+            self.get_parameter(name).data.copy_(tensor * scale)
+
+
+def test_each_recording_is_lowered_once(monkeypatch):
+    lower, lowered = leave_out.lower, []
+    monkeypatch.setattr(leave_out, "lower", lambda ops: lowered.append(ops) or lower(ops))
+    plan = hw.trace(Asking(), hw.open(nn.Module.state_dict(Asking())).manifest)
+    assert plan.fallback == ("asked.weight", "asked.bias")
+    assert len(lowered) == 2  # the run that broke, and the one without the layer
+    assert lowered[0] is not lowered[1]
+
+
+def test_layers_that_differ_by_their_number_are_left_out_together(monkeypatch):
+    """Else the next run would stop at the next layer, and there may be a hundred."""
+    records, record = [], leave_out.record
+
+    class Deep(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(Asking() for _ in range(9))
+
+        def load_weights(self, pairs):
+            for name, tensor in pairs:
+                scale = tensor.max().item() if name.endswith("asked.weight") else 1
+                self.get_parameter(name).data.copy_(tensor * scale)
+
+    def counted(*args, **kwargs):
+        records.append(kwargs["leave_out"])
+        return record(*args, **kwargs)
+
+    monkeypatch.setattr(leave_out, "record", counted)
+    plan = hw.trace(Deep(), {name: torch.ones(value.shape) for name, value in Deep().state_dict().items()})
+    assert set(plan.fallback) == {name for name in Deep().state_dict() if ".asked." in name}
+    assert len(records) == 4  # two runs, and two that see whether what is left out can be loaded apart
