@@ -100,28 +100,25 @@ _PASSED_OVER = (contextlib.__file__, threading.__file__)  # Their frames belong 
 def held(function: _Function) -> _Function:
     """Mark a function: a signal that comes in its own lines waits, one that comes in what it calls does not.
 
-    What waits is delivered by ``deliver``, at the end of a ``whole`` function, or when nobody watches any more.
+    What waits is delivered by ``deliver``, or when nobody watches any more: where it may be raised.
     """
-    _HELD.add(function.__code__)  # type: ignore[attr-defined]
+    _HELD.add(function.__code__)
     return function
 
 
 def whole(function: _Function) -> _Function:
-    """Mark a function: signals that come in it, and in all that it calls, wait until it has returned."""
+    """Mark a function: signals that come in it, and in all that it calls, wait, as those that are ``held`` do."""
 
     @functools.wraps(function)
     def run(*arguments: Any, **options: Any) -> Any:
-        if not _in_main_thread():
-            return function(*arguments, **options)
-        _watch.inside += 1
         try:
             return function(*arguments, **options)
         finally:
-            _watch.inside -= 1
-            if not _watch.inside:
-                _watch.deliver()
+            if not _watch.watchers:  # The function ended the watching: nobody else will deliver.
+                deliver()
 
-    _WHOLE.update((function.__code__, run.__code__))  # type: ignore[attr-defined]
+    _WHOLE.add(function.__code__)
+    _HELD.add(run.__code__)  # type: ignore[attr-defined]
     return run  # type: ignore[return-value]
 
 
@@ -152,7 +149,7 @@ def unwatch(watcher: object) -> None:
 
 def deliver() -> None:
     """Deliver the signals that wait, as far as nothing that is whole runs: their handlers may raise here."""
-    if _watch.pending and not _watch.inside and _in_main_thread():
+    if _watch.pending and _in_main_thread() and not _is_whole(sys._getframe()):
         _watch.deliver()
 
 
@@ -164,16 +161,15 @@ class _Watch:
     """The handlers of this process while somebody watches."""
 
     def __init__(self) -> None:
-        self.inside = 0  # how many whole functions run
         self.pending: dict[int, FrameType | None] = {}
-        self._watchers: set[object] = set()  # Adding and discarding are atomic: updates may end in any thread.
+        self.watchers: set[object] = set()  # Adding and discarding are atomic: updates may end in any thread.
         self._ending = False  # whether handlers are being put back
         self._before: dict[int, Callable[[int, FrameType | None], Any]] = {}
 
     def begin(self) -> object:
         watcher = object()
         try:
-            self._watchers.add(watcher)
+            self.watchers.add(watcher)
             for number in _NUMBERS:
                 handler = _handler_of(number)
                 if callable(handler) and handler != self.take:
@@ -186,14 +182,14 @@ class _Watch:
 
     def end(self, watcher: object) -> None:
         self._ending = True
-        self._watchers.discard(watcher)
-        if not self._watchers and _in_main_thread():
+        self.watchers.discard(watcher)
+        if not self.watchers and _in_main_thread():
             try:
                 self._put_back()
             finally:  # A handler that is back may raise in the midst of it: put back the rest.
                 self._put_back()
         self._ending = False
-        if not self._watchers and not self.inside:
+        if not self.watchers:
             deliver()
 
     def _put_back(self) -> None:
@@ -202,7 +198,7 @@ class _Watch:
                 signal.signal(number, handler)
 
     def take(self, number: int, frame: FrameType | None) -> None:
-        if (self._watchers or self._ending) and _must_finish(frame):
+        if (self.watchers or self._ending) and _must_finish(frame):
             self.pending[number] = frame
         else:
             self._before[number](number, frame)
@@ -221,8 +217,10 @@ def _must_finish(frame: FrameType | None) -> bool:
     caller = frame
     while caller is not None and caller.f_code.co_filename in _PASSED_OVER:
         caller = caller.f_back
-    if caller is not None and caller.f_code in _HELD:
-        return True
+    return (caller is not None and caller.f_code in _HELD) or _is_whole(frame)
+
+
+def _is_whole(frame: FrameType | None) -> bool:
     while frame is not None:
         if frame.f_code in _WHOLE:
             return True

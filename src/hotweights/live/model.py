@@ -18,7 +18,7 @@ from ..loading.verify import Verify, verifier
 from ..manifest import Manifest
 from ..memory.pool import Pool
 from ..model.digests import Digest, digest_of
-from ..model.materialise import materialise
+from ..model.materialise import materialise, put_back
 from ..model.places import Place, places
 from ..plan.patterns import Patterns
 from ..sources.contracts import IOMode, refusing
@@ -191,8 +191,7 @@ class LiveModel:
         """Tensors that were on meta are so again after a first load that failed."""
         if self._current.holds is State.EMPTY:
             self._baseline = None
-            for place, old in replaced:
-                place.put(old)
+            put_back(replaced)
 
     # Updates.
 

@@ -170,6 +170,7 @@ class Update:
         with self._failing(), self._attempt.timeline.event("prepare", ""):
             self._attempt.finish()
             self._baseline.prove()
+            signals.deliver()  # The last place where an interruption still leaves version N.
         self._current.prepared = True
 
     # Commit.

@@ -12,13 +12,14 @@ from functools import partial
 import torch
 from torch import nn
 
+from .. import signals
 from ..arguments import check_choices, check_kind, check_model, device_from, patterns_from
 from ..dtypes import Cast
 from ..errors import UsageError
 from ..gc_pause import without_collection
 from ..manifest import Manifest
 from ..memory.pool import Pool
-from ..model.materialise import materialise
+from ..model.materialise import materialise, put_back
 from ..model.places import places
 from ..model.reachable import reachable
 from ..model.survey import Survey, survey
@@ -41,6 +42,7 @@ from .requests import bytes_to_read
 from .verify import Verify, verifier
 
 
+@signals.watched
 def load(
     model: nn.Module,
     source: AnySource,
@@ -134,6 +136,7 @@ def load(
             plan = plan.ordered(order, source.position if isinstance(source, Addressed) else None)
         nbytes = bytes_to_read(plan, source)
         with _made_real(plan, model, seen, target_device) as tensors, _noting(done, nbytes):
+            signals.deliver()
             # Tensors in lists and attributes are looked for only if a step writes there: it takes a second walk.
             destinations = tensors if plan.targets.keys() <= tensors.keys() else reachable(model)
             if pool is None:
@@ -176,6 +179,7 @@ def _slowest(destinations: Mapping[str, torch.Tensor]) -> torch.device:
 
 
 @contextmanager
+@signals.held
 def _made_real(
     plan: LoadPlan, model: nn.Module, seen: Survey, device: torch.device | None
 ) -> Iterator[dict[str, torch.Tensor]]:
@@ -185,8 +189,7 @@ def _made_real(
     try:
         yield survey(model).tensors if replaced else seen.tensors
     except BaseException:
-        for place, old in replaced:
-            place.put(old)
+        put_back(replaced)
         raise
 
 

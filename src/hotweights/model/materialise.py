@@ -8,10 +8,12 @@ from collections.abc import Container, Iterable
 import torch
 from torch import nn
 
+from .. import signals
 from ..memory.aliases import plain
 from .places import Place
 
 
+@signals.whole
 def materialise(
     places: Iterable[Place], names: Container[str], device: torch.device
 ) -> list[tuple[Place, torch.Tensor]]:
@@ -31,6 +33,13 @@ def materialise(
     for place, old in replaced:
         place.put(made[id(old)])
     return replaced
+
+
+@signals.whole
+def put_back(replaced: Iterable[tuple[Place, torch.Tensor]]) -> None:
+    """Put the tensors that ``materialise`` replaced into their places again."""
+    for place, old in replaced:
+        place.put(old)
 
 
 def _memory(tensor: torch.Tensor) -> int:
