@@ -7,11 +7,15 @@ import runpy
 import shlex
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+import hotweights as hw
 from hotweights.cli import app
 
 ROOT = Path(__file__).parent.parent
@@ -75,6 +79,47 @@ def parse_flags(script, *flags):
     sys.argv, sys.path[0:0] = [script, *flags], [str(path.parent)]
     runpy.run_path(str(path), run_name="__main__")
     sys.exit("it parses no flags")
+
+
+def test_the_scripts_of_a_transfer_run(tmp_path, monkeypatch):
+    """Trainer and two workers, as printed; then a trainer whose version is broken, and one more that is sound."""
+    address = f"unix:{tmp_path / 'run' / 'socket'}"
+    scripts = {
+        name: code.replace("unix:/tmp/hw-trainer/socket", address).replace("offer_timeout=60", "offer_timeout=5")
+        for name, code in re.findall(r"```text\n# (\w+)\.py\n(.*?)```", (ROOT / "docs/transfer.md").read_text(), re.S)
+    }
+    assert all("offer_timeout=5)" in scripts["worker"] and address in code for code in scripts.values())
+    listening = threading.Event()
+
+    class Announced(hw.Sender):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            listening.set()
+
+    monkeypatch.setattr(hw, "Sender", Announced)
+    last = torch.nn.Linear(512, 512)
+
+    def train():
+        exec(compile(scripts["trainer"], "trainer.py", "exec"), {})
+        with hw.Sender(address, receivers=2) as sender:
+            with pytest.raises(hw.TransferAborted):
+                sender.send(torch.nn.Linear(512, 8), version="broken")
+            sender.send(last, version="mended")
+
+    def work():
+        space = {}
+        exec(compile(scripts["worker"], "worker.py", "exec"), space)
+        return space["live"]
+
+    with ThreadPoolExecutor(3) as threads:
+        trainer = threads.submit(train)
+        assert listening.wait(60)  # From here on a version is never far: workers wait a short while only.
+        workers = [threads.submit(work) for _ in range(2)]
+        trainer.result(60)
+        for worker in workers:
+            live = worker.result(60)  # It ends by itself: nobody offers any more.
+            assert live.version == "mended"
+            assert torch.equal(live.model.weight, last.weight)
 
 
 def test_a_flag_that_a_benchmark_does_not_have_is_noticed():

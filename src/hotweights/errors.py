@@ -120,7 +120,18 @@ class UnsupportedDtype(HotweightsError):
 
 
 class PlanError(_Problems):
-    """Source and model do not fit. Raised before the first byte is read; the model is unharmed."""
+    """Source and model do not fit. Raised before the first byte is read; the model is unharmed.
+
+    Attributes:
+        advice: which arguments would allow what is missing or unexpected; empty if nothing is.
+    """
+
+    def __init__(self, title: str, problems: Iterable[str] = (), *, advice: str = "") -> None:
+        super().__init__(title, problems)
+        self.advice = advice
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}\n{self.advice}" if self.advice else super().__str__()
 
 
 class PlanFileError(_Problems):

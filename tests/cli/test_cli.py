@@ -204,6 +204,15 @@ class TestTransfer:
         assert "nobody listens there" in refused.stderr
         assert run("send", bert, "--to", "somewhere").exit_code == 2
 
+    def test_on_a_terminal_it_says_what_it_waits_for(self, bert, tmp_path, monkeypatch):
+        address = f"unix:{tmp_path / 'run' / 'socket'}"
+        wait = ("receive", "--from", address, "--model", bert, "--offer-timeout", "0.05")
+        assert "waiting" not in run(*wait).output
+        monkeypatch.setattr(sys.modules["hotweights.cli.receive"], "_on_terminal", lambda: True)
+        waited = run(*wait, "--json")
+        assert f"waiting for version 1 of 1 from {address}, for 0.05 s at most" in waited.stderr
+        assert json.loads(waited.stdout)["error"]["kind"] == "TransferTimeout"
+
 
 def test_ctrl_c_is_130(monkeypatch, checkpoint):
     def interrupted(path, **options):

@@ -1,5 +1,6 @@
 """Plans by name: every problem at once, and the fate of every name."""
 
+import pickle
 import re
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+import hotweights as hw
 from hotweights import Fate, LoadPlan, Manifest, OpaqueDtype, PlanError, TensorSpec, UnknownName, load, trace
 from hotweights.boxes import Box, pieces, slices
 from hotweights.dtypes import FORMAT_DTYPES, is_lossless
@@ -289,3 +291,24 @@ def test_boxes_as_slices():
     assert slices(box((6,), (1,), 2), whole) is None  # around a corner
     assert slices(box((2, 2), (4, 1), 3), whole) is None
     assert slices(box((), ()), box((), ())) == []
+
+
+def test_what_would_allow_a_difference_is_said_once():
+    with pytest.raises(PlanError) as caught:
+        draft(manifest(a=(F32, (1,)), b=(F32, (1,))), targets(c=(F32, (1,)), d=(F32, (1,))))
+    assert (
+        str(caught.value).splitlines()[-1] == "Allow names with allow_missing= and allow_unexpected=, if that is meant."
+    )
+    assert len(caught.value.problems) == 4
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+    with pytest.raises(PlanError) as caught:
+        draft(manifest(), targets(c=(F32, (1,))))
+    assert str(caught.value).splitlines()[-1] == "Allow names with allow_missing=, if that is meant."
+    with pytest.raises(PlanError) as caught:
+        draft(manifest(c=(F32, (2,))), targets(c=(F32, (1,))))
+    assert "Allow" not in str(caught.value)
+    live = hw.LiveModel(nn.Linear(2, 2))
+    live.load(nn.Linear(2, 2))
+    with pytest.raises(hw.UpdateAborted) as aborted:
+        live.update({})
+    assert "allow" not in str(aborted.value), "an update takes no such argument"

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 import hotweights as hw
+from hotweights.sources import READERS
 from hotweights.sources.contracts import Addressed, InMemory, Participant, Source
 from hotweights.testing import SOURCE_CONTRACT, ReusedBuffer, write_checkpoint
+from readers import CANNOT, REUSING, save
 
 TENSORS = {
     "embed.weight": torch.randn(33, 17),
@@ -28,15 +30,15 @@ def strided():
 
 OURS = ["file", "shards", "mapping", "strided mapping", "module"]
 ITERATORS = ["owned iterator", "borrowed iterator", "strided iterator", "reused buffer"]
-READERS = ["runai", "runai, reusing", "fastsafetensors", "safetensors", "torch"]
+OF_READERS = [*READERS, *(f"{name}, reusing" for name in REUSING)]
 
 
-@pytest.fixture(params=[*OURS, *ITERATORS, *READERS])
+@pytest.fixture(params=[*OURS, *ITERATORS, *OF_READERS])
 def case(request, tmp_path, monkeypatch):
     """What makes a source, and what it holds."""
     if request.param in ITERATORS:
         return iterator(request.param)
-    if request.param in READERS:
+    if request.param in OF_READERS:
         return reader(request.param.partition(",")[0], tmp_path, monkeypatch, reusing="reusing" in request.param)
     if request.param == "file":
         path = write_checkpoint(tmp_path, TENSORS) / "model.safetensors"
@@ -70,15 +72,10 @@ class Fresh:
 
 
 def reader(name, tmp_path, monkeypatch, *, reusing):
-    if reusing:
-        monkeypatch.setenv("RUNAI_STREAMER_MEMORY_LIMIT", "0")
-    tensors = dict(TENSORS)
-    if name == "fastsafetensors":
-        del tensors["complex"]  # It knows no such dtype.
-    if name == "torch":
-        torch.save(tensors, tmp_path / "pytorch_model.bin")
-    else:
-        write_checkpoint(tmp_path, tensors, shards=3)
+    for variable, value in REUSING[name].items() if reusing else ():
+        monkeypatch.setenv(variable, value)
+    tensors = {key: tensor for key, tensor in TENSORS.items() if tensor.dtype not in CANNOT.get(name, ())}
+    save(tmp_path, tensors, reader=name, shards=3)
     return lambda: hw.open(tmp_path, reader=name), tensors
 
 

@@ -48,6 +48,18 @@ def test_readers_read_files_only():
         hw.open("somewhere", reader="gguf")
 
 
+@pytest.mark.parametrize("reader", ["hotweights", "torch"])
+def test_a_hub_name_that_is_no_folder(reader, tmp_path, monkeypatch):
+    """A newcomer types it; nothing is ever downloaded here."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(hw.CheckpointError, match=r"`hf download org/name`, then give the folder that it prints$"):
+        hw.open("org/name", reader=reader)
+    (tmp_path / "org").mkdir()
+    for path in ("org/name", "./other/name", tmp_path / "name", "name", "a/b/c", "other/model.safetensors"):
+        with pytest.raises(hw.CheckpointError, match=r"no such file or directory$"):
+            hw.open(path, reader=reader)
+
+
 def test_what_was_said_comes_before_what_the_source_says():
     class Versioned:
         version = "theirs"

@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import stat
+import subprocess
 
 import pytest
 import torch
@@ -29,6 +30,16 @@ def test_a_second_sender_is_refused_with_the_pid_of_the_first(address):
     with sender(address), pytest.raises(hw.AddressTaken, match=f"in this process, {os.getpid()}"):
         sender(address)
     with sender(address):
+        pass
+
+
+def test_a_directory_whose_parent_does_not_exist(tmp_path):
+    deep = tmp_path / "not" / "there yet"
+    with pytest.raises(hw.UsageError, match="make it with: mkdir") as caught:
+        sender(f"unix:{deep / 'socket'}")
+    assert not deep.exists()
+    subprocess.run(str(caught.value).rpartition("make it with: ")[2], shell=True, check=True, timeout=60)
+    with sender(f"unix:{deep / 'socket'}"):
         pass
 
 

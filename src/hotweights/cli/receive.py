@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import msgspec
@@ -28,6 +29,9 @@ def receive(
         built = transformers.build(model)
         live = LiveModel(built)
         for number in range(versions):
+            if _on_terminal():
+                said = f"waiting for version {number + 1} of {versions} from {sender}, for {offer_timeout:g} s at most"
+                typer.echo(said, err=True)
             report = live.update(source) if number else live.load(source, device=device)
             if as_json:
                 facts = msgspec.to_builtins(report)
@@ -36,3 +40,7 @@ def receive(
             else:
                 typer.echo(f"{type(built).__name__} from {sender}")
                 typer.echo(str(report))
+
+
+def _on_terminal() -> bool:
+    return sys.stderr.isatty()

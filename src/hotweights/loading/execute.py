@@ -19,22 +19,12 @@ from ..plan.plan import LoadPlan
 from ..plan.steps import Copy, Program
 from ..sources.contracts import Addressed, InMemory, IOMode, Participant, Read, Source
 from ..sources.streams import ahead
-from .copy_step import (
-    COMPARED,
-    Destinations,
-    any_inference,
-    copy_now,
-    part_of,
-    prove_ties,
-    run_step,
-    same_bits,
-    writing_mode,
-    written_nbytes,
-)
+from .copy_step import Destinations, any_inference, copy_now, part_of, run_step, writing_mode, written_nbytes
 from .filling import Filling
 from .reads import reads_of
 from .report import Tally
 from .requests import request_nbytes, requests_of, used_nbytes
+from .ties import COMPARED, prove_ties, same_bits
 
 
 def execute(

@@ -1,4 +1,4 @@
-"""Filling: a plan that is followed while its tensors arrive one by one."""
+"""Filling: a plan that is followed while the tensors of a stream arrive one by one."""
 
 from __future__ import annotations
 
@@ -9,17 +9,9 @@ import torch
 
 from ..plan.plan import LoadPlan
 from ..plan.steps import Copy, Program
-from .copy_step import (
-    Destinations,
-    any_inference,
-    copy_now,
-    refuse_ties,
-    run_step,
-    same_as_written,
-    writing_mode,
-    written_nbytes,
-)
+from .copy_step import Destinations, any_inference, copy_now, run_step, writing_mode, written_nbytes
 from .report import Tally
+from .ties import refuse_ties, same_as_written
 
 
 class Filling:

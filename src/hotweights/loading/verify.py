@@ -18,8 +18,9 @@ from ..plan.disjoint_sets import DisjointSets
 from ..plan.plan import LoadPlan
 from ..sources.contracts import Addressed, InMemory, Source
 from ..tracing.frameworks import rules_for
-from .copy_step import Destinations, same_bits
+from .copy_step import Destinations
 from .execute import owned
+from .ties import same_bits
 
 Verify = Literal["off", "loader"]
 """Whether the model's own loading code (its "loader") proves a load."""

@@ -96,7 +96,9 @@ def draft(
         writes.add(level, step)
     fates = _fates_of_sources(manifest, writes, traced, matches(rules.skip))
     wrong = {*problems, *writes.problems, *writes.overlaps(overlapping), *writes.double_writes()}
-    wrong.update(_unexpected(fates, matches(allowed.unexpected)))
+    unexpected = list(_unexpected(fates, matches(allowed.unexpected)))
+    wrong.update(unexpected)
+    arguments = {"allow_unexpected="} if unexpected else set()  # that would allow some of what is wrong
     may_miss, may_be_partial = matches(both(allowed.missing, rules.allow_missing)), matches(allowed.partial)
     unproven: list[str] = []
     for gap in writes.gaps():
@@ -108,8 +110,10 @@ def draft(
             fates.update(dict.fromkeys(gap.names, fate))
         else:
             wrong.add(_in_words(gap))
+            arguments.add("allow_partial=" if gap.written else "allow_missing=")
     if wrong:
-        raise PlanError("source and model do not fit; nothing was read or written", wrong)
+        advice = f"Allow names with {' and '.join(sorted(arguments))}, if that is meant." if arguments else ""
+        raise PlanError("source and model do not fit; nothing was read or written", wrong, advice=advice)
     return LoadPlan(
         steps=tuple(writes.steps),
         levels=tuple(writes.levels) if any(writes.levels) else (),

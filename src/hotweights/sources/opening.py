@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal, overload
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 from typing_extensions import TypeIs
 
-from ..errors import UnknownName, UsageError
+from ..errors import CheckpointError, UnknownName, UsageError
 from .contracts import Source
 from .files.source import FileSource
 from .iterator import IteratorSource, Pair
@@ -78,6 +79,7 @@ def open(
     if reader not in ("hotweights", *READERS):
         raise UnknownName("reader", reader, ("hotweights", *READERS))
     if isinstance(what, (str, os.PathLike)):
+        _refuse_hub_name(os.fsdecode(what))
         return FileSource(what) if reader == "hotweights" else ReaderSource(what, reader)
     if reader != "hotweights":
         raise UsageError(f"the reader {reader!r} reads files; this is a {type(what).__name__}")
@@ -89,3 +91,15 @@ def open(
         f"a source is a path, a mapping of tensors, a module or an open source; this is a {type(what).__name__}. An "
         "iterator of (name, tensor) goes through hotweights.from_iterator"
     )
+
+
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(?<!\.safetensors)(?<!\.json)(?<!\.bin)(?<!\.pt)(?<!\.pth)")
+
+
+def _refuse_hub_name(path: str) -> None:
+    """``org/name`` is a name on a hub wherever no folder ``org`` lies. Nothing is ever downloaded here."""
+    if _HUB_NAME.fullmatch(path) and not os.path.exists(path) and not os.path.isdir(os.path.dirname(path)):
+        raise CheckpointError(
+            f"{path}: there is no such file or directory. If it is a hub name: `hf download {path}`, then give the "
+            "folder that it prints"
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import shlex
 import socket
 import stat
 import struct
@@ -29,7 +30,7 @@ def path_of(address: str) -> str:
     """
     kind, colon, path = address.partition(":")
     if kind != "unix" or not colon or not path:
-        raise UsageError(f"an address looks like unix:/run/user/1000/trainer/socket; this is {address!r}")
+        raise UsageError(f"an address looks like unix:/tmp/trainer/socket; this is {address!r}")
     if len(os.fsencode(path)) > _LONGEST:
         raise UsageError(f"the path of a socket has {_LONGEST} bytes at most; {path} has {len(os.fsencode(path))}")
     return path
@@ -143,8 +144,15 @@ def _lock_path(path: str) -> str:
 
 
 def _check_directory(directory: str) -> None:
-    with contextlib.suppress(FileExistsError):
+    try:
         os.mkdir(directory, 0o700)
+    except FileExistsError:
+        pass
+    except FileNotFoundError as error:
+        raise UsageError(
+            f"the directory {directory} does not exist, nor does the one in which it would lie; make it with: "
+            f"mkdir -p -m 700 {shlex.quote(directory)}"
+        ) from error
     status = os.stat(directory)
     if status.st_uid != os.geteuid() or status.st_mode & 0o077:
         raise UsageError(

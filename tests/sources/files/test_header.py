@@ -332,6 +332,18 @@ INVALID = {
     "half a byte": (pair("F4", [3], 0, 2, b"ab"), ["'w'", "whole byte"]),
     "six bits": (pair("F6_E2M3", [3], 0, 3, b"abc"), ["'w'", "whole byte"]),
     "range past the end": (pair("U8", [5], 0, 5), ["'w'", "ends at byte 5", "holds 4", "truncated"]),
+    "three past the end": (
+        file_of(
+            json.dumps(
+                {
+                    n: {"dtype": "U8", "shape": [2], "data_offsets": [s, s + 2]}
+                    for s, n in ((0, "a"), (2, "b"), (4, "c"))
+                }
+            ).encode()
+        )
+        + b"x",
+        ["'a'", "the file holds 1", "this tensor and 2 later ones are cut off"],
+    ),
     "empty range past the end": (pair("U8", [0], 9, 9, b""), ["'w'", "byte 9"]),
     "offsets of 2^63": (pair("U8", [4], 2**63, 2**63 + 4), ["'w'", str(2**63)]),
     "offsets beyond 64 bits": (pair("U8", [4], 2**70, 2**70 + 4), ["'w'"]),

@@ -218,8 +218,8 @@ def _gaps(entries: Iterable[Entry], data_start: int, size: int) -> list[str]:
             cut.append(f"tensor {spec.name!r}: ends at byte {end} of the data; the file holds {held}")
         position, last = max(position, stop), spec.name
     if cut:  # A cut takes all tensors behind it. To name each would bury the reason.
-        others = f", and {len(cut) - 1} tensors behind it" if len(cut) > 1 else ""
-        problems.append(f"{cut[0]}{others}; is it truncated?")
+        others = f"this tensor and {len(cut) - 1} later ones are cut off" if len(cut) > 1 else "is it truncated?"
+        problems.append(f"{cut[0]}; {others}")
     if not problems and position < size:
         problems.append(f"{size - position} trailing bytes belong to no tensor")
     return problems
