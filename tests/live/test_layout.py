@@ -7,8 +7,8 @@ import zoo
 from torch import nn
 
 import hotweights as hw
-from hotweights.live.atomic import Journal, Staged
 from hotweights.live.layout import MemoryLayout, Mirror
+from hotweights.live.strategy import Journal, Staged
 from hotweights.memory.host import host_copy
 
 WAYS = ("journal", "staged", False)

@@ -10,7 +10,7 @@ import whole
 from torch import nn
 
 import hotweights as hw
-from hotweights.live.atomic import InPlace, Staged
+from hotweights.live.strategy import InPlace, Staged
 from hotweights.memory import host
 from hotweights.testing import PROCESSED_LAYERS, Processed, processed_checkpoint, write_checkpoint
 

@@ -27,7 +27,6 @@ from ..plan.steps import Copy, Fate
 from ..sources.contracts import Addressed, InMemory, Request, Source
 from ..sources.state_dict import StateSource
 from ..text import size, some
-from .atomic import Strategy
 from .groups import LayerGroup, parts_of
 from .job import Job
 from .layers import unmoved
@@ -37,6 +36,7 @@ from .open_layers import OpenLayers
 from .processing import Processing
 from .report import Timeline, UpdateReport
 from .requests import requests, room
+from .strategy import Strategy
 
 Own = Callable[[], torch.Tensor]
 

@@ -18,13 +18,13 @@ from ..model.survey import survey
 from ..plan.plan import LoadPlan
 from ..sources.contracts import InMemory, Source
 from ..sources.state_dict import StateSource
-from .atomic import Atomic, InPlace, Journal, Staged, Strategy, check_room
 from .attributes import held_by, state_of
 from .groups import LayerGroup, coverage, elements, groups_of
 from .job import Job
 from .layers import Dressing, Layer, layers_of
 from .layout import MemoryLayout, Mirror
 from .plans import Options, Plans
+from .strategy import Atomic, InPlace, Journal, Staged, Strategy, check_room
 
 
 class Baseline:

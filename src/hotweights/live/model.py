@@ -23,13 +23,13 @@ from ..model.places import Place, places
 from ..plan.patterns import Patterns
 from ..sources.contracts import IOMode, refusing
 from ..sources.opening import AnySource, opened, version_of
-from .atomic import Atomic
 from .baseline import Baseline
 from .layers import Selection, selected
 from .plans import Options
-from .reading import Reading
 from .report import UpdateReport
+from .serving import Serving
 from .state import Current, State
+from .strategy import Atomic
 from .update import Update, aborted
 
 Process = Callable[[nn.Module], object]
@@ -75,7 +75,7 @@ class LiveModel:
             layers: which modules are processed, where ``process`` is not for all of them: patterns of their qualified
                 names, or a function of a module that says so.
             deferred: which of them are processed after all others, because they read them; given like ``layers``.
-            atomic: how updates are all or nothing, unless they say otherwise, see ``live.atomic.Atomic``.
+            atomic: how updates are all or nothing, unless they say otherwise, see ``live.strategy.Atomic``.
             memory_limit: bytes of device memory that open layers may take together, when tensors come in an order that
                 keeps several open. Over it, tensors wait on the host.
         """
@@ -123,7 +123,7 @@ class LiveModel:
             TimeoutError: an update did not let go within ``timeout`` seconds.
             LiveModelError: the model is TORN, or nothing was loaded yet.
         """
-        return Reading(self._current, timeout)
+        return Serving(self._current, timeout)
 
     def digest(self) -> Digest:
         """Digests of all parameters and buffers, as they are now. Reads every byte of the model."""

@@ -19,7 +19,6 @@ from ..memory.pool import Pool
 from ..plan.patterns import Patterns
 from ..progress import progress
 from ..sources.contracts import Addressed, InMemory, IOMode, Participant, Source
-from .atomic import Atomic, InPlace, Strategy
 from .attempt import Attempt
 from .baseline import Baseline
 from .compiled import refuse_frozen
@@ -28,6 +27,7 @@ from .lock import WriteTurn
 from .open_layers import OpenLayers
 from .report import UpdateReport
 from .state import Current, State
+from .strategy import Atomic, InPlace, Strategy
 
 
 class Update:

@@ -75,7 +75,7 @@ def fall_back(
                 arrive(source.manifest[name].nbytes)
                 yield name, owned(source, name, lambda reads: {})
 
-    watch = _Watch(_planned(plan, model))
+    watch = _WriteWatch(_planned(plan, model))
     progress = _Progress(model, watch)
     with progress.told():
         error: Exception | None = None
@@ -103,7 +103,7 @@ def fall_back(
 class _Progress:
     """What the model's own loading code has written so far."""
 
-    def __init__(self, model: nn.Module, watch: _Watch) -> None:
+    def __init__(self, model: nn.Module, watch: _WriteWatch) -> None:
         self._model = model
         self._watch = watch
         self._before = {place.name: (place.tensor, _storage(place.tensor)) for place in places(model)}
@@ -179,7 +179,7 @@ def _planned(plan: LoadPlan, model: nn.Module) -> dict[int, list[tuple[str, Box]
     return boxes
 
 
-class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _WriteWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees which memory is written by operations that go through torch's dispatcher.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""Reading: one reader's hold on a live model. No update writes while it lasts, and what is read is of one version."""
+"""Serving: one reader's hold on a live model. No update writes while it lasts, and what is read is of one version."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from ..errors import LiveModelError
 from .state import Current, State
 
 
-class Reading:
+class Serving:
     """What ``LiveModel.serving`` gives. A context manager, to be entered once; it gives the version's name."""
 
     def __init__(self, current: Current, timeout: float | None) -> None:
