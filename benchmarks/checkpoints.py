@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import xxhash
 from safetensors.torch import save_file
 from torch import nn
 
-from hotweights.sources.files.shards import open_shards
+from hotweights.sources.files.shards import open_checkpoint
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -70,11 +71,11 @@ def make(directory: Path, *, nbytes: int, tensors: int, shards: int) -> Checkpoi
 
 def _layout(directory: Path) -> tuple[Place, ...]:
     places = []
-    for shard in open_shards(directory):
-        for entry in shard.header.entries:
-            spec = entry.spec
-            places.append(Place(spec.name, shard.file.path, entry.offset, spec.nbytes, spec.shape))
-        shard.close()
+    with closing(open_checkpoint(directory)) as checkpoint:
+        for shard in checkpoint.shards:
+            for entry in shard.header.entries:
+                spec = entry.spec
+                places.append(Place(spec.name, shard.file.path, entry.offset, spec.nbytes, spec.shape))
     return tuple(places)
 
 

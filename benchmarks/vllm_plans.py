@@ -45,7 +45,6 @@ from torch import nn
 
 import hotweights as hw
 from hotweights.plan.steps import Copy, Program
-from hotweights.sources.files.shards import open_shards
 
 # Buffers of vLLM's attention that checkpoints rarely carry: scales of the KV cache, with defaults.
 ATTENTION_SCALES = ("*._k_scale", "*._v_scale", "*._q_scale", "*._prob_scale")
@@ -258,7 +257,7 @@ def examine(name: str, directory: Path, rank: int, ranks: int, repeats: int) -> 
         manifest = source.manifest
         result = Result(name, rank, ranks, tensors=len(manifest), nbytes=sum(spec.nbytes for spec in manifest.values()))
         # Shards are streamed in the order of vLLM's default loader: file by file, as the names lie in them.
-        order = [entry.spec.name for shard in open_shards(directory) for entry in shard.header.entries]
+        order = list(manifest)
 
         def own(target: nn.Module) -> None:
             target.load_weights((key, state[key]) for key in order)  # type: ignore[operator]

@@ -5,7 +5,32 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+
+
+class _Stream:
+    """Standard error, as it was when this was made. It may be absent, closed, or a terminal that is gone.
+
+    That a bar cannot be drawn is no reason to lose a load.
+    """
+
+    def __init__(self) -> None:
+        self._stream = sys.stderr
+        self.encoding = getattr(self._stream, "encoding", None) or "utf-8"
+
+    def write(self, text: str) -> int:
+        with suppress(Exception):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(Exception):
+            self._stream.flush()
+
+    def isatty(self) -> bool:
+        with suppress(Exception):
+            return self._stream.isatty()
+        return False
 
 
 @contextmanager
@@ -17,7 +42,8 @@ def progress(title: str, nbytes: int, *, show: bool | None = None) -> Iterator[C
         nbytes: bytes in all.
         show: whether to draw; by default if standard error is a terminal.
     """
-    if not (sys.stderr.isatty() if show is None else show):
+    stream = _Stream()
+    if not (stream.isatty() if show is None else show):
         yield lambda _: None
         return
     from rich.console import Console
@@ -30,8 +56,9 @@ def progress(title: str, nbytes: int, *, show: bool | None = None) -> Iterator[C
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
+    console = Console(file=stream)  # type: ignore[arg-type]  # It has what rich uses.
     lock = threading.Lock()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(title, total=nbytes)
 
         def advance(count: int) -> None:

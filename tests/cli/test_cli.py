@@ -84,6 +84,24 @@ class TestInspect:
         assert document["error"]["kind"] == "CheckpointError"
         assert "model.safetensors" in document["error"]["message"]
 
+    def test_files_that_are_absent(self, tmp_path):
+        """What an interrupted copy leaves: files without their index."""
+        place = write_checkpoint(tmp_path / "ckpt", {name: torch.zeros(2) for name in "abc"}, shards=3)
+        (place / "model.safetensors.index.json").unlink()
+        (place / "model-00002-of-00003.safetensors").unlink()
+        result = run("inspect", place)
+        assert result.exit_code == 1
+        assert "1 of 3 files are absent, model-00002-of-00003.safetensors" in " ".join(result.stderr.split())
+
+    def test_files_of_two_versions(self, tmp_path):
+        place = write_checkpoint(tmp_path / "ckpt", {name: torch.zeros(2) for name in "ab"}, shards=2)
+        os.utime(place / "model.safetensors.index.json", (1e9, 1e9))
+        os.utime(place / "model-00001-of-00002.safetensors", (1e9, 1e9))
+        told = "model-00002-of-00002.safetensors: newer than"
+        assert f"warning: {told}" in run("inspect", place).output
+        (warning,) = json.loads(run("inspect", place, "--json").output)["warnings"]
+        assert warning.startswith(told)
+
     def test_wrong_usage(self):
         assert run("inspect").exit_code == 2
         assert run("inspect", "x", "--wrong").exit_code == 2

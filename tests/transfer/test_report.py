@@ -11,6 +11,7 @@ REPORT = hw.SendReport(
     nbytes=2_000_000,
     seconds=0.5,
     waited={"process 1": 0.25},
+    warnings=("the file is new",),
 )
 
 
@@ -24,6 +25,7 @@ def test_for_programs_it_is_what_json_can_hold():
         "nbytes": 2_000_000,
         "seconds": 0.5,
         "waited": {"process 1": 0.25},
+        "warnings": ["the file is new"],
     }
 
 
@@ -33,5 +35,6 @@ def test_for_people_it_is_a_table():
         "   version  'step-1', taken by process 1, process 2",
         "    waited  0.250 s for process 1",
         "      lost  process 3: it died",
+        "   warning  the file is new",
         "   problem  process 2: a hook failed",
     ]

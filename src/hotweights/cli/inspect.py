@@ -48,6 +48,7 @@ def _as_dict(source: FileSource | ReaderSource) -> dict[str, object]:
     return {
         "files": list(source.files),
         "metadata": source.metadata,
+        "warnings": list(source.warnings),
         "nbytes": source.manifest.nbytes,
         "tensors": tensors,
     }
@@ -65,6 +66,8 @@ def _print(source: FileSource | ReaderSource, limit: int) -> None:
         console.print(f"... and {hidden} more; --limit 0 lists all")
     dtypes = Counter(format_name(spec.dtype) for spec in source.manifest.values())
     kinds = ", ".join(f"{count} {name}" for name, count in dtypes.most_common())
+    for warning in source.warnings:
+        console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
     console.print(
         f"{len(source.manifest)} tensors ({kinds}), {size(source.manifest.nbytes)} in {len(source.files)} files"
     )

@@ -13,6 +13,7 @@ from .. import signals
 from ..arguments import check_choices, check_model, check_version, device_from
 from ..dtypes import Cast
 from ..errors import HotweightsError, UnknownName, UsageError
+from ..forked import alone_in_a_fork
 from ..gc_pause import without_collection
 from ..loading.verify import Verify, verifier
 from ..manifest import Manifest
@@ -161,7 +162,7 @@ class LiveModel:
         check_choices(verify=(verify, Verify))
         options = Options(allow_missing, allow_partial, allow_unexpected, cast)
         where = device_from(device)
-        with without_collection(), ExitStack() as stack:
+        with alone_in_a_fork(), without_collection(), ExitStack() as stack:
             stack.enter_context(refusing(source))
             origin = stack.enter_context(opened(source))
             prove = verifier(self.model, origin) if verify == "loader" else None
@@ -227,7 +228,7 @@ class LiveModel:
             CommitHookError: the new version is live, and a hook failed.
         """
         check_version(version)
-        with without_collection(), ExitStack() as stack:
+        with alone_in_a_fork(), without_collection(), ExitStack() as stack:
             stack.enter_context(refusing(source))
             try:
                 origin = stack.enter_context(opened(source))
@@ -246,6 +247,7 @@ class LiveModel:
                 show_progress=show_progress,
             )
 
+    @alone_in_a_fork()
     @signals.watched
     def begin(
         self, manifest: Manifest | None = None, *, atomic: Atomic | None = None, only: Patterns | None = None

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Iterable
 
 import torch
 
-_log = logging.getLogger("hotweights")
+from ..notices import log
 
 
 def is_device(device: torch.device) -> bool:
@@ -59,7 +59,7 @@ class OpenLayers:
                 f"{len(names)} layers are open at once and hold {self.nbytes / 1e6:.1f} MB of device memory: "
                 f"{', '.join(names)}; weights that come layer by layer need only one at a time"
             )
-            _log.warning("%s", self.warning)
+            log(logging.WARNING, "%s", self.warning)
 
     def close(self, group: Hashable) -> None:
         """Take note that the group's scratch was freed."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -12,13 +12,15 @@ from torch import nn
 from .. import signals
 from ..arguments import check_version
 from ..errors import HotweightsError, UpdateAborted, UsageError
+from ..forked import alone_in_a_fork
 from ..loading.verify import Verifier
 from ..manifest import Manifest
 from ..memory.devices import record_event
 from ..memory.pool import Pool
+from ..notices import forgotten
 from ..plan.patterns import Patterns
 from ..progress import progress
-from ..sources.contracts import Addressed, InMemory, IOMode, Participant, Source
+from ..sources.contracts import Addressed, InMemory, IOMode, OnDisk, Participant, Source, warnings_of
 from .attempt import Attempt
 from .baseline import Baseline
 from .compiled import refuse_frozen
@@ -100,6 +102,7 @@ class Update:
 
     # Feed.
 
+    @alone_in_a_fork()
     @signals.held
     def feed(self, pairs: Iterable[tuple[str, torch.Tensor]] | Mapping[str, torch.Tensor]) -> None:
         """Take tensors, in any order and any number of calls. They may be borrowed: nothing is kept but by copy.
@@ -149,14 +152,18 @@ class Update:
                 advance = stack.enter_context(progress("loading", nbytes, show=show_progress))
                 attempt.run(source, pool=pool, advance=advance, verify=verify, **options)
             attempt.peak_buffer = pool.stats().peak * pool.slot_nbytes
-            if isinstance(source, Participant):
-                self.prepare()
-                with self._failing():
+            self.prepare()
+            with self._failing():
+                if isinstance(source, OnDisk):
+                    source.check()
+                if isinstance(source, Participant):
                     stack.enter_context(source.decision())
-            return self.commit(version)
+            report = self.commit(version)
+            return replace(report, warnings=(*warnings_of(source), *report.warnings))
 
     # Prepare.
 
+    @alone_in_a_fork()
     @signals.held
     def prepare(self) -> None:
         """See that everything came, finish what waited, prove addresses and aliases. Version N is still live.
@@ -175,6 +182,7 @@ class Update:
 
     # Commit.
 
+    @alone_in_a_fork()
     @signals.held
     def commit(self, version: str | int | None = None) -> UpdateReport:
         """Make it version M. Nothing can fail but the hooks, and they run after it.
@@ -237,7 +245,7 @@ class Update:
         self._current.running, self._current.warned = None, attempt.warned
         torn = self._strategy.name is False and self._strategy.wrote
         try:
-            self._strategy.abort()
+            alone_in_a_fork()(self._strategy.abort)()
             if attempt.job.first:
                 self._baseline.reset(attempt.processing.begun)
         except BaseException:
@@ -284,10 +292,10 @@ class Update:
 
     def __del__(self) -> None:
         if hasattr(self, "_attempt") and not self._is_over():  # Its making may have been interrupted.
-            warnings.warn(
-                "an update was neither committed nor aborted; it is aborted now", ResourceWarning, stacklevel=2
-            )
-            self.abort()
+            try:
+                forgotten("an update was neither committed nor aborted; it is aborted now", self)
+            finally:
+                self.abort()
 
 
 def aborted(left: str, error: Exception) -> UpdateAborted:

@@ -26,6 +26,7 @@ from ..memory.aliases import owners, spots
 from ..model.digests import digests
 from ..model.reachable import reachable
 from ..model.survey import Survey
+from ..notices import log
 from ..plan.plan import LoadPlan
 from ..tracing import fit
 from .fingerprint import Fingerprint, portable_digest
@@ -34,7 +35,6 @@ Options = tuple[object, ...]
 """All that a plan depends on beside model and manifest: plain values."""
 
 _KEPT = 4  # plans of one model: several checkpoints may take turns
-_log = logging.getLogger("hotweights")
 
 
 def planned(
@@ -133,12 +133,12 @@ def _from_file(file: Path, model: nn.Module, manifest: Manifest) -> LoadPlan | N
     except FileNotFoundError:
         return None
     except PlanFileError as error:
-        _log.warning("a kept plan is not used, and made anew: %s", error)
+        log(logging.WARNING, "a kept plan is not used, and made anew: %s", error)
         return None
     try:
         fit.check(plan, model, manifest, torch.device("cpu"))
     except PlanError as error:  # The model holds other values than those that loading code asked for.
-        _log.info("%s is not used, and made anew: %s", file, error)
+        log(logging.INFO, "%s is not used, and made anew: %s", file, error)
         return None
     return plan
 
@@ -148,7 +148,7 @@ def _to_file(plan: LoadPlan, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         plan.save(file)
     except PlanFileError as error:
-        _log.info("a plan is not kept for other processes: %s", error)
+        log(logging.INFO, "a plan is not kept for other processes: %s", error)
 
 
 def _versions() -> tuple[tuple[str, str], ...]:

@@ -16,6 +16,7 @@ from .. import signals
 from ..arguments import check_choices, check_kind, check_model, device_from, patterns_from
 from ..dtypes import Cast
 from ..errors import UsageError
+from ..forked import alone_in_a_fork
 from ..gc_pause import without_collection
 from ..manifest import Manifest
 from ..memory.pool import Pool
@@ -27,7 +28,7 @@ from ..plan.patterns import Patterns
 from ..plan.plan import LoadPlan, Order
 from ..plan.steps import Copy, Fate, Program
 from ..progress import progress
-from ..sources.contracts import Addressed, IOMode, Participant, refusing
+from ..sources.contracts import Addressed, IOMode, OnDisk, Participant, refusing, warnings_of
 from ..sources.iterator import IteratorSource
 from ..sources.opening import AnySource, opened
 from ..text import size
@@ -118,7 +119,7 @@ def load(
     target_device = device_from(device)
     began = time.perf_counter()
     done = Tally()
-    with without_collection(), refusing(source), ExitStack() as stack:
+    with alone_in_a_fork(), without_collection(), refusing(source), ExitStack() as stack:
         given, source = source, stack.enter_context(opened(source))
         if isinstance(given, IteratorSource) and given is not source:  # Its tensors were collected.
             done.hold_scratch(source.manifest.nbytes)
@@ -147,10 +148,12 @@ def load(
                 fall_back(plan, model, source, kept, done, pool=pool, advance=advance)
             if verify == "loader":
                 verifier(model, source)(plan, destinations, pool)
+            if isinstance(source, OnDisk):
+                source.check()
             # Not before everything is loaded and proven: from here on the group counts on this member.
             if isinstance(source, Participant):
                 stack.enter_context(source.decision())
-        return _report(plan, done, pool, time.perf_counter() - began)
+        return _report(plan, done, pool, time.perf_counter() - began, warnings_of(source))
 
 
 def _trace(
@@ -212,7 +215,7 @@ def _is_slice(step: Copy) -> bool:
     return step.of is not None or step.into is not None
 
 
-def _report(plan: LoadPlan, done: Tally, pool: Pool, seconds: float) -> LoadReport:
+def _report(plan: LoadPlan, done: Tally, pool: Pool, seconds: float, warnings: tuple[str, ...]) -> LoadReport:
     stats = pool.stats()
     used = [name for name, fate in plan.fates.items() if fate in (Fate.WRITTEN, Fate.CAST, Fate.TIED)]
     return LoadReport(
@@ -232,4 +235,5 @@ def _report(plan: LoadPlan, done: Tally, pool: Pool, seconds: float) -> LoadRepo
         planned=sum(name not in plan.fallback for name in used),
         fell_back=tuple(str(note) for note in plan.graph_breaks),
         side_effects=plan.side_effects,
+        warnings=warnings,
     )

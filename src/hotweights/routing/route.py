@@ -14,11 +14,12 @@ from msgspec.structs import replace
 from torch import nn
 
 from ..errors import PlanError, RoutingError, UsageError
+from ..forked import alone_in_a_fork
 from ..gc_pause import without_collection
 from ..loading.load import load
 from ..manifest import Manifest, TensorSpec
 from ..plan.plan import LoadPlan
-from ..sources.contracts import Addressed, InMemory, Source
+from ..sources.contracts import Addressed, InMemory, OnDisk, Source
 from ..sources.iterator import IteratorSource
 from ..sources.opening import AnySource, is_pairs, opened
 from ..sources.owned import unsupported
@@ -33,6 +34,7 @@ from .report import RouteReport
 _Load = Callable[[Pairs], object]
 
 
+@alone_in_a_fork()
 def route(
     source: AnySource | Pairs,
     components: Iterable[Component],
@@ -83,6 +85,8 @@ def route(
             given = stack.enter_context(opened(source))
             if isinstance(given, (Addressed, InMemory)):
                 _one_after_another(given, routes, done, stack, borrowed)
+                if isinstance(given, OnDisk):
+                    given.check()
             else:
                 _from_stream(given, routes, done, stack, memory_limit)
     return _report(routes, done, time.perf_counter() - began)

@@ -142,6 +142,29 @@ class Addressed(Source, Protocol):
 
 
 @runtime_checkable
+class OnDisk(Source, Protocol):
+    """A source whose bytes lie in files, which others may write to while they are read."""
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a person should read: signs that the files are of two versions."""
+
+    def check(self) -> None:
+        """See that every file is the one that was opened, unchanged. Called when all is read, before it counts.
+
+        Streams do so at their end.
+
+        Raises:
+            CheckpointChanged: one is not, so what was read may be of two versions.
+        """
+
+
+def warnings_of(source: object) -> tuple[str, ...]:
+    """What a report of reading ``source`` must say; nothing where it does not lie in files."""
+    return source.warnings if isinstance(source, OnDisk) else ()
+
+
+@runtime_checkable
 class Participant(Protocol):
     """A source that takes part in a two-phase commit: all members of its group take a version, or nobody does.
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 from ..errors import Closed
 from ..memory.lease import Lease
+from ..notices import forgotten
 
 T = TypeVar("T")
 
@@ -67,9 +67,7 @@ class LeaseStream:
 
     def __del__(self) -> None:
         if not self._closed:
-            warnings.warn(
-                "a stream of leases was not closed; use it in a with", ResourceWarning, source=self, stacklevel=2
-            )
+            forgotten("a stream of leases was not closed; use it in a with", self)
 
     def _end_running(self) -> None:
         running, self._running = self._running, None

@@ -23,6 +23,7 @@ class SendReport:
         nbytes: bytes that were sent, each counted once, however many receivers took it.
         seconds: from the offer to the last answer.
         waited: seconds of those, by receiver that was waited for; several may be waited for at once.
+        warnings: what a person should read.
     """
 
     version: str | int
@@ -33,10 +34,11 @@ class SendReport:
     nbytes: int
     seconds: float
     waited: Mapping[str, float]
+    warnings: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, object]:
         """The attributes as numbers, text, lists and dicts: what JSON can hold."""
-        return {**msgspec.to_builtins(self), "committed": list(self.committed)}
+        return {**msgspec.to_builtins(self), "committed": list(self.committed), "warnings": list(self.warnings)}
 
     def __str__(self) -> str:
         rate = self.nbytes / max(self.seconds, 1e-9) / 1e9
@@ -45,6 +47,7 @@ class SendReport:
             ("version", f"{self.version!r}, taken by {', '.join(self.committed) or 'nobody'}"),
             *(("waited", f"{seconds:.3f} s for {name}") for name, seconds in self.waited.items()),
             *(("lost", f"{name}: {reason}") for name, reason in self.lost.items()),
+            *(("warning", warning) for warning in self.warnings),
             *(("problem", f"{name}: {reason}") for name, reason in self.problems.items()),
         )
         return table(rows)

@@ -6,16 +6,18 @@ import secrets
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Literal
 
 import torch
 
 from ..arguments import check_choices, check_version
 from ..errors import Closed, UsageError
+from ..forked import alone_in_a_fork
 from ..manifest import Manifest
 from ..memory.wrappers import is_wrapper
 from ..progress import progress
-from ..sources.contracts import InMemory, Source
+from ..sources.contracts import InMemory, Source, warnings_of
 from ..sources.iterator import from_iterator
 from ..sources.opening import AnySource, is_pairs, opened
 from ..sources.state_dict import StateSource
@@ -86,6 +88,7 @@ class Sender:
         self._thread: int | None = None  # the one that sends; only it changes this
         self._closed = False
 
+    @alone_in_a_fork()
     def send(
         self,
         tensors: Sendable,
@@ -122,7 +125,7 @@ class Sender:
             members = self._group.gather(self._receivers if receivers is None else receivers)
             self._update += 1
             with progress("sending", source.manifest.nbytes, show=show_progress) as advance:
-                return Outbound(
+                report = Outbound(
                     self._group,
                     members,
                     self._slots,
@@ -132,6 +135,7 @@ class Sender:
                     drop=self._drop,
                     advance=advance,
                 ).run(source, version)
+            return replace(report, warnings=warnings_of(source))
 
     def close(self) -> None:
         """Let go of the address and the memory. May be called twice, and by any thread.

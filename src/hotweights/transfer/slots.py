@@ -12,10 +12,10 @@ import torch
 
 from ..errors import ProtocolError, TransferError, UsageError
 from ..memory.host import ALIGNMENT, PAGE
+from ..notices import log
 
 _FUTURE_WRITE = getattr(fcntl, "F_SEAL_FUTURE_WRITE", 0x10)
 _SIZE = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
-_log = logging.getLogger("hotweights")
 
 
 def aligned(offset: int) -> int:
@@ -74,7 +74,10 @@ def _seal(descriptor: int) -> bool:
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SIZE | _FUTURE_WRITE | fcntl.F_SEAL_SEAL)
     except OSError:  # Linux before 5.1 does not know the seal. Our own receivers map read-only all the same.
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SIZE | fcntl.F_SEAL_SEAL)
-        _log.warning("this kernel cannot forbid receivers to write into the slots; F_SEAL_FUTURE_WRITE needs Linux 5.1")
+        log(
+            logging.WARNING,
+            "this kernel cannot forbid receivers to write into the slots; F_SEAL_FUTURE_WRITE needs Linux 5.1",
+        )
         return False
     return True
 

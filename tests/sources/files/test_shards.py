@@ -77,8 +77,38 @@ def test_a_file_a_directory_and_an_index(shards, tmp_path):
 def test_files_without_an_index(shards):
     (shards / INDEX).unlink()
     assert_holds(shards, TENSORS, [ONE, TWO, THREE])
-    (shards / TWO).rename(shards / "extra.safetensors")
-    assert_holds(shards, TENSORS, ["extra.safetensors", ONE, THREE])
+    write_safetensors(shards / "extra.safetensors", extra := {"extra": torch.zeros(2)})
+    assert_holds(shards, TENSORS | extra, ["extra.safetensors", ONE, TWO, THREE])
+
+
+def test_files_without_an_index_are_all_there(shards):
+    """A copy that was interrupted, ``rsync`` for example: the names say how many files there are."""
+    (shards / INDEX).unlink()
+    (shards / TWO).unlink()
+    assert re.search(
+        rf"1 of 3 files are absent, {TWO};.* To read a part of it, open {shards / ONE}", str(refused(shards))
+    )
+    (shards / THREE).unlink()
+    assert f"2 of 3 files are absent, {TWO}, {THREE};" in str(refused(shards))
+    part = shards / ONE  # As the error says.
+    assert_holds(part, {name: TENSORS[name] for name in list(TENSORS)[::3]}, [ONE])
+
+
+def test_numbers_of_files_that_count_from_zero(tmp_path):
+    write_safetensors(tmp_path / "part-0-of-2.safetensors", {"a": torch.zeros(2)})
+    assert "1 of 2 files are absent, part-1-of-2.safetensors;" in str(refused(tmp_path))
+    write_safetensors(tmp_path / "part-1-of-2.safetensors", {"b": torch.zeros(2)})
+    assert_holds(tmp_path, {"a": torch.zeros(2), "b": torch.zeros(2)})
+
+
+def test_a_number_of_files_that_nobody_has(tmp_path):
+    """It is a name, and anybody may have written it: it costs no time and no memory."""
+    write_safetensors(tmp_path / f"a-1-of-{10**30}.safetensors", {"a": torch.zeros(2)})
+    error = str(refused(tmp_path))
+    assert f"{10**30 - 1} of {10**30} files are absent" in error
+    assert f"and {10**30 - 6} more" in error
+    (tmp_path / f"a-1-of-{10**30}.safetensors").rename(tmp_path / "a-7-of-1.safetensors")
+    assert_holds(tmp_path, {"a": torch.zeros(2)})
 
 
 def test_an_index_by_another_name(shards):
@@ -388,7 +418,7 @@ def test_an_unexpected_error_closes_what_was_opened(shards, monkeypatch):
 def test_the_count_of_descriptors_counts(shards):
     before = descriptors()
     with hw.open(shards) as source:
-        assert len(descriptors()) == len(before) + 3
+        assert len(descriptors()) == len(before) + 4  # with the index
         list(source.tensors())
     assert descriptors() == before
 

@@ -59,8 +59,8 @@ def rest(buffers: Sequence[Buffer], done: int) -> Sequence[Buffer]:
 class File:
     """An open file. The owner closes it.
 
-    ``check`` compares identity, size and modification time with those at the opening. A rewrite in place that keeps the
-    size, within the clock tick of the opening, is not seen.
+    ``check`` compares identity, size and times with those at the opening. A rewrite in place that keeps the size,
+    within the clock tick of the opening, is not seen.
     """
 
     def __init__(self, path: str) -> None:
@@ -80,7 +80,8 @@ class File:
             self.close()
             raise CheckpointError(f"{path}: is {_kind(status.st_mode)}, not a file")
         self._opened = _fingerprint(status)
-        self.size = self._opened[2]
+        self.size = status.st_size
+        self.modified = status.st_mtime_ns
 
     def pread(self, nbytes: int, offset: int) -> bytes:
         """Exactly ``nbytes`` from ``offset``, as bytes."""
@@ -171,12 +172,13 @@ class File:
             opened = _fingerprint(os.fstat(self._fd))
         except OSError as error:
             raise self._failed(error, 0) from error
-        for now in (opened, on_disk):
-            for what, old, new in zip(("device", "inode", "size", "modification time"), self._opened, now, strict=True):
+        for now in (on_disk, opened):  # In this order: one that was replaced has another change time, too.
+            for what, old, new in zip(_FINGERPRINT, self._opened, now, strict=True):
                 if old != new:
                     verb = "replaced" if what in ("device", "inode") else "changed"
                     raise CheckpointChanged(
-                        f"{self.path}: the file was {verb} after it was opened: its {what} was {old} and is {new}"
+                        f"{self.path}: the file was {verb} after it was opened: its {what} was {old} and is {new}. "
+                        "Load again when its writer is done"
                     )
 
     def close(self) -> None:
@@ -226,8 +228,12 @@ class File:
         return CheckpointChanged(f"{self.path}: ends at byte {offset}; {self.size} bytes were there when it was opened")
 
 
-def _fingerprint(status: os.stat_result) -> tuple[int, int, int, int]:
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+# The change time cannot be set by hand: it shows a writer who puts the modification time back, as rsync does.
+_FINGERPRINT = ("device", "inode", "size", "modification time", "change time")
+
+
+def _fingerprint(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _kind(mode: int) -> str:

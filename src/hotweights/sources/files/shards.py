@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import count, islice
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -15,6 +17,8 @@ from ...errors import CheckpointError
 from ...text import some
 from .file import File
 from .header import MAX_HEADER_NBYTES, FileHeader, read_header
+
+_SHOWN = 5  # absent files that are named
 
 
 class Layout(NamedTuple):
@@ -58,8 +62,39 @@ class Shard:
         self.file.close()
 
 
-def open_shards(path: str | os.PathLike[str], layout: Layout = SAFETENSORS) -> tuple[Shard, ...]:
-    """Find, open and validate every file of the checkpoint at ``path``. The caller closes them.
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """The open files of one checkpoint. The owner closes them.
+
+    Attributes:
+        shards: its files and their headers.
+        index: the index that named them; ``None`` if none did.
+        warnings: what a person should read: signs that its files are of two versions.
+    """
+
+    shards: tuple[Shard, ...]
+    index: File | None = None
+    warnings: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """Raise ``CheckpointChanged`` if a path no longer leads to the file that was opened, unchanged."""
+        for file in self._files():
+            file.check()
+
+    def close(self) -> None:
+        """Close the files. May be called twice."""
+        for file in self._files():
+            file.close()
+
+    def _files(self) -> Iterator[File]:
+        if self.index is not None:
+            yield self.index
+        for shard in self.shards:
+            yield shard.file
+
+
+def open_checkpoint(path: str | os.PathLike[str], layout: Layout = SAFETENSORS) -> Checkpoint:
+    """Find, open and validate every file of the checkpoint at ``path``. The caller closes it.
 
     Raises:
         CheckpointError: with every problem of every file and of the index; nothing stays open.
@@ -75,7 +110,7 @@ def open_shards(path: str | os.PathLike[str], layout: Layout = SAFETENSORS) -> t
     return _open_all([place], layout)
 
 
-def _open_directory(directory: Path, layout: Layout) -> tuple[Shard, ...]:
+def _open_directory(directory: Path, layout: Layout) -> Checkpoint:
     try:
         names = sorted(os.listdir(directory))  # Path.glob would compile an expression first, for milliseconds.
     except OSError as error:
@@ -99,7 +134,7 @@ def _open_directory(directory: Path, layout: Layout) -> tuple[Shard, ...]:
         if layout is SAFETENSORS and any(name.endswith(".bin") for name in names):
             content += '; reader="torch" opens .bin files'
         raise CheckpointError(f"{directory}: no {layout.prefix}*{layout.suffix} in this directory; {content}")
-    return _open_all(files, layout)
+    return _open_all(files, layout, _absent(files))
 
 
 def _snapshot(directory: Path) -> Path:
@@ -119,13 +154,38 @@ def _snapshot(directory: Path) -> Path:
     raise CheckpointError(f"{directory}: {len(revisions)} snapshots and no refs/main; open the one you mean")
 
 
-def _open_all(paths: Iterable[Path], layout: Layout) -> tuple[Shard, ...]:
+_NUMBERED = re.compile(r"(?P<head>.+-)(?P<number>\d+)-of-(?P<total>\d+)(?P<tail>\..+)")
+
+
+def _absent(files: Iterable[Path]) -> list[str]:
+    """The files that are missing, by the names of those that are there: ``model-00001-of-00003.safetensors``."""
+    sets: dict[tuple[str, str, str], dict[int, Path]] = defaultdict(dict)
+    for file in files:
+        if match := _NUMBERED.fullmatch(file.name):
+            sets[match["head"], match["total"], match["tail"]][int(match["number"])] = file
+    problems: list[str] = []
+    for (head, total, tail), there in sets.items():
+        first, part = 0 if 0 in there else 1, there[min(there)]
+        # By how many lack: a total of a billion must not be counted through.
+        lacking = int(total) - len(there)
+        if lacking > 0:
+            numbers = islice((number for number in count(first) if number not in there), min(lacking, _SHOWN))
+            names = [f"{head}{number:0{len(total)}}-of-{total}{tail}" for number in numbers]
+            more = f" and {lacking - len(names)} more" if lacking > len(names) else ""
+            problems.append(
+                f"{part.parent}: {lacking} of {int(total)} files are absent, {', '.join(names)}{more}; was it copied "
+                f"or saved to its end? To read a part of it, open {part}"
+            )
+    return problems
+
+
+def _open_all(paths: Iterable[Path], layout: Layout, problems: Iterable[str] = ()) -> Checkpoint:
     with ExitStack() as undo:
-        shards, problems = _open_each(paths, layout, undo)
-        if problems:
+        shards, broken = _open_each(paths, layout, undo)
+        if problems := [*problems, *broken]:
             raise CheckpointError("the checkpoint is broken", problems)
         undo.pop_all()
-    return shards
+    return Checkpoint(shards)
 
 
 def _open_each(paths: Iterable[Path], layout: Layout, undo: ExitStack) -> tuple[tuple[Shard, ...], list[str]]:
@@ -155,38 +215,61 @@ def _duplicates(shards: Sequence[Shard]) -> list[str]:
     return problems
 
 
-def _open_index(index: Path, layout: Layout) -> tuple[Shard, ...]:
-    weight_map, problems = _read_index(index)
+def _open_index(index: Path, layout: Layout) -> Checkpoint:
+    with ExitStack() as undo:
+        # It stays open: at the end of reading it must still be the index that named the files.
+        file = File(str(index))
+        undo.callback(file.close)
+        shards = _open_indexed(index, file, layout, undo)
+        undo.pop_all()
+    return Checkpoint(shards, file, _newer(file, shards))
+
+
+def _newer(index: File, shards: Iterable[Shard]) -> tuple[str, ...]:
+    """A warning if files were written after their index, which savers write last."""
+    directory = Path(index.path).parent
+    # A hub download comes in any order; each of its files is checked by digest and renamed into place.
+    if os.path.islink(index.path) or (directory / ".cache" / "huggingface").is_dir():
+        return ()
+    newer = [Path(shard.file.path).name for shard in shards if shard.file.modified > index.modified]
+    if not newer:
+        return ()
+    return (
+        f"{some(newer, 3)}: newer than {index.path}, which is written last. Perhaps somebody is saving another version "
+        f"now, and the files are of two; load it again when that is done. If they were copied so: touch {index.path}",
+    )
+
+
+def _open_indexed(index: Path, file: File, layout: Layout, undo: ExitStack) -> tuple[Shard, ...]:
+    weight_map, problems = _read_index(file)
     names = sorted(set(weight_map.values()) - {""})
     problems += [f"{index.name}: shard {name!r} lies outside the directory" for name in names if _outside(name)]
     # Each file once: "a" and "./a" are one.
     paths = list(dict.fromkeys(index.parent / name for name in names if not _outside(name)))
     absent = {path for path in paths if not os.path.exists(path)}
     for path in absent:
-        count = sum(1 for shard in weight_map.values() if index.parent / shard == path)
-        problems.append(f"{path}: named by the index for {count} tensors, but there is no such file")
-    with ExitStack() as undo:
-        shards, broken = _open_each([path for path in paths if path not in absent], layout, undo)
-        problems += broken + _disagreements(index, weight_map, shards)
-        if problems:
-            raise CheckpointError(str(index), problems)
-        undo.pop_all()
+        tensors = sum(1 for shard in weight_map.values() if index.parent / shard == path)
+        problems.append(f"{path}: named by the index for {tensors} tensors, but there is no such file")
+    shards, broken = _open_each([path for path in paths if path not in absent], layout, undo)
+    problems += broken + _disagreements(index, weight_map, shards)
+    if problems:
+        raise CheckpointError(str(index), problems)
     return shards
 
 
-def _read_index(index: Path) -> tuple[dict[str, str], list[str]]:
+def _read_index(file: File) -> tuple[dict[str, str], list[str]]:
     """The file of each tensor, ``""`` where the index gives no name; and what is wrong with the index itself."""
-    with contextlib.closing(File(str(index))) as file:
-        if file.size > MAX_HEADER_NBYTES:
-            raise CheckpointError(f"{index}: an index of {file.size} bytes; at most {MAX_HEADER_NBYTES} are allowed")
-        raw = file.pread(file.size, 0)
+    index = file.path
+    if file.size > MAX_HEADER_NBYTES:
+        raise CheckpointError(f"{index}: an index of {file.size} bytes; at most {MAX_HEADER_NBYTES} are allowed")
+    raw = file.pread(file.size, 0)
     problems: set[str] = set()
 
     def without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
         table = dict(pairs)
         if len(table) < len(pairs):
             counts = Counter(name for name, _ in pairs)
-            problems.update(f"the name {name!r} occurs twice" for name, count in counts.items() if count > 1)
+            problems.update(f"the name {name!r} occurs twice" for name, times in counts.items() if times > 1)
         return table
 
     try:

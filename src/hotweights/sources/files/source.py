@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
 from functools import partial
 from typing import NamedTuple
 
@@ -20,13 +20,14 @@ from ...memory.guards import Guard
 from ...memory.host import PAGE, host_empty
 from ...memory.lease import Lease, Slot
 from ...memory.pool import Pool
+from ...notices import forgotten
 from ..contracts import IOMode, Read
 from ..owned import owned_tensors
 from ..streams import LeaseStream, ahead
 from .file import File
 from .header import Entry
 from .reading import Segment, fill, read_segments
-from .shards import Shard, open_shards
+from .shards import open_checkpoint
 
 
 class _Run(NamedTuple):
@@ -47,7 +48,8 @@ class FileSource:
         self.path = os.fspath(path)
         self._closed = True  # Until the files are open there is nothing to close.
         with without_collection():
-            self._shards: tuple[Shard, ...] = open_shards(path)
+            self._checkpoint = open_checkpoint(path)
+        self._shards = self._checkpoint.shards
         self._closed = False
         self._homes = {
             entry.spec.name: (number, entry)
@@ -70,6 +72,11 @@ class FileSource:
     def metadata(self) -> dict[str, dict[str, str]]:
         """The free-text metadata of each file, by path."""
         return {shard.file.path: dict(shard.header.metadata) for shard in self._shards}
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a person should read: signs that the files are of two versions."""
+        return self._checkpoint.warnings
 
     def position(self, name: str) -> tuple[int, int]:
         """Which file (as an index into ``files``), and which byte of it, the tensor starts at."""
@@ -105,7 +112,7 @@ class FileSource:
             UnsupportedDtype: before the first tensor, if torch has no type for one; ``leases()`` carries its bytes.
         """
         self._check_open()
-        return owned_tensors(self, self._manifest.values(), io=io)
+        return self._own_all(owned_tensors(self, self._manifest.values(), io=io))
 
     def read(
         self,
@@ -122,11 +129,15 @@ class FileSource:
         segments = [self._segment(read) for read in reads]
         return read_segments(segments, pool=pool, io=io, threads=threads, advance=advance, stop=stop)
 
+    def check(self) -> None:
+        """See that all files are those that were opened, see ``contracts.OnDisk``."""
+        self._check_open()
+        self._checkpoint.check()
+
     def close(self) -> None:
         """Close the files. May be called twice."""
         self._closed = True
-        for shard in self._shards:
-            shard.close()
+        self._checkpoint.close()
 
     def __enter__(self) -> FileSource:
         return self
@@ -136,10 +147,10 @@ class FileSource:
 
     def __del__(self) -> None:
         if not getattr(self, "_closed", True):
-            warnings.warn(
-                f"the source {self.path!r} was not closed; use it in a with", ResourceWarning, source=self, stacklevel=2
-            )
-            self.close()
+            try:
+                forgotten(f"the source {self.path!r} was not closed; use it in a with", self)
+            finally:
+                self.close()
 
     def __repr__(self) -> str:
         return f"<FileSource {self.path!r}: {len(self._manifest)} tensors in {len(self._shards)} files>"
@@ -189,10 +200,18 @@ class FileSource:
                 finally:
                     if slot is not None:
                         slot.release()
+            self.check()
         finally:
             slots.close()
             if own:
                 pool.close()
+
+    def _own_all(
+        self, pairs: Generator[tuple[str, torch.Tensor], None, None]
+    ) -> Generator[tuple[str, torch.Tensor], None, None]:
+        with closing(pairs):  # Also where this is closed before its first tensor.
+            yield from pairs
+        self.check()
 
     def _fill_slot(
         self, run: _Run, pool: Pool, io: IOMode, stopped: threading.Event

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import importlib
 import os
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from typing import NamedTuple
 
 from ...errors import Closed, HotweightsError, MissingPackage, SourceError, UnknownName
 from ...manifest import Manifest
 from ...memory.guards import Guard
-from ..files.shards import Shard, open_shards
+from ...notices import forgotten
+from ..files.shards import Checkpoint, open_checkpoint
 from ..iterator import IteratorSource, Pair
 from ..streams import LeaseStream
 from .reader import Reader
@@ -45,12 +45,13 @@ class ReaderSource:
         package = _import(reader)
         self.path = os.fspath(path)
         self.reader = reader
-        self._shards: tuple[Shard, ...] = open_shards(path, package.layout)
+        self._checkpoint = open_checkpoint(path, package.layout)
+        self._shards = self._checkpoint.shards
         self._closed = False
         self.manifest = Manifest(entry.spec for shard in self._shards for entry in shard.header.entries)
         self._homes = {entry.spec.name: shard.file.path for shard in self._shards for entry in shard.header.entries}
-        lent = _Reading(reader, package, self._shards, borrow=True)
-        owned = _Reading(reader, package, self._shards, borrow=False)
+        lent = _Reading(reader, package, self._checkpoint, borrow=True)
+        owned = _Reading(reader, package, self._checkpoint, borrow=False)
         self._lent = IteratorSource(lent, self.manifest, borrowed=package.lends)
         self._owned = IteratorSource(owned, self.manifest, borrowed=not package.owns)
 
@@ -63,6 +64,11 @@ class ReaderSource:
     def metadata(self) -> dict[str, dict[str, str]]:
         """The free-text metadata of each file, by path."""
         return {shard.file.path: dict(shard.header.metadata) for shard in self._shards}
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a person should read: signs that the files are of two versions."""
+        return self._checkpoint.warnings
 
     def file_of(self, name: str) -> str:
         """The path of the file that holds the tensor."""
@@ -78,12 +84,16 @@ class ReaderSource:
         self._check_open()
         return self._owned.tensors()
 
+    def check(self) -> None:
+        """See that all files are those that were opened, see ``contracts.OnDisk``."""
+        self._check_open()
+        self._checkpoint.check()
+
     def close(self) -> None:
         """Close the files and every stream. May be called twice."""
         self._closed = True
         with ExitStack() as stack:  # The last is called first, and each is called, also if another fails.
-            for shard in self._shards:
-                stack.callback(shard.close)
+            stack.callback(self._checkpoint.close)
             stack.callback(self._owned.close)
             stack.callback(self._lent.close)
 
@@ -95,10 +105,10 @@ class ReaderSource:
 
     def __del__(self) -> None:
         if not getattr(self, "_closed", True):
-            warnings.warn(
-                f"the source {self.path!r} was not closed; use it in a with", ResourceWarning, source=self, stacklevel=2
-            )
-            self.close()
+            try:
+                forgotten(f"the source {self.path!r} was not closed; use it in a with", self)
+            finally:
+                self.close()
 
     def __repr__(self) -> str:
         return f"<ReaderSource {self.path!r} by {self.reader}: {len(self.manifest)} tensors in {len(self.files)} files>"
@@ -111,12 +121,12 @@ class ReaderSource:
 class _Reading(Iterable[Pair]):
     """The files, read from their beginning each time that this is iterated."""
 
-    def __init__(self, name: str, reader: Reader, shards: Sequence[Shard], *, borrow: bool) -> None:
+    def __init__(self, name: str, reader: Reader, checkpoint: Checkpoint, *, borrow: bool) -> None:
         self._name = name
         self._reader = reader
-        self._shards = shards
+        self._checkpoint = checkpoint
         # A relative path would lead elsewhere after a chdir.
-        self._paths = [os.path.abspath(shard.file.path) for shard in shards]
+        self._paths = [os.path.abspath(shard.file.path) for shard in checkpoint.shards]
         self._borrow = borrow
 
     def __iter__(self) -> Iterator[Pair]:
@@ -125,13 +135,9 @@ class _Reading(Iterable[Pair]):
         except HotweightsError:
             raise
         except Exception as error:
-            self._check_files()  # If a file was cut or replaced, that is what went wrong, and is said.
+            self._checkpoint.check()  # If a file was cut or replaced, that is what went wrong, and is said.
             raise SourceError(f"the reader {self._name!r} failed: {error}") from error
-        self._check_files()
-
-    def _check_files(self) -> None:
-        for shard in self._shards:
-            shard.file.check()
+        self._checkpoint.check()
 
 
 def _import(reader: str) -> Reader:
