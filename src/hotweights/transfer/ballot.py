@@ -36,6 +36,9 @@ class Ballot:
         except OSError as error:
             self.close()
             raise ProtocolError(f"the ballot is no memory that can be sealed: {error}") from error
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDWR:
+            self.close()
+            raise ProtocolError("the ballot came so that its receiver cannot write to it")
 
     @classmethod
     def new(cls) -> Ballot:
