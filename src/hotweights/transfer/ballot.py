@@ -6,7 +6,7 @@ import enum
 import fcntl
 import os
 
-from ..errors import ProtocolError
+from ..errors import ProtocolError, TransferError
 
 
 class Decision(enum.Enum):
@@ -42,8 +42,15 @@ class Ballot:
 
     @classmethod
     def new(cls) -> Ballot:
-        """A ballot with nothing written."""
-        return cls(os.memfd_create("hotweights-ballot", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+        """A ballot with nothing written.
+
+        Raises:
+            TransferError: this process may open no more files.
+        """
+        try:
+            return cls(os.memfd_create("hotweights-ballot", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+        except OSError as error:
+            raise TransferError(f"no ballot can be had: {error}") from error
 
     def decide(self, vote: Decision) -> Decision:
         """Write ``vote`` if nothing is written yet. Returns what is written then."""

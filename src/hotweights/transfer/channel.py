@@ -30,7 +30,7 @@ from .messages import (
 from .states import Session, SessionState, Side
 
 _CHUNK = 256 * 1024  # bytes asked for at once
-_MANY = 8  # descriptors that may come at once; the protocol never sends two
+_MANY = 8  # descriptors that may come to a receiver at once; the protocol never sends two, and none to a sender
 
 
 class _Outgoing(NamedTuple):
@@ -172,7 +172,7 @@ class Channel:
                 self._descriptors.extend(descriptors)
         if flags & socket.MSG_CTRUNC:
             raise ProtocolError("descriptors came and were lost: too many, or this process may open no more")
-        if len(self._descriptors) > _MANY:
+        if len(self._descriptors) > (_MANY if self.session.side is Side.RECEIVER else 0):
             raise ProtocolError("more descriptors came than the protocol knows")
         if not raw:
             raise PeerLost("the other side is gone" + (", in the middle of a frame" if self._in else ""))
