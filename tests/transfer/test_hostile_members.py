@@ -34,7 +34,7 @@ from hotweights.transfer.messages import (
     encode,
 )
 from hotweights.transfer.outbound import Outbound
-from hotweights.transfer.peers import Peer
+from hotweights.transfer.peers import Peer, PeerGroup
 from hotweights.transfer.slots import WriteSlots
 from hotweights.transfer.states import SessionState, Side
 from hotweights.transfer.waits import Waker
@@ -179,6 +179,19 @@ def test_who_connects_and_says_nothing_makes_room_for_others(address):
         sending.send(CONTENT, version=1)
         assert worker.result().keys() == CONTENT.keys()
         assert len(sending._group.peers) <= 64 + 1
+
+
+def test_all_that_wait_take_part_however_few_are_needed(address):
+    slots = WriteSlots(1, 4096)
+    group = PeerGroup(path_of(address), slots, TIMEOUT)
+    try:
+        with contextlib.ExitStack() as stack:
+            for _ in range(40):
+                stack.enter_context(Rogue(address))
+            assert len(group.gather(1)) == 40
+    finally:
+        group.close()
+        slots.close()
 
 
 def test_a_sender_without_descriptors_says_so(address, monkeypatch):

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ..errors import Closed, PeerLost, ProtocolError, TransferError, TransferTimeout
-from .address import Listener, check_peer
+from .address import BACKLOG, Listener, check_peer
 from .channel import Channel, close_in_children
 from .messages import Hello, Wanted, Welcome
 from .roll import PLACES
@@ -75,7 +75,7 @@ class PeerGroup:
         close_in_children(self._listener)
 
     def gather(self, count: int) -> list[Peer]:
-        """Wait until at least ``count`` receivers are there; returns all of them.
+        """Wait until at least ``count`` receivers are there; returns all that are there, and all that wait to be taken.
 
         Raises:
             TransferTimeout: they did not come in time; ``problems`` says why those left that came.
@@ -83,14 +83,16 @@ class PeerGroup:
         """
         deadline = time.monotonic() + self._timeout
         gone: deque[str] = deque(maxlen=_SHOWN)
+        turns = 0
         while True:
-            self._accept(gone)
+            more, turns = self._accept(gone), turns + 1
             for peer in list(self.peers):
                 self._greet(peer, gone)
             self._limit_silent(gone)
             self.check_open()
             ready = [peer for peer in self.peers if peer.state is SessionState.IDLE]
-            if len(ready) >= count:
+            # Whoever was waiting at the beginning has been taken after so many turns, even if others come without end.
+            if len(ready) >= count and (not more or turns * _AT_ONCE > BACKLOG):
                 return ready
             if not left(deadline):
                 raise TransferTimeout(f"{len(ready)} of {count} receivers were there after {self._timeout:g} s", gone)
@@ -144,8 +146,8 @@ class PeerGroup:
         self._listener.close()
         self._waker.close()
 
-    def _accept(self, gone: deque[str]) -> None:
-        """Take some of those who wait; the others at the next look, so that nobody can keep this busy for ever."""
+    def _accept(self, gone: deque[str]) -> bool:
+        """Take some of those who wait, so that nobody can keep this busy for ever. Returns whether others may wait."""
         for _ in range(_AT_ONCE):
             try:
                 accepted = self._listener.accept()
@@ -153,7 +155,7 @@ class PeerGroup:
                 count = len(self.peers)
                 raise TransferError(f"no receiver beyond the {count} connected can be taken: {error}") from error
             if accepted is None:
-                return
+                return False
             channel = Channel(accepted, Side.SENDER)
             try:
                 name = f"process {check_peer(accepted)}"
@@ -161,6 +163,7 @@ class PeerGroup:
             except ProtocolError as error:
                 gone.append(str(error))
                 channel.say_goodbye(str(error))
+        return True
 
     def _unique(self, name: str) -> str:
         names = {peer.name for peer in self.peers}
