@@ -14,7 +14,7 @@ import threading
 from ..errors import AddressTaken, ProtocolError, TransferError, UsageError
 
 _LONGEST = 107  # bytes of a path in sockaddr_un, without its NUL
-_BACKLOG = 128
+BACKLOG = 128  # connections that wait to be taken
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 
 # The kernel's record locks belong to a process and do not exclude two senders of one: so those are listed here.
@@ -101,7 +101,7 @@ class Listener:
             self.socket.bind(self._path if len(os.fsencode(self._path)) <= _LONGEST else path)
             self._ours.append(self._path)
             os.chmod(self._path, 0o600)
-            self.socket.listen(_BACKLOG)
+            self.socket.listen(BACKLOG)
         except OSError as error:
             self.close()
             raise UsageError(f"nobody can listen at {path}: {error}") from error

@@ -6,7 +6,7 @@ import enum
 import fcntl
 import os
 
-from ..errors import ProtocolError
+from ..errors import ProtocolError, TransferError
 
 
 class Decision(enum.Enum):
@@ -36,11 +36,21 @@ class Ballot:
         except OSError as error:
             self.close()
             raise ProtocolError(f"the ballot is no memory that can be sealed: {error}") from error
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDWR:
+            self.close()
+            raise ProtocolError("the ballot came so that its receiver cannot write to it")
 
     @classmethod
     def new(cls) -> Ballot:
-        """A ballot with nothing written."""
-        return cls(os.memfd_create("hotweights-ballot", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+        """A ballot with nothing written.
+
+        Raises:
+            TransferError: this process may open no more files.
+        """
+        try:
+            return cls(os.memfd_create("hotweights-ballot", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+        except OSError as error:
+            raise TransferError(f"no ballot can be had: {error}") from error
 
     def decide(self, vote: Decision) -> Decision:
         """Write ``vote`` if nothing is written yet. Returns what is written then."""

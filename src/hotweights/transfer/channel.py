@@ -9,14 +9,36 @@ import socket
 import weakref
 from collections import deque
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from ..errors import PeerLost, ProtocolError
-from .messages import DESCRIPTORS, HEADER, REASON, Broken, Frame, Message, decode, decode_header, encode, kind_of
-from .states import Session, Side
+from .messages import (
+    DESCRIPTORS,
+    HEADER,
+    LARGE,
+    MAX_FRAME,
+    MAX_SMALL,
+    REASON,
+    Broken,
+    Frame,
+    Message,
+    decode,
+    decode_header,
+    encode,
+    kind_of,
+)
+from .states import Session, SessionState, Side
 
 _CHUNK = 256 * 1024  # bytes asked for at once
-_MANY = 8  # descriptors that may come at once; the protocol never sends two
+_MANY = 8  # descriptors that may come to a receiver at once; the protocol never sends two, and none to a sender
+
+
+class _Outgoing(NamedTuple):
+    """A frame that is to be sent, and where it ends in all that this end says."""
+
+    raw: memoryview
+    descriptors: tuple[int, ...]
+    stop: int
 
 
 class Channel:
@@ -32,7 +54,8 @@ class Channel:
         connected.setblocking(False)
         self.socket = connected
         self.session = Session(side)
-        self._out: deque[tuple[memoryview, tuple[int, ...]]] = deque()
+        self._out: deque[_Outgoing] = deque()
+        self._counts = [0]  # Their sum is how many bytes the socket took, of all frames until now.
         self._in = bytearray()
         self._descriptors: deque[int] = deque()
         close_in_children(self)
@@ -52,25 +75,29 @@ class Channel:
         frame = encode(update, message, len(descriptors))  # First: if this raises, the session must not have moved.
         if not isinstance(message, Broken):
             self.session.sent(kind_of(message), update)
-        self._out.append((memoryview(frame), tuple(descriptors)))
+        start = self._out[-1].stop if self._out else sum(self._counts)
+        self._out.append(_Outgoing(memoryview(frame), tuple(descriptors), start + len(frame)))
         self.flush()
 
     def flush(self) -> None:
         """Write what waits, as far as the socket takes it."""
-        while self._out:
-            raw, descriptors = self._out[0]
-            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+        while True:
+            self._counts[:] = [sum(self._counts)]
+            while self._out and self._out[0].stop <= self._counts[0]:
+                self._out.popleft()
+            if not self._out:
+                return
+            frame = self._out[0]
+            rest = frame.stop - self._counts[0]
+            with_it = frame.descriptors if rest == len(frame.raw) else ()
+            ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", with_it))] if with_it else []
             try:
-                count = self.socket.sendmsg([raw], ancillary)
+                # One call of C: an interruption between the sending and this note would have it sent twice.
+                self._counts.extend(map(self.socket.sendmsg, ([frame.raw[-rest:]],), (ancillary,)))
             except BlockingIOError:
                 return
             except OSError:
-                self._out.clear()
-                return
-            if count == len(raw):
-                self._out.popleft()
-            else:
-                self._out[0] = raw[count:], ()
+                self._counts[:] = [self._out[-1].stop]  # Whoever reads is told.
 
     def read(self) -> Frame | None:
         """The next frame, if it is there. Its descriptors are the caller's.
@@ -109,7 +136,8 @@ class Channel:
     def _next(self) -> Frame | None:
         if len(self._in) < HEADER.size:
             return None
-        header = decode_header(self._in)
+        most = MAX_FRAME if self.session.may_come() & LARGE else MAX_SMALL
+        header = decode_header(self._in, most)
         end = HEADER.size + header.nbytes
         if len(self._in) < end:
             return None
@@ -130,7 +158,9 @@ class Channel:
         """Take what the socket has. Returns false if it has nothing now."""
         space = socket.CMSG_SPACE(_MANY * array.array("i").itemsize)
         try:
-            raw, ancillary, flags, _ = self.socket.recvmsg(_CHUNK, space, socket.MSG_CMSG_CLOEXEC)
+            # Less of a stranger: many of them may be here, and each may say half of something.
+            nbytes = MAX_SMALL if self.session.state is SessionState.CONNECTED else _CHUNK
+            raw, ancillary, flags, _ = self.socket.recvmsg(nbytes, space, socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
             return False
         except OSError as error:
@@ -142,7 +172,7 @@ class Channel:
                 self._descriptors.extend(descriptors)
         if flags & socket.MSG_CTRUNC:
             raise ProtocolError("descriptors came and were lost: too many, or this process may open no more")
-        if len(self._descriptors) > _MANY:
+        if len(self._descriptors) > (_MANY if self.session.side is Side.RECEIVER else 0):
             raise ProtocolError("more descriptors came than the protocol knows")
         if not raw:
             raise PeerLost("the other side is gone" + (", in the middle of a frame" if self._in else ""))

@@ -11,6 +11,7 @@ from ..errors import Closed, PeerLost, ProtocolError, TransferError, TransferTim
 from .address import check_peer, connect
 from .channel import Channel
 from .messages import Abort, Done, Frame, Hello, Message, Offer, Welcome
+from .roll import PLACES
 from .slots import ReadSlots
 from .states import Session, Side
 from .waits import Waker, left
@@ -23,6 +24,7 @@ class Connection:
 
     Attributes:
         patience: seconds that the sender waits for a single answer; 0 before it said so.
+        place: of this receiver in the sender's roll.
     """
 
     def __init__(self, path: str) -> None:
@@ -34,6 +36,7 @@ class Connection:
         self._last = ""  # what came instead of an offer, for the message when none comes in time
         self._using = threading.RLock()
         self.patience = 0.0
+        self.place = 0
 
     @property
     def session(self) -> Session:
@@ -136,12 +139,13 @@ class Connection:
 
     def drop(self, reason: str = "") -> None:
         """End the connection; the next offer makes a new one."""
-        channel, self._channel = self._channel, None
-        slots, self._slots = self._slots, None
-        if channel is not None:
-            channel.say_goodbye(reason) if reason else channel.close()
-        if slots is not None:
-            slots.close()
+        with self._using:
+            channel, self._channel = self._channel, None
+            slots, self._slots = self._slots, None
+            if channel is not None:
+                channel.say_goodbye(reason) if reason else channel.close()
+            if slots is not None:
+                slots.close()
 
     def wake(self) -> None:
         """Have the running wait ask its ``stop`` again."""
@@ -217,8 +221,10 @@ class Connection:
         return None
 
     def _map(self, welcome: Welcome, descriptor: int) -> None:
-        self.patience = welcome.timeout
+        self.patience, self.place = welcome.timeout, welcome.place
         try:
+            if not 0 <= welcome.place < PLACES:
+                raise ProtocolError(f"the place {welcome.place} was promised; a roll has {PLACES}")
             self._slots = ReadSlots(descriptor, welcome.slots, welcome.slot_nbytes)
         except TransferError as error:
             self.drop(str(error))

@@ -18,7 +18,7 @@ from .arrival import Arrival
 from .ballot import Ballot
 from .connection import Connection
 from .copying import copy_out
-from .member import Member
+from .member import Member, Standing
 from .messages import Accept, Chunk, End, Filled, Frame, Offer, Wanted, specs_of
 from .pending_leases import PendingLeases, PrivateMemory
 from .states import SessionState
@@ -40,16 +40,21 @@ class Inbound:
         """
         offer = frame.message
         assert isinstance(offer, Offer)
-        ballot = Ballot(frame.descriptors[0])
+        try:
+            ballot = Ballot(frame.descriptors[0])
+        except ProtocolError as error:
+            connection.drop(str(error))
+            raise
         try:
             self.manifest = specs_of(offer)
-        except ProtocolError as error:
+            standing = Standing(connection.slots.roll, connection.place, frame.update)
+        except BaseException as error:
             ballot.close()
             connection.drop(str(error))
             raise
         self._connection = connection
         self._pending = PendingLeases(connection, private, timeout)
-        self.member = Member(connection, ballot, self._pending, version=offer.version, timeout=timeout)
+        self.member = Member(connection, ballot, standing, self._pending, version=offer.version, timeout=timeout)
         self._hashed = offer.digests
         self._specs = list(self.manifest.values())
         self._numbers = {name: number for number, name in enumerate(self.manifest)}
@@ -112,7 +117,7 @@ class Inbound:
             is_last = chunk is filled.chunks[-1]
             lease, lies_in_slot = self._lease(filled.slot, chunk, guard)
             if is_last and not lies_in_slot:  # Before its tensor is used: the bytes are copied, the sender may go on.
-                self._pending.return_slot(filled.slot, in_slot)
+                self._pending.return_slot(filled.slot, filled.fill, in_slot)
             if lease is None:
                 continue
             yield lease
@@ -122,7 +127,7 @@ class Inbound:
                 continue
             in_slot.append(lease)
             if is_last:
-                self._pending.return_slot(filled.slot, in_slot)
+                self._pending.return_slot(filled.slot, filled.fill, in_slot)
 
     def _lease(self, slot: int, chunk: Chunk, guard: Guard) -> tuple[Lease | None, bool]:
         """The tensor that a chunk completes, if it does; and whether it lies in the slot."""

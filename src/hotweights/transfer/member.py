@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import NamedTuple
 
 from ..errors import Closed, CommitHookError, TransferAborted, TransferError, UsageError
 from ..signals import Interruption, held_back
@@ -13,10 +14,27 @@ from .ballot import Ballot, Decision
 from .connection import Connection
 from .messages import Abort, Commit, Done, Message, Prepared, Refuse, reasons_of
 from .pending_leases import PendingLeases
+from .roll import Roll
 from .states import SessionState
 from .waits import holding
 
 _BEFORE_VOTING = (SessionState.OFFERED, SessionState.STREAMING, SessionState.ENDED)
+
+
+class Standing(NamedTuple):
+    """What the sender's roll says about one receiver and one update."""
+
+    roll: Roll
+    place: int
+    update: int
+
+    def listed(self) -> bool:
+        """Whether the decision, once it has fallen, is about this receiver."""
+        return self.roll.lists(self.place, self.update)
+
+    def struck(self) -> bool:
+        """Whether the group goes on without this receiver."""
+        return self.roll.struck(self.place, self.update)
 
 
 class Member:
@@ -30,18 +48,31 @@ class Member:
     """
 
     def __init__(
-        self, connection: Connection, ballot: Ballot, pending: PendingLeases, *, version: str | int, timeout: float
+        self,
+        connection: Connection,
+        ballot: Ballot,
+        standing: Standing,
+        pending: PendingLeases,
+        *,
+        version: str | int,
+        timeout: float,
     ) -> None:
         self.version = version
         self.decides = False
         self.over = False
         self._connection = connection
         self._ballot = ballot
+        self._standing: Standing | None = standing  # until the version is over: it keeps the slots mapped
         self._pending = pending
         self._timeout = timeout
         self._cancelled = False
         self._deciding = threading.RLock()  # held by whoever decides, refuses or commits
         self._interrupted: BaseException | None = None  # by what, after the group had decided to commit
+
+    @property
+    def _longest(self) -> float:
+        """Seconds of a single wait: the sender may be waiting for another receiver first."""
+        return self._connection.patience + self._timeout
 
     @property
     def state(self) -> SessionState:
@@ -75,7 +106,7 @@ class Member:
             TransferError: the sender is lost, or said nothing in time.
             Closed: ``cancel`` was called, or the receiver was closed.
         """
-        return self._next(self._timeout, lambda: self._cancelled)
+        return self._next(lambda: self._cancelled)
 
     def cancel(self) -> None:
         """End the stream's wait, from any thread."""
@@ -130,7 +161,7 @@ class Member:
 
     def _alone(self) -> AbstractContextManager[None]:
         """Inside, no other thread refuses or ends this version; ``Receiver.close`` may come at any time."""
-        return holding(self._deciding, self._connection.patience + self._timeout)
+        return holding(self._deciding, self._longest)
 
     def _prepare(self, interruption: Interruption) -> None:
         """Vote for the version, and wait for the decision. Returns if it is to commit."""
@@ -141,17 +172,26 @@ class Member:
         except TransferAborted:
             raise
         except BaseException as error:
-            # The decision may have fallen without this member having heard of it: the ballot knows.
-            if self._ballot.decide(Decision.ABORT) is Decision.ABORT:
+            # The decision may have fallen without this member having heard of it.
+            if not self._was_to_commit():
                 self.give_up(TransferError("it was interrupted") if interruption.came else error)
                 raise
             self._interrupted = None if isinstance(error, Exception) else error
             if not interruption.came or not self._hears_late():
                 self._connection.drop("it waited for the decision in vain, and read it")
 
+    def _was_to_commit(self) -> bool:
+        """Whether the group has decided to commit, this member too. If it had decided nothing, it aborts now."""
+        standing = self._standing
+        assert standing is not None
+        if standing.struck():  # The others need not hear of it.
+            return False
+        # In this order: the sender lists its members, and then decides.
+        return self._ballot.decide(Decision.ABORT) is Decision.COMMIT and standing.listed()
+
     def _hear(self, stop: Callable[[], bool]) -> None:
         """Wait for the sender to say commit. It may be waiting for other receivers first."""
-        message = self._next(self._connection.patience + self._timeout, stop)
+        message = self._next(stop)
         assert isinstance(message, Commit), "the table lets nothing else pass"
 
     def _hears_late(self) -> bool:
@@ -179,7 +219,7 @@ class Member:
         try:
             self._vote_no(error)
             while self.state is not SessionState.ABORTED:  # Slots may be under way still.
-                self._connection.receive(time.monotonic() + self._timeout, meanwhile=self._pending.give_back)
+                self._connection.receive(time.monotonic() + self._longest, meanwhile=self._pending.give_back)
             self._put_back()
         except BaseException as failure:
             self.give_up(failure)
@@ -196,9 +236,8 @@ class Member:
         self._connection.send(Done(""))
         self._finish()
 
-    def _next(self, seconds: float, stop: Callable[[], bool]) -> Message:
-        deadline = time.monotonic() + seconds
-        frame = self._connection.receive(deadline, stop=stop, meanwhile=self._pending.give_back)
+    def _next(self, stop: Callable[[], bool]) -> Message:
+        frame = self._connection.receive(time.monotonic() + self._longest, stop=stop, meanwhile=self._pending.give_back)
         if isinstance(frame.message, Abort):
             if not self.decides:
                 self._put_back()
@@ -207,5 +246,6 @@ class Member:
 
     def _finish(self) -> None:
         self.over = True
+        self._standing = None
         self._pending.forget()
         self._ballot.close()

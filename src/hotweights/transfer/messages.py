@@ -16,6 +16,7 @@ from ..ranges import Range
 from ..text import some
 
 PROTOCOL = 1
+MAX_SMALL = 16 * 1024  # bytes of a frame where only short messages may come: the longest of them is a reason
 MAX_FRAME = 32 * 1024 * 1024  # bytes; a manifest of 100,000 tensors takes about 10
 _MAGIC = b"hotw"
 _ADDRESSES = 2**48  # bytes that a process can address
@@ -35,11 +36,15 @@ class Hello(_Message, frozen=True):
 
 
 class Welcome(_Message, frozen=True):
-    """The sender's first word; the memory of the slots comes with it as a descriptor."""
+    """The sender's first word; the memory of the slots and of the roll comes with it as a descriptor.
+
+    ``timeout`` is the sender's patience with a single receiver; ``place`` is the receiver's in the roll.
+    """
 
     slots: int
     slot_nbytes: int
     timeout: float
+    place: int
 
 
 class Offer(_Message, frozen=True):
@@ -79,10 +84,11 @@ class Chunk(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
 
 
 class Filled(_Message, frozen=True):
-    """A slot that may be read; it does not change until it is released."""
+    """A slot that may be read; it does not change until it is released, and bears this fill until then."""
 
     slot: int
     chunks: tuple[Chunk, ...]
+    fill: int
 
 
 class Release(_Message, frozen=True):
@@ -155,6 +161,10 @@ DESCRIPTORS: Mapping[str, int] = {"welcome": 1, "offer": 1}
 """How many descriptors come with a message of this kind; none with the others."""
 
 
+LARGE = frozenset({"offer", "accept", "refuse", "filled", "release", "done"})
+"""Kinds that may be longer than ``MAX_SMALL``."""
+
+
 def encode(update: int, message: Message, descriptors: int = 0) -> bytes:
     """The bytes of a frame.
 
@@ -170,7 +180,7 @@ def encode(update: int, message: Message, descriptors: int = 0) -> bytes:
     return HEADER.pack(_MAGIC, PROTOCOL, descriptors, update, len(body)) + body
 
 
-def decode_header(raw: bytes | bytearray) -> FrameHeader:
+def decode_header(raw: bytes | bytearray, most: int = MAX_FRAME) -> FrameHeader:
     """The header of a frame.
 
     Raises:
@@ -181,8 +191,8 @@ def decode_header(raw: bytes | bytearray) -> FrameHeader:
         raise ProtocolError(f"these bytes are no frame of hotweights: {bytes(raw[:4])!r}")
     if protocol != PROTOCOL:
         raise ProtocolError(f"the other side speaks protocol {protocol}, this one {PROTOCOL}; install the same version")
-    if nbytes > MAX_FRAME:
-        raise ProtocolError(f"a frame of {nbytes} bytes is too large; {MAX_FRAME} is the most")
+    if nbytes > most:
+        raise ProtocolError(f"a frame of {nbytes} bytes is too large; {most} is the most now")
     return FrameHeader(descriptors, update, nbytes)
 
 

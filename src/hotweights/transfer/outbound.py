@@ -27,6 +27,7 @@ from .messages import (
     Release,
     Wanted,
     described,
+    kind_of,
     words_of,
 )
 from .packing import Packing, Piece, pieces
@@ -77,11 +78,14 @@ class Outbound:
         self._hashed = digests
         self._packing = Packing(slots, hashed=digests)
         self._may_lose = drop
+        self._ballot = Ballot.new()
+        self._agreed = False  # Whether everybody is prepared: from here on the decision may be to commit.
         self._over = False  # Whether it is decided: whoever is lost after that changes nothing.
         self._advance = advance
         self._began = time.monotonic()
         self._waited: dict[str, float] = {}  # seconds by name
         self._lost: dict[str, str] = {}  # reasons by name
+        self._gave_up: list[str] = []  # the names of those that were lost when they were prepared
         self._tensors = self._nbytes = 0
 
     def run(self, source: Source, version: str | int) -> SendReport:
@@ -92,37 +96,36 @@ class Outbound:
             TransferIncomplete: the group took the version, and some members did not say that they have it.
             Exception: the source failed; nobody took the version.
         """
-        ballot = Ballot.new()
         for peer in self._members:
-            peer.wanted, peer.problem = (), ""
-            peer.holds.clear()
+            peer.begin()
         try:
             try:
-                self._offer(source.manifest, version, ballot)
+                self._offer(source.manifest, version)
                 self._send(source)
                 self._end()
-                if ballot.decide(Decision.COMMIT) is Decision.ABORT:
-                    raise TransferAborted("the update was aborted", ["a receiver gave up waiting for the decision"])
+                self._agreed = True
+                if self._decide(Decision.COMMIT) is Decision.ABORT:
+                    raise self._outvoted()
             except BaseException as error:
                 # Ctrl-C may come when the group has just decided to commit. Then the version is taken all the same.
-                if ballot.decide(Decision.ABORT) is Decision.ABORT:
-                    self._abort(error)
-                else:
+                if self._decide(Decision.ABORT) is Decision.COMMIT:
                     self._commit(version)
+                elif not self._over:
+                    self._abort(error)
                 raise
             return self._commit(version)
         finally:
-            ballot.close()
+            self._ballot.close()
             for peer in (*self._members, *self._leaving):  # Some are left only if the steps above were interrupted.
                 if peer.state is not SessionState.IDLE:
                     self._group.part_with(peer, "the sender gave up waiting")
 
     # The steps.
 
-    def _offer(self, manifest: Manifest, version: str | int, ballot: Ballot) -> None:
+    def _offer(self, manifest: Manifest, version: str | int) -> None:
         offer = Offer(version, self._hashed, described(manifest))
         for peer in self._members:
-            peer.channel.send(offer, update=self._update, descriptors=(ballot.descriptor,))
+            peer.channel.send(offer, update=self._update, descriptors=(self._ballot.descriptor,))
         self._wait(self._in(SessionState.OFFERED), "answer the offer")
         for peer in list(self._members):
             if problem := _problem(peer.wanted, list(manifest.values())):
@@ -135,7 +138,7 @@ class Outbound:
             for wanted in peer.wanted:
                 requests.setdefault(wanted.tensor, []).append((place, wanted.ranges))
         order = merged([[wanted.tensor for wanted in peer.wanted] for peer in asking])
-        for number, tensor in _tensors(source, order):
+        for number, tensor in _tensors(source, order, self._group.check_open):
             self._tensors += 1
             for piece in pieces(tensor, requests[number], self._slots.slot_nbytes):
                 self._put(number, piece, asking)
@@ -145,20 +148,20 @@ class Outbound:
         nbytes = piece.range.size
         if not self._packing.has_room(nbytes):
             self._hand_over(asking)
-            self._packing.slot = self._free_slot()
+            self._packing.begin(self._free_slot())
         self._packing.put(number, piece)
         self._nbytes += nbytes
 
     def _hand_over(self, asking: Sequence[Peer]) -> None:
         """Tell all who want something of the slot. It is not written again before the last of them has released it."""
-        slot, packed = self._packing.take()
+        slot, packed, fill = self._packing.take()
         if slot is None:
             return
         for place, peer in enumerate(asking):
             chunks = tuple(chunk for chunk, wanting in packed if place in wanting)
             if chunks and peer in self._members:
                 peer.holds.add(slot)
-                peer.channel.send(Filled(slot, chunks))
+                peer.channel.send(Filled(slot, chunks, fill))
         self._advance(sum(chunk.range.size for chunk, _ in packed))
         self._look()
 
@@ -175,6 +178,23 @@ class Outbound:
             peer.channel.send(End())
         self._wait(self._in(SessionState.ENDED, SessionState.STREAMING), "prepare")
         self._look()
+
+    def _decide(self, vote: Decision) -> Decision:
+        """What is decided about the members then. Before all are prepared it is to abort, whatever somebody wrote."""
+        if self._agreed:
+            # First: a member that finds the decision looks then whether it is about it.
+            for peer in self._members:
+                self._slots.roll.enlist(peer.place, self._update)
+        decision = self._ballot.decide(vote)
+        return decision if self._agreed else Decision.ABORT
+
+    def _outvoted(self) -> TransferAborted:
+        """Somebody else wrote the decision: a prepared member that then left, or one that was not to write it."""
+        holders = [peer.name for peer in self._members]
+        self._abort(TransferAborted("the update was aborted", ["a receiver wrote the decision"]))
+        reasons = [f"{name}: it gave up waiting for the decision: {self._lost[name]}" for name in self._gave_up]
+        unasked = f"{' or '.join(holders)}: it wrote the decision without being asked"
+        return TransferAborted("the update was aborted", reasons or [unasked])
 
     def _commit(self, version: str | int) -> SendReport:
         self._over = True
@@ -221,14 +241,16 @@ class Outbound:
 
     def _wait(self, pending: Callable[[], list[Peer]], deed: str) -> None:
         """Wait until nobody is pending any more. Who is at the deadline is lost, since it did not do the deed."""
-        deadline = time.monotonic() + self._timeout
+        start = time.monotonic()
         while peers := pending():
-            if not left(deadline):
-                for peer in peers:
+            # Each has its own time: one that stands still must not use up that of those that go on.
+            deadlines = {peer: max(start, peer.moved) + self._timeout for peer in peers}
+            if late := [peer for peer in peers if not left(deadlines[peer])]:
+                for peer in late:
                     self._lose(peer, f"it did not {deed} within {self._timeout:g} s")
                 continue
             began = time.monotonic()
-            self._look(left(deadline))
+            self._look(left(min(deadlines.values())))
             for peer in peers:
                 self._waited[peer.name] = self._waited.get(peer.name, 0.0) + time.monotonic() - began
 
@@ -241,13 +263,30 @@ class Outbound:
                 while _is_active(peer) and (frame := peer.channel.read()) is not None:
                     self._take(peer, frame)
             except (PeerLost, ProtocolError) as error:
+                peer.channel.say_goodbye(str(error))  # Also to who has refused: there is nothing to wait for.
                 self._lose(peer, str(error))
+        if not self._over and self._ballot.read() is not None:
+            raise self._outvoted()
 
     def _take(self, peer: Peer, frame: Frame) -> None:
+        """What a receiver says. Nothing of it can be said without end: a slot is released once, the rest said once.
+
+        Raises:
+            ProtocolError: it was said before.
+        """
+        kind = kind_of(frame.message)
+        if kind in peer.said and not isinstance(frame.message, Release):
+            raise ProtocolError(f"the receiver said {kind!r} twice")
+        peer.said.add(kind)
+        peer.moved = time.monotonic()
         match frame.message:
             case Accept(wanted):
                 peer.wanted = wanted
             case Release(slots):
+                if not slots or len(set(slots)) < len(slots) or not peer.holds.issuperset(slots):
+                    raise ProtocolError(
+                        f"the receiver released the slots {list(slots)[:9]}; it held {sorted(peer.holds)}"
+                    )
                 peer.holds.difference_update(slots)
             case Refuse(reasons) if peer.state is SessionState.REFUSED:
                 self._lose(peer, "; ".join(reasons))
@@ -260,9 +299,13 @@ class Outbound:
         Raises:
             TransferAborted: nobody may be lost, or nobody is left.
         """
+        if "prepared" in peer.said:
+            self._gave_up.append(peer.name)
         refused = peer.state is SessionState.REFUSED and _is_open(peer)
         self._members = [member for member in self._members if member is not peer]
         self._leaving = [member for member in self._leaving if member is not peer]
+        if not self._over:  # Before a slot that it holds is filled again. After the decision nothing is taken back.
+            self._slots.roll.strike(peer.place, self._update)
         peer.holds.clear()
         self._lost.setdefault(peer.name, reason)
         if refused:
@@ -275,7 +318,9 @@ class Outbound:
             raise TransferAborted("the update was aborted", reasons)
 
 
-def _tensors(source: Source, order: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
+def _tensors(
+    source: Source, order: Sequence[int], check_open: Callable[[], None]
+) -> Iterator[tuple[int, torch.Tensor]]:
     """Number and tensor of all that are in ``order``: in that order if they lie in memory, else in the source's."""
     names = list(source.manifest)
     if isinstance(source, InMemory):
@@ -285,6 +330,7 @@ def _tensors(source: Source, order: Sequence[int]) -> Iterator[tuple[int, torch.
     numbers = {names[number]: number for number in order}
     with source.leases() as stream:
         for lease in stream:
+            check_open()  # Nobody may want any of them.
             if lease.name in numbers:
                 yield numbers[lease.name], lease.tensor
 

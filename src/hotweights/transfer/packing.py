@@ -48,7 +48,7 @@ class Packing:
     """The slot that is being filled.
 
     Attributes:
-        slot: its number, set by the caller to a slot that nobody reads; ``None`` when there is none.
+        slot: its number; ``None`` when there is none.
         packed: what it holds, and who wants it.
     """
 
@@ -58,6 +58,11 @@ class Packing:
         self._slots = slots
         self._hashed = hashed
         self._offset = 0
+
+    def begin(self, slot: int) -> None:
+        """Fill this slot from now on; nobody reads it, but who was given up."""
+        self._slots.roll.note_fill(slot, 0)
+        self.slot = slot
 
     def has_room(self, nbytes: int) -> bool:
         """Whether there is a slot, and so many bytes fit behind what it holds."""
@@ -72,8 +77,12 @@ class Packing:
         self.packed.append((Chunk(tensor, piece.range, self._offset, digest), piece.asking))
         self._offset = aligned(stop)
 
-    def take(self) -> tuple[int | None, list[tuple[Chunk, frozenset[int]]]]:
-        """The slot and what it holds. After this there is no slot."""
-        filled = self.slot, self.packed
+    def take(self) -> tuple[int | None, list[tuple[Chunk, frozenset[int]]], int]:
+        """The slot, what it holds, and the fill that it bears from now on. After this there is no slot."""
+        fill = 0
+        if self.slot is not None:
+            fill = self._slots.next_fill()
+            self._slots.roll.note_fill(self.slot, fill)
+        filled = self.slot, self.packed, fill
         self.slot, self.packed, self._offset = None, [], 0
         return filled

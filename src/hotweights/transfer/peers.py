@@ -2,36 +2,55 @@
 
 from __future__ import annotations
 
+import itertools
 import time
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ..errors import Closed, PeerLost, ProtocolError, TransferError, TransferTimeout
-from .address import Listener, check_peer
+from .address import BACKLOG, Listener, check_peer
 from .channel import Channel, close_in_children
 from .messages import Hello, Wanted, Welcome
+from .roll import PLACES
 from .slots import WriteSlots
 from .states import SessionState, Side
 from .waits import Waker, left
 
+_AT_ONCE = 16  # connections that are taken between two looks at the clock
+_SILENT = 64  # connections that may be open before they said hello
+_SHOWN = 20  # of those that left while others were waited for
+
 
 @dataclass(eq=False)
 class Peer:
-    """One receiver, as the sender knows it. The running ``Outbound`` changes all but the first two attributes.
+    """One receiver, as the sender knows it. The running ``Outbound`` changes all but the first three attributes.
 
     Attributes:
         channel: its connection.
         name: for people: ``process 4711``.
+        place: its own in the roll.
         wanted: what it wants of the running update.
         holds: slots that it has not released.
+        said: kinds of messages that came from it.
+        moved: when it last said something of the running update.
         problem: what it said was wrong when it was done.
     """
 
     channel: Channel
     name: str
+    place: int
     wanted: tuple[Wanted, ...] = ()
     holds: set[int] = field(default_factory=set)
+    said: set[str] = field(default_factory=set)
+    moved: float = 0.0
     problem: str = ""
+
+    def begin(self) -> None:
+        """Forget the version before."""
+        self.wanted, self.problem, self.moved = (), "", 0.0
+        self.holds.clear()
+        self.said.clear()
 
     @property
     def state(self) -> SessionState:
@@ -56,25 +75,27 @@ class PeerGroup:
         close_in_children(self._listener)
 
     def gather(self, count: int) -> list[Peer]:
-        """Wait until at least ``count`` receivers are there; returns all of them.
+        """Wait until at least ``count`` receivers are there; returns all that are there, and all that wait to be taken.
 
         Raises:
             TransferTimeout: they did not come in time; ``problems`` says why those left that came.
             Closed: ``stop`` was called.
         """
         deadline = time.monotonic() + self._timeout
-        gone: list[str] = []
+        gone: deque[str] = deque(maxlen=_SHOWN)
+        turns = 0
         while True:
-            self._accept()
+            more, turns = self._accept(gone), turns + 1
             for peer in list(self.peers):
                 self._greet(peer, gone)
+            self._limit_silent(gone)
+            self.check_open()
             ready = [peer for peer in self.peers if peer.state is SessionState.IDLE]
-            if len(ready) >= count:
+            # Whoever was waiting at the beginning has been taken after so many turns, even if others come without end.
+            if len(ready) >= count and (not more or turns * _AT_ONCE > BACKLOG):
                 return ready
             if not left(deadline):
-                raise TransferTimeout(
-                    f"{len(ready)} of {count} receivers were there after {self._timeout:g} s", gone[-20:]
-                )
+                raise TransferTimeout(f"{len(ready)} of {count} receivers were there after {self._timeout:g} s", gone)
             self.wait(self.peers, left(deadline), listen=True)
 
     def wait(self, peers: Iterable[Peer], seconds: float, *, listen: bool = False) -> list[Peer]:
@@ -92,12 +113,20 @@ class PeerGroup:
         sockets = [(peer.channel.socket, peer.channel.unsent) for peer in listed]
         sockets += [(self._listener.socket, False)] if listen else []
         ready = self._waker.wait(sockets, seconds, lambda: self._stopped)
-        if self._stopped:
-            raise Closed("the sender was closed")
+        self.check_open()
         heard = [peer for peer in listed if peer.channel.socket.fileno() in ready]
         for peer in heard:
             peer.channel.flush()
         return heard
+
+    def check_open(self) -> None:
+        """Check that waits are to go on.
+
+        Raises:
+            Closed: ``stop`` was called.
+        """
+        if self._stopped:
+            raise Closed("the sender was closed")
 
     def part_with(self, peer: Peer, reason: str) -> None:
         """End the connection, and say why."""
@@ -117,25 +146,55 @@ class PeerGroup:
         self._listener.close()
         self._waker.close()
 
-    def _accept(self) -> None:
-        while (accepted := self._listener.accept()) is not None:
+    def _accept(self, gone: deque[str]) -> bool:
+        """Take some of those who wait, so that nobody can keep this busy for ever. Returns whether others may wait."""
+        for _ in range(_AT_ONCE):
+            try:
+                accepted = self._listener.accept()
+            except OSError as error:
+                count = len(self.peers)
+                raise TransferError(f"no receiver beyond the {count} connected can be taken: {error}") from error
+            if accepted is None:
+                return False
+            channel = Channel(accepted, Side.SENDER)
             try:
                 name = f"process {check_peer(accepted)}"
+                self.peers.append(Peer(channel, self._unique(name), self._place()))
             except ProtocolError as error:
-                Channel(accepted, Side.SENDER).say_goodbye(str(error))
-                continue
-            names = {peer.name for peer in self.peers}
-            number = 2
-            while (unique := name if name not in names else f"{name} #{number}") in names:
-                number += 1
-            self.peers.append(Peer(Channel(accepted, Side.SENDER), unique))
+                gone.append(str(error))
+                channel.say_goodbye(str(error))
+        return True
 
-    def _greet(self, peer: Peer, gone: list[str]) -> None:
+    def _unique(self, name: str) -> str:
+        names = {peer.name for peer in self.peers}
+        numbered = (f"{name} #{number}" for number in itertools.count(2))
+        return next(unique for unique in itertools.chain((name,), numbered) if unique not in names)
+
+    def _place(self) -> int:
+        """One that nobody has.
+
+        Raises:
+            ProtocolError: there is none.
+        """
+        taken = {peer.place for peer in self.peers}
+        for place in range(PLACES):
+            if place not in taken:
+                return place
+        raise ProtocolError(f"{PLACES} receivers are connected already, and a sender takes no more")
+
+    def _limit_silent(self, gone: deque[str]) -> None:
+        """A receiver says hello as soon as it is connected: of those who do not, the last few may still be about to."""
+        silent = [peer for peer in self.peers if peer.state is SessionState.CONNECTED]
+        for peer in silent[: max(0, len(silent) - _SILENT)]:
+            gone.append(f"{peer.name}: it connected and said nothing")
+            self.part_with(peer, "you said nothing, and others came")
+
+    def _greet(self, peer: Peer, gone: deque[str]) -> None:
         """Answer a hello, the only message that may come between updates. Who is gone is noted."""
         try:
             while (frame := peer.channel.read()) is not None:
                 assert isinstance(frame.message, Hello), "the table lets nothing else pass"
-                welcome = Welcome(len(self._slots.memories), self._slots.slot_nbytes, self._timeout)
+                welcome = Welcome(len(self._slots.memories), self._slots.slot_nbytes, self._timeout, peer.place)
                 peer.channel.send(welcome, descriptors=(self._slots.descriptor,))
         except (PeerLost, ProtocolError) as error:
             gone.append(f"{peer.name}: {error}")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..errors import TransferTimeout
+from ..errors import TransferError, TransferTimeout
 from ..memory.devices import POLL, wait
 from ..memory.guards import poison_byte
 from ..memory.host import host_empty
@@ -36,25 +36,46 @@ class PendingLeases:
         self._connection = connection
         self._private = private
         self._timeout = timeout
-        self._in_slots: list[tuple[int, list[Lease]]] = []
+        self._in_slots: list[tuple[int, int, list[Lease]]] = []  # slot, fill, and what lies there
         self._in_private: Lease | None = None
 
-    def return_slot(self, slot: int, leases: list[Lease]) -> None:
-        """Give a slot back to the sender, once nothing reads these leases, which lie in it."""
-        self._in_slots.append((slot, leases))
+    def return_slot(self, slot: int, fill: int, leases: list[Lease]) -> None:
+        """Give a slot back to the sender, once nothing reads these leases, which lie in it.
+
+        Raises:
+            TransferError: as ``give_back``.
+        """
+        self._in_slots.append((slot, fill, leases))
         # Each release wakes the sender: half of the slots at once keep it busy as well, and wake it less often.
         if 2 * len(self._in_slots) >= len(self._connection.slots.memories):
             self.give_back()
 
     def give_back(self) -> float:
-        """Release the slots that nothing reads any more. Returns the seconds after which to call again, or 0."""
-        pending = [(slot, leases) for slot, leases in self._in_slots if any(lease.pending() for lease in leases)]
-        read = {slot for slot, _ in pending}
-        free = tuple(slot for slot, _ in self._in_slots if slot not in read)
-        if free and self._connection.connected and self._connection.session.state is SessionState.STREAMING:
+        """Release the slots that nothing reads any more. Returns the seconds after which to call again, or 0.
+
+        Raises:
+            TransferError: one was filled again while it was read: the sender had given this receiver up.
+        """
+        pending = [(slot, fill, leases) for slot, fill, leases in self._in_slots if any(map(Lease.pending, leases))]
+        read = {slot for slot, *_ in pending}
+        free = tuple(slot for slot, *_ in self._in_slots if slot not in read)
+        state = self._connection.session.state if free and self._connection.connected else None
+        if state in (SessionState.STREAMING, SessionState.ENDED):  # Who has refused holds no slots any more.
+            self._check(free)
+        if state is SessionState.STREAMING:
             self._connection.send(Release(free))
         self._in_slots = pending
         return POLL if pending else 0.0
+
+    def _check(self, free: tuple[int, ...]) -> None:
+        """Whoever reads a slot asks last what it bears: that it was right before says nothing about the bytes."""
+        roll = self._connection.slots.roll
+        if not all(roll.bears(slot, fill) for slot, fill, _ in self._in_slots if slot in free):
+            self._in_slots.clear()
+            raise TransferError(
+                "the sender has given this receiver up, and filled a slot again that was still read; "
+                "Sender(..., timeout=...) waits longer"
+            )
 
     def private(self, nbytes: int) -> torch.Tensor:
         """The private memory, ``uint8 [nbytes]``, when nothing reads the tensor before in it."""

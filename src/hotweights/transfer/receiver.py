@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 
@@ -47,6 +48,7 @@ class Receiver:
         self._private = PrivateMemory()
         self._inbound: Inbound | None = None  # the version that came last
         self._closed = False
+        self._process = os.getpid()
 
     @property
     def manifest(self) -> Manifest:
@@ -119,6 +121,8 @@ class Receiver:
 
         A commit that the group decided on is not cut short: if another thread is at it, this waits for its end.
         """
+        if self._process != os.getpid():  # A forked child owns nothing of it, and a lock may never be let go there.
+            return
         self._closed = True
         self._connection.stop()
         inbound = self._inbound
@@ -155,6 +159,11 @@ class Receiver:
                 yield lease.name, lease.own()
 
     def _check_open(self) -> None:
+        if self._process != os.getpid():
+            raise UsageError(
+                f"this receiver is process {self._process}'s, which forked this one; make one here: "
+                f"Receiver({self.address!r})"
+            )
         if self._closed:
             raise Closed("this receiver was closed")
 

@@ -17,7 +17,7 @@ class SendReport:
     Attributes:
         version: what was sent.
         committed: receivers that have it, and said so.
-        lost: receivers that were dropped on the way, and why. They may hold any version.
+        lost: receivers that were dropped on the way, and why. None of them takes this version.
         problems: by receiver that has it, what failed there after its commit: a hook, say.
         tensors: how many were sent; nobody wanted the others.
         nbytes: bytes that were sent, each counted once, however many receivers took it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import threading
 from collections.abc import Iterable, Iterator
@@ -85,6 +86,7 @@ class Sender:
         # Receivers take the first id that they see, and after that only larger ones.
         self._update = secrets.randbits(62)
         self._sending = threading.Lock()
+        self._process = os.getpid()
         self._thread: int | None = None  # the one that sends; only it changes this
         self._closed = False
 
@@ -143,6 +145,8 @@ class Sender:
         A running ``send`` is aborted. When its own thread calls this, from a signal handler or from the source, this
         returns at once, and ``send`` lets go when it ends.
         """
+        if self._process != os.getpid():  # A forked child owns nothing of it, and a lock may never be let go there.
+            return
         self._closed = True
         self._group.stop()
         if self._thread == threading.get_ident():  # It would wait for itself.
@@ -162,6 +166,8 @@ class Sender:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
+        if self._process != os.getpid():
+            raise UsageError(f"this sender is process {self._process}'s, which forked this one; send there")
         if not self._sending.acquire(blocking=False):
             if self._closed:
                 raise Closed("this sender was closed")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import logging
 import mmap
 import os
@@ -13,6 +14,7 @@ import torch
 from ..errors import ProtocolError, TransferError, UsageError
 from ..memory.host import ALIGNMENT, PAGE
 from ..notices import log
+from .roll import Roll, roll_nbytes
 
 _FUTURE_WRITE = getattr(fcntl, "F_SEAL_FUTURE_WRITE", 0x10)
 _SIZE = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
@@ -28,6 +30,7 @@ class WriteSlots:
 
     Attributes:
         memories: one ``uint8 [slot_nbytes]`` for each slot, page-aligned.
+        roll: lies behind them.
         descriptor: what receivers are sent.
         write_protected: whether the kernel keeps receivers from mapping it writable.
     """
@@ -43,27 +46,36 @@ class WriteSlots:
         self.slot_nbytes = -(-slot_nbytes // PAGE) * PAGE
         nbytes = slots * self.slot_nbytes
         self.descriptor = -1
+        self._fills = itertools.count(1)
         try:
-            region = self._region(nbytes)
-            whole = torch.frombuffer(region, dtype=torch.uint8)
+            region = self._region(nbytes, roll_nbytes(slots))
+            whole = torch.frombuffer(region, dtype=torch.uint8, count=nbytes)
             whole.zero_()  # Touched once: page faults cost more than copies.
+            self.roll = Roll(memoryview(region)[nbytes:], slots)
             self.write_protected = _seal(self.descriptor)
         except BaseException:
             self.close()
             raise
         self.memories: tuple[torch.Tensor, ...] = torch.split(whole, self.slot_nbytes)
 
-    def _region(self, nbytes: int) -> mmap.mmap:
+    def _region(self, nbytes: int, behind: int) -> mmap.mmap:
         try:
             self.descriptor = os.memfd_create("hotweights-slots", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-            os.posix_fallocate(self.descriptor, 0, nbytes)  # Without it, missing memory is a SIGBUS at the first write.
-            return mmap.mmap(self.descriptor, nbytes)
+            # Without it, missing memory is a SIGBUS at the first write.
+            os.posix_fallocate(self.descriptor, 0, nbytes + behind)
+            return mmap.mmap(self.descriptor, nbytes + behind)
         except (OSError, OverflowError) as error:
             raise TransferError(f"no shared memory of {nbytes} bytes for the slots: {error}") from error
+
+    def next_fill(self) -> int:
+        """A number that no fill of a slot had before."""
+        return next(self._fills)
 
     def close(self) -> None:
         """Let go. May be called twice."""
         self.memories = ()
+        if hasattr(self, "roll"):  # It is not there yet when there was no memory.
+            self.roll.close()
         descriptor, self.descriptor = self.descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
@@ -87,6 +99,7 @@ class ReadSlots:
 
     Attributes:
         memories: as the sender's. Writing to one kills the process.
+        roll: the sender's.
     """
 
     def __init__(self, descriptor: int, slots: int, slot_nbytes: int) -> None:
@@ -96,7 +109,7 @@ class ReadSlots:
             ProtocolError: the memory is smaller than promised, or could become so: reading would kill the process.
             TransferError: this process cannot map so much.
         """
-        nbytes = slots * slot_nbytes
+        nbytes, behind = slots * slot_nbytes, roll_nbytes(slots)
         try:
             seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
         except OSError as error:
@@ -104,15 +117,19 @@ class ReadSlots:
         if not seals & fcntl.F_SEAL_SHRINK:
             raise ProtocolError("the slots are not sealed against shrinking")
         size = os.fstat(descriptor).st_size
-        if slots < 1 or slot_nbytes < 1 or size < nbytes:
-            raise ProtocolError(f"{slots} slots of {slot_nbytes} bytes were promised; the memory has {size} bytes")
+        if slots < 1 or slot_nbytes < 1 or slot_nbytes % PAGE or size < nbytes + behind:
+            raise ProtocolError(
+                f"{slots} slots of {slot_nbytes} bytes were promised, and a roll of {behind}; "
+                f"the memory has {size} bytes"
+            )
         try:
-            region = mmap.mmap(descriptor, nbytes, mmap.MAP_SHARED | mmap.MAP_POPULATE, mmap.PROT_READ)
+            region = mmap.mmap(descriptor, nbytes + behind, mmap.MAP_SHARED | mmap.MAP_POPULATE, mmap.PROT_READ)
         except OSError as error:
             raise TransferError(f"{slots} slots of {slot_nbytes} bytes cannot be mapped: {error}") from error
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # torch has no read-only tensors, and says so.
-            whole = torch.frombuffer(region, dtype=torch.uint8)
+            whole = torch.frombuffer(region, dtype=torch.uint8, count=nbytes)
+        self.roll = Roll(memoryview(region)[nbytes:], slots)
         self.memories: tuple[torch.Tensor, ...] = torch.split(whole, slot_nbytes)
 
     def close(self) -> None:

@@ -76,6 +76,11 @@ TABLE: tuple[Row, ...] = (
     Row(SessionState.COMMITTED, _R, "done", SessionState.IDLE),
 )
 
+_COMING = {
+    (state, side): frozenset(row.kind for row in TABLE if row.state is state and row.by is side)
+    for state in SessionState
+    for side in Side
+}
 _NEXT = {(row.state, row.by, row.kind): row.next for row in TABLE}
 
 
@@ -92,6 +97,10 @@ class Session:
         self.side = side
         self.state = SessionState.CONNECTED
         self.update = 0
+
+    def may_come(self) -> frozenset[str]:
+        """The kinds of messages that the other side may say now."""
+        return _COMING[self.state, self.side.other]
 
     def sent(self, kind: str, update: int) -> None:
         """This side sends a message.

@@ -40,11 +40,15 @@ class Waker:
 
     def __init__(self) -> None:
         self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        # A thread could write to whatever has the number of a descriptor that another one just closed. A signal's
+        # handler may wake a thread that holds it: so it can be taken twice.
+        self._open = threading.RLock()
 
     def wake(self) -> None:
         """End the running wait, or the next one, at once."""
-        if self._event >= 0:
-            os.eventfd_write(self._event, 1)
+        with self._open:
+            if self._event >= 0:
+                os.eventfd_write(self._event, 1)
 
     def wait(
         self,
@@ -69,6 +73,7 @@ class Waker:
 
     def close(self) -> None:
         """Let go. May be called twice."""
-        event, self._event = self._event, -1
-        if event >= 0:
-            os.close(event)
+        with self._open:
+            event, self._event = self._event, -1
+            if event >= 0:
+                os.close(event)
