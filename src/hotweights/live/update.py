@@ -80,7 +80,7 @@ class Update:
             strategy = baseline.strategy(atomic, job)
         except UsageError:
             raise
-        except HotweightsError as error:
+        except Exception as error:
             raise aborted(f"{current}; nothing was changed", error) from error
         return cls(current, baseline, job, strategy, limit)
 
@@ -225,6 +225,8 @@ class Update:
             _twice(self._strategy.abort)
             if attempt.job.first:
                 self._baseline.reset(attempt.processing.begun)
+            if self._strategy.exclusive and self._strategy.wrote:
+                self._baseline.written(attempt.job)
         except BaseException:
             torn = True
             raise
@@ -275,7 +277,8 @@ class Update:
 
 def aborted(left: str, error: Exception) -> UpdateAborted:
     """What tells that ``error`` ended an update, and what it left."""
-    return UpdateAborted(f"{left}: {getattr(error, 'title', error)}", getattr(error, "problems", ()))
+    said = str(error) if isinstance(error, HotweightsError) else f"{type(error).__name__}: {error}"
+    return UpdateAborted(f"{left}: {getattr(error, 'title', said)}", getattr(error, "problems", ()))
 
 
 def _twice(act: Callable[[], object]) -> None:
