@@ -13,6 +13,7 @@ from ..memory import host
 from ..memory.aliases import has_bytes
 from ..memory.extents import renew
 from ..model.materialise import dressed
+from ..model.offloading import refuse_offloaded
 from ..model.places import places
 from ..model.reachable import attributes, reachable
 from ..model.survey import survey
@@ -122,7 +123,9 @@ class Baseline:
 
     def _tensors(self, plan: LoadPlan) -> dict[str, torch.Tensor]:
         """Every tensor that is kept in place: parameters, buffers, attributes of layers, what only the plan knows."""
-        tensors = survey(self._model).tensors
+        surveyed = survey(self._model)
+        refuse_offloaded(self._model, surveyed)
+        tensors = surveyed.tensors
         for layer in self._layers:
             tensors |= layer.tensors()
         unnamed = {name for step in plan.steps for name in step.destinations} - tensors.keys()

@@ -20,6 +20,7 @@ from ..manifest import Manifest
 from ..memory.extents import renew
 from ..memory.pool import Pool
 from ..model.materialise import materialise
+from ..model.offloading import refuse_offloaded
 from ..model.places import places
 from ..model.reachable import attributes, reachable
 from ..model.survey import Survey, survey
@@ -68,7 +69,8 @@ def load(
 
     Everything that does not fit is found before the first byte is read, and raised together. Tied parameters may be in
     the source under any of their names, or several. Models of transformers are loaded through transformers' own
-    renamings, conversions and ties. Autograd does not see the writes. A failure while reading leaves tensors of both
+    renamings, conversions and ties. Autograd does not record the writes; every tensor that
+    was written has a new ``_version``, and all that see its bytes. A failure while reading leaves tensors of both
     versions in the model, and the error's note says how much was read; parameters that were on meta are on meta
     again. The word "loader", in ``cast=`` and ``verify=``, means the model's own loading code: ``load_weights``, or
     ``load_state_dict`` and its hooks.
@@ -126,6 +128,7 @@ def load(
         if isinstance(given, IteratorSource) and given is not source:  # Its tensors were collected.
             done.hold_scratch(source.manifest.nbytes)
         seen = survey(model)
+        refuse_offloaded(model, seen)
         if plan is None:
             make = partial(_trace, model, source.manifest, target_device, allowed, cast)
             options = (target_device, allowed, cast)

@@ -22,11 +22,13 @@ class Survey(NamedTuple):
         tensors: every parameter and buffer, by each name it has, in the order of ``places``.
         transient: which of them are not persistent.
         plain: whether loading is copying by name: nowhere is there loading code, a hook or extra state.
+        hooked: the modules, by name, whose forward was replaced or has hooks before it.
     """
 
     tensors: dict[str, torch.Tensor]
     transient: list[str]
     plain: bool
+    hooked: list[tuple[str, nn.Module]]
 
     @property
     def persistent(self) -> dict[str, torch.Tensor]:
@@ -46,6 +48,7 @@ def survey(model: nn.Module) -> Survey:
     plain = not hasattr(model, "load_weights") and _loads_by_name(model)
     kinds: dict[type, bool] = {}
     hidden: list[str] = []
+    hooked: list[tuple[str, nn.Module]] = []
     for prefix, module in modules_of(model):
         inside = module.__dict__
         kind = type(module)
@@ -54,6 +57,8 @@ def survey(model: nn.Module) -> Survey:
             continue
         if kind not in kinds:
             kinds[kind] = not _has_loading_code(kind) and kind.set_extra_state is nn.Module.set_extra_state
+        if inside["_forward_pre_hooks"] or "forward" in inside:
+            hooked.append((prefix[:-1], module))
         if not kinds[kind] or inside["_load_state_dict_pre_hooks"] or inside["_load_state_dict_post_hooks"]:
             plain = False
         for key, tensor in inside["_parameters"].items():
@@ -69,7 +74,7 @@ def survey(model: nn.Module) -> Survey:
             f"these parts of the model are TorchScript modules, which do not show their tensors: {some(hidden)}; load "
             "the model before its parts are scripted, traced or converted for mkldnn"
         )
-    return Survey(tensors, transient, plain)
+    return Survey(tensors, transient, plain, hooked)
 
 
 _HARMLESS = (
