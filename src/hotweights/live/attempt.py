@@ -205,7 +205,8 @@ class Attempt:
 
     @cached_property
     def _own(self) -> Extents:
-        return Extents([*self.job.live.values(), *reachable(self.job.model).values()])
+        tensors = (*self.job.live.values(), *reachable(self.job.model).values())
+        return Extents({id(tensor): tensor for tensor in tensors}.values())
 
     def _begun(self) -> Extents:
         """The memory of the model that may have been written by now."""

@@ -172,7 +172,7 @@ class LiveModel:
         with without_collection(), ExitStack() as stack:
             stack.enter_context(refusing(source))
             origin = stack.enter_context(opened(source))
-            weights, _ = apart(origin, reachable(self.model).values())
+            weights, _ = apart(origin, lambda: reachable(self.model).values())
             prove = verifier(self.model, weights) if verify == "loader" else None
             with self._current.reserved():
                 if self._current.state is not State.EMPTY:
@@ -239,7 +239,7 @@ class LiveModel:
             stack.enter_context(refusing(source))
             try:
                 origin = stack.enter_context(opened(source))
-                weights, _ = apart(origin, reachable(self.model).values())
+                weights, _ = apart(origin, lambda: reachable(self.model).values())
             except Exception as error:
                 # What an iterator raises while it is read ends the update, whatever it is.
                 if isinstance(error, UsageError) and not isinstance(source, IteratorSource):

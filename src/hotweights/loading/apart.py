@@ -18,18 +18,18 @@ S = TypeVar("S", bound=Source)
 
 
 def apart(
-    source: S, tensors: Iterable[torch.Tensor], names: Container[str] | None = None
+    source: S, tensors: Callable[[], Iterable[torch.Tensor]], names: Container[str] | None = None
 ) -> tuple[S | StateSource, int]:
-    """The source, and how many bytes were copied: if it lies in memory, those that share bytes with ``tensors``.
+    """The source, and how many bytes were copied: if it lies in memory, those that share bytes with the model.
 
     Args:
         source: its owner closes it.
-        tensors: the model's.
+        tensors: gives the model's.
         names: which of the source's tensors are wanted; by default all.
     """
     if not isinstance(source, InMemory):
         return source, 0
-    model = Extents(tensors)
+    model = Extents(tensors())
     borrowed = {name: source.borrow(name) for name in source.manifest}
     wanted = (name for name in borrowed if names is None or name in names)
     copies = {name: copied(borrowed[name]) for name in wanted if model.meets(borrowed[name])}

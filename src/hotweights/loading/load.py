@@ -150,7 +150,7 @@ def load(
             advance = stack.enter_context(progress("loading", nbytes, show=show_progress))
             # Code that loads what falls back may be given every tensor.
             wanted = None if plan.fallback else {request.name for request in requests_of(plan, source)}
-            weights, copied_nbytes = apart(source, destinations.values(), wanted)
+            weights, copied_nbytes = apart(source, destinations.values, wanted)
             done.hold_scratch(copied_nbytes)
             kept = execute(plan, weights, destinations, done, pool=pool, io=io, threads=threads, advance=advance)
             if plan.fallback:

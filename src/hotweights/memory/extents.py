@@ -20,38 +20,44 @@ class Extents:
     """
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
-        ranges: dict[torch.device, set[tuple[int, int]]] = defaultdict(set)
+        extents: dict[torch.device, list[tuple[int, int]]] = defaultdict(list)
         for tensor in tensors:
-            for part in _parts(tensor):
-                ranges[part.device].add(_extent(part))
-        self._starts: dict[torch.device, list[int]] = {}
-        self._stops: dict[torch.device, list[int]] = {}
-        for device, several in ranges.items():
-            starts, stops = list[int](), list[int]()
-            self._starts[device], self._stops[device] = starts, stops
-            for start, stop in sorted(several):
-                if stops and start <= stops[-1]:
-                    stops[-1] = max(stop, stops[-1])
-                else:
-                    starts.append(start)
-                    stops.append(stop)
+            for part in (tensor,) if has_bytes(tensor) else _inside(tensor):
+                extents[part.device].append(_extent(part))
+        self._ranges = {device: _merged(several) for device, several in extents.items()}
 
     def meets(self, tensor: torch.Tensor) -> bool:
         """Whether any byte of them lies between the tensor's first and last."""
-        return bool(self._starts) and any(map(self._meets, _parts(tensor)))
+        return self._meets(tensor) if has_bytes(tensor) else any(map(self._meets, _inside(tensor)))
 
     def _meets(self, part: torch.Tensor) -> bool:
-        starts = self._starts.get(part.device)
-        if starts is None:
+        ranges = self._ranges.get(part.device)
+        if ranges is None:
             return False
+        starts, stops = ranges
         start, stop = _extent(part)
         before = bisect_left(starts, stop) - 1  # the last range that begins before the tensor ends
-        return before >= 0 and self._stops[part.device][before] > start
+        return before >= 0 and stops[before] > start
 
 
-def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The tensors with bytes that it consists of: itself, or those inside a wrapper."""
-    return [tensor] if has_bytes(tensor) else [part for _, part in leaves("", tensor) if has_bytes(part)]
+def _merged(extents: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
+    """Where ranges start and stop, ascending and apart."""
+    starts: list[int] = []
+    stops: list[int] = []
+    last = -1
+    for start, stop in sorted(extents):
+        if start > last:
+            starts.append(start)
+            stops.append(stop)
+            last = stop
+        elif stop > last:
+            stops[-1] = last = stop
+    return starts, stops
+
+
+def _inside(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors with bytes inside a wrapper."""
+    return [part for _, part in leaves("", tensor) if has_bytes(part)]
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:

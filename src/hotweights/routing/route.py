@@ -219,7 +219,7 @@ def _one_after_another(
     # A component may be given tensors that lie in another's memory, under other names.
     wanted = {name for component in planned for name in routes.names(component).values()}
     if isinstance(source, InMemory):
-        source, _ = apart(source, _memory(routes), wanted)
+        source, _ = apart(source, partial(_memory, routes), wanted)
     coded = [routes.names(component) for component in planned if _code(component) is not None]
     pairs: Callable[[Mapping[str, str]], Pairs]
     if isinstance(source, Addressed):
