@@ -265,7 +265,7 @@ def work_for(layers, feed, monkeypatch):
     live = hw.LiveModel(model, process=lambda layer: None)
     live.load(stack_weights(layers, 0))
     count = [0]
-    for where, name in (("hotweights.loading.execute", "has_bytes"), ("hotweights.live.processing", "places")):
+    for where, name in (("hotweights.memory.extents", "has_bytes"), ("hotweights.live.processing", "places")):
         found = getattr(sys.modules[where], name)
 
         def counted(*args, found=found):

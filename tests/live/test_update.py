@@ -565,3 +565,94 @@ def test_what_processing_makes_is_new_also_when_it_is_as_at_first():
     for value in (0.0, 3.0, 0.0):
         live.update({"weight": torch.full((2, 2), value)})
         assert float(model.largest) == value
+
+
+# What ends an update.
+
+
+def linear(**options):
+    model = nn.Linear(2, 2)
+    live = hw.LiveModel(model, **options)
+    live.load({"weight": torch.zeros(2, 2), "bias": torch.zeros(2)}, allow_missing="bias")
+    return model, live
+
+
+@pytest.mark.parametrize("only", ["*", "bias", ["weight", "bias"]])
+@pytest.mark.parametrize("process", [None, lambda layer: None])
+def test_only_asks_for_what_does_not_come(only, process):
+    model, live = linear(process=process)
+    weights = {"weight": torch.ones(2, 2)}
+    manifest = hw.open(weights).manifest
+    for act in (lambda: live.update(weights, only=only), lambda: live.begin(manifest, only=only)):
+        with pytest.raises(hw.UpdateAborted, match="bias: ") as caught:
+            act()
+        assert isinstance(caught.value.__cause__, hw.PlanError)
+    assert (live.state, live.version) == (hw.State.SERVING, 1)
+    assert (model.weight == 0).all()
+
+
+class Strange(Exception):
+    """An error of the trainer's own."""
+
+
+def raising(error):
+    yield "weight", torch.ones(2, 2)
+    raise error
+
+
+ENDS = [Strange("the trainer is gone"), KeyError("weight"), OSError(5, "Input/output error"), MemoryError()]
+
+
+@pytest.mark.parametrize("error", ENDS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("promised", [True, False])
+@pytest.mark.parametrize("atomic", ["staged", "journal"])
+def test_whatever_an_iterator_raises_is_the_cause(error, promised, atomic):
+    model, live = linear()
+    with (
+        hw.from_iterator(raising(error), hw.open(model).manifest if promised else None) as source,
+        pytest.raises(hw.UpdateAborted, match=f"version 1 is live.*{type(error).__name__}") as caught,
+    ):
+        live.update(source, atomic=atomic)
+    assert caught.value.__cause__ is error
+    assert (live.state, live.version) == (hw.State.SERVING, 1)
+    assert (model.weight == 0).all()
+
+
+@pytest.mark.parametrize("promised", [True, False])
+def test_an_iterator_that_gives_no_tensors_ends_the_update_too(promised):
+    model, live = linear()
+    with (
+        hw.from_iterator([("weight", "no tensor")], hw.open(model).manifest if promised else None) as source,
+        pytest.raises(hw.UpdateAborted, match="is a str") as caught,
+    ):
+        live.update(source)
+    assert isinstance(caught.value.__cause__, hw.UsageError)
+
+
+def test_an_interruption_is_no_failure_of_the_update():
+    _, live = linear()
+    with hw.from_iterator(raising(KeyboardInterrupt())) as source, pytest.raises(KeyboardInterrupt):
+        live.update(source)
+    assert live.version == 1
+
+
+class Moody(nn.Linear):
+    """Its loading code works once."""
+
+    loads = 0
+
+    def load_weights(self, pairs):
+        if self.loads:
+            raise Strange("not again")
+        for name, tensor in pairs:
+            self.get_parameter(name).data.copy_(tensor)
+
+
+def test_what_the_models_own_code_raises_while_it_is_traced_is_the_cause():
+    model = Moody(2, 2)
+    live = hw.LiveModel(model)
+    live.load({"weight": torch.zeros(2, 2), "bias": torch.zeros(2)})
+    model.loads = 1
+    with pytest.raises(hw.UpdateAborted, match="not again"):
+        live.update({"weight": torch.ones(2, 2), "bias": torch.zeros(2), "scale": torch.ones(1)})
+    assert live.state is hw.State.SERVING

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import hotweights as hw
 from hotweights.model.survey import by_name, counters, extra_state_problems, hook_problems, loader_of, survey
 
 
@@ -94,3 +95,64 @@ def test_by_name_loads_what_there_is():
     model = nn.Linear(2, 1)
     by_name(model)([("weight", torch.ones(1, 2))])
     assert model.weight.tolist() == [[1, 1]]
+
+
+class WithPart(nn.Module):
+    def __init__(self, part):
+        super().__init__()
+        self.body = nn.Sequential(part)
+        self.head = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+def traced(part):
+    return torch.jit.trace(part, torch.rand(1, 4))
+
+
+HIDDEN = {
+    "traced": lambda: traced(nn.Linear(4, 4)),
+    "traced around others": lambda: traced(nn.Sequential(nn.Linear(4, 4))),
+    "mkldnn": lambda: torch.utils.mkldnn.to_mkldnn(nn.Sequential(nn.Linear(4, 4))),
+}
+ROADS = {
+    "load": hw.load,
+    "trace": hw.trace,
+    "live": lambda model, state: hw.LiveModel(model).load(state),
+    "route": lambda model, state: hw.route(state, [hw.Component("", model)]),
+    "digest": lambda model, state: hw.LiveModel(model).digest(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("kind", HIDDEN)
+def test_parts_that_do_not_show_their_tensors_are_refused_by_name(kind, road):
+    import torch.utils.mkldnn
+
+    model = WithPart(HIDDEN[kind]())
+    state = {"head.weight": torch.ones(4, 4), "head.bias": torch.ones(4)}
+    with pytest.raises(hw.UsageError, match=r"body\.0.* \(.*(Traced|Mkldnn).*load the model before its parts"):
+        ROADS[road](model, state)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("make", [lambda: traced(nn.ReLU()), lambda: torch.jit.script(nn.Linear(4, 4))])
+def test_parts_without_tensors_and_scripted_ones_are_loaded(make):
+    model = WithPart(make())
+    state = {name: torch.ones_like(tensor) for name, tensor in model.state_dict().items()}
+    live = hw.LiveModel(model)
+    live.load(state)
+    live.update({name: tensor * 2 for name, tensor in state.items()})
+    hw.load(model, state, verify="loader")
+    assert all((tensor == 1).all() for tensor in model.state_dict().values())
+    expected = 5 * (4 * 5 + 1) / 5 if "body.0.weight" in state else 5
+    assert (model(torch.ones(1, 4)) == expected).all()
+
+
+def test_mkldnn_tensors_are_refused_by_name():
+    model = nn.Linear(2, 2, bias=False)
+    model.weight = nn.Parameter(torch.zeros(2, 2).to_mkldnn(), requires_grad=False)
+    with pytest.raises(hw.PlanError, match=r"weight: has the layout torch\._mkldnn"):
+        hw.load(model, {"weight": torch.ones(2, 2)})

@@ -201,6 +201,7 @@ def test_bytes_that_are_only_moved_go_straight_to_where_they_belong(address):
     """Each byte is copied once on this side, and never into memory in between."""
     live = hw.LiveModel(Shard(1, 2), atomic=False)
     live.load(checkpoint(1))
+    version = live.model.down_weight._version
     asked = {}
 
     def update():
@@ -226,6 +227,7 @@ def test_bytes_that_are_only_moved_go_straight_to_where_they_belong(address):
     placed = {name for name, (_, room) in asked.items() if room is not None}
     assert placed == {"up.weight", "down.weight", "experts", "norm.weight"}
     assert asked["down.weight"][1].data_ptr() == live.model.down_weight.data_ptr()
+    assert live.model.down_weight._version > version  # Nobody else can see that the bytes were written.
     assert private == max(checkpoint()[name].nbytes for name in ("short.weight", "router.weight"))
 
 

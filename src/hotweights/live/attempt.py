@@ -12,6 +12,7 @@ import torch
 
 from .. import signals
 from ..errors import LiveModelError, SourceError
+from ..loading.apart import held_apart
 from ..loading.execute import execute
 from ..loading.fallback import fall_back
 from ..loading.filling import Filling
@@ -22,7 +23,9 @@ from ..manifest import Manifest, TensorSpec
 from ..memory import host
 from ..memory.aliases import has_bytes
 from ..memory.devices import record_events
+from ..memory.extents import Extents
 from ..memory.pool import Pool
+from ..model.reachable import reachable
 from ..plan.steps import Copy, Fate
 from ..sources.contracts import Addressed, InMemory, Request, Source
 from ..sources.state_dict import StateSource
@@ -169,7 +172,9 @@ class Attempt:
 
     def _stream(self, source: Source, advance: Callable[[int], None]) -> None:
         with source.leases() as stream:
-            for lease in stream:
+            # Staged, what is live is not written before the commit.
+            leases = held_apart(stream, self._own, self._begun) if self.strategy.exclusive else stream
+            for lease in leases:
                 if lease.placed:
                     self._placed(lease.name, lease.raw.nbytes)
                     advance(lease.raw.nbytes)
@@ -196,15 +201,29 @@ class Attempt:
 
     def check_apart(self, name: str, tensor: torch.Tensor) -> None:
         """Refuse a tensor in the model's own memory while that is written: it may hold bytes of version M by now."""
-        if self.strategy.exclusive and has_bytes(tensor) and tensor.untyped_storage().data_ptr() in self._own:
+        if self.strategy.exclusive and self._own.meets(tensor):
             raise SourceError(
                 f"{name}: lies in the model's own memory, which is written in place; feed a copy, or use "
                 'atomic="staged" or update()'
             )
 
     @cached_property
-    def _own(self) -> set[int]:
-        return {tensor.untyped_storage().data_ptr() for tensor in self.job.live.values() if has_bytes(tensor)}
+    def _own(self) -> Extents:
+        tensors = (*self.job.live.values(), *reachable(self.job.model).values())
+        return Extents({id(tensor): tensor for tensor in tensors}.values())
+
+    def _begun(self) -> Extents:
+        """The memory of the model that may have been written by now."""
+        if self.job.first and self.processing.begun:  # Processing replaced tensors that had been written.
+            return self._own
+        assert self._takers is not None, "take_as_it_comes comes first"
+        groups = {group for name in self._arrived for group in self._takers.get(name, ())}
+        steps = (step for group in groups for step in group.plan.steps if not self._arrived.isdisjoint(step.sources))
+        names = {name for step in steps for name in step.destinations}
+        for group in groups:
+            names |= {name for name in group.touched if name in self.job.initial}
+            names.update(group.names, *(layer.tensors() for layer in group.layers))
+        return Extents(self.job.live[name] for name in names if name in self.job.live)
 
     def take(self, name: str, tensor: torch.Tensor, own: Own) -> set[torch.device]:
         """Take one tensor; it is borrowed. Returns the devices whose queues may still read it."""

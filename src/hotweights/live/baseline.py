@@ -11,13 +11,14 @@ from torch import nn
 from ..errors import LiveModelError
 from ..memory import host
 from ..memory.aliases import has_bytes
+from ..memory.extents import renew
 from ..model.materialise import dressed
+from ..model.offloading import refuse_offloaded
 from ..model.places import places
-from ..model.reachable import reachable
+from ..model.reachable import attributes, reachable
 from ..model.survey import survey
+from ..model.walk import modules_of
 from ..plan.plan import LoadPlan
-from ..sources.contracts import InMemory, Source
-from ..sources.state_dict import StateSource
 from .attributes import held_by, state_of
 from .groups import LayerGroup, coverage, elements, groups_of
 from .job import Job
@@ -122,7 +123,9 @@ class Baseline:
 
     def _tensors(self, plan: LoadPlan) -> dict[str, torch.Tensor]:
         """Every tensor that is kept in place: parameters, buffers, attributes of layers, what only the plan knows."""
-        tensors = survey(self._model).tensors
+        surveyed = survey(self._model)
+        refuse_offloaded(self._model, surveyed)
+        tensors = surveyed.tensors
         for layer in self._layers:
             tensors |= layer.tensors()
         unnamed = {name for step in plan.steps for name in step.destinations} - tensors.keys()
@@ -142,6 +145,18 @@ class Baseline:
             alone = {name for group in self._layout.together() if written.isdisjoint(group) for name in group}
             free |= alone.difference(*(layer.tensors() for layer in self._layers))
             self._where = {name: _where(tensor) for name, tensor in self.live.items() if name not in free - written}
+        self.written(job)
+
+    def written(self, job: Job) -> None:
+        """Give every tensor that the job writes, and all that see its bytes, a new ``_version``."""
+        names = {name for step in job.plan.steps for name in step.destinations}
+        for group in job.groups:
+            names |= {*group.names, *(name for layer in group.layers for name in layer.tensors())}
+        if job.plan.fallback:  # The model's own code may write to all of them.
+            names |= self.live.keys()
+        others = attributes(modules_of(self._model), set(map(id, self.live.values())))
+        tensors = [*self.live.values(), *survey(self._model).tensors.values(), *(tensor for _, tensor in others)]
+        renew([self.live[name] for name in names if name in self.live], tensors)
 
     def prove(self) -> None:
         """See that every live tensor is where it was, with its shape and dtype, and that modules were not replaced.
@@ -182,19 +197,6 @@ class Baseline:
         if atomic == "staged" and not job.plan.fallback:
             return Staged(self.live, self._mirror)
         return Journal(self.live, self._mirror)
-
-    def apart(self, source: Source) -> Source:
-        """The source; tensors that share memory with the model are copied, for writing one layer would change them."""
-        if not isinstance(source, InMemory):
-            return source
-        borrowed = {name: source.borrow(name) for name in source.manifest}
-        both = {f"model {name}": tensor for name, tensor in self.live.items()}
-        both |= {f"source {name}": tensor for name, tensor in borrowed.items()}
-        groups = (group for group in MemoryLayout(both).together() if any(name.startswith("model ") for name in group))
-        shared = {name.removeprefix("source ") for group in groups for name in group if name.startswith("source ")}
-        if not shared:
-            return source
-        return StateSource({name: tensor.clone() if name in shared else tensor for name, tensor in borrowed.items()})
 
     def reset(self, begun: Sequence[LayerGroup]) -> None:
         """After a first load that failed, put the model into checkpoint format again.

@@ -12,17 +12,20 @@ from torch import nn
 from .. import signals
 from ..arguments import check_choices, check_model, check_version, device_from
 from ..dtypes import Cast
-from ..errors import HotweightsError, UnknownName, UsageError
+from ..errors import UnknownName, UsageError
 from ..forked import alone_in_a_fork
 from ..gc_pause import without_collection
+from ..loading.apart import apart
 from ..loading.verify import Verify, verifier
 from ..manifest import Manifest
 from ..memory.pool import Pool
 from ..model.digests import Digest, digest_of
 from ..model.materialise import materialise, put_back
 from ..model.places import Place, places
+from ..model.reachable import reachable
 from ..plan.patterns import Patterns
 from ..sources.contracts import IOMode, refusing
+from ..sources.iterator import IteratorSource
 from ..sources.opening import AnySource, opened, version_of
 from .baseline import Baseline
 from .layers import Selection, selected
@@ -165,7 +168,8 @@ class LiveModel:
         with alone_in_a_fork(), without_collection(), ExitStack() as stack:
             stack.enter_context(refusing(source))
             origin = stack.enter_context(opened(source))
-            prove = verifier(self.model, origin) if verify == "loader" else None
+            weights, _ = apart(origin, lambda: reachable(self.model).values())
+            prove = verifier(self.model, weights) if verify == "loader" else None
             with self._current.reserved():
                 if self._current.holds is not State.EMPTY:
                     raise UsageError(
@@ -178,7 +182,7 @@ class LiveModel:
                 update = Update.begin_first(self._current, self._baseline, self._process, self._limit)
             with update:
                 return update.run(
-                    origin,
+                    weights,
                     version_of(origin, version),
                     io=io,
                     threads=threads,
@@ -232,14 +236,15 @@ class LiveModel:
             stack.enter_context(refusing(source))
             try:
                 origin = stack.enter_context(opened(source))
-            except UsageError:
-                raise
-            except HotweightsError as error:
+                weights, _ = apart(origin, lambda: reachable(self.model).values())
+            except Exception as error:
+                # What an iterator raises while it is read ends the update, whatever it is.
+                if isinstance(error, UsageError) and not isinstance(source, IteratorSource):
+                    raise
                 raise aborted(f"{self._current}; the source cannot be opened", error) from error
             update = stack.enter_context(self.begin(origin.manifest, atomic=atomic, only=only))
-            assert self._baseline is not None
             return update.run(
-                self._baseline.apart(origin),
+                weights,
                 version_of(origin, version),
                 io=io,
                 threads=threads,

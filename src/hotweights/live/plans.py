@@ -161,8 +161,10 @@ class Plans:
         lacking = []
         for name in self.covers:
             if (name in inside or chosen(name)) and not _same(self.covers, covers, name, self.first):
-                why = f"layer {inside[name].name} is processed as one, so an update of a part must bring this too"
-                lacking.append(f"{name}: {why if name in inside else 'nothing that comes writes what only= asks for'}")
+                why = "nothing that comes writes what only= asks for"
+                if name in inside:
+                    why = f"layer {inside[name].name} is processed as one, so an update of a part must bring this too"
+                lacking.append(f"{name}: {why}")
         if not lacking and not plan.steps:
             lacking = [f"only={only!r} matches no tensor that the first load wrote"]
         if lacking:

@@ -86,7 +86,7 @@ class Update:
             strategy = baseline.strategy(atomic, job)
         except UsageError:
             raise
-        except HotweightsError as error:
+        except Exception as error:
             raise aborted(f"{current}; nothing was changed", error) from error
         return cls(current, baseline, job, strategy, limit)
 
@@ -248,6 +248,8 @@ class Update:
             alone_in_a_fork()(self._strategy.abort)()
             if attempt.job.first:
                 self._baseline.reset(attempt.processing.begun)
+            if self._strategy.exclusive and self._strategy.wrote:
+                self._baseline.written(attempt.job)
         except BaseException:
             torn = True
             raise
@@ -300,7 +302,8 @@ class Update:
 
 def aborted(left: str, error: Exception) -> UpdateAborted:
     """What tells that ``error`` ended an update, and what it left."""
-    return UpdateAborted(f"{left}: {getattr(error, 'title', error)}", getattr(error, "problems", ()))
+    said = str(error) if isinstance(error, HotweightsError) else f"{type(error).__name__}: {error}"
+    return UpdateAborted(f"{left}: {getattr(error, 'title', said)}", getattr(error, "problems", ()))
 
 
 def _wait_for(devices: set[torch.device]) -> None:

@@ -11,15 +11,24 @@ import torch
 
 from ..dtypes import OpaqueDtype
 from ..manifest import Manifest
-from ..memory.aliases import has_bytes
 from ..memory.devices import record_events
+from ..memory.extents import Extents
 from ..memory.host import PAGE, host_empty
 from ..memory.pool import Pool
 from ..plan.plan import LoadPlan
 from ..plan.steps import Copy, Program
 from ..sources.contracts import Addressed, InMemory, IOMode, Participant, Read, Source
 from ..sources.streams import ahead
-from .copy_step import Destinations, any_inference, copy_now, part_of, run_step, writing_mode, written_nbytes
+from .apart import held_apart
+from .copy_step import (
+    Destinations,
+    any_inference,
+    copy_now,
+    part_of,
+    run_step,
+    writing_mode,
+    written_nbytes,
+)
 from .filling import Filling
 from .reads import reads_of
 from .report import Tally
@@ -42,7 +51,7 @@ def execute(
 
     Args:
         plan: what to do.
-        source: where the bytes come from.
+        source: where the bytes come from. What lies in memory lies apart from the model's.
         destinations: the model's tensors by name; they are written in place.
         done: is kept up to date, also when this raises.
         pool: memory for what cannot be read in place.
@@ -51,12 +60,12 @@ def execute(
         advance: called as bytes arrive, from any thread.
 
     Returns:
-        Those tensors of ``plan.fallback``, owned, for which the source cannot be asked again: because it is a stream,
-        or because they share memory with the model.
+        Those tensors of ``plan.fallback``, owned, for which the source cannot be asked again: because it is a stream.
 
     Raises:
         TiedWeightsDiffer: nothing was written; of a stream, everything was.
         CheckpointChanged: a file changed; some destinations may have been written.
+        SourceError: a stream gave memory of the model that had been written by then.
     """
 
     def arrive(nbytes: int) -> None:
@@ -70,7 +79,8 @@ def execute(
             _Addressed(plan, source, read, destinations, done, pool).run()
             return {}
         if isinstance(source, InMemory):
-            return _from_memory(plan, source, destinations, done, arrive)
+            _from_memory(plan, source, destinations, done, arrive)
+            return {}
         return _from_stream(plan, source, destinations, done, arrive)
 
 
@@ -174,12 +184,8 @@ def _scratch(manifest: Manifest, name: str) -> torch.Tensor:
 
 def _from_memory(
     plan: LoadPlan, source: InMemory, destinations: Destinations, done: Tally, arrive: Callable[[int], None]
-) -> dict[str, torch.Tensor]:
-    private = _private(plan, source, destinations)
-    done.hold_scratch(sum(tensor.nbytes for tensor in private.values()))
-
-    def borrow(name: str) -> torch.Tensor:
-        return private[name] if name in private else source.borrow(name)
+) -> None:
+    borrow = source.borrow
 
     def equal(first: Copy, second: Copy) -> bool:
         return same_bits(part_of(first, borrow(first.source)), part_of(second, borrow(second.source)))
@@ -197,18 +203,6 @@ def _from_memory(
             nbytes = used_nbytes(step, source.manifest)
             done.count({"memory": nbytes})
             arrive(nbytes)
-    return {name: private[name] for name in plan.fallback if name in private}
-
-
-def _private(plan: LoadPlan, source: InMemory, destinations: Destinations) -> dict[str, torch.Tensor]:
-    """Copies of those source tensors that share memory with the model: writing to it would change them."""
-    written = {tensor.untyped_storage().data_ptr() for tensor in destinations.values() if has_bytes(tensor)}
-    borrowed = ((request.name, source.borrow(request.name)) for request in requests_of(plan, source))
-    return {
-        name: tensor.clone(memory_format=torch.contiguous_format)
-        for name, tensor in borrowed
-        if has_bytes(tensor) and tensor.untyped_storage().data_ptr() in written
-    }
 
 
 def _from_stream(
@@ -220,12 +214,20 @@ def _from_stream(
         source.wanted(requests)
     filling = Filling(plan, destinations, done)
     done.writing = True
+    # The model's own code, which loads what falls back, may write anywhere.
+    targets = destinations if plan.fallback else {name for step in plan.steps for name in step.destinations}
+    extents = Extents(destinations[name] for name in targets)
     with source.leases() as stream:
-        for lease in stream:
-            if lease.name not in filling.missing:
-                continue
+        leases = (lease for lease in stream if lease.name in filling.missing)
+        for lease in held_apart(leases, extents, partial(_begun, plan, filling, destinations)):
             devices = filling.take(lease.name, lease.tensor, lease.own)
             done.count({"memory": nbytes[lease.name]})
             arrive(nbytes[lease.name])
             lease.release(after=record_events(devices))
     return filling.finish()
+
+
+def _begun(plan: LoadPlan, filling: Filling, destinations: Destinations) -> Extents:
+    """What may have been written by now."""
+    steps = (step for step in plan.steps if not filling.missing.issuperset(step.sources))
+    return Extents(destinations[name] for step in steps for name in step.destinations)

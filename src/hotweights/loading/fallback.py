@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..boxes import Box, box_of, covered, meets, moved
 from ..errors import IncompleteLoad, PlanDiffers
-from ..memory.aliases import plain
+from ..memory.aliases import has_bytes, plain
+from ..memory.extents import renew
 from ..memory.pool import Pool
 from ..model.places import Place, places
 from ..model.reachable import reachable
@@ -65,9 +66,7 @@ def fall_back(
     def tensors(names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
         for name in names:
             if name in kept:
-                if isinstance(source, InMemory):  # Of a stream it was counted when it came.
-                    arrive(kept[name].nbytes)
-                yield name, kept[name]
+                yield name, kept[name]  # It was counted when it came.
             elif isinstance(source, Addressed):
                 yield name, owned(source, name, partial(_counted, source, done, pool, arrive))
             else:
@@ -77,7 +76,7 @@ def fall_back(
 
     watch = _WriteWatch(_planned(plan, model))
     progress = _Progress(model, watch)
-    with progress.told():
+    with progress.told(), watch.renewing(model):
         error: Exception | None = None
         try:
             with torch.no_grad(), in_every_thread(lambda: watch):
@@ -199,6 +198,14 @@ class _WriteWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         written = self._written.get(tensor.untyped_storage().data_ptr(), set())
         box = box_of(tensor)
         return box in written or any(meets(box, other) for other in written)
+
+    @contextmanager
+    def renewing(self, model: nn.Module) -> Iterator[None]:
+        """At the end every tensor whose memory was written has a new ``_version``: code may write through ``.data``."""
+        try:
+            yield
+        finally:
+            renew((tensor for tensor in reachable(model).values() if has_bytes(tensor) and self.saw(tensor)), ())
 
     def share(self, tensor: torch.Tensor) -> float:
         """How much of the tensor was written, by plan or by the model's code."""

@@ -19,11 +19,14 @@ from ..errors import UsageError
 from ..forked import alone_in_a_fork
 from ..gc_pause import without_collection
 from ..manifest import Manifest
+from ..memory.extents import renew
 from ..memory.pool import Pool
 from ..model.materialise import materialise, put_back
+from ..model.offloading import refuse_offloaded
 from ..model.places import places
-from ..model.reachable import reachable
+from ..model.reachable import attributes, reachable
 from ..model.survey import Survey, survey
+from ..model.walk import modules_of
 from ..plan.patterns import Patterns
 from ..plan.plan import LoadPlan, Order
 from ..plan.steps import Copy, Fate, Program
@@ -35,11 +38,13 @@ from ..text import size
 from ..tracing.fit import check
 from ..tracing.frameworks import has_rules
 from ..tracing.trace import trace
+from .apart import apart
 from .cache import planned
+from .copy_step import Destinations
 from .execute import execute
 from .fallback import fall_back
 from .report import LoadReport, Tally
-from .requests import bytes_to_read
+from .requests import bytes_to_read, requests_of
 from .verify import Verify, verifier
 
 
@@ -67,7 +72,8 @@ def load(
 
     Everything that does not fit is found before the first byte is read, and raised together. Tied parameters may be in
     the source under any of their names, or several. Models of transformers are loaded through transformers' own
-    renamings, conversions and ties. Autograd does not see the writes. A failure while reading leaves tensors of both
+    renamings, conversions and ties. Autograd does not record the writes; every tensor that
+    was written has a new ``_version``, and all that see its bytes. A failure while reading leaves tensors of both
     versions in the model, and the error's note says how much was read; parameters that were on meta are on meta
     again. The word "loader", in ``cast=`` and ``verify=``, means the model's own loading code: ``load_weights``, or
     ``load_state_dict`` and its hooks.
@@ -103,6 +109,7 @@ def load(
         TiedWeightsDiffer: names of one tensor carry different bytes; the model is unharmed, or holds those of one name
             where the source is a stream.
         CheckpointChanged: a file changed while it was read.
+        SourceError: a stream gave memory of the model that had been written by then.
         UsageError: an argument is of the wrong kind; the model is unharmed.
         IncompleteLoad: loading fell back to the model's own code, which left something unwritten.
         PlanDiffers: ``verify="loader"`` found a difference.
@@ -124,6 +131,7 @@ def load(
         if isinstance(given, IteratorSource) and given is not source:  # Its tensors were collected.
             done.hold_scratch(source.manifest.nbytes)
         seen = survey(model)
+        refuse_offloaded(model, seen)
         if plan is None:
             make = partial(_trace, model, source.manifest, target_device, allowed, cast)
             options = (target_device, allowed, cast)
@@ -140,14 +148,19 @@ def load(
             signals.deliver()
             # Tensors in lists and attributes are looked for only if a step writes there: it takes a second walk.
             destinations = tensors if plan.targets.keys() <= tensors.keys() else reachable(model)
+            stack.enter_context(_renewing(plan, model, tensors, destinations, done))
             if pool is None:
                 pool = stack.enter_context(Pool(device=_slowest(destinations)))
             advance = stack.enter_context(progress("loading", nbytes, show=show_progress))
-            kept = execute(plan, source, destinations, done, pool=pool, io=io, threads=threads, advance=advance)
+            # Code that loads what falls back may be given every tensor.
+            wanted = None if plan.fallback else {request.name for request in requests_of(plan, source)}
+            weights, copied_nbytes = apart(source, destinations.values, wanted)
+            done.hold_scratch(copied_nbytes)
+            kept = execute(plan, weights, destinations, done, pool=pool, io=io, threads=threads, advance=advance)
             if plan.fallback:
-                fall_back(plan, model, source, kept, done, pool=pool, advance=advance)
+                fall_back(plan, model, weights, kept, done, pool=pool, advance=advance)
             if verify == "loader":
-                verifier(model, source)(plan, destinations, pool)
+                verifier(model, weights)(plan, destinations, pool)
             if isinstance(source, OnDisk):
                 source.check()
             # Not before everything is loaded and proven: from here on the group counts on this member.
@@ -208,6 +221,20 @@ def _noting(done: Tally, nbytes: int) -> Iterator[None]:
                 "hold tensors of both versions until a load succeeds"
             )
         raise
+
+
+@contextmanager
+def _renewing(
+    plan: LoadPlan, model: nn.Module, tensors: Destinations, destinations: Destinations, done: Tally
+) -> Iterator[None]:
+    """At the end, failed or not, every tensor that was written has a new ``_version``."""
+    try:
+        yield
+    finally:
+        if done.writing:
+            written = {name: destinations[name] for step in plan.steps for name in step.destinations}
+            others = attributes(modules_of(model), set(map(id, tensors.values())))
+            renew(written.values(), [*tensors.values(), *(tensor for _, tensor in others)])
 
 
 def _is_slice(step: Copy) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import torch
 from torch import nn
 
-from .walk import MODULE_PRIVATE, modules_of, walk
+from .walk import LEAVES, MODULE_PRIVATE, modules_of, walk
 
 
 def reachable(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -25,14 +27,20 @@ def reachable(model: nn.Module) -> dict[str, torch.Tensor]:
             if buffer is not None:
                 (transient if key in module._non_persistent_buffers_set else buffers)[prefix + key] = buffer
     tensors = {**parameters, **buffers, **transient}
-    seen = {id(tensor) for tensor in tensors.values()}
+    tensors.update(attributes(modules, {id(tensor) for tensor in tensors.values()}))
+    return tensors
+
+
+def attributes(modules: Iterable[tuple[str, nn.Module]], seen: set[int]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor that attributes of these modules lead to, by path, but those whose ids are in ``seen``."""
     for prefix, module in modules:
         if id(module) in seen:
             continue
         seen.add(id(module))
-        for key, value in module.__dict__.items():
-            if key not in MODULE_PRIVATE:
+        inside = module.__dict__
+        for key in inside if len(inside) > len(MODULE_PRIVATE) else ():
+            value = inside[key]
+            if key not in MODULE_PRIVATE and type(value) not in LEAVES:  # Here: a generator for each costs more.
                 for path, item in walk(prefix + key, value, seen):
                     if isinstance(item, torch.Tensor):
-                        tensors[path] = item
-    return tensors
+                        yield path, item

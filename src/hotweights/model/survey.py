@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from ..errors import UsageError
+from ..text import some
 from .walk import modules_of
 
 
@@ -20,11 +22,13 @@ class Survey(NamedTuple):
         tensors: every parameter and buffer, by each name it has, in the order of ``places``.
         transient: which of them are not persistent.
         plain: whether loading is copying by name: nowhere is there loading code, a hook or extra state.
+        hooked: the modules, by name, whose forward was replaced or has hooks before it.
     """
 
     tensors: dict[str, torch.Tensor]
     transient: list[str]
     plain: bool
+    hooked: list[tuple[str, nn.Module]]
 
     @property
     def persistent(self) -> dict[str, torch.Tensor]:
@@ -34,16 +38,27 @@ class Survey(NamedTuple):
 
 
 def survey(model: nn.Module) -> Survey:
-    """Look at every module once. Every load does this, so one walk answers all questions."""
+    """Look at every module once. Every load does this, so one walk answers all questions.
+
+    Raises:
+        UsageError: a part does not show its tensors, as those that are scripted, traced or made for mkldnn.
+    """
     tensors: dict[str, torch.Tensor] = {}
     transient: list[str] = []
     plain = not hasattr(model, "load_weights") and _loads_by_name(model)
     kinds: dict[type, bool] = {}
+    hidden: list[str] = []
+    hooked: list[tuple[str, nn.Module]] = []
     for prefix, module in modules_of(model):
         inside = module.__dict__
         kind = type(module)
+        if "_parameters" not in inside:
+            hidden += [f"{prefix[:-1]} ({kind.__name__})"] if module.state_dict() else ()
+            continue
         if kind not in kinds:
             kinds[kind] = not _has_loading_code(kind) and kind.set_extra_state is nn.Module.set_extra_state
+        if inside["_forward_pre_hooks"] or "forward" in inside:
+            hooked.append((prefix[:-1], module))
         if not kinds[kind] or inside["_load_state_dict_pre_hooks"] or inside["_load_state_dict_post_hooks"]:
             plain = False
         for key, tensor in inside["_parameters"].items():
@@ -54,7 +69,12 @@ def survey(model: nn.Module) -> Survey:
                 tensors[prefix + key] = tensor
                 if key in inside["_non_persistent_buffers_set"]:
                     transient.append(prefix + key)
-    return Survey(tensors, transient, plain)
+    if hidden:
+        raise UsageError(
+            f"these parts of the model are TorchScript modules, which do not show their tensors: {some(hidden)}; load "
+            "the model before its parts are scripted, traced or converted for mkldnn"
+        )
+    return Survey(tensors, transient, plain, hooked)
 
 
 _HARMLESS = (

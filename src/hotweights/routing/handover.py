@@ -8,13 +8,17 @@ tensors of its own. Leases under ``guard="trap"`` were refused: they raise in co
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import partial
 from types import GeneratorType
 
 import torch
 
 from ..errors import RoutingError, UsageError
+from ..loading.apart import check_unwritten
+from ..memory.aliases import has_bytes
 from ..memory.devices import is_host, record_event, wait_for_copies
+from ..memory.extents import Extents
 from ..memory.host import HUGE_PAGE, host_empty
 from ..memory.lease import Lease
 from ..tracing.fake_weight import FakeWeight
@@ -113,14 +117,31 @@ class OnePass:
         *,
         borrowed: bool = True,
         limit: int | None,
+        memory: Callable[[], Extents],
+        written: Callable[[Collection[str]], Extents],
     ) -> None:
-        """``place`` gives the component that a tensor belongs to and its name there; ``None`` if nobody gets it."""
+        """A pass through ``items``.
+
+        Args:
+            items: the stream.
+            place: gives the component that a tensor belongs to and its name there; ``None`` if nobody gets it.
+            first: the component that does not wait.
+            borrowed: whether tensors of the stream may be overwritten later.
+            limit: bytes that may wait.
+            memory: gives that of all components. From the first tensor there on all wait, also those of ``first``:
+                the stream may give the model's own tensors under other names.
+            written: gives the memory that ``first`` may have written, having been given these names.
+        """
         self._items = items
         self._place = place
         self.first = first
         self._borrowed = borrowed
         self._limit = limit
-        self._next: tuple[str, str, Item] | None = None
+        self._memory = memory
+        self._written = written
+        self._given: set[str] = set()
+        self._lost: Extents | None = None  # What ``first`` may have written, once tensors are held.
+        self._next: tuple[str, str, Item, bool] | None = None
         self.waiting: dict[Component, deque[tuple[str, torch.Tensor]]] = {}
         self.waiting_nbytes = 0
 
@@ -131,8 +152,9 @@ class OnePass:
         if self._next is None and not self.seek():
             raise StopIteration
         assert self._next is not None
-        (ours, name, item), self._next = self._next, None
-        return ours, own(name, item, self._borrowed)
+        (ours, name, item, borrowed), self._next = self._next, None
+        self._given.add(ours)
+        return ours, own(name, item, borrowed)
 
     def seek(self) -> bool:
         """Go on to the next tensor of the first component; ``False`` at the end of the stream."""
@@ -142,12 +164,21 @@ class OnePass:
             if placed is None:
                 continue
             component, ours = placed
-            if component is self.first:
-                self._next = ours, name, item
+            if self._lost is not None or self._lies_in_the_model(item):
+                self._keep(component, ours, name, item, self._copied)
+            elif component is self.first:
+                self._next = ours, name, item, self._borrowed
                 return True
-            self._keep(component, ours, name, item)
+            else:
+                self._keep(component, ours, name, item, partial(own, borrowed=self._borrowed))
         self._items = iter(())  # An iterator of the caller's may fail if it is asked again after its end.
-        return False
+        if self.first is None or not (held := self.waiting.get(self.first)):
+            return False
+        ours, tensor = held.popleft()
+        self._next = ours, ours, tensor, False
+        if not held:
+            del self.waiting[self.first]
+        return True
 
     def emptied(self, component: Component) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield what waits for the component, and let go of each tensor with that."""
@@ -155,7 +186,23 @@ class OnePass:
         while queue:
             yield queue.popleft()
 
-    def _keep(self, component: Component, ours: str, name: str, item: Item) -> None:
+    def _lies_in_the_model(self, item: Item) -> bool:
+        tensor = item.tensor if isinstance(item, Lease) else item
+        return isinstance(tensor, torch.Tensor) and has_bytes(tensor) and self._memory().meets(tensor)
+
+    def _copied(self, name: str, item: Item) -> torch.Tensor:
+        """A copy, unless the tensor lies where ``first`` may have written by now."""
+        if self._lost is None:
+            self._lost = self._written(self._given)
+        tensor = item.tensor if isinstance(item, Lease) else item
+        if not isinstance(tensor, torch.Tensor) or not has_bytes(tensor):
+            return own(name, item, self._borrowed)
+        check_unwritten(name, tensor, self._lost)
+        return own(name, tensor, True)
+
+    def _keep(
+        self, component: Component, ours: str, name: str, item: Item, owned: Callable[[str, Item], torch.Tensor]
+    ) -> None:
         nbytes = _nbytes(item)
         if self._limit is not None and self.waiting_nbytes + nbytes > self._limit:
             raise RoutingError(
@@ -164,4 +211,4 @@ class OnePass:
                 "give a source that is read in any order, such as files"
             )
         self.waiting_nbytes += nbytes
-        self.waiting.setdefault(component, deque()).append((ours, own(name, item, self._borrowed)))
+        self.waiting.setdefault(component, deque()).append((ours, owned(name, item)))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
+from itertools import chain
 from types import GeneratorType
 
 import torch
@@ -16,8 +17,11 @@ from torch import nn
 from ..errors import PlanError, RoutingError, UsageError
 from ..forked import alone_in_a_fork
 from ..gc_pause import without_collection
+from ..loading.apart import apart
 from ..loading.load import load
 from ..manifest import Manifest, TensorSpec
+from ..memory.extents import Extents
+from ..model.reachable import reachable
 from ..plan.plan import LoadPlan
 from ..sources.contracts import Addressed, InMemory, OnDisk, Source
 from ..sources.iterator import IteratorSource
@@ -28,6 +32,7 @@ from ..tracing.fake_weight import FakeWeight
 from ..tracing.trace import trace
 from .component import Component, Routes, unfilled
 from .handover import Feed, OnePass, Pairs, own
+from .memory import memory_of
 from .parts import Passing, Readings, Subset
 from .report import RouteReport
 
@@ -215,6 +220,10 @@ def _one_after_another(
     source: Addressed | InMemory, routes: Routes, done: _Loaded, stack: ExitStack, borrowed: bool
 ) -> None:
     planned = _plan(source.manifest, routes, limit=None)
+    # A component may be given tensors that lie in another's memory, under other names.
+    wanted = {name for component in planned for name in routes.names(component).values()}
+    if isinstance(source, InMemory):
+        source, _ = apart(source, partial(_memory, routes), wanted)
     coded = [routes.names(component) for component in planned if _code(component) is not None]
     pairs: Callable[[Mapping[str, str]], Pairs]
     if isinstance(source, Addressed):
@@ -273,7 +282,15 @@ def _from_stream(source: Source, routes: Routes, done: _Loaded, stack: ExitStack
     loads = {component: _load(component, what.by_name) for component, what in planned.items()}
     with source.leases() as leases:
         items = ((lease.name, lease) for lease in leases)
-        stream = OnePass(items, lambda name: promised.pop(name, None), largest, limit=limit)
+        plan = None if largest is None or (by_name := planned[largest].by_name) is None else by_name.plan
+        stream = OnePass(
+            items,
+            lambda name: promised.pop(name, None),
+            largest,
+            limit=limit,
+            memory=cache(lambda: Extents(_memory(routes))),
+            written=partial(_written, largest, plan),
+        )
         _pass_through(stream, loads, done, stack)
     if promised:
         never = [f"{component.name}: {name}" for name, (component, _) in promised.items()]
@@ -290,12 +307,35 @@ def _from_pairs(
     present = routes.present()
     first = next((component for component in present if _code(component) is not None), None)
     loads = {component: _load(component) for component in present}
-    stream = OnePass(items, routes.place, first, borrowed=borrowed, limit=limit)
+    stream = OnePass(
+        items,
+        routes.place,
+        first,
+        borrowed=borrowed,
+        limit=limit,
+        memory=cache(lambda: Extents(_memory(routes))),
+        written=partial(_written, first, None),
+    )
     _pass_through(stream, loads, done, stack)
     problems = [*routes.problems, *unfilled(routes)]
     if problems:
         raise RoutingError("stream and components do not fit", problems)
     _load_waiting(stream, loads, done)
+
+
+def _memory(routes: Routes) -> Iterator[torch.Tensor]:
+    return chain.from_iterable(map(memory_of, routes.present()))
+
+
+def _written(first: Component | None, plan: LoadPlan | None, given: Collection[str]) -> Extents:
+    """The memory that the component may have written, having been given these names; by its own code it may be all."""
+    if first is None or not given:
+        return Extents(())
+    if plan is None:
+        return Extents(memory_of(first))
+    assert isinstance(first.load_weights, nn.Module)
+    names = {name for step in plan.steps for name in step.destinations if any(map(given.__contains__, step.sources))}
+    return Extents(tensor for name, tensor in reachable(first.load_weights).items() if name in names)
 
 
 def _load(component: Component, by_name: _ByName | None = None) -> _Load:

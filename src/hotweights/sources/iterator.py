@@ -34,7 +34,8 @@ def from_iterator(pairs: Iterable[Pair], manifest: Manifest | None = None, *, bo
 
     Args:
         pairs: an iterator, which can be streamed once and is closed with the source; or what can be iterated again
-            and again, such as a list.
+            and again, such as a list. It may give the model's own tensors, which are copied in time. One that
+            computes from them while it is read sees what was written by then: make a mapping of it first.
         manifest: what it will give, in any order. Each tensor is checked against it as it passes.
         borrowed: whether the memory of a tensor may be used again when the iterator advances; ``tensors()`` copies
             then. Say ``False`` only if the iterator gives each tensor memory of its own for good.

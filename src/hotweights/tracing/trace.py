@@ -13,6 +13,7 @@ from ..errors import PlanError
 from ..gc_pause import without_collection
 from ..manifest import Manifest
 from ..memory.aliases import overlaps
+from ..model.offloading import refuse_offloaded
 from ..model.places import targets_of
 from ..model.survey import Survey, counters, extra_state_problems, loader_of, survey
 from ..plan.draft import Allowed, draft
@@ -78,6 +79,7 @@ def _promised(source: Manifest | AnySource) -> Manifest:
 
 def _trace(model: nn.Module, manifest: Manifest, device: torch.device | None, allowed: Allowed) -> LoadPlan:
     surveyed = survey(model)
+    refuse_offloaded(model, surveyed)
     tensors = surveyed.persistent
     own_code = hasattr(model, "load_weights")
     rules = rules_for(model, manifest)
