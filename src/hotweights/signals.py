@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import CodeType, FrameType
+from types import CodeType, FrameType, FunctionType
 from typing import Any, TypeVar
 
 
@@ -91,6 +91,7 @@ def held_back(wake: Callable[[], object]) -> Iterator[Interruption]:
 # instruction of an `__exit__`, and then what it should give back is never given back.
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+_Class = TypeVar("_Class", bound=type)
 
 _HELD: set[CodeType] = set()
 _WHOLE: set[CodeType] = set()
@@ -104,6 +105,12 @@ def held(function: _Function) -> _Function:
     """
     _HELD.add(function.__code__)
     return function
+
+
+def held_throughout(kind: _Class) -> _Class:
+    """Mark all methods of a class as ``held``: one that takes locks of its own."""
+    _HELD.update(member.__code__ for member in vars(kind).values() if isinstance(member, FunctionType))
+    return kind
 
 
 def whole(function: _Function) -> _Function:

@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from .. import signals
 from ..errors import PlanError, PlanFileError
 from ..gc_pause import without_collection
 from ..manifest import Manifest
@@ -37,6 +38,7 @@ Options = tuple[object, ...]
 _KEPT = 4  # plans of one model: several checkpoints may take turns
 
 
+@signals.held
 def planned(
     model: nn.Module,
     survey: Survey | None,
@@ -118,6 +120,7 @@ _PLANS: WeakKeyDictionary[nn.Module, list[_KeptPlan]] = WeakKeyDictionary()
 _LOCK = threading.Lock()
 
 
+@signals.held
 def _kept(model: nn.Module) -> list[_KeptPlan]:
     with _LOCK:
         return _PLANS.setdefault(model, [])

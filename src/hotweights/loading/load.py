@@ -224,6 +224,7 @@ def _noting(done: Tally, nbytes: int) -> Iterator[None]:
 
 
 @contextmanager
+@signals.held
 def _renewing(
     plan: LoadPlan, model: nn.Module, tensors: Destinations, destinations: Destinations, done: Tally
 ) -> Iterator[None]:

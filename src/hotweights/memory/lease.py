@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
+from .. import signals
 from ..dtypes import OpaqueDtype
 from ..errors import UnsupportedDtype
 from ..manifest import TensorSpec
@@ -17,6 +18,7 @@ Poison = tuple[int, int, int]
 """Fill a slot's memory from the first number to the second with the third, a byte."""
 
 
+@signals.held_throughout
 class Slot:
     """One piece of a pool's memory, held by one owner at a time.
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .. import signals
 from ..arguments import check_choices
 from ..errors import Closed, PoolTimeout, UsageError
 from .devices import is_host, pinned_empty
@@ -45,6 +46,7 @@ class PoolStats:
     waited: float
 
 
+@signals.held_throughout
 class Pool:
     """A bounded, reused set of memory slots; thread-safe.
 
@@ -110,6 +112,7 @@ class Pool:
                 if left <= 0:
                     raise PoolTimeout(self._complaint(holder, timeout))
                 self._changed.wait(min(left, _POLL if self._free else _ASK))
+                signals.deliver()
             self._waited += time.monotonic() - began
             slot.holder, slot.claims = holder, 1
             late, slot.poison = slot.poison, []

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .. import signals
 from ..arguments import check_choices
 from ..errors import Closed, NoManifest, PoolTimeout, SourceError, UsageError
 from ..manifest import Manifest, TensorSpec
@@ -196,6 +197,7 @@ def _broken(problems: Iterable[str]) -> SourceError:
     return SourceError("the iterator does not keep its promise", problems)
 
 
+@signals.held_throughout
 class _Pass:
     """One pass through an iterator. It advances only when nobody reads what it gave last."""
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+from .. import signals
 from ..errors import Closed
 from ..memory.lease import Lease
 from ..notices import forgotten
@@ -14,6 +15,7 @@ from ..notices import forgotten
 T = TypeVar("T")
 
 
+@signals.held_throughout
 class LeaseStream:
     """Leases from a generator. A context manager and an iterator; a lease ends when the stream advances or closes.
 

@@ -14,6 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 
+from .. import signals
 from ..boxes import Memory, Region, box_of
 from ..manifest import TensorSpec
 from ..memory.aliases import plain
@@ -181,6 +182,7 @@ class Recorder:
 
     # What happens to an operation.
 
+    @signals.held
     def dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Do an operation, or record it; returns what the loading code gets."""
         with self._lock, torch._C.DisableTorchFunction():

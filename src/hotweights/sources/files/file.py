@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ... import signals
 from ...errors import CheckpointChanged, CheckpointError, Closed
 from ...memory.host import PAGE, buffer
 
@@ -56,6 +57,7 @@ def rest(buffers: Sequence[Buffer], done: int) -> Sequence[Buffer]:
     return left
 
 
+@signals.held_throughout
 class File:
     """An open file. The owner closes it.
 
