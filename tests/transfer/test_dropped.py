@@ -9,6 +9,7 @@ from processes import Tiny, value_of
 import hotweights as hw
 from hotweights.transfer.channel import Channel
 from hotweights.transfer.messages import Accept, End, Filled, Prepared
+from hotweights.transfer.roll import Roll
 
 
 class Standing:
@@ -110,13 +111,17 @@ def test_who_was_dropped_has_no_vote(address, monkeypatch):
             if isinstance(message, Prepared) and threading.current_thread() is threads[1]:
                 channel.socket.sendall(b"GET / HTTP/1.1\r\n\r\n" + b" " * 20)
 
+        order, strike, say_goodbye = [], Roll.strike, Channel.say_goodbye
         monkeypatch.setattr(Channel, "send", raving)
+        monkeypatch.setattr(Roll, "strike", lambda *given: (order.append("struck"), strike(*given))[1])
+        monkeypatch.setattr(Channel, "say_goodbye", lambda *given: (order.append("told"), say_goodbye(*given))[1])
         second = Thread(lambda: sending.send(Tiny(2), version=2))
         with pytest.raises(hw.UpdateAborted, match="no frame of hotweights"):
             threads[1].result()
         standing.go_on.set()
         report = second.result()
         assert len(report.committed) == len(report.lost) == 1
+        assert order[0] == "struck", "told first, it may end the update for all"
         sending.send(Tiny(3), version=3, receivers=1)
         threads[0].result()
     assert (bad.version, value_of(bad.model)) == (1, 1)

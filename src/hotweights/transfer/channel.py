@@ -104,15 +104,11 @@ class Channel:
 
         Raises:
             PeerLost: the other end is gone, or says that it goes; with its words.
-            ProtocolError: what came breaks the protocol. The other end is told.
+            ProtocolError: what came breaks the protocol. The caller tells the other end, with ``say_goodbye``.
         """
-        try:
-            while (frame := self._next()) is None:
-                if not self._fill():
-                    return None
-        except ProtocolError as error:
-            self.say_goodbye(str(error))
-            raise
+        while (frame := self._next()) is None:
+            if not self._fill():
+                return None
         if isinstance(frame.message, Broken):
             raise PeerLost(f"the other side ended the connection: {frame.message.reason}")
         return frame

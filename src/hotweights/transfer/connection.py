@@ -119,8 +119,8 @@ class Connection:
                 channel = self._running()
                 try:
                     frame = channel.read()
-                except (PeerLost, ProtocolError):
-                    self.drop()
+                except (PeerLost, ProtocolError) as error:
+                    self.drop(str(error))
                     raise
                 if frame is not None:
                     return frame
@@ -208,9 +208,9 @@ class Connection:
         assert self._channel is not None
         try:
             later = self._channel.read()
-        except (PeerLost, ProtocolError):
+        except (PeerLost, ProtocolError) as error:
             os.close(offer.descriptors[0])
-            self.drop()
+            self.drop(str(error))
             raise
         if later is None:
             return offer

@@ -263,6 +263,8 @@ class Outbound:
                 while _is_active(peer) and (frame := peer.channel.read()) is not None:
                     self._take(peer, frame)
             except (PeerLost, ProtocolError) as error:
+                # Struck before it hears of it: a member that has lost its sender may vote, and would end it for all.
+                self._strike(peer)
                 peer.channel.say_goodbye(str(error))  # Also to who has refused: there is nothing to wait for.
                 self._lose(peer, str(error))
         if not self._over and self._ballot.read() is not None:
@@ -293,6 +295,11 @@ class Outbound:
             case Done(problem):
                 peer.problem = problem
 
+    def _strike(self, peer: Peer) -> None:
+        """Note in the roll that the peer is no member of this update. After the decision nothing is taken back."""
+        if not self._over:
+            self._slots.roll.strike(peer.place, self._update)
+
     def _lose(self, peer: Peer, reason: str) -> None:
         """Go on without a peer.
 
@@ -304,8 +311,7 @@ class Outbound:
         refused = peer.state is SessionState.REFUSED and _is_open(peer)
         self._members = [member for member in self._members if member is not peer]
         self._leaving = [member for member in self._leaving if member is not peer]
-        if not self._over:  # Before a slot that it holds is filled again. After the decision nothing is taken back.
-            self._slots.roll.strike(peer.place, self._update)
+        self._strike(peer)  # Before a slot that it holds is filled again.
         peer.holds.clear()
         self._lost.setdefault(peer.name, reason)
         if refused:
