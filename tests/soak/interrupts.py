@@ -14,7 +14,7 @@ from layers import WAYS, fault_of, live_model, numbers_in, streamed, version_of
 
 import hotweights as hw
 
-NAME, WEIGHT = "signals", 4
+NAME, WEIGHT = "signals", 7
 _STRIKER = Path(__file__).parent / "striker.py"
 _OURS = str(Path(hw.__file__).parent)
 
@@ -28,7 +28,8 @@ class Blows:
         swallowed: interruptions that Python itself dropped, in a ``__del__`` for example.
     """
 
-    def __init__(self):
+    def __init__(self, tally):
+        self._tally = tally
         self.came = self.swallowed = self._budget = 0
         self.where = []
 
@@ -61,8 +62,8 @@ class Blows:
     def unraisable(self, what):
         if isinstance(what.exc_value, KeyboardInterrupt):
             self.swallowed += 1
-        else:
-            sys.__unraisablehook__(what)
+        else:  # An object that was being made when it was interrupted cannot end.
+            self._tally.fault(f"nobody could raise it: {what.object}, interrupted at {self.where}", what.exc_value)
 
     @contextmanager
     def falling(self, seed):
@@ -115,7 +116,7 @@ ACTS = (by_mapping, by_mapping, by_stream, by_pushes, by_nobody, while_serving)
 
 
 def run(tally, draw, until, folder):
-    blows = Blows()
+    blows = Blows(tally)
     numbers = itertools.count(1)
     with blows.falling(str(draw.random())) as striker:
         models = {}
@@ -136,7 +137,13 @@ def run(tally, draw, until, folder):
 
 def _loaded(tally, blows, atomic, budget, numbers):
     live, number = live_model(atomic), next(numbers)
-    if not _struck(tally, blows, f"load, {atomic}", lambda: live.load(version_of(number), version=number), budget):
+    if not _struck(
+        tally,
+        blows,
+        f"load, {atomic}, at most {budget} times",
+        lambda: live.load(version_of(number), version=number),
+        budget,
+    ):
         return None
     tally.add("first loads")
     if live.state is hw.State.EMPTY:
@@ -148,7 +155,7 @@ def _loaded(tally, blows, atomic, budget, numbers):
 
 def _updated(tally, blows, live, act, budget, numbers):
     before, number, atomic = live.version, next(numbers), live._atomic
-    what = f"{act.__name__}, {atomic}"
+    what = f"{act.__name__}, {atomic}, at most {budget} times"
     if not _struck(tally, blows, what, lambda: act(live, number), budget):
         return False
     tally.add("updates")
@@ -180,8 +187,8 @@ def _struck(tally, blows, what, act, budget):
 
 
 def _is_as_before(tally, blows, what):
-    handlers = [signal.getsignal(number) == blows.take for number in (signal.SIGINT, signal.SIGUSR1)]
-    if gc.isenabled() and all(handlers):
+    handlers = {signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR1)}
+    if gc.isenabled() and handlers == {blows.take}:
         return True
     tally.fault(f"{what}: collector {gc.isenabled()}, handlers {handlers}; interrupted at {blows.where}")
     gc.enable()

@@ -28,7 +28,7 @@ import readers
 
 PARTS = {part.NAME: part for part in (interrupts, readers, members, checkpoints, strangers)}
 _TURN = 5.0  # seconds of a part of weight 1
-_PATIENCE = 120  # seconds after which a turn that does not end is ended, with a stack of every thread
+_PATIENCE = 60  # seconds after which a turn that does not end is ended, with a stack of every thread
 _SLACK = 50_000_000  # bytes by which the process may have grown since the first round
 
 

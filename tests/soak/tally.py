@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import collections
+import re
 import threading
 import traceback
 
-_SHOWN = 400  # lines of a traceback; a fault in a deep call shows its innermost ones
+_SHOWN = 12  # lines of a traceback, the innermost ones
+_ALIKE = 3  # faults that differ in their numbers only are printed so often
 
 
 class Tally:
@@ -15,6 +17,7 @@ class Tally:
     def __init__(self):
         self.counts = collections.defaultdict(collections.Counter)
         self.faults = []
+        self._kinds = collections.Counter()
         self.place = "start"  # the part and the turn that run; what a fault is named by
         self._lock = threading.Lock()
 
@@ -28,7 +31,10 @@ class Tally:
             text = "\n    ".join([f"{text}: {type(error).__name__}", *lines])
         self.add("faults")
         self.faults.append(f"{self.place}: {text}")
-        print(f"FAULT {self.faults[-1]}", flush=True)
+        kind = re.sub(r"\d+", "", text.partition("interrupted at")[0])
+        self._kinds[kind] += 1
+        if self._kinds[kind] <= _ALIKE:
+            print(f"FAULT {self.faults[-1]}", flush=True)
 
     def line(self):
         """All counts in one line."""
