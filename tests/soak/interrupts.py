@@ -188,12 +188,15 @@ def _struck(tally, blows, what, act, budget):
 
 def _is_as_before(tally, blows, what):
     handlers = {signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR1)}
-    if gc.isenabled() and handlers == {blows.take}:
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    if gc.isenabled() and handlers == {blows.take} and not blocked:
         return True
-    tally.fault(f"{what}: collector {gc.isenabled()}, handlers {handlers}; interrupted at {blows.where}")
+    state = f"collector {gc.isenabled()}, handlers {handlers}, blocked {blocked}"
+    tally.fault(f"{what}: {state}; interrupted at {blows.where}")
     gc.enable()
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, blows.take)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     return False
 
 

@@ -29,6 +29,7 @@ import readers
 PARTS = {part.NAME: part for part in (interrupts, readers, members, checkpoints, strangers)}
 _TURN = 5.0  # seconds of a part of weight 1
 _PATIENCE = 60  # seconds after which a turn that does not end is ended, with a stack of every thread
+_MANY = 200  # faults after which a soak ends: one that stays makes many
 _SLACK = 50_000_000  # bytes by which the process may have grown since the first round
 
 
@@ -64,8 +65,8 @@ def rounds(tally, options, seed, folder):
             if time.monotonic() - said >= 60 or turn == len(options.parts):
                 said = time.monotonic()
                 print(f"{said - began:.0f} s: {tally.line()}", flush=True)
-            if time.monotonic() >= end:
-                break
+            if time.monotonic() >= end or len(tally.faults) > _MANY:
+                return warm or resources()
         warm = warm or resources()
     return warm
 
