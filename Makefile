@@ -1,4 +1,4 @@
-# demo, test, test-all, check, bench: each sets up what it needs in .venv, the first time.
+# demo, test, test-all, check, bench, soak: each sets up what it needs in .venv, the first time.
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ VLLM_BIN := $(VLLM_VENV)/bin
 WORKERS ?= $(shell n=$$(env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n : 8)))
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-all test-vllm test-vllm-part check lint bench clean
+.PHONY: demo test test-all test-vllm test-vllm-part check lint bench soak clean
 
 demo: $(VENV)/.installed
 	$(BIN)/hotweights demo
@@ -37,6 +37,11 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/load.py
+
+# Chaos for MINUTES: signals, threads, processes, files, hostile members. SEED= makes the same choices again.
+MINUTES ?= 10
+soak: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/soak.py --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
