@@ -6,6 +6,7 @@ functions that take and give back locks, change states, commit, abort and put th
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]  # `signal.getsignal` makes an enum of each answer: ten times slower.
 import contextlib
 import functools
 import signal
@@ -95,7 +96,8 @@ _Class = TypeVar("_Class", bound=type)
 
 _HELD: set[CodeType] = set()
 _WHOLE: set[CodeType] = set()
-_PASSED_OVER = (contextlib.__file__, threading.__file__)  # Their frames belong to the code that calls them.
+# Frames in these files belong to the code that calls them.
+_PASSED_OVER = (contextlib.__file__, threading.__file__, signal.__file__)
 
 
 def held(function: _Function) -> _Function:
@@ -168,7 +170,7 @@ class _Watch:
     """The handlers of this process while somebody watches."""
 
     def __init__(self) -> None:
-        self.pending: dict[int, FrameType | None] = {}
+        self.pending: set[int] = set()
         self.watchers: set[object] = set()  # Adding and discarding are atomic: updates may end in any thread.
         self._ending = False  # whether handlers are being put back
         self._before: dict[int, Callable[[int, FrameType | None], Any]] = {}
@@ -178,7 +180,7 @@ class _Watch:
         try:
             self.watchers.add(watcher)
             for number in _NUMBERS:
-                handler = _handler_of(number)
+                handler = _signal.getsignal(number)
                 if callable(handler) and handler != self.take:
                     self._before[number] = handler
                     signal.signal(number, self.take)
@@ -200,20 +202,25 @@ class _Watch:
             deliver()
 
     def _put_back(self) -> None:
-        for number, handler in self._before.items():
-            if _handler_of(number) == self.take:  # Nobody put another one there meanwhile.
-                signal.signal(number, handler)
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        try:
+            signal.pthread_sigmask(signal.SIG_BLOCK, self._before)
+            for number, handler in self._before.items():
+                if _signal.getsignal(number) == self.take:  # Nobody put another one there meanwhile.
+                    signal.signal(number, handler)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
     def take(self, number: int, frame: FrameType | None) -> None:
         if (self.watchers or self._ending) and _must_finish(frame):
-            self.pending[number] = frame
+            self.pending.add(number)  # Not the frame: it would keep alive what it holds, an update say.
         else:
             self._before[number](number, frame)
 
     def deliver(self) -> None:
         while self.pending:
-            number, frame = self.pending.popitem()
-            self._before[number](number, frame)
+            number = self.pending.pop()
+            self._before[number](number, sys._getframe())
 
 
 def _must_finish(frame: FrameType | None) -> bool:
@@ -236,7 +243,7 @@ def _is_whole(frame: FrameType | None) -> bool:
 
 
 _NUMBERS = sorted(signal.valid_signals())
-_handler_of = getattr(signal.getsignal, "__wrapped__", signal.getsignal)  # Without making enums: ten times as fast.
 _watch = _Watch()
-_HELD.update(function.__code__ for function in (watch, unwatch, deliver))
-_HELD.update(method.__code__ for method in (_Watch.begin, _Watch.end, _Watch._put_back, _Watch.deliver))
+_HELD.update(function.__code__ for function in (watch, unwatch, deliver, _in_main_thread, _must_finish, _is_whole))
+_HELD.update(method.__code__ for method in (_Watch.begin, _Watch.end, _Watch.take, _Watch.deliver))
+_WHOLE.add(_Watch._put_back.__code__)

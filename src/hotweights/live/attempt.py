@@ -148,6 +148,7 @@ class Attempt:
             # Nothing of it outlives the call: scratch of the layer before would be held beside the next one's.
             self._read(group, source, verify, pool=pool, advance=advance, **options)
 
+    @signals.held
     def _read(
         self, group: LayerGroup, source: Source, verify: Verifier | None, *, pool: Pool, **options: object
     ) -> None:

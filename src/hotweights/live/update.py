@@ -285,6 +285,7 @@ class Update:
         if self._is_over():
             raise UsageError(f"this update is over; it cannot {verb}. Begin another one")
 
+    @signals.held
     def __enter__(self) -> Update:
         return self
 

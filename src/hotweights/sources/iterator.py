@@ -239,13 +239,14 @@ class _Pass:
         self._lease = Lease(spec, tensor=plain, borrowed=borrowed, guard=guard)
         return self._lease
 
+    @signals.whole
     def stop(self) -> None:
         """End another thread's wait to advance. The iterator's own code cannot be interrupted."""
         self._stopped.set()
 
     def close(self) -> None:
         """Let go of the iterator. If another thread is inside it, that thread does so when it comes back."""
-        self._stopped.set()
+        self.stop()
         with self._lock:
             if self._busy or self.done:
                 return

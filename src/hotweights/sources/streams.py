@@ -68,7 +68,7 @@ class LeaseStream:
         self.close()
 
     def __del__(self) -> None:
-        if not self._closed:
+        if not getattr(self, "_closed", True):  # Its making may have been interrupted.
             forgotten("a stream of leases was not closed; use it in a with", self)
 
     def _end_running(self) -> None:
