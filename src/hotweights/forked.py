@@ -8,10 +8,13 @@ from contextlib import contextmanager
 
 import torch
 
+from .signals import held
+
 _IMPORTED_IN = os.getpid()
 
 
 @contextmanager
+@held  # An update that was begun inside must reach whoever ends it.
 def alone_in_a_fork() -> Iterator[None]:
     """Inside, torch works on one thread if this process was forked after hotweights was imported.
 
