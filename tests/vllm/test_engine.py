@@ -50,7 +50,7 @@ def _failing_half_way(talker: Talker, source: str):
 
     live = attached(talker.model)
     process = live._process
-    layers = sum(map(live._is_processed, live.model.modules()))
+    layers = sum(live._is_processed(name, module) for name, module in live.model.named_modules())
     calls = []
 
     def failing(layer):
