@@ -35,7 +35,7 @@ from hotweights.transfer.messages import (
 )
 from hotweights.transfer.outbound import Outbound
 from hotweights.transfer.peers import Peer, PeerGroup
-from hotweights.transfer.slots import WriteSlots
+from hotweights.transfer.shared_memory import WriteSlots
 from hotweights.transfer.states import SessionState, Side
 from hotweights.transfer.waits import Waker
 

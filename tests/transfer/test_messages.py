@@ -36,7 +36,7 @@ from hotweights.transfer.messages import (
     decode,
     encode,
 )
-from hotweights.transfer.slots import ReadSlots, WriteSlots
+from hotweights.transfer.shared_memory import ReadSlots, WriteSlots
 from hotweights.transfer.states import SessionState, Side
 
 CONTENT = {"a": torch.arange(5.0), "b": torch.arange(3)}

@@ -12,7 +12,7 @@ from .address import check_peer, connect
 from .channel import Channel
 from .messages import Abort, Done, Frame, Hello, Message, Offer, Welcome
 from .roll import PLACES
-from .slots import ReadSlots
+from .shared_memory import ReadSlots
 from .states import Session, Side
 from .waits import Waker, left
 

@@ -33,7 +33,7 @@ from .messages import (
 from .packing import Packing, Piece, pieces
 from .peers import Peer, PeerGroup, told
 from .report import SendReport
-from .slots import WriteSlots
+from .shared_memory import WriteSlots
 from .states import SessionState
 from .waits import left
 

@@ -10,7 +10,7 @@ import torch
 from ..ranges import Range, pieces_of, shared
 from .copying import flat, over, parts, put
 from .messages import Chunk
-from .slots import WriteSlots, aligned
+from .shared_memory import WriteSlots, aligned
 
 
 class Piece(NamedTuple):

@@ -13,7 +13,7 @@ from .address import BACKLOG, Listener, check_peer
 from .channel import Channel, close_in_children
 from .messages import Hello, Wanted, Welcome
 from .roll import PLACES
-from .slots import WriteSlots
+from .shared_memory import WriteSlots
 from .states import SessionState, Side
 from .waits import Waker, left
 

@@ -28,7 +28,7 @@ from .copying import wrapped
 from .outbound import Outbound
 from .peers import PeerGroup
 from .report import SendReport
-from .slots import WriteSlots
+from .shared_memory import WriteSlots
 
 OnLost = Literal["abort", "drop"]
 """When a receiver is lost during an update: nobody takes the version, or all others do."""
