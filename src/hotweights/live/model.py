@@ -18,8 +18,9 @@ from ..gc_pause import without_collection
 from ..loading.apart import apart
 from ..loading.verify import Verify, verifier
 from ..manifest import Manifest
+from ..memory.digest import Digest
 from ..memory.pool import Pool
-from ..model.digests import Digest, digest_of
+from ..model.digests import digest_of
 from ..model.materialise import materialise, put_back
 from ..model.places import Place, places
 from ..model.reachable import reachable

@@ -131,7 +131,7 @@ def _open_directory(directory: Path, layout: Layout) -> Checkpoint:
         return _open_index(indexes[0], layout)
     if not files:
         content = f"it holds {some(names, 5)}" if names else "it is empty"
-        if layout is SAFETENSORS and any(name.endswith(".bin") for name in names):
+        if layout.suffix != ".bin" and any(name.endswith(".bin") for name in names):
             content += '; reader="torch" opens .bin files'
         raise CheckpointError(f"{directory}: no {layout.prefix}*{layout.suffix} in this directory; {content}")
     return _open_all(files, layout, _absent(files))
