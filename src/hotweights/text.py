@@ -35,3 +35,10 @@ def summary(names: tuple[str, ...], casts: Mapping[str, str]) -> str:
     if len(names) > _SHOWN and not any(name in casts for name in names):
         return f"{len(names)} tensors"
     return f"{len(names)}: {some([f'{name} ({casts[name]})' if name in casts else name for name in names], _SHOWN)}"
+
+
+def columns(rows: Iterable[Sequence[str]]) -> str:
+    """Rows under each other, in columns as wide as their texts need: nothing is cut, and nothing is wrapped."""
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)

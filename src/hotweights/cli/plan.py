@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from ..engines import transformers
 from ..plan.plan import LoadPlan, Order
 from ..sources.opening import open as open_source
+from ..text import columns
 from ..tracing.trace import trace
 from . import flags
 from .outcome import ending, print_json
@@ -68,17 +67,9 @@ def _as_dict(load_plan: LoadPlan, explain: str | None) -> dict[str, object]:
 
 
 def _print(load_plan: LoadPlan, limit: int) -> None:
-    console = Console(highlight=False, markup=False)  # As markup, rich would swallow the slice [0:8, :].
-    if not console.is_terminal:
-        console.width = 240  # Whoever searches the output must find whole names.
-    table = Table(box=None, header_style="bold")
-    for title in ("of the model", "is made by", "from the checkpoint"):
-        table.add_column(title, overflow="fold")
     rows = [row for step in load_plan.steps[: limit or None] for row in load_plan.rows(step)]
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    typer.echo(columns([("of the model", "is made by", "from the checkpoint"), *rows]))
     hidden = len(load_plan.steps) - limit
     if limit and hidden > 0:
-        console.print(f"... and {hidden} more; --limit 0 lists all")
-    console.print(str(load_plan))
+        typer.echo(f"... and {hidden} more; --limit 0 lists all")
+    typer.echo(str(load_plan))

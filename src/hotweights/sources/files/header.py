@@ -95,9 +95,18 @@ def _refuse_other_formats(file: str, size: int, start: bytes) -> None:
             f"{file}: this is a pointer to large-file storage ({size} bytes), not the weights; "
             "fetch them with: git lfs pull"
         )
+    if start.lstrip()[:9].lower().startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
+        raise CheckpointError(
+            f"{file}: this is a web page ({size} bytes), not the weights: a server answered the download with an error "
+            "or a login page; fetch the file again"
+        )
     for magic, what in _ELSEWHERE.items():
         if start.startswith(magic):
             raise CheckpointError(f"{file}: this is not a safetensors file but {what}")
+    if start.isascii() and all(letter.isprintable() or letter.isspace() for letter in start.decode()):
+        raise CheckpointError(
+            f"{file}: this is text ({size} bytes), not the weights; it begins {start[:40].decode()!r}"
+        )
 
 
 def _parse(file: str, raw: bytes, *, data_start: int, size: int, view: View) -> FileHeader:
