@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from .sources.iterator import from_iterator
     from .sources.opening import open
     from .sources.save import SaveReport, save
+    from .sources.versions import Version, Versions, follow
     from .tracing.trace import trace
     from .transfer.receiver import Receiver
     from .transfer.report import SendReport
@@ -112,6 +113,9 @@ __all__ = [
     "UpdateAborted",
     "UpdateReport",
     "UsageError",
+    "Version",
+    "Versions",
+    "follow",
     "from_iterator",
     "load",
     "open",
@@ -141,6 +145,9 @@ _HOMES = {
     "State": "live.state",
     "Update": "live.update",
     "UpdateReport": "live.report",
+    "Version": "sources.versions",
+    "Versions": "sources.versions",
+    "follow": "sources.versions",
     "from_iterator": "sources.iterator",
     "load": "loading.load",
     "open": "sources.opening",

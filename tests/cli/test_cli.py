@@ -41,7 +41,7 @@ def flags(command):
 
 
 def test_commands_and_flags():
-    assert set(COMMANDS) == {*"inspect verify diff copy convert plan load send receive demo".split()}
+    assert set(COMMANDS) == {*"inspect verify diff copy convert follow plan load send receive demo".split()}
     assert flags("--help") == {"--version", "--help"}
     shared = {"--json", "--timeout", "--help"}
     assert flags("send") == shared | {"--to", "--receivers", "--version", "--on-lost", "--digests", "--no-digests"}
@@ -51,6 +51,9 @@ def test_commands_and_flags():
     assert flags("diff") == {"--json", "--help"}
     assert flags("copy") == {"--json", "--shard-size", "--help"}
     assert flags("convert") == {"--json", "--shard-size", "--dtype", "--reader", "--help"}
+    assert flags("follow") == {
+        *"--versions --interval --timeout --latest --marker --pattern --json --help".split(),
+    }
     assert flags("plan") == {
         *"--model --order --explain --save --limit --allow-missing --allow-unexpected --json --help".split()
     }
@@ -289,6 +292,31 @@ class TestCopy:
         result = run("copy", place, tmp_path / "b.safetensors")
         assert result.exit_code == 1
         assert "reads back otherwise" in result.stderr
+
+
+class TestFollow:
+    @pytest.fixture
+    def steps(self, tmp_path):
+        for number in (1, 2):
+            place = write_checkpoint(tmp_path / f"step-{number}", {"a": torch.zeros(2)})
+            os.utime(place / "model.safetensors", (number, number))
+        return tmp_path
+
+    def test_a_line_for_each(self, steps):
+        result = run("follow", steps, "--interval", "0.001", "--versions", 2)
+        assert result.exit_code == 0
+        assert result.output == f"step-1\t{steps / 'step-1'}\nstep-2\t{steps / 'step-2'}\n"
+        result = run("follow", steps, "--interval", "0.001", "--versions", 1, "--latest", "--json")
+        assert json.loads(result.output) == {"name": "step-2", "path": str(steps / "step-2")}
+
+    def test_fewer_than_wanted(self, steps):
+        result = run("follow", steps, "--interval", "0.001", "--timeout", "0.01", "--marker", "DONE", "--versions", 1)
+        assert result.exit_code == 1
+        assert "0 of 1 versions came; the next did not within 0.01 s" in result.stderr
+        assert run("follow", steps, "--timeout", "0.001").exit_code == 0
+
+    def test_no_directory(self, tmp_path):
+        assert run("follow", tmp_path / "runs").exit_code == 2
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ COMMANDS = {
     "diff": "diff",
     "copy": "copy",
     "convert": "copy",
+    "follow": "follow",
     "plan": "plan",
     "load": "load",
     "send": "send",

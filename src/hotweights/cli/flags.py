@@ -22,3 +22,4 @@ AllowUnexpected = Annotated[
     list[str] | None, typer.Option(help="Tensors of the checkpoint that may have no place in the model.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+JsonLines = Annotated[bool, typer.Option("--json", help="Print one JSON document in each line.")]
