@@ -264,6 +264,20 @@ class TestCopy:
         assert run("diff", place, tmp_path / "b").exit_code == 0
         assert sorted(os.listdir(tmp_path / "b")) == ["config.json", "model.safetensors"]
         assert run("copy", place, place).exit_code == 2
+        (place / "config.json").write_text("[]")
+        assert run("copy", place, tmp_path / "b", "--shard-size", "32").exit_code == 0
+        assert (tmp_path / "b" / "config.json").read_text() == "[]"
+        assert len(os.listdir(tmp_path / "b")) == 4
+
+    def test_nothing_is_copied_without_the_configuration(self, tmp_path, monkeypatch):
+        place = write_checkpoint(tmp_path / "a", {"a": torch.randn(8)})
+        (place / "config.json").write_text("{}")
+        copyfile = lambda source, to: (_ for _ in ()).throw(OSError(28, "No space left on device"))  # noqa: E731
+        monkeypatch.setattr("hotweights.sources.files.staging.shutil.copyfile", copyfile)
+        result = run("copy", place, tmp_path / "b")
+        assert result.exit_code == 1
+        assert "config.json: cannot be copied, and nothing was saved: No space left" in result.stderr
+        assert os.listdir(tmp_path) == ["a"]
 
     def test_convert(self, tmp_path):
         torch.save({"w": torch.randn(8), "n": torch.tensor([1])}, tmp_path / "model.bin")

@@ -137,6 +137,18 @@ class TestRefusals:
         with pytest.raises(hw.UsageError, match="one file has no shards"):
             hw.save(state, tmp_path / "a.safetensors", shard_size=5)
 
+    def test_what_lies_beside(self, tmp_path):
+        for name in ("config.json", "model.safetensors"):
+            (tmp_path / name).write_text("{}")
+        state = {"a": torch.ones(1)}
+        with pytest.raises(hw.UsageError, match="the weights take this name"):
+            hw.save(state, tmp_path / "x", beside=[tmp_path / "model.safetensors"])
+        with pytest.raises(hw.UsageError, match="one file has nothing beside it"):
+            hw.save(state, tmp_path / "x.safetensors", beside=[tmp_path / "config.json"])
+        with pytest.raises(hw.SaveError, match=r"none.json: cannot be copied, and nothing was saved: No such file"):
+            hw.save(state, tmp_path / "x", beside=[tmp_path / "none.json"])
+        assert len(os.listdir(tmp_path)) == 2
+
     def test_a_source_that_fails(self, tmp_path):
         def pairs():
             yield "a", torch.ones(2)
@@ -224,6 +236,25 @@ def test_at_every_step_the_target_is_old_or_new(old, new, dead, tmp_path, monkey
     if dead:  # Of single failures some are nothing: a directory that exists cannot be made, and need not.
         assert outcomes == sorted(outcomes, reverse=True), "once new, it stays"  # "old" sorts behind "new"
     assert outcomes[-1] == "new"
+
+
+def test_what_cannot_be_put_beside_is_a_warning(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text("{}")
+    place = write_checkpoint(tmp_path / "m", OLD)
+    rename = os.rename
+
+    def refusing(old, new):
+        if os.path.basename(new) == "config.json":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        rename(old, new)
+
+    monkeypatch.setattr(os, "rename", refusing)
+    (warning,) = hw.save(NEW, place, beside=[tmp_path / "config.json"]).warnings
+    assert warning == f"{place / 'config.json'}: the new version is complete, but then this failed: Permission denied"
+    assert same(tensors_of(place), NEW)
+    assert os.listdir(place) == ["model.safetensors"]
+    assert hw.save(NEW, tmp_path / "new", beside=[tmp_path / "config.json"]).warnings == ()
+    assert sorted(os.listdir(tmp_path / "new")) == ["config.json", "model.safetensors"]
 
 
 def test_nothing_is_left_beside(tmp_path, monkeypatch):

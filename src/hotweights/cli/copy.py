@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -46,8 +44,7 @@ def _copy(path: Path, to: Path, reader: str, dtype: str | None, shard_size: str 
         raise UsageError(f"{to}: is what is read; name another place")
     with open_source(path, reader=reader) as source:
         beside = _beside(Path(source.files[0]).parent) if path.is_dir() and to.suffix != ".safetensors" else []
-        report = save(source, to, shard_size=shard_size, dtype=dtype_from(dtype))
-    _copy_beside(beside, to)
+        report = save(source, to, shard_size=shard_size, dtype=dtype_from(dtype), beside=beside)
     _compare(report)
     if as_json:
         print_json(report.as_dict())
@@ -72,11 +69,3 @@ def _beside(directory: Path) -> list[Path]:
         if file.is_file() and file.suffix in _BESIDE and not file.name.startswith(".")
         if not file.name.endswith(".index.json")
     ]
-
-
-def _copy_beside(files: list[Path], to: Path) -> None:
-    for file in files:
-        try:
-            shutil.copyfile(file, to / file.name)
-        except OSError as error:
-            raise SaveError(f"{to / os.fspath(file.name)}: cannot be written: {error.strerror}") from error

@@ -6,7 +6,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -75,6 +75,7 @@ def save(
     shard_size: int | str | None = None,
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
+    beside: Sequence[str | os.PathLike[str]] = (),
 ) -> SaveReport:
     """Save tensors as safetensors: all of them, or nothing. One tensor is in memory at a time besides the source's own.
 
@@ -90,6 +91,8 @@ def save(
         shard_size: bytes of one file at most, such as ``"5GB"``, the default; a larger tensor has a file of its own.
         dtype: what floats of 16 bits and more become. Values that would become infinite are a ``SaveError``.
         metadata: free text for each file besides ``{"format": "pt"}``.
+        beside: files that are copied into the directory, such as a ``config.json``. A new directory appears with them;
+            in one that exists they follow the weights.
 
     Raises:
         SaveError: the format cannot hold a tensor, or the files cannot be written.
@@ -106,7 +109,7 @@ def save(
         if problems := [problem for spec in specs if (problem := unwritable(spec))]:
             raise SaveError(f"{place}: nothing was saved", problems)
         try:
-            files, each, warnings = _write(source, specs, place, limit, free_text)
+            files, each, warnings = _write(source, specs, place, limit, free_text, beside)
         except OSError as error:
             raise SaveError(f"{place}: nothing was saved: {error.strerror or error}") from error
     return SaveReport(
@@ -121,23 +124,29 @@ def save(
 
 
 def _write(
-    source: Source, specs: list[TensorSpec], place: Path, limit: int, metadata: Mapping[str, str]
+    source: Source,
+    specs: list[TensorSpec],
+    place: Path,
+    limit: int,
+    metadata: Mapping[str, str],
+    beside: Sequence[str | os.PathLike[str]],
 ) -> tuple[tuple[str, ...], dict[str, str], tuple[str, ...]]:
     """Write all files. Returns their paths, the digest of each tensor, and warnings."""
     by_name = {spec.name: spec for spec in specs}
     shards = _dealt(specs, limit)
-    with Staging(place) as staging:
+    # The stream is asked first: what it refuses is refused before anything is written.
+    with source.leases() as stream, Staging(place) as staging:
         names, index = staging.names(len(shards))
+        staging.take(beside, names)
         writers = [Writer(staging.folder / name, shard, metadata) for name, shard in zip(names, shards, strict=True)]
         home = {spec.name: writer for writer, shard in zip(writers, shards, strict=True) for spec in shard}
         digests: dict[str, str] = {}
-        with source.leases() as stream:
-            for lease in stream:
-                with lease:
-                    spec = by_name[lease.name]
-                    raw = _bytes(lease.raw) if lease.spec == spec else _cast(lease.tensor, spec)
-                    digests[lease.name] = digest_of_bytes(spec, raw)
-                    home[lease.name].put(lease.name, buffer(raw.data_ptr(), raw.numel()))
+        for lease in stream:
+            with lease:
+                spec = by_name[lease.name]
+                raw = _bytes(lease.raw) if lease.spec == spec else _cast(lease.tensor, spec)
+                digests[lease.name] = digest_of_bytes(spec, raw)
+                home[lease.name].put(lease.name, buffer(raw.data_ptr(), raw.numel()))
         for writer in writers:
             writer.finish()
         if index is not None:

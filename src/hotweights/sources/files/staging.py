@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ...errors import UsageError
+from ...errors import SaveError, UsageError
 from .writer import sync, write_text
 
 WHOLE = "model.safetensors"
@@ -41,6 +41,7 @@ class Staging:
         self._published = False
         self._moved: list[str] = []  # what lies in the target and would be nobody's if it is not published
         self._old: set[str] = set()  # the weights that the new ones replace
+        self._beside: list[str] = []
         self._into = not self.is_file and where.is_dir()
         base = where if self._into else where.parent
         os.makedirs(base, exist_ok=True)
@@ -58,6 +59,21 @@ class Staging:
         number = next(n for n in itertools.count(1) if not any(map(self._taken, _shard_names(count, n))))
         return _shard_names(count, number), INDEX
 
+    def take(self, files: Sequence[str | os.PathLike[str]], weights: Sequence[str]) -> None:
+        """Copy files that are to lie beside the weights, whose names are ``weights``."""
+        for file in map(Path, files):
+            if self.is_file or file.name in weights or file.name == INDEX:
+                found = "one file has nothing beside it" if self.is_file else "the weights take this name"
+                raise UsageError(f"beside={str(file)!r}: {found}")
+            try:
+                shutil.copyfile(file, self.folder / file.name)
+                sync(self.folder / file.name)
+            except OSError as error:
+                raise SaveError(
+                    f"{file}: cannot be copied, and nothing was saved: {error.strerror or error}"
+                ) from error
+            self._beside.append(file.name)
+
     def publish(self, names: Sequence[str], index: str | None) -> None:
         """Let the files take the target's place. After that nothing raises: ``warnings`` says what failed."""
         sync(self.folder)
@@ -69,6 +85,8 @@ class Staging:
             self._move_in(names, index)
         self._published = True
         self._afterwards(self._where if self._into else self._where.parent, sync)
+        for name in self._beside if self._into else ():
+            self._afterwards(self._where / name, lambda path: os.rename(self.folder / path.name, path))
         for name in self._old:
             self._afterwards(self._where / name, os.unlink)
 
