@@ -404,6 +404,46 @@ class TestPlan:
         assert run("plan", bert, "--model", bert, "--order", "sideways").exit_code == 2
 
 
+class TestPlanOfAFactory:
+    @pytest.fixture(autouse=True)
+    def ours(self, tmp_path, monkeypatch):
+        name = f"models_of_{tmp_path.name}"  # Python keeps what it has imported.
+        (tmp_path / f"{name}.py").write_text(
+            "import torch\n"
+            "class Zoo:\n"
+            "    @staticmethod\n"
+            "    def linear(): return torch.nn.Linear(2, 3)\n"
+            "def table(): return {}\n"
+            "def picky(size): ...\n"
+        )
+        (tmp_path / "broken.py").write_text("import nothing_of_that_name\n")
+        monkeypatch.chdir(tmp_path)
+        return name
+
+    def test_it_is_called(self, ours, tmp_path):
+        place = write_checkpoint(tmp_path / "c", {"weight": torch.zeros(3, 2), "bias": torch.zeros(3)})
+        path = sys.path.copy()
+        result = run("plan", place, "--model", f"{ours}:Zoo.linear", "--json")
+        assert json.loads(result.output)["fates"] == {"weight": "written", "bias": "written"}
+        assert sys.path == path
+        assert run("plan", place, "--model", "torch.nn:Identity").exit_code == 1
+
+    @pytest.mark.parametrize(
+        ("factory", "words"),
+        [
+            ("{ours}:tables", r"there is no 'tables' in it; similar: table"),
+            ("{ours}:table", r"gives a torch.nn.Module; this gave a dict"),
+            ("{ours}:picky", r"calling it on meta without arguments failed: TypeError: .*'size'"),
+            ("of.nobody:make", r"there is no module of here. Start this where `python -c 'import of.nobody'` works"),
+            ("broken:make", r"importing it failed: No module named 'nothing_of_that_name'"),
+        ],
+    )
+    def test_what_is_wrong_with_it(self, factory, words, ours, checkpoint):
+        result = run("plan", checkpoint, "--model", factory.format(ours=ours))
+        assert result.exit_code == 2
+        assert re.search(words, result.stderr), result.stderr
+
+
 class TestReader:
     def test_inspect(self, tmp_path):
         torch.save({"a.weight": torch.zeros(2, 3), "b": torch.tensor(1)}, tmp_path / "model.pt")

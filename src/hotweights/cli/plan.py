@@ -7,18 +7,20 @@ from typing import Annotated
 
 import typer
 
-from ..engines import transformers
 from ..plan.plan import LoadPlan, Order
 from ..sources.opening import open as open_source
 from ..text import columns
 from ..tracing.trace import trace
 from . import flags
+from .model import model_from
 from .outcome import ending, print_json
 
 
 def plan(
     path: flags.Checkpoint,
-    model: flags.Model,
+    model: Annotated[
+        str, typer.Option(help="A directory with the config.json of a transformers model, or package.module:factory.")
+    ],
     order: Annotated[Order, typer.Option(help="Read layer by layer, as in the files, or as traced.")] = "file",
     explain: Annotated[str | None, typer.Option(help="Explain one tensor instead.")] = None,
     save: Annotated[Path | None, typer.Option(help="Write the plan to a file.")] = None,
@@ -27,10 +29,10 @@ def plan(
     allow_unexpected: flags.AllowUnexpected = None,
     as_json: flags.Json = False,
 ) -> None:
-    """Plan the loading of a checkpoint into a model built from its config. No weight is read, none is written."""
+    """Plan the loading of a checkpoint into a model from a config or a factory. No weight is read or written."""
     with ending(as_json=as_json), open_source(path) as source:
         load_plan = trace(
-            transformers.build(model),
+            model_from(model),
             source.manifest,
             device="cpu",
             allow_missing=allow_missing or (),

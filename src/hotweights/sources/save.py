@@ -20,7 +20,7 @@ from ..manifest import TensorSpec
 from ..memory.addresses import buffer
 from ..memory.aliases import owners
 from ..memory.digest import Digest, digest_of_bytes
-from ..text import size, table
+from ..text import as_html, counts, size, table
 from .contracts import Source
 from .files.staging import Staging
 from .files.writer import Writer, unwritable
@@ -60,6 +60,13 @@ class SaveReport:
             "warnings": list(self.warnings),
             "digest": self.digest.as_dict(),
         }
+
+    def __repr__(self) -> str:
+        files = counts({"files": len(self.files)})
+        return f"<SaveReport {len(self.digest.tensors)} tensors, {size(self.nbytes)} in {files}>"
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
 
     def __str__(self) -> str:
         rows = [("saved", f"{len(self.digest.tensors)} tensors, {size(self.nbytes)} in {len(self.files)} files")]
