@@ -4,11 +4,18 @@ import contextlib
 import errno
 import json
 import os
+import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.testing._internal.two_tensor import TwoTensor
 
 import hotweights as hw
 from hotweights.testing import write_checkpoint
@@ -36,6 +43,29 @@ ODD = {
     "complex": torch.tensor([1 + 2j]),
     "bool": torch.tensor([True, False]),
     "größe": torch.zeros(2, dtype=torch.int64),
+}
+
+
+def fake():
+    with FakeTensorMode():
+        return torch.ones(2, 2)
+
+
+def part():
+    """Half of a tensor: the other half lies on another rank."""
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    return distribute_tensor(torch.ones(2, 2), init_device_mesh("cpu", (2,)), [Shard(0)])
+
+
+NOT_PLAIN = {
+    "meta": lambda: torch.ones(2, 2, device="meta"),
+    "sparse_coo": lambda: torch.ones(2, 2).to_sparse(),
+    "sparse_csr": lambda: torch.ones(2, 2).to_sparse_csr(),
+    "_mkldnn": lambda: torch.ones(2, 2).to_mkldnn(),
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    "FakeTensor": fake,
+    "TwoTensor": lambda: TwoTensor(torch.ones(2, 2), torch.ones(2, 2)),
+    "DTensor": part,
 }
 
 
@@ -123,6 +153,26 @@ class TestRefusals:
     def test_before_anything_is_written(self, what, arguments, error, words, tmp_path):
         with pytest.raises(error, match=words):
             hw.save(what, tmp_path / "x", **arguments)
+        assert not os.listdir(tmp_path)
+
+    @pytest.mark.parametrize("way", ["mapping", "pairs", "promised"])
+    @pytest.mark.parametrize("kind", NOT_PLAIN)
+    def test_tensors_without_plain_bytes(self, kind, way, tmp_path):
+        if kind in ("FakeTensor", "TwoTensor", "nested", "DTensor"):
+            pytest.importorskip("hotweights.sharding")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that some of them are prototypes
+            state = {"plain": torch.ones(2, 2), "odd": NOT_PLAIN[kind]()}
+        what = state if way == "mapping" else list(state.items())
+        if way == "promised":
+            with hw.open({name: torch.ones(2, 2) for name in state}) as known:
+                what = hw.from_iterator(what, known.manifest)
+        try:
+            with pytest.raises(hw.UsageError, match=rf"'odd' is .*{kind.split()[0]}"):
+                hw.save(what, tmp_path / "x")
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
         assert not os.listdir(tmp_path)
 
     def test_places(self, tmp_path):
