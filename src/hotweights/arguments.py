@@ -29,7 +29,7 @@ def check_model(model: object, source: object = None) -> None:
 def check_choices(**options: tuple[object, Any]) -> None:
     """Raise ``UnknownName`` for an option that has no value of its ``Literal``: ``check_choices(io=(io, IOMode))``."""
     for name, (value, known) in options.items():
-        if value not in get_args(known):
+        if not isinstance(value, str) or value not in get_args(known):
             raise UnknownName(name, value, get_args(known))
 
 
@@ -37,6 +37,35 @@ def check_kind(what: str, value: object, kind: type | tuple[type, ...], words: s
     """Raise ``UsageError`` unless ``value`` is ``None`` or of this kind, which ``words`` describe."""
     if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
         raise UsageError(f"{what}= is {words}; found {_words(value)}")
+
+
+def check_count(least: int, **options: object) -> None:
+    """Raise ``UsageError`` for an option that is no whole number of at least ``least``."""
+    for name, value in options.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise UsageError(f"{name}= is a whole number of at least {least}; found {_words(value)}")
+
+
+def check_seconds(*, or_zero: bool = False, **options: object) -> None:
+    """Raise ``UsageError`` for an option that is no number of seconds, above zero or from zero on."""
+    for name, value in options.items():
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not (number and (value > 0 or (or_zero and value == 0))):  # type: ignore[operator]
+            raise UsageError(f"{name}= is {'at least' if or_zero else 'more than'} 0 s; found {_words(value)}")
+
+
+def check_flags(**options: object) -> None:
+    """Raise ``UsageError`` for an option that is not ``True``, ``False`` or ``None``."""
+    for name, value in options.items():
+        if value is not None and not isinstance(value, bool):
+            raise UsageError(f"{name}= is True, False or None; found {_words(value)}")
+
+
+def check_callable(**options: object) -> None:
+    """Raise ``UsageError`` for an option that is neither ``None`` nor a function."""
+    for name, value in options.items():
+        if value is not None and not callable(value):
+            raise UsageError(f"{name}= is a function, or None; found {_words(value)}")
 
 
 def patterns_from(**options: object) -> list[list[str | re.Pattern[str]]]:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .. import signals
+from ..arguments import patterns_from
 from ..errors import LiveModelError
 from ..memory.aliases import has_bytes
 from ..memory.wrappers import leaves
@@ -314,11 +315,12 @@ Selection = Patterns | Callable[[nn.Module], bool]
 """Which modules of a model: patterns of their qualified names, or a function that says so of a module."""
 
 
-def selected(selection: Selection) -> Callable[[str, nn.Module], bool]:
-    """Whether a module, given with its qualified name, is one of the selection."""
+def selected(selection: Selection, option: str) -> Callable[[str, nn.Module], bool]:
+    """Whether a module, given with its qualified name, is one of the selection, which ``option`` brought."""
     if callable(selection):
         return lambda _, module: selection(module)
-    match = matches(selection)
+    (patterns,) = patterns_from(**{option: selection})
+    match = matches(patterns)
     return lambda name, _: match(name)
 
 

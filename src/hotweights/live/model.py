@@ -10,7 +10,16 @@ import torch
 from torch import nn
 
 from .. import signals
-from ..arguments import check_choices, check_model, check_version, device_from
+from ..arguments import (
+    check_callable,
+    check_choices,
+    check_count,
+    check_model,
+    check_seconds,
+    check_version,
+    device_from,
+    patterns_from,
+)
 from ..dtypes import Cast
 from ..errors import UnknownName, UsageError
 from ..forked import alone_in_a_fork
@@ -27,6 +36,7 @@ from ..plan.patterns import Patterns
 from ..sources.contracts import IOMode, refusing
 from ..sources.iterator import IteratorSource
 from ..sources.opening import AnySource, opened, version_of
+from ..sources.reading import check_reading
 from .baseline import Baseline
 from .layers import Selection, selected
 from .plans import Options
@@ -85,11 +95,14 @@ class LiveModel:
         """
         check_model(model)
         _check_atomic(atomic)
+        check_callable(process=process)
+        if memory_limit is not None:
+            check_count(0, memory_limit=memory_limit)
         self.model = model
-        self._process: Process = process or process_by_quant_method
+        self._process: Process = process_by_quant_method if process is None else process
         by_default = _has_tensors if process is not None else _has_quant_method
-        self._is_processed = selected(by_default if layers is None else layers)
-        self._is_deferred = selected(deferred)
+        self._is_processed = selected(by_default if layers is None else layers, "layers")
+        self._is_deferred = selected(deferred, "deferred")
         self._atomic: Atomic = atomic
         self._limit = memory_limit
         self._current = Current()
@@ -127,6 +140,8 @@ class LiveModel:
             TimeoutError: an update did not let go within ``timeout`` seconds.
             LiveModelError: the model is TORN, or nothing was loaded yet.
         """
+        if timeout is not None:
+            check_seconds(or_zero=True, timeout=timeout)
         return Serving(self._current, timeout)
 
     def digest(self) -> Digest:
@@ -162,7 +177,11 @@ class LiveModel:
             Exception: what failed while loading. The model is in checkpoint format again, its values are undefined.
         """
         check_version(version)
-        check_choices(verify=(verify, Verify))
+        check_choices(verify=(verify, Verify), cast=("error" if cast is None else cast, Cast))
+        check_reading(io, threads, pool, show_progress)
+        allow_missing, allow_partial, allow_unexpected = patterns_from(
+            allow_missing=allow_missing, allow_partial=allow_partial, allow_unexpected=allow_unexpected
+        )
         options = Options(allow_missing, allow_partial, allow_unexpected, cast)
         where = device_from(device)
         with alone_in_a_fork(), without_collection(), ExitStack() as stack:
@@ -232,6 +251,7 @@ class LiveModel:
             CommitHookError: the new version is live, and a hook failed.
         """
         check_version(version)
+        check_reading(io, threads, pool, show_progress)
         with alone_in_a_fork(), without_collection(), ExitStack() as stack:
             stack.enter_context(refusing(source))
             try:

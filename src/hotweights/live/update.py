@@ -21,6 +21,7 @@ from ..notices import forgotten
 from ..plan.patterns import Patterns
 from ..progress import progress
 from ..sources.contracts import Addressed, InMemory, IOMode, OnDisk, Participant, Source, warnings_of
+from ..sources.pairs import check_tensor, pairs_of
 from .attempt import Attempt
 from .baseline import Baseline
 from .compiled import refuse_frozen
@@ -118,7 +119,8 @@ class Update:
             raise UsageError("this update is prepared; it cannot be fed any more")
         with self._failing():
             self._attempt.take_as_it_comes()
-            for name, tensor in pairs.items() if isinstance(pairs, Mapping) else pairs:
+            for name, tensor in pairs_of(pairs):
+                check_tensor(name, tensor)
                 self._attempt.check_apart(name, tensor)
                 devices = self._attempt.take(name, tensor, tensor.clone)
                 _wait_for(devices | {tensor.device})  # Behind the next tensor this one may be written over.

@@ -13,9 +13,8 @@ import torch
 from torch import nn
 
 from .. import signals
-from ..arguments import check_choices, check_kind, check_model, device_from, patterns_from
+from ..arguments import check_choices, check_flags, check_kind, check_model, device_from, patterns_from
 from ..dtypes import Cast
-from ..errors import UsageError
 from ..forked import alone_in_a_fork
 from ..gc_pause import without_collection
 from ..manifest import Manifest
@@ -34,6 +33,7 @@ from ..progress import progress
 from ..sources.contracts import Addressed, IOMode, OnDisk, Participant, refusing, warnings_of
 from ..sources.iterator import IteratorSource
 from ..sources.opening import AnySource, opened
+from ..sources.reading import check_reading
 from ..text import size
 from ..tracing.fit import check
 from ..tracing.frameworks import has_rules
@@ -116,12 +116,10 @@ def load(
     """
     check_model(model, source)
     check_kind("plan", plan, LoadPlan, "a LoadPlan (LoadPlan.load reads one from a file)")
-    check_kind("pool", pool, Pool, "a Pool")
-    check_kind("threads", threads, int, "a number of threads")
+    check_flags(cache=cache)
+    check_reading(io, threads, pool, show_progress)
     check_kind("cache_dir", cache_dir, (str, os.PathLike), "a path")
-    check_choices(order=(order, Order), io=(io, IOMode), verify=(verify, Verify), cast=(cast or "error", Cast))
-    if threads is not None and threads < 1:
-        raise UsageError(f"at least one thread must read; got threads={threads}")
+    check_choices(order=(order, Order), verify=(verify, Verify), cast=("error" if cast is None else cast, Cast))
     allowed = patterns_from(allow_missing=allow_missing, allow_partial=allow_partial, allow_unexpected=allow_unexpected)
     target_device = device_from(device)
     began = time.perf_counter()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
 import types
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -135,17 +135,22 @@ LoadingCode = Callable[[Iterable[tuple[str, torch.Tensor]]], object]
 def loader_of(model: nn.Module) -> LoadingCode | None:
     """The model's own loading code; ``None`` where loading by name is all that it would do."""
     if hasattr(model, "load_weights"):
-        return lambda pairs: _drained(model.load_weights(pairs))  # type: ignore[operator]
+        return lambda pairs: finished(model.load_weights(pairs))  # type: ignore[operator]
     if any(map(nn.parameter.is_lazy, survey(model).tensors.values())):
         return None  # Loading code would make them real.
     return by_name(model) if any(hook_problems(model)) else None
 
 
-def _drained(result: object) -> object:
-    """Run a generator to its end: loading code that yields does nothing until somebody asks for what it yields."""
-    if isinstance(result, types.GeneratorType):
-        deque(result, maxlen=0)
-    return result
+def finished(returned: object) -> object:
+    """What loading code returned, once it has done its work: a generator does nothing until somebody iterates over it.
+
+    Raises:
+        UsageError: it is a coroutine, which nobody here can await.
+    """
+    if inspect.iscoroutine(returned):
+        returned.close()
+        raise UsageError("this load_weights is a coroutine function; give code that loads when it is called")
+    return tuple(returned) if isinstance(returned, types.GeneratorType) else returned
 
 
 def by_name(model: nn.Module) -> LoadingCode:

@@ -9,6 +9,7 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from torch import nn
 
+from ..arguments import check_callable, check_flags, check_kind
 from ..errors import UsageError
 from ..text import some
 
@@ -42,6 +43,10 @@ class Component:
     def __post_init__(self) -> None:
         if not (isinstance(self.match, str) or callable(self.match)):
             raise UsageError(f"a component matches a prefix or a predicate, not a {type(self.match).__name__}")
+        check_kind("strip", self.strip, str, "a prefix")
+        check_kind("name", self.name, str, "a name")
+        check_callable(rename=self.rename)
+        check_flags(enabled=self.enabled, required=self.required)
         if self.enabled and not (self.load_weights is None or callable(self.load_weights)):
             found = type(self.load_weights).__name__
             raise UsageError(f"the load_weights of a component is a function, a module or None, not a {found}")
@@ -63,6 +68,8 @@ class Routes:
     """
 
     def __init__(self, components: Iterable[Component]) -> None:
+        if not isinstance(components, Iterable):
+            raise UsageError(f"components are several hotweights.Component; this is a {type(components).__name__}")
         self.components = tuple(components)
         _check(self.components)
         self.problems: list[str] = []  # Grows as names are placed.

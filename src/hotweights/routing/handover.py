@@ -21,10 +21,11 @@ from ..memory.devices import is_host, record_event, wait_for_copies
 from ..memory.extents import Extents
 from ..memory.host import HUGE_PAGE, host_empty
 from ..memory.lease import Lease
+from ..sources.pairs import Pair
 from ..tracing.fake_weight import FakeWeight
 from .component import Component
 
-Pairs = Iterable[tuple[str, torch.Tensor]]
+Pairs = Iterable[Pair]
 Item = torch.Tensor | Lease
 """What a stream brings."""
 

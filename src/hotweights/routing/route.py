@@ -8,13 +8,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import chain
-from types import GeneratorType
 
 import torch
 from msgspec.structs import replace
 from torch import nn
 
-from ..errors import PlanError, RoutingError, UsageError
+from ..arguments import check_count
+from ..errors import PlanError, RoutingError
 from ..forked import alone_in_a_fork
 from ..gc_pause import without_collection
 from ..loading.apart import apart
@@ -22,11 +22,13 @@ from ..loading.load import load
 from ..manifest import Manifest, TensorSpec
 from ..memory.extents import Extents
 from ..model.reachable import reachable
+from ..model.survey import finished
 from ..plan.plan import LoadPlan
 from ..sources.contracts import Addressed, InMemory, OnDisk, Source
 from ..sources.iterator import IteratorSource
 from ..sources.opening import AnySource, is_pairs, opened
 from ..sources.owned import unsupported
+from ..sources.pairs import pairs_of
 from ..sources.state_dict import StateSource
 from ..tracing.fake_weight import FakeWeight
 from ..tracing.trace import trace
@@ -76,8 +78,8 @@ def route(
         UsageError: an argument is of the wrong kind; nothing was read.
     """
     began = time.perf_counter()
-    if memory_limit is not None and memory_limit < 0:
-        raise UsageError(f"memory_limit= is a number of bytes, or None; got memory_limit={memory_limit}")
+    if memory_limit is not None:
+        check_count(0, memory_limit=memory_limit)
     routes = Routes(components)
     with ExitStack() as stack:
         done = _Loaded()
@@ -141,9 +143,7 @@ def _give(component: Component, load: _Load, pairs: Pairs, done: _Loaded) -> Non
     feed = Feed(pairs)
     try:
         with torch.no_grad():
-            returned = load(feed)
-            # A generator function does nothing until somebody iterates over what it returned.
-            returned = tuple(returned) if isinstance(returned, GeneratorType) else returned
+            returned = finished(load(feed))
         if feed.failure is not None:  # Loading code that swallows it takes a broken stream for one that has ended.
             raise feed.failure
     except BaseException as error:
@@ -302,13 +302,12 @@ def _from_pairs(
     pairs: Pairs, routes: Routes, done: _Loaded, stack: ExitStack, borrowed: bool, limit: int | None
 ) -> None:
     """Load from a stream without a manifest."""
-    items = iter(pairs)
-    stack.callback(getattr(items, "close", bool))
+    stack.callback(getattr(pairs, "close", bool))
     present = routes.present()
     first = next((component for component in present if _code(component) is not None), None)
     loads = {component: _load(component) for component in present}
     stream = OnePass(
-        items,
+        pairs_of(pairs),
         routes.place,
         first,
         borrowed=borrowed,

@@ -15,7 +15,8 @@ from typing_extensions import TypeIs
 from ..errors import CheckpointError, UnknownName, UsageError
 from .contracts import Source
 from .files.source import FileSource
-from .iterator import IteratorSource, Pair
+from .iterator import IteratorSource
+from .pairs import Pair
 from .readers.source import READERS, ReaderSource
 from .state_dict import StateSource
 

@@ -28,7 +28,7 @@ def path_of(address: str) -> str:
     Raises:
         UsageError: it is no such address, or its path is too long for the kernel.
     """
-    kind, colon, path = address.partition(":")
+    kind, colon, path = address.partition(":") if isinstance(address, str) else ("", "", "")
     if kind != "unix" or not colon or not path:
         raise UsageError(f"an address looks like unix:/tmp/trainer/socket; this is {address!r}")
     if len(os.fsencode(path)) > _LONGEST:

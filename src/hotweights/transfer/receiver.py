@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from ..arguments import check_choices
+from ..arguments import check_choices, check_seconds
 from ..errors import Closed, UsageError
 from ..manifest import Manifest
 from ..memory.guards import Guard
@@ -40,8 +40,7 @@ class Receiver:
             timeout: seconds that each single wait within an update may take.
             offer_timeout: seconds to wait for the next version.
         """
-        if not (timeout > 0 and offer_timeout > 0):
-            raise UsageError(f"timeout= and offer_timeout= are more than 0 s; found {timeout:g} and {offer_timeout:g}")
+        check_seconds(timeout=timeout, offer_timeout=offer_timeout)
         self.address = address
         self._connection = Connection(path_of(address))
         self._timeout, self._offer_timeout = timeout, offer_timeout

@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from ..arguments import check_choices, check_version
+from ..arguments import check_choices, check_count, check_flags, check_seconds, check_version
 from ..errors import Closed, UsageError
 from ..forked import alone_in_a_fork
 from ..manifest import Manifest
@@ -21,6 +21,7 @@ from ..progress import progress
 from ..sources.contracts import InMemory, Source, warnings_of
 from ..sources.iterator import from_iterator
 from ..sources.opening import AnySource, is_pairs, opened
+from ..sources.pairs import pairs_of
 from ..sources.state_dict import StateSource
 from ..text import some
 from .address import path_of
@@ -70,8 +71,9 @@ class Sender:
             UsageError: the address or an option is wrong.
         """
         check_choices(on_lost=(on_lost, OnLost))
-        if receivers < 1 or not timeout > 0:
-            raise UsageError(f"receivers= is at least 1 and timeout= more than 0 s; found {receivers} and {timeout:g}")
+        check_count(1, receivers=receivers, slots=slots, slot_nbytes=slot_nbytes)
+        check_flags(digests=digests)
+        check_seconds(timeout=timeout)
         path = path_of(address)
         self.address = address
         self._receivers, self._timeout, self._digests = receivers, timeout, digests
@@ -122,6 +124,9 @@ class Sender:
         if version is None:
             raise UsageError("a version has a name, a str or an int; found None")
         check_version(version)
+        check_flags(show_progress=show_progress)
+        if receivers is not None:
+            check_count(1, receivers=receivers)
         with self._alone(), _opened(tensors, manifest) as source:
             _check_bare(source)
             members = self._group.gather(self._receivers if receivers is None else receivers)
@@ -202,10 +207,7 @@ def _collected(pairs: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Ten
     """The tensors by name; no copies."""
     tensors: dict[str, torch.Tensor] = {}
     twice = set()
-    for pair in pairs:
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-            raise UsageError(f"a mapping or pairs of name and tensor can be sent; this holds a {type(pair).__name__}")
-        name, tensor = pair
+    for name, tensor in pairs_of(pairs):
         if name in tensors:
             twice.add(name)
         tensors[name] = tensor

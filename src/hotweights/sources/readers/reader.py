@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 from ..files.shards import SAFETENSORS, Layout
-from ..iterator import Pair
+from ..pairs import Pair
 
 
 class ReadFiles(Protocol):

@@ -13,7 +13,8 @@ from ...manifest import Manifest
 from ...memory.guards import Guard
 from ...notices import forgotten
 from ..files.shards import Checkpoint, open_checkpoint
-from ..iterator import IteratorSource, Pair
+from ..iterator import IteratorSource
+from ..pairs import Pair
 from ..streams import LeaseStream
 from .reader import Reader
 

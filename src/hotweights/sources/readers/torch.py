@@ -16,7 +16,7 @@ from ...manifest import TensorSpec
 from ..files.file import File
 from ..files.header import Entry, FileHeader
 from ..files.shards import Layout
-from ..iterator import Pair
+from ..pairs import Pair
 from .reader import Reader
 
 
