@@ -33,6 +33,32 @@ def check_choices(**options: tuple[object, Any]) -> None:
             raise UnknownName(name, value, get_args(known))
 
 
+def pairs_of(given: Any) -> Iterable[tuple[str, torch.Tensor]]:
+    """Pairs of names and tensors, given as such or as a mapping. Raises ``UsageError`` where they cannot be any."""
+    if isinstance(given, Mapping):
+        return given.items()
+    if isinstance(given, (str, bytes, torch.Tensor, nn.Module)) or not isinstance(given, Iterable):
+        cure = "; of a module, feed(module.state_dict())" if isinstance(given, nn.Module) else ""
+        raise UsageError(f"{_FED}; found {_words(given)}{cure}")
+    if isinstance(given, (tuple, list)):
+        if len(given) == 2 and isinstance(given[0], str):
+            raise UsageError(f"{_FED}; found a single pair, so put it into a list: feed([(name, tensor)])")
+        for item in given:
+            check_pair(item)
+    return given
+
+
+def check_pair(item: object) -> None:
+    """Raise ``UsageError`` unless ``item`` is a name and a tensor."""
+    if not (isinstance(item, (tuple, list)) and len(item) == 2):
+        raise UsageError(f"{_FED}; found {_words(item)} among them")
+    if not (isinstance(item[0], str) and isinstance(item[1], torch.Tensor)):
+        raise UsageError(f"{_FED}; found a pair of {_words(item[0])} and {_words(item[1])}")
+
+
+_FED = "feed takes pairs of a name and a tensor, or a mapping of them"
+
+
 def check_kind(what: str, value: object, kind: type | tuple[type, ...], words: str) -> None:
     """Raise ``UsageError`` unless ``value`` is ``None`` or of this kind, which ``words`` describe."""
     if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):

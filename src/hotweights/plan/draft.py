@@ -29,7 +29,7 @@ class Allowed:
         missing: names of the model that may stay as they are.
         partial: names of the model of which some bytes may stay as they are.
         unexpected: source tensors that may have no place.
-        cast: whether casts that lose information are problems (``"error"``) or meant (``"loader"``).
+        cast: which casts that lose information are meant; the others are problems.
     """
 
     missing: Patterns = ()

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from ..boxes import Box, Region, covered, extent, meets, whole
-from ..dtypes import Cast, DType, OpaqueDtype, format_name, is_float, is_lossless
+from ..dtypes import Cast, DType, OpaqueDtype, format_name, is_float, may_cast
 from ..manifest import Manifest, TensorSpec
 from .sharing import Sharing
 from .steps import Copy, Fate, Op, Program, Step, Target
@@ -161,7 +161,7 @@ class Writes:
         source = op.args[1] if op.func is _COPY else None
         if not isinstance(source, Region):
             return
-        if source.box.dtype != region.box.dtype and self._cast == "error":
+        if source.box.dtype != region.box.dtype and self._cast != "loader":
             for source_name in step.sources:
                 self._check_cast(source_name, source.box.dtype, name, region.box.dtype)
         if source.box.numel != region.box.numel:
@@ -195,7 +195,7 @@ class Writes:
             self.problems.append(f"{name}: {change}: torch {torch.__version__} has no such type")
         elif is_float(found) and not is_float(expected):
             self.problems.append(f"{name}: {change} cuts off fractions{_from(source, name)}")
-        elif self._cast == "error" and not is_lossless(found, expected):
+        elif not may_cast(found, expected, self._cast):
             self.problems.append(f'{name}: {change} loses information{_from(source, name)}; cast="loader" allows it')
         else:
             self.fates[source] = Fate.CAST
