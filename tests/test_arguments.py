@@ -20,7 +20,7 @@ OPTIONS = [
     ({"order": []}, "unknown order \\[\\]"),
     ({"io": "x"}, "unknown io 'x'; known are: auto, buffered, direct"),
     ({"verify": "x"}, "unknown verify 'x'; known are: loader, off"),
-    ({"cast": "x"}, "unknown cast 'x'; known are: error, loader"),
+    ({"cast": "x"}, "unknown cast 'x'; known are: error, floats, loader"),
     ({"threads": 0}, "threads= is a whole number of at least 1; found 0"),
     ({"threads": "2"}, "threads= is a whole number of at least 1; found '2'"),
     ({"threads": True}, "threads= is a whole number of at least 1; found True"),

@@ -85,14 +85,19 @@ class _Problems(HotweightsError):
 
     Attributes:
         problems: every problem found, one line each.
+        advice: which arguments would allow some of them; empty if none would.
     """
 
-    def __init__(self, title: str, problems: Iterable[str] = ()) -> None:
+    def __init__(self, title: str, problems: Iterable[str] = (), *, advice: str = "") -> None:
         self.title = title
         self.problems: tuple[str, ...] = tuple(sorted(problems))
+        self.advice = advice
         super().__init__(title, self.problems)
 
     def __str__(self) -> str:
+        return "\n".join(filter(None, (self._listed(), self.advice)))
+
+    def _listed(self) -> str:
         if not self.problems:
             return self.title
         if len(self.problems) == 1:
@@ -120,18 +125,7 @@ class UnsupportedDtype(HotweightsError):
 
 
 class PlanError(_Problems):
-    """Source and model do not fit. Raised before the first byte is read; the model is unharmed.
-
-    Attributes:
-        advice: which arguments would allow what is missing or unexpected; empty if nothing is.
-    """
-
-    def __init__(self, title: str, problems: Iterable[str] = (), *, advice: str = "") -> None:
-        super().__init__(title, problems)
-        self.advice = advice
-
-    def __str__(self) -> str:
-        return f"{super().__str__()}\n{self.advice}" if self.advice else super().__str__()
+    """Source and model do not fit. Raised before the first byte is read; the model is unharmed."""
 
 
 class PlanFileError(_Problems):

@@ -38,12 +38,12 @@ def flags(command):
 def test_commands_and_flags():
     commands = {command.callback.__name__ for command in app.registered_commands}
     assert commands == {"inspect", "plan", "load", "send", "receive", "demo"}
-    shared = {"--json", "--timeout", "--help"}
+    shared, allowing = {"--json", "--timeout", "--help"}, {"--allow-missing", "--allow-unexpected", "--cast"}
     assert flags("send") == shared | {"--to", "--receivers", "--version", "--on-lost", "--digests", "--no-digests"}
-    assert flags("receive") == shared | {"--from", "--model", "--device", "--versions", "--offer-timeout"}
+    assert flags("receive") == shared | {"--from", "--model", "--device", "--versions", "--offer-timeout"} | allowing
     assert flags("inspect") == {"--json", "--limit", "--reader", "--help"}
     assert flags("plan") == {
-        *"--model --order --explain --save --limit --allow-missing --allow-unexpected --json --help".split()
+        *"--model --order --explain --save --limit --allow-missing --allow-unexpected --cast --json --help".split()
     }
     assert flags("load") == {
         *"--model --reader --device --dtype --cast --io --threads --allow-missing --allow-unexpected".split(),
@@ -176,6 +176,15 @@ class TestPlan:
         assert result.exit_code == 1
         assert json.loads(result.output)["error"]["kind"] == "PlanError"
         assert run("plan", bert, "--model", bert, "--order", "sideways").exit_code == 2
+
+    def test_lossy_casts(self, bert, tmp_path):
+        config = json.loads((bert / "config.json").read_text()) | {"dtype": "bfloat16"}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        refused = run("plan", bert, "--model", tmp_path)
+        assert refused.exit_code == 1
+        assert 'cast="loader" allows it' in refused.stderr
+        for cast in ("floats", "loader"):  # as the error says
+            assert run("plan", bert, "--model", tmp_path, "--cast", cast).exit_code == 0
 
 
 class TestReader:

@@ -571,7 +571,7 @@ class TestSurprises:
     def test_options_are_checked_with_a_plan_too(self):
         ours = nn.Linear(2, 2)
         plan = hw.trace(ours, ours)
-        with pytest.raises(hw.UnknownName, match="unknown cast 'none'; known are: error, loader"):
+        with pytest.raises(hw.UnknownName, match="unknown cast 'none'; known are: error, floats, loader"):
             hw.load(ours, ours, plan=plan, cast="none")
         with pytest.raises(UsageError, match="device='nonsense' is no device"):
             hw.load(ours, ours, plan=plan, device="nonsense")

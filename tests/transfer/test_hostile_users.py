@@ -133,7 +133,7 @@ def test_a_path_can_be_sent_and_what_holds_no_pairs_cannot(address, tmp_path):
         sending.send(str(tmp_path), version=1)
         assert torch.equal(worker.result()["a"], torch.ones(3))
         for wrong in ([1], [("a",)], [("a", torch.ones(1), 2)], {"a", "b"}):
-            with pytest.raises(hw.UsageError, match="an iterator of weights gives"):
+            with pytest.raises(hw.UsageError, match="weights are given as pairs"):
                 sending.send(wrong, version=2)
 
 

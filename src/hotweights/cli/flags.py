@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..dtypes import Cast
 from ..sources.readers.source import READERS
 
 Checkpoint = Annotated[Path, typer.Argument(help="A safetensors file, a checkpoint directory, an index, a hub cache.")]
@@ -19,5 +20,9 @@ AllowMissing = Annotated[
 ]
 AllowUnexpected = Annotated[
     list[str] | None, typer.Option(help="Tensors of the checkpoint that may have no place in the model.")
+]
+Casts = Annotated[
+    Cast | None,
+    typer.Option(help="Casts that lose information: error does none, floats those from float to float, loader all."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]

@@ -7,7 +7,7 @@ from typing import Annotated
 import torch
 import typer
 
-from ..dtypes import FORMAT_DTYPES, Cast
+from ..dtypes import FORMAT_DTYPES
 from ..engines import transformers
 from ..errors import UnknownName
 from ..loading.load import load as load_weights
@@ -25,7 +25,7 @@ def load(
     dtype: Annotated[
         str | None, typer.Option(help="Dtype of the parameters (BF16, F32, ...); else the config's.")
     ] = None,
-    cast: Annotated[Cast, typer.Option(help="Casts that lose information: error refuses them.")] = "error",
+    cast: flags.Casts = None,
     io: Annotated[IOMode, typer.Option(help="buffered reads through the page cache, direct around it.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="How many threads read.", min=1)] = None,
     allow_missing: flags.AllowMissing = None,

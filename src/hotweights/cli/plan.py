@@ -26,6 +26,7 @@ def plan(
     limit: flags.Limit = 40,
     allow_missing: flags.AllowMissing = None,
     allow_unexpected: flags.AllowUnexpected = None,
+    cast: flags.Casts = None,
     as_json: flags.Json = False,
 ) -> None:
     """Plan the loading of a checkpoint into a model built from its config. No weight is read, none is written."""
@@ -36,6 +37,7 @@ def plan(
             device="cpu",
             allow_missing=allow_missing or (),
             allow_unexpected=allow_unexpected or (),
+            cast=cast,
         ).ordered(order, source.position)
         if save is not None:
             load_plan.save(save)

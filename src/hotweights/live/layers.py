@@ -15,7 +15,7 @@ from torch import nn
 
 from .. import signals
 from ..arguments import patterns_from
-from ..errors import LiveModelError
+from ..errors import LiveModelError, UsageError
 from ..memory.aliases import has_bytes
 from ..memory.wrappers import leaves
 from ..model.materialise import dressed
@@ -81,6 +81,11 @@ def contents(module: nn.Module, own: Container[int] | None = None) -> Contents:
         attributes,
         held_by(attributes, own, _methods(module)),
     )
+
+
+def modules_held(model: nn.Module) -> list[nn.Module]:
+    """The modules whose contents can be exchanged: all but TorchScript's, which nobody can put a tensor into."""
+    return [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
 
 
 def _methods(module: nn.Module) -> dict[str, nn.Module]:
@@ -329,4 +334,11 @@ def layers_of(model: nn.Module, chosen: Callable[[str, nn.Module], bool]) -> dic
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
-    return {module: several for module, several in names.items() if any(chosen(name, module) for name in several)}
+    layers = {module: several for module, several in names.items() if any(chosen(name, module) for name in several)}
+    for module, several in layers.items():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UsageError(
+                f"{several[0]}: is a TorchScript module, which cannot be processed: nobody can put other tensors into "
+                "it; leave it out of layers=, or script or trace it after processing"
+            )
+    return layers

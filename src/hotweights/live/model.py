@@ -197,7 +197,8 @@ class LiveModel:
                 plan = options.traced(self.model, origin.manifest, where)
                 replaced = [] if where is None else materialise(places(self.model), set(plan.targets), where)
                 stack.callback(self._put_back, replaced)
-                self._baseline = Baseline(self.model, plan, options, self._is_processed, self._is_deferred)
+                unknown = {place.name for place, _ in replaced}
+                self._baseline = Baseline(self.model, plan, options, self._is_processed, self._is_deferred, unknown)
                 update = Update.begin_first(self._current, self._baseline, self._process, self._limit)
             with update:
                 return update.run(
@@ -227,6 +228,7 @@ class LiveModel:
         version: str | int | None = None,
         atomic: Atomic | None = None,
         only: Patterns | None = None,
+        cast: Cast | None = None,
         io: IOMode = "auto",
         threads: int | None = None,
         pool: Pool | None = None,
@@ -234,12 +236,18 @@ class LiveModel:
     ) -> UpdateReport:
         """Take new weights for every tensor that the first load wrote, in place, all or nothing.
 
+        What the first load allowed to be missing may come in one version and not in the next: then it is again as it
+        was before the first load, and ``report.restored`` names it.
+
         Args:
             source: whatever ``hotweights.open`` takes, or an open source; of any names, dtypes and shapes that the
                 model's own loading code takes.
             version: the new version's name; by default the source's, or else the number of commits.
             atomic: how it is all or nothing; by default as the live model does it.
             only: names of the model's tensors that are to be updated, and no others: a declared partial update.
+            cast: which casts that lose information are done, see ``hotweights.load``. By default those that ``load``
+                was given; or else floats are cast to the floats that the model holds (``"floats"``), and a model with a
+                ``load_weights`` casts as that does (``"loader"``).
             io: how files are read, see ``IOMode``.
             threads: how many read at once.
             pool: memory for what cannot be read in place.
@@ -262,7 +270,7 @@ class LiveModel:
                 if isinstance(error, UsageError) and not isinstance(source, IteratorSource):
                     raise
                 raise aborted(f"{self._current}; the source cannot be opened", error) from error
-            update = stack.enter_context(self.begin(origin.manifest, atomic=atomic, only=only))
+            update = stack.enter_context(self.begin(origin.manifest, atomic=atomic, only=only, cast=cast))
             return update.run(
                 weights,
                 version_of(origin, version),
@@ -275,27 +283,35 @@ class LiveModel:
     @alone_in_a_fork()
     @signals.watched
     def begin(
-        self, manifest: Manifest | None = None, *, atomic: Atomic | None = None, only: Patterns | None = None
+        self,
+        manifest: Manifest | None = None,
+        *,
+        atomic: Atomic | None = None,
+        only: Patterns | None = None,
+        cast: Cast | None = None,
     ) -> Update:
         """Begin an update that is fed by hand. Use it in a ``with``: leaving it without a commit aborts.
 
         Args:
-            manifest: what will come; by default what the live version came by. What does not fit is found here.
+            manifest: what will come; by default the names and shapes that the live version came by. What does not fit
+                is found here.
             atomic: see ``update``.
             only: see ``update``.
+            cast: see ``update``.
 
         Raises:
             UpdateAborted: the manifest does not fit, or the host cannot hold the copy; nothing was changed.
         """
         atomic = self._atomic if atomic is None else atomic
         _check_atomic(atomic)
+        check_choices(cast=("error" if cast is None else cast, Cast))
         current = self._current
         with current.reserved():
             if self._baseline is None:
                 raise UsageError("nothing was loaded yet; the first time, use load")
             if current.holds is State.TORN and only is not None:
                 raise UsageError("the model is torn; only a complete update mends it, so leave only= out")
-            return Update.begin(current, self._baseline, self._process, self._limit, manifest, atomic, only)
+            return Update.begin(current, self._baseline, self._process, self._limit, manifest, atomic, only, cast)
 
 
 def _check_atomic(atomic: object) -> None:

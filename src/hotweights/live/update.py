@@ -11,6 +11,7 @@ from torch import nn
 
 from .. import signals
 from ..arguments import check_version
+from ..dtypes import Cast
 from ..errors import HotweightsError, UpdateAborted, UsageError
 from ..forked import alone_in_a_fork
 from ..loading.verify import Verifier
@@ -72,6 +73,7 @@ class Update:
         manifest: Manifest | None,
         atomic: Atomic,
         only: Patterns | None,
+        cast: Cast | None,
     ) -> Update:
         """Find everything that does not fit; then begin.
 
@@ -82,8 +84,8 @@ class Update:
             refuse_frozen()
             baseline.prove()
             with current.guard.writing():
-                plan, in_place, groups = baseline.plans.find(manifest, only, baseline.live)
-            job = baseline.job(process, plan, in_place, groups)
+                found = baseline.plans.find(manifest, only, baseline.live, cast)
+            job = baseline.job(process, found, promised=manifest is not None)
             strategy = baseline.strategy(atomic, job)
         except UsageError:
             raise
@@ -108,18 +110,21 @@ class Update:
     def feed(self, pairs: Iterable[tuple[str, torch.Tensor]] | Mapping[str, torch.Tensor]) -> None:
         """Take tensors, in any order and any number of calls. They may be borrowed: nothing is kept but by copy.
 
-        A tensor is read until the iterator is advanced, on a device until its queue is done.
+        A tensor is read until the iterator is advanced, on a device until its queue is done. Where ``begin`` was given
+        no manifest, floats may come in other dtypes than before, as far as ``cast=`` allows.
 
         Raises:
+            UsageError: these are no pairs; nothing was taken, and the update goes on.
             UpdateAborted: a tensor is unknown, of another dtype or shape than promised, or comes twice; it lies in the
                 model's own memory, and that is written in place; or the iterator raised.
         """
         self._check("feed")
         if self._current.prepared:
             raise UsageError("this update is prepared; it cannot be fed any more")
+        given = pairs_of(pairs)
         with self._failing():
             self._attempt.take_as_it_comes()
-            for name, tensor in pairs_of(pairs):
+            for name, tensor in given:
                 check_tensor(name, tensor)
                 self._attempt.check_apart(name, tensor)
                 devices = self._attempt.take(name, tensor, tensor.clone)
@@ -257,6 +262,7 @@ class Update:
             raise
         finally:
             if torn and not attempt.job.first:
+                self._baseline.torn(attempt.job)
                 self._current.holds = State.TORN
             self._end()
 
@@ -306,7 +312,12 @@ class Update:
 def aborted(left: str, error: Exception) -> UpdateAborted:
     """What tells that ``error`` ended an update, and what it left."""
     said = str(error) if isinstance(error, HotweightsError) else f"{type(error).__name__}: {error}"
-    return UpdateAborted(f"{left}: {getattr(error, 'title', said)}", getattr(error, "problems", ()))
+    advice = getattr(error, "advice", "")
+    return UpdateAborted(
+        f"{left}: {getattr(error, 'title', said)}",
+        getattr(error, "problems", ()),
+        advice=advice and f"{advice} It is said in the first load, LiveModel.load(), and holds for all updates.",
+    )
 
 
 def _wait_for(devices: set[torch.device]) -> None:

@@ -88,9 +88,10 @@ def load(
         allow_missing: names of the model that may be missing from the source; they keep their values.
         allow_partial: names of the model of which some bytes may keep their values.
         allow_unexpected: tensors of the source that may have no place in the model.
-        cast: whether casts that lose information are problems (``"error"``, the default by name) or done, as the
-            model's own loading code does them (``"loader"``, the default for models that have some). Casts that lose
-            nothing are done and reported; a cast from floats to integers is always a problem.
+        cast: which casts that lose information are done: none (``"error"``, the default by name), those from one float
+            of 16 bits or more to another (``"floats"``), or all that the model's own loading code does (``"loader"``,
+            the default for models with a ``load_weights``). The others are problems. Casts that lose nothing are done;
+            all are reported; a cast from floats to integers is always a problem.
         order: what is read first, see ``Order``. Files are read in their own order within a layer, and where no order
             is asked for.
         cache: whether to use again a plan that was traced from the same model, manifest and options, and to keep this

@@ -29,7 +29,7 @@ class Allowed:
         missing: names of the model that may stay as they are.
         partial: names of the model of which some bytes may stay as they are.
         unexpected: source tensors that may have no place.
-        cast: whether casts that lose information are problems (``"error"``) or meant (``"loader"``).
+        cast: which casts that lose information are meant; the others are problems.
     """
 
     missing: Patterns = ()
@@ -89,9 +89,10 @@ def draft(
         PlanError: with every problem.
     """
     check_choices(cast=(allowed.cast, Cast))
+    own_code = traced is not None
     if traced is None:
         traced = Traced(tuple(_steps_of(rules, manifest, targets)), constants=rules.constants)
-    writes = Writes(manifest, targets, allowed.cast)
+    writes = Writes(manifest, targets, allowed.cast, last_wins=own_code)
     for level, step in traced.steps:
         writes.add(level, step)
     fates = _fates_of_sources(manifest, writes, traced, matches(rules.skip))

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..arguments import check_callable, check_flags, check_kind
+from ..dtypes import Cast
 from ..errors import UsageError
 from ..text import some
 
@@ -27,6 +28,7 @@ class Component:
         strip: what is taken off the front of each name; by default a matched prefix.
         rename: is given what is left of a name, and returns the name that ``load_weights`` gets.
         enabled: if ``False``, its tensors are left alone: neither read, copied nor looked at, as is ``load_weights``.
+        cast: which casts that lose information are done where a module is loaded by name, see ``hotweights.load``.
         required: whether it is a problem if there is no tensor for it. A part that got none is not called.
         name: its name in errors and in the report; by default the prefix, or the predicate's name.
     """
@@ -37,6 +39,7 @@ class Component:
     strip: str | None = None
     rename: Callable[[str], str] | None = None
     enabled: bool = True
+    cast: Cast | None = None
     required: bool = True
     name: str = ""
 

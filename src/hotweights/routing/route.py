@@ -211,7 +211,7 @@ def _plan_by_name(component: Component, specs: list[TensorSpec], routes: Routes)
     assert isinstance(component.load_weights, nn.Module)
     part = Manifest(replace(spec, name=ours) for spec, ours in zip(specs, routes.names(component), strict=True))
     try:
-        return _ByName(part, trace(component.load_weights, part)), []
+        return _ByName(part, trace(component.load_weights, part, cast=component.cast)), []
     except PlanError as error:
         return None, list(error.problems)
 
@@ -260,7 +260,7 @@ def _directly(component: Component, part: Source, plan: LoadPlan | None, _: Pair
 
 def _by_name(component: Component, source: Source, plan: LoadPlan | None) -> object:
     assert isinstance(component.load_weights, nn.Module)
-    return load(component.load_weights, source, plan=plan, show_progress=False)
+    return load(component.load_weights, source, plan=plan, cast=component.cast, show_progress=False)
 
 
 def _when_whole(component: Component, state: dict[str, torch.Tensor]) -> object:

@@ -5,27 +5,37 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
+from torch import nn
 
+from ..arguments import shown
 from ..errors import UsageError
 from .state_dict import unfit
 
 Pair = tuple[str, torch.Tensor]
 
+_GIVEN = "weights are given as pairs of a name and a tensor, or as a mapping of them"
+
 
 def pairs_of(given: Iterable[Pair] | Mapping[str, torch.Tensor]) -> Iterator[Pair]:
     """The pairs of a mapping or of an iterable, one by one. None is held once the next is asked for.
 
-    The tensors are not looked at: ``check_tensor`` does that.
+    The tensors of an iterator are not looked at: ``check_tensor`` does that.
 
     Raises:
-        UsageError: it is neither, or what it gives is no pair that begins with a name.
+        UsageError: it is neither, or what it gives is no pair that begins with a name; of a list or a mapping, this is
+            found before the first pair is given.
     """
     if isinstance(given, Mapping):
-        given = given.items()
+        given = list(given.items())
+    if isinstance(given, nn.Module):
+        raise UsageError(f"{_GIVEN}; found {shown(given)}; its weights are module.state_dict()")
     if isinstance(given, (str, bytes, torch.Tensor)) or not isinstance(given, Iterable):
-        raise UsageError(
-            f"weights are given as a mapping or as an iterable of (name, tensor); this is a {type(given).__name__}"
-        )
+        raise UsageError(f"{_GIVEN}; found {shown(given)}")
+    if isinstance(given, (tuple, list)):
+        if len(given) == 2 and isinstance(given[0], str):
+            raise UsageError(f"{_GIVEN}; found a single pair, which goes into a list: [(name, tensor)]")
+        for pair in given:
+            split(pair)
     return _split(given)
 
 
@@ -38,15 +48,14 @@ def _split(given: Iterable[Pair]) -> Iterator[Pair]:
 def split(pair: object) -> Pair:
     """Name and tensor. Raises ``UsageError`` if it is no pair that begins with a name."""
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-        hint = "; one pair alone goes into a list: [(name, tensor)]" if isinstance(pair, str) else ""
-        raise UsageError(f"an iterator of weights gives (name, tensor); this one gave a {type(pair).__name__}{hint}")
+        raise UsageError(f"{_GIVEN}; found {shown(pair)} among them")
     name, tensor = pair
     if not isinstance(name, str):
-        raise UsageError(f"an iterator of weights gives (name, tensor), but key {name!r} is no name")
+        raise UsageError(f"{_GIVEN}; found a pair of {shown(name)} and {shown(tensor)}")
     return name, tensor
 
 
 def check_tensor(name: str, tensor: object) -> None:
     """Raise ``UsageError`` unless it is a tensor with values."""
     if (problem := unfit(name, tensor)) is not None:
-        raise UsageError(f"an iterator of weights gives (name, tensor), but {problem}")
+        raise UsageError(f"{_GIVEN}; {problem}")

@@ -49,8 +49,7 @@ def trace(
         allow_missing: names of the model that may stay as they are.
         allow_partial: names of the model of which some bytes may stay as they are.
         allow_unexpected: tensors of the manifest that may have no place.
-        cast: whether casts that lose information are problems (``"error"``, the default by name) or meant
-            (``"loader"``, the default for models with loading code of their own).
+        cast: which casts that lose information are meant, see ``hotweights.load``; the others are problems.
 
     Raises:
         PlanError: with every problem.
