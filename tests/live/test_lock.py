@@ -81,11 +81,11 @@ def test_a_forward_sees_one_version(atomic, process):
     assert model.between.wait(WAIT)
     waits, begin_writing = threading.Event(), ReadWriteLock.begin_writing
 
-    def told(serving):
+    def told(timeout):
         waits.set()  # From here on the update can only wait for the reader.
-        begin_writing(serving)
+        return begin_writing(live._current.guard, timeout)
 
-    live._current.guard.begin_writing = lambda: told(live._current.guard)
+    live._current.guard.begin_writing = told
     writer = Thread(lambda: live.update(weights(2), version=2))
     assert waits.wait(WAIT)
     model.go_on.set()
@@ -190,11 +190,11 @@ def test_a_hook_cannot_update():
 
 @contextlib.contextmanager
 def reading(lock, timeout):
-    lock.begin_reading(timeout)
+    hold = lock.begin_reading(timeout)
     try:
         yield
     finally:
-        lock.end_reading()
+        lock.end_reading(hold)
 
 
 def test_who_reads_may_read_again_before_a_writer_that_waits():
@@ -221,7 +221,7 @@ def test_before_the_first_load_there_is_nothing_to_serve():
 
 def test_a_timeout_ends_the_wait_for_a_writer():
     serving = ReadWriteLock()
-    serving.begin_writing()
+    hold = serving.begin_writing()
 
     def read():
         with reading(serving, 0):
@@ -231,5 +231,5 @@ def test_a_timeout_ends_the_wait_for_a_writer():
     with pytest.raises(TimeoutError):
         Thread(read).result()
     assert time.monotonic() - began < WAIT
-    serving.end_writing()
+    serving.end_writing(hold)
     Thread(read).result()

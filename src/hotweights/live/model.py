@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
+from functools import partial
 from typing import SupportsIndex
 
 import torch
 from torch import nn
 
 from .. import signals
-from ..arguments import check_choices, check_model, check_version, device_from
+from ..arguments import check_choices, check_model, check_timeout, check_version, device_from
 from ..dtypes import Cast
 from ..errors import UnknownName, UsageError
 from ..forked import alone_in_a_fork
@@ -27,6 +28,7 @@ from ..plan.patterns import Patterns
 from ..sources.contracts import IOMode, refusing
 from ..sources.iterator import IteratorSource
 from ..sources.opening import AnySource, opened, version_of
+from .background import in_background
 from .baseline import Baseline
 from .layers import Selection, selected
 from .plans import Options
@@ -120,13 +122,17 @@ class LiveModel:
         """
         self._current.hooks.add(hook)
 
-    def serving(self, timeout: float | None = None) -> AbstractContextManager[str | int | None]:
+    def serving(self, timeout: float | None = None) -> Serving:
         """Read the model as it is of one version, whose name is given. Updates wait until all readers are gone.
+
+        In a coroutine use it in an ``async with``. By ``with`` it cannot wait for an update that waits for another
+        coroutine of this thread, so it goes before it; where one always reads, the update waits for ever.
 
         Raises:
             TimeoutError: an update did not let go within ``timeout`` seconds.
             LiveModelError: the model is TORN, or nothing was loaded yet.
         """
+        check_timeout(timeout)
         return Serving(self._current, timeout)
 
     def digest(self) -> Digest:
@@ -212,6 +218,7 @@ class LiveModel:
         threads: int | None = None,
         pool: Pool | None = None,
         show_progress: bool | None = None,
+        timeout: float | None = None,
     ) -> UpdateReport:
         """Take new weights for every tensor that the first load wrote, in place, all or nothing.
 
@@ -225,6 +232,8 @@ class LiveModel:
             threads: how many read at once.
             pool: memory for what cannot be read in place.
             show_progress: whether to draw a progress bar; by default on a terminal.
+            timeout: seconds that it may wait for readers to leave ``serving()``, all its waits together; by default as
+                long as they like. Then it aborts, and a ``TimeoutError`` is the cause.
 
         Raises:
             UpdateAborted: it failed; its cause says why. Version N is live, byte for byte; with ``atomic=False`` the
@@ -242,7 +251,7 @@ class LiveModel:
                 if isinstance(error, UsageError) and not isinstance(source, IteratorSource):
                     raise
                 raise aborted(f"{self._current}; the source cannot be opened", error) from error
-            update = stack.enter_context(self.begin(origin.manifest, atomic=atomic, only=only))
+            update = stack.enter_context(self.begin(origin.manifest, atomic=atomic, only=only, timeout=timeout))
             return update.run(
                 weights,
                 version_of(origin, version),
@@ -252,10 +261,49 @@ class LiveModel:
                 show_progress=show_progress,
             )
 
+    async def update_async(
+        self,
+        source: AnySource,
+        *,
+        version: str | int | None = None,
+        atomic: Atomic | None = None,
+        only: Patterns | None = None,
+        io: IOMode = "auto",
+        threads: int | None = None,
+        pool: Pool | None = None,
+        show_progress: bool | None = None,
+        timeout: float | None = None,
+    ) -> UpdateReport:
+        """``update`` in a thread of the event loop's executor: other coroutines run meanwhile, readers among them.
+
+        Cancelled, it aborts at the next tensor or layer, waits for that, and raises ``asyncio.CancelledError``; the new
+        version is live if it was committed by then, see ``version``. A second cancellation does not wait. A source that
+        waits, such as a receiver, is not woken: close it. Hooks run in the thread.
+        """
+        return await in_background(
+            partial(
+                self.update,
+                source,
+                version=version,
+                atomic=atomic,
+                only=only,
+                io=io,
+                threads=threads,
+                pool=pool,
+                show_progress=show_progress,
+                timeout=timeout,
+            )
+        )
+
     @alone_in_a_fork()
     @signals.watched
     def begin(
-        self, manifest: Manifest | None = None, *, atomic: Atomic | None = None, only: Patterns | None = None
+        self,
+        manifest: Manifest | None = None,
+        *,
+        atomic: Atomic | None = None,
+        only: Patterns | None = None,
+        timeout: float | None = None,
     ) -> Update:
         """Begin an update that is fed by hand. Use it in a ``with``: leaving it without a commit aborts.
 
@@ -263,19 +311,21 @@ class LiveModel:
             manifest: what will come; by default what the live version came by. What does not fit is found here.
             atomic: see ``update``.
             only: see ``update``.
+            timeout: see ``update``; it counts to the end of the commit.
 
         Raises:
             UpdateAborted: the manifest does not fit, or the host cannot hold the copy; nothing was changed.
         """
         atomic = self._atomic if atomic is None else atomic
         _check_atomic(atomic)
+        check_timeout(timeout)
         current = self._current
         with current.reserved():
             if self._baseline is None:
                 raise UsageError("nothing was loaded yet; the first time, use load")
             if current.holds is State.TORN and only is not None:
                 raise UsageError("the model is torn; only a complete update mends it, so leave only= out")
-            return Update.begin(current, self._baseline, self._process, self._limit, manifest, atomic, only)
+            return Update.begin(current, self._baseline, self._process, self._limit, manifest, atomic, only, timeout)
 
 
 def _check_atomic(atomic: object) -> None:
