@@ -68,6 +68,13 @@ def check_callable(**options: object) -> None:
             raise UsageError(f"{name}= is a function, or None; found {shown(value)}")
 
 
+def check_timeout(timeout: object) -> None:
+    """Raise ``UsageError`` unless it is a number of seconds, 0 or more, or ``None``: without a limit."""
+    check_kind("timeout", timeout, (int, float), "seconds, or None for no limit")
+    if isinstance(timeout, (int, float)) and not timeout >= 0:
+        raise UsageError(f"timeout= is 0 seconds or more; found {timeout:g}")
+
+
 def patterns_from(**options: object) -> list[list[str | re.Pattern[str]]]:
     """The patterns of each option, in the options' order. An option is one pattern or several."""
     return [list(_patterns(name, value)) for name, value in options.items()]

@@ -1,7 +1,8 @@
 """Signals: Ctrl-C and the like wait while something runs that may not be cut short.
 
 ``held_back`` is for waits: the first signal of each kind wakes the waiter. ``held``, ``whole`` and ``watched`` mark the
-functions that take and give back locks, change states, commit, abort and put things back.
+functions that take and give back locks, change states, commit, abort and put things back. ``Stop`` stops another thread
+at the places where signals are delivered.
 """
 
 from __future__ import annotations
@@ -93,6 +94,7 @@ def held_back(wake: Callable[[], object]) -> Iterator[Interruption]:
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _Class = TypeVar("_Class", bound=type)
+_Result = TypeVar("_Result")
 
 _HELD: set[CodeType] = set()
 _WHOLE: set[CodeType] = set()
@@ -156,8 +158,44 @@ def unwatch(watcher: object) -> None:
     _watch.end(watcher)
 
 
+class Stopped(BaseException):
+    """What is raised into work that was asked to stop. No failure of the work: whoever asked catches it."""
+
+
+class Stop:
+    """What stops work in another thread, as Ctrl-C stops it in the main thread: where ``deliver`` is called."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def run(self, work: Callable[[], _Result]) -> _Result:
+        """Do the work in this thread.
+
+        Raises:
+            Stopped: ``asked`` was set, by another thread, before the work had ended.
+        """
+        before, _thread.stop = _thread.stop, self
+        try:
+            deliver()
+            return work()
+        finally:
+            _thread.stop = before
+
+
+class _Stoppable(threading.local):
+    """What may stop this thread."""
+
+    stop: Stop | None = None
+
+
+_thread = _Stoppable()
+
+
 def deliver() -> None:
     """Deliver the signals that wait, as far as nothing that is whole runs: their handlers may raise here."""
+    if (stop := _thread.stop) is not None and stop.asked and not _is_whole(sys._getframe()):
+        stop.asked = False  # What is put back now, and may call this, is not stopped too.
+        raise Stopped
     if _watch.pending and _in_main_thread() and not _is_whole(sys._getframe()):
         _watch.deliver()
 

@@ -2,14 +2,13 @@
 
 import contextlib
 import itertools
-import os
 import signal
-import sys
 import threading
 
 import pytest
 import torch
 from ends import Thread, receiver, sender
+from interrupting import Interrupting
 from processes import Tiny, value_of
 
 import hotweights as hw
@@ -17,33 +16,6 @@ from hotweights.signals import held_back
 from hotweights.transfer.ballot import Ballot, Decision
 from hotweights.transfer.outbound import Outbound
 from hotweights.transfer.receiver import Receiver
-
-OURS = os.path.dirname(hw.__file__) + os.sep
-
-
-class Interrupting:
-    """Raises a real SIGINT in this thread at the ``at``-th line of ours after ``armed`` was set."""
-
-    def __init__(self, at):
-        self.left, self.armed, self.where = at, False, None
-
-    def trace(self, frame, event, argument):
-        names = {caller.f_code.co_name for caller in (frame, frame.f_back) if caller is not None}
-        if not frame.f_code.co_filename.startswith(OURS) or "__del__" in names:  # That swallows whatever is raised.
-            return None
-        if event == "line" and self.armed and self.where is None:
-            if self.left == 0:
-                self.where = f"{frame.f_code.co_filename}:{frame.f_lineno}"
-                signal.raise_signal(signal.SIGINT)
-            self.left -= 1
-        return self.trace
-
-    def __enter__(self):
-        sys.settrace(self.trace)
-        return self
-
-    def __exit__(self, *error):
-        sys.settrace(None)
 
 
 @pytest.mark.parametrize("step", [7, pytest.param(1, marks=pytest.mark.long)])  # at every so many-th line
@@ -87,7 +59,7 @@ def test_ctrl_c_at_any_line_leaves_no_member_alone(atomic, step, address, monkey
         for at in itertools.count(step=step):
             decided.clear()
             threads = [Thread(send, sending, at + 1), Thread(follow, theirs)]
-            with Interrupting(at) as interrupting:
+            with Interrupting(at, armed=False) as interrupting:
                 running["interrupting"] = interrupting
                 with contextlib.suppress(KeyboardInterrupt):
                     live.update(mine)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
+from functools import partial
 from typing import SupportsIndex
 
 import torch
@@ -15,7 +16,7 @@ from ..arguments import (
     check_choices,
     check_count,
     check_model,
-    check_seconds,
+    check_timeout,
     check_version,
     device_from,
     patterns_from,
@@ -37,6 +38,7 @@ from ..sources.contracts import IOMode, refusing
 from ..sources.iterator import IteratorSource
 from ..sources.opening import AnySource, opened, version_of
 from ..sources.reading import check_reading
+from .background import in_background
 from .baseline import Baseline
 from .layers import Selection, selected
 from .plans import Options
@@ -133,15 +135,17 @@ class LiveModel:
         """
         self._current.hooks.add(hook)
 
-    def serving(self, timeout: float | None = None) -> AbstractContextManager[str | int | None]:
+    def serving(self, timeout: float | None = None) -> Serving:
         """Read the model as it is of one version, whose name is given. Updates wait until all readers are gone.
+
+        In a coroutine use it in an ``async with``. By ``with`` it cannot wait for an update that waits for another
+        coroutine of this thread, so it goes before it; where one always reads, the update waits for ever.
 
         Raises:
             TimeoutError: an update did not let go within ``timeout`` seconds.
             LiveModelError: the model is TORN, or nothing was loaded yet.
         """
-        if timeout is not None:
-            check_seconds(or_zero=True, timeout=timeout)
+        check_timeout(timeout)
         return Serving(self._current, timeout)
 
     def digest(self) -> Digest:
@@ -233,6 +237,7 @@ class LiveModel:
         threads: int | None = None,
         pool: Pool | None = None,
         show_progress: bool | None = None,
+        timeout: float | None = None,
     ) -> UpdateReport:
         """Take new weights for every tensor that the first load wrote, in place, all or nothing.
 
@@ -252,6 +257,8 @@ class LiveModel:
             threads: how many read at once.
             pool: memory for what cannot be read in place.
             show_progress: whether to draw a progress bar; by default on a terminal.
+            timeout: seconds that it may wait for readers to leave ``serving()``, all its waits together; by default as
+                long as they like. Then it aborts, and a ``TimeoutError`` is the cause.
 
         Raises:
             UpdateAborted: it failed; its cause says why. Version N is live, byte for byte; with ``atomic=False`` the
@@ -270,7 +277,9 @@ class LiveModel:
                 if isinstance(error, UsageError) and not isinstance(source, IteratorSource):
                     raise
                 raise aborted(f"{self._current}; the source cannot be opened", error) from error
-            update = stack.enter_context(self.begin(origin.manifest, atomic=atomic, only=only, cast=cast))
+            update = stack.enter_context(
+                self.begin(origin.manifest, atomic=atomic, only=only, cast=cast, timeout=timeout)
+            )
             return update.run(
                 weights,
                 version_of(origin, version),
@@ -279,6 +288,42 @@ class LiveModel:
                 pool=pool,
                 show_progress=show_progress,
             )
+
+    async def update_async(
+        self,
+        source: AnySource,
+        *,
+        version: str | int | None = None,
+        atomic: Atomic | None = None,
+        only: Patterns | None = None,
+        cast: Cast | None = None,
+        io: IOMode = "auto",
+        threads: int | None = None,
+        pool: Pool | None = None,
+        show_progress: bool | None = None,
+        timeout: float | None = None,
+    ) -> UpdateReport:
+        """``update`` in a thread of the event loop's executor: other coroutines run meanwhile, readers among them.
+
+        Cancelled, it aborts at the next tensor or layer, waits for that, and raises ``asyncio.CancelledError``; the new
+        version is live if it was committed by then, see ``version``. A second cancellation does not wait. A source that
+        waits, such as a receiver, is not woken: close it. Hooks run in the thread.
+        """
+        return await in_background(
+            partial(
+                self.update,
+                source,
+                version=version,
+                atomic=atomic,
+                only=only,
+                cast=cast,
+                io=io,
+                threads=threads,
+                pool=pool,
+                show_progress=show_progress,
+                timeout=timeout,
+            )
+        )
 
     @alone_in_a_fork()
     @signals.watched
@@ -289,6 +334,7 @@ class LiveModel:
         atomic: Atomic | None = None,
         only: Patterns | None = None,
         cast: Cast | None = None,
+        timeout: float | None = None,
     ) -> Update:
         """Begin an update that is fed by hand. Use it in a ``with``: leaving it without a commit aborts.
 
@@ -298,6 +344,7 @@ class LiveModel:
             atomic: see ``update``.
             only: see ``update``.
             cast: see ``update``.
+            timeout: see ``update``; it counts to the end of the commit.
 
         Raises:
             UpdateAborted: the manifest does not fit, or the host cannot hold the copy; nothing was changed.
@@ -305,13 +352,16 @@ class LiveModel:
         atomic = self._atomic if atomic is None else atomic
         _check_atomic(atomic)
         check_choices(cast=("error" if cast is None else cast, Cast))
+        check_timeout(timeout)
         current = self._current
         with current.reserved():
             if self._baseline is None:
                 raise UsageError("nothing was loaded yet; the first time, use load")
             if current.holds is State.TORN and only is not None:
                 raise UsageError("the model is torn; only a complete update mends it, so leave only= out")
-            return Update.begin(current, self._baseline, self._process, self._limit, manifest, atomic, only, cast)
+            return Update.begin(
+                current, self._baseline, self._process, self._limit, manifest, atomic, only, cast, timeout
+            )
 
 
 def _check_atomic(atomic: object) -> None:

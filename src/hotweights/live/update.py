@@ -45,12 +45,21 @@ class Update:
     # Begin.
 
     @signals.held
-    def __init__(self, current: Current, baseline: Baseline, job: Job, strategy: Strategy, limit: int | None) -> None:
+    def __init__(
+        self,
+        current: Current,
+        baseline: Baseline,
+        job: Job,
+        strategy: Strategy,
+        limit: int | None,
+        timeout: float | None = None,
+    ) -> None:
         """For ``begin`` and ``begin_first``, while the live model is reserved; the end of the update lets go of it."""
         self._current = current
         self._baseline = baseline
         self._strategy = strategy
-        self._attempt = Attempt(job, strategy, OpenLayers(limit, warned=current.warned), WriteTurn(current.guard))
+        turn = WriteTurn(current.guard, timeout)
+        self._attempt = Attempt(job, strategy, OpenLayers(limit, warned=current.warned), turn)
         self._watcher = signals.watch()
         current.begin(self._attempt)
 
@@ -74,6 +83,7 @@ class Update:
         atomic: Atomic,
         only: Patterns | None,
         cast: Cast | None,
+        timeout: float | None,
     ) -> Update:
         """Find everything that does not fit; then begin.
 
@@ -83,7 +93,7 @@ class Update:
         try:
             refuse_frozen()
             baseline.prove()
-            with current.guard.writing():
+            with current.guard.writing(timeout):
                 found = baseline.plans.find(manifest, only, baseline.live, cast)
             job = baseline.job(process, found, promised=manifest is not None)
             strategy = baseline.strategy(atomic, job)
@@ -91,7 +101,7 @@ class Update:
             raise
         except Exception as error:
             raise aborted(f"{current}; nothing was changed", error) from error
-        return cls(current, baseline, job, strategy, limit)
+        return cls(current, baseline, job, strategy, limit, timeout)
 
     @property
     def manifest(self) -> Manifest:
@@ -164,6 +174,8 @@ class Update:
                 if isinstance(source, OnDisk):
                     source.check()
                 if isinstance(source, Participant):
+                    if attempt.turn.has_limit:  # When the group has decided it is too late to give up.
+                        attempt.turn.take()
                     stack.enter_context(source.decision())
             report = self.commit(version)
             return replace(report, warnings=(*warnings_of(source), *report.warnings))
@@ -192,18 +204,20 @@ class Update:
     @alone_in_a_fork()
     @signals.held
     def commit(self, version: str | int | None = None) -> UpdateReport:
-        """Make it version M. Nothing can fail but the hooks, and they run after it.
+        """Make it version M. Once readers have left, nothing can fail but the hooks, and they run after it.
 
         Args:
             version: its name; by default the number of commits.
 
         Raises:
+            UpdateAborted: something is missing, as ``prepare`` says, or readers did not leave in time.
             CommitHookError: version M is live, and a hook failed.
         """
         self._check("commit")
         check_version(version)
         self.prepare()
-        self._attempt.turn.take()
+        with self._failing():
+            self._attempt.turn.take()
         failures: list[BaseException] = []
         try:
             report = self._make_live(version, failures)

@@ -89,10 +89,8 @@ def record(
     random = torch.get_rng_state()
     snapshot = Snapshot(model)
     try:
-        with (
-            no_swaps(recorder),
-            in_every_thread(torch.no_grad, lambda: Bypasses(recorder), lambda: _Mode(recorder)) as unfinished,
-        ):
+        modes = (torch.no_grad, lambda: no_swaps(recorder), lambda: Bypasses(recorder), lambda: _Mode(recorder))
+        with in_every_thread(*modes) as unfinished:
             try:
                 load(stream())
             except Exception as caught:
