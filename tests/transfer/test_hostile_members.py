@@ -5,7 +5,6 @@ import errno
 import itertools
 import os
 import socket
-import sys
 import threading
 import time
 import types
@@ -13,9 +12,11 @@ import types
 import pytest
 import torch
 from ends import TIMEOUT, Thread, receiver, sender
+from interrupting import Interrupting
 from processes import Child, Tiny, value_of
 
 import hotweights as hw
+from hotweights import signals
 from hotweights.transfer.address import Listener, path_of
 from hotweights.transfer.ballot import Decision
 from hotweights.transfer.channel import Channel
@@ -326,52 +327,42 @@ def test_a_descriptor_is_not_let_go_while_another_thread_writes_to_it(use, monke
     use(waker)
 
 
-# Interrupted between the sending and its note.
+# Interrupted while a frame is said.
 
 
-class Interrupt(BaseException):
-    pass
-
-
-def test_a_frame_that_was_interrupted_is_sent_once():
-    """At every line of ``flush``, and at every frame; frames are larger than what a socket takes at once."""
+def test_a_frame_that_was_interrupted_is_sent_once_and_never_lost():
+    """A signal at every line of ``send`` and ``flush``; frames are larger than what a socket takes at once."""
     frames = [Filled(number, (), number) for number in range(3)] + [Refuse(("x" * 300_000,))]
     for at in itertools.count():
         ours, theirs = socket.socketpair()
         with contextlib.closing(Channel(ours, Side.SENDER)) as channel, theirs:
             theirs.setblocking(False)
-            left, interrupted, raw = [at], False, b""
+            said, raw = [], b""
+            channel.session.sent = lambda kind, update, said=said: said.append(kind)
 
-            def trace(frame, event, argument, left=left):
-                if frame.f_code is not Channel.flush.__code__:
-                    return None
-                if event == "line":
-                    left[0] -= 1
-                    if left[0] == -1:
-                        raise Interrupt
-                return trace
-
-            channel.session.sent = lambda kind, update: None
-            tracing = sys.gettrace()
-            sys.settrace(trace)
-            try:
-                for message in frames:
-                    try:
+            @signals.watched
+            def say(at=at, channel=channel):
+                with Interrupting(at) as interrupting:
+                    for message in frames:
                         channel.send(message, update=1)
-                    except Interrupt:
-                        interrupted = True
-            finally:
-                sys.settrace(tracing)
+                return interrupting
+
+            try:
+                interrupting = say()
+            except KeyboardInterrupt:
+                interrupting = None
             while True:
                 channel.flush()
                 try:
                     raw += theirs.recv(1 << 20)
                 except BlockingIOError:
                     break
-        assert raw == b"".join(encode(1, message) for message in frames), f"at line {at}"
-        if not interrupted:
+        assert raw == b"".join(encode(1, message) for message in frames[: len(said)]), f"at line {at}"
+        assert len(said) == len(frames), "a signal that waits is raised behind the last of them"
+        if interrupting is not None:
+            assert interrupting.where is None
             break
-    assert at > 20
+    assert at > 40
 
 
 # Descriptors that are something else.

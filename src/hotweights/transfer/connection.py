@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from .. import signals
 from ..errors import Closed, PeerLost, ProtocolError, TransferError, TransferTimeout
 from .address import check_peer, connect
 from .channel import Channel
@@ -19,6 +20,7 @@ from .waits import Waker, left
 _RETRY = 0.02  # seconds between two tries to connect; the kernel does not tell when somebody begins to listen
 
 
+@signals.held_throughout
 class Connection:
     """One connection at a time. One thread uses it; any may ``stop`` it. Close it.
 

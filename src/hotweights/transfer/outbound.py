@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from .. import signals
 from ..errors import PeerLost, ProtocolError, TransferAborted, TransferIncomplete
 from ..manifest import Manifest, TensorSpec
 from ..ranges import Range, disjoint
@@ -53,6 +54,7 @@ def merged(orders: Sequence[Sequence[int]]) -> list[int]:
     return sorted(rank, key=rank.__getitem__)
 
 
+@signals.held_throughout
 class Outbound:
     """One update of a group. ``run`` it once."""
 

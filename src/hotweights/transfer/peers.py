@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from .. import signals
 from ..errors import Closed, PeerLost, ProtocolError, TransferError, TransferTimeout
 from .address import BACKLOG, Listener, check_peer
 from .channel import Channel, close_in_children
@@ -58,6 +59,7 @@ class Peer:
         return self.channel.session.state
 
 
+@signals.held_throughout
 class PeerGroup:
     """Everybody who connected. One thread uses it; any may ``stop`` it. Owns its sockets; close it."""
 

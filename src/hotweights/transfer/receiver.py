@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
+from .. import signals
 from ..arguments import check_choices
 from ..errors import Closed, UsageError
 from ..manifest import Manifest
@@ -148,9 +149,13 @@ class Receiver:
         if inbound is not None and inbound.member.aborted:
             # The consumer never said that it had put everything back, and the sender would wait for that.
             inbound.member.refuse(UsageError("refuse was not called"))
-        if inbound is None or inbound.member.over:
-            frame = self._connection.offer(self._offer_timeout)
-            inbound = self._inbound = Inbound(self._connection, frame, self._private, self._timeout)
+        return self._next() if inbound is None or inbound.member.over else inbound
+
+    @signals.watched
+    def _next(self) -> Inbound:
+        """Wait for the next version. A signal between its offer and this note would lose it."""
+        frame = self._connection.offer(self._offer_timeout)
+        inbound = self._inbound = Inbound(self._connection, frame, self._private, self._timeout)
         return inbound
 
     def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:

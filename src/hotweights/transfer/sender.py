@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from .. import signals
 from ..arguments import check_choices, check_version
 from ..errors import Closed, UsageError
 from ..forked import alone_in_a_fork
@@ -91,6 +92,7 @@ class Sender:
         self._closed = False
 
     @alone_in_a_fork()
+    @signals.watched
     def send(
         self,
         tensors: Sendable,
@@ -165,6 +167,7 @@ class Sender:
         return f"<Sender at {self.address}: {'closed' if self._closed else f'{len(self._group.peers)} receivers'}>"
 
     @contextmanager
+    @signals.held
     def _alone(self) -> Iterator[None]:
         if self._process != os.getpid():
             raise UsageError(f"this sender is process {self._process}'s, which forked this one; send there")
@@ -185,6 +188,7 @@ class Sender:
 
 
 @contextmanager
+@signals.held
 def _opened(tensors: Sendable, manifest: Manifest | None) -> Iterator[Source]:
     """What is to be sent, as a source; one that is made here is closed here."""
     if not is_pairs(tensors):

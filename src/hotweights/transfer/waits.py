@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
+from .. import signals
 from ..errors import TransferTimeout
 
 _LONGEST = 1e6  # seconds; the kernel counts milliseconds in an int. Longer waits return early, and are repeated
@@ -21,6 +22,7 @@ def left(deadline: float) -> float:
 
 
 @contextmanager
+@signals.held
 def holding(lock: threading.RLock, seconds: float) -> Iterator[None]:
     """Hold the lock inside.
 
@@ -60,6 +62,7 @@ class Waker:
 
         Returns the descriptors of those that can; none after ``seconds``, when woken, or when ``stop`` says true.
         """
+        signals.deliver()  # Those that waited for what must be whole; from here on they end the wait.
         poll = select.poll()
         poll.register(self._event, select.POLLIN)
         for connected, write in sockets:
