@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from types import CodeType, FrameType, FunctionType
 from typing import Any, TypeVar
 
-
 # What must be whole. While somebody watches, the handlers of signals look at what they interrupt: code that is marked
 # here is finished first. `finally` alone does not do that: a signal may come at its first line, or at the first
 # instruction of an `__exit__`, and then what it should give back is never given back.

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import itertools
 import os
 import socket
@@ -270,6 +271,26 @@ def test_every_member_has_a_time_of_its_own(monkeypatch):
     assert lost == [("bad", 110.0)]
 
 
+def test_who_answered_while_its_sender_stood_still_is_not_lost(monkeypatch):
+    now, peer = [100.0], Peer(None, "good", 0)
+    waiting, looks = [peer], []
+
+    def look(seconds=0.0):
+        looks.append(seconds)
+        if len(looks) == 1:
+            now[0] += 1000  # It was stopped, and the poll ended without having looked.
+        else:
+            waiting.clear()  # The answer was there.
+
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    lost = []
+    outbound = types.SimpleNamespace(
+        _timeout=10.0, _lose=lambda peer, reason: (lost.append(reason), waiting.clear()), _look=look, _waited={}
+    )
+    Outbound._wait(outbound, lambda: list(waiting), "do it")
+    assert (lost, looks) == ([], [10.0, 0.0])
+
+
 # The decision of others.
 
 
@@ -376,7 +397,12 @@ def wrong_descriptors(tmp_path):
     small = WriteSlots(1, 4096)
     unsealed = os.memfd_create("hotweights-test", os.MFD_ALLOW_SEALING)
     os.ftruncate(unsealed, 1 << 20)
+    holes = os.memfd_create("hotweights-test", os.MFD_ALLOW_SEALING)
+    os.ftruncate(holes, 1 << 20)
+    fcntl.fcntl(holes, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
     try:
+        yield "holes", holes, "only 0 are there"
+        yield "a directory", os.open(tmp_path, os.O_RDONLY), "no sealed memory"
         yield "a file", os.open(tmp_path / "file", os.O_RDWR), "no sealed memory|not sealed"
         yield "a pipe", reading, "no sealed memory"
         yield "unsealed", unsealed, "not sealed against shrinking"
@@ -402,6 +428,18 @@ def test_memory_that_is_none_is_refused(address, tmp_path):
         os.close(descriptor)
         os.unlink(path)
         assert name
+
+
+@pytest.mark.parametrize(
+    ("count", "said"), [(0, "came without its descriptor"), (9, "descriptors came"), (200, "lost")]
+)
+def test_a_receiver_keeps_no_descriptors_that_are_too_many_or_none(count, said):
+    ours, theirs = socket.socketpair()
+    with contextlib.closing(Channel(ours, Side.RECEIVER)) as channel, theirs:
+        channel.send(Hello(1))
+        socket.send_fds(theirs, [encode(0, Welcome(1, 4096, 1.0, 0), 1)], [theirs.fileno()] * count)
+        with pytest.raises(hw.ProtocolError, match=said):
+            channel.read()
 
 
 @pytest.mark.parametrize("kind", ["a pipe", "read-only", "a place beyond the roll"])

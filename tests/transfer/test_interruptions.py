@@ -204,12 +204,12 @@ def test_ctrl_c_at_any_line_of_plain_code_loses_no_frame(address):
             with LinesInterrupted(at) as interrupting, contextlib.suppress(KeyboardInterrupt, hw.TransferError):
                 dict(source.tensors())
             began = time.monotonic()
-            for attempt in range(3):
+            for _ in range(3):
                 with contextlib.suppress(hw.TransferError):
                     assert dict(source.tensors()).keys() == {"w", "v"}
                     break
             else:
-                raise AssertionError(f"{interrupting.where}: nothing came after {attempt} versions")
+                raise AssertionError(f"{interrupting.where}: nothing came in three versions")
             assert time.monotonic() - began < TIMEOUT / 2, interrupting.where
             assert signal.getsignal(signal.SIGINT) is handler
             if interrupting.where is None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from .. import signals
-from ..errors import TransferTimeout
+from ..errors import TransferError, TransferTimeout
 
 _LONGEST = 1e6  # seconds; the kernel counts milliseconds in an int. Longer waits return early, and are repeated
 
@@ -41,7 +41,15 @@ class Waker:
     """Waits for sockets, and can be woken by any thread. Owns a descriptor; close it."""
 
     def __init__(self) -> None:
-        self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        """Take a descriptor.
+
+        Raises:
+            TransferError: this process may open no more files.
+        """
+        try:
+            self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        except OSError as error:
+            raise TransferError(f"nothing to wait with can be had: {error}") from error
         # A thread could write to whatever has the number of a descriptor that another one just closed. A signal's
         # handler may wake a thread that holds it: so it can be taken twice.
         self._open = threading.RLock()
