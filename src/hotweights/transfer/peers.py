@@ -12,7 +12,7 @@ from .. import signals
 from ..errors import Closed, PeerLost, ProtocolError, TransferError, TransferTimeout
 from .address import BACKLOG, Listener, check_peer
 from .channel import Channel, close_in_children
-from .messages import Hello, Wanted, Welcome
+from .messages import NAME, Hello, Wanted, Welcome
 from .roll import PLACES
 from .shared_memory import WriteSlots
 from .states import SessionState, Side
@@ -29,7 +29,7 @@ class Peer:
 
     Attributes:
         channel: its connection.
-        name: for people: ``process 4711``.
+        name: for people: ``process 4711``, or ``rank0 (process 4711)`` if the receiver has a name.
         place: its own in the roll.
         wanted: what it wants of the running update.
         holds: slots that it has not released.
@@ -196,6 +196,10 @@ class PeerGroup:
         try:
             while (frame := peer.channel.read()) is not None:
                 assert isinstance(frame.message, Hello), "the table lets nothing else pass"
+                if name := frame.message.name:
+                    if len(name) > NAME or not name.isprintable():
+                        raise ProtocolError(f"a receiver's name has at most {NAME} printable characters")
+                    peer.name = self._unique(f"{name} ({peer.name})")
                 welcome = Welcome(len(self._slots.memories), self._slots.slot_nbytes, self._timeout, peer.place)
                 peer.channel.send(welcome, descriptors=(self._slots.descriptor,))
         except (PeerLost, ProtocolError) as error:
