@@ -54,3 +54,16 @@ def test_poll_never_waits_and_keeps_the_offer(address):
             worker.result()
     with pytest.raises(hw.Closed):
         source.poll()
+
+
+def test_a_sender_tells_who_is_connected_and_forgets_the_dead(address):
+    with sender(address) as sending:
+        assert sending.connected == ()
+        with receiver(address, name="rank0") as first, receiver(address, name="rank1") as second:
+            for source in (first, second):
+                assert source.poll() is None  # It has said hello.
+            pid = os.getpid()  # of both, so that the second is numbered
+            assert sending.connected == (f"rank0 (process {pid})", f"rank1 (process {pid} #2)")
+        assert sending.connected == ()
+    with pytest.raises(hw.Closed):
+        assert sending.connected

@@ -87,18 +87,32 @@ class PeerGroup:
         gone: deque[str] = deque(maxlen=_SHOWN)
         turns = 0
         while True:
-            more, turns = self._accept(gone), turns + 1
-            for peer in list(self.peers):
-                self._greet(peer, gone)
-            self._limit_silent(gone)
+            more, turns = self._meet(gone), turns + 1
             self.check_open()
-            ready = [peer for peer in self.peers if peer.state is SessionState.IDLE]
+            ready = self._ready()
             # Whoever was waiting at the beginning has been taken after so many turns, even if others come without end.
             if len(ready) >= count and (not more or turns * _AT_ONCE > BACKLOG):
                 return ready
             if not left(deadline):
                 raise TransferTimeout(f"{len(ready)} of {count} receivers were there after {self._timeout:g} s", gone)
             self.wait(self.peers, left(deadline), listen=True)
+
+    def connected(self) -> list[Peer]:
+        """Everybody who is there now: some of those who wait are taken, the dead are forgotten. Never waits."""
+        self.check_open()
+        self._meet(deque(maxlen=_SHOWN))
+        return self._ready()
+
+    def _ready(self) -> list[Peer]:
+        return [peer for peer in self.peers if peer.state is SessionState.IDLE]
+
+    def _meet(self, gone: deque[str]) -> bool:
+        """Take and greet those who wait. Returns whether others may wait."""
+        more = self._accept(gone)
+        for peer in list(self.peers):
+            self._greet(peer, gone)
+        self._limit_silent(gone)
+        return more
 
     def wait(self, peers: Iterable[Peer], seconds: float, *, listen: bool = False) -> list[Peer]:
         """Wait until something comes from some of ``peers``, and return those. What is unsent goes out.

@@ -141,6 +141,18 @@ class Sender:
                 ).run(source, version)
             return replace(report, warnings=warnings_of(source))
 
+    @property
+    @signals.watched
+    def connected(self) -> tuple[str, ...]:
+        """The names of the receivers that are connected now; one that has died is not among them. Never waits.
+
+        Raises:
+            UsageError: this sender is sending, or is another process's.
+            Closed: it was closed.
+        """
+        with self._alone():
+            return tuple(peer.name for peer in self._group.connected())
+
     def close(self) -> None:
         """Let go of the address and the memory. May be called twice, and by any thread.
 
