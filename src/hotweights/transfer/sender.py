@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from .. import signals
 from ..arguments import check_choices, check_count, check_flags, check_seconds, check_version
 from ..errors import Closed, UsageError
 from ..forked import alone_in_a_fork
@@ -93,6 +94,7 @@ class Sender:
         self._closed = False
 
     @alone_in_a_fork()
+    @signals.watched
     def send(
         self,
         tensors: Sendable,
@@ -144,6 +146,18 @@ class Sender:
                 ).run(source, version)
             return replace(report, warnings=warnings_of(source))
 
+    @property
+    @signals.watched
+    def connected(self) -> tuple[str, ...]:
+        """The names of the receivers that are connected now; one that has died is not among them. Never waits.
+
+        Raises:
+            UsageError: this sender is sending, or is another process's.
+            Closed: it was closed.
+        """
+        with self._alone():
+            return tuple(peer.name for peer in self._group.connected())
+
     def close(self) -> None:
         """Let go of the address and the memory. May be called twice, and by any thread.
 
@@ -170,6 +184,7 @@ class Sender:
         return f"<Sender at {self.address}: {'closed' if self._closed else f'{len(self._group.peers)} receivers'}>"
 
     @contextmanager
+    @signals.held
     def _alone(self) -> Iterator[None]:
         if self._process != os.getpid():
             raise UsageError(f"this sender is process {self._process}'s, which forked this one; send there")
@@ -190,6 +205,7 @@ class Sender:
 
 
 @contextmanager
+@signals.held
 def _opened(tensors: Sendable, manifest: Manifest | None) -> Iterator[Source]:
     """What is to be sent, as a source; one that is made here is closed here."""
     if not is_pairs(tensors):
