@@ -35,7 +35,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 __all__ = [
     "AddressTaken",
@@ -91,6 +91,11 @@ class _Problems(HotweightsError):
         self.title = title
         self.problems: tuple[str, ...] = tuple(sorted(problems))
         super().__init__(title, self.problems)
+
+    def explain(self, more: Callable[[str], str]) -> None:
+        """Let ``more(problem)`` stand for each problem: whoever catches it may know more than whoever raised it."""
+        self.problems = tuple(map(more, self.problems))
+        self.args = (self.title, self.problems)
 
     def __str__(self) -> str:
         if not self.problems:

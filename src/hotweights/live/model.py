@@ -26,6 +26,7 @@ from ..model.reachable import reachable
 from ..plan.patterns import Patterns
 from ..sources.contracts import IOMode, refusing
 from ..sources.iterator import IteratorSource
+from ..sources.locating import naming_files
 from ..sources.opening import AnySource, opened, version_of
 from .baseline import Baseline
 from .layers import Selection, selected
@@ -151,6 +152,8 @@ class LiveModel:
         pool: Pool | None = None,
         verify: Verify = "off",
         show_progress: bool | None = None,
+        variant: str | None = None,
+        subfolder: str | None = None,
     ) -> UpdateReport:
         """Load for the first time, layer by layer; each is processed when it is complete.
 
@@ -167,7 +170,8 @@ class LiveModel:
         where = device_from(device)
         with alone_in_a_fork(), without_collection(), ExitStack() as stack:
             stack.enter_context(refusing(source))
-            origin = stack.enter_context(opened(source))
+            origin = stack.enter_context(opened(source, variant=variant, subfolder=subfolder))
+            stack.enter_context(naming_files(origin))
             weights, _ = apart(origin, lambda: reachable(self.model).values())
             prove = verifier(self.model, weights) if verify == "loader" else None
             with self._current.reserved():
@@ -212,6 +216,8 @@ class LiveModel:
         threads: int | None = None,
         pool: Pool | None = None,
         show_progress: bool | None = None,
+        variant: str | None = None,
+        subfolder: str | None = None,
     ) -> UpdateReport:
         """Take new weights for every tensor that the first load wrote, in place, all or nothing.
 
@@ -225,6 +231,8 @@ class LiveModel:
             threads: how many read at once.
             pool: memory for what cannot be read in place.
             show_progress: whether to draw a progress bar; by default on a terminal.
+            variant: where ``source`` is a path: which variant of the weights there, see ``hotweights.open``.
+            subfolder: where ``source`` is a path: which folder there.
 
         Raises:
             UpdateAborted: it failed; its cause says why. Version N is live, byte for byte; with ``atomic=False`` the
@@ -235,7 +243,8 @@ class LiveModel:
         with alone_in_a_fork(), without_collection(), ExitStack() as stack:
             stack.enter_context(refusing(source))
             try:
-                origin = stack.enter_context(opened(source))
+                origin = stack.enter_context(opened(source, variant=variant, subfolder=subfolder))
+                stack.enter_context(naming_files(origin))
                 weights, _ = apart(origin, lambda: reachable(self.model).values())
             except Exception as error:
                 # What an iterator raises while it is read ends the update, whatever it is.
