@@ -43,8 +43,13 @@ _FROM = re.compile(r" \(from (.+)\)(?:;|$)")
 def _in_file(problem: str, there: Container[str], file_of: Callable[[str], str]) -> str:
     source = _FROM.search(problem)
     name = source[1] if source else next((name for name in _beginnings(problem) if name in there), "")
+    if name not in there:
+        return problem
     # Without its folder, which the caller named: a path in the cache of the hub is longer than the problem.
-    return f"{problem} (in {os.path.basename(file_of(name))})" if name in there else problem
+    file = os.path.basename(file_of(name))
+    if source:
+        return f"{problem[: source.end(1)]} in {file}{problem[source.end(1) :]}"
+    return f"{problem} (in {file})"
 
 
 def _beginnings(problem: str) -> Iterator[str]:
