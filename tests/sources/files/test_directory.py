@@ -254,6 +254,18 @@ def test_what_the_shards_hold_beyond_the_index_can_be_allowed(tmp_path):
     assert "does not name extra" in str(hw.load(model, tmp_path, allow_unexpected="extra"))
 
 
+def test_a_tensor_that_is_taken_from_another_file_leaves_a_gap(tmp_path):
+    """Neighbours are read at once; what lies between them is not theirs."""
+    tensors = {name: torch.randn(3) for name in "abc"}
+    write_safetensors(tmp_path / "one.safetensors", tensors | {"b": torch.zeros(3)})
+    write_safetensors(tmp_path / "two.safetensors", {"b": tensors["b"]})
+    index = {"weight_map": {name: "two.safetensors" if name == "b" else "one.safetensors" for name in tensors}}
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    with hw.open(tmp_path) as source:
+        assert_same_bits(dict(source.tensors()), tensors)
+        assert_same_bits({lease.name: lease.own() for lease in source.leases()}, tensors)
+
+
 # --- other names -----------------------------------------------------------------------------------------------------
 
 STATE = {"weight": torch.ones(2, 2)}
