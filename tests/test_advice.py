@@ -194,7 +194,7 @@ def a_torch_file(path):
     return lambda: hw.load(linear(), file), advised
 
 
-@advice(hw.CheckpointError, "several indexes", "open the one you mean")
+@advice(hw.CheckpointError, "holds several checkpoints", "open the one you mean")
 def two_indexes(path):
     for name in ("a", "b"):
         write_checkpoint(path, state())

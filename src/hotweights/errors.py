@@ -35,7 +35,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 __all__ = [
     "AddressTaken",
@@ -93,6 +93,11 @@ class _Problems(HotweightsError):
         self.problems: tuple[str, ...] = tuple(sorted(problems))
         self.advice = advice
         super().__init__(title, self.problems)
+
+    def explain(self, more: Callable[[str], str]) -> None:
+        """Let ``more(problem)`` stand for each problem: whoever catches it may know more than whoever raised it."""
+        self.problems = tuple(map(more, self.problems))
+        self.args = (self.title, self.problems)
 
     def __str__(self) -> str:
         return "\n".join(filter(None, (self._listed(), self.advice)))

@@ -41,12 +41,15 @@ def test_commands_and_flags():
     shared, allowing = {"--json", "--timeout", "--help"}, {"--allow-missing", "--allow-unexpected", "--cast"}
     assert flags("send") == shared | {"--to", "--receivers", "--version", "--on-lost", "--digests", "--no-digests"}
     assert flags("receive") == shared | {"--from", "--model", "--device", "--versions", "--offer-timeout"} | allowing
-    assert flags("inspect") == {"--json", "--limit", "--reader", "--help"}
+    assert flags("inspect") == {"--json", "--limit", "--reader", "--variant", "--subfolder", "--help"}
     assert flags("plan") == {
-        *"--model --order --explain --save --limit --allow-missing --allow-unexpected --cast --json --help".split()
+        *"--model --order --explain --save --limit --allow-missing --allow-unexpected --cast --json --help".split(),
+        *("--variant", "--subfolder"),
     }
     assert flags("load") == {
         *"--model --reader --device --dtype --cast --io --threads --allow-missing --allow-unexpected".split(),
+        "--variant",
+        "--subfolder",
         *"--json --help".split(),
     }
     assert flags("demo") == {"--help"}
@@ -130,7 +133,8 @@ class TestLoad:
     def test_what_does_not_fit_is_refused(self, bert, checkpoint):
         result = run("load", checkpoint, "--model", bert, "--json")
         assert result.exit_code == 1
-        assert "a.weight: unexpected; the model has no such name" in json.loads(result.output)["error"]["problems"]
+        unexpected = "a.weight: unexpected; the model has no such name (in model.safetensors)"
+        assert unexpected in json.loads(result.output)["error"]["problems"]
         assert (
             run("load", checkpoint, "--model", bert, "--allow-missing", "*", "--allow-unexpected", "*").exit_code == 0
         )

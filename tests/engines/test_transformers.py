@@ -249,8 +249,8 @@ class TestPrefixes:
         with pytest.raises(hw.PlanError) as caught:
             hw.load(model, tmp_path)
         assert caught.value.problems == (
-            "classifier.bias: unexpected; the model has no such name",
-            "classifier.weight: unexpected; the model has no such name",
+            "classifier.bias: unexpected; the model has no such name (in model-00002-of-00002.safetensors)",
+            "classifier.weight: unexpected; the model has no such name (in model-00002-of-00002.safetensors)",
         )
         assert digest(model) == before
         report = hw.load(model, tmp_path, allow_unexpected="classifier.*")
@@ -338,7 +338,7 @@ class TestRefusals:
         assert EXPERT.format(0, 1, "w1") not in problems[0]
         assert problems[1].startswith("model.layers.1.mlp.experts.down_proj: transformers cannot make it of ")
         assert EXPERT.format(1, 3, "w2") in problems[1]
-        assert problems[2] == "model.norm.weight: shape [32] expected, [5] found"
+        assert problems[2] == "model.norm.weight: shape [32] expected, [5] found (in model.safetensors)"
 
     def test_experts_that_are_all_too_small(self, saved, tmp_path):
         def change(tensors):
@@ -349,7 +349,7 @@ class TestRefusals:
         problems = self.refused(fresh("mixtral"), rewritten(saved("mixtral").directory, tmp_path, change))
         assert problems == tuple(
             f"model.layers.{layer}.mlp.experts.down_proj: shape [4, 32, 48] expected, [4, 32, 7] found "
-            f"(from {EXPERT.format(layer, 0, 'w2')})"
+            f"(from {EXPERT.format(layer, 0, 'w2')} in model.safetensors)"
             for layer in range(2)
         )
 

@@ -267,7 +267,7 @@ class TestRefused:
         source, options = way(state)
         with pytest.raises(PlanError) as caught:
             hw.load(self.model, source, **options)
-        assert caught.value.problems == (
+        assert tuple(problem.partition(" (in ")[0] for problem in caught.value.problems) == (
             "1.linear.weight: missing; F32 [24, 24] expected",
             "2.linear.bias: shape [24] expected, [25] found",
             "stranger: unexpected; the model has no such name",
@@ -565,7 +565,7 @@ class TestSurprises:
     def test_names_with_brackets_and_wrong_numbers(self):
         ours = nn.Linear(2, 2)
         hw.load(ours, {**ours.state_dict(), "a[0].bias": torch.zeros(1)}, allow_unexpected=["a[0].bias"])
-        with pytest.raises(UsageError, match="threads=0"):
+        with pytest.raises(UsageError, match="threads= is a whole number of at least 1; found 0"):
             hw.load(ours, ours, threads=0)
 
     def test_options_are_checked_with_a_plan_too(self):

@@ -10,9 +10,12 @@ import typer
 from ..dtypes import Cast
 from ..sources.readers.source import READERS
 
-Checkpoint = Annotated[Path, typer.Argument(help="A safetensors file, a checkpoint directory, an index, a hub cache.")]
+# No Path: it would make one slash of the two in an address.
+Checkpoint = Annotated[str, typer.Argument(help="A safetensors file, a checkpoint directory, an index, a hub cache.")]
 Model = Annotated[Path, typer.Option(help="A directory with the config.json of a transformers model.")]
 Reader = Annotated[str, typer.Option(help=f"Which package reads the files: hotweights, {', '.join(READERS)}.")]
+Variant = Annotated[str | None, typer.Option(help="Which variant of the weights in the directory, such as fp16.")]
+Subfolder = Annotated[str | None, typer.Option(help="Which folder in the directory, such as transformer.")]
 Device = Annotated[str, typer.Option(help="The device on which parameters are created.")]
 Limit = Annotated[int, typer.Option(help="How many to list at most; 0 for all.", min=0)]
 AllowMissing = Annotated[

@@ -22,9 +22,14 @@ def inspect(
     as_json: flags.Json = False,
     limit: flags.Limit = 40,
     reader: flags.Reader = "hotweights",
+    variant: flags.Variant = None,
+    subfolder: flags.Subfolder = None,
 ) -> None:
     """List the tensors of a checkpoint and check its files. No weight is read."""
-    with ending(as_json=as_json), open_source(path, reader=reader) as source:
+    with (
+        ending(as_json=as_json),
+        open_source(path, reader=reader, variant=variant, subfolder=subfolder) as source,
+    ):
         if as_json:
             print_json(_as_dict(source))
         else:

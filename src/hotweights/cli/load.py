@@ -30,10 +30,15 @@ def load(
     threads: Annotated[int | None, typer.Option(help="How many threads read.", min=1)] = None,
     allow_missing: flags.AllowMissing = None,
     allow_unexpected: flags.AllowUnexpected = None,
+    variant: flags.Variant = None,
+    subfolder: flags.Subfolder = None,
     as_json: flags.Json = False,
 ) -> None:
     """Build a model from its config, load a checkpoint into it, and report. The model is thrown away."""
-    with ending(as_json=as_json), open_source(path, reader=reader) as source:
+    with (
+        ending(as_json=as_json),
+        open_source(path, reader=reader, variant=variant, subfolder=subfolder) as source,
+    ):
         built = transformers.build(model, dtype=None if dtype is None else _dtype(dtype))
         report = load_weights(
             built,

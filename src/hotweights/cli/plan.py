@@ -27,10 +27,12 @@ def plan(
     allow_missing: flags.AllowMissing = None,
     allow_unexpected: flags.AllowUnexpected = None,
     cast: flags.Casts = None,
+    variant: flags.Variant = None,
+    subfolder: flags.Subfolder = None,
     as_json: flags.Json = False,
 ) -> None:
     """Plan the loading of a checkpoint into a model built from its config. No weight is read, none is written."""
-    with ending(as_json=as_json), open_source(path) as source:
+    with ending(as_json=as_json), open_source(path, variant=variant, subfolder=subfolder) as source:
         load_plan = trace(
             transformers.build(model),
             source.manifest,

@@ -36,6 +36,7 @@ from ..model.reachable import reachable
 from ..plan.patterns import Patterns
 from ..sources.contracts import IOMode, refusing
 from ..sources.iterator import IteratorSource
+from ..sources.locating import naming_files
 from ..sources.opening import AnySource, opened, version_of
 from ..sources.reading import check_reading
 from .background import in_background
@@ -170,6 +171,8 @@ class LiveModel:
         pool: Pool | None = None,
         verify: Verify = "off",
         show_progress: bool | None = None,
+        variant: str | None = None,
+        subfolder: str | None = None,
     ) -> UpdateReport:
         """Load for the first time, layer by layer; each is processed when it is complete.
 
@@ -190,7 +193,8 @@ class LiveModel:
         where = device_from(device)
         with alone_in_a_fork(), without_collection(), ExitStack() as stack:
             stack.enter_context(refusing(source))
-            origin = stack.enter_context(opened(source))
+            origin = stack.enter_context(opened(source, variant=variant, subfolder=subfolder))
+            stack.enter_context(naming_files(origin))
             weights, _ = apart(origin, lambda: reachable(self.model).values())
             prove = verifier(self.model, weights) if verify == "loader" else None
             with self._current.reserved():
@@ -238,6 +242,8 @@ class LiveModel:
         pool: Pool | None = None,
         show_progress: bool | None = None,
         timeout: float | None = None,
+        variant: str | None = None,
+        subfolder: str | None = None,
     ) -> UpdateReport:
         """Take new weights for every tensor that the first load wrote, in place, all or nothing.
 
@@ -259,6 +265,8 @@ class LiveModel:
             show_progress: whether to draw a progress bar; by default on a terminal.
             timeout: seconds that it may wait for readers to leave ``serving()``, all its waits together; by default as
                 long as they like. Then it aborts, and a ``TimeoutError`` is the cause.
+            variant: where ``source`` is a path: which variant of the weights there, see ``hotweights.open``.
+            subfolder: where ``source`` is a path: which folder there.
 
         Raises:
             UpdateAborted: it failed; its cause says why. Version N is live, byte for byte; with ``atomic=False`` the
@@ -270,7 +278,8 @@ class LiveModel:
         with alone_in_a_fork(), without_collection(), ExitStack() as stack:
             stack.enter_context(refusing(source))
             try:
-                origin = stack.enter_context(opened(source))
+                origin = stack.enter_context(opened(source, variant=variant, subfolder=subfolder))
+                stack.enter_context(naming_files(origin))
                 weights, _ = apart(origin, lambda: reachable(self.model).values())
             except Exception as error:
                 # What an iterator raises while it is read ends the update, whatever it is.
@@ -302,6 +311,8 @@ class LiveModel:
         pool: Pool | None = None,
         show_progress: bool | None = None,
         timeout: float | None = None,
+        variant: str | None = None,
+        subfolder: str | None = None,
     ) -> UpdateReport:
         """``update`` in a thread of the event loop's executor: other coroutines run meanwhile, readers among them.
 
@@ -322,6 +333,8 @@ class LiveModel:
                 pool=pool,
                 show_progress=show_progress,
                 timeout=timeout,
+                variant=variant,
+                subfolder=subfolder,
             )
         )
 

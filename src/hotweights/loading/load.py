@@ -32,6 +32,7 @@ from ..plan.steps import Copy, Fate, Program
 from ..progress import progress
 from ..sources.contracts import Addressed, IOMode, OnDisk, Participant, refusing, warnings_of
 from ..sources.iterator import IteratorSource
+from ..sources.locating import naming_files
 from ..sources.opening import AnySource, opened
 from ..sources.reading import check_reading
 from ..text import size
@@ -67,6 +68,8 @@ def load(
     pool: Pool | None = None,
     verify: Verify = "off",
     show_progress: bool | None = None,
+    variant: str | None = None,
+    subfolder: str | None = None,
 ) -> LoadReport:
     """Load the weights of ``source`` into the parameters and persistent buffers of ``model``, in place, by name.
 
@@ -103,6 +106,8 @@ def load(
         pool: memory for what cannot be read in place; by default 64 MiB, which is freed at the end.
         verify: ``"loader"`` lets the model's own loading code load each layer once more afterwards, and compares bits.
         show_progress: whether to draw a progress bar; by default on a terminal.
+        variant: where ``source`` is a path: which variant of the weights there, see ``hotweights.open``.
+        subfolder: where ``source`` is a path: which folder there.
 
     Raises:
         CheckpointError: the checkpoint is broken; the model is unharmed.
@@ -126,7 +131,8 @@ def load(
     began = time.perf_counter()
     done = Tally()
     with alone_in_a_fork(), without_collection(), refusing(source), ExitStack() as stack:
-        given, source = source, stack.enter_context(opened(source))
+        given, source = source, stack.enter_context(opened(source, variant=variant, subfolder=subfolder))
+        stack.enter_context(naming_files(source))
         if isinstance(given, IteratorSource) and given is not source:  # Its tensors were collected.
             done.hold_scratch(source.manifest.nbytes)
         seen = survey(model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
-from ..files.shards import SAFETENSORS, Layout
+from ..files.layout import SAFETENSORS, Layout
 from ..pairs import Pair
 
 
