@@ -46,6 +46,7 @@ class Baseline:
     ) -> None:
         """Look at a model in checkpoint format."""
         self._model = model
+        self._by = options.by
         twins: Dressing = {}
         loaded = {name.rpartition(".")[0] for step in plan.steps for name in step.destinations}
         self._loaded = [
@@ -119,6 +120,7 @@ class Baseline:
             partial=frozenset(partial),
             acted=self._acted,
             first=first,
+            by=self._by,
         )
 
     def _tensors(self, plan: LoadPlan) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..model.survey import By
 from ..plan.plan import LoadPlan
 from .groups import LayerGroup
 from .layout import MemoryLayout
@@ -29,6 +30,7 @@ class Job:
         partial: names of live tensors of which the plan writes only some bytes.
         acted: names of tensors that no plan writes, and that processing has changed at some time; it is added to.
         first: whether this is the first load: it fills the model's own tensors, which are in checkpoint format.
+        by: which loading code the model has, see ``By``.
     """
 
     model: nn.Module
@@ -42,3 +44,4 @@ class Job:
     partial: frozenset[str]
     acted: set[str]
     first: bool
+    by: By | None = None

@@ -18,6 +18,7 @@ from ..errors import LiveModelError
 from ..memory.aliases import has_bytes
 from ..memory.wrappers import leaves
 from ..model.materialise import dressed
+from ..names import bare_modules, outer_prefix, unwrapped
 from ..plan.patterns import Patterns, matches
 from .attributes import ABSENT, Held, assign, by_name, exchanged, held_by, state_of, step, tensors_in
 
@@ -314,12 +315,12 @@ Selection = Patterns | Callable[[nn.Module], bool]
 """Which modules of a model: patterns of their qualified names, or a function that says so of a module."""
 
 
-def selected(selection: Selection) -> Callable[[str, nn.Module], bool]:
-    """Whether a module, given with its qualified name, is one of the selection."""
+def selected(selection: Selection, model: nn.Module) -> Callable[[str, nn.Module], bool]:
+    """Whether a module, given with its name in the unwrapped ``model``, is one of the selection under any name."""
     if callable(selection):
         return lambda _, module: selection(module)
-    match = matches(selection)
-    return lambda name, _: match(name)
+    match, outer, bare = matches(selection), outer_prefix(model), bare_modules(unwrapped(model))
+    return lambda name, _: any(map(match, (name, f"{outer}{name}", bare.get(name, name))))
 
 
 def layers_of(model: nn.Module, chosen: Callable[[str, nn.Module], bool]) -> dict[nn.Module, list[str]]:

@@ -12,7 +12,7 @@ from torch import nn
 from .. import signals
 from ..arguments import check_choices, check_model, check_version, device_from
 from ..dtypes import Cast
-from ..errors import UnknownName, UsageError
+from ..errors import PlanError, UnknownName, UsageError
 from ..forked import alone_in_a_fork
 from ..gc_pause import without_collection
 from ..loading.apart import apart
@@ -20,14 +20,21 @@ from ..loading.verify import Verify, verifier
 from ..manifest import Manifest
 from ..memory.pool import Pool
 from ..model.digests import Digest, digest_of
+from ..model.matching import KnownNames, other_names
 from ..model.materialise import materialise, put_back
 from ..model.places import Place, places
 from ..model.reachable import reachable
-from ..plan.patterns import Patterns
+from ..model.survey import By, own_loader, survey
+from ..names import outer_prefix, unwrapped
+from ..plan.patterns import Patterns, widened
+from ..rename import Rename, renamer
 from ..sources.contracts import IOMode, refusing
 from ..sources.iterator import IteratorSource
 from ..sources.opening import AnySource, opened, version_of
+from ..sources.renamed import renamed
+from ..tracing.naming import Match, as_they_are, names_for
 from .baseline import Baseline
+from .fed_names import FedNames
 from .layers import Selection, selected
 from .plans import Options
 from .report import UpdateReport
@@ -88,12 +95,15 @@ class LiveModel:
         self.model = model
         self._process: Process = process or process_by_quant_method
         by_default = _has_tensors if process is not None else _has_quant_method
-        self._is_processed = selected(by_default if layers is None else layers)
-        self._is_deferred = selected(deferred)
+        self._core = unwrapped(model)
+        self._is_processed = selected(by_default if layers is None else layers, model)
+        self._is_deferred = selected(deferred, model)
         self._atomic: Atomic = atomic
         self._limit = memory_limit
         self._current = Current()
         self._baseline: Baseline | None = None  # None until the first load begins, and again when that fails.
+        self._match: Match = as_they_are  # Known from the first load on: processing changes names.
+        self._others: dict[str, tuple[str, ...]] = {}
 
     def __repr__(self) -> str:
         return f"<LiveModel of {type(self.model).__name__}: version {self.version!r}, {self.state.value}>"
@@ -130,8 +140,11 @@ class LiveModel:
         return Serving(self._current, timeout)
 
     def digest(self) -> Digest:
-        """Digests of all parameters and buffers, as they are now. Reads every byte of the model."""
-        return digest_of(self.model)
+        """Digests of all parameters and buffers, as they are now. Reads every byte of the model.
+
+        Wrappers around the model have no part in them.
+        """
+        return digest_of(self._core)
 
     # The first load.
 
@@ -151,6 +164,8 @@ class LiveModel:
         pool: Pool | None = None,
         verify: Verify = "off",
         show_progress: bool | None = None,
+        rename: Rename | None = None,
+        by: By | None = None,
     ) -> UpdateReport:
         """Load for the first time, layer by layer; each is processed when it is complete.
 
@@ -162,24 +177,26 @@ class LiveModel:
             Exception: what failed while loading. The model is in checkpoint format again, its values are undefined.
         """
         check_version(version)
-        check_choices(verify=(verify, Verify))
-        options = Options(allow_missing, allow_partial, allow_unexpected, cast)
+        check_choices(verify=(verify, Verify), by=(by or "name", By))
         where = device_from(device)
         with alone_in_a_fork(), without_collection(), ExitStack() as stack:
             stack.enter_context(refusing(source))
             origin = stack.enter_context(opened(source))
-            weights, _ = apart(origin, lambda: reachable(self.model).values())
-            prove = verifier(self.model, weights) if verify == "loader" else None
             with self._current.reserved():
                 if self._current.holds is not State.EMPTY:
                     raise UsageError(
                         f"{self._current}, so load, which is for the first time, cannot be used; use update"
                     )
-                plan = options.traced(self.model, origin.manifest, where)
-                replaced = [] if where is None else materialise(places(self.model), set(plan.targets), where)
+                options = self._options(allow_missing, allow_partial, allow_unexpected, cast, by)
+                fed = FedNames(names_for(origin.manifest, rename, self._match))
+                origin = renamed(origin, fed.new)
+                weights, _ = apart(origin, lambda: reachable(self._core).values())
+                prove = verifier(self._core, weights, by) if verify == "loader" else None
+                plan = options.traced(self._core, origin.manifest, where)
+                replaced = [] if where is None else materialise(places(self._core), set(plan.targets), where)
                 stack.callback(self._put_back, replaced)
-                self._baseline = Baseline(self.model, plan, options, self._is_processed, self._is_deferred)
-                update = Update.begin_first(self._current, self._baseline, self._process, self._limit)
+                self._baseline = Baseline(self._core, plan, options, self._is_processed, self._is_deferred)
+                update = Update.begin_first(self._current, self._baseline, self._process, self._limit, fed)
             with update:
                 return update.run(
                     weights,
@@ -190,6 +207,15 @@ class LiveModel:
                     verify=prove,
                     show_progress=show_progress,
                 )
+
+    def _options(
+        self, missing: Patterns, partly: Patterns, unexpected: Patterns, cast: Cast | None, by: By | None
+    ) -> Options:
+        """What every load allows; and note the names by which the model's tensors are called from now on."""
+        core, names = self._core, {*survey(self._core).tensors}
+        self._match = KnownNames(core, names).matched if own_loader(core, by) is None else as_they_are
+        self._others = other_names(core, outer_prefix(self.model), names)
+        return Options(widened(missing, self._others), widened(partly, self._others), unexpected, cast, by)
 
     @signals.whole
     def _put_back(self, replaced: list[tuple[Place, torch.Tensor]]) -> None:
@@ -212,6 +238,7 @@ class LiveModel:
         threads: int | None = None,
         pool: Pool | None = None,
         show_progress: bool | None = None,
+        rename: Rename | None = None,
     ) -> UpdateReport:
         """Take new weights for every tensor that the first load wrote, in place, all or nothing.
 
@@ -225,6 +252,7 @@ class LiveModel:
             threads: how many read at once.
             pool: memory for what cannot be read in place.
             show_progress: whether to draw a progress bar; by default on a terminal.
+            rename: new names for the source's tensors, see ``hotweights.load``.
 
         Raises:
             UpdateAborted: it failed; its cause says why. Version N is live, byte for byte; with ``atomic=False`` the
@@ -236,13 +264,16 @@ class LiveModel:
             stack.enter_context(refusing(source))
             try:
                 origin = stack.enter_context(opened(source))
-                weights, _ = apart(origin, lambda: reachable(self.model).values())
+                fed = FedNames(names_for(origin.manifest, rename, self._match))
+                origin = renamed(origin, fed.new)
+                weights, _ = apart(origin, lambda: reachable(self._core).values())
             except Exception as error:
                 # What an iterator raises while it is read ends the update, whatever it is.
                 if isinstance(error, UsageError) and not isinstance(source, IteratorSource):
                     raise
-                raise aborted(f"{self._current}; the source cannot be opened", error) from error
-            update = stack.enter_context(self.begin(origin.manifest, atomic=atomic, only=only))
+                failed = "nothing was changed" if isinstance(error, PlanError) else "the source cannot be opened"
+                raise aborted(f"{self._current}; {failed}", error) from error
+            update = stack.enter_context(self._begin(origin.manifest, atomic, only, fed))
             return update.run(
                 weights,
                 version_of(origin, version),
@@ -255,7 +286,12 @@ class LiveModel:
     @alone_in_a_fork()
     @signals.watched
     def begin(
-        self, manifest: Manifest | None = None, *, atomic: Atomic | None = None, only: Patterns | None = None
+        self,
+        manifest: Manifest | None = None,
+        *,
+        atomic: Atomic | None = None,
+        only: Patterns | None = None,
+        rename: Rename | None = None,
     ) -> Update:
         """Begin an update that is fed by hand. Use it in a ``with``: leaving it without a commit aborts.
 
@@ -263,10 +299,21 @@ class LiveModel:
             manifest: what will come; by default what the live version came by. What does not fit is found here.
             atomic: see ``update``.
             only: see ``update``.
+            rename: new names for what is fed, see ``hotweights.load``.
 
         Raises:
             UpdateAborted: the manifest does not fit, or the host cannot hold the copy; nothing was changed.
         """
+        if manifest is None:
+            fed = FedNames(self._current.names, None if rename is None else renamer(rename))
+            return self._begin(None, atomic, only, fed)
+        try:
+            fed = FedNames(names_for(manifest, rename, self._match))
+        except PlanError as error:
+            raise aborted(f"{self._current}; nothing was changed", error) from error
+        return self._begin(manifest.renamed(fed.new), atomic, only, fed)
+
+    def _begin(self, manifest: Manifest | None, atomic: Atomic | None, only: Patterns | None, fed: FedNames) -> Update:
         atomic = self._atomic if atomic is None else atomic
         _check_atomic(atomic)
         current = self._current
@@ -275,7 +322,8 @@ class LiveModel:
                 raise UsageError("nothing was loaded yet; the first time, use load")
             if current.holds is State.TORN and only is not None:
                 raise UsageError("the model is torn; only a complete update mends it, so leave only= out")
-            return Update.begin(current, self._baseline, self._process, self._limit, manifest, atomic, only)
+            only = None if only is None else widened(only, self._others)
+            return Update.begin(current, self._baseline, self._process, self._limit, manifest, atomic, only, fed)
 
 
 def _check_atomic(atomic: object) -> None:

@@ -20,7 +20,7 @@ from ..model.digests import digests
 from ..model.materialise import dressed
 from ..model.places import places
 from ..model.reachable import reachable
-from ..model.survey import survey
+from ..model.survey import By, survey
 from ..plan.patterns import Patterns, both, matches
 from ..plan.plan import LoadPlan
 from ..plan.steps import Fate
@@ -40,6 +40,7 @@ class Options:
     allow_partial: Patterns = ()
     allow_unexpected: Patterns = ()
     cast: Cast | None = None
+    by: By | None = None
 
     def traced(self, model: nn.Module, manifest: Manifest, device: torch.device | None, may: Patterns = ()) -> LoadPlan:
         """The plan for ``manifest``; tensors that match ``may`` may be missing or partial besides."""
@@ -51,6 +52,7 @@ class Options:
             allow_partial=both(self.allow_partial, may),
             allow_unexpected=self.allow_unexpected,
             cast=self.cast,
+            by=self.by,
         )
 
 

@@ -24,6 +24,7 @@ from ..sources.contracts import Addressed, InMemory, IOMode, OnDisk, Participant
 from .attempt import Attempt
 from .baseline import Baseline
 from .compiled import refuse_frozen
+from .fed_names import FedNames
 from .job import Job
 from .lock import WriteTurn
 from .open_layers import OpenLayers
@@ -43,11 +44,14 @@ class Update:
     # Begin.
 
     @signals.held
-    def __init__(self, current: Current, baseline: Baseline, job: Job, strategy: Strategy, limit: int | None) -> None:
+    def __init__(
+        self, current: Current, baseline: Baseline, job: Job, strategy: Strategy, limit: int | None, fed: FedNames
+    ) -> None:
         """For ``begin`` and ``begin_first``, while the live model is reserved; the end of the update lets go of it."""
         self._current = current
         self._baseline = baseline
         self._strategy = strategy
+        self._fed = fed
         self._attempt = Attempt(job, strategy, OpenLayers(limit, warned=current.warned), WriteTurn(current.guard))
         self._watcher = signals.watch()
         current.begin(self._attempt)
@@ -55,10 +59,15 @@ class Update:
     @classmethod
     @signals.held
     def begin_first(
-        cls, current: Current, baseline: Baseline, process: Callable[[nn.Module], object], limit: int | None
+        cls,
+        current: Current,
+        baseline: Baseline,
+        process: Callable[[nn.Module], object],
+        limit: int | None,
+        fed: FedNames,
     ) -> Update:
         """The first load, straight into the model's own tensors."""
-        return cls(current, baseline, baseline.first_job(process), InPlace(baseline.live), limit)
+        return cls(current, baseline, baseline.first_job(process), InPlace(baseline.live), limit, fed)
 
     @classmethod
     @signals.held
@@ -71,6 +80,7 @@ class Update:
         manifest: Manifest | None,
         atomic: Atomic,
         only: Patterns | None,
+        fed: FedNames,
     ) -> Update:
         """Find everything that does not fit; then begin.
 
@@ -88,12 +98,12 @@ class Update:
             raise
         except Exception as error:
             raise aborted(f"{current}; nothing was changed", error) from error
-        return cls(current, baseline, job, strategy, limit)
+        return cls(current, baseline, job, strategy, limit, fed)
 
     @property
     def manifest(self) -> Manifest:
         """What it must be fed: names, dtypes and shapes."""
-        return self._attempt.manifest
+        return self._fed.promised(self._attempt.manifest)
 
     @property
     def open_nbytes(self) -> int:
@@ -118,7 +128,8 @@ class Update:
             raise UsageError("this update is prepared; it cannot be fed any more")
         with self._failing():
             self._attempt.take_as_it_comes()
-            for name, tensor in pairs.items() if isinstance(pairs, Mapping) else pairs:
+            for called, tensor in pairs.items() if isinstance(pairs, Mapping) else pairs:
+                name = self._fed.of(called)
                 self._attempt.check_apart(name, tensor)
                 devices = self._attempt.take(name, tensor, tensor.clone)
                 _wait_for(devices | {tensor.device})  # Behind the next tensor this one may be written over.
@@ -219,6 +230,8 @@ class Update:
         current.commits += 1
         current.holds, current.running, current.warned = State.SERVING, None, attempt.warned
         self._baseline.committed(attempt.job)
+        if self._baseline.plans.last is attempt.job.plan:  # A partial update is not what the next one repeats.
+            current.names = self._fed.new
         return attempt.report(previous, current.version, nbytes, self._baseline.copy_nbytes)
 
     def _written(self, failures: list[BaseException]) -> int:

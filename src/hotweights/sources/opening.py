@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal, overload
 
@@ -13,10 +14,13 @@ from torch import nn
 from typing_extensions import TypeIs
 
 from ..errors import CheckpointError, UnknownName, UsageError
+from ..names import bare_names
+from ..rename import Rename, new_names
 from .contracts import Source
 from .files.source import FileSource
 from .iterator import IteratorSource, Pair
 from .readers.source import READERS, ReaderSource
+from .renamed import renamed
 from .state_dict import StateSource
 
 AnySource = str | os.PathLike[str] | Mapping[str, torch.Tensor] | nn.Module | Source | IteratorSource
@@ -27,6 +31,7 @@ def opened(source: AnySource) -> Iterator[Source]:
     """The source, open. What is opened here is closed here; a source that was open stays open.
 
     An iterator that came without a manifest is read to its end: all of its tensors are in memory until this is left.
+    The tensors of a module have the names that they have without wrappers, also where it is wrapped.
     """
     if isinstance(source, Source):
         yield source
@@ -35,7 +40,14 @@ def opened(source: AnySource) -> Iterator[Source]:
             yield collected
     else:
         with open(source) as fresh:
-            yield fresh
+            yield renamed(fresh, _bare(source, fresh.manifest)) if isinstance(source, nn.Module) else fresh
+
+
+def _bare(module: nn.Module, names: Collection[str]) -> dict[str, str]:
+    """The names without wrappers, of those tensors that have no wrong one by then: one that another has."""
+    bare = {name: pair[0] for name, pair in bare_names(module).items() if name in names}
+    claims = Counter([*bare.values(), *(name for name in names if name not in bare)])
+    return {name: new for name, new in bare.items() if claims[new] == 1}
 
 
 def is_pairs(source: object) -> TypeIs[Iterable[Pair]]:
@@ -59,9 +71,19 @@ def open(what: Mapping[str, torch.Tensor] | torch.nn.Module) -> StateSource: ...
 def open(
     what: str | os.PathLike[str] | Mapping[str, torch.Tensor] | torch.nn.Module,
 ) -> FileSource | StateSource: ...
+@overload
 def open(
-    what: str | os.PathLike[str] | Mapping[str, torch.Tensor] | torch.nn.Module, *, reader: str = "hotweights"
-) -> FileSource | ReaderSource | StateSource:
+    what: str | os.PathLike[str] | Mapping[str, torch.Tensor] | torch.nn.Module,
+    *,
+    reader: str = ...,
+    rename: Rename | None,
+) -> Source: ...
+def open(
+    what: str | os.PathLike[str] | Mapping[str, torch.Tensor] | torch.nn.Module,
+    *,
+    reader: str = "hotweights",
+    rename: Rename | None = None,
+) -> Source:
     """Open a source of weights. The caller closes it; use it in a ``with``.
 
     Args:
@@ -70,12 +92,23 @@ def open(
             tensors; or an ``nn.Module``, whose ``state_dict()`` is taken.
         reader: which package reads the files. Ours gives any bytes in any order; ``"runai"``, ``"fastsafetensors"``,
             ``"safetensors"`` and ``"torch"`` (.bin, .pt, .pth) only stream.
+        rename: new names for the tensors, see ``hotweights.load``.
 
     Raises:
+        PlanError: ``rename`` gives two tensors one name.
         CheckpointError: the checkpoint is broken; every problem is listed.
         MissingPackage: the reader's package is not installed.
         UsageError: ``what`` is nothing of these.
     """
+    source = _opened(what, reader)
+    try:
+        return renamed(source, new_names(source.manifest, rename))
+    except BaseException:
+        source.close()
+        raise
+
+
+def _opened(what: object, reader: str) -> FileSource | ReaderSource | StateSource:
     if reader not in ("hotweights", *READERS):
         raise UnknownName("reader", reader, ("hotweights", *READERS))
     if isinstance(what, (str, os.PathLike)):
