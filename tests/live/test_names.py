@@ -91,7 +91,7 @@ class Typed(nn.Linear):
 
 class Unclear(nn.Linear):
     def load_weights(self, what):
-        return open(what).read()  # noqa: SIM115
+        return open(what).read()
 
 
 @pytest.mark.parametrize("kind", [Reads, Typed])
