@@ -201,7 +201,7 @@ def test_send(folder, source):
     assert outcome(send) is not None  # There is no receiver.
 
 
-ODD = [None, 3, -1, 2.5, "", "x", b"x", [], [None], {}, (), object(), True, torch.ones(2), lambda *_: None, nn.Linear]
+ODD = [None, 3, -1, 2.5, "", "x", b"x", [], [None], {}, (), object(), True, torch.ones(2), lambda *_: None, str]
 GOOD = {
     "model": linear,
     "source": state,

@@ -38,15 +38,18 @@ class TensorSpec(msgspec.Struct, frozen=True, gc=False):
         return f"{self.name}: {format_name(self.dtype)} {list(self.shape)}"
 
 
+_NOT_RENAMED: Mapping[str, str] = {}
+
+
 class Manifest(Mapping[str, TensorSpec]):
     """What a source promises: an ordered, frozen mapping from name to spec.
 
     The order is the source's own. Tensors may arrive in another one.
     """
 
-    __slots__ = ("_specs", "nbytes")
+    __slots__ = ("_specs", "nbytes", "origins")
 
-    def __init__(self, specs: Iterable[TensorSpec]) -> None:
+    def __init__(self, specs: Iterable[TensorSpec], *, origins: Mapping[str, str] = _NOT_RENAMED) -> None:
         given = tuple(specs)
         self._specs: dict[str, TensorSpec] = {spec.name: spec for spec in given}
         if len(given) != len(self._specs):
@@ -54,6 +57,23 @@ class Manifest(Mapping[str, TensorSpec]):
             raise UsageError(f"a manifest names tensors twice: {some(twice)}; give each spec once")
         self.nbytes = sum(spec.nbytes for spec in self._specs.values())
         """Bytes of all tensors together."""
+        self.origins = origins
+        """For tensors that were renamed: their names where they come from."""
+
+    def called(self, name: str) -> str:
+        """The tensor's name for messages, with the one that it has where it comes from."""
+        return f"{name} ({self.origins[name]} in the source)" if name in self.origins else name
+
+    def renamed(self, names: Mapping[str, str]) -> Manifest:
+        """The same tensors under new names: ``names`` gives those of the tensors that get one."""
+        if not names:
+            return self
+        origins = {names.get(name, name): self.origins.get(name, name) for name in self}
+        origins = {new: old for new, old in origins.items() if new != old}
+        return Manifest(
+            (msgspec.structs.replace(spec, name=names.get(spec.name, spec.name)) for spec in self.values()),
+            origins=origins,
+        )
 
     def __getitem__(self, name: str) -> TensorSpec:
         return self._specs[name]

@@ -366,7 +366,8 @@ class Attempt:
         needed = set() if self._takers is None else self._takers.keys()
         missing = sorted((needed | set(self.job.plan.fallback)) - self._arrived)
         if missing:
-            raise SourceError(f"{len(missing)} tensors were promised and did not come: {some(missing)}")
+            called = some(list(map(self.manifest.called, missing)))
+            raise SourceError(f"{len(missing)} tensors were promised and did not come: {called}")
         for group in list(self._todo):  # What takes no tensor is filled and processed all the same.
             self._complete(self._opened(group))
         for opened in sorted(self._late, key=lambda late: late.group.deferred):
@@ -471,7 +472,9 @@ class Attempt:
             self.timeline.event("fall back", ""),
             nullcontext() if self.job.first else unmoved(others),
         ):
-            fall_back(plan, self.job.model, source, {}, self._done, pool=pool, advance=lambda nbytes: None)
+            fall_back(
+                plan, self.job.model, source, {}, self._done, by=self.job.by, pool=pool, advance=lambda nbytes: None
+            )
 
     # Its end.
 

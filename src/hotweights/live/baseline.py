@@ -48,6 +48,7 @@ class Baseline:
     ) -> None:
         """Look at a model in checkpoint format; ``unknown`` are names of tensors that hold no values yet."""
         self._model = model
+        self._by = options.by
         twins: Dressing = {}
         loaded = {name.rpartition(".")[0] for step in plan.steps for name in step.destinations}
         self._loaded = [
@@ -135,6 +136,7 @@ class Baseline:
             restored=restored,
             cast=cast,
             first=first,
+            by=self._by,
         )
 
     def _tensors(self, plan: LoadPlan) -> dict[str, torch.Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..dtypes import Cast
+from ..model.survey import By
 from ..plan.plan import LoadPlan
 from .groups import LayerGroup
 from .layout import MemoryLayout
@@ -32,6 +33,7 @@ class Job:
         restored: names of tensors that the plan does not write, and that get their ``initial`` values.
         cast: which casts are done of tensors that come in another dtype than the plan's; ``None`` if none may come so.
         first: whether this is the first load: it fills the model's own tensors, which are in checkpoint format.
+        by: which loading code the model has, see ``By``.
     """
 
     model: nn.Module
@@ -47,3 +49,4 @@ class Job:
     restored: frozenset[str]
     cast: Cast | None
     first: bool
+    by: By | None = None

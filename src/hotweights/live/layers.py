@@ -19,6 +19,7 @@ from ..errors import LiveModelError, UsageError
 from ..memory.aliases import has_bytes
 from ..memory.wrappers import leaves
 from ..model.materialise import dressed
+from ..names import bare_modules, outer_prefix, unwrapped
 from ..plan.patterns import Patterns, matches
 from .attributes import ABSENT, Held, assign, by_name, exchanged, held_by, state_of, step, tensors_in
 
@@ -320,13 +321,16 @@ Selection = Patterns | Callable[[nn.Module], bool]
 """Which modules of a model: patterns of their qualified names, or a function that says so of a module."""
 
 
-def selected(selection: Selection, option: str) -> Callable[[str, nn.Module], bool]:
-    """Whether a module, given with its qualified name, is one of the selection, which ``option`` brought."""
+def selected(selection: Selection, model: nn.Module, option: str) -> Callable[[str, nn.Module], bool]:
+    """Whether a module, given with its name in the unwrapped ``model``, is one of the selection under any name.
+
+    ``option`` is what the caller gave it as.
+    """
     if callable(selection):
         return lambda _, module: selection(module)
     (patterns,) = patterns_from(**{option: selection})
-    match = matches(patterns)
-    return lambda name, _: match(name)
+    match, outer, bare = matches(patterns), outer_prefix(model), bare_modules(unwrapped(model))
+    return lambda name, _: any(map(match, (name, f"{outer}{name}", bare.get(name, name))))
 
 
 def layers_of(model: nn.Module, chosen: Callable[[str, nn.Module], bool]) -> dict[nn.Module, list[str]]:

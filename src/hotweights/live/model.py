@@ -15,6 +15,7 @@ from ..arguments import (
     check_callable,
     check_choices,
     check_count,
+    check_kind,
     check_model,
     check_timeout,
     check_version,
@@ -22,7 +23,7 @@ from ..arguments import (
     patterns_from,
 )
 from ..dtypes import Cast
-from ..errors import UnknownName, UsageError
+from ..errors import PlanError, UnknownName, UsageError
 from ..forked import alone_in_a_fork
 from ..gc_pause import without_collection
 from ..loading.apart import apart
@@ -30,17 +31,24 @@ from ..loading.verify import Verify, verifier
 from ..manifest import Manifest
 from ..memory.pool import Pool
 from ..model.digests import Digest, digest_of
+from ..model.matching import KnownNames, other_names
 from ..model.materialise import materialise, put_back
 from ..model.places import Place, places
 from ..model.reachable import reachable
-from ..plan.patterns import Patterns
+from ..model.survey import By, own_loader, survey
+from ..names import outer_prefix, unwrapped
+from ..plan.patterns import Patterns, widened
+from ..rename import Rename, renamer
 from ..sources.contracts import IOMode, refusing
 from ..sources.iterator import IteratorSource
 from ..sources.locating import naming_files
 from ..sources.opening import AnySource, opened, version_of
 from ..sources.reading import check_reading
+from ..sources.renamed import renamed
+from ..tracing.naming import Match, as_they_are, names_for
 from .background import in_background
 from .baseline import Baseline
+from .fed_names import FedNames
 from .layers import Selection, selected
 from .plans import Options
 from .report import UpdateReport
@@ -104,12 +112,15 @@ class LiveModel:
         self.model = model
         self._process: Process = process_by_quant_method if process is None else process
         by_default = _has_tensors if process is not None else _has_quant_method
-        self._is_processed = selected(by_default if layers is None else layers, "layers")
-        self._is_deferred = selected(deferred, "deferred")
+        self._core = unwrapped(model)
+        self._is_processed = selected(by_default if layers is None else layers, model, "layers")
+        self._is_deferred = selected(deferred, model, "deferred")
         self._atomic: Atomic = atomic
         self._limit = memory_limit
         self._current = Current()
         self._baseline: Baseline | None = None  # None until the first load begins, and again when that fails.
+        self._match: Match = as_they_are  # Known from the first load on: processing changes names.
+        self._others: dict[str, tuple[str, ...]] = {}
 
     def __repr__(self) -> str:
         return f"<LiveModel of {type(self.model).__name__}: version {self.version!r}, {self.state.value}>"
@@ -150,8 +161,11 @@ class LiveModel:
         return Serving(self._current, timeout)
 
     def digest(self) -> Digest:
-        """Digests of all parameters and buffers, as they are now. Reads every byte of the model."""
-        return digest_of(self.model)
+        """Digests of all parameters and buffers, as they are now. Reads every byte of the model.
+
+        Wrappers around the model have no part in them.
+        """
+        return digest_of(self._core)
 
     # The first load.
 
@@ -171,6 +185,8 @@ class LiveModel:
         pool: Pool | None = None,
         verify: Verify = "off",
         show_progress: bool | None = None,
+        rename: Rename | None = None,
+        by: By | None = None,
         variant: str | None = None,
         subfolder: str | None = None,
     ) -> UpdateReport:
@@ -184,30 +200,36 @@ class LiveModel:
             Exception: what failed while loading. The model is in checkpoint format again, its values are undefined.
         """
         check_version(version)
-        check_choices(verify=(verify, Verify), cast=("error" if cast is None else cast, Cast))
+        check_choices(
+            verify=(verify, Verify),
+            cast=("error" if cast is None else cast, Cast),
+            by=("name" if by is None else by, By),
+        )
         check_reading(io, threads, pool, show_progress)
         allow_missing, allow_partial, allow_unexpected = patterns_from(
             allow_missing=allow_missing, allow_partial=allow_partial, allow_unexpected=allow_unexpected
         )
-        options = Options(allow_missing, allow_partial, allow_unexpected, cast)
         where = device_from(device)
         with alone_in_a_fork(), without_collection(), ExitStack() as stack:
             stack.enter_context(refusing(source))
             origin = stack.enter_context(opened(source, variant=variant, subfolder=subfolder))
-            stack.enter_context(naming_files(origin))
-            weights, _ = apart(origin, lambda: reachable(self.model).values())
-            prove = verifier(self.model, weights) if verify == "loader" else None
             with self._current.reserved():
                 if self._current.holds is not State.EMPTY:
                     raise UsageError(
                         f"{self._current}, so load, which is for the first time, cannot be used; use update"
                     )
-                plan = options.traced(self.model, origin.manifest, where)
-                replaced = [] if where is None else materialise(places(self.model), set(plan.targets), where)
+                options = self._options(allow_missing, allow_partial, allow_unexpected, cast, by)
+                fed = FedNames(names_for(origin.manifest, rename, self._match))
+                origin = renamed(origin, fed.new)
+                stack.enter_context(naming_files(origin))
+                weights, _ = apart(origin, lambda: reachable(self._core).values())
+                prove = verifier(self._core, weights, by) if verify == "loader" else None
+                plan = options.traced(self._core, origin.manifest, where)
+                replaced = [] if where is None else materialise(places(self._core), set(plan.targets), where)
                 stack.callback(self._put_back, replaced)
                 unknown = {place.name for place, _ in replaced}
-                self._baseline = Baseline(self.model, plan, options, self._is_processed, self._is_deferred, unknown)
-                update = Update.begin_first(self._current, self._baseline, self._process, self._limit)
+                self._baseline = Baseline(self._core, plan, options, self._is_processed, self._is_deferred, unknown)
+                update = Update.begin_first(self._current, self._baseline, self._process, self._limit, fed)
             with update:
                 return update.run(
                     weights,
@@ -218,6 +240,15 @@ class LiveModel:
                     verify=prove,
                     show_progress=show_progress,
                 )
+
+    def _options(
+        self, missing: Patterns, partly: Patterns, unexpected: Patterns, cast: Cast | None, by: By | None
+    ) -> Options:
+        """What every load allows; and note the names by which the model's tensors are called from now on."""
+        core, names = self._core, {*survey(self._core).tensors}
+        self._match = KnownNames(core, names).matched if own_loader(core, by) is None else as_they_are
+        self._others = other_names(core, outer_prefix(self.model), names)
+        return Options(widened(missing, self._others), widened(partly, self._others), unexpected, cast, by)
 
     @signals.whole
     def _put_back(self, replaced: list[tuple[Place, torch.Tensor]]) -> None:
@@ -241,6 +272,7 @@ class LiveModel:
         threads: int | None = None,
         pool: Pool | None = None,
         show_progress: bool | None = None,
+        rename: Rename | None = None,
         timeout: float | None = None,
         variant: str | None = None,
         subfolder: str | None = None,
@@ -263,6 +295,7 @@ class LiveModel:
             threads: how many read at once.
             pool: memory for what cannot be read in place.
             show_progress: whether to draw a progress bar; by default on a terminal.
+            rename: new names for the source's tensors, see ``hotweights.load``.
             timeout: seconds that it may wait for readers to leave ``serving()``, all its waits together; by default as
                 long as they like. Then it aborts, and a ``TimeoutError`` is the cause.
             variant: where ``source`` is a path: which variant of the weights there, see ``hotweights.open``.
@@ -279,16 +312,17 @@ class LiveModel:
             stack.enter_context(refusing(source))
             try:
                 origin = stack.enter_context(opened(source, variant=variant, subfolder=subfolder))
+                fed = FedNames(names_for(origin.manifest, rename, self._match))
+                origin = renamed(origin, fed.new)
                 stack.enter_context(naming_files(origin))
-                weights, _ = apart(origin, lambda: reachable(self.model).values())
+                weights, _ = apart(origin, lambda: reachable(self._core).values())
             except Exception as error:
                 # What an iterator raises while it is read ends the update, whatever it is.
                 if isinstance(error, UsageError) and not isinstance(source, IteratorSource):
                     raise
-                raise aborted(f"{self._current}; the source cannot be opened", error) from error
-            update = stack.enter_context(
-                self.begin(origin.manifest, atomic=atomic, only=only, cast=cast, timeout=timeout)
-            )
+                failed = "nothing was changed" if isinstance(error, PlanError) else "the source cannot be opened"
+                raise aborted(f"{self._current}; {failed}", error) from error
+            update = stack.enter_context(self._begin(origin.manifest, atomic, only, cast, timeout, fed))
             return update.run(
                 weights,
                 version_of(origin, version),
@@ -306,6 +340,7 @@ class LiveModel:
         atomic: Atomic | None = None,
         only: Patterns | None = None,
         cast: Cast | None = None,
+        rename: Rename | None = None,
         io: IOMode = "auto",
         threads: int | None = None,
         pool: Pool | None = None,
@@ -328,6 +363,7 @@ class LiveModel:
                 atomic=atomic,
                 only=only,
                 cast=cast,
+                rename=rename,
                 io=io,
                 threads=threads,
                 pool=pool,
@@ -347,6 +383,7 @@ class LiveModel:
         atomic: Atomic | None = None,
         only: Patterns | None = None,
         cast: Cast | None = None,
+        rename: Rename | None = None,
         timeout: float | None = None,
     ) -> Update:
         """Begin an update that is fed by hand. Use it in a ``with``: leaving it without a commit aborts.
@@ -357,11 +394,31 @@ class LiveModel:
             atomic: see ``update``.
             only: see ``update``.
             cast: see ``update``.
+            rename: new names for what is fed, see ``hotweights.load``.
             timeout: see ``update``; it counts to the end of the commit.
 
         Raises:
             UpdateAborted: the manifest does not fit, or the host cannot hold the copy; nothing was changed.
         """
+        check_kind("manifest", manifest, Manifest, "a Manifest, such as hotweights.open(tensors).manifest")
+        if manifest is None:
+            fed = FedNames(self._current.names, None if rename is None else renamer(rename))
+            return self._begin(None, atomic, only, cast, timeout, fed)
+        try:
+            fed = FedNames(names_for(manifest, rename, self._match))
+        except PlanError as error:
+            raise aborted(f"{self._current}; nothing was changed", error) from error
+        return self._begin(manifest.renamed(fed.new), atomic, only, cast, timeout, fed)
+
+    def _begin(
+        self,
+        manifest: Manifest | None,
+        atomic: Atomic | None,
+        only: Patterns | None,
+        cast: Cast | None,
+        timeout: float | None,
+        fed: FedNames,
+    ) -> Update:
         atomic = self._atomic if atomic is None else atomic
         _check_atomic(atomic)
         check_choices(cast=("error" if cast is None else cast, Cast))
@@ -372,8 +429,11 @@ class LiveModel:
                 raise UsageError("nothing was loaded yet; the first time, use load")
             if current.holds is State.TORN and only is not None:
                 raise UsageError("the model is torn; only a complete update mends it, so leave only= out")
+            if only is not None:
+                (patterns,) = patterns_from(only=only)
+                only = widened(patterns, self._others)
             return Update.begin(
-                current, self._baseline, self._process, self._limit, manifest, atomic, only, cast, timeout
+                current, self._baseline, self._process, self._limit, manifest, atomic, only, cast, timeout, fed
             )
 
 

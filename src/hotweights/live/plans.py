@@ -20,7 +20,7 @@ from ..model.digests import digests
 from ..model.materialise import dressed
 from ..model.places import places
 from ..model.reachable import reachable
-from ..model.survey import survey
+from ..model.survey import By, survey
 from ..plan.patterns import Patterns, both, matches
 from ..plan.plan import LoadPlan
 from ..plan.steps import Fate
@@ -42,6 +42,7 @@ class Options:
     allow_partial: Patterns = ()
     allow_unexpected: Patterns = ()
     cast: Cast | None = None
+    by: By | None = None
 
     def for_update(self, model: nn.Module, cast: Cast | None) -> Cast:
         """Which casts an update does, if it is asked for ``cast``."""
@@ -65,6 +66,7 @@ class Options:
             allow_partial=both(self.allow_partial, may),
             allow_unexpected=self.allow_unexpected,
             cast=cast or self.cast,
+            by=self.by,
         )
 
 

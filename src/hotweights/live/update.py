@@ -26,6 +26,7 @@ from ..sources.pairs import check_tensor, pairs_of
 from .attempt import Attempt
 from .baseline import Baseline
 from .compiled import refuse_frozen
+from .fed_names import FedNames
 from .job import Job
 from .lock import WriteTurn
 from .open_layers import OpenLayers
@@ -52,12 +53,14 @@ class Update:
         job: Job,
         strategy: Strategy,
         limit: int | None,
+        fed: FedNames,
         timeout: float | None = None,
     ) -> None:
         """For ``begin`` and ``begin_first``, while the live model is reserved; the end of the update lets go of it."""
         self._current = current
         self._baseline = baseline
         self._strategy = strategy
+        self._fed = fed
         turn = WriteTurn(current.guard, timeout)
         self._attempt = Attempt(job, strategy, OpenLayers(limit, warned=current.warned), turn)
         self._watcher = signals.watch()
@@ -66,10 +69,15 @@ class Update:
     @classmethod
     @signals.held
     def begin_first(
-        cls, current: Current, baseline: Baseline, process: Callable[[nn.Module], object], limit: int | None
+        cls,
+        current: Current,
+        baseline: Baseline,
+        process: Callable[[nn.Module], object],
+        limit: int | None,
+        fed: FedNames,
     ) -> Update:
         """The first load, straight into the model's own tensors."""
-        return cls(current, baseline, baseline.first_job(process), InPlace(baseline.live), limit)
+        return cls(current, baseline, baseline.first_job(process), InPlace(baseline.live), limit, fed)
 
     @classmethod
     @signals.held
@@ -84,6 +92,7 @@ class Update:
         only: Patterns | None,
         cast: Cast | None,
         timeout: float | None,
+        fed: FedNames,
     ) -> Update:
         """Find everything that does not fit; then begin.
 
@@ -101,12 +110,12 @@ class Update:
             raise
         except Exception as error:
             raise aborted(f"{current}; nothing was changed", error) from error
-        return cls(current, baseline, job, strategy, limit, timeout)
+        return cls(current, baseline, job, strategy, limit, fed, timeout)
 
     @property
     def manifest(self) -> Manifest:
         """What it must be fed: names, dtypes and shapes."""
-        return self._attempt.manifest
+        return self._fed.promised(self._attempt.manifest)
 
     @property
     def open_nbytes(self) -> int:
@@ -134,8 +143,9 @@ class Update:
         given = pairs_of(pairs)
         with self._failing():
             self._attempt.take_as_it_comes()
-            for name, tensor in given:
-                check_tensor(name, tensor)
+            for called, tensor in given:
+                check_tensor(called, tensor)
+                name = self._fed.of(called)
                 self._attempt.check_apart(name, tensor)
                 devices = self._attempt.take(name, tensor, tensor.clone)
                 _wait_for(devices | {tensor.device})  # Behind the next tensor this one may be written over.
@@ -240,6 +250,8 @@ class Update:
         current.commits += 1
         current.holds, current.running, current.warned = State.SERVING, None, attempt.warned
         self._baseline.committed(attempt.job)
+        if self._baseline.plans.last is attempt.job.plan:  # A partial update is not what the next one repeats.
+            current.names = self._fed.new
         return attempt.report(previous, current.version, nbytes, self._baseline.copy_nbytes)
 
     def _written(self, failures: list[BaseException]) -> int:

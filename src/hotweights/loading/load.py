@@ -24,12 +24,14 @@ from ..model.materialise import materialise, put_back
 from ..model.offloading import refuse_offloaded
 from ..model.places import places
 from ..model.reachable import attributes, reachable
-from ..model.survey import Survey, survey
+from ..model.survey import By, Survey, survey
 from ..model.walk import modules_of
+from ..names import outer_prefix, unwrapped
 from ..plan.patterns import Patterns
 from ..plan.plan import LoadPlan, Order
 from ..plan.steps import Copy, Fate, Program
 from ..progress import progress
+from ..rename import Rename
 from ..sources.contracts import Addressed, IOMode, OnDisk, Participant, refusing, warnings_of
 from ..sources.iterator import IteratorSource
 from ..sources.locating import naming_files
@@ -38,6 +40,7 @@ from ..sources.reading import check_reading
 from ..text import size
 from ..tracing.fit import check
 from ..tracing.frameworks import has_rules
+from ..tracing.naming import fitted, match_for
 from ..tracing.trace import trace
 from .apart import apart
 from .cache import planned
@@ -68,13 +71,17 @@ def load(
     pool: Pool | None = None,
     verify: Verify = "off",
     show_progress: bool | None = None,
+    rename: Rename | None = None,
+    by: By | None = None,
     variant: str | None = None,
     subfolder: str | None = None,
 ) -> LoadReport:
     """Load the weights of ``source`` into the parameters and persistent buffers of ``model``, in place, by name.
 
     Everything that does not fit is found before the first byte is read, and raised together. Tied parameters may be in
-    the source under any of their names, or several. Models of transformers are loaded through transformers' own
+    the source under any of their names, or several. The wrappers of torch and PEFT (``torch.compile``, data parallel,
+    FSDP1, activation checkpointing, adapters) are looked through, in the model and in the source; the report has the
+    names of the module inside. Models of transformers are loaded through transformers' own
     renamings, conversions and ties. Autograd does not record the writes; every tensor that
     was written has a new ``_version``, and all that see its bytes. A failure while reading leaves tensors of both
     versions in the model, and the error's note says how much was read; parameters that were on meta are on meta
@@ -106,6 +113,11 @@ def load(
         pool: memory for what cannot be read in place; by default 64 MiB, which is freed at the end.
         verify: ``"loader"`` lets the model's own loading code load each layer once more afterwards, and compares bits.
         show_progress: whether to draw a progress bar; by default on a terminal.
+        rename: new names for the source's tensors: a mapping of prefixes, ``{"module.": ""}``, of which the longest
+            that fits counts; or a function that is given a name. Names that would become the same are a problem.
+        by: ``"name"`` loads a model by name that has a ``load_weights``; ``"loader"`` by that, whatever its signature.
+            By default a ``load_weights`` is used that can be called with pairs of name and tensor, and not one that,
+            by its signature, takes a path.
         variant: where ``source`` is a path: which variant of the weights there, see ``hotweights.open``.
         subfolder: where ``source`` is a path: which folder there.
 
@@ -125,21 +137,28 @@ def load(
     check_flags(cache=cache)
     check_reading(io, threads, pool, show_progress)
     check_kind("cache_dir", cache_dir, (str, os.PathLike), "a path")
-    check_choices(order=(order, Order), verify=(verify, Verify), cast=("error" if cast is None else cast, Cast))
+    check_choices(
+        order=(order, Order),
+        verify=(verify, Verify),
+        cast=("error" if cast is None else cast, Cast),
+        by=("name" if by is None else by, By),
+    )
     allowed = patterns_from(allow_missing=allow_missing, allow_partial=allow_partial, allow_unexpected=allow_unexpected)
     target_device = device_from(device)
     began = time.perf_counter()
     done = Tally()
+    whole, model = model, unwrapped(model)
     with alone_in_a_fork(), without_collection(), refusing(source), ExitStack() as stack:
         given, source = source, stack.enter_context(opened(source, variant=variant, subfolder=subfolder))
-        stack.enter_context(naming_files(source))
         if isinstance(given, IteratorSource) and given is not source:  # Its tensors were collected.
             done.hold_scratch(source.manifest.nbytes)
-        seen = survey(model)
+        seen = survey(model, by)
         refuse_offloaded(model, seen)
+        source = fitted(source, rename, match_for(model, seen.tensors, by))
+        stack.enter_context(naming_files(source))
         if plan is None:
-            make = partial(_trace, model, source.manifest, target_device, allowed, cast)
-            options = (target_device, allowed, cast)
+            make = partial(_trace, whole, source.manifest, target_device, allowed, cast, by)
+            options = (target_device, allowed, cast, by, source.manifest.origins, outer_prefix(whole))
             # Code of the model's own may depend on what no key can see.
             keep = seen.plain if cache is None else cache
             plain = seen if seen.plain and not has_rules(model) else None
@@ -163,9 +182,9 @@ def load(
             done.hold_scratch(copied_nbytes)
             kept = execute(plan, weights, destinations, done, pool=pool, io=io, threads=threads, advance=advance)
             if plan.fallback:
-                fall_back(plan, model, weights, kept, done, pool=pool, advance=advance)
+                fall_back(plan, model, weights, kept, done, by=by, pool=pool, advance=advance)
             if verify == "loader":
-                verifier(model, weights)(plan, destinations, pool)
+                verifier(model, weights, by)(plan, destinations, pool)
             if isinstance(source, OnDisk):
                 source.check()
             # Not before everything is loaded and proven: from here on the group counts on this member.
@@ -180,6 +199,7 @@ def _trace(
     device: torch.device | None,
     allowed: list[list[str | re.Pattern[str]]],
     cast: Cast | None,
+    by: By | None,
 ) -> LoadPlan:
     missing, partly, unexpected = allowed
     return trace(
@@ -190,6 +210,7 @@ def _trace(
         allow_partial=partly,
         allow_unexpected=unexpected,
         cast=cast,
+        by=by,
     )
 
 

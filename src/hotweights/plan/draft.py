@@ -14,6 +14,7 @@ from ..dtypes import Cast, format_name
 from ..errors import PlanError
 from ..manifest import Manifest
 from ..text import some
+from .misnamed import misnamed, parametrised, shortened
 from .patterns import Patterns, both, matches
 from .plan import LoadPlan
 from .rules import Rules
@@ -98,22 +99,36 @@ def draft(
     fates = _fates_of_sources(manifest, writes, traced, matches(rules.skip))
     wrong = {*problems, *writes.problems, *writes.overlaps(overlapping), *writes.double_writes()}
     unexpected = list(_unexpected(fates, matches(allowed.unexpected)))
-    wrong.update(unexpected)
-    arguments = {"allow_unexpected="} if unexpected else set()  # that would allow some of what is wrong
+    missing: dict[str, str] = {}
+    absent: list[str] = []  # missing, or allowed to be
     may_miss, may_be_partial = matches(both(allowed.missing, rules.allow_missing)), matches(allowed.partial)
+    arguments = set()  # that would allow some of what is wrong
     unproven: list[str] = []
     for gap in writes.gaps():
         fate, may_be = (Fate.PARTIAL, may_be_partial) if gap.written else (Fate.MISSING, may_miss)
         tolerated = any(map(may_be, gap.names))
+        absent += () if gap.written else gap.names
         if traced.fallback and not (tolerated and fate is Fate.MISSING):
             unproven.append(gap.names[0])  # The model's own code may write it; only running that code can tell.
         elif tolerated:
             fates.update(dict.fromkeys(gap.names, fate))
-        else:
+        elif gap.written:
             wrong.add(_in_words(gap))
-            arguments.add("allow_partial=" if gap.written else "allow_missing=")
+            arguments.add("allow_partial=")
+        else:
+            missing.update(dict.fromkeys(gap.names, _in_words(gap)))
+    if (other := misnamed(manifest, unexpected, absent)) is not None:
+        wrong.add(other.problem)
+        explained = {missing.get(name) for name in other.targets}  # A tied parameter is one problem with several names.
+        unexpected = [name for name in unexpected if name not in other.sources]
+        missing = {name: line for name, line in missing.items() if line not in explained}
+    arguments |= {"allow_unexpected="} if unexpected else set()
+    arguments |= {"allow_missing="} if missing else set()
+    wrong.update(shortened({name: _no_place(manifest, name) for name in unexpected}, "unexpected"))
+    wrong.update(shortened(missing, "missing"))
     if wrong:
         advice = f"Allow names with {' and '.join(sorted(arguments))}, if that is meant." if arguments else ""
+        advice = "\n".join(filter(None, (advice, parametrised([*unexpected, *missing]))))
         raise PlanError("source and model do not fit; nothing was read or written", wrong, advice=advice)
     return LoadPlan(
         steps=tuple(writes.steps),
@@ -157,7 +172,11 @@ def _fates_of_sources(
 def _unexpected(fates: Mapping[str, Fate], allowed: Callable[[str], bool]) -> Iterator[str]:
     for name, fate in fates.items():
         if fate is Fate.UNEXPECTED and not allowed(name):
-            yield f"{name}: unexpected; the model has no such name"
+            yield name
+
+
+def _no_place(manifest: Manifest, name: str) -> str:
+    return f"{manifest.called(name)}: unexpected; the model has no such name"
 
 
 def _in_words(gap: Gap) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 Patterns = str | re.Pattern[str] | Iterable[str | re.Pattern[str]]
 """Names of tensors: a string is a shell pattern over the whole name (``*.inv_freq``), an expression is searched for."""
@@ -25,6 +25,12 @@ def matches(patterns: Patterns) -> Callable[[str], bool]:
 def both(first: Patterns, second: Patterns) -> list[str | re.Pattern[str]]:
     """The patterns of either."""
     return [*_several(first), *_several(second)]
+
+
+def widened(patterns: Patterns, others: Mapping[str, tuple[str, ...]]) -> Patterns:
+    """The patterns, and the names that they match only by one of their ``others``."""
+    match = matches(patterns)
+    return both(patterns, [name for name, several in others.items() if not match(name) and any(map(match, several))])
 
 
 def _several(patterns: Patterns) -> list[str | re.Pattern[str]]:

@@ -22,7 +22,8 @@ from ..loading.load import load
 from ..manifest import Manifest, TensorSpec
 from ..memory.extents import Extents
 from ..model.reachable import reachable
-from ..model.survey import finished
+from ..model.survey import finished, own_loader
+from ..names import unwrapped
 from ..plan.plan import LoadPlan
 from ..sources.contracts import Addressed, InMemory, OnDisk, Source
 from ..sources.iterator import IteratorSource
@@ -134,8 +135,7 @@ def _report(routes: Routes, done: _Loaded, seconds: float) -> RouteReport:
 def _code(component: Component) -> _Load | None:
     """The component's loading code; ``None`` if it is a module that is loaded by name."""
     target = component.load_weights
-    code: _Load | None = getattr(target, "load_weights", None) if isinstance(target, nn.Module) else target
-    return code
+    return own_loader(unwrapped(target)) if isinstance(target, nn.Module) else target
 
 
 def _give(component: Component, load: _Load, pairs: Pairs, done: _Loaded) -> None:
@@ -333,8 +333,10 @@ def _written(first: Component | None, plan: LoadPlan | None, given: Collection[s
     if plan is None:
         return Extents(memory_of(first))
     assert isinstance(first.load_weights, nn.Module)
-    names = {name for step in plan.steps for name in step.destinations if any(map(given.__contains__, step.sources))}
-    return Extents(tensor for name, tensor in reachable(first.load_weights).items() if name in names)
+    origins = plan.manifest.origins
+    taken = {name for name in plan.manifest if origins.get(name, name) in given}
+    names = {name for step in plan.steps for name in step.destinations if not taken.isdisjoint(step.sources)}
+    return Extents(tensor for name, tensor in reachable(unwrapped(first.load_weights)).items() if name in names)
 
 
 def _load(component: Component, by_name: _ByName | None = None) -> _Load:

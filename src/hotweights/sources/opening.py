@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal, overload
 
@@ -14,12 +15,15 @@ from typing_extensions import TypeIs
 
 from ..arguments import check_kind
 from ..errors import CheckpointError, UnknownName, UsageError
+from ..names import bare_names
+from ..rename import Rename, new_names
 from .contracts import Source
 from .files.shards import Paths
 from .files.source import FileSource
 from .iterator import IteratorSource
 from .pairs import Pair
 from .readers.source import READERS, ReaderSource
+from .renamed import renamed
 from .state_dict import StateSource
 
 AnySource = Paths | Mapping[str, torch.Tensor] | nn.Module | Source | IteratorSource
@@ -30,6 +34,7 @@ def opened(source: AnySource, *, variant: str | None = None, subfolder: str | No
     """The source, open. What is opened here is closed here; a source that was open stays open.
 
     An iterator that came without a manifest is read to its end: all of its tensors are in memory until this is left.
+    The tensors of a module have the names that they have without wrappers, also where it is wrapped.
     """
     if (variant, subfolder) != (None, None) and not is_paths(source):
         raise _no_directory(source)
@@ -40,7 +45,14 @@ def opened(source: AnySource, *, variant: str | None = None, subfolder: str | No
             yield collected
     else:
         with open(source, variant=variant, subfolder=subfolder) as fresh:
-            yield fresh
+            yield renamed(fresh, _bare(source, fresh.manifest)) if isinstance(source, nn.Module) else fresh
+
+
+def _bare(module: nn.Module, names: Collection[str]) -> dict[str, str]:
+    """The names without wrappers, of those tensors that have no wrong one by then: one that another has."""
+    bare = {name: pair[0] for name, pair in bare_names(module).items() if name in names}
+    claims = Counter([*bare.values(), *(name for name in names if name not in bare)])
+    return {name: new for name, new in bare.items() if claims[new] == 1}
 
 
 def is_pairs(source: object) -> TypeIs[Iterable[Pair]]:
@@ -79,13 +91,23 @@ def open(
     variant: str | None = ...,
     subfolder: str | None = ...,
 ) -> FileSource | StateSource: ...
+@overload
+def open(
+    what: Paths | Mapping[str, torch.Tensor] | torch.nn.Module,
+    *,
+    reader: str = ...,
+    rename: Rename | None,
+    variant: str | None = ...,
+    subfolder: str | None = ...,
+) -> Source: ...
 def open(
     what: Paths | Mapping[str, torch.Tensor] | torch.nn.Module,
     *,
     reader: str = "hotweights",
+    rename: Rename | None = None,
     variant: str | None = None,
     subfolder: str | None = None,
-) -> FileSource | ReaderSource | StateSource:
+) -> Source:
     """Open a source of weights. The caller closes it; use it in a ``with``.
 
     Args:
@@ -94,14 +116,27 @@ def open(
             names to tensors; or an ``nn.Module``, whose ``state_dict()`` is taken.
         reader: which package reads the files. Ours gives any bytes in any order; ``"runai"``, ``"fastsafetensors"``,
             ``"safetensors"`` and ``"torch"`` (.bin, .pt, .pth) only stream.
+        rename: new names for the tensors, see ``hotweights.load``.
         variant: which variant of the weights in the directory, such as ``"fp16"``: ``model.fp16.safetensors``.
         subfolder: the folder in the directory that holds the model, such as ``"transformer"`` of a pipeline.
 
     Raises:
+        PlanError: ``rename`` gives two tensors one name.
         CheckpointError: the checkpoint is broken; every problem is listed.
         MissingPackage: the reader's package is not installed.
         UsageError: ``what`` is nothing of these; or ``variant`` or ``subfolder`` is given where no directory is.
     """
+    source = _opened(what, reader, variant, subfolder)
+    try:
+        return renamed(source, new_names(source.manifest, rename))
+    except BaseException:
+        source.close()
+        raise
+
+
+def _opened(
+    what: object, reader: str, variant: str | None, subfolder: str | None
+) -> FileSource | ReaderSource | StateSource:
     if reader not in ("hotweights", *READERS):
         raise UnknownName("reader", reader, ("hotweights", *READERS))
     check_kind("variant", variant, str, 'the name of a variant, such as "fp16"')

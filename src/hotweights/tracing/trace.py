@@ -7,23 +7,27 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from ..arguments import check_model, device_from, patterns_from
+from ..arguments import check_choices, check_model, device_from, patterns_from
 from ..dtypes import Cast
 from ..errors import PlanError
 from ..gc_pause import without_collection
 from ..manifest import Manifest
 from ..memory.aliases import overlaps
+from ..model.matching import other_names
 from ..model.offloading import refuse_offloaded
 from ..model.places import targets_of
-from ..model.survey import Survey, counters, extra_state_problems, loader_of, survey
+from ..model.survey import By, Survey, counters, extra_state_problems, loader_of, own_loader, survey
+from ..names import outer_prefix, unwrapped
 from ..plan.draft import Allowed, draft
-from ..plan.patterns import Patterns, both, matches
+from ..plan.patterns import Patterns, both, matches, widened
 from ..plan.plan import LoadPlan
+from ..rename import Rename
 from ..sources.iterator import IteratorSource
 from ..sources.opening import AnySource, opened
 from .fit import complete
 from .frameworks import rules_for
 from .leave_out import trace_code
+from .naming import match_for, names_for
 
 
 def trace(
@@ -35,6 +39,8 @@ def trace(
     allow_partial: Patterns = (),
     allow_unexpected: Patterns = (),
     cast: Cast | None = None,
+    rename: Rename | None = None,
+    by: By | None = None,
 ) -> LoadPlan:
     """Plan the loading of ``manifest`` into ``model``: run the model's own loading code on fake tensors and record it.
 
@@ -50,6 +56,8 @@ def trace(
         allow_partial: names of the model of which some bytes may stay as they are.
         allow_unexpected: tensors of the manifest that may have no place.
         cast: which casts that lose information are meant, see ``hotweights.load``; the others are problems.
+        rename: new names of the manifest's tensors, see ``hotweights.load``. The plan has the new names.
+        by: ``"loader"`` or ``"name"``, see ``hotweights.load``.
 
     Raises:
         PlanError: with every problem.
@@ -60,11 +68,18 @@ def trace(
         allow_missing=allow_missing, allow_partial=allow_partial, allow_unexpected=allow_unexpected
     )
     where = device_from(device)
+    check_choices(**({"by": (by, By)} if by is not None else {}))
+    outer, model = outer_prefix(model), unwrapped(model)
     if cast is None:
-        cast = "loader" if hasattr(model, "load_weights") else "error"
-    allowed = Allowed(missing, partly, unexpected, cast)
+        cast = "error" if own_loader(model, by) is None else "loader"
     with without_collection():
-        return _trace(model, _promised(manifest), where, allowed)
+        seen = survey(model, by)
+        promised = _promised(manifest)
+        promised = promised.renamed(names_for(promised, rename, match_for(model, seen.tensors, by)))
+        others = other_names(model, outer, seen.tensors) if missing or partly else {}
+        there = {new: (old,) for new, old in promised.origins.items()}
+        allowed = Allowed(widened(missing, others), widened(partly, others), widened(unexpected, there), cast)
+        return _trace(model, seen, promised, where, allowed, by)
 
 
 def _promised(source: Manifest | AnySource) -> Manifest:
@@ -76,11 +91,23 @@ def _promised(source: Manifest | AnySource) -> Manifest:
         return promising.manifest
 
 
-def _trace(model: nn.Module, manifest: Manifest, device: torch.device | None, allowed: Allowed) -> LoadPlan:
-    surveyed = survey(model)
+def _trace(
+    model: nn.Module,
+    surveyed: Survey,
+    manifest: Manifest,
+    device: torch.device | None,
+    allowed: Allowed,
+    by: By | None,
+) -> LoadPlan:
     refuse_offloaded(model, surveyed)
     tensors = surveyed.persistent
-    own_code = hasattr(model, "load_weights")
+    if flat := [name for name in tensors if name.endswith("_flat_param")]:
+        raise PlanError(
+            "FSDP keeps these parameters flattened; nothing was read or written",
+            [f"{name}: is made of many" for name in flat],
+            advice="Load inside `with FullyShardedDataParallel.summon_full_params(model):`.",
+        )
+    own_code = own_loader(model, by) is not None
     rules = rules_for(model, manifest)
     if not own_code:
         absent = counters(model, sorted(tensors.keys() - manifest.keys()))
@@ -91,7 +118,7 @@ def _trace(model: nn.Module, manifest: Manifest, device: torch.device | None, al
         problems += extra_state_problems(model)
     if device is not None:
         problems += _left_on_meta(surveyed, both(allowed.missing, rules.allow_missing))
-    loader = None if surveyed.plain or rules.steps is not None else loader_of(model)
+    loader = None if surveyed.plain or rules.steps is not None else loader_of(model, by)
     traced = None
     if loader is not None:
         try:

@@ -16,6 +16,7 @@ from torch import nn
 from ..dtypes import OpaqueDtype
 from ..manifest import Manifest, TensorSpec
 from ..model.places import places
+from ..names import bare_names
 from ..plan.rules import Rules
 from ..plan.steps import Copy, Step
 from .lower import lower
@@ -52,7 +53,7 @@ def rules(model: Any, manifest: Manifest) -> Rules:
         if target not in names.known:
             unknown[source] = target
         elif pattern is None:
-            steps.append((0, Copy(source, target)))
+            steps.append((0, Copy(source, names.real.get(target, target))))
         else:
             conversions.setdefault(target, _Conversion(target, names.converters[pattern], model)).add(source, pattern)
     problems: list[str] = []
@@ -112,6 +113,9 @@ class _Names:
         ]
         self._prefix = model.base_model_prefix
         self.known = {place.name: place.tensor for place in places(model) if place.persistent}
+        # Names without wrappers, such as an adapter's layers: transformers' transforms are made for those.
+        self.real = {bare: name for name, (bare, _) in bare_names(model).items() if name in self.known}
+        self.known |= {bare: self.known[name] for bare, name in self.real.items() if bare not in self.known}
         self.converters = {
             pattern: converter for converter in self._converters for pattern in converter.source_patterns
         }
