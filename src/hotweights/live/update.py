@@ -11,7 +11,7 @@ from torch import nn
 
 from .. import signals
 from ..arguments import check_version
-from ..errors import HotweightsError, UpdateAborted, UsageError
+from ..errors import HotweightsError, SourceError, UpdateAborted, UsageError
 from ..forked import alone_in_a_fork
 from ..loading.verify import Verifier
 from ..manifest import Manifest
@@ -20,7 +20,9 @@ from ..memory.pool import Pool
 from ..notices import forgotten
 from ..plan.patterns import Patterns
 from ..progress import progress
+from ..sharding import reshard
 from ..sources.contracts import Addressed, InMemory, IOMode, OnDisk, Participant, Source, warnings_of
+from ..sources.state_dict import bare
 from .attempt import Attempt
 from .baseline import Baseline
 from .compiled import refuse_frozen
@@ -119,6 +121,9 @@ class Update:
         with self._failing():
             self._attempt.take_as_it_comes()
             for name, tensor in pairs.items() if isinstance(pairs, Mapping) else pairs:
+                tensor, problem = bare(name, tensor, self.manifest.get(name))
+                if problem is not None:
+                    raise SourceError(f"an update takes names and tensors with plain bytes, but {problem}")
                 self._attempt.check_apart(name, tensor)
                 devices = self._attempt.take(name, tensor, tensor.clone)
                 _wait_for(devices | {tensor.device})  # Behind the next tensor this one may be written over.
@@ -224,15 +229,20 @@ class Update:
     def _written(self, failures: list[BaseException]) -> int:
         """How many bytes were written to make it version M. An interruption is put into ``failures``."""
         try:
-            return self._strategy.commit()
+            return self._commit()
         except BaseException as error:
             if not isinstance(error, Exception):
                 failures.append(error)
         try:
-            return self._strategy.commit()  # It copies what lies beside the model: that can be done again.
+            return self._commit()  # It copies what lies beside the model: that can be done again.
         except BaseException:
             self._current.holds, self._current.running = State.TORN, None
             raise
+
+    def _commit(self) -> int:
+        nbytes = self._strategy.commit()
+        reshard(self._attempt.job.model.modules())
+        return nbytes
 
     # Abort.
 

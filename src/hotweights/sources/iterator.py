@@ -17,7 +17,7 @@ from ..manifest import Manifest, TensorSpec
 from ..memory.devices import Event, record_event
 from ..memory.guards import Guard, poison_byte
 from ..memory.lease import Lease
-from .state_dict import StateSource, unfit
+from .state_dict import StateSource, bare
 from .streams import LeaseStream
 
 Pair = tuple[str, torch.Tensor]
@@ -165,15 +165,19 @@ class IteratorSource:
         finally:
             run.close()
 
+    def _promise(self, name: object) -> TensorSpec | None:
+        return None if self._promised is None or not isinstance(name, str) else self._promised.get(name)
+
     def _checked(self, pair: object) -> tuple[TensorSpec, torch.Tensor]:
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise UsageError(f"an iterator of weights gives (name, tensor); this one gave a {type(pair).__name__}")
         name, tensor = pair
-        if (problem := unfit(name, tensor)) is not None:
+        tensor, problem = bare(name, tensor, self._promise(name))
+        if problem is not None:
             raise UsageError(f"an iterator of weights gives (name, tensor), but {problem}")
         if self._promised is None:
             return TensorSpec(name, tensor.dtype, tuple(tensor.shape)), tensor
-        promised = self._promised.get(name)
+        promised = self._promise(name)
         if promised is None:
             raise _broken([f"tensor {name!r}: came, and the manifest does not name it"])
         if promised.dtype != tensor.dtype or promised.shape != tensor.shape:

@@ -54,13 +54,16 @@ def open(what: str | os.PathLike[str], *, reader: Literal["hotweights"] = ...) -
 @overload
 def open(what: str | os.PathLike[str], *, reader: str) -> FileSource | ReaderSource: ...
 @overload
-def open(what: Mapping[str, torch.Tensor] | torch.nn.Module) -> StateSource: ...
+def open(what: Mapping[str, torch.Tensor] | torch.nn.Module, *, gather: bool = ...) -> StateSource: ...
 @overload
 def open(
     what: str | os.PathLike[str] | Mapping[str, torch.Tensor] | torch.nn.Module,
 ) -> FileSource | StateSource: ...
 def open(
-    what: str | os.PathLike[str] | Mapping[str, torch.Tensor] | torch.nn.Module, *, reader: str = "hotweights"
+    what: str | os.PathLike[str] | Mapping[str, torch.Tensor] | torch.nn.Module,
+    *,
+    reader: str = "hotweights",
+    gather: bool = False,
 ) -> FileSource | ReaderSource | StateSource:
     """Open a source of weights. The caller closes it; use it in a ``with``.
 
@@ -70,6 +73,9 @@ def open(
             tensors; or an ``nn.Module``, whose ``state_dict()`` is taken.
         reader: which package reads the files. Ours gives any bytes in any order; ``"runai"``, ``"fastsafetensors"``,
             ``"safetensors"`` and ``"torch"`` (.bin, .pt, .pth) only stream.
+        gather: whether a mapping's or a module's DTensors are made whole, by their ``full_tensor()``: every rank must
+            call this with the same tensors, and then holds all of them. Otherwise a rank's source has the rank's
+            parts, which fit only a model that is sharded in the same way.
 
     Raises:
         CheckpointError: the checkpoint is broken; every problem is listed.
@@ -78,13 +84,15 @@ def open(
     """
     if reader not in ("hotweights", *READERS):
         raise UnknownName("reader", reader, ("hotweights", *READERS))
+    if gather and not isinstance(what, (Mapping, torch.nn.Module)):
+        raise UsageError(f"gather= is for the DTensors of a mapping or a module; this is a {type(what).__name__}")
     if isinstance(what, (str, os.PathLike)):
         _refuse_hub_name(os.fsdecode(what))
         return FileSource(what) if reader == "hotweights" else ReaderSource(what, reader)
     if reader != "hotweights":
         raise UsageError(f"the reader {reader!r} reads files; this is a {type(what).__name__}")
     if isinstance(what, (Mapping, torch.nn.Module)):
-        return StateSource(what)
+        return StateSource(what, gather=gather)
     if isinstance(what, Source):
         raise UsageError(f"this {type(what).__name__} is an open source; use it as it is")
     raise UsageError(

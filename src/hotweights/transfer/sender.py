@@ -21,7 +21,7 @@ from ..progress import progress
 from ..sources.contracts import InMemory, Source, warnings_of
 from ..sources.iterator import from_iterator
 from ..sources.opening import AnySource, is_pairs, opened
-from ..sources.state_dict import StateSource
+from ..sources.state_dict import StateSource, check_whole
 from ..text import some
 from .address import path_of
 from .copying import wrapped
@@ -216,6 +216,7 @@ def _collected(pairs: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Ten
 
 def _check_bare(source: Source) -> None:
     """Wrappers are refused before anybody is told of the version; in a stream they are met later."""
+    check_whole(source.manifest)
     if isinstance(source, InMemory):
         tensors = ((name, source.borrow(name)) for name in source.manifest)
         if wrappers := {name: tensor for name, tensor in tensors if is_wrapper(tensor)}:
