@@ -94,6 +94,15 @@ def _takes_its_own_state(rank, path):
     report = hw.load(model, trained)  # parts from parts: nothing is gathered
     assert same(model, Net(seed=1).state_dict())
     assert report.bytes_written == report.bytes_read
+    other = Net(seed=2).state_dict()
+    with hw.from_iterator(other.items(), hw.open(other).manifest) as pairs:
+        hw.load(model, pairs)
+    assert same(model, other)
+    with hw.from_iterator(other.items()) as pairs:
+        hw.LiveModel(trained).load(pairs)
+    assert same(trained, other)
+    hw.load(trained, path)
+    hw.load(model, trained)
     hw.load(model, model.state_dict())  # from its own memory
     assert same(model, Net(seed=1).state_dict())
     return "done"
@@ -162,7 +171,7 @@ def test_other_parts_are_refused_by_name_and_gathered_when_asked(tmp_path):
     assert on_ranks(tmp_path, _refuses_other_parts) == ["done"] * 2
 
 
-def _knows_all_of_it(rank):
+def _knows_all_of_it(rank, folder):
     mesh = init_device_mesh("cpu", (2,))
     full = torch.arange(8.0).view(2, 4)
     state = {"weight": distribute_tensor(full, mesh, [Replicate()])}
@@ -173,6 +182,11 @@ def _knows_all_of_it(rank):
     with hw.from_iterator(state.items()) as pairs:
         hw.load(model, pairs)
     assert torch.equal(model.weight, full)
+    with (
+        hw.Sender(f"unix:{folder}/whole-{rank}", timeout=0.05) as sender,
+        pytest.raises(hw.TransferTimeout),  # Nobody comes for it; it is not refused.
+    ):
+        sender.send(state, version=1)
     summed = {"weight": DTensor.from_local(full, mesh, [Partial()])}
     nn.init.zeros_(model.weight)
     with pytest.raises(hw.UsageError, match=r"weight.*summand.*gather=True"):
@@ -186,7 +200,7 @@ def _knows_all_of_it(rank):
 
 
 def test_a_replicated_tensor_is_whole_and_a_partial_one_is_no_value(tmp_path):
-    assert on_ranks(tmp_path, _knows_all_of_it) == ["done"] * 2
+    assert on_ranks(tmp_path, _knows_all_of_it, tmp_path) == ["done"] * 2
 
 
 def _goes_on_after_forward(rank, path):
@@ -213,6 +227,8 @@ def _goes_on_after_forward(rank, path):
         assert not torch.equal(first, second)
         assert addresses(model) == before
         live.update(other, atomic=atomic)  # parts to parts
+        with torch.no_grad():
+            model(ids)  # so that the next load finds what it gathered
     held = live.digest()
     for atomic in ("staged", "journal"):
         with live.begin(atomic=atomic) as update:

@@ -35,10 +35,11 @@ def hidden(tensor: torch.Tensor) -> str | None:
     kind = type(tensor)
     if kind in _BARE or kind.__torch_dispatch__ is _NO_DISPATCH or kind.__module__.startswith(f"{_OURS}."):
         return None  # Guards and fake weights of ours see themselves what is done with them.
-    for way, words in _CURES.items():
-        if kind.__name__ == way:
-            return f"a {kind.__name__}, {words}"
-    return f"a {kind.__name__}, whose bytes lie in other tensors; give a plain tensor of its values"
+    if kind.__name__ in _CURES:
+        return f"a {kind.__name__}, {_CURES[kind.__name__]}"
+    own = kind.dequantize is not torch.Tensor.dequantize
+    way = "its dequantize()" if own else "a plain tensor of its values"
+    return f"a {kind.__name__}, whose bytes lie in other tensors; give {way}"
 
 
 _CURES = {
