@@ -11,6 +11,7 @@ from msgspec.structs import force_setattr
 
 from .dtypes import DType, OpaqueDtype, format_name
 from .errors import UsageError
+from .sharding import Part
 from .text import some
 
 
@@ -22,12 +23,14 @@ class TensorSpec(msgspec.Struct, frozen=True, gc=False):
         dtype: a ``torch.dtype``, or an ``OpaqueDtype`` where torch has none.
         shape: as torch counts it (packed dtypes in packs); for an ``OpaqueDtype``, as the format counts it.
         nbytes: size in bytes, without padding. It follows from the others and is not given.
+        part: which part of a tensor it is, where a rank holds no more; the shape is that of the part.
     """
 
     name: str
     dtype: DType
     shape: tuple[int, ...]
     nbytes: int = -1
+    part: Part | None = None
 
     def __post_init__(self) -> None:
         # Worked out once: every tensor is asked for it many times.
@@ -35,7 +38,8 @@ class TensorSpec(msgspec.Struct, frozen=True, gc=False):
         force_setattr(self, "nbytes", math.prod(self.shape) * bits // 8)
 
     def __str__(self) -> str:
-        return f"{self.name}: {format_name(self.dtype)} {list(self.shape)}"
+        part = "" if self.part is None else f" (a part: {self.part})"
+        return f"{self.name}: {format_name(self.dtype)} {list(self.shape)}{part}"
 
 
 _NOT_RENAMED: Mapping[str, str] = {}

@@ -145,7 +145,7 @@ def test_a_wrapper_is_refused_and_never_read_at_its_null_address(as_stream, addr
     manifest = hw.Manifest(hw.TensorSpec(name, torch.float32, (3,)) for name in content) if as_stream else None
     with sender(address) as sending, receiver(address) as source:
         worker = Thread(lambda: dict(source.tensors()))
-        with pytest.raises(hw.UsageError, match=r"TwoTensor .*full_tensor"):
+        with pytest.raises(hw.UsageError, match=r"TwoTensor.*plain tensor"):
             sending.send(iter(content.items()), version=1, manifest=manifest)
         if as_stream:
             with pytest.raises(hw.TransferAborted, match="TwoTensor"):

@@ -11,7 +11,7 @@ from torch import nn
 from ..dtypes import Cast
 from ..errors import LiveModelError
 from ..memory import host
-from ..memory.aliases import has_bytes
+from ..memory.aliases import has_bytes, plain
 from ..memory.extents import renew
 from ..model.materialise import dressed
 from ..model.offloading import refuse_offloaded
@@ -76,6 +76,7 @@ class Baseline:
             ).items()
         ]
         self.live = self._tensors(plan)
+        _refuse_parts(self._layers, survey(model).parts)
         self._layout = MemoryLayout(self.live)
         self.plans = Plans(model, plan, options, self._layers, self._layout, unknown)
         self._initial = {name: self.live[name].detach().to("cpu", copy=True) for name in self.plans.initial()}
@@ -267,6 +268,18 @@ def _shared(model: nn.Module, own: Container[int]) -> set[int]:
 
 
 def _where(tensor: torch.Tensor) -> tuple[object, ...]:
+    if plain(tensor) and not tensor.numel():
+        return tensor.dtype, tensor.shape  # No bytes that could move; FSDP2 makes an empty shard anew.
     if not has_bytes(tensor):
         return (id(tensor),)
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _refuse_parts(layers: Sequence[Layer], parts: Container[str]) -> None:
+    """Refuse DTensors in layers that are processed: processing is made for whole tensors."""
+    names = [name for layer in layers for name in layer.tensors() if name in parts]
+    if names:
+        raise LiveModelError(
+            "layers that are processed hold parts of sharded tensors; leave these layers out with layers=",
+            [f"{name}: is a DTensor" for name in names],
+        )

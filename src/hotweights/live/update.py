@@ -21,8 +21,9 @@ from ..memory.pool import Pool
 from ..notices import forgotten
 from ..plan.patterns import Patterns
 from ..progress import progress
+from ..sharding import reshard
 from ..sources.contracts import Addressed, InMemory, IOMode, OnDisk, Participant, Source, warnings_of
-from ..sources.pairs import check_tensor, pairs_of
+from ..sources.pairs import pairs_of, plain
 from .attempt import Attempt
 from .baseline import Baseline
 from .compiled import refuse_frozen
@@ -143,9 +144,9 @@ class Update:
         given = pairs_of(pairs)
         with self._failing():
             self._attempt.take_as_it_comes()
-            for called, tensor in given:
-                check_tensor(called, tensor)
+            for called, given_tensor in given:
                 name = self._fed.of(called)
+                tensor = plain(called, given_tensor, self._attempt.manifest.get(name))
                 self._attempt.check_apart(name, tensor)
                 devices = self._attempt.take(name, tensor, tensor.clone)
                 _wait_for(devices | {tensor.device})  # Behind the next tensor this one may be written over.
@@ -257,15 +258,20 @@ class Update:
     def _written(self, failures: list[BaseException]) -> int:
         """How many bytes were written to make it version M. An interruption is put into ``failures``."""
         try:
-            return self._strategy.commit()
+            return self._commit()
         except BaseException as error:
             if not isinstance(error, Exception):
                 failures.append(error)
         try:
-            return self._strategy.commit()  # It copies what lies beside the model: that can be done again.
+            return self._commit()  # It copies what lies beside the model: that can be done again.
         except BaseException:
             self._current.holds, self._current.running = State.TORN, None
             raise
+
+    def _commit(self) -> int:
+        nbytes = self._strategy.commit()
+        reshard(self._attempt.job.model.modules())
+        return nbytes
 
     # Abort.
 

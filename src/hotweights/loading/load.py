@@ -32,6 +32,7 @@ from ..plan.plan import LoadPlan, Order
 from ..plan.steps import Copy, Fate, Program
 from ..progress import progress
 from ..rename import Rename
+from ..sharding import reshard
 from ..sources.contracts import Addressed, IOMode, OnDisk, Participant, refusing, warnings_of
 from ..sources.iterator import IteratorSource
 from ..sources.locating import naming_files
@@ -170,6 +171,7 @@ def load(
         nbytes = bytes_to_read(plan, source)
         with _made_real(plan, model, seen, target_device) as tensors, _noting(done, nbytes):
             signals.deliver()
+            reshard(model.modules())
             # Tensors in lists and attributes are looked for only if a step writes there: it takes a second walk.
             destinations = tensors if plan.targets.keys() <= tensors.keys() else reachable(model)
             stack.enter_context(_renewing(plan, model, tensors, destinations, done))

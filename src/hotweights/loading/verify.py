@@ -13,10 +13,11 @@ from torch import nn
 from ..errors import PlanDiffers, UsageError
 from ..memory.pool import Pool
 from ..model.snapshot import Snapshot
-from ..model.survey import By, LoadingCode, by_name, loader_of
+from ..model.survey import By, LoadingCode, by_name, loader_of, survey
 from ..plan.disjoint_sets import DisjointSets
 from ..plan.plan import LoadPlan
 from ..sources.contracts import Addressed, InMemory, Source
+from ..text import some
 from ..tracing.frameworks import rules_for
 from .copy_step import Destinations
 from .execute import owned
@@ -35,6 +36,11 @@ def verifier(model: nn.Module, source: Source, by: By | None = None) -> Verifier
     Raises:
         UsageError: the source only streams; what was loaded from it cannot be had again.
     """
+    if parts := survey(model, by).parts:
+        raise UsageError(
+            'verify="loader" gives the model\'s own loading code whole tensors, and it takes none for DTensors: '
+            f"{some(list(parts))}; leave verify= out"
+        )
     load = rules_for(model, source.manifest).load or loader_of(model, by) or by_name(model)
     if not isinstance(source, (Addressed, InMemory)):
         raise UsageError(

@@ -6,13 +6,14 @@ import inspect
 import re
 import types
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
 
 from ..errors import UsageError
 from ..names import inside as wraps
+from ..sharding import Part, is_dtensor, is_fsdp, is_fsdps, local, shards_of
 from ..text import some
 from .walk import modules_of
 
@@ -30,12 +31,14 @@ class Survey(NamedTuple):
         transient: which of them are not persistent.
         plain: whether loading is copying by name: nowhere is there loading code, a hook or extra state.
         hooked: the modules, by name, whose forward was replaced or has hooks before it.
+        parts: which part of a whole tensor this rank holds, of those of which ``tensors`` has no more than that.
     """
 
     tensors: dict[str, torch.Tensor]
     transient: list[str]
     plain: bool
     hooked: list[tuple[str, nn.Module]]
+    parts: dict[str, Part]
 
     @property
     def persistent(self) -> dict[str, torch.Tensor]:
@@ -70,7 +73,7 @@ def survey(model: nn.Module, by: By | None = None) -> Survey:
             kinds[kind] = not _has_loading_code(kind) and kind.set_extra_state is nn.Module.set_extra_state
         if inside["_forward_pre_hooks"] or "forward" in inside:
             hooked.append((prefix[:-1], module))
-        if not kinds[kind] or _hooks(module):
+        if not kinds[kind] or _is_hooked(module):
             plain = False
         for key, tensor in inside["_parameters"].items():
             if tensor is not None:
@@ -85,7 +88,35 @@ def survey(model: nn.Module, by: By | None = None) -> Survey:
             f"these parts of the model are TorchScript modules, which do not show their tensors: {some(hidden)}; load "
             "the model before its parts are scripted, traced or converted for mkldnn"
         )
-    return Survey(tensors, transient, plain, hooked)
+    if any(map(is_fsdp, kinds)):
+        tensors |= _sharded(model)
+    return Survey(tensors, transient, plain, hooked, _localised(tensors))
+
+
+def _sharded(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters that FSDP2 shards, by name: its modules may hold gathered ones, whose values are dropped."""
+    shards = {
+        (id(owner), key): tensor
+        for module in model.modules()
+        if is_fsdp(type(module))
+        for owner, key, tensor in shards_of(module)
+    }
+    return {
+        prefix + key: shards[id(module), key]
+        for prefix, module in modules_of(model)
+        for key in module._parameters
+        if (id(module), key) in shards
+    }
+
+
+def _localised(tensors: dict[str, torch.Tensor]) -> dict[str, Part]:
+    """Put what this rank holds in place of each DTensor. Returns which parts those are."""
+    parts: dict[str, Part] = {}
+    for name in [name for name, tensor in tensors.items() if is_dtensor(tensor)]:
+        tensors[name], part = local(tensors[name])
+        if part is not None:
+            parts[name] = part
+    return parts
 
 
 _HARMLESS = (
@@ -120,16 +151,16 @@ def hook_problems(model: nn.Module) -> Iterator[str]:
             own[kind] = _has_loading_code(kind)
         if own[kind]:
             yield f"module {prefix[:-1] or kind.__name__}: {kind.__name__} has loading code of its own; {cure}"
-        if _hooks(module):
+        if _is_hooked(module):
             yield f"module {prefix[:-1] or kind.__name__}: has a hook around loading; {cure}"
 
 
-def _hooks(module: nn.Module) -> bool:
-    """Whether loading its state dict runs hooks, those of torch's own wrappers excepted: these only change names."""
-    hooks: list[Any] = [*module._load_state_dict_pre_hooks.values(), *module._load_state_dict_post_hooks.values()]
-    if not hooks or wraps(type(module)) is None:
-        return bool(hooks)
-    return any(not _of_torch(getattr(hook, "hook", hook)) for hook in hooks)
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether hooks around its ``load_state_dict`` do more than copying by name, or than a wrapper's: change names."""
+    hooks = [*module._load_state_dict_pre_hooks.values(), *module._load_state_dict_post_hooks.values()]
+    if not hooks or all(map(is_fsdps, hooks)):
+        return False
+    return wraps(type(module)) is None or any(not _of_torch(getattr(hook, "hook", hook)) for hook in hooks)
 
 
 def _of_torch(hook: object) -> bool:

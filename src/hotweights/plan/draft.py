@@ -14,6 +14,7 @@ from ..dtypes import Cast, format_name
 from ..errors import PlanError
 from ..manifest import Manifest
 from ..text import some
+from .local import Local, whole_manifest, whole_targets
 from .misnamed import misnamed, parametrised, shortened
 from .patterns import Patterns, both, matches
 from .plan import LoadPlan
@@ -93,11 +94,15 @@ def draft(
     own_code = traced is not None
     if traced is None:
         traced = Traced(tuple(_steps_of(rules, manifest, targets)), constants=rules.constants)
-    writes = Writes(manifest, targets, allowed.cast, last_wins=own_code)
+    # Whole tensors are compared with whole ones; only then is it cut down to the parts that this rank holds.
+    writes = Writes(whole_manifest(manifest), whole_targets(targets), allowed.cast, last_wins=own_code)
     for level, step in traced.steps:
         writes.add(level, step)
+    local = Local(manifest, targets)
+    levelled = list(local.steps(writes.levels, writes.steps))
+    ties = tuple(local.ties(writes.ties))
     fates = _fates_of_sources(manifest, writes, traced, matches(rules.skip))
-    wrong = {*problems, *writes.problems, *writes.overlaps(overlapping), *writes.double_writes()}
+    wrong = {*problems, *local.problems, *writes.problems, *writes.overlaps(overlapping), *writes.double_writes()}
     unexpected = list(_unexpected(fates, matches(allowed.unexpected)))
     missing: dict[str, str] = {}
     absent: list[str] = []  # missing, or allowed to be
@@ -131,9 +136,9 @@ def draft(
         advice = "\n".join(filter(None, (advice, parametrised([*unexpected, *missing]))))
         raise PlanError("source and model do not fit; nothing was read or written", wrong, advice=advice)
     return LoadPlan(
-        steps=tuple(writes.steps),
-        levels=tuple(writes.levels) if any(writes.levels) else (),
-        ties=tuple(writes.ties),
+        steps=tuple(step for _, step in levelled),
+        levels=tuple(level for level, _ in levelled) if any(writes.levels) else (),
+        ties=ties,
         fates=fates,
         casts=writes.casts,
         constants=traced.constants,

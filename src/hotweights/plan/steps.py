@@ -11,6 +11,7 @@ import torch
 
 from ..boxes import Box, Region, covered, whole
 from ..manifest import TensorSpec
+from ..sharding import Part
 
 _OVERWRITES = frozenset(
     (
@@ -164,6 +165,7 @@ class Target(msgspec.Struct, frozen=True, gc=False):
         stride: in elements; ``None`` for a contiguous tensor.
         memory: the first name of those with which it shares memory, over or beside them; empty if there are none.
         start: its first byte in that memory.
+        part: which part of a whole tensor it is, where this rank holds no more; the spec is that of the part.
     """
 
     spec: TensorSpec
@@ -172,6 +174,7 @@ class Target(msgspec.Struct, frozen=True, gc=False):
     stride: tuple[int, ...] | None = None
     memory: str = ""
     start: int = 0
+    part: Part | None = None
 
     @property
     def box(self) -> Box:

@@ -30,7 +30,7 @@ from ..sources.iterator import IteratorSource
 from ..sources.opening import AnySource, is_pairs, opened
 from ..sources.owned import unsupported
 from ..sources.pairs import pairs_of
-from ..sources.state_dict import StateSource
+from ..sources.state_dict import StateSource, check_whole
 from ..tracing.fake_weight import FakeWeight
 from ..tracing.trace import trace
 from .component import Component, Routes, unfilled
@@ -91,6 +91,7 @@ def route(
             _from_pairs(source.tensors(), routes, done, stack, False, memory_limit)
         else:
             given = stack.enter_context(opened(source))
+            check_whole(given.manifest)
             if isinstance(given, (Addressed, InMemory)):
                 _one_after_another(given, routes, done, stack, borrowed)
                 if isinstance(given, OnDisk):

@@ -17,7 +17,7 @@ from ..manifest import Manifest, TensorSpec
 from ..memory.devices import Event, record_event
 from ..memory.guards import Guard, poison_byte
 from ..memory.lease import Lease
-from .pairs import Pair, check_tensor, split
+from .pairs import Pair, plain, split
 from .state_dict import StateSource
 from .streams import LeaseStream
 
@@ -166,10 +166,10 @@ class IteratorSource:
 
     def _checked(self, pair: object) -> tuple[TensorSpec, torch.Tensor]:
         name, tensor = split(pair)
-        check_tensor(name, tensor)
+        promised = None if self._promised is None else self._promised.get(name)
+        tensor = plain(name, tensor, promised)
         if self._promised is None:
             return TensorSpec(name, tensor.dtype, tuple(tensor.shape)), tensor
-        promised = self._promised.get(name)
         if promised is None:
             raise _broken([f"tensor {name!r}: came, and the manifest does not name it"])
         if promised.dtype != tensor.dtype or promised.shape != tensor.shape:

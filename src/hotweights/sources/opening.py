@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from typing_extensions import TypeIs
 
-from ..arguments import check_kind
+from ..arguments import check_flags, check_kind
 from ..errors import CheckpointError, UnknownName, UsageError
 from ..names import bare_names
 from ..rename import Rename, new_names
@@ -83,7 +83,7 @@ def open(
     what: Paths, *, reader: str, variant: str | None = ..., subfolder: str | None = ...
 ) -> FileSource | ReaderSource: ...
 @overload
-def open(what: Mapping[str, torch.Tensor] | torch.nn.Module) -> StateSource: ...
+def open(what: Mapping[str, torch.Tensor] | torch.nn.Module, *, gather: bool = ...) -> StateSource: ...
 @overload
 def open(
     what: Paths | Mapping[str, torch.Tensor] | torch.nn.Module,
@@ -99,6 +99,7 @@ def open(
     rename: Rename | None,
     variant: str | None = ...,
     subfolder: str | None = ...,
+    gather: bool = ...,
 ) -> Source: ...
 def open(
     what: Paths | Mapping[str, torch.Tensor] | torch.nn.Module,
@@ -107,6 +108,7 @@ def open(
     rename: Rename | None = None,
     variant: str | None = None,
     subfolder: str | None = None,
+    gather: bool = False,
 ) -> Source:
     """Open a source of weights. The caller closes it; use it in a ``with``.
 
@@ -119,6 +121,9 @@ def open(
         rename: new names for the tensors, see ``hotweights.load``.
         variant: which variant of the weights in the directory, such as ``"fp16"``: ``model.fp16.safetensors``.
         subfolder: the folder in the directory that holds the model, such as ``"transformer"`` of a pipeline.
+        gather: whether a mapping's or a module's DTensors are made whole, by their ``full_tensor()``: every rank must
+            call this with the same tensors, and then holds all of them. Otherwise a rank's source has the rank's
+            parts, which fit only a model that is sharded in the same way.
 
     Raises:
         PlanError: ``rename`` gives two tensors one name.
@@ -126,7 +131,7 @@ def open(
         MissingPackage: the reader's package is not installed.
         UsageError: ``what`` is nothing of these; or ``variant`` or ``subfolder`` is given where no directory is.
     """
-    source = _opened(what, reader, variant, subfolder)
+    source = _opened(what, reader, variant, subfolder, gather)
     try:
         return renamed(source, new_names(source.manifest, rename))
     except BaseException:
@@ -135,12 +140,15 @@ def open(
 
 
 def _opened(
-    what: object, reader: str, variant: str | None, subfolder: str | None
+    what: object, reader: str, variant: str | None, subfolder: str | None, gather: bool
 ) -> FileSource | ReaderSource | StateSource:
     if reader not in ("hotweights", *READERS):
         raise UnknownName("reader", reader, ("hotweights", *READERS))
     check_kind("variant", variant, str, 'the name of a variant, such as "fp16"')
     check_kind("subfolder", subfolder, str, "the name of a folder in the directory")
+    check_flags(gather=gather)
+    if gather and not isinstance(what, (Mapping, torch.nn.Module)):
+        raise UsageError(f"gather= is for the DTensors of a mapping or a module; this is a {type(what).__name__}")
     if is_paths(what):
         for path in [what] if isinstance(what, (str, os.PathLike)) else what:
             _refuse_address(os.fsdecode(path))
@@ -154,7 +162,7 @@ def _opened(
     if reader != "hotweights":
         raise UsageError(f"the reader {reader!r} reads files; this is a {type(what).__name__}")
     if isinstance(what, (Mapping, torch.nn.Module)):
-        return StateSource(what)
+        return StateSource(what, gather=gather)
     if isinstance(what, Source):
         raise UsageError(f"this {type(what).__name__} is an open source; use it as it is")
     raise UsageError(

@@ -9,7 +9,8 @@ from torch import nn
 
 from ..arguments import shown
 from ..errors import UsageError
-from .state_dict import unfit
+from ..manifest import TensorSpec
+from .state_dict import bare
 
 Pair = tuple[str, torch.Tensor]
 
@@ -19,7 +20,7 @@ _GIVEN = "weights are given as pairs of a name and a tensor, or as a mapping of 
 def pairs_of(given: Iterable[Pair] | Mapping[str, torch.Tensor]) -> Iterator[Pair]:
     """The pairs of a mapping or of an iterable, one by one. None is held once the next is asked for.
 
-    The tensors of an iterator are not looked at: ``check_tensor`` does that.
+    The tensors of an iterator are not looked at: ``plain`` does that.
 
     Raises:
         UsageError: it is neither, or what it gives is no pair that begins with a name; of a list or a mapping, this is
@@ -55,7 +56,13 @@ def split(pair: object) -> Pair:
     return name, tensor
 
 
-def check_tensor(name: str, tensor: object) -> None:
-    """Raise ``UsageError`` unless it is a tensor with values."""
-    if (problem := unfit(name, tensor)) is not None:
+def plain(name: str, tensor: object, promised: TensorSpec | None = None) -> torch.Tensor:
+    """The tensor, or what this rank holds of a DTensor of which that part was ``promised``.
+
+    Raises:
+        UsageError: it is no tensor with plain bytes, or another part.
+    """
+    here, problem = bare(name, tensor, promised)
+    if problem is not None:
         raise UsageError(f"{_GIVEN}; {problem}")
+    return here

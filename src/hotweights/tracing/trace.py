@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -120,7 +121,9 @@ def _trace(
         problems += _left_on_meta(surveyed, both(allowed.missing, rules.allow_missing))
     loader = None if surveyed.plain or rules.steps is not None else loader_of(model, by)
     traced = None
-    if loader is not None:
+    if loader is not None and surveyed.parts:
+        problems += _sharded(model, surveyed)
+    elif loader is not None:
         try:
             traced = trace_code(model, manifest, loader)
         except PlanError as error:
@@ -130,7 +133,7 @@ def _trace(
             problems += error.problems
     plan = draft(
         manifest,
-        targets_of(tensors, device),
+        targets_of(tensors, device, surveyed.parts),
         traced=traced,
         rules=rules,
         allowed=allowed,
@@ -138,6 +141,18 @@ def _trace(
         problems=problems,
     )
     return complete(plan, model)
+
+
+def _sharded(model: nn.Module, surveyed: Survey) -> Iterator[str]:
+    """DTensors of a model with loading code of its own: it is made for whole tensors, and cannot be traced."""
+    code = (
+        "load_weights of its own" if hasattr(model, "load_weights") else "code or hooks of its own in load_state_dict"
+    )
+    for name, part in surveyed.parts.items():
+        yield (
+            f"{name}: is a DTensor ({part}), and the model has {code}, which takes no whole tensors for parts; "
+            "load the model before it is sharded"
+        )
 
 
 def _left_on_meta(surveyed: Survey, allowed: Patterns) -> list[str]:

@@ -19,6 +19,7 @@ from ..model.places import places
 from ..names import bare_names
 from ..plan.rules import Rules
 from ..plan.steps import Copy, Step
+from ..sharding import is_dtensor
 from .lower import lower
 from .record import Recording, record
 
@@ -91,7 +92,16 @@ def _exactly(names: Collection[str]) -> list[re.Pattern[str]]:
 def _trace(model: Any, manifest: Manifest, conversions: Sequence[_Conversion], names: _Names) -> Recording:
     """What the conversions do, recorded on fake tensors: a stack of experts becomes one copy for each."""
     taken = Manifest(manifest[name] for conversion in conversions for name in conversion.sources)
-    recording = record(model, taken, partial(_load, names, conversions), device=torch.device("cpu"))
+    # In place of a DTensor a whole tensor without data is written: the plan is cut down to this rank's part later.
+    whole = {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        for name, tensor in names.known.items()
+        if is_dtensor(tensor)
+    }
+    standing = copy.copy(names)
+    standing.known = {**names.known, **whole}
+    load = partial(_load, standing, conversions)
+    recording = record(model, taken, load, device=torch.device("cpu"), stand_ins=whole)
     if recording.error is not None:
         raise recording.error
     return recording

@@ -23,7 +23,7 @@ from ..sources.contracts import InMemory, Source, warnings_of
 from ..sources.iterator import from_iterator
 from ..sources.opening import AnySource, is_pairs, opened
 from ..sources.pairs import pairs_of
-from ..sources.state_dict import StateSource
+from ..sources.state_dict import StateSource, check_whole
 from ..text import some
 from .address import path_of
 from .copying import wrapped
@@ -234,6 +234,7 @@ def _collected(pairs: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Ten
 
 def _check_bare(source: Source) -> None:
     """Wrappers are refused before anybody is told of the version; in a stream they are met later."""
+    check_whole(source.manifest)
     if isinstance(source, InMemory):
         tensors = ((name, source.borrow(name)) for name in source.manifest)
         if wrappers := {name: tensor for name, tensor in tensors if is_wrapper(tensor)}:

@@ -12,6 +12,7 @@ import torch
 from ...boxes import Box, Region
 from ...dtypes import FORMAT_DTYPES, DType, OpaqueDtype
 from ...errors import PlanFileError
+from ...text import some
 from ..steps import Copy, Fate, GraphBreak, Program, Target
 from .operations import operations
 
@@ -133,6 +134,10 @@ class _Writer:
                 f"{self._path}: this plan can be used but not saved: operations that no file may name",
                 unknown,
             )
+        parts = [name for name, target in plan["targets"].items() if target.part]
+        parts += [name for name, spec in plan["manifest"].items() if spec.part]
+        if parts:
+            _refuse(self._path, f"it is for what one rank holds of sharded tensors: {some(parts)}")
         lists = ("fallback", "graph_breaks", "unproven", "side_effects", "state_read", "levels")
         return Document(
             version=VERSION,
