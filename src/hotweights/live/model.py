@@ -16,6 +16,7 @@ from ..errors import UnknownName, UsageError
 from ..forked import alone_in_a_fork
 from ..gc_pause import without_collection
 from ..loading.apart import apart
+from ..loading.initialise import InitMissing, check_init_missing, initialise, left_on_meta
 from ..loading.verify import Verify, verifier
 from ..manifest import Manifest
 from ..memory.pool import Pool
@@ -23,6 +24,7 @@ from ..model.digests import Digest, digest_of
 from ..model.materialise import materialise, put_back
 from ..model.places import Place, places
 from ..model.reachable import reachable
+from ..model.survey import survey
 from ..plan.patterns import Patterns
 from ..sources.contracts import IOMode, refusing
 from ..sources.iterator import IteratorSource
@@ -145,6 +147,8 @@ class LiveModel:
         allow_missing: Patterns = (),
         allow_partial: Patterns = (),
         allow_unexpected: Patterns = (),
+        allow_mismatched: Patterns = (),
+        init_missing: InitMissing | None = None,
         cast: Cast | None = None,
         io: IOMode = "auto",
         threads: int | None = None,
@@ -163,7 +167,8 @@ class LiveModel:
         """
         check_version(version)
         check_choices(verify=(verify, Verify))
-        options = Options(allow_missing, allow_partial, allow_unexpected, cast)
+        check_init_missing(init_missing)
+        options = Options(allow_missing, allow_partial, allow_unexpected, cast, allow_mismatched)
         where = device_from(device)
         with alone_in_a_fork(), without_collection(), ExitStack() as stack:
             stack.enter_context(refusing(source))
@@ -176,8 +181,11 @@ class LiveModel:
                         f"{self._current}, so load, which is for the first time, cannot be used; use update"
                     )
                 plan = options.traced(self.model, origin.manifest, where)
-                replaced = [] if where is None else materialise(places(self.model), set(plan.targets), where)
+                left = [] if where is None else left_on_meta(plan, survey(self.model), init_missing, self.model)
+                wanted = {*plan.targets, *left}
+                replaced = [] if where is None else materialise(places(self.model), wanted, where)
                 stack.callback(self._put_back, replaced)
+                initialise(self.model, left, init_missing)
                 self._baseline = Baseline(self.model, plan, options, self._is_processed, self._is_deferred)
                 update = Update.begin_first(self._current, self._baseline, self._process, self._limit)
             with update:

@@ -40,6 +40,7 @@ class Options:
     allow_partial: Patterns = ()
     allow_unexpected: Patterns = ()
     cast: Cast | None = None
+    allow_mismatched: Patterns = ()
 
     def traced(self, model: nn.Module, manifest: Manifest, device: torch.device | None, may: Patterns = ()) -> LoadPlan:
         """The plan for ``manifest``; tensors that match ``may`` may be missing or partial besides."""
@@ -50,6 +51,7 @@ class Options:
             allow_missing=both(self.allow_missing, may),
             allow_partial=both(self.allow_partial, may),
             allow_unexpected=self.allow_unexpected,
+            allow_mismatched=self.allow_mismatched,
             cast=self.cast,
         )
 

@@ -14,11 +14,11 @@ from ..dtypes import Cast, format_name
 from ..errors import PlanError
 from ..manifest import Manifest
 from ..text import some
-from .patterns import Patterns, both, matches
+from .patterns import Patterns, both, matches, narrowest
 from .plan import LoadPlan
 from .rules import Rules
 from .steps import Copy, Fate, GraphBreak, Op, Program, Step, Target
-from .writes import Gap, Writes
+from .writes import Gap, Writes, fits
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,7 @@ class Allowed:
         missing: names of the model that may stay as they are.
         partial: names of the model of which some bytes may stay as they are.
         unexpected: source tensors that may have no place.
+        mismatched: names of the model that may stay as they are where the source's tensor has another shape.
         cast: whether casts that lose information are problems (``"error"``) or meant (``"loader"``).
     """
 
@@ -36,6 +37,7 @@ class Allowed:
     partial: Patterns = ()
     unexpected: Patterns = ()
     cast: Cast = "error"
+    mismatched: Patterns = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +94,17 @@ def draft(
     if traced is None:
         traced = Traced(tuple(_steps_of(rules, manifest, targets)), constants=rules.constants)
     writes = Writes(manifest, targets, allowed.cast)
+    mismatched: dict[Step, str] = {}
+    may_mismatch = matches(allowed.mismatched)
     for level, step in traced.steps:
-        writes.add(level, step)
+        shapes = _mismatch(step, manifest, targets) if allowed.mismatched else ""
+        if shapes and may_mismatch(step.destinations[0]):
+            mismatched[step] = shapes
+        else:
+            writes.add(level, step)
     fates = _fates_of_sources(manifest, writes, traced, matches(rules.skip))
+    fates.update({step.sources[0]: Fate.MISMATCHED for step in mismatched if step.sources[0] not in writes.fates})
+    shapes_of = {step.destinations[0]: shapes for step, shapes in mismatched.items()}
     wrong = {*problems, *writes.problems, *writes.overlaps(overlapping), *writes.double_writes()}
     unexpected = list(_unexpected(fates, matches(allowed.unexpected)))
     wrong.update(unexpected)
@@ -102,6 +112,9 @@ def draft(
     may_miss, may_be_partial = matches(both(allowed.missing, rules.allow_missing)), matches(allowed.partial)
     unproven: list[str] = []
     for gap in writes.gaps():
+        if not gap.written and any(name in shapes_of for name in gap.names):
+            fates.update(dict.fromkeys(gap.names, Fate.MISMATCHED))
+            continue
         fate, may_be = (Fate.PARTIAL, may_be_partial) if gap.written else (Fate.MISSING, may_miss)
         tolerated = any(map(may_be, gap.names))
         if traced.fallback and not (tolerated and fate is Fate.MISSING):
@@ -112,8 +125,11 @@ def draft(
             wrong.add(_in_words(gap))
             arguments.add("allow_partial=" if gap.written else "allow_missing=")
     if wrong:
-        advice = f"Allow names with {' and '.join(sorted(arguments))}, if that is meant." if arguments else ""
-        raise PlanError("source and model do not fit; nothing was read or written", wrong, advice=advice)
+        advice = [f"Allow names with {' and '.join(sorted(arguments))}, if that is meant."] if arguments else []
+        if writes.misfits:
+            pattern = narrowest(writes.misfits)
+            advice.append(f'If another head is meant, allow_mismatched="{pattern}" keeps what the model has there.')
+        raise PlanError("source and model do not fit; nothing was read or written", wrong, advice=" ".join(advice))
     return LoadPlan(
         steps=tuple(writes.steps),
         levels=tuple(writes.levels) if any(writes.levels) else (),
@@ -128,7 +144,16 @@ def draft(
         state_read=tuple(sorted(traced.state_read)),
         manifest=manifest,
         targets=targets,
+        mismatched=shapes_of,
     )
+
+
+def _mismatch(step: Step, manifest: Manifest, targets: Mapping[str, Target]) -> str:
+    """Both shapes, where a whole tensor would be copied into one of another shape."""
+    if not isinstance(step, Copy) or step.of is not None or step.into is not None or step.destination not in targets:
+        return ""
+    found, expected = manifest[step.source].shape, targets[step.destination].spec.shape
+    return "" if fits(found, expected) else f"{list(found)} in the source, {list(expected)} in the model"
 
 
 def _steps_of(rules: Rules, manifest: Manifest, targets: Mapping[str, Target]) -> Iterator[tuple[int, Step]]:

@@ -41,6 +41,7 @@ class Writes:
         fates: of the source tensors that steps take.
         casts: by source name, "from -> to" dtypes.
         problems: what is wrong with single steps.
+        misfits: names of the model that would get a tensor of another shape; each of them is a problem.
     """
 
     def __init__(self, manifest: Manifest, targets: Mapping[str, Target], cast: Cast) -> None:
@@ -50,6 +51,7 @@ class Writes:
         self.fates: dict[str, Fate] = {}
         self.casts: dict[str, str] = {}
         self.problems: list[str] = []
+        self.misfits: list[str] = []
         self._manifest = manifest
         self._targets = targets
         self._cast = cast
@@ -173,8 +175,8 @@ class Writes:
         expected = target.spec
         if target.problem:
             self.problems.append(f"{expected.name}: {target.problem}")
-        # One element into none is how torch before 0.4 saved scalars; load_state_dict takes it too.
-        if found.shape != expected.shape and not (found.shape == (1,) and expected.shape == ()):
+        if not fits(found.shape, expected.shape):
+            self.misfits.append(expected.name)
             self.problems.append(
                 f"{expected.name}: shape {list(expected.shape)} expected, {list(found.shape)} found"
                 + _from(step.source, expected.name)
@@ -241,6 +243,12 @@ class Writes:
                 reach, last = max((reach, last), (stop, number))
             if owner in self._whole and any(isinstance(step, Copy) for _, step in parts):
                 yield f"{owner}: written twice, from {self._whole[owner].source} as a whole and in parts"
+
+
+def fits(found: Sequence[int], expected: Sequence[int]) -> bool:
+    """Whether a tensor of one shape may be copied into one of another as a whole."""
+    # One element into none is how torch before 0.4 saved scalars; load_state_dict takes it too.
+    return tuple(found) == tuple(expected) or (tuple(found) == (1,) and tuple(expected) == ())
 
 
 def _both_write(first: tuple[Box, Step], second: tuple[Box, Step]) -> bool:

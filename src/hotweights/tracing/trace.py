@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -15,10 +16,12 @@ from ..manifest import Manifest
 from ..memory.aliases import overlaps
 from ..model.offloading import refuse_offloaded
 from ..model.places import targets_of
-from ..model.survey import Survey, counters, extra_state_problems, loader_of, survey
-from ..plan.draft import Allowed, draft
+from ..model.survey import LoadingCode, counters, extra_state_problems, loader_of, survey
+from ..plan.draft import Allowed, Traced, draft
 from ..plan.patterns import Patterns, both, matches
 from ..plan.plan import LoadPlan
+from ..plan.steps import Copy
+from ..plan.writes import fits
 from ..sources.iterator import IteratorSource
 from ..sources.opening import AnySource, opened
 from .fit import complete
@@ -34,6 +37,7 @@ def trace(
     allow_missing: Patterns = (),
     allow_partial: Patterns = (),
     allow_unexpected: Patterns = (),
+    allow_mismatched: Patterns = (),
     cast: Cast | None = None,
 ) -> LoadPlan:
     """Plan the loading of ``manifest`` into ``model``: run the model's own loading code on fake tensors and record it.
@@ -49,6 +53,8 @@ def trace(
         allow_missing: names of the model that may stay as they are.
         allow_partial: names of the model of which some bytes may stay as they are.
         allow_unexpected: tensors of the manifest that may have no place.
+        allow_mismatched: names of the model that may stay as they are where the tensor for them has another shape, as
+            a new head's; a ``load_weights`` is not asked, it decides itself what it takes.
         cast: whether casts that lose information are problems (``"error"``, the default by name) or meant
             (``"loader"``, the default for models with loading code of their own).
 
@@ -57,13 +63,16 @@ def trace(
         UsageError: an argument is of the wrong kind.
     """
     check_model(model, manifest)
-    missing, partly, unexpected = patterns_from(
-        allow_missing=allow_missing, allow_partial=allow_partial, allow_unexpected=allow_unexpected
+    missing, partly, unexpected, mismatched = patterns_from(
+        allow_missing=allow_missing,
+        allow_partial=allow_partial,
+        allow_unexpected=allow_unexpected,
+        allow_mismatched=allow_mismatched,
     )
     where = device_from(device)
     if cast is None:
         cast = "loader" if hasattr(model, "load_weights") else "error"
-    allowed = Allowed(missing, partly, unexpected, cast)
+    allowed = Allowed(missing, partly, unexpected, cast, mismatched)
     with without_collection():
         return _trace(model, _promised(manifest), where, allowed)
 
@@ -90,13 +99,11 @@ def _trace(model: nn.Module, manifest: Manifest, device: torch.device | None, al
     problems = list(rules.problems)
     if not own_code and not surveyed.plain:
         problems += extra_state_problems(model)
-    if device is not None:
-        problems += _left_on_meta(surveyed, both(allowed.missing, rules.allow_missing))
     loader = None if surveyed.plain or rules.steps is not None else loader_of(model)
     traced = None
     if loader is not None:
         try:
-            traced = trace_code(model, manifest, loader)
+            traced = _traced(model, manifest, loader, tensors, () if own_code else allowed.mismatched)
         except PlanError as error:
             if own_code:
                 raise
@@ -114,11 +121,27 @@ def _trace(model: nn.Module, manifest: Manifest, device: torch.device | None, al
     return complete(plan, model)
 
 
-def _left_on_meta(surveyed: Survey, allowed: Patterns) -> list[str]:
-    may_stay = matches(allowed)
-    return [
-        f"{name}: is a non-persistent buffer on the meta device, and no checkpoint carries it; build the model "
-        "with real buffers, or allow it with allow_missing= and fill it yourself"
-        for name in surveyed.transient
-        if surveyed.tensors[name].is_meta and not may_stay(name)
-    ]
+def _traced(
+    model: nn.Module,
+    manifest: Manifest,
+    loader: LoadingCode,
+    tensors: Mapping[str, torch.Tensor],
+    may_mismatch: Patterns,
+) -> Traced:
+    """What the loading code does; ``load_state_dict`` is asked again without tensors of a wrong shape, if those may be.
+
+    Not at first: its hooks may give a tensor the shape that fits.
+    """
+    try:
+        return trace_code(model, manifest, loader)
+    except PlanError:
+        may = matches(may_mismatch)
+        odd = {
+            name
+            for name, spec in manifest.items()
+            if name in tensors and may(name) and not fits(spec.shape, tensors[name].shape)
+        }
+        if not odd:
+            raise
+    traced = trace_code(model, Manifest(spec for spec in manifest.values() if spec.name not in odd), loader)
+    return replace(traced, steps=[*traced.steps, *((0, Copy(name, name)) for name in sorted(odd))])
