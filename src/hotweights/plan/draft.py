@@ -16,6 +16,7 @@ from ..manifest import Manifest
 from ..text import some
 from .patterns import Patterns, both, matches, narrowest
 from .plan import LoadPlan
+from .quantised import quantised_by
 from .rules import Rules
 from .steps import Copy, Fate, GraphBreak, Op, Program, Step, Target
 from .writes import Gap, Writes, fits
@@ -125,10 +126,20 @@ def draft(
             wrong.add(_in_words(gap))
             arguments.add("allow_partial=" if gap.written else "allow_missing=")
     if wrong:
+        quantised = quantised_by(name for name, fate in fates.items() if fate is Fate.UNEXPECTED)
+        if quantised is not None:  # To allow its names would drop the scales, and leave the rest wrong.
+            arguments.clear()
         advice = [f"Allow names with {' and '.join(sorted(arguments))}, if that is meant."] if arguments else []
         if writes.misfits:
             pattern = narrowest(writes.misfits)
             advice.append(f'If another head is meant, allow_mismatched="{pattern}" keeps what the model has there.')
+        if quantised is not None:
+            method, name = quantised
+            advice = [
+                f"The checkpoint is quantised by {method} ({name}; quantization_config in config.json says how), and "
+                "the model is not. hotweights does not dequantise: load a checkpoint with plain weights, or use "
+                "from_pretrained for this one."
+            ]
         raise PlanError("source and model do not fit; nothing was read or written", wrong, advice=" ".join(advice))
     return LoadPlan(
         steps=tuple(writes.steps),

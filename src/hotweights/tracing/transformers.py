@@ -36,11 +36,14 @@ def rules(model: Any, manifest: Manifest) -> Rules:
     """
     if getattr(model, "hf_quantizer", None) is not None:
         return Rules(problems=("the model is quantised by transformers; by name its weights cannot be converted",))
-    if getattr(model.config, "quantization_config", None) is not None:
+    quantisation = getattr(model.config, "quantization_config", None)
+    if quantisation is not None:
+        facts = quantisation if isinstance(quantisation, dict) else vars(quantisation)
+        method = getattr(facts.get("quant_method"), "value", facts.get("quant_method"))
         return Rules(
             problems=(
-                "the model's configuration has a quantization_config, so transformers would quantise it; by name that "
-                "cannot be done. If the checkpoint holds plain weights, remove it from the configuration",
+                f"the model's configuration has a quantization_config ({method}), so transformers would quantise it; "
+                "by name that cannot be done. If the checkpoint holds plain weights, remove it from the configuration",
             )
         )
     names = _Names(model)
