@@ -14,7 +14,7 @@ CHECKPOINTS = {
     "compressed-tensors": ("weight_packed", "weight_scale", "weight_shape"),
     "fp8, block by block": ("weight", "weight_scale_inv"),
     "compressed-tensors or fp8": ("weight", "weight_scale"),
-    "mxfp4": ("weight_blocks", "weight_scales"),
+    "mxfp4": ("up_proj_blocks", "up_proj_scales"),
     "bitsandbytes": ("weight", "weight.absmax", "weight.quant_map", "weight.quant_state.bitsandbytes__nf4"),
 }
 

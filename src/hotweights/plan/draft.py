@@ -126,14 +126,13 @@ def draft(
             wrong.add(_in_words(gap))
             arguments.add("allow_partial=" if gap.written else "allow_missing=")
     if wrong:
-        quantised = quantised_by(name for name, fate in fates.items() if fate is Fate.UNEXPECTED)
-        if quantised is not None:  # To allow its names would drop the scales, and leave the rest wrong.
-            arguments.clear()
+        homeless = [name for name, fate in fates.items() if fate is Fate.UNEXPECTED]
+        quantised = quantised_by(homeless) if unexpected else None
         advice = [f"Allow names with {' and '.join(sorted(arguments))}, if that is meant."] if arguments else []
         if writes.misfits:
             pattern = narrowest(writes.misfits)
             advice.append(f'If another head is meant, allow_mismatched="{pattern}" keeps what the model has there.')
-        if quantised is not None:
+        if quantised is not None:  # Instead: to allow its names would drop the scales, and leave the rest wrong.
             method, name = quantised
             advice = [
                 f"The checkpoint is quantised by {method} ({name}; quantization_config in config.json says how), and "

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 _SUFFIXES = (
     ("bitsandbytes", (".absmax", ".quant_map", ".SCB", ".bitsandbytes__nf4", ".bitsandbytes__fp4")),
     ("compressed-tensors", (".weight_packed", ".weight_shape", ".weight_global_scale", ".weight_zero_point")),
-    ("mxfp4", ("_blocks",)),
+    ("mxfp4", ("_proj_blocks", "_proj_scales")),
     ("gptq", (".g_idx",)),
     ("awq or gptq", (".qweight", ".qzeros")),
     ("fp8, block by block", (".weight_scale_inv", "_proj_scale_inv")),
