@@ -577,5 +577,52 @@ def test_a_configuration_changed_since_the_last_load(saved):
     directory, model = saved("llama").directory, fresh("llama")
     hw.load(model, directory, show_progress=False)
     model.config.quantization_config = {"quant_method": "fp8"}
-    with pytest.raises(hw.PlanError, match="quantization_config"):
+    with pytest.raises(hw.PlanError, match=r"quantization_config \(fp8\)"):
         hw.load(model, directory, show_progress=False)
+
+
+class TestBuiltOnMeta:
+    """Without ``build``: by ``torch.device("meta")`` alone, buffers that no checkpoint carries are on meta too."""
+
+    @pytest.mark.parametrize(
+        ("kind", "options"),
+        [
+            (tf.LlamaForCausalLM, {}),
+            (tf.LlamaForSequenceClassification, {"allow_missing": "score.*", "allow_unexpected": "lm_head.*"}),
+        ],
+    )
+    def test_it_computes_what_from_pretrained_computes(self, saved, kind, options):
+        directory = saved("llama").directory
+        torch.manual_seed(3)
+        expected = kind.from_pretrained(directory)
+        with torch.device("meta"):
+            model = kind(tf.LlamaConfig.from_pretrained(directory)).eval()
+        torch.manual_seed(3)  # A head that is missing is drawn from the same numbers.
+        hw.load(model, directory, device="cpu", **options)
+        ours, theirs = everything(model), everything(expected)
+        assert ours.keys() == theirs.keys()
+        assert [name for name in theirs if not torch.equal(bits(ours[name]), bits(theirs[name]))] == []
+        inputs = ARCHITECTURES["llama"].inputs()
+        assert torch.equal(model(**inputs).logits, expected(**inputs).logits)
+
+    def test_a_head_of_another_shape(self, saved):
+        directory = saved("vit").directory
+        model_class, config = ARCHITECTURES["vit"].make()
+        config.num_labels = 9
+        torch.manual_seed(3)
+        expected = model_class.from_pretrained(directory, config=config, ignore_mismatched_sizes=True)
+        with torch.device("meta"):
+            model = model_class(config)
+        torch.manual_seed(3)
+        report = hw.load(model, directory, device="cpu", allow_mismatched="classifier.*")
+        assert {"classifier.bias", "classifier.weight"} <= set(report.tensors[Fate.MISMATCHED])
+        ours, theirs = everything(model), everything(expected)
+        assert [name for name in theirs if not torch.equal(bits(ours[name]), bits(theirs[name]))] == []
+
+    def test_what_is_real_and_missing_keeps_its_value(self, saved):
+        model = tf.LlamaForSequenceClassification._from_config(saved("llama").expected.config)
+        model.model.norm.weight = nn.Parameter(model.model.norm.weight.to("meta"))
+        before = model.score.weight.clone()
+        hw.load(model, saved("llama").directory, device="cpu", allow_missing="score.*", allow_unexpected="lm_head.*")
+        assert torch.equal(model.score.weight, before)
+        assert not hasattr(model.score.weight, "_is_hf_initialized")

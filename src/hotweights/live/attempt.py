@@ -522,6 +522,7 @@ class Attempt:
             bytes_by_io=dict(done.bytes_by_io),
             warnings=(self._layers.warning,) if self._layers.warning else (),
             events=tuple(self.timeline.events),
+            mismatched=plan.mismatched,
         )
 
     def _fates(self) -> dict[Fate, tuple[str, ...]]:

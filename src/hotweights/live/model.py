@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import SupportsIndex
@@ -27,6 +27,7 @@ from ..errors import PlanError, UnknownName, UsageError
 from ..forked import alone_in_a_fork
 from ..gc_pause import without_collection
 from ..loading.apart import apart
+from ..loading.initialise import InitMissing, check_init_missing, initialise, left_on_meta
 from ..loading.verify import Verify, verifier
 from ..manifest import Manifest
 from ..memory.pool import Pool
@@ -179,6 +180,8 @@ class LiveModel:
         allow_missing: Patterns = (),
         allow_partial: Patterns = (),
         allow_unexpected: Patterns = (),
+        allow_mismatched: Patterns = (),
+        init_missing: InitMissing | None = None,
         cast: Cast | None = None,
         io: IOMode = "auto",
         threads: int | None = None,
@@ -206,8 +209,12 @@ class LiveModel:
             by=("name" if by is None else by, By),
         )
         check_reading(io, threads, pool, show_progress)
-        allow_missing, allow_partial, allow_unexpected = patterns_from(
-            allow_missing=allow_missing, allow_partial=allow_partial, allow_unexpected=allow_unexpected
+        check_init_missing(init_missing)
+        allowed = patterns_from(
+            allow_missing=allow_missing,
+            allow_partial=allow_partial,
+            allow_unexpected=allow_unexpected,
+            allow_mismatched=allow_mismatched,
         )
         where = device_from(device)
         with alone_in_a_fork(), without_collection(), ExitStack() as stack:
@@ -218,16 +225,19 @@ class LiveModel:
                     raise UsageError(
                         f"{self._current}, so load, which is for the first time, cannot be used; use update"
                     )
-                options = self._options(allow_missing, allow_partial, allow_unexpected, cast, by)
+                options = self._options(allowed, cast, by)
                 fed = FedNames(names_for(origin.manifest, rename, self._match))
                 origin = renamed(origin, fed.new)
                 stack.enter_context(naming_files(origin))
                 weights, _ = apart(origin, lambda: reachable(self._core).values())
                 prove = verifier(self._core, weights, by) if verify == "loader" else None
                 plan = options.traced(self._core, origin.manifest, where)
-                replaced = [] if where is None else materialise(places(self._core), set(plan.targets), where)
+                left = [] if where is None else left_on_meta(plan, survey(self._core), init_missing, self._core)
+                wanted = {*plan.targets, *left}
+                replaced = [] if where is None else materialise(places(self._core), wanted, where)
                 stack.callback(self._put_back, replaced)
-                unknown = {place.name for place, _ in replaced}
+                initialise(self._core, left, init_missing)
+                unknown = {place.name for place, _ in replaced} - {*left}
                 self._baseline = Baseline(self._core, plan, options, self._is_processed, self._is_deferred, unknown)
                 update = Update.begin_first(self._current, self._baseline, self._process, self._limit, fed)
             with update:
@@ -241,14 +251,20 @@ class LiveModel:
                     show_progress=show_progress,
                 )
 
-    def _options(
-        self, missing: Patterns, partly: Patterns, unexpected: Patterns, cast: Cast | None, by: By | None
-    ) -> Options:
+    def _options(self, allowed: Sequence[Patterns], cast: Cast | None, by: By | None) -> Options:
         """What every load allows; and note the names by which the model's tensors are called from now on."""
         core, names = self._core, {*survey(self._core).tensors}
         self._match = KnownNames(core, names).matched if own_loader(core, by) is None else as_they_are
         self._others = other_names(core, outer_prefix(self.model), names)
-        return Options(widened(missing, self._others), widened(partly, self._others), unexpected, cast, by)
+        missing, partly, unexpected, mismatched = allowed
+        return Options(
+            allow_missing=widened(missing, self._others),
+            allow_partial=widened(partly, self._others),
+            allow_unexpected=unexpected,
+            allow_mismatched=widened(mismatched, self._others),
+            cast=cast,
+            by=by,
+        )
 
     @signals.whole
     def _put_back(self, replaced: list[tuple[Place, torch.Tensor]]) -> None:

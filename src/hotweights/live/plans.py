@@ -42,6 +42,7 @@ class Options:
     allow_partial: Patterns = ()
     allow_unexpected: Patterns = ()
     cast: Cast | None = None
+    allow_mismatched: Patterns = ()
     by: By | None = None
 
     def for_update(self, model: nn.Module, cast: Cast | None) -> Cast:
@@ -65,6 +66,7 @@ class Options:
             allow_missing=both(self.allow_missing, may),
             allow_partial=both(self.allow_partial, may),
             allow_unexpected=self.allow_unexpected,
+            allow_mismatched=self.allow_mismatched,
             cast=cast or self.cast,
             by=self.by,
         )

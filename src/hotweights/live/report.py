@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import msgspec
@@ -90,6 +90,7 @@ class UpdateReport:
         bytes_by_io: bytes read by I/O path.
         warnings: what a person should read.
         events: what the time was spent on.
+        mismatched: by name of the model, both shapes, of what was not loaded because they differ.
     """
 
     version: str | int
@@ -114,6 +115,7 @@ class UpdateReport:
     bytes_by_io: Mapping[str, int]
     warnings: tuple[str, ...]
     events: tuple[TimelineEvent, ...]
+    mismatched: Mapping[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, object]:
         """The same facts for machines: only names, numbers, lists and dictionaries."""
@@ -147,6 +149,7 @@ class UpdateReport:
         if self.open_bytes:
             rows.append(("open", f"{self.open_layers} layers, {size(self.open_bytes)} of device memory at peak"))
         rows += [(fate.value, summary(names, self.casts)) for fate, names in self.tensors.items() if names]
+        rows += [("not loaded", f"{name}: {shapes}") for name, shapes in self.mismatched.items()]
         if self.restored:
             rows.append(("restored", f"as before the first load: {some(self.restored, 3)}"))
         rows += [("fell back", reason) for reason in self.fell_back]

@@ -48,6 +48,7 @@ from .cache import planned
 from .copy_step import Destinations
 from .execute import execute
 from .fallback import fall_back
+from .initialise import InitMissing, check_init_missing, initialise, left_on_meta
 from .report import LoadReport, Tally
 from .requests import bytes_to_read, requests_of
 from .verify import Verify, verifier
@@ -63,6 +64,8 @@ def load(
     allow_missing: Patterns = (),
     allow_partial: Patterns = (),
     allow_unexpected: Patterns = (),
+    allow_mismatched: Patterns = (),
+    init_missing: InitMissing | None = None,
     cast: Cast | None = None,
     order: Order = "given",
     cache: bool | None = None,
@@ -99,6 +102,12 @@ def load(
         allow_missing: names of the model that may be missing from the source; they keep their values.
         allow_partial: names of the model of which some bytes may keep their values.
         allow_unexpected: tensors of the source that may have no place in the model.
+        allow_mismatched: names of the model that keep their values where the source's tensor has another shape, as a
+            new head's has; the report names them, with both shapes. A ``load_weights`` decides itself what it takes.
+        init_missing: fills what is on meta, gets no bytes, or not all, and has to be real: called as ``fn(name,
+            tensor)`` for each such tensor before the first byte is read, on ``device``. ``True`` runs the
+            ``reset_parameters`` of the module that has it. By default models of transformers are initialised by their
+            own rules, as ``from_pretrained`` does it, and for others it is a problem. What is real keeps its value.
         cast: which casts that lose information are done: none (``"error"``, the default by name), those from one float
             of 16 bits or more to another (``"floats"``), or all that the model's own loading code does (``"loader"``,
             the default for models with a ``load_weights``). The others are problems. Casts that lose nothing are done;
@@ -144,7 +153,13 @@ def load(
         cast=("error" if cast is None else cast, Cast),
         by=("name" if by is None else by, By),
     )
-    allowed = patterns_from(allow_missing=allow_missing, allow_partial=allow_partial, allow_unexpected=allow_unexpected)
+    check_init_missing(init_missing)
+    allowed = patterns_from(
+        allow_missing=allow_missing,
+        allow_partial=allow_partial,
+        allow_unexpected=allow_unexpected,
+        allow_mismatched=allow_mismatched,
+    )
     target_device = device_from(device)
     began = time.perf_counter()
     done = Tally()
@@ -166,12 +181,14 @@ def load(
             plan = planned(model, plain, source.manifest, options, make, cache_dir) if keep or cache_dir else make()
         else:
             check(plan, model, source.manifest, target_device)
+        left = [] if target_device is None else left_on_meta(plan, seen, init_missing, model)
         if order != "given":
             plan = plan.ordered(order, source.position if isinstance(source, Addressed) else None)
         nbytes = bytes_to_read(plan, source)
-        with _made_real(plan, model, seen, target_device) as tensors, _noting(done, nbytes):
+        with _made_real(plan, model, seen, target_device, left) as tensors, _noting(done, nbytes):
             signals.deliver()
             reshard(model.modules())
+            initialise(model, left, init_missing)
             # Tensors in lists and attributes are looked for only if a step writes there: it takes a second walk.
             destinations = tensors if plan.targets.keys() <= tensors.keys() else reachable(model)
             stack.enter_context(_renewing(plan, model, tensors, destinations, done))
@@ -203,7 +220,7 @@ def _trace(
     cast: Cast | None,
     by: By | None,
 ) -> LoadPlan:
-    missing, partly, unexpected = allowed
+    missing, partly, unexpected, mismatched = allowed
     return trace(
         model,
         manifest,
@@ -211,6 +228,7 @@ def _trace(
         allow_missing=missing,
         allow_partial=partly,
         allow_unexpected=unexpected,
+        allow_mismatched=mismatched,
         cast=cast,
         by=by,
     )
@@ -225,10 +243,13 @@ def _slowest(destinations: Mapping[str, torch.Tensor]) -> torch.device:
 @contextmanager
 @signals.held
 def _made_real(
-    plan: LoadPlan, model: nn.Module, seen: Survey, device: torch.device | None
+    plan: LoadPlan, model: nn.Module, seen: Survey, device: torch.device | None, left: list[str]
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """The model's tensors. Inside, meta tensors that the plan writes are real; after an error they are meta again."""
-    written = {name for step in plan.steps for name in step.destinations} | set(plan.unproven)
+    """The model's tensors. Inside, meta tensors that the plan writes, or that are ``left`` to be initialised, are real;
+
+    after an error they are meta again.
+    """
+    written = {name for step in plan.steps for name in step.destinations} | set(plan.unproven) | set(left)
     replaced = [] if device is None else materialise(places(model), written, device)
     try:
         yield survey(model).tensors if replaced else seen.tensors
@@ -282,6 +303,7 @@ def _report(plan: LoadPlan, done: Tally, pool: Pool, seconds: float, warnings: t
         peak_scratch_bytes=done.peak_scratch,
         tensors={fate: plan.names(fate) for fate in Fate},
         casts=plan.casts,
+        mismatched=plan.mismatched,
         bytes_by_io=dict(done.bytes_by_io),
         steps={
             "copies": sum(isinstance(step, Copy) for step in plan.steps),

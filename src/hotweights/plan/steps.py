@@ -34,6 +34,7 @@ class Fate(enum.Enum):
     MISSING = "missing"  # a name of the model that nothing writes, allowed
     PARTIAL = "partial"  # a name of the model of which some bytes are written, allowed
     UNEXPECTED = "unexpected"  # a tensor that no name takes, allowed
+    MISMATCHED = "mismatched"  # a tensor whose shape is not that of its name, and that name, allowed
 
 
 class Copy(msgspec.Struct, frozen=True, gc=False):

@@ -41,6 +41,7 @@ class Writes:
         fates: of the source tensors that steps take.
         casts: by source name, "from -> to" dtypes.
         problems: what is wrong with single steps.
+        misfits: names of the model that would get a tensor of another shape; each of them is a problem.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Writes:
         self.fates: dict[str, Fate] = {}
         self.casts: dict[str, str] = {}
         self.problems: list[str] = []
+        self.misfits: list[str] = []
         self._manifest = manifest
         self._targets = targets
         self._cast = cast
@@ -178,8 +180,8 @@ class Writes:
         expected = target.spec
         if target.problem:
             self.problems.append(f"{expected.name}: {target.problem}")
-        # One element into none is how torch before 0.4 saved scalars; load_state_dict takes it too.
-        if found.shape != expected.shape and not (found.shape == (1,) and expected.shape == ()):
+        if not fits(found.shape, expected.shape):
+            self.misfits.append(expected.name)
             self.problems.append(
                 f"{expected.name}: shape {list(expected.shape)} expected, {list(found.shape)} found"
                 + _from(step.source, expected.name)
@@ -251,6 +253,12 @@ class Writes:
 
 def _names(targets: Mapping[str, Target]) -> Counter[str]:
     return Counter(target.owner for target in targets.values())
+
+
+def fits(found: Sequence[int], expected: Sequence[int]) -> bool:
+    """Whether a tensor of one shape may be copied into one of another as a whole."""
+    # One element into none is how torch before 0.4 saved scalars; load_state_dict takes it too.
+    return tuple(found) == tuple(expected) or (tuple(found) == (1,) and tuple(expected) == ())
 
 
 def _both_write(first: tuple[Box, Step], second: tuple[Box, Step]) -> bool:

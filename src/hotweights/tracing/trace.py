@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -17,11 +17,13 @@ from ..memory.aliases import overlaps
 from ..model.matching import other_names
 from ..model.offloading import refuse_offloaded
 from ..model.places import targets_of
-from ..model.survey import By, Survey, counters, extra_state_problems, loader_of, own_loader, survey
+from ..model.survey import By, LoadingCode, Survey, counters, extra_state_problems, loader_of, own_loader, survey
 from ..names import outer_prefix, unwrapped
-from ..plan.draft import Allowed, draft
+from ..plan.draft import Allowed, Traced, draft
 from ..plan.patterns import Patterns, both, matches, widened
 from ..plan.plan import LoadPlan
+from ..plan.steps import Copy
+from ..plan.writes import fits
 from ..rename import Rename
 from ..sources.iterator import IteratorSource
 from ..sources.opening import AnySource, opened
@@ -39,6 +41,7 @@ def trace(
     allow_missing: Patterns = (),
     allow_partial: Patterns = (),
     allow_unexpected: Patterns = (),
+    allow_mismatched: Patterns = (),
     cast: Cast | None = None,
     rename: Rename | None = None,
     by: By | None = None,
@@ -56,6 +59,8 @@ def trace(
         allow_missing: names of the model that may stay as they are.
         allow_partial: names of the model of which some bytes may stay as they are.
         allow_unexpected: tensors of the manifest that may have no place.
+        allow_mismatched: names of the model that may stay as they are where the tensor for them has another shape, as
+            a new head's; a ``load_weights`` is not asked, it decides itself what it takes.
         cast: which casts that lose information are meant, see ``hotweights.load``; the others are problems.
         rename: new names of the manifest's tensors, see ``hotweights.load``. The plan has the new names.
         by: ``"loader"`` or ``"name"``, see ``hotweights.load``.
@@ -65,8 +70,11 @@ def trace(
         UsageError: an argument is of the wrong kind.
     """
     check_model(model, manifest)
-    missing, partly, unexpected = patterns_from(
-        allow_missing=allow_missing, allow_partial=allow_partial, allow_unexpected=allow_unexpected
+    missing, partly, unexpected, mismatched = patterns_from(
+        allow_missing=allow_missing,
+        allow_partial=allow_partial,
+        allow_unexpected=allow_unexpected,
+        allow_mismatched=allow_mismatched,
     )
     where = device_from(device)
     check_choices(**({"by": (by, By)} if by is not None else {}))
@@ -77,9 +85,15 @@ def trace(
         seen = survey(model, by)
         promised = _promised(manifest)
         promised = promised.renamed(names_for(promised, rename, match_for(model, seen.tensors, by)))
-        others = other_names(model, outer, seen.tensors) if missing or partly else {}
+        others = other_names(model, outer, seen.tensors) if missing or partly or mismatched else {}
         there = {new: (old,) for new, old in promised.origins.items()}
-        allowed = Allowed(widened(missing, others), widened(partly, others), widened(unexpected, there), cast)
+        allowed = Allowed(
+            missing=widened(missing, others),
+            partial=widened(partly, others),
+            unexpected=widened(unexpected, there),
+            mismatched=widened(mismatched, others),
+            cast=cast,
+        )
         return _trace(model, seen, promised, where, allowed, by)
 
 
@@ -117,15 +131,13 @@ def _trace(
     problems = list(rules.problems)
     if not own_code and not surveyed.plain:
         problems += extra_state_problems(model)
-    if device is not None:
-        problems += _left_on_meta(surveyed, both(allowed.missing, rules.allow_missing))
     loader = None if surveyed.plain or rules.steps is not None else loader_of(model, by)
     traced = None
     if loader is not None and surveyed.parts:
         problems += _sharded(model, surveyed)
     elif loader is not None:
         try:
-            traced = trace_code(model, manifest, loader)
+            traced = _traced(model, manifest, loader, tensors, () if own_code else allowed.mismatched)
         except PlanError as error:
             if own_code:
                 raise
@@ -155,11 +167,27 @@ def _sharded(model: nn.Module, surveyed: Survey) -> Iterator[str]:
         )
 
 
-def _left_on_meta(surveyed: Survey, allowed: Patterns) -> list[str]:
-    may_stay = matches(allowed)
-    return [
-        f"{name}: is a non-persistent buffer on the meta device, and no checkpoint carries it; build the model "
-        "with real buffers, or allow it with allow_missing= and fill it yourself"
-        for name in surveyed.transient
-        if surveyed.tensors[name].is_meta and not may_stay(name)
-    ]
+def _traced(
+    model: nn.Module,
+    manifest: Manifest,
+    loader: LoadingCode,
+    tensors: Mapping[str, torch.Tensor],
+    may_mismatch: Patterns,
+) -> Traced:
+    """What the loading code does; ``load_state_dict`` is asked again without tensors of a wrong shape, if those may be.
+
+    Not at first: its hooks may give a tensor the shape that fits.
+    """
+    try:
+        return trace_code(model, manifest, loader)
+    except PlanError:
+        may = matches(may_mismatch)
+        odd = {
+            name
+            for name, spec in manifest.items()
+            if name in tensors and may(name) and not fits(spec.shape, tensors[name].shape)
+        }
+        if not odd:
+            raise
+    traced = trace_code(model, Manifest(spec for spec in manifest.values() if spec.name not in odd), loader)
+    return replace(traced, steps=[*traced.steps, *((0, Copy(name, name)) for name in sorted(odd))])

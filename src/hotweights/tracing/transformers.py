@@ -38,11 +38,14 @@ def rules(model: Any, manifest: Manifest) -> Rules:
     """
     if getattr(model, "hf_quantizer", None) is not None:
         return Rules(problems=("the model is quantised by transformers; by name its weights cannot be converted",))
-    if getattr(model.config, "quantization_config", None) is not None:
+    quantisation = getattr(model.config, "quantization_config", None)
+    if quantisation is not None:
+        facts = quantisation if isinstance(quantisation, dict) else vars(quantisation)
+        method = getattr(facts.get("quant_method"), "value", facts.get("quant_method"))
         return Rules(
             problems=(
-                "the model's configuration has a quantization_config, so transformers would quantise it; by name that "
-                "cannot be done. If the checkpoint holds plain weights, remove it from the configuration",
+                f"the model's configuration has a quantization_config ({method}), so transformers would quantise it; "
+                "by name that cannot be done. If the checkpoint holds plain weights, remove it from the configuration",
             )
         )
     names = _Names(model)
@@ -72,6 +75,36 @@ def rules(model: Any, manifest: Manifest) -> Rules:
         problems=tuple(problems),
         load=partial(_load, names, sound),
     )
+
+
+def initialise(model: Any, names: Iterable[str]) -> None:
+    """Initialise the tensors with these names by the model's own rules, as ``from_pretrained`` does for missing ones.
+
+    transformers leaves alone what has its flag: so everything else has it for as long as that takes.
+    """
+    wanted = set(names)
+    everywhere = list(places(model))
+    fresh = {id(place.tensor) for place in everywhere if place.name in wanted}
+    flagged = {id(place.tensor): place.tensor for place in everywhere if id(place.tensor) not in fresh}
+    before = [(owner, owner.__dict__.get(_FLAG)) for owner in (*flagged.values(), *model.modules())]
+    try:
+        for tensor in flagged.values():
+            tensor.__dict__[_FLAG] = True
+        for place in everywhere:
+            if place.name in wanted:
+                place.tensor.detach().zero_()  # What initialize_weights() leaves out would differ from run to run.
+                place.tensor.__dict__.pop(_FLAG, None)
+        for module in model.modules():
+            module.__dict__.pop(_FLAG, None)
+        model.initialize_weights()
+    finally:
+        for owner, flag in before:
+            owner.__dict__.pop(_FLAG, None)
+            if flag is not None:
+                owner.__dict__[_FLAG] = flag
+
+
+_FLAG = "_is_hf_initialized"
 
 
 def _load(names: _Names, conversions: Sequence[_Conversion], pairs: Iterable[tuple[str, torch.Tensor]]) -> None:

@@ -91,6 +91,7 @@ class Document(msgspec.Struct, forbid_unknown_fields=True):
     digests: dict[str, str]
     by_layer: bool
     warnings: list[str] = msgspec.field(default_factory=list)  # always empty; files of this version have it
+    mismatched: dict[str, str] = msgspec.field(default_factory=dict)
 
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -150,6 +151,7 @@ class _Writer:
             constants={name: self._constant(tensor) for name, tensor in plan["constants"].items()},
             digests=dict(plan["digests"]),
             by_layer=plan["by_layer"],
+            mismatched=dict(plan["mismatched"]),
             **{name: list(plan[name]) for name in lists},
         )
 
