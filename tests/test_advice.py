@@ -125,14 +125,14 @@ def on_meta(_):
     return lambda: hw.load(linear().to("meta"), state()), lambda: hw.load(linear().to("meta"), state(), device="cpu")
 
 
-@advice(hw.PlanError, "allow it with allow_missing=")
+@advice(hw.PlanError, "init_missing=fn calls fn(name, tensor) to fill each in place")
 def a_buffer_on_meta(_):
     def load(**options):
         model = linear()
         model.register_buffer("table", torch.empty(1, device="meta"), persistent=False)
         hw.load(model, state(), device="cpu", **options)
 
-    return load, lambda: load(allow_missing="table")
+    return load, lambda: load(init_missing=lambda name, tensor: tensor.zero_())
 
 
 @advice(hw.UsageError, "the model comes first, then the source")

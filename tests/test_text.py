@@ -2,7 +2,7 @@
 
 import pytest
 
-from hotweights.text import size, some, summary, table
+from hotweights.text import as_html, counts, short, size, some, summary, table
 
 
 @pytest.mark.parametrize(
@@ -29,3 +29,17 @@ def test_casts_are_always_named():
     assert summary(("a", "b"), {"b": "F32 to BF16"}) == "2: a, b (F32 to BF16)"
     assert summary(("a", "b", "c", "d"), {}) == "4 tensors"
     assert summary(("a", "b", "c", "d"), {"a": "F32 to BF16"}) == "4: a (F32 to BF16), b, c and 1 more"
+
+
+def test_what_is_counted():
+    assert counts({"written": 104, "lost": 0, "warnings": 1}) == "104 written, 1 warning"
+    assert counts({}) == ""
+
+
+def test_long_values_are_cut_in_their_middle():
+    assert short("v1") == "'v1'"
+    assert short("a" * 21 + "b" * 21) == "'" + "a" * 19 + "..." + "b" * 19 + "'"
+
+
+def test_notebooks_show_what_is_printed():
+    assert as_html("a < b\n") == "<pre>a &lt; b\n</pre>"

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import hotweights
+import hotweights.sources
 
 ROOT = Path(hotweights.__file__).parent
 
@@ -20,6 +21,7 @@ memory plan sources model transfer tracing loading routing live engines testing 
 """.split()
 WORDS = """
 errors dtypes manifest sharding boxes ranges arguments text progress notices forked gc_pause signals names rename
+on_demand
 """.split()
 
 
@@ -122,14 +124,14 @@ def test_no_two_files_of_a_wing_differ_by_an_ending_only():
 def test_the_public_words_are_these():
     assert hotweights.__all__ == sorted(hotweights.__all__)
     words = """
-    from_iterator load open trace Manifest TensorSpec OpaqueDtype Lease Pool PoolStats Fate LoadPlan LoadReport
+    from_iterator load open save trace Manifest TensorSpec OpaqueDtype Lease Pool PoolStats Fate LoadPlan LoadReport
     route Component RouteReport RoutingError
     HotweightsError CheckpointError CheckpointChanged UnsupportedDtype PlanError PlanFileError PlanDiffers
     LiveModel LiveModelError State Update UpdateReport Digest UpdateAborted CommitHookError
     TiedWeightsDiffer IncompleteLoad PoolTimeout UsageError StaleLease BorrowedTensor Closed UnknownName
-    MissingPackage NoManifest SourceError
+    MissingPackage NoManifest SourceError SaveError SaveReport
     Sender Receiver SendReport TransferError TransferAborted TransferIncomplete TransferTimeout PeerLost ProtocolError
-    AddressTaken
+    AddressTaken follow Version Versions
     """
     assert set(hotweights.__all__) == set(words.split())
     assert all(hasattr(hotweights, name) for name in hotweights.__all__)
@@ -156,6 +158,35 @@ def test_importing_does_nothing():
         "assert not logging.getLogger('hotweights').handlers"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=60)
+
+
+def test_the_package_shows_its_public_words_only():
+    import hotweights.plan  # A folder, which is an attribute from now on.
+
+    assert {name for name in dir(hotweights) if not name.startswith("__")} == set(hotweights.__all__)
+    assert (
+        hotweights.__version__
+        == re.search(r'^version = "(.+)"', (ROOT.parents[1] / "pyproject.toml").read_text(), re.M)[1]
+    )
+
+
+def test_torch_is_imported_when_it_is_needed():
+    """``hotweights inspect`` lists a file in milliseconds so."""
+    code = (
+        "import sys, hotweights, hotweights.sources.files.listing;"
+        "assert 'torch' not in sys.modules; hotweights.load; assert 'torch' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("package", [hotweights, hotweights.sources])
+def test_names_that_are_imported_on_demand_lie_where_type_checkers_find_them(package):
+    tree = ast.parse(Path(package.__file__).read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    said = {alias.name: node.module for node in block.body for alias in node.names}
+    assert said == package._HOMES
+    with pytest.raises(AttributeError, match="has no attribute 'lode'"):
+        getattr(package, "lo" + "de")
 
 
 def test_every_public_function_is_documented():

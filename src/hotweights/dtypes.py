@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from functools import cache
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import msgspec
-import torch
+
+if TYPE_CHECKING:  # Whoever only lists the tensors of files does not wait for torch.
+    import torch
 
 Cast = Literal["error", "floats", "loader"]
 """Which casts that lose information are done.
@@ -38,6 +41,8 @@ _FLOATS: Mapping[str, tuple[int, int, int, frozenset[str]]] = {
 
 def is_lossless(source: torch.dtype, target: torch.dtype) -> bool:
     """Whether every value of ``source`` is a value of ``target``, so that a cast loses nothing."""
+    import torch
+
     if source == target:
         return True
     if source.is_complex or target.is_complex:
@@ -100,7 +105,7 @@ class OpaqueDtype(msgspec.Struct, frozen=True):
         return self.name
 
 
-DType = torch.dtype | OpaqueDtype
+DType: TypeAlias = "torch.dtype | OpaqueDtype"
 
 # Every dtype of the safetensors format: bits per element, and the name torch may know it by. Source: `Dtype` in
 # safetensors/src/tensor.rs, 0.8. F4 is packed: torch counts pairs, the format counts elements.
@@ -129,15 +134,20 @@ FORMAT_DTYPES: Mapping[str, tuple[int, str]] = {
     "U64": (64, "uint64"),
 }
 
-_NAMES = {
-    getattr(torch, attribute): name
-    for name, (_, attribute) in FORMAT_DTYPES.items()
-    if attribute and hasattr(torch, attribute)
-}
+
+@cache
+def _names() -> dict[torch.dtype, str]:
+    import torch
+
+    return {
+        getattr(torch, attribute): name
+        for name, (_, attribute) in FORMAT_DTYPES.items()
+        if attribute and hasattr(torch, attribute)
+    }
 
 
 def format_name(dtype: DType) -> str:
     """The format's name of a dtype, such as ``BF16``; torch's own where the format has none."""
     if isinstance(dtype, OpaqueDtype):
         return dtype.name
-    return _NAMES.get(dtype) or str(dtype).removeprefix("torch.")
+    return _names().get(dtype) or str(dtype).removeprefix("torch.")

@@ -15,6 +15,7 @@
     ├── UpdateAborted           an update failed; what is live is as it was, or torn and says so
     ├── CommitHookError         the new version is live, and a hook that ran after the commit failed
     ├── TiedWeightsDiffer       two names of one tensor carry different bytes; nothing was written
+    ├── SaveError               nothing was saved; what was there before is as it was
     ├── SourceError             a source failed, or streamed something else than its manifest promises
     ├── TransferError           a transfer between processes failed
     │   ├── TransferAborted     this update was given up; every member holds what it held before
@@ -56,6 +57,7 @@ __all__ = [
     "PoolTimeout",
     "ProtocolError",
     "RoutingError",
+    "SaveError",
     "SourceError",
     "StaleLease",
     "TiedWeightsDiffer",
@@ -156,6 +158,10 @@ class TiedWeightsDiffer(_Problems):
     """Names that share one tensor in the model carry different bytes. Raised before the first write,
     or, where they come in a stream, at its end.
     """
+
+
+class SaveError(_Problems):
+    """Tensors could not be saved: the disk is full, or the format cannot hold them. What was there is untouched."""
 
 
 class SourceError(_Problems):

@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import msgspec
 from msgspec.structs import force_setattr
 
 from .dtypes import DType, OpaqueDtype, format_name
 from .errors import UsageError
-from .sharding import Part
 from .text import some
+
+if TYPE_CHECKING:
+    from .sharding import Part  # It needs torch.
 
 
 class TensorSpec(msgspec.Struct, frozen=True, gc=False):

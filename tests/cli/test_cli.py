@@ -1,18 +1,22 @@
 """The command line: its commands, flags and exit codes are an interface."""
 
+import hashlib
 import json
 import os
 import re
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 import torch
 from processes import Child
 from typer.testing import CliRunner
 
+import hotweights
 from hotweights import LoadPlan
-from hotweights.cli import app
+from hotweights.cli import COMMANDS, app
+from hotweights.sources import READERS
 from hotweights.testing import write_checkpoint
 
 runner = CliRunner()
@@ -31,17 +35,27 @@ def checkpoint(tmp_path):
 
 
 def flags(command):
-    text = re.sub(r"\x1b\[[0-9;]*m", "", run(command, "--help").output)
-    return set(re.findall(r"--[a-z-]+", text))
+    text = re.sub(r"\x1b\[[0-9;]*m", "", run(command, "--help").output.replace("(--reader torch)", ""))
+    text = re.sub(r"that --write made|or --files-from FILE", "", text)
+    return set(re.findall(r"--[a-z][a-z-]+", text))
 
 
 def test_commands_and_flags():
-    commands = {command.callback.__name__ for command in app.registered_commands}
-    assert commands == {"inspect", "plan", "load", "send", "receive", "demo"}
+    assert set(COMMANDS) == {*"inspect verify diff copy convert follow plan load send receive demo".split()}
+    assert flags("--help") == {"--version", "--help"}
     shared, allowing = {"--json", "--timeout", "--help"}, {"--allow-missing", "--allow-unexpected", "--cast"}
     assert flags("send") == shared | {"--to", "--receivers", "--version", "--on-lost", "--digests", "--no-digests"}
     assert flags("receive") == shared | {"--from", "--model", "--device", "--versions", "--offer-timeout"} | allowing
-    assert flags("inspect") == {"--json", "--limit", "--reader", "--variant", "--subfolder", "--help"}
+    assert flags("inspect") == {
+        *"--json --limit --reader --variant --subfolder --quiet --files-from --help".split(),
+    }
+    assert flags("verify") == {"--json", "--digests", "--write", "--help"}
+    assert flags("diff") == {"--json", "--help"}
+    assert flags("copy") == {"--json", "--shard-size", "--help"}
+    assert flags("convert") == {"--json", "--shard-size", "--dtype", "--reader", "--help"}
+    assert flags("follow") == {
+        *"--versions --interval --timeout --latest --marker --pattern --json --help".split(),
+    }
     assert flags("plan") == {
         *"--model --order --explain --save --limit --allow-missing --allow-unexpected --cast --json --help".split(),
         *("--variant", "--subfolder"),
@@ -106,8 +120,222 @@ class TestInspect:
         assert warning.startswith(told)
 
     def test_wrong_usage(self):
-        assert run("inspect").exit_code == 2
+        result = run("inspect")
+        assert result.exit_code == 2
+        assert "name a path: hotweights inspect PATH, or --files-from FILE" in result.stderr
         assert run("inspect", "x", "--wrong").exit_code == 2
+
+
+class TestInspectSeveral:
+    @pytest.fixture
+    def broken(self, tmp_path):
+        (tmp_path / "page.safetensors").write_text("<!DOCTYPE html><html>404</html>")
+        return tmp_path / "page.safetensors"
+
+    def test_a_line_for_each_and_the_worst_exit_code(self, checkpoint, broken):
+        result = run("inspect", checkpoint, broken, checkpoint)
+        good = f"{checkpoint}: 2 tensors (1 F32, 1 I64), 32 B in 1 files"
+        lines = result.output.splitlines()
+        assert result.exit_code == 1
+        assert (lines[0], lines[2], len(lines)) == (good, good, 3)
+        assert lines[1].startswith(f"{broken}: CheckpointError: ")
+        assert "this is a web page" in lines[1]
+        assert run("inspect", checkpoint, checkpoint).exit_code == 0
+
+    def test_quiet(self, checkpoint, broken):
+        assert run("inspect", "--quiet", checkpoint, checkpoint).output == ""
+        assert run("inspect", "--quiet", checkpoint).output == ""
+        assert len(run("inspect", "--quiet", checkpoint, broken).output.splitlines()) == 1
+
+    def test_for_machines(self, checkpoint, broken):
+        first, second = map(json.loads, run("inspect", checkpoint, broken, "--json").output.splitlines())
+        assert (first["path"], first["nbytes"], first["dtypes"]) == (str(checkpoint), 32, {"F32": 1, "I64": 1})
+        assert (second["path"], second["error"]["kind"]) == (str(broken), "CheckpointError")
+
+    def test_files_from(self, checkpoint, broken, tmp_path):
+        (tmp_path / "list").write_text(f"{checkpoint}\n\n{broken}\n")
+        result = run("inspect", "--files-from", tmp_path / "list")
+        assert (result.exit_code, len(result.output.splitlines())) == (1, 2)
+        piped = runner.invoke(app, ["inspect", "--files-from", "-"], input=f"{checkpoint}\n")
+        assert piped.output == f"{checkpoint}: 2 tensors (1 F32, 1 I64), 32 B in 1 files\n"
+        assert runner.invoke(app, ["inspect", "--files-from", "-"], input="").exit_code == 0
+        assert "cannot be read" in run("inspect", "--files-from", tmp_path / "none").stderr
+
+
+def test_off_a_terminal_nothing_is_cut_or_wrapped(tmp_path):
+    name = ".".join(["a_very_long_name_of_a_layer"] * 12)
+    place = write_checkpoint(tmp_path / "ckpt", {name: torch.zeros(2)})
+    assert any(
+        line.startswith(name) and line.endswith("model.safetensors")
+        for line in run("inspect", place).output.splitlines()
+    )
+    (place / "model.safetensors").write_bytes(b"")
+    (line,) = run("inspect", place).stderr.splitlines()
+    assert str(place) in line
+
+
+def test_inspect_does_not_wait_for_torch(checkpoint):
+    code = f"import sys; from hotweights.cli import app; sys.argv[1:] = ['inspect', {str(checkpoint)!r}]\ntry: app()\n"
+    code += "except SystemExit as end: assert not end.code; assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "2 tensors" in done.stdout
+
+
+def test_version():
+    assert run("--version").output == f"{hotweights.__version__}\n"
+
+
+def test_the_readers_in_the_help_are_those_that_there_are():
+    for reader in READERS:
+        assert reader in run("inspect", "--help").output
+
+
+class TestVerify:
+    def test_digests_of_ours(self, checkpoint, tmp_path):
+        written = run("verify", checkpoint, "--write", tmp_path / "digests")
+        assert run("verify", checkpoint, "--digests", tmp_path / "digests").output == written.output
+        write_checkpoint(checkpoint, {"a.weight": torch.ones(2, 3), "c": torch.tensor(1)})
+        result = run("verify", checkpoint, "--digests", tmp_path / "digests", "--json")
+        problems = json.loads(result.output)["error"]["problems"]
+        assert result.exit_code == 1
+        assert [problem.partition(":")[0] for problem in problems] == ["tensor 'a.weight'", "tensor 'b'", "tensor 'c'"]
+
+    def test_sha256(self, checkpoint, tmp_path):
+        file = checkpoint / "model.safetensors"
+        (tmp_path / "sums").write_text(f"{hashlib.sha256(file.read_bytes()).hexdigest()}  model.safetensors\n")
+        assert run("verify", checkpoint, "--digests", tmp_path / "sums").exit_code == 0
+        file.write_bytes(file.read_bytes()[:-1] + b"\7")
+        result = run("verify", checkpoint, "--digests", tmp_path / "sums")
+        assert result.exit_code == 1
+        assert "model.safetensors: sha256" in result.stderr
+        (tmp_path / "sums").write_text(f"{'0' * 64}  other.safetensors\n")
+        assert "model.safetensors: not in the list" in run("verify", checkpoint, "--digests", tmp_path / "sums").stderr
+
+    @pytest.mark.parametrize("text", ["", "nonsense", "{", "{}", '{"tensors": 3}'])
+    def test_no_digests(self, text, checkpoint, tmp_path):
+        (tmp_path / "sums").write_text(text)
+        result = run("verify", checkpoint, "--digests", tmp_path / "sums")
+        assert result.exit_code == 1
+        assert "hotweights verify --write" in result.stderr
+
+    def test_it_is_that_of_the_model(self, tmp_path):
+        model = torch.nn.Linear(2, 2)
+        hotweights.save(model, tmp_path / "m")
+        whole = hotweights.LiveModel(torch.nn.Linear(2, 2))
+        whole.load(tmp_path / "m")
+        assert run("verify", tmp_path / "m").output == f"{whole.digest()}  {tmp_path / 'm'}\n"
+
+
+class TestDiff:
+    def test_what_differs(self, tmp_path):
+        same, nan = torch.arange(4.0), torch.tensor([1.0, torch.nan])
+        left = {
+            "same": same,
+            "v": torch.tensor([1.0, 2.0, 3.0]),
+            "n": nan,
+            "t": torch.ones(2),
+            "l": same,
+            "i": torch.tensor([1]),
+        }
+        right = {
+            "same": same,
+            "v": torch.tensor([1.0, 2.5, 2.0]),
+            "n": nan.flip(0),
+            "t": torch.ones(2).half(),
+            "r": same,
+            "i": torch.tensor([4]),
+        }
+        a, b = write_checkpoint(tmp_path / "a", left, shards=2), write_checkpoint(tmp_path / "b", right)
+        assert run("diff", a, a).output == "equal: 6 tensors\n"
+        result = run("diff", a, b, "--json")
+        assert result.exit_code == 1
+        found = {each["name"]: each for each in json.loads(result.output)["differences"]}
+        assert found.keys() == {"v", "n", "t", "l", "r", "i"}
+        assert (found["v"]["elements"], found["v"]["of"], found["v"]["largest"]) == (2, 3, 1.0)
+        assert (found["n"]["elements"], found["n"]["largest"]) == (2, None)
+        assert found["i"]["largest"] == 3.0
+        assert found["t"]["detail"] == "F32 [2] and F16 [2]"
+        assert (found["l"]["what"], found["r"]["what"]) == ("only in the first", "only in the second")
+        assert re.search(r"v +values +2 of 3 +1\n", run("diff", a, b).output)
+
+
+class TestCopy:
+    def test_copy(self, tmp_path):
+        place = write_checkpoint(tmp_path / "a", {"a": torch.randn(8), "b": torch.randn(8)}, shards=2)
+        (place / "config.json").write_text("{}")
+        (place / "optimizer.pt").write_text("large")
+        assert run("copy", place, tmp_path / "b").exit_code == 0
+        assert run("diff", place, tmp_path / "b").exit_code == 0
+        assert sorted(os.listdir(tmp_path / "b")) == ["config.json", "model.safetensors"]
+        assert run("copy", place, place).exit_code == 2
+        (place / "config.json").write_text("[]")
+        assert run("copy", place, tmp_path / "b", "--shard-size", "32").exit_code == 0
+        assert (tmp_path / "b" / "config.json").read_text() == "[]"
+        assert len(os.listdir(tmp_path / "b")) == 4
+
+    def test_nothing_is_copied_without_the_configuration(self, tmp_path, monkeypatch):
+        place = write_checkpoint(tmp_path / "a", {"a": torch.randn(8)})
+        (place / "config.json").write_text("{}")
+        copyfile = lambda source, to: (_ for _ in ()).throw(OSError(28, "No space left on device"))  # noqa: E731
+        monkeypatch.setattr("hotweights.sources.files.staging.shutil.copyfile", copyfile)
+        result = run("copy", place, tmp_path / "b")
+        assert result.exit_code == 1
+        assert "config.json: cannot be copied, and nothing was saved: No space left" in result.stderr
+        assert os.listdir(tmp_path) == ["a"]
+
+    def test_convert(self, tmp_path):
+        torch.save({"w": torch.randn(8), "n": torch.tensor([1])}, tmp_path / "model.bin")
+        result = run(
+            "convert",
+            tmp_path / "model.bin",
+            tmp_path / "c",
+            "--reader",
+            "torch",
+            "--dtype",
+            "BF16",
+            "--shard-size",
+            "16B",
+            "--json",
+        )
+        assert result.exit_code == 0
+        assert json.loads(result.output)["nbytes"] == 24
+        assert "1 BF16, 1 I64" in run("inspect", tmp_path / "c").output
+        assert run("convert", tmp_path / "c", tmp_path / "d", "--dtype", "BF17").exit_code == 2
+
+    def test_a_disk_that_lies(self, tmp_path, monkeypatch):
+        place = write_checkpoint(tmp_path / "a", {"a": torch.randn(8)})
+        write = os.pwrite
+        lies = lambda fd, raw, at: write(fd, bytes(raw)[:-1] + b"\0" if at else raw, at)  # noqa: E731  # Not in the header.
+        monkeypatch.setattr(os, "pwrite", lies)
+        result = run("copy", place, tmp_path / "b.safetensors")
+        assert result.exit_code == 1
+        assert "reads back otherwise" in result.stderr
+
+
+class TestFollow:
+    @pytest.fixture
+    def steps(self, tmp_path):
+        for number in (1, 2):
+            place = write_checkpoint(tmp_path / f"step-{number}", {"a": torch.zeros(2)})
+            os.utime(place / "model.safetensors", (number, number))
+        return tmp_path
+
+    def test_a_line_for_each(self, steps):
+        result = run("follow", steps, "--interval", "0.001", "--versions", 2)
+        assert result.exit_code == 0
+        assert result.output == f"step-1\t{steps / 'step-1'}\nstep-2\t{steps / 'step-2'}\n"
+        result = run("follow", steps, "--interval", "0.001", "--versions", 1, "--latest", "--json")
+        assert json.loads(result.output) == {"name": "step-2", "path": str(steps / "step-2")}
+
+    def test_fewer_than_wanted(self, steps):
+        result = run("follow", steps, "--interval", "0.001", "--timeout", "0.01", "--marker", "DONE", "--versions", 1)
+        assert result.exit_code == 1
+        assert "0 of 1 versions came; the next did not within 0.01 s" in result.stderr
+        assert run("follow", steps, "--timeout", "0.001").exit_code == 0
+
+    def test_no_directory(self, tmp_path):
+        assert run("follow", tmp_path / "runs").exit_code == 2
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +419,46 @@ class TestPlan:
             assert run("plan", bert, "--model", tmp_path, "--cast", cast).exit_code == 0
 
 
+class TestPlanOfAFactory:
+    @pytest.fixture(autouse=True)
+    def ours(self, tmp_path, monkeypatch):
+        name = f"models_of_{tmp_path.name}"  # Python keeps what it has imported.
+        (tmp_path / f"{name}.py").write_text(
+            "import torch\n"
+            "class Zoo:\n"
+            "    @staticmethod\n"
+            "    def linear(): return torch.nn.Linear(2, 3)\n"
+            "def table(): return {}\n"
+            "def picky(size): ...\n"
+        )
+        (tmp_path / "broken.py").write_text("import nothing_of_that_name\n")
+        monkeypatch.chdir(tmp_path)
+        return name
+
+    def test_it_is_called(self, ours, tmp_path):
+        place = write_checkpoint(tmp_path / "c", {"weight": torch.zeros(3, 2), "bias": torch.zeros(3)})
+        path = sys.path.copy()
+        result = run("plan", place, "--model", f"{ours}:Zoo.linear", "--json")
+        assert json.loads(result.output)["fates"] == {"weight": "written", "bias": "written"}
+        assert sys.path == path
+        assert run("plan", place, "--model", "torch.nn:Identity").exit_code == 1
+
+    @pytest.mark.parametrize(
+        ("factory", "words"),
+        [
+            ("{ours}:tables", r"there is no 'tables' in it; similar: table"),
+            ("{ours}:table", r"gives a torch.nn.Module; this gave a dict"),
+            ("{ours}:picky", r"calling it on meta without arguments failed: TypeError: .*'size'"),
+            ("of.nobody:make", r"there is no module of here. Start this where `python -c 'import of.nobody'` works"),
+            ("broken:make", r"importing it failed: No module named 'nothing_of_that_name'"),
+        ],
+    )
+    def test_what_is_wrong_with_it(self, factory, words, ours, checkpoint):
+        result = run("plan", checkpoint, "--model", factory.format(ours=ours))
+        assert result.exit_code == 2
+        assert re.search(words, result.stderr), result.stderr
+
+
 class TestReader:
     def test_inspect(self, tmp_path):
         torch.save({"a.weight": torch.zeros(2, 3), "b": torch.tensor(1)}, tmp_path / "model.pt")
@@ -239,17 +507,17 @@ class TestTransfer:
         address = f"unix:{tmp_path / 'run' / 'socket'}"
         wait = ("receive", "--from", address, "--model", bert, "--offer-timeout", "0.05")
         assert "waiting" not in run(*wait).output
-        monkeypatch.setattr(sys.modules["hotweights.cli.receive"], "_on_terminal", lambda: True)
+        monkeypatch.setattr(import_module("hotweights.cli.receive"), "_on_terminal", lambda: True)
         waited = run(*wait, "--json")
         assert f"waiting for version 1 of 1 from {address}, for 0.05 s at most" in waited.stderr
         assert json.loads(waited.stdout)["error"]["kind"] == "TransferTimeout"
 
 
 def test_ctrl_c_is_130(monkeypatch, checkpoint):
-    def interrupted(path, **options):
+    def interrupted(path, **which):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["hotweights.cli.inspect"], "open_source", interrupted)
+    monkeypatch.setattr(import_module("hotweights.cli.inspect"), "list_checkpoint", interrupted)
     assert run("inspect", checkpoint).exit_code == 130
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from hotweights.model.digests import digest_of, digests
+from hotweights.memory.digest import digests
+from hotweights.model.digests import digest_of
 
 TENSOR = torch.arange(12.0).view(3, 4)
 OTHERS = {

@@ -1,35 +1,75 @@
 """The command line: each command has a file of its own, which parses, calls the library and prints.
 
-Exit codes: 0 done; 1 refused (a broken checkpoint, a model that does not fit); 2 wrong usage; 130 interrupted.
+Exit codes: 0 done; 1 refused (a broken checkpoint, a model that does not fit, two that differ); 2 wrong usage; 130
+interrupted.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import Annotated, Any
+
 import typer
+from typer.core import TyperGroup
 
-from .demo.demo import demo
-from .inspect import inspect
-from .load import load
-from .plan import plan
-from .receive import receive
-from .send import send
+__all__ = ["COMMANDS", "app", "main"]
 
-__all__ = ["app", "main"]
+COMMANDS = {
+    "inspect": "inspect",
+    "verify": "verify",
+    "diff": "diff",
+    "copy": "copy",
+    "convert": "copy",
+    "follow": "follow",
+    "plan": "plan",
+    "load": "load",
+    "send": "send",
+    "receive": "receive",
+    "demo": "demo.demo",
+}
+"""The commands, and the file in which each lies. It is imported when the command is typed: most wait for torch."""
+
+
+class Commands(TyperGroup):
+    """The commands of the table."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Their names, in the table's order."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command of this name; ``None`` if there is none."""
+        if cmd_name not in COMMANDS:
+            return None
+        single = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
+        single.command(cmd_name)(getattr(import_module(f".{COMMANDS[cmd_name]}", __package__), cmd_name))
+        return typer.main.get_command(single)
+
 
 app = typer.Typer(
     name="hotweights",
+    cls=Commands,
     help="Put weights into live PyTorch models: fast, exact, all or nothing.",
     epilog="Exit codes: 0 done, 1 refused, 2 wrong usage, 130 interrupted.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-app.command()(inspect)
-app.command()(plan)
-app.command()(load)
-app.command()(send)
-app.command()(receive)
-app.command()(demo)
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(import_module("..", __package__).__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_say_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
 
 
 def main() -> None:

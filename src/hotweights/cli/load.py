@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import torch
 import typer
 
-from ..dtypes import FORMAT_DTYPES
 from ..engines import transformers
-from ..errors import UnknownName
 from ..loading.load import load as load_weights
 from ..sources.contracts import IOMode
 from ..sources.opening import open as open_source
 from . import flags
+from .dtype import dtype_from
 from .outcome import ending, print_json
 
 
@@ -39,7 +37,7 @@ def load(
         ending(as_json=as_json),
         open_source(path, reader=reader, variant=variant, subfolder=subfolder) as source,
     ):
-        built = transformers.build(model, dtype=None if dtype is None else _dtype(dtype))
+        built = transformers.build(model, dtype=dtype_from(dtype))
         report = load_weights(
             built,
             source,
@@ -55,11 +53,3 @@ def load(
         else:
             typer.echo(f"{type(built).__name__} from {path}")
             typer.echo(str(report))
-
-
-def _dtype(name: str) -> torch.dtype:
-    known = {format_name: torch_name for format_name, (_, torch_name) in FORMAT_DTYPES.items() if torch_name}
-    dtype = getattr(torch, known.get(name.upper(), name), None)
-    if not isinstance(dtype, torch.dtype):
-        raise UnknownName("dtype", name, known)
-    return dtype

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import typer
-from rich.console import Console
 
 from ..errors import HotweightsError, UsageError
 
@@ -28,22 +27,34 @@ def ending(*, as_json: bool) -> Iterator[None]:
         yield
     except HotweightsError as error:
         _print_error(error, as_json)
-        raise typer.Exit(WRONG_USAGE if isinstance(error, UsageError) else REFUSED) from None
+        raise typer.Exit(exit_code(error)) from None
     except KeyboardInterrupt as error:
         _print_error(error, as_json)
         raise typer.Exit(INTERRUPTED) from None
 
 
+def exit_code(error: HotweightsError) -> int:
+    """The exit code of a command that ends with this error."""
+    return WRONG_USAGE if isinstance(error, UsageError) else REFUSED
+
+
+def as_dict(error: BaseException) -> dict[str, object]:
+    """The error, for JSON."""
+    return {
+        "error": {
+            "kind": type(error).__name__,
+            "message": str(error),
+            "problems": list(getattr(error, "problems", ())),
+            "notes": list(getattr(error, "__notes__", ())),
+        }
+    }
+
+
 def _print_error(error: BaseException, as_json: bool) -> None:
-    notes = list(getattr(error, "__notes__", ()))
     if as_json:
-        problems = list(getattr(error, "problems", ()))
-        print_json(
-            {"error": {"kind": type(error).__name__, "message": str(error), "problems": problems, "notes": notes}}
-        )
+        print_json(as_dict(error))
         return
-    console = Console(stderr=True, highlight=False)
-    console.print(f"{type(error).__name__}:", style="bold red", end=" ")
-    console.print(str(error) or "stopped", markup=False)
-    for note in notes:
-        console.print(note, markup=False)
+    typer.secho(f"{type(error).__name__}:", fg="red", bold=True, err=True, nl=False)
+    typer.echo(f" {error}" if str(error) else " stopped", err=True)  # Not wrapped: whoever searches it finds names.
+    for note in getattr(error, "__notes__", ()):
+        typer.echo(note, err=True)

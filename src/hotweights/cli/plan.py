@@ -6,20 +6,21 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from ..engines import transformers
 from ..plan.plan import LoadPlan, Order
 from ..sources.opening import open as open_source
+from ..text import columns
 from ..tracing.trace import trace
 from . import flags
+from .model import model_from
 from .outcome import ending, print_json
 
 
 def plan(
     path: flags.Checkpoint,
-    model: flags.Model,
+    model: Annotated[
+        str, typer.Option(help="A directory with the config.json of a transformers model, or package.module:factory.")
+    ],
     order: Annotated[Order, typer.Option(help="Read layer by layer, as in the files, or as traced.")] = "file",
     explain: Annotated[str | None, typer.Option(help="Explain one tensor instead.")] = None,
     save: Annotated[Path | None, typer.Option(help="Write the plan to a file.")] = None,
@@ -31,10 +32,10 @@ def plan(
     subfolder: flags.Subfolder = None,
     as_json: flags.Json = False,
 ) -> None:
-    """Plan the loading of a checkpoint into a model built from its config. No weight is read, none is written."""
+    """Plan the loading of a checkpoint into a model from a config or a factory. No weight is read or written."""
     with ending(as_json=as_json), open_source(path, variant=variant, subfolder=subfolder) as source:
         load_plan = trace(
-            transformers.build(model),
+            model_from(model),
             source.manifest,
             device="cpu",
             allow_missing=allow_missing or (),
@@ -72,17 +73,9 @@ def _as_dict(load_plan: LoadPlan, explain: str | None) -> dict[str, object]:
 
 
 def _print(load_plan: LoadPlan, limit: int) -> None:
-    console = Console(highlight=False, markup=False)  # As markup, rich would swallow the slice [0:8, :].
-    if not console.is_terminal:
-        console.width = 240  # Whoever searches the output must find whole names.
-    table = Table(box=None, header_style="bold")
-    for title in ("of the model", "is made by", "from the checkpoint"):
-        table.add_column(title, overflow="fold")
     rows = [row for step in load_plan.steps[: limit or None] for row in load_plan.rows(step)]
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    typer.echo(columns([("of the model", "is made by", "from the checkpoint"), *rows]))
     hidden = len(load_plan.steps) - limit
     if limit and hidden > 0:
-        console.print(f"... and {hidden} more; --limit 0 lists all")
-    console.print(str(load_plan))
+        typer.echo(f"... and {hidden} more; --limit 0 lists all")
+    typer.echo(str(load_plan))

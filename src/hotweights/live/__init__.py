@@ -1,6 +1,6 @@
 """Live models: new weights into a model while it serves, in place, all or nothing."""
 
-from ..model.digests import Digest
+from ..memory.digest import Digest
 from .model import LiveModel
 from .report import TimelineEvent, UpdateReport
 from .state import State

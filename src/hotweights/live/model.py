@@ -30,8 +30,9 @@ from ..loading.apart import apart
 from ..loading.initialise import InitMissing, check_init_missing, initialise, left_on_meta
 from ..loading.verify import Verify, verifier
 from ..manifest import Manifest
+from ..memory.digest import Digest
 from ..memory.pool import Pool
-from ..model.digests import Digest, digest_of
+from ..model.digests import digest_of
 from ..model.matching import KnownNames, other_names
 from ..model.materialise import materialise, put_back
 from ..model.places import Place, places

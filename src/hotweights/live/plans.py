@@ -16,7 +16,7 @@ from ..dtypes import Cast
 from ..errors import PlanError
 from ..manifest import Manifest
 from ..memory.aliases import has_bytes
-from ..model.digests import digests
+from ..memory.digest import digests
 from ..model.materialise import dressed
 from ..model.places import places
 from ..model.reachable import reachable

@@ -14,7 +14,7 @@ import msgspec
 
 from .. import signals
 from ..plan.steps import Fate
-from ..text import size, some, summary, table
+from ..text import as_html, counts, short, size, some, summary, table
 from .open_layers import OpenLayers
 
 
@@ -136,6 +136,16 @@ class UpdateReport:
         ]
         with open(path, "w") as file:
             json.dump({"traceEvents": [*spans, *counters]}, file)
+
+    def __repr__(self) -> str:
+        fates = {fate.value: len(names) for fate, names in self.tensors.items()}
+        more = {"fell back": len(self.fell_back), "replaced": len(self.replaced), "warnings": len(self.warnings)}
+        found = counts(fates | more)
+        versions = f"{short(self.previous)} -> {short(self.version)}"
+        return f"<UpdateReport {versions}, {size(self.bytes_read)} in {self.seconds:.3f} s: {found or 'no tensors'}>"
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
 
     def __str__(self) -> str:
         rate = self.bytes_read / max(self.seconds, 1e-9) / 1e9

@@ -24,7 +24,7 @@ from ..errors import PlanError, PlanFileError
 from ..gc_pause import without_collection
 from ..manifest import Manifest
 from ..memory.aliases import owners, spots
-from ..model.digests import digests
+from ..memory.digest import digests
 from ..model.reachable import reachable
 from ..model.survey import Survey
 from ..notices import log

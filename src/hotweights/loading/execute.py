@@ -11,9 +11,10 @@ import torch
 
 from ..dtypes import OpaqueDtype
 from ..manifest import Manifest
+from ..memory.addresses import PAGE
 from ..memory.devices import record_events
 from ..memory.extents import Extents
-from ..memory.host import PAGE, host_empty
+from ..memory.host import host_empty
 from ..memory.pool import Pool
 from ..plan.plan import LoadPlan
 from ..plan.steps import Copy, Program

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from ..plan.steps import Fate
-from ..text import size, summary, table
+from ..text import as_html, counts, size, summary, table
 
 
 @dataclass(slots=True)
@@ -82,6 +82,15 @@ class LoadReport:
         """The same facts for machines: only names, numbers, lists and dictionaries."""
         facts: dict[str, object] = msgspec.json.decode(msgspec.json.encode(self))
         return facts
+
+    def __repr__(self) -> str:
+        fates = {fate.value: len(names) for fate, names in self.tensors.items()}
+        more = {"fell back": len(self.fell_back), "warnings": len(self.warnings)}
+        found = counts(fates | more)
+        return f"<LoadReport {size(self.bytes_read)} in {self.seconds:.3f} s: {found or 'no tensors'}>"
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
 
     def __str__(self) -> str:
         rate = self.bytes_read / max(self.seconds, 1e-9) / 1e9

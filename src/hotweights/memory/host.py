@@ -13,15 +13,9 @@ from .devices import pinned_empty
 
 ALIGNMENT = 64  # bytes; a cache line, and enough for every dtype
 HUGE_PAGE = 2 * 1024 * 1024
-PAGE = mmap.PAGESIZE
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _MADV_HUGEPAGE: int | None = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux only
-
-
-def buffer(address: int, nbytes: int) -> ctypes.Array[ctypes.c_char]:
-    """A writable buffer over memory that somebody else owns. The caller keeps the owner alive while using it."""
-    return (ctypes.c_char * nbytes).from_address(address)
 
 
 def advise_huge_pages(tensor: torch.Tensor) -> None:

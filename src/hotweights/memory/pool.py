@@ -16,9 +16,10 @@ import torch
 from .. import signals
 from ..arguments import check_choices, check_count, device_from
 from ..errors import Closed, PoolTimeout
+from .addresses import PAGE
 from .devices import is_host, pinned_empty
 from .guards import Guard
-from .host import PAGE, huge_region
+from .host import huge_region
 from .lease import Slot, fill
 
 _ASK = 0.1  # seconds after which a wait asks its `stop` again, in case nobody calls `wake`

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from itertools import groupby
@@ -13,6 +13,7 @@ import torch
 
 from ..arguments import check_choices
 from ..manifest import Manifest
+from ..text import as_html, counts
 from . import explain
 from .saved import file as planfile
 from .steps import Copy, Fate, GraphBreak, Step, Target, layer_of
@@ -154,6 +155,14 @@ class LoadPlan:
     def rows(self, step: Step) -> Iterator[tuple[str, str, str]]:
         """For a table: a destination, how it comes to be, and from what."""
         return explain.rows_of(self, step)
+
+    def __repr__(self) -> str:
+        fates = Counter(fate.value for fate in self.fates.values())
+        found = counts({**fates, "graph breaks": len(self.graph_breaks)})
+        return f"<LoadPlan of {len(self.steps)} steps: {found or 'no tensors'}>"
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
 
     def __str__(self) -> str:
         return explain.summarise(self)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..text import size, summary, table
+from ..loading.report import LoadReport
+from ..text import as_html, size, some, summary, table
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,30 @@ class RouteReport:
     peak_waiting_bytes: int
     seconds: float
 
+    def as_dict(self) -> dict[str, object]:
+        """The same facts for machines: only names, numbers, lists and dictionaries.
+
+        Of what components returned reports are dictionaries, sets are sorted lists, and objects their ``repr``.
+        """
+        return {
+            "tensors": _lists(self.tensors),
+            "nbytes": dict(self.nbytes),
+            "returned": {name: _plain(value) for name, value in self.returned.items()},
+            "untaken": _lists(self.untaken),
+            "disabled": _lists(self.disabled),
+            "streamed": self.streamed,
+            "peak_waiting_bytes": self.peak_waiting_bytes,
+            "seconds": self.seconds,
+        }
+
+    def __repr__(self) -> str:
+        names = some([*self.tensors], 3)
+        off = f", {len(self.disabled)} disabled" if self.disabled else ""
+        return f"<RouteReport {size(sum(self.nbytes.values()))} in {self.seconds:.3f} s to {names or 'nobody'}{off}>"
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
+
     def __str__(self) -> str:
         rows = [(name, self._loaded(name)) for name in self.tensors]
         rows += [(name, f"disabled, {len(names)} tensors left alone") for name, names in self.disabled.items()]
@@ -47,3 +72,19 @@ class RouteReport:
         if name == self.streamed:
             text += ", streamed"
         return text + (f"; stopped before {summary(self.untaken[name], {})}" if name in self.untaken else "")
+
+
+def _lists(names: Mapping[str, tuple[str, ...]]) -> dict[str, list[str]]:
+    return {name: list(several) for name, several in names.items()}
+
+
+def _plain(value: object) -> object:
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    if isinstance(value, LoadReport):
+        return value.as_dict()
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(str, value))
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return repr(value)

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..errors import PlanError
 from ..manifest import Manifest
-from ..model.digests import digests
+from ..memory.digest import digests
 from ..model.places import targets_of
 from ..model.reachable import reachable
 from ..model.survey import survey

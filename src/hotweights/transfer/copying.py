@@ -9,7 +9,7 @@ import torch
 from xxhash import xxh3_64, xxh3_64_intdigest
 
 from ..errors import UsageError
-from ..memory.host import buffer
+from ..memory.addresses import buffer
 from ..memory.wrappers import is_wrapper
 from ..ranges import Range
 

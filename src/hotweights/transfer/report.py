@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from ..text import size, table
+from ..text import as_html, counts, short, size, table
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,15 @@ class SendReport:
     def as_dict(self) -> dict[str, object]:
         """The attributes as numbers, text, lists and dicts: what JSON can hold."""
         return {**msgspec.to_builtins(self), "committed": list(self.committed), "warnings": list(self.warnings)}
+
+    def __repr__(self) -> str:
+        sent = f"{size(self.nbytes)} in {self.tensors} tensors in {self.seconds:.3f} s"
+        more = {"lost": len(self.lost), "problems": len(self.problems), "warnings": len(self.warnings)}
+        found = counts({"committed": len(self.committed)} | more)
+        return f"<SendReport {short(self.version)}, {sent}: {found or 'nobody'}>"
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
 
     def __str__(self) -> str:
         rate = self.nbytes / max(self.seconds, 1e-9) / 1e9

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..memory.host import PAGE
+from ..memory.addresses import PAGE
 
 PLACES = 1024  # receivers of one sender at a time
 _WORD = 8  # bytes; one store for the processor, so nobody reads half of a word

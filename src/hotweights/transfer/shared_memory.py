@@ -12,7 +12,8 @@ import warnings
 import torch
 
 from ..errors import ProtocolError, TransferError, UsageError
-from ..memory.host import ALIGNMENT, PAGE
+from ..memory.addresses import PAGE
+from ..memory.host import ALIGNMENT
 from ..notices import log
 from .roll import Roll, roll_nbytes
 

@@ -256,6 +256,12 @@ INVALID = {
     "header longer than the bound": ((MAX_HEADER_NBYTES + 1).to_bytes(8, "little"), [str(MAX_HEADER_NBYTES + 1)]),
     "header longer than the file": (file_of(W)[:-1], ["the file ends after", "truncated"]),
     "header of no bytes": (file_of(b""), ["not a JSON object"]),
+    "web page": (
+        b"\n<!DOCTYPE html>\n<html><title>Not found</title>",
+        ["a web page (47 bytes)", "fetch the file again"],
+    ),
+    "short web page": (b"<html>", ["a web page"]),
+    "text": (b"Access denied\r\n", ["this is text (15 bytes)", "Access denied"]),
     "large-file pointer": (LFS, ["pointer to large-file storage", "git lfs pull"]),
     "pickle": (b"\x80\x02}q\0(X\1\0\0\0aK\1u.", ["a pickle"]),
     "short pickle": (b"\x80\x02N.", ["a pickle"]),

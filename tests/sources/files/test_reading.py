@@ -16,7 +16,7 @@ import torch
 
 import hotweights as hw
 from hotweights.errors import CheckpointChanged, CheckpointError, Closed, UnknownName, UsageError
-from hotweights.memory.host import PAGE
+from hotweights.memory.addresses import PAGE
 from hotweights.sources import Read
 from hotweights.sources.files import file as file_module
 from hotweights.sources.files import reading

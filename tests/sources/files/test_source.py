@@ -20,7 +20,7 @@ from hotweights.errors import (
     StaleLease,
     UsageError,
 )
-from hotweights.memory.host import PAGE
+from hotweights.memory.addresses import PAGE
 from hotweights.testing import ManualEvent, assert_same_bits, bits, write_checkpoint, write_safetensors
 
 WEIGHTS = {f"layers.{number}.weight": torch.full((64, 65), float(number)) for number in range(16)}

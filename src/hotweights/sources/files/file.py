@@ -16,12 +16,14 @@ import stat
 import threading
 import weakref
 from collections.abc import Sequence
-
-import torch
+from typing import TYPE_CHECKING
 
 from ... import signals
 from ...errors import CheckpointChanged, CheckpointError, Closed
-from ...memory.host import PAGE, buffer
+from ...memory.addresses import PAGE, buffer
+
+if TYPE_CHECKING:
+    import torch
 
 DIRECT: int = getattr(os, "O_DIRECT", 0)
 """The flag for reads around the page cache; 0 where the system has none."""

@@ -11,14 +11,16 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
-import torch
 
 from ...dtypes import FORMAT_DTYPES, DType, OpaqueDtype
 from ...errors import CheckpointError
 from ...manifest import TensorSpec
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_HEADER_NBYTES = 100_000_000  # bytes; the bound of the reference implementation
 _LARGEST = 2**63 - 1  # elements; torch counts in int64
@@ -41,6 +43,10 @@ class FileHeader(NamedTuple):
     metadata: dict[str, str]
 
 
+View = Callable[[str, tuple[int, ...]], "tuple[DType, tuple[int, ...]]"]
+"""What the format's name of a dtype, and its shape, are for the caller."""
+
+
 class _RawEntry(msgspec.Struct, gc=False):
     dtype: str
     shape: tuple[int, ...]
@@ -52,13 +58,14 @@ _entry = msgspec.json.Decoder(_RawEntry)
 _metadata = msgspec.json.Decoder(dict[str, str])
 
 
-def read_header(file: str, size: int, pread: Callable[[int, int], bytes]) -> FileHeader:
+def read_header(file: str, size: int, pread: Callable[[int, int], bytes], view: View | None = None) -> FileHeader:
     """Parse and validate the header of ``file``.
 
     Args:
         file: its name, for messages.
         size: its size in bytes.
         pread: ``pread(nbytes, offset)``, returning exactly that many bytes or raising.
+        view: how dtypes and shapes are said, ``as_torch`` or ``as_format``; by default as torch has them.
 
     Raises:
         CheckpointError: with every problem that was found in this file.
@@ -79,7 +86,7 @@ def read_header(file: str, size: int, pread: Callable[[int, int], bytes]) -> Fil
         raise CheckpointError(
             f"{file}: header of {nbytes} bytes expected, but the file ends after {size} bytes; is it truncated?"
         )
-    return _parse(file, pread(nbytes, 8), data_start=8 + nbytes, size=size)
+    return _parse(file, pread(nbytes, 8), data_start=8 + nbytes, size=size, view=view or as_torch)
 
 
 def _refuse_other_formats(file: str, size: int, start: bytes) -> None:
@@ -88,12 +95,21 @@ def _refuse_other_formats(file: str, size: int, start: bytes) -> None:
             f"{file}: this is a pointer to large-file storage ({size} bytes), not the weights; "
             "fetch them with: git lfs pull"
         )
+    if start.lstrip()[:9].lower().startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
+        raise CheckpointError(
+            f"{file}: this is a web page ({size} bytes), not the weights: a server answered the download with an error "
+            "or a login page; fetch the file again"
+        )
     for magic, what in _ELSEWHERE.items():
         if start.startswith(magic):
             raise CheckpointError(f"{file}: this is not a safetensors file but {what}")
+    if start.isascii() and all(letter.isprintable() or letter.isspace() for letter in start.decode()):
+        raise CheckpointError(
+            f"{file}: this is text ({size} bytes), not the weights; it begins {start[:40].decode()!r}"
+        )
 
 
-def _parse(file: str, raw: bytes, *, data_start: int, size: int) -> FileHeader:
+def _parse(file: str, raw: bytes, *, data_start: int, size: int, view: View) -> FileHeader:
     try:
         fields = _names.decode(raw)
         names = len(fields)
@@ -116,7 +132,7 @@ def _parse(file: str, raw: bytes, *, data_start: int, size: int) -> FileHeader:
             problems.append(f"tensor {name!r}: -0 is no length and no offset")
             continue
         start, stop = entry.data_offsets
-        spec = _spec(name, entry, problems)
+        spec = _spec(name, entry, problems, view)
         if spec is not None:
             entries.append(Entry(spec, data_start + start))
             if stop - start != (nbytes := spec.nbytes):
@@ -168,14 +184,14 @@ def _twice(pairs: Iterable[tuple[str, object]]) -> list[str]:
     return [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
 
 
-def _spec(name: str, entry: _RawEntry, problems: list[str]) -> TensorSpec | None:
+def _spec(name: str, entry: _RawEntry, problems: list[str], view: View) -> TensorSpec | None:
     if entry.dtype not in FORMAT_DTYPES:
         problems.append(f"tensor {name!r}: unknown dtype {entry.dtype!r}; known are: {', '.join(FORMAT_DTYPES)}")
         return None
     if entry.shape and min(entry.shape) < 0:
         problems.append(f"tensor {name!r}: negative length in shape {list(entry.shape)}")
         return None
-    bits, attribute = FORMAT_DTYPES[entry.dtype]
+    bits = FORMAT_DTYPES[entry.dtype][0]
     count = math.prod(entry.shape)
     # torch multiplies the strides from the nonzero lengths: [2**62, 0] overflows, though it is empty.
     if (count or math.prod(filter(None, entry.shape))) > _LARGEST:
@@ -184,18 +200,27 @@ def _spec(name: str, entry: _RawEntry, problems: list[str]) -> TensorSpec | None
     if count * bits % 8:
         problems.append(f"tensor {name!r}: {entry.dtype} {list(entry.shape)} does not end on a whole byte")
         return None
-    dtype, shape = _torch_view(entry.dtype, bits, attribute, entry.shape)
+    dtype, shape = view(entry.dtype, entry.shape)
     return TensorSpec(name, dtype, shape)
 
 
-def _torch_view(name: str, bits: int, attribute: str, shape: tuple[int, ...]) -> tuple[DType, tuple[int, ...]]:
+def as_torch(name: str, shape: tuple[int, ...]) -> tuple[DType, tuple[int, ...]]:
+    """The dtype of this name and the shape as torch has them; opaque where it has no such type."""
+    import torch
+
+    bits, attribute = FORMAT_DTYPES[name]
     dtype: torch.dtype | None = getattr(torch, attribute, None) if attribute else None
     if dtype is not None and bits == 8 * dtype.itemsize:
         return dtype, shape
     packed = 8 // bits if bits < 8 and 8 % bits == 0 else 0
     if dtype is not None and packed and shape and shape[-1] % packed == 0:
         return dtype, (*shape[:-1], shape[-1] // packed)
-    return OpaqueDtype(name, bits), shape
+    return as_format(name, shape)
+
+
+def as_format(name: str, shape: tuple[int, ...]) -> tuple[DType, tuple[int, ...]]:
+    """Both as the format has them. This does not need torch."""
+    return OpaqueDtype(name, FORMAT_DTYPES[name][0]), shape
 
 
 def _gaps(entries: Iterable[Entry], data_start: int, size: int) -> list[str]:

@@ -21,7 +21,7 @@ import torch
 
 from ...arguments import check_choices
 from ...errors import Closed, UsageError
-from ...memory.host import PAGE, buffer
+from ...memory.addresses import PAGE, buffer
 from ...memory.pool import Pool
 from ..contracts import IOMode, Sink
 from .file import DIRECT, File, rest

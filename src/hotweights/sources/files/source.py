@@ -15,8 +15,10 @@ from ...dtypes import OpaqueDtype
 from ...errors import Closed, UsageError
 from ...gc_pause import without_collection
 from ...manifest import Manifest
+from ...memory.addresses import PAGE
+from ...memory.digest import Digest, digest_of_bytes
 from ...memory.guards import Guard
-from ...memory.host import PAGE, host_empty
+from ...memory.host import host_empty
 from ...memory.lease import Lease, Slot
 from ...memory.pool import Pool
 from ...notices import forgotten
@@ -132,6 +134,11 @@ class FileSource:
         """See that all files are those that were opened, see ``contracts.OnDisk``."""
         self._check_open()
         self._checkpoint.check()
+
+    def digest(self, *, io: IOMode = "auto") -> Digest:
+        """The digest of every tensor, which is that of a model with the same names and values. Reads every byte."""
+        with self.leases(io=io) as stream:
+            return Digest.of({lease.name: digest_of_bytes(lease.spec, lease.raw) for lease in stream})
 
     def close(self) -> None:
         """Close the files. May be called twice."""

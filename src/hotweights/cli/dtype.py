@@ -1,0 +1,19 @@
+"""Dtypes by the names that people type: the format's, such as ``BF16``, or torch's."""
+
+from __future__ import annotations
+
+import torch
+
+from ..dtypes import FORMAT_DTYPES
+from ..errors import UnknownName
+
+
+def dtype_from(name: str | None) -> torch.dtype | None:
+    """The dtype of this name; ``None`` for ``None``. Raises ``UnknownName``."""
+    if name is None:
+        return None
+    known = {format_name: torch_name for format_name, (_, torch_name) in FORMAT_DTYPES.items() if torch_name}
+    dtype = getattr(torch, known.get(name.upper(), name), None)
+    if not isinstance(dtype, torch.dtype):
+        raise UnknownName("dtype", name, known)
+    return dtype

@@ -1,0 +1,43 @@
+"""``hotweights follow``: a line for each checkpoint that appears in a directory, when its writer is done with it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import CheckpointError
+from ..sources.versions import follow as versions_in
+from . import flags
+from .outcome import ending
+
+
+def follow(
+    directory: Annotated[Path, typer.Argument(help="Where checkpoints appear, or one that is written anew.")],
+    versions: Annotated[int | None, typer.Option(help="End after so many; fewer are exit code 1.", min=1)] = None,
+    interval: Annotated[float, typer.Option(help="Seconds for which no file of a version may have changed.")] = 1.0,
+    timeout: Annotated[float | None, typer.Option(help="Seconds to wait for the next version; else for ever.")] = None,
+    latest: Annotated[bool, typer.Option("--latest", help="Of several that are ready only the newest.")] = False,
+    marker: Annotated[str | None, typer.Option(help="A file that is written last into each version.")] = None,
+    pattern: Annotated[str, typer.Option(help="Which directories are versions, such as step-*.")] = "*",
+    as_json: flags.JsonLines = False,
+) -> None:
+    """Print the name and the path of each checkpoint that appears in a directory, when it is whole."""
+    with (
+        ending(as_json=as_json),
+        versions_in(
+            directory, interval=interval, timeout=timeout, latest=latest, marker=marker, pattern=pattern
+        ) as arriving,
+    ):
+        count = 0
+        for count, version in enumerate(arriving, 1):
+            found = {"name": version.name, "path": str(version.path)}
+            typer.echo(json.dumps(found) if as_json else "\t".join(found.values()))
+            if count == versions:
+                return
+        if versions is not None:
+            raise CheckpointError(
+                f"{directory}: {count} of {versions} versions came; the next did not within {timeout:g} s"
+            )

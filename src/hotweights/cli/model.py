@@ -1,0 +1,66 @@
+"""The model that a command is about: of transformers by its configuration, or what a factory makes."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from difflib import get_close_matches
+from importlib import import_module
+
+import torch
+from torch import nn
+
+from ..engines import transformers
+from ..errors import UsageError
+
+_FACTORY = re.compile(r"(?P<module>[^\W\d]\w*(\.[^\W\d]\w*)*):(?P<name>[^\W\d]\w*(\.[^\W\d]\w*)*)")
+
+
+def model_from(text: str) -> nn.Module:
+    """The model, on meta: ``text`` is a directory with a ``config.json``, or ``package.module:factory``.
+
+    Raises:
+        UsageError: there is no such factory, it fails, or it makes no model.
+        CheckpointError: there is no usable configuration.
+    """
+    match = _FACTORY.fullmatch(text)
+    if match is None or os.path.exists(text):
+        model: nn.Module = transformers.build(text)
+        return model
+    factory = _found(match["module"], match["name"])
+    try:
+        with torch.device("meta"):
+            made = factory()  # type: ignore[operator]
+    except Exception as error:  # It is anybody's code.
+        raise UsageError(
+            f"--model {text}: calling it on meta without arguments failed: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(made, nn.Module):
+        raise UsageError(f"--model {text}: a factory gives a torch.nn.Module; this gave a {type(made).__name__}")
+    return made
+
+
+def _found(module: str, name: str) -> object:
+    path = sys.path.copy()
+    sys.path.insert(0, os.getcwd())  # A script that pip installed does not look where it is started.
+    try:
+        found: object = import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise UsageError(f"--model {module}:{name}: importing it failed: {error}") from error
+        raise UsageError(
+            f"--model {module}:{name}: there is no module {error.name} here. Start this where "
+            f"`python -c 'import {module}'` works"
+        ) from error
+    except Exception as error:
+        raise UsageError(f"--model {module}:{name}: importing it failed: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path[:] = path
+    for part in name.split("."):
+        if not hasattr(found, part):
+            close = get_close_matches(part, [word for word in dir(found) if callable(getattr(found, word, None))])
+            similar = f"; similar: {', '.join(close)}" if close else ""
+            raise UsageError(f"--model {module}:{name}: there is no {part!r} in it{similar}")
+        found = getattr(found, part)
+    return found

@@ -1,0 +1,145 @@
+"""Staging: a folder beside the target in which files are written, until they take its place. It knows no tensors."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ...errors import SaveError, UsageError
+from .writer import sync, write_text
+
+WHOLE = "model.safetensors"
+INDEX = f"{WHOLE}.index.json"
+_OURS = re.compile(r"model(-v\d+)?-\d{5}-of-\d{5}\.safetensors")
+
+
+class Staging:
+    """Where one checkpoint is written. As a context manager it removes what was not published.
+
+    * A file takes the target's name by one rename.
+    * A directory that does not exist yet comes with all of its files, by one rename.
+    * In a directory that exists, new shards get names that no file has, and the index is renamed last.
+
+    Attributes:
+        folder: where the files are to be written, under the names that ``names`` gave.
+        warnings: what failed after the new version was in its place.
+    """
+
+    def __init__(self, where: Path) -> None:
+        self._where = where
+        self.is_file = where.name.endswith(".safetensors") and not where.is_dir()
+        if not self.is_file and os.path.exists(where) and not where.is_dir():
+            raise UsageError(f"{where}: is a file. Save to a directory, or to a name that ends in .safetensors")
+        self.warnings: list[str] = []
+        self._published = False
+        self._moved: list[str] = []  # what lies in the target and would be nobody's if it is not published
+        self._old: set[str] = set()  # the weights that the new ones replace
+        self._beside: list[str] = []
+        self._into = not self.is_file and where.is_dir()
+        base = where if self._into else where.parent
+        os.makedirs(base, exist_ok=True)
+        self.folder = base / f".{where.name}.{secrets.token_hex(4)}.saving"
+        os.mkdir(self.folder)
+
+    def names(self, count: int) -> tuple[list[str], str | None]:
+        """Names for ``count`` files of weights, and for their index if they need one."""
+        if self.is_file:
+            return [self._where.name], None
+        # Where an index lies, a file without one would be the second answer to what is meant.
+        if count == 1 and not (self._into and os.path.exists(self._where / INDEX)):
+            return [WHOLE], None
+        # Replacing a shard would show readers of the old index a mix of both versions.
+        number = next(n for n in itertools.count(1) if not any(map(self._taken, _shard_names(count, n))))
+        return _shard_names(count, number), INDEX
+
+    def take(self, files: Sequence[str | os.PathLike[str]], weights: Sequence[str]) -> None:
+        """Copy files that are to lie beside the weights, whose names are ``weights``."""
+        for file in map(Path, files):
+            if self.is_file or file.name in weights or file.name == INDEX:
+                found = "one file has nothing beside it" if self.is_file else "the weights take this name"
+                raise UsageError(f"beside={str(file)!r}: {found}")
+            try:
+                shutil.copyfile(file, self.folder / file.name)
+                sync(self.folder / file.name)
+            except OSError as error:
+                raise SaveError(
+                    f"{file}: cannot be copied, and nothing was saved: {error.strerror or error}"
+                ) from error
+            self._beside.append(file.name)
+
+    def publish(self, names: Sequence[str], index: str | None) -> None:
+        """Let the files take the target's place. After that nothing raises: ``warnings`` says what failed."""
+        sync(self.folder)
+        if self.is_file:
+            os.rename(self.folder / names[0], self._where)
+        elif not self._into:
+            os.rename(self.folder, self._where)
+        else:
+            self._move_in(names, index)
+        self._published = True
+        self._afterwards(self._where if self._into else self._where.parent, sync)
+        for name in self._beside if self._into else ():
+            self._afterwards(self._where / name, lambda path: os.rename(self.folder / path.name, path))
+        for name in self._old:
+            self._afterwards(self._where / name, os.unlink)
+
+    def _move_in(self, names: Sequence[str], index: str | None) -> None:
+        self._old = _weights_in(self._where) - {*names}
+        for name in names:
+            os.rename(self.folder / name, self._where / name)
+            self._moved += [name] if name != WHOLE else []
+        if index is None:
+            return
+        sync(self._where)  # The shards' names go to the disk before the index that names them.
+        if not os.path.exists(self._where / index):
+            self._moved.append(index)
+        os.rename(self.folder / index, self._where / index)
+        if WHOLE in self._old:
+            os.unlink(self._where / WHOLE)  # Readers take it before an index: until now they see the old version.
+            self._old.discard(WHOLE)
+
+    def _afterwards(self, path: Path, do: Callable[[Path], None]) -> None:
+        try:
+            do(path)
+        except FileNotFoundError:
+            pass  # Somebody else removed it.
+        except OSError as error:
+            self.warnings.append(f"{path}: the new version is complete, but then this failed: {error.strerror}")
+
+    def write_index(self, name: str, weight_map: dict[str, str], nbytes: int) -> None:
+        """Write the index."""
+        content = {"metadata": {"total_size": nbytes}, "weight_map": dict(sorted(weight_map.items()))}
+        write_text(self.folder / name, json.dumps(content, indent=2) + "\n")
+
+    def __enter__(self) -> Staging:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        for name in self._moved if not self._published else ():
+            with contextlib.suppress(OSError):
+                os.unlink(self._where / name)
+
+    def _taken(self, name: str) -> bool:
+        return self._into and os.path.lexists(self._where / name)
+
+
+def _shard_names(count: int, number: int) -> list[str]:
+    stem = "model" if number == 1 else f"model-v{number}"
+    return [f"{stem}-{shard + 1:05}-of-{count:05}.safetensors" for shard in range(count)]
+
+
+def _weights_in(directory: Path) -> set[str]:
+    """The files of weights that a checkpoint of ours replaces: those by our names, and those that its index names."""
+    names = {name for name in os.listdir(directory) if name == WHOLE or _OURS.fullmatch(name)}
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        named = json.loads((directory / INDEX).read_bytes()).get("weight_map", {}).values()
+        names |= {name for name in named if isinstance(name, str) and name == os.path.basename(name)}
+    return names

@@ -1,0 +1,241 @@
+"""``save``: tensors to safetensors files, one in memory at a time, all or nothing."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..dtypes import OpaqueDtype, format_name, is_float
+from ..errors import SaveError, UsageError
+from ..manifest import TensorSpec
+from ..memory.addresses import buffer
+from ..memory.aliases import owners
+from ..memory.digest import Digest, digest_of_bytes
+from ..text import as_html, counts, size, table
+from .contracts import Source
+from .files.staging import Staging
+from .files.writer import Writer, unwritable
+from .iterator import from_iterator
+from .opening import AnySource, is_pairs, opened
+from .pairs import Pair
+
+_SHARD_NBYTES = 5_000_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class SaveReport:
+    """What was saved.
+
+    Attributes:
+        path: the file or directory.
+        files: the files of weights, and their index if there is one.
+        nbytes: bytes of all tensors.
+        tied: of a module, the names that were left out, and the name of the same tensor that was written.
+        digest: of what was written, as it was in memory. ``hotweights verify`` reads the files and says theirs.
+        seconds: how long it took.
+        warnings: what failed when the new version was in its place: an old file could not be removed, say.
+    """
+
+    path: str
+    files: tuple[str, ...]
+    nbytes: int
+    tied: Mapping[str, str]
+    digest: Digest
+    seconds: float
+    warnings: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, object]:
+        """All of it, for JSON."""
+        return {
+            **asdict(self),
+            "files": list(self.files),
+            "warnings": list(self.warnings),
+            "digest": self.digest.as_dict(),
+        }
+
+    def __repr__(self) -> str:
+        files = counts({"files": len(self.files)})
+        return f"<SaveReport {len(self.digest.tensors)} tensors, {size(self.nbytes)} in {files}>"
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
+
+    def __str__(self) -> str:
+        rows = [("saved", f"{len(self.digest.tensors)} tensors, {size(self.nbytes)} in {len(self.files)} files")]
+        rows += [("tied", f"{len(self.tied)} names of tensors that were written by another one")] if self.tied else []
+        rows += [("digest", self.digest.whole), ("seconds", f"{self.seconds:.3f}")]
+        return table([*rows, *(("warning", warning) for warning in self.warnings)])
+
+
+def save(
+    what: AnySource | Iterable[Pair],
+    where: str | os.PathLike[str],
+    *,
+    shard_size: int | str | None = None,
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
+    beside: Sequence[str | os.PathLike[str]] = (),
+) -> SaveReport:
+    """Save tensors as safetensors: all of them, or nothing. One tensor is in memory at a time besides the source's own.
+
+    The names are those of the source; a module's are those of its ``state_dict()``. Of a module's tied names the first
+    is written; a mapping is written as it is. The files appear under their names when every byte is on the disk; if
+    anything fails, what was there before is as it was. docs/ci.md says what readers see meanwhile.
+
+    Args:
+        what: a module, a mapping, a path, an open source, or an iterable of (name, tensor). An iterable without a
+            manifest is kept in memory first; ``from_iterator(pairs, manifest)`` is not.
+        where: a directory, or a file by a name that ends in ``.safetensors``. A checkpoint in the directory is
+            replaced; its other files stay.
+        shard_size: bytes of one file at most, such as ``"5GB"``, the default; a larger tensor has a file of its own.
+        dtype: what floats of 16 bits and more become. Values that would become infinite are a ``SaveError``.
+        metadata: free text for each file besides ``{"format": "pt"}``.
+        beside: files that are copied into the directory, such as a ``config.json``. A new directory appears with them;
+            in one that exists they follow the weights.
+
+    Raises:
+        SaveError: the format cannot hold a tensor, or the files cannot be written.
+        UsageError: the arguments make no sense together.
+    """
+    began = time.perf_counter()
+    place = _place(where)
+    limit = _limit(shard_size, place)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and is_float(dtype)):
+        raise UsageError(f"dtype= is what floats become, such as torch.bfloat16; found {dtype!r}")
+    free_text = {"format": "pt", **(metadata or {})}
+    with _opened(what) as (source, tied):
+        specs = [_converted(spec, dtype) for spec in source.manifest.values()]
+        if problems := [problem for spec in specs if (problem := unwritable(spec))]:
+            raise SaveError(f"{place}: nothing was saved", problems)
+        try:
+            files, each, warnings = _write(source, specs, place, limit, free_text, beside)
+        except OSError as error:
+            raise SaveError(f"{place}: nothing was saved: {error.strerror or error}") from error
+    return SaveReport(
+        path=str(place),
+        files=files,
+        nbytes=sum(spec.nbytes for spec in specs),
+        tied=tied,
+        digest=Digest.of(each),
+        seconds=time.perf_counter() - began,
+        warnings=warnings,
+    )
+
+
+def _write(
+    source: Source,
+    specs: list[TensorSpec],
+    place: Path,
+    limit: int,
+    metadata: Mapping[str, str],
+    beside: Sequence[str | os.PathLike[str]],
+) -> tuple[tuple[str, ...], dict[str, str], tuple[str, ...]]:
+    """Write all files. Returns their paths, the digest of each tensor, and warnings."""
+    by_name = {spec.name: spec for spec in specs}
+    shards = _dealt(specs, limit)
+    # The stream is asked first: what it refuses is refused before anything is written.
+    with source.leases() as stream, Staging(place) as staging:
+        names, index = staging.names(len(shards))
+        staging.take(beside, names)
+        writers = [Writer(staging.folder / name, shard, metadata) for name, shard in zip(names, shards, strict=True)]
+        home = {spec.name: writer for writer, shard in zip(writers, shards, strict=True) for spec in shard}
+        digests: dict[str, str] = {}
+        for lease in stream:
+            with lease:
+                spec = by_name[lease.name]
+                raw = _bytes(lease.raw) if lease.spec == spec else _cast(lease.tensor, spec)
+                digests[lease.name] = digest_of_bytes(spec, raw)
+                home[lease.name].put(lease.name, buffer(raw.data_ptr(), raw.numel()))
+        for writer in writers:
+            writer.finish()
+        if index is not None:
+            weight_map = {name: writer.path.name for name, writer in home.items()}
+            staging.write_index(index, weight_map, sum(spec.nbytes for spec in specs))
+        staging.publish(names, index)
+    files = (*names, index) if index is not None else tuple(names)
+    return tuple(str(place if staging.is_file else place / name) for name in files), digests, tuple(staging.warnings)
+
+
+def _place(where: str | os.PathLike[str]) -> Path:
+    text = os.fsdecode(where)
+    if re.match(r"\w[\w+.-]*://", text):
+        raise UsageError(f"{text}: object stores cannot be written to; save to a directory and upload that")
+    return Path(text).expanduser()
+
+
+def _limit(shard_size: int | str | None, place: Path) -> int:
+    if shard_size is None:
+        return 2**63 if place.name.endswith(".safetensors") and not place.is_dir() else _SHARD_NBYTES
+    units = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)(i?)B?", str(shard_size), re.IGNORECASE)
+    if isinstance(shard_size, bool) or match is None:
+        raise UsageError(f'shard_size= is a number of bytes, or such as "5GB" or "500MiB"; found {shard_size!r}')
+    unit = units[match[2].upper()]
+    limit = int(float(match[1]) * (1024 ** round(math.log10(unit) / 3) if match[3] else unit))
+    if limit < 1:
+        raise UsageError(f"shard_size= is at least one byte; found {shard_size!r}")
+    if place.name.endswith(".safetensors") and not place.is_dir():
+        raise UsageError(f"{place}: one file has no shards; with shard_size= name a directory")
+    return limit
+
+
+@contextmanager
+def _opened(what: AnySource | Iterable[Pair]) -> Iterator[tuple[Source, dict[str, str]]]:
+    """The source, and what is left out of it: a module's other names of tensors that are written already."""
+    if isinstance(what, nn.Module):
+        state = what.state_dict()
+        tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+        tied = {name: owner for name, owner in owners(tensors).items() if name != owner}
+        with opened({name: value for name, value in state.items() if name not in tied}) as source:
+            yield source, tied
+    elif is_pairs(what) and not hasattr(what, "collect"):
+        with from_iterator(what) as pairs, pairs.collect() as source:
+            yield source, {}
+    else:
+        with opened(what) as source:  # type: ignore[arg-type]
+            yield source, {}
+
+
+def _dealt(specs: list[TensorSpec], limit: int) -> list[list[TensorSpec]]:
+    """The tensors of each file, in the source's order. There is a file, even if there are no tensors."""
+    shards: list[list[TensorSpec]] = [[]]
+    nbytes = 0
+    for spec in specs:
+        if shards[-1] and nbytes + spec.nbytes > limit:
+            shards.append([])
+            nbytes = 0
+        shards[-1].append(spec)
+        nbytes += spec.nbytes
+    return shards
+
+
+def _converted(spec: TensorSpec, dtype: torch.dtype | None) -> TensorSpec:
+    """The spec after the cast. Floats of 8 bits and less stay: without their scales they are not the weights."""
+    if dtype is None or isinstance(spec.dtype, OpaqueDtype) or not spec.dtype.is_floating_point:
+        return spec
+    return spec if spec.dtype.itemsize < 2 else TensorSpec(spec.name, dtype, spec.shape)
+
+
+def _bytes(raw: torch.Tensor) -> torch.Tensor:
+    return raw.cpu().contiguous()
+
+
+def _cast(tensor: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+    assert isinstance(spec.dtype, torch.dtype)
+    tensor = tensor.detach().cpu()
+    cast = tensor.to(spec.dtype).contiguous()
+    if not torch.equal(tensor.isfinite(), cast.float().isfinite() if cast.element_size() < 2 else cast.isfinite()):
+        raise SaveError(
+            f"nothing was saved: tensor {spec.name!r} holds values that {format_name(spec.dtype)} cannot; leave the "
+            "cast out, or choose a dtype with a wider range such as BF16"
+        )
+    return cast.reshape(-1).view(torch.uint8)

@@ -1,0 +1,263 @@
+"""Versions: the checkpoints that appear in a directory, one after the other, each when its writer is done with it."""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+import os
+import re
+import stat
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import NamedTuple
+
+from ..errors import CheckpointError, UsageError
+from ..notices import log
+from ..text import some
+from .files.listing import list_checkpoint
+
+_WEIGHTS = ".safetensors"
+_INDEX = ".safetensors.index.json"
+
+
+class Version(NamedTuple):
+    """A checkpoint whose writer is done with it: its name, and where it lies."""
+
+    name: str
+    path: Path
+
+
+class _Status(NamedTuple):
+    """What the file system says of a file. Who writes it changes at least one of these."""
+
+    inode: int
+    size: int
+    modified: int
+    changed: int  # Cannot be set by hand: it shows writers that put the modification time back, as rsync does.
+
+
+_Files = dict[str, _Status]
+
+
+@dataclass(slots=True)
+class _Seen:
+    """How the files of one place were when they were last looked at, and since when. ``judged``: and what they are."""
+
+    files: _Files
+    since: float
+    judged: bool = False
+
+
+def follow(
+    directory: str | os.PathLike[str],
+    *,
+    interval: float = 1.0,
+    timeout: float | None = None,
+    latest: bool = False,
+    marker: str | None = None,
+    pattern: str = "*",
+) -> Versions:
+    """Iterate over the checkpoints that appear in a directory, each when its writer is done with it.
+
+    A version is a directory within this one, or this one itself when its files are written anew. It is given when all
+    of its files are there and none has changed for one interval; one that is there already is given first. It is
+    never given twice. What is broken is logged once and passed over until it changes.
+    docs/ci.md says what cannot be seen.
+
+    Args:
+        directory: where to look. It must be there.
+        interval: seconds between two looks, and for which no file may have changed.
+        timeout: seconds to wait for the next version; the iteration ends after that. ``None`` waits until ``close``.
+        latest: of several that are ready give the newest only, and none that is older than one that was given.
+        marker: name of a file that the writer writes last into each version, such as ``"DONE"``.
+        pattern: which directories within this one are versions: ``"step-*"``.
+
+    Raises:
+        UsageError: there is no such directory, or the arguments make no sense.
+    """
+    for name, seconds in (("interval", interval), ("timeout", timeout if timeout is not None else 1.0)):
+        if (
+            isinstance(seconds, bool)
+            or not isinstance(seconds, int | float)
+            or not 0 < seconds <= threading.TIMEOUT_MAX
+        ):
+            raise UsageError(f"{name}= is a number of seconds above zero; found {seconds!r}")
+    if marker is not None and (not marker or os.path.basename(marker) != marker):
+        raise UsageError(f"marker= is the name of a file within each version, such as 'DONE'; found {marker!r}")
+    place = Path(directory).expanduser()
+    if not os.path.isdir(place):
+        is_file = os.path.exists(place)
+        cure = "name the directory that it lies in" if is_file else f"make it first: mkdir -p {place}"
+        raise UsageError(f"{place}: there is {'a file' if is_file else 'no such directory'}; {cure}")
+    return Versions(place, interval, timeout, latest, marker, pattern)
+
+
+class Versions:
+    """What ``follow`` gives: an iterator of ``Version``. One thread iterates; any thread may ``close``."""
+
+    def __init__(
+        self,
+        directory: Path,
+        interval: float,
+        timeout: float | None,
+        latest: bool,
+        marker: str | None,
+        pattern: str,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._directory, self._marker, self._pattern = directory, marker, pattern
+        self._interval, self._timeout, self._latest = interval, timeout, latest
+        self._clock = clock
+        self._closed = threading.Event()
+        self._seen: dict[Path, _Seen] = {}
+        self._given: dict[Path, set[tuple[_Status, ...]]] = {}
+        self._newest = 0  # when the newest version that was given was written
+        self._ready: deque[Version] = deque()
+        self._absent = False
+
+    def look(self) -> list[Version]:
+        """Look once, without waiting: the versions that are ready since the last look, by the time of their writing."""
+        now = self._clock()
+        found = [ready for place in self._places() if (ready := self._settled(place, now)) is not None]
+        found.sort(key=lambda ready: (ready[0], _natural(ready[1].name)))
+        if self._latest:
+            found = [ready for ready in found[-1:] if ready[0] >= self._newest]
+            self._newest = max([self._newest, *(written for written, _ in found)])
+        return [version for _, version in found]
+
+    def close(self) -> None:
+        """End the iteration, also one that waits in another thread. May be called twice."""
+        self._closed.set()
+
+    def __iter__(self) -> Versions:
+        return self
+
+    def __next__(self) -> Version:
+        began = self._clock()
+        while not self._closed.is_set():
+            self._ready.extend(self.look())
+            if self._ready:
+                return self._ready.popleft()
+            left = self._interval if self._timeout is None else began + self._timeout - self._clock()
+            if left <= 0:
+                break
+            self._closed.wait(min(self._interval, left))
+        raise StopIteration
+
+    def __enter__(self) -> Versions:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Versions in {str(self._directory)!r}{' closed' if self._closed.is_set() else ''}>"
+
+    def _places(self) -> list[Path]:
+        """Where versions may lie: the directory, and those within it. None, and a warning, if it cannot be listed."""
+        try:
+            names = sorted(os.listdir(self._directory))
+        except OSError as error:
+            if not self._absent:
+                log(logging.WARNING, "%s cannot be listed; waiting for it: %s", self._directory, error.strerror)
+            self._absent = True
+            return []
+        self._absent = False
+        within = [self._directory / name for name in names if fnmatch.fnmatch(name, self._pattern) and name[0] != "."]
+        return [self._directory, *(place for place in within if place.is_dir() and not self._is_alias(place))]
+
+    def _is_alias(self, place: Path) -> bool:
+        """A link such as ``latest`` to a version beside it, which would be given twice."""
+        return place.is_symlink() and place.resolve().parent == self._directory.resolve()
+
+    def _settled(self, place: Path, now: float) -> tuple[int, Version] | None:
+        """The version in this place, if it is ready and was not given, and when it was written."""
+        files = self._files(place)
+        seen = self._seen.get(place)
+        if seen is None or seen.files != files:
+            self._seen[place] = seen = _Seen(files, now)
+        if seen.judged or now - seen.since < self._interval or not any(name.endswith(_WEIGHTS) for name in files):
+            return None
+        if self._marker is not None and self._marker not in files:
+            return None
+        seen.judged = True
+        try:
+            weights = _weights(place)
+            self._check_order(place, files, weights)
+        except CheckpointError as error:
+            log(logging.WARNING, "%s is passed over until it changes: %s", place, error)
+            return None
+        if self._files(place) != files:  # While its headers were read.
+            del self._seen[place]
+            return None
+        return self._unless_given(place, weights)
+
+    def _unless_given(self, place: Path, weights: _Files) -> tuple[int, Version] | None:
+        # Without the change time: a hard link to a file, or another mode, makes no other version of it.
+        content = tuple(status._replace(changed=0) for _, status in sorted(weights.items()))
+        given = self._given.setdefault(place, set())
+        if content in given:
+            return None
+        given.add(content)
+        written = max(status.modified for status in weights.values())
+        is_own = place == self._directory
+        return written, Version(f"{place.resolve().name}@{_moment(written)}" if is_own else place.name, place)
+
+    def _check_order(self, place: Path, files: _Files, weights: _Files) -> None:
+        """Raise ``CheckpointError`` if a file of weights is newer than what is written last."""
+        last = [name for name in files if (name == self._marker if self._marker else name.endswith(_INDEX))]
+        # Hubs' clients bring the files in any order, and rename each into its place when it is whole.
+        if not last or not weights or (place / ".cache" / "huggingface").is_dir() or (place / last[0]).is_symlink():
+            return
+        ended = max(files[name].modified for name in last)
+        if newer := sorted(name for name, status in weights.items() if status.modified > ended):
+            raise CheckpointError(
+                f"{some(newer, 3)}: newer than {last[0]}, which is written last. Perhaps another version is being "
+                f"written. If it is whole: touch {place / last[0]}"
+            )
+
+    def _files(self, place: Path) -> _Files:
+        """The files of weights in this place, their indexes and the marker."""
+        files: _Files = {}
+        try:
+            names = os.listdir(place)
+        except OSError:
+            return files  # It was removed.
+        for name in names:
+            if name.endswith((_WEIGHTS, _INDEX)) or name == self._marker:
+                try:
+                    status = os.stat(place / name)
+                except OSError:
+                    continue  # It was removed, or is a link that leads nowhere yet.
+                if stat.S_ISREG(status.st_mode):
+                    files[name] = _status(status)
+        return files
+
+
+def _weights(place: Path) -> _Files:
+    """The files of weights of the version in this place. Raises ``CheckpointError`` if one is absent, or broken."""
+    paths = list_checkpoint(place).files
+    try:
+        return {os.path.relpath(path, place): _status(os.stat(path)) for path in paths}
+    except OSError as error:
+        raise CheckpointError(f"{place}: a file went away: {error.strerror}") from error
+
+
+def _status(status: os.stat_result) -> _Status:
+    return _Status(status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """A key that sorts ``step-9`` before ``step-10``."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _moment(nanoseconds: int) -> str:
+    """A time for a name that is the same for all who follow the directory: ``20261126T125148.012345678Z``."""
+    seconds, rest = divmod(nanoseconds, 10**9)
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y%m%dT%H%M%S}.{rest:09}Z"
