@@ -20,7 +20,8 @@ WINGS = """
 memory plan sources model transfer tracing loading routing live engines testing cli
 """.split()
 WORDS = """
-errors dtypes manifest boxes ranges arguments text progress notices forked gc_pause signals on_demand
+errors dtypes manifest sharding boxes ranges arguments text progress notices forked gc_pause signals names rename
+on_demand
 """.split()
 
 

@@ -23,20 +23,56 @@ def check_model(model: object, source: object = None) -> None:
     if not isinstance(model, nn.Module):
         swapped = isinstance(model, (str, os.PathLike, Mapping)) and isinstance(source, nn.Module)
         cure = "; the model comes first, then the source" if swapped else ""
-        raise UsageError(f"a model is a torch.nn.Module; found {_words(model)}{cure}")
+        raise UsageError(f"a model is a torch.nn.Module; found {shown(model)}{cure}")
 
 
 def check_choices(**options: tuple[object, Any]) -> None:
     """Raise ``UnknownName`` for an option that has no value of its ``Literal``: ``check_choices(io=(io, IOMode))``."""
     for name, (value, known) in options.items():
-        if value not in get_args(known):
+        if not isinstance(value, str) or value not in get_args(known):
             raise UnknownName(name, value, get_args(known))
 
 
 def check_kind(what: str, value: object, kind: type | tuple[type, ...], words: str) -> None:
     """Raise ``UsageError`` unless ``value`` is ``None`` or of this kind, which ``words`` describe."""
     if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
-        raise UsageError(f"{what}= is {words}; found {_words(value)}")
+        raise UsageError(f"{what}= is {words}; found {shown(value)}")
+
+
+def check_count(least: int, **options: object) -> None:
+    """Raise ``UsageError`` for an option that is no whole number of at least ``least``."""
+    for name, value in options.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise UsageError(f"{name}= is a whole number of at least {least}; found {shown(value)}")
+
+
+def check_seconds(*, or_zero: bool = False, **options: object) -> None:
+    """Raise ``UsageError`` for an option that is no number of seconds, above zero or from zero on."""
+    for name, value in options.items():
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not (number and (value > 0 or (or_zero and value == 0))):  # type: ignore[operator]
+            raise UsageError(f"{name}= is {'at least' if or_zero else 'more than'} 0 s; found {shown(value)}")
+
+
+def check_flags(**options: object) -> None:
+    """Raise ``UsageError`` for an option that is not ``True``, ``False`` or ``None``."""
+    for name, value in options.items():
+        if value is not None and not isinstance(value, bool):
+            raise UsageError(f"{name}= is True, False or None; found {shown(value)}")
+
+
+def check_callable(**options: object) -> None:
+    """Raise ``UsageError`` for an option that is neither ``None`` nor a function."""
+    for name, value in options.items():
+        if value is not None and not callable(value):
+            raise UsageError(f"{name}= is a function, or None; found {shown(value)}")
+
+
+def check_timeout(timeout: object) -> None:
+    """Raise ``UsageError`` unless it is a number of seconds, 0 or more, or ``None``: without a limit."""
+    check_kind("timeout", timeout, (int, float), "seconds, or None for no limit")
+    if isinstance(timeout, (int, float)) and not timeout >= 0:
+        raise UsageError(f"timeout= is 0 seconds or more; found {timeout:g}")
 
 
 def patterns_from(**options: object) -> list[list[str | re.Pattern[str]]]:
@@ -47,7 +83,7 @@ def patterns_from(**options: object) -> list[list[str | re.Pattern[str]]]:
 def _patterns(name: str, value: object) -> Iterator[str | re.Pattern[str]]:
     for pattern in value if isinstance(value, Iterable) and not isinstance(value, (str, Mapping)) else [value]:
         if not isinstance(pattern, (str, re.Pattern)):
-            raise UsageError(f"{name}= is a pattern of names, or several; found {_words(pattern)}")
+            raise UsageError(f"{name}= is a pattern of names, or several; found {shown(pattern)}")
         yield pattern
 
 
@@ -69,7 +105,8 @@ def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0] or type(error).__name__
 
 
-def _words(value: object) -> str:
+def shown(value: object) -> str:
+    """How an error shows a value: short ones as they are, others by their type."""
     if isinstance(value, (str, int, float, bytes, os.PathLike, type, type(None))):
         return repr(value)
     return type(value).__name__

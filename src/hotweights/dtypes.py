@@ -11,8 +11,12 @@ import msgspec
 if TYPE_CHECKING:  # Whoever only lists the tensors of files does not wait for torch.
     import torch
 
-Cast = Literal["error", "loader"]
-"""Whether a cast that loses information is a problem (``error``), or what the loader means to do (``loader``)."""
+Cast = Literal["error", "floats", "loader"]
+"""Which casts that lose information are done.
+
+``"error"``: none. ``"floats"``: from one float of 16 bits or more to another. ``"loader"``: all that the model's own
+loading code would do. From floats to integers none is ever done.
+"""
 
 
 def is_float(dtype: torch.dtype) -> bool:
@@ -59,6 +63,20 @@ def is_lossless(source: torch.dtype, target: torch.dtype) -> bool:
         return info.max.bit_length() <= bits and max(-info.min, info.max).bit_length() - 1 <= high and "zero" in special
     source_bits, source_low, source_high, source_special = _float(source)
     return source_bits <= bits and low <= source_low and source_high <= high and source_special <= special
+
+
+def may_cast(source: torch.dtype, target: torch.dtype, cast: Cast) -> bool:
+    """Whether ``cast`` allows to make ``target`` of ``source``."""
+    if is_lossless(source, target):
+        return True
+    if is_float(source) and not is_float(target):
+        return False
+    return cast == "loader" or (cast == "floats" and _is_wide(source) and _is_wide(target))
+
+
+def _is_wide(dtype: torch.dtype) -> bool:
+    # Floats of fewer bits come with a scale: a cast alone would put most weights out of their range.
+    return dtype.is_floating_point and dtype.itemsize >= 2
 
 
 def _float(dtype: torch.dtype) -> tuple[int, int, int, frozenset[str]]:

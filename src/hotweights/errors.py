@@ -36,7 +36,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 __all__ = [
     "AddressTaken",
@@ -87,14 +87,24 @@ class _Problems(HotweightsError):
 
     Attributes:
         problems: every problem found, one line each.
+        advice: which arguments would allow some of them; empty if none would.
     """
 
-    def __init__(self, title: str, problems: Iterable[str] = ()) -> None:
+    def __init__(self, title: str, problems: Iterable[str] = (), *, advice: str = "") -> None:
         self.title = title
         self.problems: tuple[str, ...] = tuple(sorted(problems))
+        self.advice = advice
         super().__init__(title, self.problems)
 
+    def explain(self, more: Callable[[str], str]) -> None:
+        """Let ``more(problem)`` stand for each problem: whoever catches it may know more than whoever raised it."""
+        self.problems = tuple(map(more, self.problems))
+        self.args = (self.title, self.problems)
+
     def __str__(self) -> str:
+        return "\n".join(filter(None, (self._listed(), self.advice)))
+
+    def _listed(self) -> str:
         if not self.problems:
             return self.title
         if len(self.problems) == 1:
@@ -122,18 +132,7 @@ class UnsupportedDtype(HotweightsError):
 
 
 class PlanError(_Problems):
-    """Source and model do not fit. Raised before the first byte is read; the model is unharmed.
-
-    Attributes:
-        advice: which arguments would allow what is missing or unexpected; empty if nothing is.
-    """
-
-    def __init__(self, title: str, problems: Iterable[str] = (), *, advice: str = "") -> None:
-        super().__init__(title, problems)
-        self.advice = advice
-
-    def __str__(self) -> str:
-        return f"{super().__str__()}\n{self.advice}" if self.advice else super().__str__()
+    """Source and model do not fit. Raised before the first byte is read; the model is unharmed."""
 
 
 class PlanFileError(_Problems):

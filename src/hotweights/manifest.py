@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import msgspec
 from msgspec.structs import force_setattr
@@ -12,6 +13,9 @@ from msgspec.structs import force_setattr
 from .dtypes import DType, OpaqueDtype, format_name
 from .errors import UsageError
 from .text import some
+
+if TYPE_CHECKING:
+    from .sharding import Part  # It needs torch.
 
 
 class TensorSpec(msgspec.Struct, frozen=True, gc=False):
@@ -22,12 +26,14 @@ class TensorSpec(msgspec.Struct, frozen=True, gc=False):
         dtype: a ``torch.dtype``, or an ``OpaqueDtype`` where torch has none.
         shape: as torch counts it (packed dtypes in packs); for an ``OpaqueDtype``, as the format counts it.
         nbytes: size in bytes, without padding. It follows from the others and is not given.
+        part: which part of a tensor it is, where a rank holds no more; the shape is that of the part.
     """
 
     name: str
     dtype: DType
     shape: tuple[int, ...]
     nbytes: int = -1
+    part: Part | None = None
 
     def __post_init__(self) -> None:
         # Worked out once: every tensor is asked for it many times.
@@ -35,7 +41,11 @@ class TensorSpec(msgspec.Struct, frozen=True, gc=False):
         force_setattr(self, "nbytes", math.prod(self.shape) * bits // 8)
 
     def __str__(self) -> str:
-        return f"{self.name}: {format_name(self.dtype)} {list(self.shape)}"
+        part = "" if self.part is None else f" (a part: {self.part})"
+        return f"{self.name}: {format_name(self.dtype)} {list(self.shape)}{part}"
+
+
+_NOT_RENAMED: Mapping[str, str] = {}
 
 
 class Manifest(Mapping[str, TensorSpec]):
@@ -44,9 +54,9 @@ class Manifest(Mapping[str, TensorSpec]):
     The order is the source's own. Tensors may arrive in another one.
     """
 
-    __slots__ = ("_specs", "nbytes")
+    __slots__ = ("_specs", "nbytes", "origins")
 
-    def __init__(self, specs: Iterable[TensorSpec]) -> None:
+    def __init__(self, specs: Iterable[TensorSpec], *, origins: Mapping[str, str] = _NOT_RENAMED) -> None:
         given = tuple(specs)
         self._specs: dict[str, TensorSpec] = {spec.name: spec for spec in given}
         if len(given) != len(self._specs):
@@ -54,6 +64,23 @@ class Manifest(Mapping[str, TensorSpec]):
             raise UsageError(f"a manifest names tensors twice: {some(twice)}; give each spec once")
         self.nbytes = sum(spec.nbytes for spec in self._specs.values())
         """Bytes of all tensors together."""
+        self.origins = origins
+        """For tensors that were renamed: their names where they come from."""
+
+    def called(self, name: str) -> str:
+        """The tensor's name for messages, with the one that it has where it comes from."""
+        return f"{name} ({self.origins[name]} in the source)" if name in self.origins else name
+
+    def renamed(self, names: Mapping[str, str]) -> Manifest:
+        """The same tensors under new names: ``names`` gives those of the tensors that get one."""
+        if not names:
+            return self
+        origins = {names.get(name, name): self.origins.get(name, name) for name in self}
+        origins = {new: old for new, old in origins.items() if new != old}
+        return Manifest(
+            (msgspec.structs.replace(spec, name=names.get(spec.name, spec.name)) for spec in self.values()),
+            origins=origins,
+        )
 
     def __getitem__(self, name: str) -> TensorSpec:
         return self._specs[name]

@@ -1,7 +1,8 @@
 """Signals: Ctrl-C and the like wait while something runs that may not be cut short.
 
-``held_back`` is for waits: the first signal of each kind wakes the waiter. ``held``, ``whole`` and ``watched`` mark the
-functions that take and give back locks, change states, commit, abort and put things back.
+``held``, ``whole`` and ``watched`` mark the functions that take and give back locks, change states, commit, abort and
+put things back. ``first_waits`` is for a wait that a signal ends, and for what follows from it. ``Stop`` stops another
+thread at the places where signals are delivered.
 """
 
 from __future__ import annotations
@@ -17,82 +18,13 @@ from contextlib import contextmanager
 from types import CodeType, FrameType, FunctionType
 from typing import Any, TypeVar
 
-
-class Interruption:
-    """The signals that were held back. Python runs handlers in the main thread, between any two of its bytecodes.
-
-    Attributes:
-        came: whether a signal came.
-    """
-
-    def __init__(self, wake: Callable[[], object]) -> None:
-        self.came = False
-        self._wake = wake
-        self._over = False
-        self._before: dict[int, Callable[[int, FrameType | None], Any]] = {}
-        self._held: dict[int, FrameType | None] = {}
-
-    def take_over(self) -> None:
-        """Hold back the first signal of each kind from here on. Signals without a Python handler are left alone."""
-        for number in signal.valid_signals():
-            handler = signal.getsignal(number)
-            if callable(handler):
-                self._before[number] = handler
-                signal.signal(number, self._take)
-
-    def let_go(self) -> None:
-        """Put the handlers back, and handle what was held back.
-
-        Raises:
-            BaseException: what the handler raises: ``KeyboardInterrupt``.
-        """
-        try:
-            self._over = True  # From here on our handler, where it still stands, passes signals on.
-            self._put_back()
-        finally:  # The handler of a signal that comes in the midst of it may raise: put back the rest.
-            self._put_back()
-        while self._held:
-            number, frame = self._held.popitem()
-            self._before[number](number, frame)
-
-    def _put_back(self) -> None:
-        for number, handler in self._before.items():
-            if signal.getsignal(number) == self._take:  # Nobody put another one there meanwhile.
-                signal.signal(number, handler)
-
-    def _take(self, number: int, frame: FrameType | None) -> None:
-        if self._over or number in self._held:  # The second one is not held back: the user insists.
-            self._before[number](number, frame)
-            return
-        self._held[number] = frame
-        self.came = True
-        self._wake()
-
-
-@contextmanager
-def held_back(wake: Callable[[], object]) -> Iterator[Interruption]:
-    """Inside, the first signal of each kind waits for the end of the ``with``; a second one does not.
-
-    Args:
-        wake: called by the handler when a signal comes, to end a wait.
-    """
-    interruption = Interruption(wake)
-    if threading.current_thread() is not threading.main_thread():  # No handler ever runs here.
-        yield interruption
-        return
-    try:
-        interruption.take_over()
-        yield interruption
-    finally:
-        interruption.let_go()
-
-
 # What must be whole. While somebody watches, the handlers of signals look at what they interrupt: code that is marked
 # here is finished first. `finally` alone does not do that: a signal may come at its first line, or at the first
 # instruction of an `__exit__`, and then what it should give back is never given back.
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _Class = TypeVar("_Class", bound=type)
+_Result = TypeVar("_Result")
 
 _HELD: set[CodeType] = set()
 _WHOLE: set[CodeType] = set()
@@ -156,10 +88,83 @@ def unwatch(watcher: object) -> None:
     _watch.end(watcher)
 
 
+class Stopped(BaseException):
+    """What is raised into work that was asked to stop. No failure of the work: whoever asked catches it."""
+
+
+class Stop:
+    """What stops work in another thread, as Ctrl-C stops it in the main thread: where ``deliver`` is called."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def run(self, work: Callable[[], _Result]) -> _Result:
+        """Do the work in this thread.
+
+        Raises:
+            Stopped: ``asked`` was set, by another thread, before the work had ended.
+        """
+        before, _thread.stop = _thread.stop, self
+        try:
+            deliver()
+            return work()
+        finally:
+            _thread.stop = before
+
+
+class _Stoppable(threading.local):
+    """What may stop this thread."""
+
+    stop: Stop | None = None
+
+
+_thread = _Stoppable()
+
+
 def deliver() -> None:
     """Deliver the signals that wait, as far as nothing that is whole runs: their handlers may raise here."""
+    if (stop := _thread.stop) is not None and stop.asked and not _is_whole(sys._getframe()):
+        stop.asked = False  # What is put back now, and may call this, is not stopped too.
+        raise Stopped
     if _watch.pending and _in_main_thread() and not _is_whole(sys._getframe()):
         _watch.deliver()
+
+
+class Interruption:
+    """The signals that wait for the end of one ``first_waits``. Only the handler adds some."""
+
+    def __init__(self, wake: Callable[[], object]) -> None:
+        self.numbers: set[int] = set()
+        self.wake = wake
+
+    @property
+    def came(self) -> bool:
+        """Whether a signal came."""
+        return bool(self.numbers)
+
+
+@contextmanager
+@held
+def first_waits(wake: Callable[[], object]) -> Iterator[Interruption]:
+    """Inside, the first signal of each kind waits for the end of the ``with``, in code of the user too.
+
+    A second one does not: it is handled as elsewhere while somebody watches.
+
+    Args:
+        wake: called by the handler when a signal comes, to end a wait.
+    """
+    interruption = Interruption(wake)
+    if not _in_main_thread():
+        yield interruption
+        return
+    watcher = watch()
+    try:
+        _watch.postpone(interruption)
+        yield interruption
+    finally:
+        _watch.settle(interruption)
+        unwatch(watcher)
+        deliver()  # Others may watch still.
 
 
 def _in_main_thread() -> bool:
@@ -172,6 +177,7 @@ class _Watch:
     def __init__(self) -> None:
         self.pending: set[int] = set()
         self.watchers: set[object] = set()  # Adding and discarding are atomic: updates may end in any thread.
+        self.interruptions: list[Interruption] = []  # of the main thread, the innermost last
         self._ending = False  # whether handlers are being put back
         self._before: dict[int, Callable[[int, FrameType | None], Any]] = {}
 
@@ -212,10 +218,22 @@ class _Watch:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
     def take(self, number: int, frame: FrameType | None) -> None:
-        if (self.watchers or self._ending) and _must_finish(frame):
+        if self.interruptions and number not in self.interruptions[-1].numbers:
+            self.interruptions[-1].numbers.add(number)
+            self.interruptions[-1].wake()
+        elif (self.watchers or self._ending) and _must_finish(frame):
             self.pending.add(number)  # Not the frame: it would keep alive what it holds, an update say.
         else:
             self._before[number](number, frame)
+
+    def postpone(self, interruption: Interruption) -> None:
+        self.interruptions.append(interruption)
+        while self.pending:  # They came in the lines just before.
+            interruption.numbers.add(self.pending.pop())
+
+    def settle(self, interruption: Interruption) -> None:
+        self.interruptions.remove(interruption)
+        self.pending |= interruption.numbers
 
     def deliver(self) -> None:
         while self.pending:
@@ -245,5 +263,8 @@ def _is_whole(frame: FrameType | None) -> bool:
 _NUMBERS = sorted(signal.valid_signals())
 _watch = _Watch()
 _HELD.update(function.__code__ for function in (watch, unwatch, deliver, _in_main_thread, _must_finish, _is_whole))
-_HELD.update(method.__code__ for method in (_Watch.begin, _Watch.end, _Watch.take, _Watch.deliver))
+_HELD.update(
+    method.__code__
+    for method in (_Watch.begin, _Watch.end, _Watch.take, _Watch.postpone, _Watch.settle, _Watch.deliver)
+)
 _WHOLE.add(_Watch._put_back.__code__)

@@ -43,10 +43,12 @@ def flags(command):
 def test_commands_and_flags():
     assert set(COMMANDS) == {*"inspect verify diff copy convert follow plan load send receive demo".split()}
     assert flags("--help") == {"--version", "--help"}
-    shared = {"--json", "--timeout", "--help"}
+    shared, allowing = {"--json", "--timeout", "--help"}, {"--allow-missing", "--allow-unexpected", "--cast"}
     assert flags("send") == shared | {"--to", "--receivers", "--version", "--on-lost", "--digests", "--no-digests"}
-    assert flags("receive") == shared | {"--from", "--model", "--device", "--versions", "--offer-timeout"}
-    assert flags("inspect") == {"--json", "--limit", "--reader", "--quiet", "--files-from", "--help"}
+    assert flags("receive") == shared | {"--from", "--model", "--device", "--versions", "--offer-timeout"} | allowing
+    assert flags("inspect") == {
+        *"--json --limit --reader --variant --subfolder --quiet --files-from --help".split(),
+    }
     assert flags("verify") == {"--json", "--digests", "--write", "--help"}
     assert flags("diff") == {"--json", "--help"}
     assert flags("copy") == {"--json", "--shard-size", "--help"}
@@ -55,10 +57,13 @@ def test_commands_and_flags():
         *"--versions --interval --timeout --latest --marker --pattern --json --help".split(),
     }
     assert flags("plan") == {
-        *"--model --order --explain --save --limit --allow-missing --allow-unexpected --json --help".split()
+        *"--model --order --explain --save --limit --allow-missing --allow-unexpected --cast --json --help".split(),
+        *("--variant", "--subfolder"),
     }
     assert flags("load") == {
         *"--model --reader --device --dtype --cast --io --threads --allow-missing --allow-unexpected".split(),
+        "--variant",
+        "--subfolder",
         *"--json --help".split(),
     }
     assert flags("demo") == {"--help"}
@@ -356,7 +361,8 @@ class TestLoad:
     def test_what_does_not_fit_is_refused(self, bert, checkpoint):
         result = run("load", checkpoint, "--model", bert, "--json")
         assert result.exit_code == 1
-        assert "a.weight: unexpected; the model has no such name" in json.loads(result.output)["error"]["problems"]
+        unexpected = "a.weight: unexpected; the model has no such name (in model.safetensors)"
+        assert unexpected in json.loads(result.output)["error"]["problems"]
         assert (
             run("load", checkpoint, "--model", bert, "--allow-missing", "*", "--allow-unexpected", "*").exit_code == 0
         )
@@ -402,6 +408,15 @@ class TestPlan:
         assert result.exit_code == 1
         assert json.loads(result.output)["error"]["kind"] == "PlanError"
         assert run("plan", bert, "--model", bert, "--order", "sideways").exit_code == 2
+
+    def test_lossy_casts(self, bert, tmp_path):
+        config = json.loads((bert / "config.json").read_text()) | {"dtype": "bfloat16"}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        refused = run("plan", bert, "--model", tmp_path)
+        assert refused.exit_code == 1
+        assert 'cast="loader" allows it' in refused.stderr
+        for cast in ("floats", "loader"):  # as the error says
+            assert run("plan", bert, "--model", tmp_path, "--cast", cast).exit_code == 0
 
 
 class TestPlanOfAFactory:
@@ -499,7 +514,7 @@ class TestTransfer:
 
 
 def test_ctrl_c_is_130(monkeypatch, checkpoint):
-    def interrupted(path):
+    def interrupted(path, **which):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(import_module("hotweights.cli.inspect"), "list_checkpoint", interrupted)

@@ -170,3 +170,18 @@ def test_torchao_is_imported_when_it_is_named(monkeypatch):
 def test_a_config_of_another_library_is_refused():
     with pytest.raises(hw.UsageError, match="config of torchao's"):
         quantise("int8")
+
+
+def test_quantised_weights_are_neither_source_nor_target_of_a_plain_load():
+    source, model = cold(plain, "weight-only", 0), plain()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for use in (hw.open, lambda source: hw.load(model, source), lambda source: hw.LiveModel(model).load(source)):
+        with pytest.raises(hw.UsageError, match=r"'1\.weight' is a Int8Tensor.*give its dequantize\(\)"):
+            use(source)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(hw.PlanError, match=r"1\.weight: is a Int8Tensor, which has no plain bytes"):
+        hw.load(source, before)
+    state = source.state_dict()
+    state |= {name: state[name].dequantize() for name in ("1.weight", "3.weight")}  # what the message says
+    hw.load(model, state)
+    assert torch.equal(model[1].weight, state["1.weight"])

@@ -249,8 +249,8 @@ class TestPrefixes:
         with pytest.raises(hw.PlanError) as caught:
             hw.load(model, tmp_path)
         assert caught.value.problems == (
-            "classifier.bias: unexpected; the model has no such name",
-            "classifier.weight: unexpected; the model has no such name",
+            "classifier.bias: unexpected; the model has no such name (in model-00002-of-00002.safetensors)",
+            "classifier.weight: unexpected; the model has no such name (in model-00002-of-00002.safetensors)",
         )
         assert digest(model) == before
         report = hw.load(model, tmp_path, allow_unexpected="classifier.*")
@@ -338,7 +338,7 @@ class TestRefusals:
         assert EXPERT.format(0, 1, "w1") not in problems[0]
         assert problems[1].startswith("model.layers.1.mlp.experts.down_proj: transformers cannot make it of ")
         assert EXPERT.format(1, 3, "w2") in problems[1]
-        assert problems[2] == "model.norm.weight: shape [32] expected, [5] found"
+        assert problems[2] == "model.norm.weight: shape [32] expected, [5] found (in model.safetensors)"
 
     def test_experts_that_are_all_too_small(self, saved, tmp_path):
         def change(tensors):
@@ -349,7 +349,7 @@ class TestRefusals:
         problems = self.refused(fresh("mixtral"), rewritten(saved("mixtral").directory, tmp_path, change))
         assert problems == tuple(
             f"model.layers.{layer}.mlp.experts.down_proj: shape [4, 32, 48] expected, [4, 32, 7] found "
-            f"(from {EXPERT.format(layer, 0, 'w2')})"
+            f"(from {EXPERT.format(layer, 0, 'w2')} in model.safetensors)"
             for layer in range(2)
         )
 
@@ -577,5 +577,52 @@ def test_a_configuration_changed_since_the_last_load(saved):
     directory, model = saved("llama").directory, fresh("llama")
     hw.load(model, directory, show_progress=False)
     model.config.quantization_config = {"quant_method": "fp8"}
-    with pytest.raises(hw.PlanError, match="quantization_config"):
+    with pytest.raises(hw.PlanError, match=r"quantization_config \(fp8\)"):
         hw.load(model, directory, show_progress=False)
+
+
+class TestBuiltOnMeta:
+    """Without ``build``: by ``torch.device("meta")`` alone, buffers that no checkpoint carries are on meta too."""
+
+    @pytest.mark.parametrize(
+        ("kind", "options"),
+        [
+            (tf.LlamaForCausalLM, {}),
+            (tf.LlamaForSequenceClassification, {"allow_missing": "score.*", "allow_unexpected": "lm_head.*"}),
+        ],
+    )
+    def test_it_computes_what_from_pretrained_computes(self, saved, kind, options):
+        directory = saved("llama").directory
+        torch.manual_seed(3)
+        expected = kind.from_pretrained(directory)
+        with torch.device("meta"):
+            model = kind(tf.LlamaConfig.from_pretrained(directory)).eval()
+        torch.manual_seed(3)  # A head that is missing is drawn from the same numbers.
+        hw.load(model, directory, device="cpu", **options)
+        ours, theirs = everything(model), everything(expected)
+        assert ours.keys() == theirs.keys()
+        assert [name for name in theirs if not torch.equal(bits(ours[name]), bits(theirs[name]))] == []
+        inputs = ARCHITECTURES["llama"].inputs()
+        assert torch.equal(model(**inputs).logits, expected(**inputs).logits)
+
+    def test_a_head_of_another_shape(self, saved):
+        directory = saved("vit").directory
+        model_class, config = ARCHITECTURES["vit"].make()
+        config.num_labels = 9
+        torch.manual_seed(3)
+        expected = model_class.from_pretrained(directory, config=config, ignore_mismatched_sizes=True)
+        with torch.device("meta"):
+            model = model_class(config)
+        torch.manual_seed(3)
+        report = hw.load(model, directory, device="cpu", allow_mismatched="classifier.*")
+        assert {"classifier.bias", "classifier.weight"} <= set(report.tensors[Fate.MISMATCHED])
+        ours, theirs = everything(model), everything(expected)
+        assert [name for name in theirs if not torch.equal(bits(ours[name]), bits(theirs[name]))] == []
+
+    def test_what_is_real_and_missing_keeps_its_value(self, saved):
+        model = tf.LlamaForSequenceClassification._from_config(saved("llama").expected.config)
+        model.model.norm.weight = nn.Parameter(model.model.norm.weight.to("meta"))
+        before = model.score.weight.clone()
+        hw.load(model, saved("llama").directory, device="cpu", allow_missing="score.*", allow_unexpected="lm_head.*")
+        assert torch.equal(model.score.weight, before)
+        assert not hasattr(model.score.weight, "_is_hf_initialized")

@@ -256,3 +256,20 @@ def test_neither_may_a_grandchild():
     with pytest.raises(hw.HotweightsError, match=r"replaced.*: 0\.block\.0"):
         live.load({"0.block.0.weight": torch.ones(4, 4)})
     assert model[0].block[0] is child
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_part_that_was_scripted_cannot_be_processed():
+    def model():
+        return nn.ModuleDict({"part": torch.jit.script(nn.Linear(2, 2)), "head": nn.Linear(2, 2)})
+
+    weights = {"head.weight": torch.ones(2, 2), "head.bias": torch.ones(2)}
+    live = hw.LiveModel(model(), process=lambda layer: None)
+    with pytest.raises(hw.UsageError, match=r"part: is a TorchScript module.*leave it out of layers="):
+        live.load(weights, allow_missing="part.*")
+    assert live.state is hw.State.EMPTY
+    live = hw.LiveModel(model(), process=lambda layer: None, layers="head")  # as the error says
+    live.load(weights, allow_missing="part.*")
+    part = {"part.weight": torch.ones(2, 2), "part.bias": torch.ones(2)}
+    live.update({**weights, **part})  # another manifest: the model is traced anew, its parts as they are
+    assert (live.model["part"].weight == 1).all()

@@ -1,6 +1,8 @@
 """Readers in other threads see N or M, never a mix. Nothing here sleeps: threads meet at events."""
 
 import contextlib
+import copy
+import itertools
 import threading
 import time
 
@@ -81,11 +83,11 @@ def test_a_forward_sees_one_version(atomic, process):
     assert model.between.wait(WAIT)
     waits, begin_writing = threading.Event(), ReadWriteLock.begin_writing
 
-    def told(serving):
+    def told(timeout):
         waits.set()  # From here on the update can only wait for the reader.
-        begin_writing(serving)
+        return begin_writing(live._current.guard, timeout)
 
-    live._current.guard.begin_writing = lambda: told(live._current.guard)
+    live._current.guard.begin_writing = told
     writer = Thread(lambda: live.update(weights(2), version=2))
     assert waits.wait(WAIT)
     model.go_on.set()
@@ -190,11 +192,11 @@ def test_a_hook_cannot_update():
 
 @contextlib.contextmanager
 def reading(lock, timeout):
-    lock.begin_reading(timeout)
+    hold = lock.begin_reading(timeout)
     try:
         yield
     finally:
-        lock.end_reading()
+        lock.end_reading(hold)
 
 
 def test_who_reads_may_read_again_before_a_writer_that_waits():
@@ -219,9 +221,45 @@ def test_before_the_first_load_there_is_nothing_to_serve():
         pass
 
 
+def test_no_wall_clock_decides_anything(monkeypatch):
+    """The host's clock is set back or forward at every look."""
+    jumps = itertools.cycle((0.0, 4e9))
+    monkeypatch.setattr(time, "time", lambda: next(jumps))
+    _, live = live_model()
+    with live.serving(WAIT), pytest.raises(hw.UpdateAborted, match="being read"):
+        Thread(lambda: live.update(weights(2), timeout=0.01)).result()
+    live.update(weights(2), version=2, timeout=WAIT)
+    with live.serving(0) as version:
+        assert version == 2
+
+
+@pytest.mark.parametrize("atomic", ["staged", "journal"])
+def test_a_model_that_is_copied_while_an_update_runs(atomic):
+    """The copy is of one version where it is made by a reader, and no update reaches it."""
+    model, live = live_model(atomic=atomic)
+
+    def copied():
+        with live.serving(0.01):
+            return copy.deepcopy([model.first, model.second])
+
+    with live.begin() as update:
+        update.feed({"first.weight": weights(2)["first.weight"]})
+        if atomic == "staged":
+            copies = Thread(copied).result()
+        else:
+            with pytest.raises(TimeoutError):
+                Thread(copied).result()
+            copies = None
+        update.feed({"second.weight": weights(2)["second.weight"]})
+        update.commit(2)
+    if copies is not None:
+        assert values([one.weight for one in copies]) == {1.0}
+    assert values([one.weight for one in copied()]) == {2.0}
+
+
 def test_a_timeout_ends_the_wait_for_a_writer():
     serving = ReadWriteLock()
-    serving.begin_writing()
+    hold = serving.begin_writing()
 
     def read():
         with reading(serving, 0):
@@ -231,5 +269,5 @@ def test_a_timeout_ends_the_wait_for_a_writer():
     with pytest.raises(TimeoutError):
         Thread(read).result()
     assert time.monotonic() - began < WAIT
-    serving.end_writing()
+    serving.end_writing(hold)
     Thread(read).result()

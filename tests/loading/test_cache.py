@@ -284,6 +284,17 @@ class TestOnDisk:
         assert len(traces) == 2
         assert torch.equal(model.w, state()["w"].roll(1, 0))
 
+    @pytest.mark.parametrize("under", ["", "deeper/plans"])
+    def test_a_file_in_the_way_costs_the_kept_plan_and_no_load(self, traces, tmp_path, caplog, under):
+        way = tmp_path / "file"
+        way.write_text("in the way")
+        model = Loaded()
+        load(model, state(), cache_dir=way / under)
+        assert_same_bits(dict(model.named_parameters()), state())
+        assert "a plan is not kept for other processes; give cache_dir= a folder: " in caplog.text
+        assert str(way) in caplog.text
+        assert way.read_text() == "in the way"
+
     def test_a_damaged_file_is_made_anew(self, traces, tmp_path, caplog):
         load(Loaded(), state(), cache_dir=tmp_path)
         (file,) = tmp_path.iterdir()

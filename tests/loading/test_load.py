@@ -267,7 +267,7 @@ class TestRefused:
         source, options = way(state)
         with pytest.raises(PlanError) as caught:
             hw.load(self.model, source, **options)
-        assert caught.value.problems == (
+        assert tuple(problem.partition(" (in ")[0] for problem in caught.value.problems) == (
             "1.linear.weight: missing; F32 [24, 24] expected",
             "2.linear.bias: shape [24] expected, [25] found",
             "stranger: unexpected; the model has no such name",
@@ -318,8 +318,8 @@ class TestRefused:
             ours = Block()
         with pytest.raises(PlanError, match="constant: is a non-persistent buffer on the meta device"):
             hw.load(ours, Block(), device="cpu")
-        hw.load(ours, Block(), device="cpu", allow_missing="constant")
-        assert ours.constant.is_meta
+        hw.load(ours, Block(), device="cpu", init_missing=lambda name, tensor: tensor.fill_(4))
+        assert torch.equal(ours.constant, torch.full_like(ours.constant, 4))
 
     def test_state_that_is_no_tensor(self):
         extra = nn.Linear(2, 2)
@@ -565,13 +565,13 @@ class TestSurprises:
     def test_names_with_brackets_and_wrong_numbers(self):
         ours = nn.Linear(2, 2)
         hw.load(ours, {**ours.state_dict(), "a[0].bias": torch.zeros(1)}, allow_unexpected=["a[0].bias"])
-        with pytest.raises(UsageError, match="threads=0"):
+        with pytest.raises(UsageError, match="threads= is a whole number of at least 1; found 0"):
             hw.load(ours, ours, threads=0)
 
     def test_options_are_checked_with_a_plan_too(self):
         ours = nn.Linear(2, 2)
         plan = hw.trace(ours, ours)
-        with pytest.raises(hw.UnknownName, match="unknown cast 'none'; known are: error, loader"):
+        with pytest.raises(hw.UnknownName, match="unknown cast 'none'; known are: error, floats, loader"):
             hw.load(ours, ours, plan=plan, cast="none")
         with pytest.raises(UsageError, match="device='nonsense' is no device"):
             hw.load(ours, ours, plan=plan, device="nonsense")

@@ -646,7 +646,7 @@ class TestLimit:
             hw.route(reused(small()), [Component("a.", load), Component("", Collecting())], memory_limit=0)
 
     def test_it_is_a_number_of_bytes(self):
-        with pytest.raises(UsageError, match="memory_limit=-1"):
+        with pytest.raises(UsageError, match="memory_limit= is a whole number of at least 0; found -1"):
             hw.route(small(), parts(collecting()), memory_limit=-1)
 
 

@@ -1,5 +1,6 @@
-"""Threads: readers within ``serving()`` see one version, while another thread updates, fails and mends."""
+"""Threads: readers within ``serving()``, tasks among them, see one version; another thread updates, fails and mends."""
 
+import asyncio
 import itertools
 import threading
 import time
@@ -9,7 +10,7 @@ from layers import WAYS, fault_of, live_model, numbers_in, streamed, version_of
 import hotweights as hw
 
 NAME, WEIGHT = "threads", 1
-_READERS = 3
+_READERS, _TASKS = 3, 3
 
 
 def run(tally, draw, until, folder):
@@ -17,6 +18,7 @@ def run(tally, draw, until, folder):
     live = live_model("staged")
     live.load(version_of(0), version=0)
     readers = [threading.Thread(target=_read, args=(tally, live, end), daemon=True) for _ in range(_READERS)]
+    readers.append(threading.Thread(target=lambda: asyncio.run(_tasks(tally, live, end)), daemon=True))
     for reader in readers:
         reader.start()
     try:
@@ -82,3 +84,27 @@ def _read(tally, live, end):
             time.sleep(0.001)
         except BaseException as error:
             tally.fault("a reader", error)
+
+
+async def _tasks(tally, live, end):
+    """Readers that overlap, each of them with a nested one."""
+    await asyncio.gather(*(_task(tally, live, end) for _ in range(_TASKS)))
+
+
+async def _task(tally, live, end):
+    while not end.is_set():
+        try:
+            async with live.serving(timeout=20) as version:
+                for _ in range(2):
+                    await asyncio.sleep(0)
+                    if (found := numbers_in(live.model)) != {float(version)}:
+                        tally.fault(f"a task that reads version {version} found {sorted(found)}")
+                async with live.serving(timeout=20) as again:
+                    if again != version:
+                        tally.fault(f"a task that reads version {version} reads {again} within")
+            tally.add("reads by tasks")
+        except hw.LiveModelError:
+            tally.add("refused reads")  # torn
+            await asyncio.sleep(0.001)
+        except BaseException as error:
+            tally.fault("a task", error)

@@ -386,11 +386,11 @@ class TestMisuse:
     @pytest.mark.parametrize(
         ("item", "words"),
         [
-            ("name", "gave a str"),
-            (("name",), "gave a tuple"),
-            (None, "gave a NoneType"),
+            ("name", "found 'name' among them"),
+            (("name",), "found tuple among them"),
+            (None, "found None among them"),
             (("w", None), "'w' is a NoneType"),
-            ((1, torch.ones(1)), "key 1 is no name"),
+            ((1, torch.ones(1)), "found a pair of 1 and Tensor"),
             (("w", torch.ones(1, device="meta")), "'w' is on meta"),
             (("w", torch.eye(2).to_sparse()), "'w' is torch.sparse_coo"),
         ],

@@ -10,20 +10,21 @@ OURS = os.path.dirname(hw.__file__) + os.sep
 
 
 class Interrupting:
-    """Raises a real SIGINT in this thread at the ``at``-th line of ours that is run inside.
+    """Raises a real SIGINT in this thread at the ``at``-th line of ours that is run inside, while it is armed.
 
     Attributes:
+        armed: whether lines count.
         where: that line; ``None`` if there were not so many.
     """
 
-    def __init__(self, at):
-        self.left, self.where = at, None
+    def __init__(self, at, *, armed=True):
+        self.left, self.armed, self.where = at, armed, None
 
     def trace(self, frame, event, argument):
         names = {caller.f_code.co_name for caller in (frame, frame.f_back) if caller is not None}
         if not frame.f_code.co_filename.startswith(OURS) or "__del__" in names:  # That swallows whatever is raised.
             return None
-        if event == "line" and self.where is None:
+        if event == "line" and self.armed and self.where is None:
             if self.left == 0:
                 self.where = f"{frame.f_code.co_filename}:{frame.f_lineno}"
                 signal.raise_signal(signal.SIGINT)

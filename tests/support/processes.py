@@ -88,9 +88,9 @@ class Child:
         theirs.close()
         self.name = f"process {self.process.pid}"
 
-    def heard(self):
+    def heard(self, timeout=TIMEOUT):
         """What it says next; ``None`` if it ended instead."""
-        ready = multiprocessing.connection.wait([self._pipe, self.process.sentinel], TIMEOUT)
+        ready = multiprocessing.connection.wait([self._pipe, self.process.sentinel], timeout)
         assert ready, "it waits for ever"
         try:
             said = self._pipe.recv() if self._pipe.poll() else None

@@ -2,7 +2,7 @@
 
 import torch
 
-from hotweights.sources.files.shards import SAFETENSORS
+from hotweights.sources.files.layout import SAFETENSORS
 from hotweights.sources.readers import source as readers
 from hotweights.testing import write_checkpoint
 
@@ -23,5 +23,5 @@ def save(directory, tensors, *, reader, shards=1):
     if layout(reader) is SAFETENSORS:
         return write_checkpoint(directory, tensors, shards=shards)
     directory.mkdir(parents=True, exist_ok=True)
-    torch.save(tensors, directory / f"{layout(reader).main}{layout(reader).suffix}")
+    torch.save(tensors, directory / f"{layout(reader).stems[0]}{layout(reader).suffix}")
     return directory

@@ -2,10 +2,10 @@
 
 import contextlib
 import errno
+import fcntl
 import itertools
 import os
 import socket
-import sys
 import threading
 import time
 import types
@@ -13,9 +13,11 @@ import types
 import pytest
 import torch
 from ends import TIMEOUT, Thread, receiver, sender
+from interrupting import Interrupting
 from processes import Child, Tiny, value_of
 
 import hotweights as hw
+from hotweights import signals
 from hotweights.transfer.address import Listener, path_of
 from hotweights.transfer.ballot import Decision
 from hotweights.transfer.channel import Channel
@@ -269,6 +271,26 @@ def test_every_member_has_a_time_of_its_own(monkeypatch):
     assert lost == [("bad", 110.0)]
 
 
+def test_who_answered_while_its_sender_stood_still_is_not_lost(monkeypatch):
+    now, peer = [100.0], Peer(None, "good", 0)
+    waiting, looks = [peer], []
+
+    def look(seconds=0.0):
+        looks.append(seconds)
+        if len(looks) == 1:
+            now[0] += 1000  # It was stopped, and the poll ended without having looked.
+        else:
+            waiting.clear()  # The answer was there.
+
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    lost = []
+    outbound = types.SimpleNamespace(
+        _timeout=10.0, _lose=lambda peer, reason: (lost.append(reason), waiting.clear()), _look=look, _waited={}
+    )
+    Outbound._wait(outbound, lambda: list(waiting), "do it")
+    assert (lost, looks) == ([], [10.0, 0.0])
+
+
 # The decision of others.
 
 
@@ -326,52 +348,42 @@ def test_a_descriptor_is_not_let_go_while_another_thread_writes_to_it(use, monke
     use(waker)
 
 
-# Interrupted between the sending and its note.
+# Interrupted while a frame is said.
 
 
-class Interrupt(BaseException):
-    pass
-
-
-def test_a_frame_that_was_interrupted_is_sent_once():
-    """At every line of ``flush``, and at every frame; frames are larger than what a socket takes at once."""
+def test_a_frame_that_was_interrupted_is_sent_once_and_never_lost():
+    """A signal at every line of ``send`` and ``flush``; frames are larger than what a socket takes at once."""
     frames = [Filled(number, (), number) for number in range(3)] + [Refuse(("x" * 300_000,))]
     for at in itertools.count():
         ours, theirs = socket.socketpair()
         with contextlib.closing(Channel(ours, Side.SENDER)) as channel, theirs:
             theirs.setblocking(False)
-            left, interrupted, raw = [at], False, b""
+            said, raw = [], b""
+            channel.session.sent = lambda kind, update, said=said: said.append(kind)
 
-            def trace(frame, event, argument, left=left):
-                if frame.f_code is not Channel.flush.__code__:
-                    return None
-                if event == "line":
-                    left[0] -= 1
-                    if left[0] == -1:
-                        raise Interrupt
-                return trace
-
-            channel.session.sent = lambda kind, update: None
-            tracing = sys.gettrace()
-            sys.settrace(trace)
-            try:
-                for message in frames:
-                    try:
+            @signals.watched
+            def say(at=at, channel=channel):
+                with Interrupting(at) as interrupting:
+                    for message in frames:
                         channel.send(message, update=1)
-                    except Interrupt:
-                        interrupted = True
-            finally:
-                sys.settrace(tracing)
+                return interrupting
+
+            try:
+                interrupting = say()
+            except KeyboardInterrupt:
+                interrupting = None
             while True:
                 channel.flush()
                 try:
                     raw += theirs.recv(1 << 20)
                 except BlockingIOError:
                     break
-        assert raw == b"".join(encode(1, message) for message in frames), f"at line {at}"
-        if not interrupted:
+        assert raw == b"".join(encode(1, message) for message in frames[: len(said)]), f"at line {at}"
+        assert len(said) == len(frames), "a signal that waits is raised behind the last of them"
+        if interrupting is not None:
+            assert interrupting.where is None
             break
-    assert at > 20
+    assert at > 40
 
 
 # Descriptors that are something else.
@@ -385,7 +397,12 @@ def wrong_descriptors(tmp_path):
     small = WriteSlots(1, 4096)
     unsealed = os.memfd_create("hotweights-test", os.MFD_ALLOW_SEALING)
     os.ftruncate(unsealed, 1 << 20)
+    holes = os.memfd_create("hotweights-test", os.MFD_ALLOW_SEALING)
+    os.ftruncate(holes, 1 << 20)
+    fcntl.fcntl(holes, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
     try:
+        yield "holes", holes, "only 0 are there"
+        yield "a directory", os.open(tmp_path, os.O_RDONLY), "no sealed memory"
         yield "a file", os.open(tmp_path / "file", os.O_RDWR), "no sealed memory|not sealed"
         yield "a pipe", reading, "no sealed memory"
         yield "unsealed", unsealed, "not sealed against shrinking"
@@ -411,6 +428,18 @@ def test_memory_that_is_none_is_refused(address, tmp_path):
         os.close(descriptor)
         os.unlink(path)
         assert name
+
+
+@pytest.mark.parametrize(
+    ("count", "said"), [(0, "came without its descriptor"), (9, "descriptors came"), (200, "lost")]
+)
+def test_a_receiver_keeps_no_descriptors_that_are_too_many_or_none(count, said):
+    ours, theirs = socket.socketpair()
+    with contextlib.closing(Channel(ours, Side.RECEIVER)) as channel, theirs:
+        channel.send(Hello(1))
+        socket.send_fds(theirs, [encode(0, Welcome(1, 4096, 1.0, 0), 1)], [theirs.fileno()] * count)
+        with pytest.raises(hw.ProtocolError, match=said):
+            channel.read()
 
 
 @pytest.mark.parametrize("kind", ["a pipe", "read-only", "a place beyond the roll"])

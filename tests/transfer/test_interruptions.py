@@ -2,48 +2,21 @@
 
 import contextlib
 import itertools
-import os
 import signal
-import sys
 import threading
+import time
 
 import pytest
 import torch
-from ends import Thread, receiver, sender
+from ends import TIMEOUT, Thread, going_on, receiver, sender
+from interrupting import Interrupting
 from processes import Tiny, value_of
 
 import hotweights as hw
-from hotweights.signals import held_back
+from hotweights.signals import first_waits
 from hotweights.transfer.ballot import Ballot, Decision
 from hotweights.transfer.outbound import Outbound
 from hotweights.transfer.receiver import Receiver
-
-OURS = os.path.dirname(hw.__file__) + os.sep
-
-
-class Interrupting:
-    """Raises a real SIGINT in this thread at the ``at``-th line of ours after ``armed`` was set."""
-
-    def __init__(self, at):
-        self.left, self.armed, self.where = at, False, None
-
-    def trace(self, frame, event, argument):
-        names = {caller.f_code.co_name for caller in (frame, frame.f_back) if caller is not None}
-        if not frame.f_code.co_filename.startswith(OURS) or "__del__" in names:  # That swallows whatever is raised.
-            return None
-        if event == "line" and self.armed and self.where is None:
-            if self.left == 0:
-                self.where = f"{frame.f_code.co_filename}:{frame.f_lineno}"
-                signal.raise_signal(signal.SIGINT)
-            self.left -= 1
-        return self.trace
-
-    def __enter__(self):
-        sys.settrace(self.trace)
-        return self
-
-    def __exit__(self, *error):
-        sys.settrace(None)
 
 
 @pytest.mark.parametrize("step", [7, pytest.param(1, marks=pytest.mark.long)])  # at every so many-th line
@@ -87,7 +60,7 @@ def test_ctrl_c_at_any_line_leaves_no_member_alone(atomic, step, address, monkey
         for at in itertools.count(step=step):
             decided.clear()
             threads = [Thread(send, sending, at + 1), Thread(follow, theirs)]
-            with Interrupting(at) as interrupting:
+            with Interrupting(at, armed=False) as interrupting:
                 running["interrupting"] = interrupting
                 with contextlib.suppress(KeyboardInterrupt):
                     live.update(mine)
@@ -110,7 +83,7 @@ def test_the_first_of_each_kind_waits_and_the_second_does_not():
     woken = []
 
     def work():
-        with held_back(lambda: woken.append("woken")) as interruption:
+        with first_waits(lambda: woken.append("woken")) as interruption:
             signal.raise_signal(signal.SIGINT)
             assert interruption.came
             with pytest.raises(KeyboardInterrupt):
@@ -126,7 +99,7 @@ def test_in_other_threads_nothing_is_touched():
     handler = signal.getsignal(signal.SIGINT)
 
     def hold():
-        with held_back(lambda: None):
+        with first_waits(lambda: None):
             return signal.getsignal(signal.SIGINT) is handler
 
     assert Thread(hold).result()
@@ -136,7 +109,7 @@ def test_a_handler_that_somebody_sets_inside_stays():
     before = signal.getsignal(signal.SIGTERM)
     try:
         signal.signal(signal.SIGTERM, lambda *_: None)
-        with held_back(lambda: None):
+        with first_waits(lambda: None):
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
     finally:
@@ -169,3 +142,47 @@ def test_a_trainer_that_is_interrupted_at_any_wait_sends_again(look, address, mo
                 sending.send(content, version="first")
         sending.send(content, version="last")
     assert taking.result()["w3"].tolist() == [3.0] * 1000
+
+
+def test_ctrl_c_at_any_line_of_a_trainer_loses_no_frame(address):
+    """Nobody waits until a deadline for what was never said: the next version reaches all at once."""
+    sending = sender(address)
+    with receiver(address) as source, sending:
+
+        def take():
+            while source.version != "last":
+                with contextlib.suppress(hw.TransferError):
+                    dict(source.tensors())
+
+        taking = Thread(take)
+        for at in itertools.count(step=29):
+            with Interrupting(at) as interrupting, contextlib.suppress(KeyboardInterrupt, hw.TransferError):
+                sending.send({"w": torch.ones(3)}, version=at)
+            began = time.monotonic()
+            sending.send({"w": torch.ones(3)}, version="again" if interrupting.where else "last")
+            assert time.monotonic() - began < TIMEOUT / 2, interrupting.where
+            if interrupting.where is None:
+                break
+        taking.result()
+    assert at > 300
+
+
+def test_ctrl_c_at_any_line_of_plain_code_loses_no_frame(address):
+    handler = signal.getsignal(signal.SIGINT)
+    with going_on(address, {"w": torch.ones(3), "v": torch.ones(2000)}), receiver(address) as source:
+        dict(source.tensors())
+        for at in itertools.count(step=29):
+            with Interrupting(at) as interrupting, contextlib.suppress(KeyboardInterrupt, hw.TransferError):
+                dict(source.tensors())
+            began = time.monotonic()
+            for _ in range(3):
+                with contextlib.suppress(hw.TransferError):
+                    assert dict(source.tensors()).keys() == {"w", "v"}
+                    break
+            else:
+                raise AssertionError(f"{interrupting.where}: nothing came in three versions")
+            assert time.monotonic() - began < TIMEOUT / 2, interrupting.where
+            assert signal.getsignal(signal.SIGINT) is handler
+            if interrupting.where is None:
+                break
+    assert at > 300

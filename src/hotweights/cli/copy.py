@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -39,11 +40,11 @@ def convert(
         _copy(path, to, reader, dtype, shard_size, as_json)
 
 
-def _copy(path: Path, to: Path, reader: str, dtype: str | None, shard_size: str | None, as_json: bool) -> None:
-    if path.resolve() == to.resolve():
+def _copy(path: str, to: Path, reader: str, dtype: str | None, shard_size: str | None, as_json: bool) -> None:
+    if os.path.realpath(path) == os.path.realpath(to):
         raise UsageError(f"{to}: is what is read; name another place")
     with open_source(path, reader=reader) as source:
-        beside = _beside(Path(source.files[0]).parent) if path.is_dir() and to.suffix != ".safetensors" else []
+        beside = _beside(Path(source.files[0]).parent) if os.path.isdir(path) and to.suffix != ".safetensors" else []
         report = save(source, to, shard_size=shard_size, dtype=dtype_from(dtype), beside=beside)
     _compare(report)
     if as_json:

@@ -7,12 +7,17 @@ from typing import Annotated
 
 import typer
 
+from ..dtypes import Cast
+
 # Not from READERS, which needs torch. A test compares them.
 _READERS = "hotweights, fastsafetensors, runai, safetensors, torch"
 
-Checkpoint = Annotated[Path, typer.Argument(help="A safetensors file, a checkpoint directory, an index, a hub cache.")]
+# No Path: it would make one slash of the two in an address.
+Checkpoint = Annotated[str, typer.Argument(help="A safetensors file, a checkpoint directory, an index, a hub cache.")]
 Model = Annotated[Path, typer.Option(help="A directory with the config.json of a transformers model.")]
 Reader = Annotated[str, typer.Option(help=f"Which package reads the files: {_READERS}.")]
+Variant = Annotated[str | None, typer.Option(help="Which variant of the weights in the directory, such as fp16.")]
+Subfolder = Annotated[str | None, typer.Option(help="Which folder in the directory, such as transformer.")]
 Device = Annotated[str, typer.Option(help="The device on which parameters are created.")]
 Limit = Annotated[int, typer.Option(help="How many to list at most; 0 for all.", min=0)]
 AllowMissing = Annotated[
@@ -20,6 +25,10 @@ AllowMissing = Annotated[
 ]
 AllowUnexpected = Annotated[
     list[str] | None, typer.Option(help="Tensors of the checkpoint that may have no place in the model.")
+]
+Casts = Annotated[
+    Cast | None,
+    typer.Option(help="Casts that lose information: error does none, floats those from float to float, loader all."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 JsonLines = Annotated[bool, typer.Option("--json", help="Print one JSON document in each line.")]

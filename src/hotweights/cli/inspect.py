@@ -8,7 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import typer
 
@@ -22,7 +22,7 @@ from .outcome import as_dict, ending, exit_code, print_json
 
 def inspect(
     paths: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Argument(help="Safetensors files, checkpoint directories, indexes, hub caches.", metavar="PATH..."),
     ] = None,
     files_from: Annotated[
@@ -34,6 +34,8 @@ def inspect(
     ] = False,
     limit: flags.Limit = 40,
     reader: flags.Reader = "hotweights",
+    variant: flags.Variant = None,
+    subfolder: flags.Subfolder = None,
 ) -> None:
     """List the tensors of a checkpoint and check its files; of several, say a line for each. No weight is read."""
     with ending(as_json=as_json):
@@ -43,30 +45,30 @@ def inspect(
                 return  # A hook that found no file has nothing to check.
             raise UsageError("name a path: hotweights inspect PATH, or --files-from FILE")
         if len(everything) > 1 or files_from is not None:
-            raise typer.Exit(_inspect_each(everything, reader, quiet, as_json))
-        listing = _list(everything[0], reader)
+            raise typer.Exit(_inspect_each(everything, Which(reader, variant, subfolder), quiet, as_json))
+        listing = _list(everything[0], Which(reader, variant, subfolder))
         if as_json and not quiet:
             print_json(_as_dict(listing))
         elif not quiet:
             _print(listing, limit)
 
 
-def _named_in(files_from: Path | None) -> list[Path]:
+def _named_in(files_from: Path | None) -> list[str]:
     if files_from is None:
         return []
     try:
         text = sys.stdin.read() if str(files_from) == "-" else files_from.read_text()
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{files_from}: cannot be read: {getattr(error, 'strerror', error)}") from error
-    return [Path(line) for line in text.splitlines() if line.strip()]
+    return [line for line in text.splitlines() if line.strip()]
 
 
-def _inspect_each(paths: Iterable[Path], reader: str, quiet: bool, as_json: bool) -> int:
+def _inspect_each(paths: Iterable[str], which: Which, quiet: bool, as_json: bool) -> int:
     """A line for each path. Returns the worst exit code."""
     worst = 0
     for path in paths:
         try:
-            listing = _list(path, reader)
+            listing = _list(path, which)
         except HotweightsError as error:
             worst = max(worst, exit_code(error))
             line = (
@@ -80,12 +82,21 @@ def _inspect_each(paths: Iterable[Path], reader: str, quiet: bool, as_json: bool
     return worst
 
 
-def _list(path: Path, reader: str) -> Listing:
+class Which(NamedTuple):
+    """What is listed of a path, and by which reader."""
+
+    reader: str
+    variant: str | None
+    subfolder: str | None
+
+
+def _list(path: str, which: Which) -> Listing:
+    reader, variant, subfolder = which
     if reader == "hotweights" and os.path.exists(path):
-        return list_checkpoint(path)
+        return list_checkpoint(path, variant=variant, subfolder=subfolder)
     from ..sources.opening import open as open_source  # Waits for torch, and says what a path that is none may be.
 
-    with open_source(path, reader=reader) as source:
+    with open_source(path, reader=reader, variant=variant, subfolder=subfolder) as source:
         tensors = tuple(Listed(spec, source.file_of(spec.name), None) for spec in source.manifest.values())
         return Listing(source.files, source.metadata, source.warnings, tensors)
 

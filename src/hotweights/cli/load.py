@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from ..dtypes import Cast
 from ..engines import transformers
 from ..loading.load import load as load_weights
 from ..sources.contracts import IOMode
@@ -24,15 +23,20 @@ def load(
     dtype: Annotated[
         str | None, typer.Option(help="Dtype of the parameters (BF16, F32, ...); else the config's.")
     ] = None,
-    cast: Annotated[Cast, typer.Option(help="Casts that lose information: error refuses them.")] = "error",
+    cast: flags.Casts = None,
     io: Annotated[IOMode, typer.Option(help="buffered reads through the page cache, direct around it.")] = "auto",
     threads: Annotated[int | None, typer.Option(help="How many threads read.", min=1)] = None,
     allow_missing: flags.AllowMissing = None,
     allow_unexpected: flags.AllowUnexpected = None,
+    variant: flags.Variant = None,
+    subfolder: flags.Subfolder = None,
     as_json: flags.Json = False,
 ) -> None:
     """Build a model from its config, load a checkpoint into it, and report. The model is thrown away."""
-    with ending(as_json=as_json), open_source(path, reader=reader) as source:
+    with (
+        ending(as_json=as_json),
+        open_source(path, reader=reader, variant=variant, subfolder=subfolder) as source,
+    ):
         built = transformers.build(model, dtype=dtype_from(dtype))
         report = load_weights(
             built,

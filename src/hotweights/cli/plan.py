@@ -27,16 +27,20 @@ def plan(
     limit: flags.Limit = 40,
     allow_missing: flags.AllowMissing = None,
     allow_unexpected: flags.AllowUnexpected = None,
+    cast: flags.Casts = None,
+    variant: flags.Variant = None,
+    subfolder: flags.Subfolder = None,
     as_json: flags.Json = False,
 ) -> None:
     """Plan the loading of a checkpoint into a model from a config or a factory. No weight is read or written."""
-    with ending(as_json=as_json), open_source(path) as source:
+    with ending(as_json=as_json), open_source(path, variant=variant, subfolder=subfolder) as source:
         load_plan = trace(
             model_from(model),
             source.manifest,
             device="cpu",
             allow_missing=allow_missing or (),
             allow_unexpected=allow_unexpected or (),
+            cast=cast,
         ).ordered(order, source.position)
         if save is not None:
             load_plan.save(save)

@@ -20,6 +20,9 @@ def receive(
     model: flags.Model,
     versions: Annotated[int, typer.Option(help="How many versions to take.", min=1)] = 1,
     device: flags.Device = "cpu",
+    allow_missing: flags.AllowMissing = None,
+    allow_unexpected: flags.AllowUnexpected = None,
+    cast: flags.Casts = None,
     timeout: Annotated[float, typer.Option(help="Seconds that a single wait within an update may take.")] = 60.0,
     offer_timeout: Annotated[float, typer.Option(help="Seconds to wait for the next version.")] = 3600.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document for each version.")] = False,
@@ -32,7 +35,16 @@ def receive(
             if _on_terminal():
                 said = f"waiting for version {number + 1} of {versions} from {sender}, for {offer_timeout:g} s at most"
                 typer.echo(said, err=True)
-            report = live.update(source) if number else live.load(source, device=device)
+            if number:
+                report = live.update(source, cast=cast)
+            else:
+                report = live.load(
+                    source,
+                    device=device,
+                    allow_missing=allow_missing or (),
+                    allow_unexpected=allow_unexpected or (),
+                    cast=cast,
+                )
             if as_json:
                 facts = msgspec.to_builtins(report)
                 del facts["events"]  # One for each layer: they are for a trace viewer.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -11,6 +12,7 @@ from functools import cached_property
 import torch
 
 from .. import signals
+from ..dtypes import DType, format_name, may_cast
 from ..errors import LiveModelError, SourceError
 from ..loading.apart import held_apart
 from ..loading.execute import execute
@@ -26,13 +28,13 @@ from ..memory.devices import record_events
 from ..memory.extents import Extents
 from ..memory.pool import Pool
 from ..model.reachable import reachable
-from ..plan.steps import Copy, Fate
+from ..plan.steps import Copy, Fate, Program, Step
 from ..sources.contracts import Addressed, InMemory, Request, Source
 from ..sources.state_dict import StateSource
 from ..text import size, some
 from .groups import LayerGroup, parts_of
 from .job import Job
-from .layers import unmoved
+from .layers import modules_held, unmoved
 from .layout import Mirror
 from .lock import WriteTurn
 from .open_layers import OpenLayers
@@ -84,6 +86,7 @@ class Attempt:
         self._asked: dict[str, int] = {}  # bytes of each tensor, where the source sends what it is asked for
         self._fallen: dict[str, torch.Tensor] = {}  # what the model's own code gets
         self._source: Addressed | InMemory | None = None
+        self._casts: dict[str, str] = {}  # of tensors that came in other dtypes than the plan's
         self._fell_back = False
 
     @property
@@ -143,6 +146,7 @@ class Attempt:
             return
         assert self._takers is None, "an attempt takes tensors as they come, or asks for them, not both"
         self._source = source
+        self._restore()
         self._arrived |= set(self.manifest)
         for group in (self.job.in_place, *sorted(self.job.groups, key=self._comes_late)):
             # Nothing of it outlives the call: scratch of the layer before would be held beside the next one's.
@@ -228,16 +232,13 @@ class Attempt:
 
     def take(self, name: str, tensor: torch.Tensor, own: Own) -> set[torch.device]:
         """Take one tensor; it is borrowed. Returns the devices whose queues may still read it."""
-        spec = self.manifest.get(name)
-        if spec is None:
-            raise SourceError(f"{name}: unexpected; the manifest does not promise it")
-        _check_kept(spec, tensor)
+        spec = self._promised(name)
+        tensor, own = self._as_planned(spec, tensor, own)
         self._arrive(name, self._asked.get(name, spec.nbytes))
         if name in self.job.plan.fallback:
             self._fallen[name] = own()
         devices: set[torch.device] = set()
-        assert self._takers is not None, "take_as_it_comes comes first"
-        for group in self._takers.get(name, ()):
+        for group in self._takers_of(name):
             opened = self._open.get(group)
             if opened is None and not self._may_open(group):
                 self._hold(group, name, tensor)
@@ -245,6 +246,52 @@ class Attempt:
             devices |= self._fill(opened or self._opened(group), name, tensor, own)
         self._drain()
         return devices
+
+    def _promised(self, name: str) -> TensorSpec:
+        spec = self.manifest.get(name)
+        if spec is not None:
+            return spec
+        similar = difflib.get_close_matches(name, list(self.manifest), cutoff=0.4)
+        near = f"near it are {some(similar)}" if similar else f"it has {some(list(self.manifest), 3)}"
+        raise SourceError(
+            f"{name}: unexpected; the manifest of this update has no such name, {near}. For other names than those of "
+            "the live version, give begin(manifest) what will come: hw.open(tensors).manifest"
+        )
+
+    def _as_planned(self, spec: TensorSpec, tensor: torch.Tensor, own: Own) -> tuple[torch.Tensor, Own]:
+        """The tensor in a dtype that the plan can take, where it came in another one and nobody promised its dtype."""
+        cast = self.job.cast
+        if tensor.dtype == spec.dtype or cast is None or tuple(tensor.shape) != spec.shape:
+            _check_kept(spec, tensor)
+            return tensor, own
+        assert isinstance(spec.dtype, torch.dtype)
+        change = f"{format_name(tensor.dtype)} -> {format_name(spec.dtype)}"
+        steps = [step for group in self._takers_of(spec.name) for step in group.plan.steps if spec.name in step.sources]
+        into = {self._dtype_written(step) for step in steps}
+        # In between, a float of fewer bits would lose what the model's own could hold, and code may treat dtypes apart.
+        if spec.name in self.job.plan.fallback or not into <= {spec.dtype} or not tensor.dtype.is_floating_point:
+            raise SourceError(
+                f"{spec.name}: {change}: the plan is made for the dtypes of the live version; give begin(manifest) "
+                "what will come: hw.open(tensors).manifest"
+            )
+        if not may_cast(tensor.dtype, spec.dtype, cast):
+            raise SourceError(f'{spec.name}: {change} loses information; begin(cast="loader") allows it')
+        self._casts[spec.name] = change
+        made = tensor.to(spec.dtype)
+        return made, lambda: made
+
+    def _takers_of(self, name: str) -> list[LayerGroup]:
+        assert self._takers is not None, "take_as_it_comes comes first"
+        return self._takers.get(name, [])
+
+    def _dtype_written(self, step: Step) -> DType | None:
+        """The dtype of what a copy writes; ``None`` for a program."""
+        if isinstance(step, Program):
+            return None
+        if step.into is not None:
+            return step.into.dtype
+        target = self.job.plan.targets.get(step.destination)
+        return None if target is None else target.spec.dtype
 
     def _arrive(self, name: str, nbytes: int) -> None:
         if name in self._arrived:
@@ -315,10 +362,12 @@ class Attempt:
         """
         if self._source is None:
             self.take_as_it_comes()
+            self._restore()
         needed = set() if self._takers is None else self._takers.keys()
         missing = sorted((needed | set(self.job.plan.fallback)) - self._arrived)
         if missing:
-            raise SourceError(f"{len(missing)} tensors were promised and did not come: {some(missing)}")
+            called = some(list(map(self.manifest.called, missing)))
+            raise SourceError(f"{len(missing)} tensors were promised and did not come: {called}")
         for group in list(self._todo):  # What takes no tensor is filled and processed all the same.
             self._complete(self._opened(group))
         for opened in sorted(self._late, key=lambda late: late.group.deferred):
@@ -326,6 +375,17 @@ class Attempt:
         self._late.clear()
         self._fall_back()
         self.processing.settle()
+
+    def _restore(self) -> None:
+        """Put initial values into tensors without a layer that nothing else writes: before what may read them."""
+        names = self.job.restored.difference(*(group.names for group in self.job.groups))
+        if not names:
+            return
+        if self.strategy.exclusive:
+            self.turn.take()
+        for name, memory in self.strategy.memory_for(sorted(names), ()).items():
+            self.strategy.wrote = True
+            host.copy_bytes(memory, self.job.initial[name])
 
     # Groups.
 
@@ -406,13 +466,15 @@ class Attempt:
         self.strategy.wrote = True
         source = self._source or StateSource(self._fallen)
         layers = {layer.module for group in self.job.groups for layer in group.layers}
-        others = [module for module in self.job.model.modules() if module not in layers]
+        others = [module for module in modules_held(self.job.model) if module not in layers]
         with (
             Pool() as pool,
             self.timeline.event("fall back", ""),
             nullcontext() if self.job.first else unmoved(others),
         ):
-            fall_back(plan, self.job.model, source, {}, self._done, pool=pool, advance=lambda nbytes: None)
+            fall_back(
+                plan, self.job.model, source, {}, self._done, by=self.job.by, pool=pool, advance=lambda nbytes: None
+            )
 
     # Its end.
 
@@ -451,14 +513,24 @@ class Attempt:
             copy_bytes=copied,
             open_layers=self._layers.peak_layers,
             open_bytes=self._layers.peak_nbytes,
-            tensors={fate: plan.names(fate) for fate in Fate},
+            tensors=self._fates(),
+            casts={**plan.casts, **self._casts},
+            restored=tuple(sorted(self.job.restored)),
             planned=sum(name not in plan.fallback for name in used),
             fell_back=tuple(map(str, plan.graph_breaks)),
             replaced=tuple(self.processing.replaced),
             bytes_by_io=dict(done.bytes_by_io),
             warnings=(self._layers.warning,) if self._layers.warning else (),
             events=tuple(self.timeline.events),
+            mismatched=plan.mismatched,
         )
+
+    def _fates(self) -> dict[Fate, tuple[str, ...]]:
+        fates = self.job.plan.fates
+        return {
+            fate: tuple(sorted(name for name in fates if (Fate.CAST if name in self._casts else fates[name]) is fate))
+            for fate in Fate
+        }
 
 
 def _check_kept(spec: TensorSpec, tensor: torch.Tensor) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Sequence
 
 import torch
 from torch import nn
 
+from ..dtypes import Cast
 from ..errors import LiveModelError
 from ..memory import host
-from ..memory.aliases import has_bytes
+from ..memory.aliases import has_bytes, plain
 from ..memory.extents import renew
 from ..model.materialise import dressed
 from ..model.offloading import refuse_offloaded
@@ -24,7 +25,7 @@ from .groups import LayerGroup, coverage, elements, groups_of
 from .job import Job
 from .layers import Dressing, Layer, layers_of
 from .layout import MemoryLayout, Mirror
-from .plans import Options, Plans
+from .plans import Found, Options, Plans
 from .strategy import Atomic, InPlace, Journal, Staged, Strategy, check_room
 
 
@@ -43,9 +44,11 @@ class Baseline:
         options: Options,
         is_processed: Callable[[str, nn.Module], bool],
         is_deferred: Callable[[str, nn.Module], bool],
+        unknown: Collection[str] = (),
     ) -> None:
-        """Look at a model in checkpoint format."""
+        """Look at a model in checkpoint format; ``unknown`` are names of tensors that hold no values yet."""
         self._model = model
+        self._by = options.by
         twins: Dressing = {}
         loaded = {name.rpartition(".")[0] for step in plan.steps for name in step.destinations}
         self._loaded = [
@@ -73,8 +76,9 @@ class Baseline:
             ).items()
         ]
         self.live = self._tensors(plan)
+        _refuse_parts(self._layers, survey(model).parts)
         self._layout = MemoryLayout(self.live)
-        self.plans = Plans(model, plan, options, self._layers, self._layout)
+        self.plans = Plans(model, plan, options, self._layers, self._layout, unknown)
         self._initial = {name: self.live[name].detach().to("cpu", copy=True) for name in self.plans.initial()}
         self._acted: set[str] = set()
         self._where: dict[str, tuple[object, ...]] = {}
@@ -88,13 +92,23 @@ class Baseline:
     def first_job(self, process: Callable[[nn.Module], object]) -> Job:
         """The work of the first load."""
         plan = self.plans.first
-        return self._job(process, plan, *groups_of(plan, self._layers, self._layout), first=True)
+        groups = groups_of(plan, self._layers, self._layout)
+        return self._job(process, plan, *groups, frozenset(), None, first=True)
 
-    def job(
-        self, process: Callable[[nn.Module], object], plan: LoadPlan, in_place: LayerGroup, groups: list[LayerGroup]
-    ) -> Job:
-        """The work of an update."""
-        return self._job(process, plan, in_place, groups, first=False)
+    def job(self, process: Callable[[nn.Module], object], found: Found, *, promised: bool) -> Job:
+        """The work of an update; ``promised`` says whether its manifest was given, so that nothing else may come.
+
+        Raises:
+            LiveModelError: something else replaced what the first load did not write, and this would.
+        """
+        cast = None if promised else found.cast
+        job = self._job(process, found.plan, found.in_place, found.groups, found.restored, cast, first=False)
+        written = {name for step in job.plan.steps for name in step.destinations} | job.restored
+        loose = {name for name in written & self.live.keys() if name not in self._where}
+        if loose:
+            now = self._tensors(self.plans.first)
+            _refuse_moved(name for name in loose if name not in now or _where(now[name]) != _where(self.live[name]))
+        return job
 
     def _job(
         self,
@@ -102,6 +116,8 @@ class Baseline:
         plan: LoadPlan,
         in_place: LayerGroup,
         groups: list[LayerGroup],
+        restored: frozenset[str],
+        cast: Cast | None,
         *,
         first: bool,
     ) -> Job:
@@ -118,7 +134,10 @@ class Baseline:
             live=self.live,
             partial=frozenset(partial),
             acted=self._acted,
+            restored=restored,
+            cast=cast,
             first=first,
+            by=self._by,
         )
 
     def _tensors(self, plan: LoadPlan) -> dict[str, torch.Tensor]:
@@ -136,7 +155,7 @@ class Baseline:
 
     def committed(self, job: Job) -> None:
         """Take note that a version came by this job. From the first one on, every live tensor stays where it is."""
-        self.plans.committed(job.plan)
+        self.plans.committed(job.plan, job.restored)
         if job.first:
             self.live = self._tensors(self.plans.first)
             free = {layer.full(key) for layer in self._layers for key in layer.free()} - self._acted
@@ -147,9 +166,13 @@ class Baseline:
             self._where = {name: _where(tensor) for name, tensor in self.live.items() if name not in free - written}
         self.written(job)
 
+    def torn(self, job: Job) -> None:
+        """Take note that the model holds some of what came by this job."""
+        self.plans.optional.came(job.plan, coverage(job.plan), ())
+
     def written(self, job: Job) -> None:
         """Give every tensor that the job writes, and all that see its bytes, a new ``_version``."""
-        names = {name for step in job.plan.steps for name in step.destinations}
+        names = {name for step in job.plan.steps for name in step.destinations} | job.restored
         for group in job.groups:
             names |= {*group.names, *(name for layer in group.layers for name in layer.tensors())}
         if job.plan.fallback:  # The model's own code may write to all of them.
@@ -173,12 +196,7 @@ class Baseline:
                 [f"{name}: is another module now" for name in lost],
             )
         now = self._tensors(self.plans.first) if self._where else {}
-        moved = sorted(name for name, where in self._where.items() if name not in now or _where(now[name]) != where)
-        if moved:
-            raise LiveModelError(
-                "these are not the tensors that they were; put them back, or make a new live model",
-                [f"{name}: something else replaced or moved it" for name in moved],
-            )
+        _refuse_moved(name for name, where in self._where.items() if name not in now or _where(now[name]) != where)
 
     def strategy(self, atomic: Atomic, job: Job) -> Strategy:
         """Where the bytes of an update go until it commits.
@@ -191,6 +209,7 @@ class Baseline:
         if self._mirror is None:
             self._mirror = Mirror(MemoryLayout(self.live), host.host_copy)
         touched = {name for group in (job.in_place, *job.groups) for name in (*group.names, *group.touched)}
+        touched.update(job.restored)
         touched.update(name for group in job.groups for layer in group.layers for name in layer.tensors())
         check_room(self._mirror, touched, atomic)
         # The model's own loading code writes to live tensors by references that nobody can swap.
@@ -219,6 +238,14 @@ class Baseline:
                 layer.open(memory.__getitem__, dressing, anew=True)
 
 
+def _refuse_moved(names: Iterable[str]) -> None:
+    problems = [f"{name}: something else replaced or moved it" for name in names]
+    if problems:
+        raise LiveModelError(
+            "these are not the tensors that they were; put them back, or make a new live model", problems
+        )
+
+
 def _joined(name: str, key: str) -> str:
     return f"{name}.{key}" if name else key
 
@@ -241,6 +268,18 @@ def _shared(model: nn.Module, own: Container[int]) -> set[int]:
 
 
 def _where(tensor: torch.Tensor) -> tuple[object, ...]:
+    if plain(tensor) and not tensor.numel():
+        return tensor.dtype, tensor.shape  # No bytes that could move; FSDP2 makes an empty shard anew.
     if not has_bytes(tensor):
         return (id(tensor),)
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _refuse_parts(layers: Sequence[Layer], parts: Container[str]) -> None:
+    """Refuse DTensors in layers that are processed: processing is made for whole tensors."""
+    names = [name for layer in layers for name in layer.tensors() if name in parts]
+    if names:
+        raise LiveModelError(
+            "layers that are processed hold parts of sharded tensors; leave these layers out with layers=",
+            [f"{name}: is a DTensor" for name in names],
+        )

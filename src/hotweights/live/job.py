@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..dtypes import Cast
+from ..model.survey import By
 from ..plan.plan import LoadPlan
 from .groups import LayerGroup
 from .layout import MemoryLayout
@@ -28,7 +30,10 @@ class Job:
         live: every live tensor by name; at the first load, those in checkpoint format that are not processed yet.
         partial: names of live tensors of which the plan writes only some bytes.
         acted: names of tensors that no plan writes, and that processing has changed at some time; it is added to.
+        restored: names of tensors that the plan does not write, and that get their ``initial`` values.
+        cast: which casts are done of tensors that come in another dtype than the plan's; ``None`` if none may come so.
         first: whether this is the first load: it fills the model's own tensors, which are in checkpoint format.
+        by: which loading code the model has, see ``By``.
     """
 
     model: nn.Module
@@ -41,4 +46,7 @@ class Job:
     live: MutableMapping[str, torch.Tensor]
     partial: frozenset[str]
     acted: set[str]
+    restored: frozenset[str]
+    cast: Cast | None
     first: bool
+    by: By | None = None

@@ -14,10 +14,12 @@ import torch
 from torch import nn
 
 from .. import signals
-from ..errors import LiveModelError
+from ..arguments import patterns_from
+from ..errors import LiveModelError, UsageError
 from ..memory.aliases import has_bytes
 from ..memory.wrappers import leaves
 from ..model.materialise import dressed
+from ..names import bare_modules, outer_prefix, unwrapped
 from ..plan.patterns import Patterns, matches
 from .attributes import ABSENT, Held, assign, by_name, exchanged, held_by, state_of, step, tensors_in
 
@@ -80,6 +82,11 @@ def contents(module: nn.Module, own: Container[int] | None = None) -> Contents:
         attributes,
         held_by(attributes, own, _methods(module)),
     )
+
+
+def modules_held(model: nn.Module) -> list[nn.Module]:
+    """The modules whose contents can be exchanged: all but TorchScript's, which nobody can put a tensor into."""
+    return [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
 
 
 def _methods(module: nn.Module) -> dict[str, nn.Module]:
@@ -314,12 +321,16 @@ Selection = Patterns | Callable[[nn.Module], bool]
 """Which modules of a model: patterns of their qualified names, or a function that says so of a module."""
 
 
-def selected(selection: Selection) -> Callable[[str, nn.Module], bool]:
-    """Whether a module, given with its qualified name, is one of the selection."""
+def selected(selection: Selection, model: nn.Module, option: str) -> Callable[[str, nn.Module], bool]:
+    """Whether a module, given with its name in the unwrapped ``model``, is one of the selection under any name.
+
+    ``option`` is what the caller gave it as.
+    """
     if callable(selection):
         return lambda _, module: selection(module)
-    match = matches(selection)
-    return lambda name, _: match(name)
+    (patterns,) = patterns_from(**{option: selection})
+    match, outer, bare = matches(patterns), outer_prefix(model), bare_modules(unwrapped(model))
+    return lambda name, _: any(map(match, (name, f"{outer}{name}", bare.get(name, name))))
 
 
 def layers_of(model: nn.Module, chosen: Callable[[str, nn.Module], bool]) -> dict[nn.Module, list[str]]:
@@ -327,4 +338,11 @@ def layers_of(model: nn.Module, chosen: Callable[[str, nn.Module], bool]) -> dic
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
-    return {module: several for module, several in names.items() if any(chosen(name, module) for name in several)}
+    layers = {module: several for module, several in names.items() if any(chosen(name, module) for name in several)}
+    for module, several in layers.items():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UsageError(
+                f"{several[0]}: is a TorchScript module, which cannot be processed: nobody can put other tensors into "
+                "it; leave it out of layers=, or script or trace it after processing"
+            )
+    return layers

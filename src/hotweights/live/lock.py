@@ -1,11 +1,13 @@
-"""ReadWriteLock: many readers or one writer, with deadlines. WriteTurn: one writer's hold on it."""
+"""ReadWriteLock: many readers or one writer, threads and tasks, with deadlines. WriteTurn: one update's hold on it."""
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 
 from .. import signals
 from ..errors import UsageError
@@ -13,123 +15,251 @@ from ..errors import UsageError
 _SLICE = 0.1  # seconds; signals that come while a thread waits are delivered this often
 
 
+class Hold:
+    """One reader's or writer's hold on a lock.
+
+    Attributes:
+        lock: the lock.
+        loop: the thread whose event loop must go on for it to end; ``None`` where no loop ran.
+        lasts: whether it has not ended; changes under the lock's condition.
+    """
+
+    def __init__(self, lock: ReadWriteLock) -> None:
+        self.lock, self.lasts = lock, True
+        self.loop = None if asyncio._get_running_loop() is None else threading.get_ident()
+
+
+# What this task holds, or the thread where no task runs, and what those held that have started it: a task, or a thread
+# by ``asyncio.to_thread``, begins with a copy. Whoever waits for its starter's hold to end would wait for itself.
+_mine: ContextVar[tuple[Hold, ...]] = ContextVar("hotweights_holds", default=())
+
+
 class ReadWriteLock:
     """Many readers, or one writer. A writer that waits goes before readers that come after it.
 
-    A thread that would wait for itself gets a ``UsageError`` instead.
+    Whoever would wait for itself gets a ``UsageError`` instead. A hold may end in another thread or task than it began.
     """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         # All of these change under the condition.
-        self._readers: list[int] = []  # threads
-        self._waiting = 0
-        self._writer: int | None = None  # a thread
-        self._open = False  # whether the writer's own thread may read
+        self._readers: set[Hold] = set()
+        self._waiting = 0  # writers
+        self._writer: Hold | None = None
+        self._open: int | None = None  # a thread that may read although somebody writes
+        self._awaiting: list[asyncio.Future[None]] = []  # readers that are tasks; each waits in its own loop
 
     @signals.held
-    def begin_reading(self, timeout: float | None) -> None:
+    def begin_reading(self, timeout: float | None) -> Hold:
         """From here on nobody writes, until ``end_reading``.
 
         Raises:
             TimeoutError: a writer did not let go within ``timeout`` seconds.
         """
-        me = threading.get_ident()
         with self._changed:
-            if self._writer == me and not self._open:
-                raise UsageError("this thread is writing the model; it cannot read it before it has committed")
-            # A thread that reads already may read again: behind a waiting writer it would wait for itself.
-            if self._writer != me and me not in self._readers:
-                self._wait(lambda: self._writer is None and not self._waiting, timeout, "an update is writing")
-            self._readers.append(me)
+            self._check_writer(blocks=True)
+            # Behind a writer that waits for another task of this thread it would wait for ever: that task cannot run.
+            if not any(map(_of_this_loop, self._readers)):
+                self._wait(self._lets_in, timeout, "an update is writing")
+            return self._enter()
+
+    async def begin_reading_async(self, timeout: float | None, take: Callable[[Hold], None]) -> None:
+        """``begin_reading`` for a task: others run while it waits. ``take`` gets the hold before a signal may come."""
+        end = None if timeout is None else time.monotonic() + timeout
+        while (changed := self._entered(take)) is not None:
+            try:
+                await asyncio.wait((changed,), timeout=_left(end, timeout, "an update is writing"))
+            finally:
+                with self._changed, suppress(ValueError):
+                    self._awaiting.remove(changed)
+
+    @signals.watched
+    def _entered(self, take: Callable[[Hold], None]) -> asyncio.Future[None] | None:
+        """Enter; if that must wait, what is done when it may be tried again."""
+        with self._changed:
+            self._check_writer(blocks=False)
+            if self._lets_in():
+                take(self._enter())
+                return None
+            changed = asyncio.get_running_loop().create_future()
+            self._awaiting.append(changed)
+            return changed
 
     @signals.whole
-    def end_reading(self) -> None:
-        """The end of one ``begin_reading`` of this thread."""
+    def end_reading(self, hold: Hold) -> None:
+        """The end of one ``begin_reading``."""
         with self._changed:
-            self._readers.remove(threading.get_ident())
-            self._changed.notify_all()
+            self._readers.discard(hold)
+            self._end(hold)
 
     @contextmanager
     @signals.held
-    def writing(self) -> Iterator[None]:
-        """Inside, nobody else reads or writes. Waits for readers without a limit."""
-        self.begin_writing()
+    def writing(self, timeout: float | None = None) -> Iterator[None]:
+        """Inside, nobody else reads or writes."""
+        hold = self.begin_writing(timeout)
         try:
             yield
         finally:
-            self.end_writing()
+            self.end_writing(hold)
 
     @signals.held
-    def begin_writing(self) -> None:
-        """Enter ``writing``; ``end_writing`` leaves it."""
-        me = threading.get_ident()
+    def begin_writing(self, timeout: float | None = None) -> Hold:
+        """Enter ``writing``; ``end_writing`` leaves it.
+
+        Raises:
+            TimeoutError: readers did not leave within ``timeout`` seconds.
+        """
         with self._changed:
-            if self._writer == me or me in self._readers:
-                raise UsageError("this thread reads or writes the model; it cannot update it within that")
+            if self._own() or any(map(_of_this_loop, (*self._readers, self._writer))):
+                raise UsageError(
+                    "this thread reads or writes the model; it cannot update it within that. Where another task of it "
+                    "reads, await update_async"
+                )
             self._waiting += 1
             try:
-                self._wait(lambda: self._writer is None and not self._readers, None, "the model is being read")
-                self._writer, self._open = me, False
+                self._wait(self._is_free, timeout, "the model is being read")
+                self._writer = Hold(self)
             finally:
                 self._waiting -= 1
-                self._changed.notify_all()
+                self._tell()
+            return _noted(self._writer)
 
     @signals.whole
     def let_writer_read(self) -> None:
-        """Let the writer's own thread read too, until it has done writing: hooks run in it."""
+        """Let this thread read until the writer has done: hooks run in it."""
         with self._changed:
-            self._writer, self._open = threading.get_ident(), True
+            self._open = threading.get_ident()
 
     @signals.whole
-    def end_writing(self) -> None:
+    def end_writing(self, hold: Hold) -> None:
         """Leave ``writing``: others are let in."""
         with self._changed:
-            self._writer, self._open = None, False
-            self._changed.notify_all()
+            self._writer = self._open = None
+            self._end(hold)
+
+    # Under the condition.
+
+    def _is_free(self) -> bool:
+        return self._writer is None and not self._readers
+
+    def _lets_in(self) -> bool:
+        """Whether a reader may enter. A writer that waits goes first, unless it waits for this reader anyway."""
+        if self._writer is not None:
+            return self._open == threading.get_ident()
+        return not self._waiting or bool(self._own())
+
+    def _check_writer(self, *, blocks: bool) -> None:
+        """Refuse a reader that would wait for a writer that waits for it, or for the loop that it blocks."""
+        if self._writer is None or self._lets_in():
+            return
+        if self._writer in self._own() or (blocks and _of_this_loop(self._writer)):
+            raise UsageError(
+                "this thread is writing the model; it cannot read it before it has committed. Where another task of "
+                "it writes, use async with"
+            )
+
+    def _own(self) -> list[Hold]:
+        return [hold for hold in _mine.get() if hold.lock is self and hold.lasts]
+
+    @signals.held
+    def _enter(self) -> Hold:
+        hold = Hold(self)
+        self._readers.add(hold)
+        return _noted(hold)
+
+    @signals.whole
+    def _end(self, hold: Hold) -> None:
+        hold.lasts = False
+        _mine.set(tuple(other for other in _mine.get() if other.lasts))
+        self._tell()
+
+    @signals.whole
+    def _tell(self) -> None:
+        """Wake all who wait."""
+        self._changed.notify_all()
+        awaiting, self._awaiting = self._awaiting, []
+        for changed in awaiting:
+            with suppress(RuntimeError):  # Its loop was closed: nobody waits any more.
+                changed.get_loop().call_soon_threadsafe(_wake, changed)
 
     @signals.held
     def _wait(self, ready: Callable[[], bool], timeout: float | None, why: str) -> None:
         end = None if timeout is None else time.monotonic() + timeout
         while not ready():
-            left = None if end is None else end - time.monotonic()
-            if left is not None and left <= 0:
-                raise TimeoutError(f"waited {timeout} seconds: {why}")
+            left = _left(end, timeout, why)
             self._changed.wait(_SLICE if left is None else min(left, _SLICE))
             signals.deliver()
 
 
+def _left(end: float | None, timeout: float | None, why: str) -> float | None:
+    """How many seconds of the timeout are left."""
+    left = None if end is None else end - time.monotonic()
+    if left is not None and left <= 0:
+        raise TimeoutError(f"waited {timeout:g} seconds: {why}")
+    return left
+
+
+@signals.whole
+def _noted(hold: Hold) -> Hold:
+    _mine.set((*(other for other in _mine.get() if other.lasts), hold))
+    return hold
+
+
+def _of_this_loop(hold: Hold | None) -> bool:
+    return hold is not None and hold.loop == threading.get_ident()
+
+
+def _wake(changed: asyncio.Future[None]) -> None:
+    if not changed.done():  # It may have been cancelled, by its timeout for example.
+        changed.set_result(None)
+
+
 class WriteTurn:
-    """One update's hold on the lock: taken at its first write, given back at its end.
+    """One update's hold on the lock: taken at its first write, given back at its end."""
 
-    Attributes:
-        held: whether readers are kept out now.
-    """
-
-    def __init__(self, lock: ReadWriteLock) -> None:
+    def __init__(self, lock: ReadWriteLock, timeout: float | None = None) -> None:
+        """``timeout`` is how many seconds all its waits for readers may take together."""
         self._lock = lock
+        self._hold: Hold | None = None
+        self._left = timeout
         self._since = 0.0
         self._before = 0.0
-        self.held = False
+
+    @property
+    def held(self) -> bool:
+        """Whether readers are kept out now."""
+        return self._hold is not None
 
     @property
     def seconds(self) -> float:
         """For how long readers were kept out so far, in seconds."""
         return self._before + (time.perf_counter() - self._since if self.held else 0.0)
 
+    @property
+    def has_limit(self) -> bool:
+        """Whether ``take`` may fail."""
+        return self._left is not None
+
     @signals.held
     def take(self) -> None:
-        """Wait until nobody reads. May be called twice."""
-        if not self.held:
-            self._lock.begin_writing()
-            self.held, self._since = True, time.perf_counter()
+        """Wait until nobody reads. May be called twice.
+
+        Raises:
+            TimeoutError: readers did not leave in time.
+        """
+        if self._hold is None:
+            began = time.perf_counter()
+            self._hold = self._lock.begin_writing(self._left)
+            self._since = time.perf_counter()
+            if self._left is not None:
+                self._left = max(0.0, self._left - (self._since - began))
 
     @signals.whole
     def give_back(self) -> None:
         """Let readers in. May be called twice."""
-        if self.held:
-            self._before, self.held = self.seconds, False
-            self._lock.end_writing()
+        if self._hold is not None:
+            self._before, hold, self._hold = self.seconds, self._hold, None
+            self._lock.end_writing(hold)
 
     @contextmanager
     @signals.held

@@ -2,33 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import SupportsIndex
 
 import torch
 from torch import nn
 
 from .. import signals
-from ..arguments import check_choices, check_model, check_version, device_from
+from ..arguments import (
+    check_callable,
+    check_choices,
+    check_count,
+    check_kind,
+    check_model,
+    check_timeout,
+    check_version,
+    device_from,
+    patterns_from,
+)
 from ..dtypes import Cast
-from ..errors import UnknownName, UsageError
+from ..errors import PlanError, UnknownName, UsageError
 from ..forked import alone_in_a_fork
 from ..gc_pause import without_collection
 from ..loading.apart import apart
+from ..loading.initialise import InitMissing, check_init_missing, initialise, left_on_meta
 from ..loading.verify import Verify, verifier
 from ..manifest import Manifest
 from ..memory.digest import Digest
 from ..memory.pool import Pool
 from ..model.digests import digest_of
+from ..model.matching import KnownNames, other_names
 from ..model.materialise import materialise, put_back
 from ..model.places import Place, places
 from ..model.reachable import reachable
-from ..plan.patterns import Patterns
+from ..model.survey import By, own_loader, survey
+from ..names import outer_prefix, unwrapped
+from ..plan.patterns import Patterns, widened
+from ..rename import Rename, renamer
 from ..sources.contracts import IOMode, refusing
 from ..sources.iterator import IteratorSource
+from ..sources.locating import naming_files
 from ..sources.opening import AnySource, opened, version_of
+from ..sources.reading import check_reading
+from ..sources.renamed import renamed
+from ..tracing.naming import Match, as_they_are, names_for
+from .background import in_background
 from .baseline import Baseline
+from .fed_names import FedNames
 from .layers import Selection, selected
 from .plans import Options
 from .report import UpdateReport
@@ -86,15 +108,21 @@ class LiveModel:
         """
         check_model(model)
         _check_atomic(atomic)
+        check_callable(process=process)
+        if memory_limit is not None:
+            check_count(0, memory_limit=memory_limit)
         self.model = model
-        self._process: Process = process or process_by_quant_method
+        self._process: Process = process_by_quant_method if process is None else process
         by_default = _has_tensors if process is not None else _has_quant_method
-        self._is_processed = selected(by_default if layers is None else layers)
-        self._is_deferred = selected(deferred)
+        self._core = unwrapped(model)
+        self._is_processed = selected(by_default if layers is None else layers, model, "layers")
+        self._is_deferred = selected(deferred, model, "deferred")
         self._atomic: Atomic = atomic
         self._limit = memory_limit
         self._current = Current()
         self._baseline: Baseline | None = None  # None until the first load begins, and again when that fails.
+        self._match: Match = as_they_are  # Known from the first load on: processing changes names.
+        self._others: dict[str, tuple[str, ...]] = {}
 
     def __repr__(self) -> str:
         return f"<LiveModel of {type(self.model).__name__}: version {self.version!r}, {self.state.value}>"
@@ -121,18 +149,25 @@ class LiveModel:
         """
         self._current.hooks.add(hook)
 
-    def serving(self, timeout: float | None = None) -> AbstractContextManager[str | int | None]:
+    def serving(self, timeout: float | None = None) -> Serving:
         """Read the model as it is of one version, whose name is given. Updates wait until all readers are gone.
+
+        In a coroutine use it in an ``async with``. By ``with`` it cannot wait for an update that waits for another
+        coroutine of this thread, so it goes before it; where one always reads, the update waits for ever.
 
         Raises:
             TimeoutError: an update did not let go within ``timeout`` seconds.
             LiveModelError: the model is TORN, or nothing was loaded yet.
         """
+        check_timeout(timeout)
         return Serving(self._current, timeout)
 
     def digest(self) -> Digest:
-        """Digests of all parameters and buffers, as they are now. Reads every byte of the model."""
-        return digest_of(self.model)
+        """Digests of all parameters and buffers, as they are now. Reads every byte of the model.
+
+        Wrappers around the model have no part in them.
+        """
+        return digest_of(self._core)
 
     # The first load.
 
@@ -146,12 +181,18 @@ class LiveModel:
         allow_missing: Patterns = (),
         allow_partial: Patterns = (),
         allow_unexpected: Patterns = (),
+        allow_mismatched: Patterns = (),
+        init_missing: InitMissing | None = None,
         cast: Cast | None = None,
         io: IOMode = "auto",
         threads: int | None = None,
         pool: Pool | None = None,
         verify: Verify = "off",
         show_progress: bool | None = None,
+        rename: Rename | None = None,
+        by: By | None = None,
+        variant: str | None = None,
+        subfolder: str | None = None,
     ) -> UpdateReport:
         """Load for the first time, layer by layer; each is processed when it is complete.
 
@@ -163,24 +204,43 @@ class LiveModel:
             Exception: what failed while loading. The model is in checkpoint format again, its values are undefined.
         """
         check_version(version)
-        check_choices(verify=(verify, Verify))
-        options = Options(allow_missing, allow_partial, allow_unexpected, cast)
+        check_choices(
+            verify=(verify, Verify),
+            cast=("error" if cast is None else cast, Cast),
+            by=("name" if by is None else by, By),
+        )
+        check_reading(io, threads, pool, show_progress)
+        check_init_missing(init_missing)
+        allowed = patterns_from(
+            allow_missing=allow_missing,
+            allow_partial=allow_partial,
+            allow_unexpected=allow_unexpected,
+            allow_mismatched=allow_mismatched,
+        )
         where = device_from(device)
         with alone_in_a_fork(), without_collection(), ExitStack() as stack:
             stack.enter_context(refusing(source))
-            origin = stack.enter_context(opened(source))
-            weights, _ = apart(origin, lambda: reachable(self.model).values())
-            prove = verifier(self.model, weights) if verify == "loader" else None
+            origin = stack.enter_context(opened(source, variant=variant, subfolder=subfolder))
             with self._current.reserved():
                 if self._current.holds is not State.EMPTY:
                     raise UsageError(
                         f"{self._current}, so load, which is for the first time, cannot be used; use update"
                     )
-                plan = options.traced(self.model, origin.manifest, where)
-                replaced = [] if where is None else materialise(places(self.model), set(plan.targets), where)
+                options = self._options(allowed, cast, by)
+                fed = FedNames(names_for(origin.manifest, rename, self._match))
+                origin = renamed(origin, fed.new)
+                stack.enter_context(naming_files(origin))
+                weights, _ = apart(origin, lambda: reachable(self._core).values())
+                prove = verifier(self._core, weights, by) if verify == "loader" else None
+                plan = options.traced(self._core, origin.manifest, where)
+                left = [] if where is None else left_on_meta(plan, survey(self._core), init_missing, self._core)
+                wanted = {*plan.targets, *left}
+                replaced = [] if where is None else materialise(places(self._core), wanted, where)
                 stack.callback(self._put_back, replaced)
-                self._baseline = Baseline(self.model, plan, options, self._is_processed, self._is_deferred)
-                update = Update.begin_first(self._current, self._baseline, self._process, self._limit)
+                initialise(self._core, left, init_missing)
+                unknown = {place.name for place, _ in replaced} - {*left}
+                self._baseline = Baseline(self._core, plan, options, self._is_processed, self._is_deferred, unknown)
+                update = Update.begin_first(self._current, self._baseline, self._process, self._limit, fed)
             with update:
                 return update.run(
                     weights,
@@ -191,6 +251,21 @@ class LiveModel:
                     verify=prove,
                     show_progress=show_progress,
                 )
+
+    def _options(self, allowed: Sequence[Patterns], cast: Cast | None, by: By | None) -> Options:
+        """What every load allows; and note the names by which the model's tensors are called from now on."""
+        core, names = self._core, {*survey(self._core).tensors}
+        self._match = KnownNames(core, names).matched if own_loader(core, by) is None else as_they_are
+        self._others = other_names(core, outer_prefix(self.model), names)
+        missing, partly, unexpected, mismatched = allowed
+        return Options(
+            allow_missing=widened(missing, self._others),
+            allow_partial=widened(partly, self._others),
+            allow_unexpected=unexpected,
+            allow_mismatched=widened(mismatched, self._others),
+            cast=cast,
+            by=by,
+        )
 
     @signals.whole
     def _put_back(self, replaced: list[tuple[Place, torch.Tensor]]) -> None:
@@ -209,12 +284,20 @@ class LiveModel:
         version: str | int | None = None,
         atomic: Atomic | None = None,
         only: Patterns | None = None,
+        cast: Cast | None = None,
         io: IOMode = "auto",
         threads: int | None = None,
         pool: Pool | None = None,
         show_progress: bool | None = None,
+        rename: Rename | None = None,
+        timeout: float | None = None,
+        variant: str | None = None,
+        subfolder: str | None = None,
     ) -> UpdateReport:
         """Take new weights for every tensor that the first load wrote, in place, all or nothing.
+
+        What the first load allowed to be missing may come in one version and not in the next: then it is again as it
+        was before the first load, and ``report.restored`` names it.
 
         Args:
             source: whatever ``hotweights.open`` takes, or an open source; of any names, dtypes and shapes that the
@@ -222,10 +305,18 @@ class LiveModel:
             version: the new version's name; by default the source's, or else the number of commits.
             atomic: how it is all or nothing; by default as the live model does it.
             only: names of the model's tensors that are to be updated, and no others: a declared partial update.
+            cast: which casts that lose information are done, see ``hotweights.load``. By default those that ``load``
+                was given; or else floats are cast to the floats that the model holds (``"floats"``), and a model with a
+                ``load_weights`` casts as that does (``"loader"``).
             io: how files are read, see ``IOMode``.
             threads: how many read at once.
             pool: memory for what cannot be read in place.
             show_progress: whether to draw a progress bar; by default on a terminal.
+            rename: new names for the source's tensors, see ``hotweights.load``.
+            timeout: seconds that it may wait for readers to leave ``serving()``, all its waits together; by default as
+                long as they like. Then it aborts, and a ``TimeoutError`` is the cause.
+            variant: where ``source`` is a path: which variant of the weights there, see ``hotweights.open``.
+            subfolder: where ``source`` is a path: which folder there.
 
         Raises:
             UpdateAborted: it failed; its cause says why. Version N is live, byte for byte; with ``atomic=False`` the
@@ -233,17 +324,22 @@ class LiveModel:
             CommitHookError: the new version is live, and a hook failed.
         """
         check_version(version)
+        check_reading(io, threads, pool, show_progress)
         with alone_in_a_fork(), without_collection(), ExitStack() as stack:
             stack.enter_context(refusing(source))
             try:
-                origin = stack.enter_context(opened(source))
-                weights, _ = apart(origin, lambda: reachable(self.model).values())
+                origin = stack.enter_context(opened(source, variant=variant, subfolder=subfolder))
+                fed = FedNames(names_for(origin.manifest, rename, self._match))
+                origin = renamed(origin, fed.new)
+                stack.enter_context(naming_files(origin))
+                weights, _ = apart(origin, lambda: reachable(self._core).values())
             except Exception as error:
                 # What an iterator raises while it is read ends the update, whatever it is.
                 if isinstance(error, UsageError) and not isinstance(source, IteratorSource):
                     raise
-                raise aborted(f"{self._current}; the source cannot be opened", error) from error
-            update = stack.enter_context(self.begin(origin.manifest, atomic=atomic, only=only))
+                failed = "nothing was changed" if isinstance(error, PlanError) else "the source cannot be opened"
+                raise aborted(f"{self._current}; {failed}", error) from error
+            update = stack.enter_context(self._begin(origin.manifest, atomic, only, cast, timeout, fed))
             return update.run(
                 weights,
                 version_of(origin, version),
@@ -253,30 +349,109 @@ class LiveModel:
                 show_progress=show_progress,
             )
 
+    async def update_async(
+        self,
+        source: AnySource,
+        *,
+        version: str | int | None = None,
+        atomic: Atomic | None = None,
+        only: Patterns | None = None,
+        cast: Cast | None = None,
+        rename: Rename | None = None,
+        io: IOMode = "auto",
+        threads: int | None = None,
+        pool: Pool | None = None,
+        show_progress: bool | None = None,
+        timeout: float | None = None,
+        variant: str | None = None,
+        subfolder: str | None = None,
+    ) -> UpdateReport:
+        """``update`` in a thread of the event loop's executor: other coroutines run meanwhile, readers among them.
+
+        Cancelled, it aborts at the next tensor or layer, waits for that, and raises ``asyncio.CancelledError``; the new
+        version is live if it was committed by then, see ``version``. A second cancellation does not wait. A source that
+        waits, such as a receiver, is not woken: close it. Hooks run in the thread.
+        """
+        return await in_background(
+            partial(
+                self.update,
+                source,
+                version=version,
+                atomic=atomic,
+                only=only,
+                cast=cast,
+                rename=rename,
+                io=io,
+                threads=threads,
+                pool=pool,
+                show_progress=show_progress,
+                timeout=timeout,
+                variant=variant,
+                subfolder=subfolder,
+            )
+        )
+
     @alone_in_a_fork()
     @signals.watched
     def begin(
-        self, manifest: Manifest | None = None, *, atomic: Atomic | None = None, only: Patterns | None = None
+        self,
+        manifest: Manifest | None = None,
+        *,
+        atomic: Atomic | None = None,
+        only: Patterns | None = None,
+        cast: Cast | None = None,
+        rename: Rename | None = None,
+        timeout: float | None = None,
     ) -> Update:
         """Begin an update that is fed by hand. Use it in a ``with``: leaving it without a commit aborts.
 
         Args:
-            manifest: what will come; by default what the live version came by. What does not fit is found here.
+            manifest: what will come; by default the names and shapes that the live version came by. What does not fit
+                is found here.
             atomic: see ``update``.
             only: see ``update``.
+            cast: see ``update``.
+            rename: new names for what is fed, see ``hotweights.load``.
+            timeout: see ``update``; it counts to the end of the commit.
 
         Raises:
             UpdateAborted: the manifest does not fit, or the host cannot hold the copy; nothing was changed.
         """
+        check_kind("manifest", manifest, Manifest, "a Manifest, such as hotweights.open(tensors).manifest")
+        if manifest is None:
+            fed = FedNames(self._current.names, None if rename is None else renamer(rename))
+            return self._begin(None, atomic, only, cast, timeout, fed)
+        try:
+            fed = FedNames(names_for(manifest, rename, self._match))
+        except PlanError as error:
+            raise aborted(f"{self._current}; nothing was changed", error) from error
+        return self._begin(manifest.renamed(fed.new), atomic, only, cast, timeout, fed)
+
+    def _begin(
+        self,
+        manifest: Manifest | None,
+        atomic: Atomic | None,
+        only: Patterns | None,
+        cast: Cast | None,
+        timeout: float | None,
+        fed: FedNames,
+    ) -> Update:
         atomic = self._atomic if atomic is None else atomic
         _check_atomic(atomic)
+        check_choices(cast=("error" if cast is None else cast, Cast))
+        check_timeout(timeout)
         current = self._current
         with current.reserved():
             if self._baseline is None:
                 raise UsageError("nothing was loaded yet; the first time, use load")
             if current.holds is State.TORN and only is not None:
                 raise UsageError("the model is torn; only a complete update mends it, so leave only= out")
-            return Update.begin(current, self._baseline, self._process, self._limit, manifest, atomic, only)
+            if only is not None:
+                (patterns,) = patterns_from(only=only)
+                only = widened(patterns, self._others)
+            return Update.begin(
+                current, self._baseline, self._process, self._limit, manifest, atomic, only, cast, timeout, fed
+            )
 
 
 def _check_atomic(atomic: object) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,15 +20,17 @@ from ..memory.digest import digests
 from ..model.materialise import dressed
 from ..model.places import places
 from ..model.reachable import reachable
-from ..model.survey import survey
+from ..model.survey import By, survey
 from ..plan.patterns import Patterns, both, matches
 from ..plan.plan import LoadPlan
 from ..plan.steps import Fate
 from ..tracing.trace import trace
 from .groups import Coverage, LayerGroup, coverage, elements, groups_of, needs_initial
-from .layers import Dressing, Layer, contents, put_back
+from .layers import Dressing, Layer, contents, modules_held, put_back
 from .layout import MemoryLayout, Mirror
+from .optional import OptionalTensors
 
+_STRICT: tuple[Cast, ...] = ("error", "floats", "loader")  # The first do less.
 _KEPT = 4  # several manifests take turns, none of them for long
 
 
@@ -40,8 +42,22 @@ class Options:
     allow_partial: Patterns = ()
     allow_unexpected: Patterns = ()
     cast: Cast | None = None
+    allow_mismatched: Patterns = ()
+    by: By | None = None
 
-    def traced(self, model: nn.Module, manifest: Manifest, device: torch.device | None, may: Patterns = ()) -> LoadPlan:
+    def for_update(self, model: nn.Module, cast: Cast | None) -> Cast:
+        """Which casts an update does, if it is asked for ``cast``."""
+        # The first load filled the model in the dtypes that its engine wants: float masters are cast to them.
+        return cast or self.cast or ("loader" if hasattr(model, "load_weights") else "floats")
+
+    def traced(
+        self,
+        model: nn.Module,
+        manifest: Manifest,
+        device: torch.device | None,
+        may: Patterns = (),
+        cast: Cast | None = None,
+    ) -> LoadPlan:
         """The plan for ``manifest``; tensors that match ``may`` may be missing or partial besides."""
         return trace(
             model,
@@ -50,16 +66,37 @@ class Options:
             allow_missing=both(self.allow_missing, may),
             allow_partial=both(self.allow_partial, may),
             allow_unexpected=self.allow_unexpected,
-            cast=self.cast,
+            allow_mismatched=self.allow_mismatched,
+            cast=cast or self.cast,
+            by=self.by,
         )
+
+
+class Found(NamedTuple):
+    """The work of one update.
+
+    Attributes:
+        plan: the plan.
+        in_place: the group that is written in place.
+        groups: those that need scratch.
+        restored: names of tensors that it does not bring, and that get their values from before the first load.
+        cast: which casts it does.
+    """
+
+    plan: LoadPlan
+    in_place: LayerGroup
+    groups: list[LayerGroup]
+    restored: frozenset[str]
+    cast: Cast
 
 
 class Plans:
     """The plan of the first load, and the last few that were made since.
 
     Attributes:
-        first: the plan of the first load. Every update writes exactly what that one writes.
+        first: the plan of the first load. Every update writes exactly what that one writes, but for what is optional.
         covers: which boxes of the model's tensors that are.
+        optional: what may be in one version and not in another.
     """
 
     def __init__(
@@ -69,6 +106,7 @@ class Plans:
         options: Options,
         layers: Sequence[Layer],
         layout: MemoryLayout,
+        unknown: Collection[str] = (),
     ) -> None:
         self.first = first
         self.covers = coverage(first)
@@ -76,48 +114,62 @@ class Plans:
         self._options = options
         self._layers = layers
         self._layout = layout
-        self._kept = [first]
+        self._kept: list[tuple[LoadPlan, Cast]] = [
+            (first, options.cast or ("loader" if hasattr(model, "load_weights") else "error"))
+        ]
+        self.optional = OptionalTensors(model, first, options.allow_missing, layout, unknown)
 
     @property
     def last(self) -> LoadPlan:
         """The plan by which the live version came."""
-        return self._kept[0]
+        return self._kept[0][0]
 
     def initial(self) -> set[str]:
-        """Names of the tensors whose values from before the first load every update needs."""
+        """Names of the tensors whose values from before the first load updates need."""
         in_place, groups = groups_of(self.first, self._layers, self._layout)
-        return self._initial(self.first, in_place, groups)
+        return self._initial(self.first, in_place, groups) | self.optional.names
 
-    def committed(self, plan: LoadPlan) -> None:
+    def committed(self, plan: LoadPlan, restored: Collection[str]) -> None:
         """Take note that a version came by this plan: the next one does too, unless it brings another manifest."""
-        if any(kept is plan for kept in self._kept):
-            self._kept = [plan, *(kept for kept in self._kept if kept is not plan)]
+        self.optional.came(plan, coverage(plan), restored)
+        self._kept.sort(key=lambda kept: kept[0] is not plan)
 
     def find(
-        self, manifest: Manifest | None, only: Patterns | None, live: Mapping[str, torch.Tensor]
-    ) -> tuple[LoadPlan, LayerGroup, list[LayerGroup]]:
+        self,
+        manifest: Manifest | None,
+        only: Patterns | None,
+        live: Mapping[str, torch.Tensor],
+        cast: Cast | None = None,
+    ) -> Found:
         """The plan for a manifest, and its groups. The caller sees that nobody reads the model meanwhile.
 
         Args:
             manifest: what will come; by default what the live version came by.
             only: names of the model's tensors that are updated, and no others.
             live: every live tensor by name.
+            cast: which casts are done; by default those of the first load, or of floats.
 
         Raises:
             PlanError: it lists everything that does not fit.
         """
-        plan = self._whole(self.last.manifest if manifest is None else manifest, only, live)
+        casts = self._options.for_update(self._model, cast)
+        plan = self._whole(self.last.manifest if manifest is None else manifest, only, live, casts)
         if only is None:
-            return plan, *groups_of(plan, self._layers, self._layout)
+            groups = groups_of(plan, self._layers, self._layout)
+            return Found(plan, *groups, self.optional.absent(plan, coverage(plan)), casts)
         plan = _restricted(plan, only)
         if manifest is None:
             used = {name for step in plan.steps for name in step.sources}
             plan = replace(plan, manifest=Manifest(spec for spec in plan.manifest.values() if spec.name in used))
-        in_place, groups = groups_of(plan, self._layers, self._layout)
-        return plan, in_place, self._concerned(groups, plan, only)
+        in_place, concerned = groups_of(plan, self._layers, self._layout)
+        return Found(plan, in_place, self._concerned(concerned, plan, only), frozenset(), casts)
 
-    def _whole(self, manifest: Manifest, only: Patterns | None, live: Mapping[str, torch.Tensor]) -> LoadPlan:
-        for plan in self._kept:
+    def _whole(
+        self, manifest: Manifest, only: Patterns | None, live: Mapping[str, torch.Tensor], cast: Cast
+    ) -> LoadPlan:
+        for plan, allowed in self._kept:
+            if plan.casts and _STRICT.index(allowed) > _STRICT.index(cast):
+                continue  # It may do casts that are not asked for.
             same = plan.manifest is manifest or list(plan.manifest.values()) == list(manifest.values())
             if same and (not plan.state_read or digests(reachable(self._model), plan.state_read) == plan.digests):
                 return plan
@@ -128,25 +180,30 @@ class Plans:
         with self._in_checkpoint_format(live):
             meta = {name for name, tensor in survey(self._model).tensors.items() if tensor.is_meta}
             unloaded = meta - {name for name in self.first.targets if elements(self.covers, self.first, name)}
-            plan = self._options.traced(self._model, manifest, torch.device("cpu"), [*may, *unloaded])
+            plan = self._options.traced(self._model, manifest, torch.device("cpu"), [*may, *unloaded], cast)
         if only is None:
             self._check(plan)
-            self._kept = [self._kept[0], plan, *self._kept[1:]][:_KEPT]
+            self._kept = [self._kept[0], (plan, cast), *self._kept[1:]][:_KEPT]
         return plan
 
     def _check(self, plan: LoadPlan) -> None:
         """See that an update writes what the first load wrote, and reads only initial values that were kept."""
         covers = coverage(plan)
         problems = [
-            f"{name}: {elements(covers, plan, name)} elements would be written, not the "
-            f"{elements(self.covers, self.first, name)} that the first load wrote"
+            self._unlike(name, plan, covers)
             for name in self.covers.keys() | covers.keys()
             if not _same(self.covers, covers, name, plan if name in plan.targets else self.first)
+            and not self.optional.may_differ(name, plan)
         ]
         early = self._initial(plan, *groups_of(plan, self._layers, self._layout)) - self.initial()
         problems += [f"{name}: is read as it was before the first load, which is not known any more" for name in early]
         if problems:
             raise PlanError("this would not write what the first load wrote", problems)
+
+    def _unlike(self, name: str, plan: LoadPlan, covers: Coverage) -> str:
+        now, then = elements(covers, plan, name), elements(self.covers, self.first, name)
+        cure = "" if now and then else self.optional.refusal(name, plan)
+        return f"{name}: {now} elements would be written, not the {then} that the first load wrote{cure}"
 
     def _initial(self, plan: LoadPlan, in_place: LayerGroup, groups: Sequence[LayerGroup]) -> set[str]:
         covers = coverage(plan)
@@ -159,8 +216,10 @@ class Plans:
         chosen = _chosen(self.first, only)
         inside = {name: group for group in concerned for name in group.names}
         lacking = []
-        for name in self.covers:
-            if (name in inside or chosen(name)) and not _same(self.covers, covers, name, self.first):
+        for name in self.covers.keys() | self.optional.brought:
+            asked = chosen(name) or (name in inside and self.optional.is_needed(name))
+            optional = name in self.optional.names
+            if asked and not (name in covers if optional else _same(self.covers, covers, name, self.first)):
                 why = "nothing that comes writes what only= asks for"
                 if name in inside:
                     why = f"layer {inside[name].name} is processed as one, so an update of a part must bring this too"
@@ -178,7 +237,7 @@ class Plans:
         if not self._layers:
             yield
             return
-        before = [(module, contents(module)) for module in self._model.modules()]
+        before = [(module, contents(module)) for module in modules_held(self._model)]
         twins = Mirror(self._layout, lambda nbytes, device: torch.empty(nbytes, dtype=torch.uint8, device="meta"))
         own = {name for layer in self._layers for name in layer.captured()}
         spans = {self._layout.of(name) for name in own}

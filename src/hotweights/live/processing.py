@@ -77,6 +77,7 @@ class Processing:
         now = {layer.full(key): tensor for layer, held in pairs for key, tensor in held.tensors()}
         idle = self._untouched(group, now | {name: scratch[name] for name in group.without_layer}) - self._job.acted
         self._job.acted.update(group.unwritten - idle)
+        idle -= self._job.restored  # They hold what an earlier version brought.
         made_new = [
             differences(layer, old, new, self._job.live, idle)
             for layer, old, new in zip(group.layers, live, made, strict=True)

@@ -7,14 +7,14 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import msgspec
 
 from .. import signals
 from ..plan.steps import Fate
-from ..text import as_html, counts, short, size, some, table
+from ..text import as_html, counts, short, size, some, summary, table
 from .open_layers import OpenLayers
 
 
@@ -80,6 +80,9 @@ class UpdateReport:
         open_layers: the most layers that were open at once.
         open_bytes: the most device memory that they took.
         tensors: names by fate.
+        casts: by name of the source, what was cast: ``"F32 -> BF16"``.
+        restored: names of the model that this version does not bring and an earlier one did: they hold again what they
+            held before the first load.
         planned: how many source tensors the plan moved.
         fell_back: why the model's own code loaded the others.
         replaced: objects of layers in which no tensor is seen (closures, prepacked weights), and which are others now:
@@ -87,6 +90,7 @@ class UpdateReport:
         bytes_by_io: bytes read by I/O path.
         warnings: what a person should read.
         events: what the time was spent on.
+        mismatched: by name of the model, both shapes, of what was not loaded because they differ.
     """
 
     version: str | int
@@ -103,12 +107,15 @@ class UpdateReport:
     open_layers: int
     open_bytes: int
     tensors: Mapping[Fate, tuple[str, ...]]
+    casts: Mapping[str, str]
+    restored: tuple[str, ...]
     planned: int
     fell_back: tuple[str, ...]
     replaced: tuple[str, ...]
     bytes_by_io: Mapping[str, int]
     warnings: tuple[str, ...]
     events: tuple[TimelineEvent, ...]
+    mismatched: Mapping[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, object]:
         """The same facts for machines: only names, numbers, lists and dictionaries."""
@@ -151,7 +158,10 @@ class UpdateReport:
         ]
         if self.open_bytes:
             rows.append(("open", f"{self.open_layers} layers, {size(self.open_bytes)} of device memory at peak"))
-        rows += [(fate.value, f"{len(names)} tensors") for fate, names in self.tensors.items() if names]
+        rows += [(fate.value, summary(names, self.casts)) for fate, names in self.tensors.items() if names]
+        rows += [("not loaded", f"{name}: {shapes}") for name, shapes in self.mismatched.items()]
+        if self.restored:
+            rows.append(("restored", f"as before the first load: {some(self.restored, 3)}"))
         rows += [("fell back", reason) for reason in self.fell_back]
         if self.replaced:
             rows.append(("replaced", f"not known to be where it was: {some(self.replaced, 3)}"))

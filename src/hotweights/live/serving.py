@@ -4,39 +4,72 @@ from __future__ import annotations
 
 from .. import signals
 from ..errors import LiveModelError
+from .lock import Hold
 from .state import Current, State
 
 
 class Serving:
-    """What ``LiveModel.serving`` gives. A context manager, to be entered once; it gives the version's name."""
+    """What ``LiveModel.serving`` gives: a context manager for ``with`` and ``async with``, to be entered once.
+
+    It gives the version's name.
+    """
 
     def __init__(self, current: Current, timeout: float | None) -> None:
         self._current = current
         self._timeout = timeout
+        self._hold: Hold | None = None
         self._watcher: object = None
 
     @signals.held
     def __enter__(self) -> str | int | None:
         self._watcher = signals.watch()
         try:
-            self._current.guard.begin_reading(self._timeout)
+            self._hold = self._current.guard.begin_reading(self._timeout)
+            return self._version()
         except BaseException:
-            signals.unwatch(self._watcher)
+            self._leave()
             raise
+
+    @signals.held
+    def __exit__(self, *error: object) -> None:
+        self._leave()
+        signals.deliver()  # Others may watch on, in other tasks: what came while this one left is not kept for those.
+
+    # Between beginning and end signals are not watched here: asyncio.run puts its handler of Ctrl-C away when the
+    # main task is done, before it ends the others, and would miss it.
+
+    async def __aenter__(self) -> str | int | None:
         try:
-            self._check()
-            signals.deliver()
+            await self._current.guard.begin_reading_async(self._timeout, self._take)
+            return self._version()
         except BaseException:
-            self.__exit__()
+            self._leave_watched()
             raise
-        return self._current.version
+
+    async def __aexit__(self, *error: object) -> None:
+        self._leave_watched()
+
+    def __del__(self) -> None:
+        if getattr(self, "_hold", None) is not None:  # Ctrl-C came at the first instruction of ``__aexit__``.
+            self._leave()
 
     @signals.whole
-    def __exit__(self, *error: object) -> None:
-        self._current.guard.end_reading()
+    def _take(self, hold: Hold) -> None:
+        self._hold = hold
+
+    @signals.watched
+    def _leave_watched(self) -> None:
+        self._leave()
+
+    @signals.whole
+    def _leave(self) -> None:
+        if self._hold is not None:
+            self._current.guard.end_reading(self._hold)
+            self._hold = None
         signals.unwatch(self._watcher)
 
-    def _check(self) -> None:
+    @signals.held
+    def _version(self) -> str | int | None:
         # What the model holds, not what runs: an update of a torn model has not mended it before it has committed.
         if self._current.holds is State.EMPTY:
             raise LiveModelError("nothing was loaded yet, so there is nothing to serve; call load first")
@@ -44,3 +77,5 @@ class Serving:
             raise LiveModelError(
                 "the model is torn: it holds tensors of two versions; call update with a complete source"
             )
+        signals.deliver()
+        return self._current.version

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from .. import signals
@@ -33,6 +33,7 @@ class Current:
         running: what identifies the update that runs; ``None`` where none does.
         prepared: whether that update is prepared.
         warned: whether the one warning of open layers was given.
+        names: for tensors of the live version that came under other names than the model's: from those to these.
         guard: lets readers of the model in while no update writes it.
         hooks: what is called after each commit.
     """
@@ -44,6 +45,7 @@ class Current:
         self.running: object = None
         self.prepared = False
         self.warned = False
+        self.names: Mapping[str, str] = {}
         self.guard = ReadWriteLock()
         self.hooks = Hooks()
         self._reserved = threading.Lock()  # held while an update runs

@@ -17,7 +17,7 @@ from ..memory.wrappers import is_wrapper
 from ..model.materialise import dressed
 from ..text import size
 from .attributes import amend, assign, exchanged, state_of
-from .layers import contents, put, put_back
+from .layers import contents, modules_held, put, put_back
 from .layout import Mirror
 
 Atomic = Literal["staged", "journal", False]
@@ -178,8 +178,8 @@ class Staged:
     def showing(self, model: nn.Module) -> Iterator[None]:
         """Put what was collected into the model's places; at the end, take it out again."""
         shown = {id(self._live[name]): self._value(name) for name in self._staged}
-        modules = list(model.modules())
-        own = frozenset(map(id, modules))
+        modules = modules_held(model)
+        own = frozenset(map(id, model.modules()))
         before = [(module, contents(module, own)) for module in modules]
         try:
             for module, held in before:

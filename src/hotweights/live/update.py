@@ -11,6 +11,7 @@ from torch import nn
 
 from .. import signals
 from ..arguments import check_version
+from ..dtypes import Cast
 from ..errors import HotweightsError, UpdateAborted, UsageError
 from ..forked import alone_in_a_fork
 from ..loading.verify import Verifier
@@ -20,10 +21,13 @@ from ..memory.pool import Pool
 from ..notices import forgotten
 from ..plan.patterns import Patterns
 from ..progress import progress
+from ..sharding import reshard
 from ..sources.contracts import Addressed, InMemory, IOMode, OnDisk, Participant, Source, warnings_of
+from ..sources.pairs import pairs_of, plain
 from .attempt import Attempt
 from .baseline import Baseline
 from .compiled import refuse_frozen
+from .fed_names import FedNames
 from .job import Job
 from .lock import WriteTurn
 from .open_layers import OpenLayers
@@ -43,22 +47,38 @@ class Update:
     # Begin.
 
     @signals.held
-    def __init__(self, current: Current, baseline: Baseline, job: Job, strategy: Strategy, limit: int | None) -> None:
+    def __init__(
+        self,
+        current: Current,
+        baseline: Baseline,
+        job: Job,
+        strategy: Strategy,
+        limit: int | None,
+        fed: FedNames,
+        timeout: float | None = None,
+    ) -> None:
         """For ``begin`` and ``begin_first``, while the live model is reserved; the end of the update lets go of it."""
         self._current = current
         self._baseline = baseline
         self._strategy = strategy
-        self._attempt = Attempt(job, strategy, OpenLayers(limit, warned=current.warned), WriteTurn(current.guard))
+        self._fed = fed
+        turn = WriteTurn(current.guard, timeout)
+        self._attempt = Attempt(job, strategy, OpenLayers(limit, warned=current.warned), turn)
         self._watcher = signals.watch()
         current.begin(self._attempt)
 
     @classmethod
     @signals.held
     def begin_first(
-        cls, current: Current, baseline: Baseline, process: Callable[[nn.Module], object], limit: int | None
+        cls,
+        current: Current,
+        baseline: Baseline,
+        process: Callable[[nn.Module], object],
+        limit: int | None,
+        fed: FedNames,
     ) -> Update:
         """The first load, straight into the model's own tensors."""
-        return cls(current, baseline, baseline.first_job(process), InPlace(baseline.live), limit)
+        return cls(current, baseline, baseline.first_job(process), InPlace(baseline.live), limit, fed)
 
     @classmethod
     @signals.held
@@ -71,6 +91,9 @@ class Update:
         manifest: Manifest | None,
         atomic: Atomic,
         only: Patterns | None,
+        cast: Cast | None,
+        timeout: float | None,
+        fed: FedNames,
     ) -> Update:
         """Find everything that does not fit; then begin.
 
@@ -80,20 +103,20 @@ class Update:
         try:
             refuse_frozen()
             baseline.prove()
-            with current.guard.writing():
-                plan, in_place, groups = baseline.plans.find(manifest, only, baseline.live)
-            job = baseline.job(process, plan, in_place, groups)
+            with current.guard.writing(timeout):
+                found = baseline.plans.find(manifest, only, baseline.live, cast)
+            job = baseline.job(process, found, promised=manifest is not None)
             strategy = baseline.strategy(atomic, job)
         except UsageError:
             raise
         except Exception as error:
             raise aborted(f"{current}; nothing was changed", error) from error
-        return cls(current, baseline, job, strategy, limit)
+        return cls(current, baseline, job, strategy, limit, fed, timeout)
 
     @property
     def manifest(self) -> Manifest:
         """What it must be fed: names, dtypes and shapes."""
-        return self._attempt.manifest
+        return self._fed.promised(self._attempt.manifest)
 
     @property
     def open_nbytes(self) -> int:
@@ -107,18 +130,23 @@ class Update:
     def feed(self, pairs: Iterable[tuple[str, torch.Tensor]] | Mapping[str, torch.Tensor]) -> None:
         """Take tensors, in any order and any number of calls. They may be borrowed: nothing is kept but by copy.
 
-        A tensor is read until the iterator is advanced, on a device until its queue is done.
+        A tensor is read until the iterator is advanced, on a device until its queue is done. Where ``begin`` was given
+        no manifest, floats may come in other dtypes than before, as far as ``cast=`` allows.
 
         Raises:
+            UsageError: these are no pairs; nothing was taken, and the update goes on.
             UpdateAborted: a tensor is unknown, of another dtype or shape than promised, or comes twice; it lies in the
                 model's own memory, and that is written in place; or the iterator raised.
         """
         self._check("feed")
         if self._current.prepared:
             raise UsageError("this update is prepared; it cannot be fed any more")
+        given = pairs_of(pairs)
         with self._failing():
             self._attempt.take_as_it_comes()
-            for name, tensor in pairs.items() if isinstance(pairs, Mapping) else pairs:
+            for called, given_tensor in given:
+                name = self._fed.of(called)
+                tensor = plain(called, given_tensor, self._attempt.manifest.get(name))
                 self._attempt.check_apart(name, tensor)
                 devices = self._attempt.take(name, tensor, tensor.clone)
                 _wait_for(devices | {tensor.device})  # Behind the next tensor this one may be written over.
@@ -157,6 +185,8 @@ class Update:
                 if isinstance(source, OnDisk):
                     source.check()
                 if isinstance(source, Participant):
+                    if attempt.turn.has_limit:  # When the group has decided it is too late to give up.
+                        attempt.turn.take()
                     stack.enter_context(source.decision())
             report = self.commit(version)
             return replace(report, warnings=(*warnings_of(source), *report.warnings))
@@ -185,18 +215,20 @@ class Update:
     @alone_in_a_fork()
     @signals.held
     def commit(self, version: str | int | None = None) -> UpdateReport:
-        """Make it version M. Nothing can fail but the hooks, and they run after it.
+        """Make it version M. Once readers have left, nothing can fail but the hooks, and they run after it.
 
         Args:
             version: its name; by default the number of commits.
 
         Raises:
+            UpdateAborted: something is missing, as ``prepare`` says, or readers did not leave in time.
             CommitHookError: version M is live, and a hook failed.
         """
         self._check("commit")
         check_version(version)
         self.prepare()
-        self._attempt.turn.take()
+        with self._failing():
+            self._attempt.turn.take()
         failures: list[BaseException] = []
         try:
             report = self._make_live(version, failures)
@@ -219,20 +251,27 @@ class Update:
         current.commits += 1
         current.holds, current.running, current.warned = State.SERVING, None, attempt.warned
         self._baseline.committed(attempt.job)
+        if self._baseline.plans.last is attempt.job.plan:  # A partial update is not what the next one repeats.
+            current.names = self._fed.new
         return attempt.report(previous, current.version, nbytes, self._baseline.copy_nbytes)
 
     def _written(self, failures: list[BaseException]) -> int:
         """How many bytes were written to make it version M. An interruption is put into ``failures``."""
         try:
-            return self._strategy.commit()
+            return self._commit()
         except BaseException as error:
             if not isinstance(error, Exception):
                 failures.append(error)
         try:
-            return self._strategy.commit()  # It copies what lies beside the model: that can be done again.
+            return self._commit()  # It copies what lies beside the model: that can be done again.
         except BaseException:
             self._current.holds, self._current.running = State.TORN, None
             raise
+
+    def _commit(self) -> int:
+        nbytes = self._strategy.commit()
+        reshard(self._attempt.job.model.modules())
+        return nbytes
 
     # Abort.
 
@@ -255,6 +294,7 @@ class Update:
             raise
         finally:
             if torn and not attempt.job.first:
+                self._baseline.torn(attempt.job)
                 self._current.holds = State.TORN
             self._end()
 
@@ -304,7 +344,12 @@ class Update:
 def aborted(left: str, error: Exception) -> UpdateAborted:
     """What tells that ``error`` ended an update, and what it left."""
     said = str(error) if isinstance(error, HotweightsError) else f"{type(error).__name__}: {error}"
-    return UpdateAborted(f"{left}: {getattr(error, 'title', said)}", getattr(error, "problems", ()))
+    advice = getattr(error, "advice", "")
+    return UpdateAborted(
+        f"{left}: {getattr(error, 'title', said)}",
+        getattr(error, "problems", ()),
+        advice=advice and f"{advice} It is said in the first load, LiveModel.load(), and holds for all updates.",
+    )
 
 
 def _wait_for(devices: set[torch.device]) -> None:

@@ -133,7 +133,7 @@ def _values_hold(plan: LoadPlan, model: nn.Module) -> bool:
 def _from_file(file: Path, model: nn.Module, manifest: Manifest) -> LoadPlan | None:
     try:
         plan = LoadPlan.load(file)
-    except FileNotFoundError:
+    except OSError:  # Why it cannot be read is told when it cannot be written either.
         return None
     except PlanFileError as error:
         log(logging.WARNING, "a kept plan is not used, and made anew: %s", error)
@@ -152,6 +152,8 @@ def _to_file(plan: LoadPlan, file: Path) -> None:
         plan.save(file)
     except PlanFileError as error:
         log(logging.INFO, "a plan is not kept for other processes: %s", error)
+    except OSError as error:  # The plan is there, and the weights can be loaded all the same.
+        log(logging.WARNING, "a plan is not kept for other processes; give cache_dir= a folder: %s", error)
 
 
 def _versions() -> tuple[tuple[str, str], ...]:

@@ -19,7 +19,7 @@ from ..memory.extents import renew
 from ..memory.pool import Pool
 from ..model.places import Place, places
 from ..model.reachable import reachable
-from ..model.survey import loader_of
+from ..model.survey import By, loader_of
 from ..plan.plan import LoadPlan
 from ..sources.contracts import Addressed, InMemory, Source
 from ..text import some
@@ -36,6 +36,7 @@ def fall_back(
     kept: Mapping[str, torch.Tensor],
     done: Tally,
     *,
+    by: By | None = None,
     pool: Pool,
     advance: Callable[[int], None],
 ) -> None:
@@ -47,6 +48,7 @@ def fall_back(
         source: where the tensors are, unless they were ``kept``.
         kept: those that ``execute`` returned.
         done: is kept up to date.
+        by: which loading code that is, see ``By``.
         pool: memory for reading.
         advance: called as bytes arrive.
 
@@ -56,7 +58,7 @@ def fall_back(
 
     These, and whatever the code raises, have a note that says which layers had been written by then.
     """
-    load = loader_of(model)
+    load = loader_of(model, by)
     assert load is not None, "only models with loading code of their own fall back"
 
     def arrive(nbytes: int) -> None:

@@ -21,6 +21,7 @@ import xxhash
 from torch import nn
 
 from ..model.survey import Survey
+from ..sharding import is_dtensor, local
 
 _PLAIN = frozenset((torch.Tensor, nn.Parameter, nn.Buffer))
 _NO_DISPATCH = torch._C._disabled_torch_dispatch_impl
@@ -63,7 +64,7 @@ class Fingerprint:
         Returns:
             Whether that is so. A tensor of another class, or without plain bytes, needs ``add_model``.
         """
-        self.rows += (list(survey.tensors), survey.transient)
+        self.rows += (list(survey.tensors), survey.transient, survey.parts)
         rows, places = self.rows, self.places
         self.tensors += survey.tensors.values()
         try:
@@ -102,8 +103,11 @@ class Fingerprint:
         rows += self._shared()
 
     def _add_tensor(self, key: str, tensor: torch.Tensor) -> None:
-        kind = type(tensor)
         self.tensors.append(tensor)
+        if is_dtensor(tensor):
+            tensor, part = local(tensor)
+            self.rows.append(part)
+        kind = type(tensor)
         if kind in _PLAIN and not tensor.__dict__:
             try:
                 row = (key, kind is nn.Parameter, tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
@@ -262,7 +266,7 @@ def _ids_of_modules(model: nn.Module) -> set[int]:
 def _form(tensor: torch.Tensor) -> object:
     """Everything about a tensor but its memory and its attributes."""
     kind = f"{type(tensor).__module__}.{type(tensor).__qualname__}"
-    if nn.parameter.is_lazy(tensor):
+    if nn.parameter.is_lazy(tensor) or tensor.is_nested:
         return (kind, tensor.dtype, tensor.device)
     strides = tensor.stride() if tensor.layout is torch.strided else ()
     return (kind, tensor.dtype, tensor.shape, strides, tensor.layout, tensor.device)

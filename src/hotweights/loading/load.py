@@ -13,9 +13,8 @@ import torch
 from torch import nn
 
 from .. import signals
-from ..arguments import check_choices, check_kind, check_model, device_from, patterns_from
+from ..arguments import check_choices, check_flags, check_kind, check_model, device_from, patterns_from
 from ..dtypes import Cast
-from ..errors import UsageError
 from ..forked import alone_in_a_fork
 from ..gc_pause import without_collection
 from ..manifest import Manifest
@@ -25,24 +24,31 @@ from ..model.materialise import materialise, put_back
 from ..model.offloading import refuse_offloaded
 from ..model.places import places
 from ..model.reachable import attributes, reachable
-from ..model.survey import Survey, survey
+from ..model.survey import By, Survey, survey
 from ..model.walk import modules_of
+from ..names import outer_prefix, unwrapped
 from ..plan.patterns import Patterns
 from ..plan.plan import LoadPlan, Order
 from ..plan.steps import Copy, Fate, Program
 from ..progress import progress
+from ..rename import Rename
+from ..sharding import reshard
 from ..sources.contracts import Addressed, IOMode, OnDisk, Participant, refusing, warnings_of
 from ..sources.iterator import IteratorSource
+from ..sources.locating import naming_files
 from ..sources.opening import AnySource, opened
+from ..sources.reading import check_reading
 from ..text import size
 from ..tracing.fit import check
 from ..tracing.frameworks import has_rules
+from ..tracing.naming import fitted, match_for
 from ..tracing.trace import trace
 from .apart import apart
 from .cache import planned
 from .copy_step import Destinations
 from .execute import execute
 from .fallback import fall_back
+from .initialise import InitMissing, check_init_missing, initialise, left_on_meta
 from .report import LoadReport, Tally
 from .requests import bytes_to_read, requests_of
 from .verify import Verify, verifier
@@ -58,6 +64,8 @@ def load(
     allow_missing: Patterns = (),
     allow_partial: Patterns = (),
     allow_unexpected: Patterns = (),
+    allow_mismatched: Patterns = (),
+    init_missing: InitMissing | None = None,
     cast: Cast | None = None,
     order: Order = "given",
     cache: bool | None = None,
@@ -67,11 +75,17 @@ def load(
     pool: Pool | None = None,
     verify: Verify = "off",
     show_progress: bool | None = None,
+    rename: Rename | None = None,
+    by: By | None = None,
+    variant: str | None = None,
+    subfolder: str | None = None,
 ) -> LoadReport:
     """Load the weights of ``source`` into the parameters and persistent buffers of ``model``, in place, by name.
 
     Everything that does not fit is found before the first byte is read, and raised together. Tied parameters may be in
-    the source under any of their names, or several. Models of transformers are loaded through transformers' own
+    the source under any of their names, or several. The wrappers of torch and PEFT (``torch.compile``, data parallel,
+    FSDP1, activation checkpointing, adapters) are looked through, in the model and in the source; the report has the
+    names of the module inside. Models of transformers are loaded through transformers' own
     renamings, conversions and ties. Autograd does not record the writes; every tensor that
     was written has a new ``_version``, and all that see its bytes. A failure while reading leaves tensors of both
     versions in the model, and the error's note says how much was read; parameters that were on meta are on meta
@@ -88,9 +102,16 @@ def load(
         allow_missing: names of the model that may be missing from the source; they keep their values.
         allow_partial: names of the model of which some bytes may keep their values.
         allow_unexpected: tensors of the source that may have no place in the model.
-        cast: whether casts that lose information are problems (``"error"``, the default by name) or done, as the
-            model's own loading code does them (``"loader"``, the default for models that have some). Casts that lose
-            nothing are done and reported; a cast from floats to integers is always a problem.
+        allow_mismatched: names of the model that keep their values where the source's tensor has another shape, as a
+            new head's has; the report names them, with both shapes. A ``load_weights`` decides itself what it takes.
+        init_missing: fills what is on meta, gets no bytes, or not all, and has to be real: called as ``fn(name,
+            tensor)`` for each such tensor before the first byte is read, on ``device``. ``True`` runs the
+            ``reset_parameters`` of the module that has it. By default models of transformers are initialised by their
+            own rules, as ``from_pretrained`` does it, and for others it is a problem. What is real keeps its value.
+        cast: which casts that lose information are done: none (``"error"``, the default by name), those from one float
+            of 16 bits or more to another (``"floats"``), or all that the model's own loading code does (``"loader"``,
+            the default for models with a ``load_weights``). The others are problems. Casts that lose nothing are done;
+            all are reported; a cast from floats to integers is always a problem.
         order: what is read first, see ``Order``. Files are read in their own order within a layer, and where no order
             is asked for.
         cache: whether to use again a plan that was traced from the same model, manifest and options, and to keep this
@@ -102,6 +123,13 @@ def load(
         pool: memory for what cannot be read in place; by default 64 MiB, which is freed at the end.
         verify: ``"loader"`` lets the model's own loading code load each layer once more afterwards, and compares bits.
         show_progress: whether to draw a progress bar; by default on a terminal.
+        rename: new names for the source's tensors: a mapping of prefixes, ``{"module.": ""}``, of which the longest
+            that fits counts; or a function that is given a name. Names that would become the same are a problem.
+        by: ``"name"`` loads a model by name that has a ``load_weights``; ``"loader"`` by that, whatever its signature.
+            By default a ``load_weights`` is used that can be called with pairs of name and tensor, and not one that,
+            by its signature, takes a path.
+        variant: where ``source`` is a path: which variant of the weights there, see ``hotweights.open``.
+        subfolder: where ``source`` is a path: which folder there.
 
     Raises:
         CheckpointError: the checkpoint is broken; the model is unharmed.
@@ -116,36 +144,51 @@ def load(
     """
     check_model(model, source)
     check_kind("plan", plan, LoadPlan, "a LoadPlan (LoadPlan.load reads one from a file)")
-    check_kind("pool", pool, Pool, "a Pool")
-    check_kind("threads", threads, int, "a number of threads")
+    check_flags(cache=cache)
+    check_reading(io, threads, pool, show_progress)
     check_kind("cache_dir", cache_dir, (str, os.PathLike), "a path")
-    check_choices(order=(order, Order), io=(io, IOMode), verify=(verify, Verify), cast=(cast or "error", Cast))
-    if threads is not None and threads < 1:
-        raise UsageError(f"at least one thread must read; got threads={threads}")
-    allowed = patterns_from(allow_missing=allow_missing, allow_partial=allow_partial, allow_unexpected=allow_unexpected)
+    check_choices(
+        order=(order, Order),
+        verify=(verify, Verify),
+        cast=("error" if cast is None else cast, Cast),
+        by=("name" if by is None else by, By),
+    )
+    check_init_missing(init_missing)
+    allowed = patterns_from(
+        allow_missing=allow_missing,
+        allow_partial=allow_partial,
+        allow_unexpected=allow_unexpected,
+        allow_mismatched=allow_mismatched,
+    )
     target_device = device_from(device)
     began = time.perf_counter()
     done = Tally()
+    whole, model = model, unwrapped(model)
     with alone_in_a_fork(), without_collection(), refusing(source), ExitStack() as stack:
-        given, source = source, stack.enter_context(opened(source))
+        given, source = source, stack.enter_context(opened(source, variant=variant, subfolder=subfolder))
         if isinstance(given, IteratorSource) and given is not source:  # Its tensors were collected.
             done.hold_scratch(source.manifest.nbytes)
-        seen = survey(model)
+        seen = survey(model, by)
         refuse_offloaded(model, seen)
+        source = fitted(source, rename, match_for(model, seen.tensors, by))
+        stack.enter_context(naming_files(source))
         if plan is None:
-            make = partial(_trace, model, source.manifest, target_device, allowed, cast)
-            options = (target_device, allowed, cast)
+            make = partial(_trace, whole, source.manifest, target_device, allowed, cast, by)
+            options = (target_device, allowed, cast, by, source.manifest.origins, outer_prefix(whole))
             # Code of the model's own may depend on what no key can see.
             keep = seen.plain if cache is None else cache
             plain = seen if seen.plain and not has_rules(model) else None
             plan = planned(model, plain, source.manifest, options, make, cache_dir) if keep or cache_dir else make()
         else:
             check(plan, model, source.manifest, target_device)
+        left = [] if target_device is None else left_on_meta(plan, seen, init_missing, model)
         if order != "given":
             plan = plan.ordered(order, source.position if isinstance(source, Addressed) else None)
         nbytes = bytes_to_read(plan, source)
-        with _made_real(plan, model, seen, target_device) as tensors, _noting(done, nbytes):
+        with _made_real(plan, model, seen, target_device, left) as tensors, _noting(done, nbytes):
             signals.deliver()
+            reshard(model.modules())
+            initialise(model, left, init_missing)
             # Tensors in lists and attributes are looked for only if a step writes there: it takes a second walk.
             destinations = tensors if plan.targets.keys() <= tensors.keys() else reachable(model)
             stack.enter_context(_renewing(plan, model, tensors, destinations, done))
@@ -158,9 +201,9 @@ def load(
             done.hold_scratch(copied_nbytes)
             kept = execute(plan, weights, destinations, done, pool=pool, io=io, threads=threads, advance=advance)
             if plan.fallback:
-                fall_back(plan, model, weights, kept, done, pool=pool, advance=advance)
+                fall_back(plan, model, weights, kept, done, by=by, pool=pool, advance=advance)
             if verify == "loader":
-                verifier(model, weights)(plan, destinations, pool)
+                verifier(model, weights, by)(plan, destinations, pool)
             if isinstance(source, OnDisk):
                 source.check()
             # Not before everything is loaded and proven: from here on the group counts on this member.
@@ -175,8 +218,9 @@ def _trace(
     device: torch.device | None,
     allowed: list[list[str | re.Pattern[str]]],
     cast: Cast | None,
+    by: By | None,
 ) -> LoadPlan:
-    missing, partly, unexpected = allowed
+    missing, partly, unexpected, mismatched = allowed
     return trace(
         model,
         manifest,
@@ -184,7 +228,9 @@ def _trace(
         allow_missing=missing,
         allow_partial=partly,
         allow_unexpected=unexpected,
+        allow_mismatched=mismatched,
         cast=cast,
+        by=by,
     )
 
 
@@ -197,10 +243,13 @@ def _slowest(destinations: Mapping[str, torch.Tensor]) -> torch.device:
 @contextmanager
 @signals.held
 def _made_real(
-    plan: LoadPlan, model: nn.Module, seen: Survey, device: torch.device | None
+    plan: LoadPlan, model: nn.Module, seen: Survey, device: torch.device | None, left: list[str]
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """The model's tensors. Inside, meta tensors that the plan writes are real; after an error they are meta again."""
-    written = {name for step in plan.steps for name in step.destinations} | set(plan.unproven)
+    """The model's tensors. Inside, meta tensors that the plan writes, or that are ``left`` to be initialised, are real;
+
+    after an error they are meta again.
+    """
+    written = {name for step in plan.steps for name in step.destinations} | set(plan.unproven) | set(left)
     replaced = [] if device is None else materialise(places(model), written, device)
     try:
         yield survey(model).tensors if replaced else seen.tensors
@@ -254,6 +303,7 @@ def _report(plan: LoadPlan, done: Tally, pool: Pool, seconds: float, warnings: t
         peak_scratch_bytes=done.peak_scratch,
         tensors={fate: plan.names(fate) for fate in Fate},
         casts=plan.casts,
+        mismatched=plan.mismatched,
         bytes_by_io=dict(done.bytes_by_io),
         steps={
             "copies": sum(isinstance(step, Copy) for step in plan.steps),

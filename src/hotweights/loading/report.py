@@ -60,6 +60,7 @@ class LoadReport:
         fell_back: why the model's own code did: what it asked for, of which tensor, at which line.
         side_effects: attributes that the model's loading code would have changed, and the plan did not.
         warnings: what a person should read.
+        mismatched: by name of the model, both shapes, of what was not loaded because they differ.
     """
 
     bytes_read: int
@@ -75,6 +76,7 @@ class LoadReport:
     fell_back: tuple[str, ...] = ()
     side_effects: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    mismatched: Mapping[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, object]:
         """The same facts for machines: only names, numbers, lists and dictionaries."""
@@ -102,6 +104,7 @@ class LoadReport:
             ("memory", f"buffers {size(self.peak_buffer_bytes)}, scratch {size(self.peak_scratch_bytes)} at peak"),
         ]
         rows += [(fate.value, summary(names, self.casts)) for fate, names in self.tensors.items() if names]
+        rows += [("not loaded", f"{name}: {shapes}") for name, shapes in self.mismatched.items()]
         rows += [("fell back", reason) for reason in self.fell_back]
         rows += [("not done", f"change of {effect}") for effect in self.side_effects]
         rows += [("warning", warning) for warning in self.warnings]

@@ -13,10 +13,11 @@ from torch import nn
 from ..errors import PlanDiffers, UsageError
 from ..memory.pool import Pool
 from ..model.snapshot import Snapshot
-from ..model.survey import LoadingCode, by_name, loader_of
+from ..model.survey import By, LoadingCode, by_name, loader_of, survey
 from ..plan.disjoint_sets import DisjointSets
 from ..plan.plan import LoadPlan
 from ..sources.contracts import Addressed, InMemory, Source
+from ..text import some
 from ..tracing.frameworks import rules_for
 from .copy_step import Destinations
 from .execute import owned
@@ -29,13 +30,18 @@ Verifier = Callable[[LoadPlan, Destinations, Pool], None]
 """Proves what a plan, or a part of one, has made in these tensors."""
 
 
-def verifier(model: nn.Module, source: Source) -> Verifier:
+def verifier(model: nn.Module, source: Source, by: By | None = None) -> Verifier:
     """What proves loads of ``source`` into ``model`` by the model's own loading code.
 
     Raises:
         UsageError: the source only streams; what was loaded from it cannot be had again.
     """
-    load = rules_for(model, source.manifest).load or loader_of(model) or by_name(model)
+    if parts := survey(model, by).parts:
+        raise UsageError(
+            'verify="loader" gives the model\'s own loading code whole tensors, and it takes none for DTensors: '
+            f"{some(list(parts))}; leave verify= out"
+        )
+    load = rules_for(model, source.manifest).load or loader_of(model, by) or by_name(model)
     if not isinstance(source, (Addressed, InMemory)):
         raise UsageError(
             'verify="loader" needs a source that can be asked for a tensor twice, and this one only streams; '

@@ -30,7 +30,9 @@ def plain(tensor: torch.Tensor) -> bool:
     """Whether it has bytes of its own, and no code stands between them and whoever reads it."""
     if type(tensor) not in _PLAIN and type(tensor).__torch_dispatch__ is not _NO_DISPATCH:
         return False
-    return tensor.layout is torch.strided and not torch.nn.parameter.is_lazy(tensor)
+    return tensor.layout is torch.strided and not (
+        torch.nn.parameter.is_lazy(tensor) or tensor.is_nested or tensor.is_quantized
+    )
 
 
 def has_bytes(tensor: torch.Tensor) -> bool:

@@ -8,6 +8,7 @@ import mmap
 
 import torch
 
+from ..signals import held
 from .devices import pinned_empty
 
 ALIGNMENT = 64  # bytes; a cache line, and enough for every dtype
@@ -57,6 +58,7 @@ def copy_bytes(target: torch.Tensor, value: torch.Tensor) -> None:
         target.copy_(value)
 
 
+@held  # Interrupted as it is opened, the file would be forgotten open.
 def host_available() -> int | None:
     """Bytes of host memory that can still be taken, by the kernel's estimate; ``None`` where it gives none."""
     try:

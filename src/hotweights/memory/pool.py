@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from .. import signals
-from ..arguments import check_choices
-from ..errors import Closed, PoolTimeout, UsageError
+from ..arguments import check_choices, check_count, device_from
+from ..errors import Closed, PoolTimeout
 from .addresses import PAGE
 from .devices import is_host, pinned_empty
 from .guards import Guard
@@ -70,14 +70,13 @@ class Pool:
         device: torch.device | str = "cpu",
         guard: Guard = "off",
     ) -> None:
-        if slots < 1 or slot_nbytes < 1:
-            raise UsageError(f"a pool needs at least one slot of one byte; got {slots} slots of {slot_nbytes} bytes")
+        check_count(1, slots=slots, slot_nbytes=slot_nbytes)
         check_choices(guard=(guard, Guard))
         self.slots = slots
         self.slot_nbytes = -(-slot_nbytes // PAGE) * PAGE
         self.nbytes = slots * self.slot_nbytes
         self.guard: Guard = guard
-        self._device = torch.device(device)
+        self._device = device_from(device) or torch.device("cpu")
         self._changed = threading.Condition()
         # Everything below changes under the lock only.
         self._all: list[Slot] = []

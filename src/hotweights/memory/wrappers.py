@@ -1,4 +1,7 @@
-"""Wrappers: tensors whose bytes lie in other tensors inside them, found through ``__tensor_flatten__``."""
+"""Wrappers: tensors whose bytes lie in other tensors inside them, found through ``__tensor_flatten__``.
+
+Also, in words, every other kind of tensor that shows no plain bytes.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,34 @@ def is_wrapper(tensor: torch.Tensor) -> bool:
 
 
 _BARE = {torch.Tensor, nn.Parameter, nn.Buffer}
+_NO_DISPATCH = torch._C._disabled_torch_dispatch_impl
+_OURS = __name__.partition(".")[0]
+
+
+def hidden(tensor: torch.Tensor) -> str | None:
+    """What it is, and what to give in its place, if its values are no plain bytes; ``None`` if they are."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return "inside vmap or grad, where it stands for others; give what it was made of"
+    if tensor.is_nested:
+        return "a nested tensor; give what its unbind() gives, by names of their own"
+    if tensor.layout is not torch.strided:
+        return f"{tensor.layout}; give its to_dense()"
+    if tensor.is_quantized:
+        return f"quantised ({tensor.dtype}); give its dequantize()"
+    kind = type(tensor)
+    if kind in _BARE or kind.__torch_dispatch__ is _NO_DISPATCH or kind.__module__.startswith(f"{_OURS}."):
+        return None  # Guards and fake weights of ours see themselves what is done with them.
+    if kind.__name__ in _CURES:
+        return f"a {kind.__name__}, {_CURES[kind.__name__]}"
+    own = kind.dequantize is not torch.Tensor.dequantize
+    way = "its dequantize()" if own else "a plain tensor of its values"
+    return f"a {kind.__name__}, whose bytes lie in other tensors; give {way}"
+
+
+_CURES = {
+    "FakeTensor": "which has no values; give real tensors",
+    "MaskedTensor": "a part of which is masked; give its get_data()",
+}
 
 
 def leaves(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
@@ -47,7 +78,8 @@ def rebuilt(name: str, tensor: torch.Tensor, made: Mapping[str, torch.Tensor]) -
     new = {key: rebuilt(f"{name}.{key}", inner, made) for key, inner in inside.items()}
     if all(new[key] is inner for key, inner in inside.items()):
         return tensor
-    _, rest = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+    keys, rest = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+    new = {key: new.get(key, getattr(tensor, key)) for key in keys}
     bare = type(tensor).__tensor_unflatten__(new, rest, tensor.size(), tensor.stride())  # type: ignore[attr-defined]
     like = nn.Parameter(bare, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else bare
     like.__dict__.update(attributes_of(tensor))
@@ -56,4 +88,4 @@ def rebuilt(name: str, tensor: torch.Tensor, made: Mapping[str, torch.Tensor]) -
 
 def _keys(tensor: torch.Tensor) -> list[str]:
     keys, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
-    return list(keys)
+    return [key for key in keys if isinstance(getattr(tensor, key), torch.Tensor)]  # A DTensor names its mesh too.

@@ -11,7 +11,10 @@ from torch import nn
 from ..manifest import TensorSpec
 from ..memory.aliases import owners, spots
 from ..plan.steps import Target
+from ..sharding import Part
 from .walk import modules_of
+
+_NO_PARTS: Mapping[str, Part] = {}
 
 
 class Place(msgspec.Struct, frozen=True, gc=False):
@@ -55,20 +58,38 @@ def places(model: nn.Module) -> Iterator[Place]:
                 yield Place(prefix + key, module, key, persistent=key not in module._non_persistent_buffers_set)
 
 
-def targets_of(tensors: Mapping[str, torch.Tensor], device: torch.device | None) -> dict[str, Target]:
-    """The tensors as targets of a plan; ``device`` is where meta tensors will be made real."""
+def targets_of(
+    tensors: Mapping[str, torch.Tensor], device: torch.device | None, parts: Mapping[str, Part] = _NO_PARTS
+) -> dict[str, Target]:
+    """The tensors as targets of a plan; ``device`` is where meta tensors will be made real.
+
+    Of those in ``parts`` this rank has no more than the part.
+    """
     owner, spot = owners(tensors), spots(tensors)
     targets = {name: _described(tensor, name, owner[name], device) for name, tensor in tensors.items()}
     for name, (memory, start) in spot.items():
         targets[name] = msgspec.structs.replace(targets[name], memory=memory, start=start)
+    for name in parts.keys() & targets.keys():
+        targets[name] = _partial(targets[name], tensors[name], parts[name])
     return targets
 
 
 def _described(tensor: torch.Tensor, name: str, owner: str, device: torch.device | None) -> Target:
     if nn.parameter.is_lazy(tensor):
         return Target(TensorSpec(name, tensor.dtype, ()), owner, "is uninitialised; run the model once first")
+    if tensor.is_nested:
+        return Target(
+            TensorSpec(name, tensor.dtype, ()), owner, "is a nested tensor; by name only plain tensors are written"
+        )
     stride = None if tensor.layout is not torch.strided or tensor.is_contiguous() else tensor.stride()
     return Target(TensorSpec(name, tensor.dtype, tuple(tensor.shape)), owner, _unwritable(tensor, device), stride)
+
+
+def _partial(target: Target, tensor: torch.Tensor, part: Part) -> Target:
+    problem = f"is a DTensor, and {part.problem}; by name only parts are written" if part.problem else target.problem
+    if tensor.is_meta:
+        problem = "is a DTensor on the meta device; make it real first, by model.to_empty(device=...)"
+    return msgspec.structs.replace(target, memory="", start=0, problem=problem, part=part)
 
 
 def _unwritable(tensor: torch.Tensor, device: torch.device | None) -> str:
@@ -76,6 +97,8 @@ def _unwritable(tensor: torch.Tensor, device: torch.device | None) -> str:
         return "lies on the meta device; say where it shall be made real with device="
     if tensor.layout is not torch.strided:
         return f"has the layout {tensor.layout}; by name only strided tensors are written"
+    if tensor.is_quantized:
+        return "is quantised by torch.quantize_per_tensor or its like; by name only plain tensors are written"
     if type(tensor).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl:
         return f"is a {type(tensor).__name__}, which has no plain bytes; by name only plain tensors are written"
     strides = tensor.stride()

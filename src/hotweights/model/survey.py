@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import types
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
 
 from ..errors import UsageError
+from ..names import inside as wraps
+from ..sharding import Part, is_dtensor, is_fsdp, is_fsdps, local, shards_of
 from ..text import some
 from .walk import modules_of
+
+By = Literal["loader", "name"]
+"""How a model that has a ``load_weights`` is loaded: by that, or by name."""
+
+LoadingCode = Callable[[Iterable[tuple[str, torch.Tensor]]], object]
 
 
 class Survey(NamedTuple):
@@ -23,12 +31,14 @@ class Survey(NamedTuple):
         transient: which of them are not persistent.
         plain: whether loading is copying by name: nowhere is there loading code, a hook or extra state.
         hooked: the modules, by name, whose forward was replaced or has hooks before it.
+        parts: which part of a whole tensor this rank holds, of those of which ``tensors`` has no more than that.
     """
 
     tensors: dict[str, torch.Tensor]
     transient: list[str]
     plain: bool
     hooked: list[tuple[str, nn.Module]]
+    parts: dict[str, Part]
 
     @property
     def persistent(self) -> dict[str, torch.Tensor]:
@@ -37,15 +47,19 @@ class Survey(NamedTuple):
         return {name: tensor for name, tensor in self.tensors.items() if name not in transient}
 
 
-def survey(model: nn.Module) -> Survey:
+def survey(model: nn.Module, by: By | None = None) -> Survey:
     """Look at every module once. Every load does this, so one walk answers all questions.
+
+    Args:
+        model: is looked at, not changed.
+        by: what is ``plain`` depends on it, see ``By``.
 
     Raises:
         UsageError: a part does not show its tensors, as those that are scripted, traced or made for mkldnn.
     """
     tensors: dict[str, torch.Tensor] = {}
     transient: list[str] = []
-    plain = not hasattr(model, "load_weights") and _loads_by_name(model)
+    plain = own_loader(model, by) is None and _loads_by_name(model)
     kinds: dict[type, bool] = {}
     hidden: list[str] = []
     hooked: list[tuple[str, nn.Module]] = []
@@ -59,7 +73,7 @@ def survey(model: nn.Module) -> Survey:
             kinds[kind] = not _has_loading_code(kind) and kind.set_extra_state is nn.Module.set_extra_state
         if inside["_forward_pre_hooks"] or "forward" in inside:
             hooked.append((prefix[:-1], module))
-        if not kinds[kind] or inside["_load_state_dict_pre_hooks"] or inside["_load_state_dict_post_hooks"]:
+        if not kinds[kind] or _is_hooked(module):
             plain = False
         for key, tensor in inside["_parameters"].items():
             if tensor is not None:
@@ -74,7 +88,35 @@ def survey(model: nn.Module) -> Survey:
             f"these parts of the model are TorchScript modules, which do not show their tensors: {some(hidden)}; load "
             "the model before its parts are scripted, traced or converted for mkldnn"
         )
-    return Survey(tensors, transient, plain, hooked)
+    if any(map(is_fsdp, kinds)):
+        tensors |= _sharded(model)
+    return Survey(tensors, transient, plain, hooked, _localised(tensors))
+
+
+def _sharded(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters that FSDP2 shards, by name: its modules may hold gathered ones, whose values are dropped."""
+    shards = {
+        (id(owner), key): tensor
+        for module in model.modules()
+        if is_fsdp(type(module))
+        for owner, key, tensor in shards_of(module)
+    }
+    return {
+        prefix + key: shards[id(module), key]
+        for prefix, module in modules_of(model)
+        for key in module._parameters
+        if (id(module), key) in shards
+    }
+
+
+def _localised(tensors: dict[str, torch.Tensor]) -> dict[str, Part]:
+    """Put what this rank holds in place of each DTensor. Returns which parts those are."""
+    parts: dict[str, Part] = {}
+    for name in [name for name, tensor in tensors.items() if is_dtensor(tensor)]:
+        tensors[name], part = local(tensors[name])
+        if part is not None:
+            parts[name] = part
+    return parts
 
 
 _HARMLESS = (
@@ -109,8 +151,20 @@ def hook_problems(model: nn.Module) -> Iterator[str]:
             own[kind] = _has_loading_code(kind)
         if own[kind]:
             yield f"module {prefix[:-1] or kind.__name__}: {kind.__name__} has loading code of its own; {cure}"
-        if module._load_state_dict_pre_hooks or module._load_state_dict_post_hooks:
+        if _is_hooked(module):
             yield f"module {prefix[:-1] or kind.__name__}: has a hook around loading; {cure}"
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether hooks around its ``load_state_dict`` do more than copying by name, or than a wrapper's: change names."""
+    hooks = [*module._load_state_dict_pre_hooks.values(), *module._load_state_dict_post_hooks.values()]
+    if not hooks or all(map(is_fsdps, hooks)):
+        return False
+    return wraps(type(module)) is None or any(not _of_torch(getattr(hook, "hook", hook)) for hook in hooks)
+
+
+def _of_torch(hook: object) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith("torch.distributed.")
 
 
 def _loads_by_name(model: nn.Module) -> bool:
@@ -129,23 +183,65 @@ def extra_state_problems(model: nn.Module) -> Iterator[str]:
             yield f"module {name or type(model).__name__}: keeps extra state; by name it would stay as it is"
 
 
-LoadingCode = Callable[[Iterable[tuple[str, torch.Tensor]]], object]
+def own_loader(model: nn.Module, by: By | None = None) -> LoadingCode | None:
+    """The model's ``load_weights``, if it is the engines' protocol, and ``by`` does not say otherwise.
+
+    Raises:
+        UsageError: ``by`` asks for a ``load_weights``, and the model has none.
+    """
+    load = None if by == "name" else getattr(model, "load_weights", None)
+    if load is None and by == "loader":
+        raise UsageError(f'by="loader" asks for a load_weights, which {type(model).__name__} does not have')
+    return load if by == "loader" or (load is not None and _takes_pairs(load)) else None
 
 
-def loader_of(model: nn.Module) -> LoadingCode | None:
+_A_PLACE = re.compile(r"path|file|fname|url|ckpt|checkpoint|pretrained|(^|_)dir")
+
+
+def _takes_pairs(load: Callable[..., object]) -> bool:
+    """Whether a function can be called with pairs of name and tensor alone, as far as its signature says.
+
+    Many a model has a ``load_weights(path)`` that reads a file.
+    """
+    try:
+        parameters = list(inspect.signature(load).parameters.values())
+    except (TypeError, ValueError):
+        return True
+    places = [part for part in parameters if part.kind not in (part.KEYWORD_ONLY, part.VAR_KEYWORD)]
+    needed = [part for part in parameters if part.default is part.empty and part.kind not in _VARIADIC]
+    if not places or needed not in ([], places[:1]):
+        return False
+    first = places[0]
+    said = "" if first.annotation is first.empty else str(first.annotation)
+    if said and not re.search(r"\bAny\b|object", said):
+        return bool(re.search(r"Iter|Gen|tuple|Tensor|list|Sequence|Mapping|dict", said)) or not re.search(
+            r"\bstr\b|Path|bytes", said
+        )
+    return first.kind in _VARIADIC or not _A_PLACE.search(first.name.lower())
+
+
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def loader_of(model: nn.Module, by: By | None = None) -> LoadingCode | None:
     """The model's own loading code; ``None`` where loading by name is all that it would do."""
-    if hasattr(model, "load_weights"):
-        return lambda pairs: _drained(model.load_weights(pairs))  # type: ignore[operator]
+    if (own := own_loader(model, by)) is not None:
+        return lambda pairs: finished(own(pairs))
     if any(map(nn.parameter.is_lazy, survey(model).tensors.values())):
         return None  # Loading code would make them real.
     return by_name(model) if any(hook_problems(model)) else None
 
 
-def _drained(result: object) -> object:
-    """Run a generator to its end: loading code that yields does nothing until somebody asks for what it yields."""
-    if isinstance(result, types.GeneratorType):
-        deque(result, maxlen=0)
-    return result
+def finished(returned: object) -> object:
+    """What loading code returned, once it has done its work: a generator does nothing until somebody iterates over it.
+
+    Raises:
+        UsageError: it is a coroutine, which nobody here can await.
+    """
+    if inspect.iscoroutine(returned):
+        returned.close()
+        raise UsageError("this load_weights is a coroutine function; give code that loads when it is called")
+    return tuple(returned) if isinstance(returned, types.GeneratorType) else returned
 
 
 def by_name(model: nn.Module) -> LoadingCode:

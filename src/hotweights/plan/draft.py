@@ -14,11 +14,14 @@ from ..dtypes import Cast, format_name
 from ..errors import PlanError
 from ..manifest import Manifest
 from ..text import some
-from .patterns import Patterns, both, matches
+from .local import Local, whole_manifest, whole_targets
+from .misnamed import misnamed, parametrised, shortened
+from .patterns import Patterns, both, matches, narrowest
 from .plan import LoadPlan
+from .quantised import quantised_by
 from .rules import Rules
 from .steps import Copy, Fate, GraphBreak, Op, Program, Step, Target
-from .writes import Gap, Writes
+from .writes import Gap, Writes, fits
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +32,15 @@ class Allowed:
         missing: names of the model that may stay as they are.
         partial: names of the model of which some bytes may stay as they are.
         unexpected: source tensors that may have no place.
-        cast: whether casts that lose information are problems (``"error"``) or meant (``"loader"``).
+        mismatched: names of the model that may stay as they are where the source's tensor has another shape.
+        cast: which casts that lose information are meant; the others are problems.
     """
 
     missing: Patterns = ()
     partial: Patterns = ()
     unexpected: Patterns = ()
     cast: Cast = "error"
+    mismatched: Patterns = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,35 +94,78 @@ def draft(
         PlanError: with every problem.
     """
     check_choices(cast=(allowed.cast, Cast))
+    own_code = traced is not None
     if traced is None:
         traced = Traced(tuple(_steps_of(rules, manifest, targets)), constants=rules.constants)
-    writes = Writes(manifest, targets, allowed.cast)
+    # Whole tensors are compared with whole ones; only then is it cut down to the parts that this rank holds.
+    whole, wide = whole_manifest(manifest), whole_targets(targets)
+    writes = Writes(whole, wide, allowed.cast, last_wins=own_code)
+    mismatched: dict[Step, str] = {}
+    may_mismatch = matches(allowed.mismatched)
     for level, step in traced.steps:
-        writes.add(level, step)
+        shapes = _mismatch(step, whole, wide) if allowed.mismatched else ""
+        if shapes and may_mismatch(step.destinations[0]):
+            mismatched[step] = shapes
+        else:
+            writes.add(level, step)
+    local = Local(manifest, targets)
+    levelled = list(local.steps(writes.levels, writes.steps))
+    ties = tuple(local.ties(writes.ties))
     fates = _fates_of_sources(manifest, writes, traced, matches(rules.skip))
-    wrong = {*problems, *writes.problems, *writes.overlaps(overlapping), *writes.double_writes()}
+    fates.update({step.sources[0]: Fate.MISMATCHED for step in mismatched if step.sources[0] not in writes.fates})
+    shapes_of = {step.destinations[0]: shapes for step, shapes in mismatched.items()}
+    wrong = {*problems, *local.problems, *writes.problems, *writes.overlaps(overlapping), *writes.double_writes()}
     unexpected = list(_unexpected(fates, matches(allowed.unexpected)))
-    wrong.update(unexpected)
-    arguments = {"allow_unexpected="} if unexpected else set()  # that would allow some of what is wrong
+    missing: dict[str, str] = {}
+    absent: list[str] = []  # missing, or allowed to be
     may_miss, may_be_partial = matches(both(allowed.missing, rules.allow_missing)), matches(allowed.partial)
+    arguments = set()  # that would allow some of what is wrong
     unproven: list[str] = []
     for gap in writes.gaps():
+        if not gap.written and any(name in shapes_of for name in gap.names):
+            fates.update(dict.fromkeys(gap.names, Fate.MISMATCHED))
+            continue
         fate, may_be = (Fate.PARTIAL, may_be_partial) if gap.written else (Fate.MISSING, may_miss)
         tolerated = any(map(may_be, gap.names))
+        absent += () if gap.written else gap.names
         if traced.fallback and not (tolerated and fate is Fate.MISSING):
             unproven.append(gap.names[0])  # The model's own code may write it; only running that code can tell.
         elif tolerated:
             fates.update(dict.fromkeys(gap.names, fate))
-        else:
+        elif gap.written:
             wrong.add(_in_words(gap))
-            arguments.add("allow_partial=" if gap.written else "allow_missing=")
+            arguments.add("allow_partial=")
+        else:
+            missing.update(dict.fromkeys(gap.names, _in_words(gap)))
+    if (other := misnamed(manifest, unexpected, absent)) is not None:
+        wrong.add(other.problem)
+        explained = {missing.get(name) for name in other.targets}  # A tied parameter is one problem with several names.
+        unexpected = [name for name in unexpected if name not in other.sources]
+        missing = {name: line for name, line in missing.items() if line not in explained}
+    arguments |= {"allow_unexpected="} if unexpected else set()
+    arguments |= {"allow_missing="} if missing else set()
+    wrong.update(shortened({name: _no_place(manifest, name) for name in unexpected}, "unexpected"))
+    wrong.update(shortened(missing, "missing"))
     if wrong:
-        advice = f"Allow names with {' and '.join(sorted(arguments))}, if that is meant." if arguments else ""
-        raise PlanError("source and model do not fit; nothing was read or written", wrong, advice=advice)
+        homeless = [name for name, fate in fates.items() if fate is Fate.UNEXPECTED]
+        quantised = quantised_by(homeless) if unexpected else None
+        advice = [f"Allow names with {' and '.join(sorted(arguments))}, if that is meant."] if arguments else []
+        if writes.misfits:
+            pattern = narrowest(writes.misfits)
+            advice.append(f'If another head is meant, allow_mismatched="{pattern}" keeps what the model has there.')
+        advice += filter(None, [parametrised([*unexpected, *missing])])
+        if quantised is not None:  # Instead: to allow its names would drop the scales, and leave the rest wrong.
+            method, name = quantised
+            advice = [
+                f"The checkpoint is quantised by {method} ({name}; quantization_config in config.json says how), and "
+                "the model is not. hotweights does not dequantise: load a checkpoint with plain weights, or use "
+                "from_pretrained for this one."
+            ]
+        raise PlanError("source and model do not fit; nothing was read or written", wrong, advice="\n".join(advice))
     return LoadPlan(
-        steps=tuple(writes.steps),
-        levels=tuple(writes.levels) if any(writes.levels) else (),
-        ties=tuple(writes.ties),
+        steps=tuple(step for _, step in levelled),
+        levels=tuple(level for level, _ in levelled) if any(writes.levels) else (),
+        ties=ties,
         fates=fates,
         casts=writes.casts,
         constants=traced.constants,
@@ -128,7 +176,16 @@ def draft(
         state_read=tuple(sorted(traced.state_read)),
         manifest=manifest,
         targets=targets,
+        mismatched=shapes_of,
     )
+
+
+def _mismatch(step: Step, manifest: Manifest, targets: Mapping[str, Target]) -> str:
+    """Both shapes, where a whole tensor would be copied into one of another shape."""
+    if not isinstance(step, Copy) or step.of is not None or step.into is not None or step.destination not in targets:
+        return ""
+    found, expected = manifest[step.source].shape, targets[step.destination].spec.shape
+    return "" if fits(found, expected) else f"{list(found)} in the source, {list(expected)} in the model"
 
 
 def _steps_of(rules: Rules, manifest: Manifest, targets: Mapping[str, Target]) -> Iterator[tuple[int, Step]]:
@@ -156,7 +213,11 @@ def _fates_of_sources(
 def _unexpected(fates: Mapping[str, Fate], allowed: Callable[[str], bool]) -> Iterator[str]:
     for name, fate in fates.items():
         if fate is Fate.UNEXPECTED and not allowed(name):
-            yield f"{name}: unexpected; the model has no such name"
+            yield name
+
+
+def _no_place(manifest: Manifest, name: str) -> str:
+    return f"{manifest.called(name)}: unexpected; the model has no such name"
 
 
 def _in_words(gap: Gap) -> str:

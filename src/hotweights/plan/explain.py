@@ -10,6 +10,7 @@ from ..boxes import Box, meets, moved, slices, whole
 from ..dtypes import OpaqueDtype, format_name
 from ..errors import UnknownName
 from ..manifest import Manifest
+from ..sharding import Part
 from ..text import some, summary, table
 from .steps import Copy, Fate, Op, Program, Step, Target
 
@@ -196,7 +197,17 @@ def _target_in_words(target: Target) -> str:
     stride = "" if target.stride is None else f" with strides {list(target.stride)}"
     beside = f" at byte {target.start} of the memory of {target.memory}" if target.memory else ""
     tied = "" if target.owner == target.spec.name else f" tied with {target.owner}"
-    return f"{format_name(target.spec.dtype)} {list(target.spec.shape)}{stride}{tied}{beside}"
+    part = "" if target.part is None else f", {_elements(target.part)} of {target.part}"
+    return f"{format_name(target.spec.dtype)} {list(target.spec.shape)}{stride}{tied}{beside}{part}"
+
+
+def _elements(part: Part) -> str:
+    """Which elements, so that the parts of two ranks are never one."""
+    boxes = (
+        [f"{first}:{first + length}" for first, length in zip(block.start, block.shape, strict=True)]
+        for block in part.blocks
+    )
+    return " and ".join(f"[{', '.join(box)}]" for box in boxes) or "nothing"
 
 
 def _short(words: str, name: str) -> str:

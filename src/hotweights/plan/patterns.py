@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import takewhile
 
 Patterns = str | re.Pattern[str] | Iterable[str | re.Pattern[str]]
 """Names of tensors: a string is a shell pattern over the whole name (``*.inv_freq``), an expression is searched for."""
@@ -25,6 +26,22 @@ def matches(patterns: Patterns) -> Callable[[str], bool]:
 def both(first: Patterns, second: Patterns) -> list[str | re.Pattern[str]]:
     """The patterns of either."""
     return [*_several(first), *_several(second)]
+
+
+def widened(patterns: Patterns, others: Mapping[str, tuple[str, ...]]) -> Patterns:
+    """The patterns, and the names that they match only by one of their ``others``."""
+    match = matches(patterns)
+    return both(patterns, [name for name, several in others.items() if not match(name) and any(map(match, several))])
+
+
+def narrowest(names: Sequence[str]) -> str:
+    """One pattern for all these names: the only one itself, or what they all begin with, up to a dot, and a star."""
+    if len(set(names)) == 1:
+        return names[0]
+    # Between the first and the last in order, every name begins with what these two have in common.
+    first, last = min(names).split("."), max(names).split(".")
+    common = list(takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))
+    return ".".join([*(part for part, _ in common), "*"])
 
 
 def _several(patterns: Patterns) -> list[str | re.Pattern[str]]:

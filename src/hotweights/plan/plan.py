@@ -30,8 +30,9 @@ class LoadPlan:
         steps: what to do, in an order that may be followed as it stands.
         levels: of each step; a step begins when all of lower levels are done. Steps of one level are independent.
         ties: pairs of copies to one place; the second is compared, not written.
-        fates: by tensor of the source; and, for ``MISSING`` and ``PARTIAL``, by name of the model.
+        fates: by tensor of the source; and, for ``MISSING``, ``PARTIAL`` and ``MISMATCHED``, by name of the model.
         casts: by source name, "from -> to" dtypes.
+        mismatched: by name of the model, both shapes, of what is not loaded because of them.
         constants: tensors that programs use, by name.
         fallback: names of the source tensors that no step can load; the model's own code gets them, owned.
         graph_breaks: what that code did that a plan cannot repeat.
@@ -59,6 +60,7 @@ class LoadPlan:
     targets: Mapping[str, Target] = field(default_factory=dict)
     digests: Mapping[str, str] = field(default_factory=dict)
     by_layer: bool = False
+    mismatched: Mapping[str, str] = field(default_factory=dict)
 
     def names(self, fate: Fate) -> tuple[str, ...]:
         """The names with this fate, sorted."""

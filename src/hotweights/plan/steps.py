@@ -11,6 +11,7 @@ import torch
 
 from ..boxes import Box, Region, covered, whole
 from ..manifest import TensorSpec
+from ..sharding import Part
 
 _OVERWRITES = frozenset(
     (
@@ -33,6 +34,7 @@ class Fate(enum.Enum):
     MISSING = "missing"  # a name of the model that nothing writes, allowed
     PARTIAL = "partial"  # a name of the model of which some bytes are written, allowed
     UNEXPECTED = "unexpected"  # a tensor that no name takes, allowed
+    MISMATCHED = "mismatched"  # a tensor whose shape is not that of its name, and that name, allowed
 
 
 class Copy(msgspec.Struct, frozen=True, gc=False):
@@ -164,6 +166,7 @@ class Target(msgspec.Struct, frozen=True, gc=False):
         stride: in elements; ``None`` for a contiguous tensor.
         memory: the first name of those with which it shares memory, over or beside them; empty if there are none.
         start: its first byte in that memory.
+        part: which part of a whole tensor it is, where this rank holds no more; the spec is that of the part.
     """
 
     spec: TensorSpec
@@ -172,6 +175,7 @@ class Target(msgspec.Struct, frozen=True, gc=False):
     stride: tuple[int, ...] | None = None
     memory: str = ""
     start: int = 0
+    part: Part | None = None
 
     @property
     def box(self) -> Box:

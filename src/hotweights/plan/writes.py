@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 
 from ..boxes import Box, Region, covered, extent, meets, whole
-from ..dtypes import Cast, DType, OpaqueDtype, format_name, is_float, is_lossless
+from ..dtypes import Cast, DType, OpaqueDtype, format_name, is_float, may_cast
 from ..manifest import Manifest, TensorSpec
 from .sharing import Sharing
 from .steps import Copy, Fate, Op, Program, Step, Target
@@ -41,18 +41,24 @@ class Writes:
         fates: of the source tensors that steps take.
         casts: by source name, "from -> to" dtypes.
         problems: what is wrong with single steps.
+        misfits: names of the model that would get a tensor of another shape; each of them is a problem.
     """
 
-    def __init__(self, manifest: Manifest, targets: Mapping[str, Target], cast: Cast) -> None:
+    def __init__(
+        self, manifest: Manifest, targets: Mapping[str, Target], cast: Cast, *, last_wins: bool = False
+    ) -> None:
+        """With ``last_wins``, code that writes a tensor of one name again means it; of several names, they are ties."""
         self.steps: list[Step] = []
         self.levels: list[int] = []
         self.ties: list[tuple[Copy, Copy]] = []
         self.fates: dict[str, Fate] = {}
         self.casts: dict[str, str] = {}
         self.problems: list[str] = []
+        self.misfits: list[str] = []
         self._manifest = manifest
         self._targets = targets
         self._cast = cast
+        self._alone = {owner for owner, count in _names(targets).items() if count == 1} if last_wins else frozenset()
         self._sharing = Sharing(targets)
         # All of these by the target's owner. Whole copies are by far the most, so they have a table of their own.
         self._whole: dict[str, Copy] = {}
@@ -102,7 +108,8 @@ class Writes:
         owner, into = target.owner, step.into
         box = target.box if into is None else into
         before = self._whole.get(owner) if into is None else self._exact.get((owner, into))
-        if before is not None and self._stands(owner, box):
+        again = before is not None and owner in self._alone and before.source != step.source
+        if before is not None and not again and self._stands(owner, box):
             self._add_tie(before, step)
             return False
         self._history[owner].append((box, True))
@@ -161,7 +168,7 @@ class Writes:
         source = op.args[1] if op.func is _COPY else None
         if not isinstance(source, Region):
             return
-        if source.box.dtype != region.box.dtype and self._cast == "error":
+        if source.box.dtype != region.box.dtype and self._cast != "loader":
             for source_name in step.sources:
                 self._check_cast(source_name, source.box.dtype, name, region.box.dtype)
         if source.box.numel != region.box.numel:
@@ -173,8 +180,8 @@ class Writes:
         expected = target.spec
         if target.problem:
             self.problems.append(f"{expected.name}: {target.problem}")
-        # One element into none is how torch before 0.4 saved scalars; load_state_dict takes it too.
-        if found.shape != expected.shape and not (found.shape == (1,) and expected.shape == ()):
+        if not fits(found.shape, expected.shape):
+            self.misfits.append(expected.name)
             self.problems.append(
                 f"{expected.name}: shape {list(expected.shape)} expected, {list(found.shape)} found"
                 + _from(step.source, expected.name)
@@ -195,7 +202,7 @@ class Writes:
             self.problems.append(f"{name}: {change}: torch {torch.__version__} has no such type")
         elif is_float(found) and not is_float(expected):
             self.problems.append(f"{name}: {change} cuts off fractions{_from(source, name)}")
-        elif self._cast == "error" and not is_lossless(found, expected):
+        elif not may_cast(found, expected, self._cast):
             self.problems.append(f'{name}: {change} loses information{_from(source, name)}; cast="loader" allows it')
         else:
             self.fates[source] = Fate.CAST
@@ -235,12 +242,23 @@ class Writes:
             spans = sorted(((*extent(box), number) for number, (box, _) in enumerate(parts)), key=lambda span: span[:2])
             reach, last = 0, -1  # The part that reaches farthest so far, and up to where.
             for start, stop, number in spans:
-                if start < reach and _both_write(parts[last], parts[number]):
+                meant = owner in self._alone and parts[last][0] == parts[number][0]
+                if start < reach and not meant and _both_write(parts[last], parts[number]):
                     first, second = parts[last][1].sources[0], parts[number][1].sources[0]
                     yield f"{owner}: bytes written twice, from {first} and from {second}"
                 reach, last = max((reach, last), (stop, number))
             if owner in self._whole and any(isinstance(step, Copy) for _, step in parts):
                 yield f"{owner}: written twice, from {self._whole[owner].source} as a whole and in parts"
+
+
+def _names(targets: Mapping[str, Target]) -> Counter[str]:
+    return Counter(target.owner for target in targets.values())
+
+
+def fits(found: Sequence[int], expected: Sequence[int]) -> bool:
+    """Whether a tensor of one shape may be copied into one of another as a whole."""
+    # One element into none is how torch before 0.4 saved scalars; load_state_dict takes it too.
+    return tuple(found) == tuple(expected) or (tuple(found) == (1,) and tuple(expected) == ())
 
 
 def _both_write(first: tuple[Box, Step], second: tuple[Box, Step]) -> bool:

@@ -9,7 +9,10 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from torch import nn
 
+from ..arguments import check_callable, check_flags, check_kind
+from ..dtypes import Cast
 from ..errors import UsageError
+from ..rename import Rename, both_become, renamer, unusable
 from ..text import some
 
 
@@ -24,8 +27,10 @@ class Component:
             tensors. Or a module: its ``load_weights`` is called; a module without one is loaded by name, as
             ``hotweights.load`` does it. ``None`` if the model does not have this part.
         strip: what is taken off the front of each name; by default a matched prefix.
-        rename: is given what is left of a name, and returns the name that ``load_weights`` gets.
+        rename: is given what is left of a name, and returns the name that ``load_weights`` gets; or a mapping of
+            prefixes, as for ``hotweights.load``.
         enabled: if ``False``, its tensors are left alone: neither read, copied nor looked at, as is ``load_weights``.
+        cast: which casts that lose information are done where a module is loaded by name, see ``hotweights.load``.
         required: whether it is a problem if there is no tensor for it. A part that got none is not called.
         name: its name in errors and in the report; by default the prefix, or the predicate's name.
     """
@@ -34,17 +39,24 @@ class Component:
     load_weights: Callable[[Iterable[tuple[str, torch.Tensor]]], object] | nn.Module | None
     _: KW_ONLY
     strip: str | None = None
-    rename: Callable[[str], str] | None = None
+    rename: Rename | None = None
     enabled: bool = True
+    cast: Cast | None = None
     required: bool = True
     name: str = ""
 
     def __post_init__(self) -> None:
         if not (isinstance(self.match, str) or callable(self.match)):
             raise UsageError(f"a component matches a prefix or a predicate, not a {type(self.match).__name__}")
+        check_kind("strip", self.strip, str, "a prefix")
+        check_kind("name", self.name, str, "a name")
+        check_callable(rename=self.rename)
+        check_flags(enabled=self.enabled, required=self.required)
         if self.enabled and not (self.load_weights is None or callable(self.load_weights)):
             found = type(self.load_weights).__name__
             raise UsageError(f"the load_weights of a component is a function, a module or None, not a {found}")
+        if self.rename is not None:
+            renamer(self.rename)
         object.__setattr__(self, "name", self.name or _name_of(self.match))
 
 
@@ -63,6 +75,8 @@ class Routes:
     """
 
     def __init__(self, components: Iterable[Component]) -> None:
+        if not isinstance(components, Iterable):
+            raise UsageError(f"components are several hotweights.Component; this is a {type(components).__name__}")
         self.components = tuple(components)
         _check(self.components)
         self.problems: list[str] = []  # Grows as names are placed.
@@ -83,8 +97,8 @@ class Routes:
         origins = self._origins[component]
         if ours in origins:
             before = origins[ours]
-            both = f"{min(name, before)} and {max(name, before)} both become {ours}"
-            self.problems.append(f"{component.name}: {f'{name} comes twice' if name == before else both}")
+            problem = f"{name} comes twice" if name == before else both_become(before, name, ours)
+            self.problems.append(f"{component.name}: {problem}")
             return None
         origins[ours] = name
         return (component, ours) if component.enabled and component.load_weights is not None else None
@@ -122,9 +136,9 @@ class Routes:
             self.problems.append(f"{component.name}: {name} does not begin with {strip!r}, which strip= takes off")
         ours = name.removeprefix(strip)
         if component.rename is not None:
-            ours = component.rename(ours)
-        if not isinstance(ours, str) or not ours or ours.startswith("."):
-            self.problems.append(f"{component.name}: {name} would become {ours!r}; a prefix ends with its dot")
+            ours = renamer(component.rename)(ours)
+        if problem := unusable(name, ours):
+            self.problems.append(f"{component.name}: {problem}")
             return name
         return ours
 

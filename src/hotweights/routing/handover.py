@@ -21,10 +21,12 @@ from ..memory.devices import is_host, record_event, wait_for_copies
 from ..memory.extents import Extents
 from ..memory.host import HUGE_PAGE, host_empty
 from ..memory.lease import Lease
+from ..sources.pairs import Pair
+from ..sources.state_dict import bare
 from ..tracing.fake_weight import FakeWeight
 from .component import Component
 
-Pairs = Iterable[tuple[str, torch.Tensor]]
+Pairs = Iterable[Pair]
 Item = torch.Tensor | Lease
 """What a stream brings."""
 
@@ -164,6 +166,7 @@ class OnePass:
             if placed is None:
                 continue
             component, ours = placed
+            item = _bare(name, item)
             if self._lost is not None or self._lies_in_the_model(item):
                 self._keep(component, ours, name, item, self._copied)
             elif component is self.first:
@@ -212,3 +215,13 @@ class OnePass:
             )
         self.waiting_nbytes += nbytes
         self.waiting.setdefault(component, deque()).append((ours, owned(name, item)))
+
+
+def _bare(name: str, item: Item) -> Item:
+    """The item; of a DTensor what it holds. One without plain bytes is refused: no copy of it could wait."""
+    if isinstance(item, Lease) or not isinstance(item, torch.Tensor):
+        return item
+    tensor, problem = bare(name, item)
+    if problem is not None:
+        raise UsageError(f"a stream of weights gives (name, tensor), but {problem}")
+    return tensor

@@ -8,13 +8,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import chain
-from types import GeneratorType
 
 import torch
 from msgspec.structs import replace
 from torch import nn
 
-from ..errors import PlanError, RoutingError, UsageError
+from ..arguments import check_count
+from ..errors import PlanError, RoutingError
 from ..forked import alone_in_a_fork
 from ..gc_pause import without_collection
 from ..loading.apart import apart
@@ -22,12 +22,15 @@ from ..loading.load import load
 from ..manifest import Manifest, TensorSpec
 from ..memory.extents import Extents
 from ..model.reachable import reachable
+from ..model.survey import finished, own_loader
+from ..names import unwrapped
 from ..plan.plan import LoadPlan
 from ..sources.contracts import Addressed, InMemory, OnDisk, Source
 from ..sources.iterator import IteratorSource
 from ..sources.opening import AnySource, is_pairs, opened
 from ..sources.owned import unsupported
-from ..sources.state_dict import StateSource
+from ..sources.pairs import pairs_of
+from ..sources.state_dict import StateSource, check_whole
 from ..tracing.fake_weight import FakeWeight
 from ..tracing.trace import trace
 from .component import Component, Routes, unfilled
@@ -76,8 +79,8 @@ def route(
         UsageError: an argument is of the wrong kind; nothing was read.
     """
     began = time.perf_counter()
-    if memory_limit is not None and memory_limit < 0:
-        raise UsageError(f"memory_limit= is a number of bytes, or None; got memory_limit={memory_limit}")
+    if memory_limit is not None:
+        check_count(0, memory_limit=memory_limit)
     routes = Routes(components)
     with ExitStack() as stack:
         done = _Loaded()
@@ -88,6 +91,7 @@ def route(
             _from_pairs(source.tensors(), routes, done, stack, False, memory_limit)
         else:
             given = stack.enter_context(opened(source))
+            check_whole(given.manifest)
             if isinstance(given, (Addressed, InMemory)):
                 _one_after_another(given, routes, done, stack, borrowed)
                 if isinstance(given, OnDisk):
@@ -132,8 +136,7 @@ def _report(routes: Routes, done: _Loaded, seconds: float) -> RouteReport:
 def _code(component: Component) -> _Load | None:
     """The component's loading code; ``None`` if it is a module that is loaded by name."""
     target = component.load_weights
-    code: _Load | None = getattr(target, "load_weights", None) if isinstance(target, nn.Module) else target
-    return code
+    return own_loader(unwrapped(target)) if isinstance(target, nn.Module) else target
 
 
 def _give(component: Component, load: _Load, pairs: Pairs, done: _Loaded) -> None:
@@ -141,9 +144,7 @@ def _give(component: Component, load: _Load, pairs: Pairs, done: _Loaded) -> Non
     feed = Feed(pairs)
     try:
         with torch.no_grad():
-            returned = load(feed)
-            # A generator function does nothing until somebody iterates over what it returned.
-            returned = tuple(returned) if isinstance(returned, GeneratorType) else returned
+            returned = finished(load(feed))
         if feed.failure is not None:  # Loading code that swallows it takes a broken stream for one that has ended.
             raise feed.failure
     except BaseException as error:
@@ -211,7 +212,7 @@ def _plan_by_name(component: Component, specs: list[TensorSpec], routes: Routes)
     assert isinstance(component.load_weights, nn.Module)
     part = Manifest(replace(spec, name=ours) for spec, ours in zip(specs, routes.names(component), strict=True))
     try:
-        return _ByName(part, trace(component.load_weights, part)), []
+        return _ByName(part, trace(component.load_weights, part, cast=component.cast)), []
     except PlanError as error:
         return None, list(error.problems)
 
@@ -260,7 +261,7 @@ def _directly(component: Component, part: Source, plan: LoadPlan | None, _: Pair
 
 def _by_name(component: Component, source: Source, plan: LoadPlan | None) -> object:
     assert isinstance(component.load_weights, nn.Module)
-    return load(component.load_weights, source, plan=plan, show_progress=False)
+    return load(component.load_weights, source, plan=plan, cast=component.cast, show_progress=False)
 
 
 def _when_whole(component: Component, state: dict[str, torch.Tensor]) -> object:
@@ -302,13 +303,12 @@ def _from_pairs(
     pairs: Pairs, routes: Routes, done: _Loaded, stack: ExitStack, borrowed: bool, limit: int | None
 ) -> None:
     """Load from a stream without a manifest."""
-    items = iter(pairs)
-    stack.callback(getattr(items, "close", bool))
+    stack.callback(getattr(pairs, "close", bool))
     present = routes.present()
     first = next((component for component in present if _code(component) is not None), None)
     loads = {component: _load(component) for component in present}
     stream = OnePass(
-        items,
+        pairs_of(pairs),
         routes.place,
         first,
         borrowed=borrowed,
@@ -334,8 +334,10 @@ def _written(first: Component | None, plan: LoadPlan | None, given: Collection[s
     if plan is None:
         return Extents(memory_of(first))
     assert isinstance(first.load_weights, nn.Module)
-    names = {name for step in plan.steps for name in step.destinations if any(map(given.__contains__, step.sources))}
-    return Extents(tensor for name, tensor in reachable(first.load_weights).items() if name in names)
+    origins = plan.manifest.origins
+    taken = {name for name in plan.manifest if origins.get(name, name) in given}
+    names = {name for step in plan.steps for name in step.destinations if not taken.isdisjoint(step.sources)}
+    return Extents(tensor for name, tensor in reachable(unwrapped(first.load_weights)).items() if name in names)
 
 
 def _load(component: Component, by_name: _ByName | None = None) -> _Load:

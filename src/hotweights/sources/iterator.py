@@ -17,10 +17,9 @@ from ..manifest import Manifest, TensorSpec
 from ..memory.devices import Event, record_event
 from ..memory.guards import Guard, poison_byte
 from ..memory.lease import Lease
-from .state_dict import StateSource, unfit
+from .pairs import Pair, plain, split
+from .state_dict import StateSource
 from .streams import LeaseStream
-
-Pair = tuple[str, torch.Tensor]
 
 _POLL = 0.001  # seconds; device events have no wait with a deadline, so they are asked again this often
 _PATIENCE = 60.0  # seconds that a copy out of lent memory may take
@@ -166,14 +165,11 @@ class IteratorSource:
             run.close()
 
     def _checked(self, pair: object) -> tuple[TensorSpec, torch.Tensor]:
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-            raise UsageError(f"an iterator of weights gives (name, tensor); this one gave a {type(pair).__name__}")
-        name, tensor = pair
-        if (problem := unfit(name, tensor)) is not None:
-            raise UsageError(f"an iterator of weights gives (name, tensor), but {problem}")
+        name, tensor = split(pair)
+        promised = None if self._promised is None else self._promised.get(name)
+        tensor = plain(name, tensor, promised)
         if self._promised is None:
             return TensorSpec(name, tensor.dtype, tuple(tensor.shape)), tensor
-        promised = self._promised.get(name)
         if promised is None:
             raise _broken([f"tensor {name!r}: came, and the manifest does not name it"])
         if promised.dtype != tensor.dtype or promised.shape != tensor.shape:

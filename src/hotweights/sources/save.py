@@ -24,8 +24,9 @@ from ..text import as_html, counts, size, table
 from .contracts import Source
 from .files.staging import Staging
 from .files.writer import Writer, unwritable
-from .iterator import Pair, from_iterator
+from .iterator import from_iterator
 from .opening import AnySource, is_pairs, opened
+from .pairs import Pair
 
 _SHARD_NBYTES = 5_000_000_000
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping
+from typing import Any
 
 import torch
 
@@ -11,6 +12,8 @@ from ..errors import Closed, UsageError
 from ..manifest import Manifest, TensorSpec
 from ..memory.guards import Guard
 from ..memory.lease import Lease
+from ..memory.wrappers import hidden
+from ..sharding import GATHER, Part, is_dtensor, local
 from ..text import some
 from .streams import LeaseStream
 
@@ -20,15 +23,29 @@ class StateSource:
 
     They belong to whoever made them, who must not change them while a stream runs and may do so afterwards: leases are
     borrowed and cost nothing, and ``tensors()`` and ``own()`` copy.
+
+    Of a DTensor it has what this rank holds, and the manifest says which part that is. With ``gather`` it has whole
+    tensors: every rank must make such a source of the same tensors at the same time, and holds all of them.
     """
 
-    def __init__(self, state: Mapping[str, torch.Tensor] | torch.nn.Module) -> None:
-        tensors = state.state_dict() if isinstance(state, torch.nn.Module) else state
+    def __init__(self, state: Mapping[str, torch.Tensor] | torch.nn.Module, *, gather: bool = False) -> None:
+        given = state.state_dict() if isinstance(state, torch.nn.Module) else state
+        parts: dict[str, Part | None] = {}
+        tensors = {}
+        for name, tensor in given.items():  # In this order on every rank: to gather a tensor, all take part.
+            tensors[name], parts[name] = _local(tensor, gather)
         problems = [message for name, tensor in tensors.items() if (message := unfit(name, tensor))]
+        problems += [
+            f"{name!r} is a DTensor ({part}), and {part.problem}; {GATHER}"
+            for name, part in parts.items()
+            if part is not None and part.problem
+        ]
         if problems:
             raise UsageError(f"these are no tensors with values: {some(sorted(problems), 50)}")
         self._tensors = {name: _with_bytes(tensor.detach()) for name, tensor in tensors.items()}
-        self._manifest = Manifest(TensorSpec(name, t.dtype, tuple(t.shape)) for name, t in self._tensors.items())
+        self._manifest = Manifest(
+            TensorSpec(name, t.dtype, tuple(t.shape), part=parts[name]) for name, t in self._tensors.items()
+        )
         self._closed = False
 
     @property
@@ -37,19 +54,32 @@ class StateSource:
         return self._manifest
 
     def leases(self, *, guard: Guard = "off") -> LeaseStream:
-        """Stream every tensor, in the mapping's order, uncopied. ``poison`` does nothing: the memory is its owner's."""
+        """Stream every tensor, in the mapping's order, uncopied. ``poison`` does nothing: the memory is its owner's.
+
+        Raises:
+            UsageError: a tensor is a DTensor of which this rank holds a part.
+        """
         check_choices(guard=(guard, Guard))
         self._check_open()
+        check_whole(self._manifest)
         return LeaseStream(self._lease_all(guard))
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield a contiguous copy of every tensor."""
+        """Yield a contiguous copy of every tensor.
+
+        Raises:
+            UsageError: a tensor is a DTensor of which this rank holds a part.
+        """
         self._check_open()
+        check_whole(self._manifest)
         for name, tensor in self._tensors.items():
             yield name, tensor.clone(memory_format=torch.contiguous_format)
 
     def borrow(self, name: str) -> torch.Tensor:
-        """The tensor itself, to read while the source is open. It is its owner's: never write to it."""
+        """The tensor itself, to read while the source is open. It is its owner's: never write to it.
+
+        Of a DTensor it is what this rank holds; ``manifest[name].part`` says which part that is.
+        """
         self._check_open()
         return self._tensors[name]
 
@@ -81,6 +111,13 @@ def _with_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.resolve_conj().resolve_neg() if tensor.is_conj() or tensor.is_neg() else tensor
 
 
+def check_whole(manifest: Manifest) -> None:
+    """Raise ``UsageError`` if it has parts of tensors: whoever gets them one by one takes them for whole ones."""
+    parts = [f"{name} ({spec.part})" for name, spec in manifest.items() if spec.part]
+    if parts:
+        raise UsageError(f"whole tensors are needed, and of these only parts lie here: {some(parts)}; {GATHER}")
+
+
 def unfit(name: object, tensor: object) -> str | None:
     """Why this pair is no named tensor with values; ``None`` if it is one."""
     if not isinstance(name, str):
@@ -89,6 +126,27 @@ def unfit(name: object, tensor: object) -> str | None:
         return f"{name!r} is a {type(tensor).__name__}"
     if tensor.is_meta or torch.nn.parameter.is_lazy(tensor):
         return f"{name!r} is {'on meta' if tensor.is_meta else 'uninitialised'}"
-    if tensor.layout is not torch.strided:
-        return f"{name!r} is {tensor.layout}"
-    return None
+    return None if (words := hidden(tensor)) is None else f"{name!r} is {words}"
+
+
+def bare(name: object, tensor: object, promised: TensorSpec | None = None) -> tuple[torch.Tensor, str | None]:
+    """The tensor as it lies here, and why it is not fit to be streamed: its bytes are not plain, or it is only a part.
+
+    A part is fit where the same part was ``promised``, and only a DTensor can say that it is.
+    """
+    here, part = _local(tensor, gather=False)
+    wanted = None if promised is None else promised.part
+    if wanted is None and part is not None:
+        return here, f"{name!r} is a DTensor, and this rank holds a part ({part}); give its full_tensor()"
+    if wanted is not None and (part is None or not part.same_elements(wanted)):
+        return here, f"{name!r} is {part or 'whole'}, where a part ({wanted}) was promised; give a DTensor of that"
+    return here, unfit(name, here)
+
+
+def _local(tensor: Any, gather: bool) -> tuple[Any, Part | None]:
+    """What this rank holds, and which part that is. To gather is to ask all ranks for their parts."""
+    if not is_dtensor(tensor):
+        return tensor, None
+    if gather and not tensor.is_meta:
+        return tensor.detach().full_tensor(), None
+    return local(tensor)

@@ -5,6 +5,7 @@ No plan can repeat these, so each is a graph break where it concerns the model's
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,7 @@ from torch import nn
 
 from .fake_weight import SCALAR_TAKERS, VALUE_READS, FakeWeight, Scalar
 from .recorder import Recorder
+from .replaced import Replaced
 
 # Functions that the dispatcher does not see, and of which real tensors they are refused: of those that the recorded
 # operations have written, or of all that the model has.
@@ -59,16 +61,31 @@ _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 _WATCHED = {*_OF_REAL, *SCALAR_TAKERS, _SET_DATA}
 
 
+class _Tracing(threading.local):
+    """The recorder of the trace that this thread works for, if any."""
+
+    recorder: Recorder | None = None
+
+
+_tracing = _Tracing()
+
+
 @contextmanager
 def no_swaps(recorder: Recorder) -> Iterator[None]:
-    """Refuse ``torch.utils.swap_tensors`` meanwhile: it exchanges what two tensors are, and no mode sees it."""
-    swap = torch.utils.swap_tensors
+    """Refuse ``torch.utils.swap_tensors`` in this thread: it exchanges what two tensors are, and no mode sees it."""
+    before = _tracing.recorder
+    with _SWAPS.meanwhile():
+        _tracing.recorder = recorder
+        try:
+            yield
+        finally:
+            _tracing.recorder = before
 
-    def refused(first: torch.Tensor, second: torch.Tensor) -> None:
-        raise recorder.refuse("torch.utils.swap_tensors()", [first, second])
 
-    torch.utils.swap_tensors = refused
-    try:
-        yield
-    finally:
-        torch.utils.swap_tensors = swap
+def _swap(first: torch.Tensor, second: torch.Tensor) -> None:
+    if _tracing.recorder is not None:
+        raise _tracing.recorder.refuse("torch.utils.swap_tensors()", [first, second])
+    _SWAPS.original(first, second)
+
+
+_SWAPS = Replaced(torch.utils, "swap_tensors", _swap)

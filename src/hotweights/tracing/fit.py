@@ -34,7 +34,8 @@ def check(plan: LoadPlan, model: nn.Module, manifest: Manifest, device: torch.de
     Raises:
         PlanError: with every difference.
     """
-    targets = targets_of(survey(model).persistent, device)
+    surveyed = survey(model)
+    targets = targets_of(surveyed.persistent, device, surveyed.parts)
     reached: Mapping[str, torch.Tensor] = {}
     if not plan.targets.keys() <= targets.keys() or plan.state_read:
         reached = reachable(model)

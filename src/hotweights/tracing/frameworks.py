@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 
 from torch import nn
 
@@ -26,3 +27,11 @@ def rules_for(model: nn.Module, manifest: Manifest) -> Rules:
 
         return transformers.rules(model, manifest)
     return Rules()
+
+
+def initialise_by_rules(model: nn.Module, names: Iterable[str]) -> None:
+    """Initialise the tensors with these names as the model's framework does; they are real."""
+    if has_rules(model):
+        from . import transformers
+
+        transformers.initialise(model, names)

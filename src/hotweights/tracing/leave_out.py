@@ -18,6 +18,10 @@ from ..plan.steps import GraphBreak, Step, read_too_early
 from .lower import lower
 from .record import Recording, record
 
+_UNTOUCHED = (
+    'It took no tensor. If it is a load_weights that does not take pairs of name and tensor, load by name: by="name".'
+)
+
 _CPU = torch.device("cpu")
 
 
@@ -38,7 +42,9 @@ def trace_code(model: nn.Module, manifest: Manifest, load: LoadingCode) -> Trace
         error = recording.error
         if error is not None and not recording.graph_breaks and not left_out:
             raise PlanError(
-                "the model's own loading code refuses this manifest", [f"{type(error).__name__}: {error}"]
+                "the model's own loading code refuses this manifest",
+                [f"{type(error).__name__}: {error}"],
+                advice="" if recording.taken else _UNTOUCHED,
             ) from error
         steps = lower(recording.ops)
         if error is None and not recording.graph_breaks:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import types
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +29,7 @@ from .fake_weight import FakeWeight, Scalar
 from .recorder import Recorder
 from .threads import in_every_thread
 
+_NONE: Mapping[str, torch.Tensor] = {}
 _AT_ONCE = 256  # fake tensors that are made together
 
 
@@ -61,6 +62,7 @@ def record(
     *,
     device: torch.device,
     leave_out: Container[str] = (),
+    stand_ins: Mapping[str, torch.Tensor] = _NONE,
 ) -> Recording:
     """Run ``load`` on fake tensors for the tensors of ``manifest`` and record what it does.
 
@@ -72,8 +74,9 @@ def record(
         load: the model's own loading code.
         device: what the fake tensors report.
         leave_out: names that are not streamed.
+        stand_ins: tensors that ``load`` writes in place of the model's of these names.
     """
-    recorder = Recorder({name: tensor for name, tensor in reachable(model).items() if plain(tensor)})
+    recorder = Recorder({**{name: tensor for name, tensor in reachable(model).items() if plain(tensor)}, **stand_ins})
     taken: set[str] = set()
 
     def stream() -> Iterator[tuple[str, torch.Tensor]]:
@@ -89,10 +92,8 @@ def record(
     random = torch.get_rng_state()
     snapshot = Snapshot(model)
     try:
-        with (
-            no_swaps(recorder),
-            in_every_thread(torch.no_grad, lambda: Bypasses(recorder), lambda: _Mode(recorder)) as unfinished,
-        ):
+        modes = (torch.no_grad, lambda: no_swaps(recorder), lambda: Bypasses(recorder), lambda: _Mode(recorder))
+        with in_every_thread(*modes) as unfinished:
             try:
                 load(stream())
             except Exception as caught:

@@ -10,6 +10,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
+from .replaced import Replaced
+
 Mode = Callable[[], AbstractContextManager[object]]
 
 
@@ -22,7 +24,7 @@ def in_every_thread(*modes: Mode) -> Iterator[Callable[[], bool]]:
     Yields a function that says whether any of the work that was given away is still under way.
     """
     followed = _Followed(modes, _follows())
-    with _patched(), followed.entered():
+    with _STARTS.meanwhile(), _SUBMITS.meanwhile(), followed.entered():
         yield followed.unfinished
 
 
@@ -84,9 +86,6 @@ def _follows() -> _Followed | None:
     return _here.followed
 
 
-_start, _submit = threading.Thread.start, ThreadPoolExecutor.submit
-
-
 def _followed_start(self: threading.Thread) -> None:
     followed = _follows()
     # A pool's thread outlives its work, so there only the work is put into the modes.
@@ -99,39 +98,19 @@ def _followed_start(self: threading.Thread) -> None:
 
         self.run = followed_run  # type: ignore[method-assign]
         followed.gave(thread=self)
-    _start(self)
+    _STARTS.original(self)
 
 
 def _followed_submit(self: ThreadPoolExecutor, work: Any, /, *args: Any, **kwargs: Any) -> Any:
     followed = _follows()
     if followed is None:
-        return _submit(self, work, *args, **kwargs)
-    future = _submit(self, followed.run, work, *args, **kwargs)
+        return _SUBMITS.original(self, work, *args, **kwargs)
+    future = _SUBMITS.original(self, followed.run, work, *args, **kwargs)
     followed.gave(future=future)
     return future
 
 
-# How many blocks are open now, in all threads; changes under the lock. The last to end takes the patch off.
-_inside = 0
-_changing = threading.Lock()
-
-
-@contextmanager
-def _patched() -> Iterator[None]:
-    global _inside, _start, _submit
-    with _changing:
-        if not _inside:
-            _start, _submit = threading.Thread.start, ThreadPoolExecutor.submit
-            threading.Thread.start, ThreadPoolExecutor.submit = _followed_start, _followed_submit  # type: ignore[method-assign, assignment]
-        _inside += 1
-    try:
-        yield
-    finally:
-        with _changing:
-            _inside -= 1
-            if not _inside:
-                threading.Thread.start, ThreadPoolExecutor.submit = _start, _submit  # type: ignore[method-assign]
-
-
+_STARTS = Replaced(threading.Thread, "start", _followed_start)
+_SUBMITS = Replaced(ThreadPoolExecutor, "submit", _followed_submit)
 _POOL_WORKER = getattr(concurrent.futures.thread, "_worker", None)
 _PATIENCE = 0.5  # seconds that threads of the loading code have to end when it has returned

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import torch
 from torch import nn
 
-from ..arguments import check_model, device_from, patterns_from
+from ..arguments import check_choices, check_model, device_from, patterns_from
 from ..dtypes import Cast
 from ..errors import PlanError
 from ..gc_pause import without_collection
 from ..manifest import Manifest
 from ..memory.aliases import overlaps
+from ..model.matching import other_names
 from ..model.offloading import refuse_offloaded
 from ..model.places import targets_of
-from ..model.survey import Survey, counters, extra_state_problems, loader_of, survey
-from ..plan.draft import Allowed, draft
-from ..plan.patterns import Patterns, both, matches
+from ..model.survey import By, LoadingCode, Survey, counters, extra_state_problems, loader_of, own_loader, survey
+from ..names import outer_prefix, unwrapped
+from ..plan.draft import Allowed, Traced, draft
+from ..plan.patterns import Patterns, both, matches, widened
 from ..plan.plan import LoadPlan
+from ..plan.steps import Copy
+from ..plan.writes import fits
+from ..rename import Rename
 from ..sources.iterator import IteratorSource
 from ..sources.opening import AnySource, opened
 from .fit import complete
 from .frameworks import rules_for
 from .leave_out import trace_code
+from .naming import match_for, names_for
 
 
 def trace(
@@ -34,7 +41,10 @@ def trace(
     allow_missing: Patterns = (),
     allow_partial: Patterns = (),
     allow_unexpected: Patterns = (),
+    allow_mismatched: Patterns = (),
     cast: Cast | None = None,
+    rename: Rename | None = None,
+    by: By | None = None,
 ) -> LoadPlan:
     """Plan the loading of ``manifest`` into ``model``: run the model's own loading code on fake tensors and record it.
 
@@ -49,23 +59,42 @@ def trace(
         allow_missing: names of the model that may stay as they are.
         allow_partial: names of the model of which some bytes may stay as they are.
         allow_unexpected: tensors of the manifest that may have no place.
-        cast: whether casts that lose information are problems (``"error"``, the default by name) or meant
-            (``"loader"``, the default for models with loading code of their own).
+        allow_mismatched: names of the model that may stay as they are where the tensor for them has another shape, as
+            a new head's; a ``load_weights`` is not asked, it decides itself what it takes.
+        cast: which casts that lose information are meant, see ``hotweights.load``; the others are problems.
+        rename: new names of the manifest's tensors, see ``hotweights.load``. The plan has the new names.
+        by: ``"loader"`` or ``"name"``, see ``hotweights.load``.
 
     Raises:
         PlanError: with every problem.
         UsageError: an argument is of the wrong kind.
     """
     check_model(model, manifest)
-    missing, partly, unexpected = patterns_from(
-        allow_missing=allow_missing, allow_partial=allow_partial, allow_unexpected=allow_unexpected
+    missing, partly, unexpected, mismatched = patterns_from(
+        allow_missing=allow_missing,
+        allow_partial=allow_partial,
+        allow_unexpected=allow_unexpected,
+        allow_mismatched=allow_mismatched,
     )
     where = device_from(device)
+    check_choices(**({"by": (by, By)} if by is not None else {}))
+    outer, model = outer_prefix(model), unwrapped(model)
     if cast is None:
-        cast = "loader" if hasattr(model, "load_weights") else "error"
-    allowed = Allowed(missing, partly, unexpected, cast)
+        cast = "error" if own_loader(model, by) is None else "loader"
     with without_collection():
-        return _trace(model, _promised(manifest), where, allowed)
+        seen = survey(model, by)
+        promised = _promised(manifest)
+        promised = promised.renamed(names_for(promised, rename, match_for(model, seen.tensors, by)))
+        others = other_names(model, outer, seen.tensors) if missing or partly or mismatched else {}
+        there = {new: (old,) for new, old in promised.origins.items()}
+        allowed = Allowed(
+            missing=widened(missing, others),
+            partial=widened(partly, others),
+            unexpected=widened(unexpected, there),
+            mismatched=widened(mismatched, others),
+            cast=cast,
+        )
+        return _trace(model, seen, promised, where, allowed, by)
 
 
 def _promised(source: Manifest | AnySource) -> Manifest:
@@ -77,11 +106,23 @@ def _promised(source: Manifest | AnySource) -> Manifest:
         return promising.manifest
 
 
-def _trace(model: nn.Module, manifest: Manifest, device: torch.device | None, allowed: Allowed) -> LoadPlan:
-    surveyed = survey(model)
+def _trace(
+    model: nn.Module,
+    surveyed: Survey,
+    manifest: Manifest,
+    device: torch.device | None,
+    allowed: Allowed,
+    by: By | None,
+) -> LoadPlan:
     refuse_offloaded(model, surveyed)
     tensors = surveyed.persistent
-    own_code = hasattr(model, "load_weights")
+    if flat := [name for name in tensors if name.endswith("_flat_param")]:
+        raise PlanError(
+            "FSDP keeps these parameters flattened; nothing was read or written",
+            [f"{name}: is made of many" for name in flat],
+            advice="Load inside `with FullyShardedDataParallel.summon_full_params(model):`.",
+        )
+    own_code = own_loader(model, by) is not None
     rules = rules_for(model, manifest)
     if not own_code:
         absent = counters(model, sorted(tensors.keys() - manifest.keys()))
@@ -90,13 +131,13 @@ def _trace(model: nn.Module, manifest: Manifest, device: torch.device | None, al
     problems = list(rules.problems)
     if not own_code and not surveyed.plain:
         problems += extra_state_problems(model)
-    if device is not None:
-        problems += _left_on_meta(surveyed, both(allowed.missing, rules.allow_missing))
-    loader = None if surveyed.plain or rules.steps is not None else loader_of(model)
+    loader = None if surveyed.plain or rules.steps is not None else loader_of(model, by)
     traced = None
-    if loader is not None:
+    if loader is not None and surveyed.parts:
+        problems += _sharded(model, surveyed)
+    elif loader is not None:
         try:
-            traced = trace_code(model, manifest, loader)
+            traced = _traced(model, manifest, loader, tensors, () if own_code else allowed.mismatched)
         except PlanError as error:
             if own_code:
                 raise
@@ -104,7 +145,7 @@ def _trace(model: nn.Module, manifest: Manifest, device: torch.device | None, al
             problems += error.problems
     plan = draft(
         manifest,
-        targets_of(tensors, device),
+        targets_of(tensors, device, surveyed.parts),
         traced=traced,
         rules=rules,
         allowed=allowed,
@@ -114,11 +155,39 @@ def _trace(model: nn.Module, manifest: Manifest, device: torch.device | None, al
     return complete(plan, model)
 
 
-def _left_on_meta(surveyed: Survey, allowed: Patterns) -> list[str]:
-    may_stay = matches(allowed)
-    return [
-        f"{name}: is a non-persistent buffer on the meta device, and no checkpoint carries it; build the model "
-        "with real buffers, or allow it with allow_missing= and fill it yourself"
-        for name in surveyed.transient
-        if surveyed.tensors[name].is_meta and not may_stay(name)
-    ]
+def _sharded(model: nn.Module, surveyed: Survey) -> Iterator[str]:
+    """DTensors of a model with loading code of its own: it is made for whole tensors, and cannot be traced."""
+    code = (
+        "load_weights of its own" if hasattr(model, "load_weights") else "code or hooks of its own in load_state_dict"
+    )
+    for name, part in surveyed.parts.items():
+        yield (
+            f"{name}: is a DTensor ({part}), and the model has {code}, which takes no whole tensors for parts; "
+            "load the model before it is sharded"
+        )
+
+
+def _traced(
+    model: nn.Module,
+    manifest: Manifest,
+    loader: LoadingCode,
+    tensors: Mapping[str, torch.Tensor],
+    may_mismatch: Patterns,
+) -> Traced:
+    """What the loading code does; ``load_state_dict`` is asked again without tensors of a wrong shape, if those may be.
+
+    Not at first: its hooks may give a tensor the shape that fits.
+    """
+    try:
+        return trace_code(model, manifest, loader)
+    except PlanError:
+        may = matches(may_mismatch)
+        odd = {
+            name
+            for name, spec in manifest.items()
+            if name in tensors and may(name) and not fits(spec.shape, tensors[name].shape)
+        }
+        if not odd:
+            raise
+    traced = trace_code(model, Manifest(spec for spec in manifest.values() if spec.name not in odd), loader)
+    return replace(traced, steps=[*traced.steps, *((0, Copy(name, name)) for name in sorted(odd))])

@@ -16,8 +16,10 @@ from torch import nn
 from ..dtypes import OpaqueDtype
 from ..manifest import Manifest, TensorSpec
 from ..model.places import places
+from ..names import bare_names
 from ..plan.rules import Rules
 from ..plan.steps import Copy, Step
+from ..sharding import is_dtensor
 from .lower import lower
 from .record import Recording, record
 
@@ -36,11 +38,14 @@ def rules(model: Any, manifest: Manifest) -> Rules:
     """
     if getattr(model, "hf_quantizer", None) is not None:
         return Rules(problems=("the model is quantised by transformers; by name its weights cannot be converted",))
-    if getattr(model.config, "quantization_config", None) is not None:
+    quantisation = getattr(model.config, "quantization_config", None)
+    if quantisation is not None:
+        facts = quantisation if isinstance(quantisation, dict) else vars(quantisation)
+        method = getattr(facts.get("quant_method"), "value", facts.get("quant_method"))
         return Rules(
             problems=(
-                "the model's configuration has a quantization_config, so transformers would quantise it; by name that "
-                "cannot be done. If the checkpoint holds plain weights, remove it from the configuration",
+                f"the model's configuration has a quantization_config ({method}), so transformers would quantise it; "
+                "by name that cannot be done. If the checkpoint holds plain weights, remove it from the configuration",
             )
         )
     names = _Names(model)
@@ -52,7 +57,7 @@ def rules(model: Any, manifest: Manifest) -> Rules:
         if target not in names.known:
             unknown[source] = target
         elif pattern is None:
-            steps.append((0, Copy(source, target)))
+            steps.append((0, Copy(source, names.real.get(target, target))))
         else:
             conversions.setdefault(target, _Conversion(target, names.converters[pattern], model)).add(source, pattern)
     problems: list[str] = []
@@ -70,6 +75,36 @@ def rules(model: Any, manifest: Manifest) -> Rules:
         problems=tuple(problems),
         load=partial(_load, names, sound),
     )
+
+
+def initialise(model: Any, names: Iterable[str]) -> None:
+    """Initialise the tensors with these names by the model's own rules, as ``from_pretrained`` does for missing ones.
+
+    transformers leaves alone what has its flag: so everything else has it for as long as that takes.
+    """
+    wanted = set(names)
+    everywhere = list(places(model))
+    fresh = {id(place.tensor) for place in everywhere if place.name in wanted}
+    flagged = {id(place.tensor): place.tensor for place in everywhere if id(place.tensor) not in fresh}
+    before = [(owner, owner.__dict__.get(_FLAG)) for owner in (*flagged.values(), *model.modules())]
+    try:
+        for tensor in flagged.values():
+            tensor.__dict__[_FLAG] = True
+        for place in everywhere:
+            if place.name in wanted:
+                place.tensor.detach().zero_()  # What initialize_weights() leaves out would differ from run to run.
+                place.tensor.__dict__.pop(_FLAG, None)
+        for module in model.modules():
+            module.__dict__.pop(_FLAG, None)
+        model.initialize_weights()
+    finally:
+        for owner, flag in before:
+            owner.__dict__.pop(_FLAG, None)
+            if flag is not None:
+                owner.__dict__[_FLAG] = flag
+
+
+_FLAG = "_is_hf_initialized"
 
 
 def _load(names: _Names, conversions: Sequence[_Conversion], pairs: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -90,7 +125,16 @@ def _exactly(names: Collection[str]) -> list[re.Pattern[str]]:
 def _trace(model: Any, manifest: Manifest, conversions: Sequence[_Conversion], names: _Names) -> Recording:
     """What the conversions do, recorded on fake tensors: a stack of experts becomes one copy for each."""
     taken = Manifest(manifest[name] for conversion in conversions for name in conversion.sources)
-    recording = record(model, taken, partial(_load, names, conversions), device=torch.device("cpu"))
+    # In place of a DTensor a whole tensor without data is written: the plan is cut down to this rank's part later.
+    whole = {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        for name, tensor in names.known.items()
+        if is_dtensor(tensor)
+    }
+    standing = copy.copy(names)
+    standing.known = {**names.known, **whole}
+    load = partial(_load, standing, conversions)
+    recording = record(model, taken, load, device=torch.device("cpu"), stand_ins=whole)
     if recording.error is not None:
         raise recording.error
     return recording
@@ -112,6 +156,9 @@ class _Names:
         ]
         self._prefix = model.base_model_prefix
         self.known = {place.name: place.tensor for place in places(model) if place.persistent}
+        # Names without wrappers, such as an adapter's layers: transformers' transforms are made for those.
+        self.real = {bare: name for name, (bare, _) in bare_names(model).items() if name in self.known}
+        self.known |= {bare: self.known[name] for bare, name in self.real.items() if bare not in self.known}
         self.converters = {
             pattern: converter for converter in self._converters for pattern in converter.source_patterns
         }

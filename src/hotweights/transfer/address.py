@@ -28,7 +28,7 @@ def path_of(address: str) -> str:
     Raises:
         UsageError: it is no such address, or its path is too long for the kernel.
     """
-    kind, colon, path = address.partition(":")
+    kind, colon, path = address.partition(":") if isinstance(address, str) else ("", "", "")
     if kind != "unix" or not colon or not path:
         raise UsageError(f"an address looks like unix:/tmp/trainer/socket; this is {address!r}")
     if len(os.fsencode(path)) > _LONGEST:
@@ -71,7 +71,10 @@ def connect(path: str) -> socket.socket | None:
 
 
 def _socket() -> socket.socket:
-    return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+    try:
+        return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+    except OSError as error:
+        raise TransferError(f"no socket can be had: {error}") from error
 
 
 class Listener:
@@ -86,6 +89,7 @@ class Listener:
 
         Raises:
             AddressTaken: another sender holds it; the message says which process.
+            TransferError: this process may open no more files.
             UsageError: others may enter the directory, it cannot be made, or the path is that of something else.
         """
         self._path = os.path.realpath(path)

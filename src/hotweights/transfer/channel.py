@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+from .. import signals
 from ..errors import PeerLost, ProtocolError
 from .messages import (
     DESCRIPTORS,
@@ -65,6 +66,7 @@ class Channel:
         """Whether something waits until the socket can be written to."""
         return bool(self._out)
 
+    @signals.whole  # A signal between the step of the session and the queue would lose the frame.
     def send(self, message: Message, *, update: int | None = None, descriptors: Sequence[int] = ()) -> None:
         """Send a message; what the socket does not take now waits for ``flush``.
 
@@ -79,6 +81,7 @@ class Channel:
         self._out.append(_Outgoing(memoryview(frame), tuple(descriptors), start + len(frame)))
         self.flush()
 
+    @signals.whole
     def flush(self) -> None:
         """Write what waits, as far as the socket takes it."""
         while True:
@@ -99,6 +102,7 @@ class Channel:
             except OSError:
                 self._counts[:] = [self._out[-1].stop]  # Whoever reads is told.
 
+    @signals.whole
     def read(self) -> Frame | None:
         """The next frame, if it is there. Its descriptors are the caller's.
 

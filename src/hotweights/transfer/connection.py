@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from .. import signals
 from ..errors import Closed, PeerLost, ProtocolError, TransferError, TransferTimeout
 from .address import check_peer, connect
 from .channel import Channel
@@ -19,6 +20,7 @@ from .waits import Waker, left
 _RETRY = 0.02  # seconds between two tries to connect; the kernel does not tell when somebody begins to listen
 
 
+@signals.held_throughout
 class Connection:
     """One connection at a time. One thread uses it; any may ``stop`` it. Close it.
 
@@ -27,8 +29,9 @@ class Connection:
         place: of this receiver in the sender's roll.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, name: str = "") -> None:
         self._path = path
+        self._name = name
         self._waker = Waker()
         self._channel: Channel | None = None
         self._slots: ReadSlots | None = None
@@ -96,6 +99,30 @@ class Connection:
                 self._waker.wait((), min(_RETRY, left(deadline)), lambda: self._stopped)
                 self.check_open()
         raise TransferTimeout(f"no offer came to {self._path} within {seconds:g} s", [self._last])
+
+    def poll(self) -> Frame | None:
+        """The next offer, if it is there. Never waits; its descriptor is the caller's.
+
+        Raises:
+            TransferError: as ``offer``, but for ``TransferTimeout``.
+            Closed: ``stop`` was called.
+        """
+        with self._using:
+            self.check_open()
+            try:
+                while self._connect():
+                    channel = self._running()
+                    channel.flush()
+                    if (frame := channel.read()) is None:
+                        return None
+                    if (offer := self._accepted(frame)) is not None:
+                        return offer
+            except PeerLost:  # The next call connects to whoever is there then.
+                self.drop()
+            except ProtocolError as error:
+                self.drop(str(error))
+                raise
+        return None
 
     def receive(
         self, deadline: float, *, stop: Callable[[], bool] = bool, meanwhile: Callable[[], float] = float
@@ -192,7 +219,7 @@ class Connection:
             connected.close()
             raise
         self._channel = Channel(connected, Side.RECEIVER)
-        self._channel.send(Hello(os.getpid()))
+        self._channel.send(Hello(os.getpid(), self._name))
         self._last = "the sender offered nothing"
         return True
 

@@ -6,6 +6,7 @@ from collections.abc import Generator, Iterable
 
 import torch
 
+from .. import signals
 from ..errors import PeerLost, ProtocolError, TransferError, TransferTimeout, UsageError
 from ..manifest import TensorSpec
 from ..memory.guards import Guard
@@ -32,6 +33,7 @@ class Inbound:
         member: what votes for the version or against it.
     """
 
+    @signals.whole
     def __init__(self, connection: Connection, frame: Frame, private: PrivateMemory, timeout: float) -> None:
         """Takes over the frame's descriptor.
 
@@ -86,8 +88,17 @@ class Inbound:
         inside = all(wanted.size and wanted.fits(nbytes) for wanted in request.ranges)
         return inside and bool(request.ranges) and disjoint(request.ranges)
 
+    @signals.held
     def leases(self, guard: Guard) -> Generator[Lease, None, None]:
         """Every wanted tensor, as it comes; each lease ends when the next is asked for."""
+        watcher = signals.watch()
+        try:
+            yield from self._leases(guard)
+        finally:
+            signals.unwatch(watcher)
+
+    @signals.held
+    def _leases(self, guard: Guard) -> Generator[Lease, None, None]:
         member = self.member
         member.require(SessionState.OFFERED, "was streamed before; the next offer brings the next")
         self._missing = set(self._requests)

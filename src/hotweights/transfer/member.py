@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
+from .. import signals
 from ..errors import Closed, CommitHookError, TransferAborted, TransferError, UsageError
-from ..signals import Interruption, held_back
 from .ballot import Ballot, Decision
 from .connection import Connection
 from .messages import Abort, Commit, Done, Message, Prepared, Refuse, reasons_of
@@ -37,6 +37,7 @@ class Standing(NamedTuple):
         return self.roll.struck(self.place, self.update)
 
 
+@signals.held_throughout
 class Member:
     """A receiver's vote on one version, and what follows from it. Owns the ballot until the version is over.
 
@@ -134,6 +135,7 @@ class Member:
     # The decision.
 
     @contextmanager
+    @signals.held
     def decision(self) -> Iterator[None]:
         """Wait until the group has decided to commit; inside, commit. Leaving tells the sender.
 
@@ -144,7 +146,7 @@ class Member:
             TransferAborted: the group decided to abort; the message says why.
             TransferError: the sender is gone, and had not decided; so this is an abort for all.
         """
-        with held_back(self._connection.wake) as interruption, self._alone():
+        with signals.first_waits(self._connection.wake) as interruption, self._alone():
             self._prepare(interruption)
             try:
                 yield
@@ -163,7 +165,7 @@ class Member:
         """Inside, no other thread refuses or ends this version; ``Receiver.close`` may come at any time."""
         return holding(self._deciding, self._longest)
 
-    def _prepare(self, interruption: Interruption) -> None:
+    def _prepare(self, interruption: signals.Interruption) -> None:
         """Vote for the version, and wait for the decision. Returns if it is to commit."""
         self.require(SessionState.ENDED, "has not streamed to its end")
         try:
@@ -177,7 +179,7 @@ class Member:
                 self.give_up(TransferError("it was interrupted") if interruption.came else error)
                 raise
             self._interrupted = None if isinstance(error, Exception) else error
-            if not interruption.came or not self._hears_late():
+            if isinstance(error, TransferError) or not self._hears_late():
                 self._connection.drop("it waited for the decision in vain, and read it")
 
     def _was_to_commit(self) -> bool:
@@ -199,6 +201,9 @@ class Member:
         try:
             self._hear(bool)
         except (TransferError, Closed):
+            return False
+        except BaseException as error:  # A second signal: the commit is not left to the others for it.
+            self._interrupted = error
             return False
         return True
 

@@ -22,6 +22,7 @@ _MAGIC = b"hotw"
 _ADDRESSES = 2**48  # bytes that a process can address
 _REASONS = 50  # An error of 20,000 tensors must not outgrow a frame; whoever raised it has all of it.
 REASON = 2000  # characters of a reason that are sent
+NAME = 100  # characters of a receiver's name
 HEADER = struct.Struct("<4sHHQI")  # magic, protocol, number of descriptors, update, bytes that follow
 
 
@@ -30,9 +31,10 @@ class _Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
 
 
 class Hello(_Message, frozen=True):
-    """A receiver's first word."""
+    """A receiver's first word; the name is empty if it has none."""
 
     pid: int
+    name: str = ""
 
 
 class Welcome(_Message, frozen=True):

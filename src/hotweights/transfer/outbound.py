@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from .. import signals
 from ..errors import PeerLost, ProtocolError, TransferAborted, TransferIncomplete
 from ..manifest import Manifest, TensorSpec
 from ..ranges import Range, disjoint
@@ -53,6 +54,7 @@ def merged(orders: Sequence[Sequence[int]]) -> list[int]:
     return sorted(rank, key=rank.__getitem__)
 
 
+@signals.held_throughout
 class Outbound:
     """One update of a group. ``run`` it once."""
 
@@ -245,14 +247,15 @@ class Outbound:
         while peers := pending():
             # Each has its own time: one that stands still must not use up that of those that go on.
             deadlines = {peer: max(start, peer.moved) + self._timeout for peer in peers}
-            if late := [peer for peer in peers if not left(deadlines[peer])]:
-                for peer in late:
-                    self._lose(peer, f"it did not {deed} within {self._timeout:g} s")
-                continue
+            late = [peer for peer in peers if not left(deadlines[peer])]
             began = time.monotonic()
             self._look(left(min(deadlines.values())))
             for peer in peers:
                 self._waited[peer.name] = self._waited.get(peer.name, 0.0) + time.monotonic() - began
+            # After a look: it may have answered in time while this process stood still.
+            for peer in late:
+                if peer in pending() and not left(max(start, peer.moved) + self._timeout):
+                    self._lose(peer, f"it did not {deed} within {self._timeout:g} s")
 
     def _look(self, seconds: float = 0.0) -> None:
         """Wait until something comes, for ``seconds`` at most, and take it."""

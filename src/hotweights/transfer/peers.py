@@ -8,10 +8,11 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from .. import signals
 from ..errors import Closed, PeerLost, ProtocolError, TransferError, TransferTimeout
 from .address import BACKLOG, Listener, check_peer
 from .channel import Channel, close_in_children
-from .messages import Hello, Wanted, Welcome
+from .messages import NAME, Hello, Wanted, Welcome
 from .roll import PLACES
 from .shared_memory import WriteSlots
 from .states import SessionState, Side
@@ -28,7 +29,7 @@ class Peer:
 
     Attributes:
         channel: its connection.
-        name: for people: ``process 4711``.
+        name: for people: ``process 4711``, or ``rank0 (process 4711)`` if the receiver has a name.
         place: its own in the roll.
         wanted: what it wants of the running update.
         holds: slots that it has not released.
@@ -58,6 +59,7 @@ class Peer:
         return self.channel.session.state
 
 
+@signals.held_throughout
 class PeerGroup:
     """Everybody who connected. One thread uses it; any may ``stop`` it. Owns its sockets; close it."""
 
@@ -85,18 +87,32 @@ class PeerGroup:
         gone: deque[str] = deque(maxlen=_SHOWN)
         turns = 0
         while True:
-            more, turns = self._accept(gone), turns + 1
-            for peer in list(self.peers):
-                self._greet(peer, gone)
-            self._limit_silent(gone)
+            more, turns = self._meet(gone), turns + 1
             self.check_open()
-            ready = [peer for peer in self.peers if peer.state is SessionState.IDLE]
+            ready = self._ready()
             # Whoever was waiting at the beginning has been taken after so many turns, even if others come without end.
             if len(ready) >= count and (not more or turns * _AT_ONCE > BACKLOG):
                 return ready
             if not left(deadline):
                 raise TransferTimeout(f"{len(ready)} of {count} receivers were there after {self._timeout:g} s", gone)
             self.wait(self.peers, left(deadline), listen=True)
+
+    def connected(self) -> list[Peer]:
+        """Everybody who is there now: some of those who wait are taken, the dead are forgotten. Never waits."""
+        self.check_open()
+        self._meet(deque(maxlen=_SHOWN))
+        return self._ready()
+
+    def _ready(self) -> list[Peer]:
+        return [peer for peer in self.peers if peer.state is SessionState.IDLE]
+
+    def _meet(self, gone: deque[str]) -> bool:
+        """Take and greet those who wait. Returns whether others may wait."""
+        more = self._accept(gone)
+        for peer in list(self.peers):
+            self._greet(peer, gone)
+        self._limit_silent(gone)
+        return more
 
     def wait(self, peers: Iterable[Peer], seconds: float, *, listen: bool = False) -> list[Peer]:
         """Wait until something comes from some of ``peers``, and return those. What is unsent goes out.
@@ -194,6 +210,10 @@ class PeerGroup:
         try:
             while (frame := peer.channel.read()) is not None:
                 assert isinstance(frame.message, Hello), "the table lets nothing else pass"
+                if name := frame.message.name:
+                    if len(name) > NAME or not name.isprintable():
+                        raise ProtocolError(f"a receiver's name has at most {NAME} printable characters")
+                    peer.name = self._unique(f"{name} ({peer.name})")
                 welcome = Welcome(len(self._slots.memories), self._slots.slot_nbytes, self._timeout, peer.place)
                 peer.channel.send(welcome, descriptors=(self._slots.descriptor,))
         except (PeerLost, ProtocolError) as error:

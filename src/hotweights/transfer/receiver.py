@@ -8,7 +8,8 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from ..arguments import check_choices
+from .. import signals
+from ..arguments import check_choices, check_seconds
 from ..errors import Closed, UsageError
 from ..manifest import Manifest
 from ..memory.guards import Guard
@@ -17,6 +18,7 @@ from ..sources.streams import LeaseStream
 from .address import path_of
 from .connection import Connection
 from .inbound import Inbound
+from .messages import NAME, Frame
 from .pending_leases import PrivateMemory
 
 
@@ -32,18 +34,21 @@ class Receiver:
     ``with`` of the stream or of the receiver, and the sender gets its text.
     """
 
-    def __init__(self, address: str, *, timeout: float = 60.0, offer_timeout: float = 3600.0) -> None:
+    def __init__(self, address: str, *, name: str = "", timeout: float = 60.0, offer_timeout: float = 3600.0) -> None:
         """Nothing is connected yet: the sender may start later, and be replaced by another.
 
         Args:
             address: the sender's, ``unix:PATH``.
+            name: for people, such as ``"rank0"``: it stands in the sender's errors and reports.
             timeout: seconds that each single wait within an update may take.
             offer_timeout: seconds to wait for the next version.
         """
-        if not (timeout > 0 and offer_timeout > 0):
-            raise UsageError(f"timeout= and offer_timeout= are more than 0 s; found {timeout:g} and {offer_timeout:g}")
+        check_seconds(timeout=timeout, offer_timeout=offer_timeout)
+        if not isinstance(name, str) or len(name) > NAME or not name.isprintable():
+            raise UsageError(f"name= is at most {NAME} printable characters; found {str(name)[:NAME]!r}")
         self.address = address
-        self._connection = Connection(path_of(address))
+        self.name = name
+        self._connection = Connection(path_of(address), name)
         self._timeout, self._offer_timeout = timeout, offer_timeout
         self._private = PrivateMemory()
         self._inbound: Inbound | None = None  # the version that came last
@@ -64,6 +69,27 @@ class Receiver:
     def version(self) -> str | int | None:
         """The name of the version that came last; ``None`` before the first. Never waits."""
         return None if self._inbound is None else self._inbound.member.version
+
+    def poll(self) -> str | int | None:
+        """The name of the version that is offered or under way, if one is. Never waits.
+
+        Where it returns a name, ``manifest`` and ``LiveModel.update`` need not wait for an offer. The sender waits for
+        the answer from its offer on, ``timeout`` seconds at most: poll more often than that.
+
+        Raises:
+            TransferError: the sender speaks another protocol, or nobody can connect there.
+            Closed: it was closed.
+        """
+        self._check_open()
+        inbound = self._inbound
+        if inbound is None or inbound.member.over:
+            inbound = self._polled()
+        return None if inbound is None else inbound.member.version
+
+    @signals.watched
+    def _polled(self) -> Inbound | None:
+        frame = self._connection.poll()
+        return None if frame is None else self._came(frame)
 
     def leases(self, *, guard: Guard = "off") -> LeaseStream:
         """Stream the version that is offered, or the next one, in the sender's order.
@@ -139,7 +165,7 @@ class Receiver:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<Receiver from {self.address}: version {self.version!r}>"
+        return f"<Receiver {f'{self.name} ' if self.name else ''}from {self.address}: version {self.version!r}>"
 
     def _offered(self) -> Inbound:
         """The version that is under way, or else the next one."""
@@ -148,9 +174,17 @@ class Receiver:
         if inbound is not None and inbound.member.aborted:
             # The consumer never said that it had put everything back, and the sender would wait for that.
             inbound.member.refuse(UsageError("refuse was not called"))
-        if inbound is None or inbound.member.over:
-            frame = self._connection.offer(self._offer_timeout)
-            inbound = self._inbound = Inbound(self._connection, frame, self._private, self._timeout)
+        return self._next() if inbound is None or inbound.member.over else inbound
+
+    @signals.watched
+    def _next(self) -> Inbound:
+        """Wait for the next version. A signal between its offer and this note would lose it."""
+        frame = self._connection.offer(self._offer_timeout)
+        return self._came(frame)
+
+    @signals.held
+    def _came(self, frame: Frame) -> Inbound:
+        inbound = self._inbound = Inbound(self._connection, frame, self._private, self._timeout)
         return inbound
 
     def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:

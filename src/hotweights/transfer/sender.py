@@ -12,7 +12,8 @@ from typing import Literal
 
 import torch
 
-from ..arguments import check_choices, check_version
+from .. import signals
+from ..arguments import check_choices, check_count, check_flags, check_seconds, check_version
 from ..errors import Closed, UsageError
 from ..forked import alone_in_a_fork
 from ..manifest import Manifest
@@ -21,7 +22,8 @@ from ..progress import progress
 from ..sources.contracts import InMemory, Source, warnings_of
 from ..sources.iterator import from_iterator
 from ..sources.opening import AnySource, is_pairs, opened
-from ..sources.state_dict import StateSource
+from ..sources.pairs import pairs_of
+from ..sources.state_dict import StateSource, check_whole
 from ..text import some
 from .address import path_of
 from .copying import wrapped
@@ -70,8 +72,9 @@ class Sender:
             UsageError: the address or an option is wrong.
         """
         check_choices(on_lost=(on_lost, OnLost))
-        if receivers < 1 or not timeout > 0:
-            raise UsageError(f"receivers= is at least 1 and timeout= more than 0 s; found {receivers} and {timeout:g}")
+        check_count(1, receivers=receivers, slots=slots, slot_nbytes=slot_nbytes)
+        check_flags(digests=digests)
+        check_seconds(timeout=timeout)
         path = path_of(address)
         self.address = address
         self._receivers, self._timeout, self._digests = receivers, timeout, digests
@@ -91,6 +94,7 @@ class Sender:
         self._closed = False
 
     @alone_in_a_fork()
+    @signals.watched
     def send(
         self,
         tensors: Sendable,
@@ -122,6 +126,9 @@ class Sender:
         if version is None:
             raise UsageError("a version has a name, a str or an int; found None")
         check_version(version)
+        check_flags(show_progress=show_progress)
+        if receivers is not None:
+            check_count(1, receivers=receivers)
         with self._alone(), _opened(tensors, manifest) as source:
             _check_bare(source)
             members = self._group.gather(self._receivers if receivers is None else receivers)
@@ -138,6 +145,18 @@ class Sender:
                     advance=advance,
                 ).run(source, version)
             return replace(report, warnings=warnings_of(source))
+
+    @property
+    @signals.watched
+    def connected(self) -> tuple[str, ...]:
+        """The names of the receivers that are connected now; one that has died is not among them. Never waits.
+
+        Raises:
+            UsageError: this sender is sending, or is another process's.
+            Closed: it was closed.
+        """
+        with self._alone():
+            return tuple(peer.name for peer in self._group.connected())
 
     def close(self) -> None:
         """Let go of the address and the memory. May be called twice, and by any thread.
@@ -165,6 +184,7 @@ class Sender:
         return f"<Sender at {self.address}: {'closed' if self._closed else f'{len(self._group.peers)} receivers'}>"
 
     @contextmanager
+    @signals.held
     def _alone(self) -> Iterator[None]:
         if self._process != os.getpid():
             raise UsageError(f"this sender is process {self._process}'s, which forked this one; send there")
@@ -185,6 +205,7 @@ class Sender:
 
 
 @contextmanager
+@signals.held
 def _opened(tensors: Sendable, manifest: Manifest | None) -> Iterator[Source]:
     """What is to be sent, as a source; one that is made here is closed here."""
     if not is_pairs(tensors):
@@ -202,10 +223,7 @@ def _collected(pairs: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Ten
     """The tensors by name; no copies."""
     tensors: dict[str, torch.Tensor] = {}
     twice = set()
-    for pair in pairs:
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-            raise UsageError(f"a mapping or pairs of name and tensor can be sent; this holds a {type(pair).__name__}")
-        name, tensor = pair
+    for name, tensor in pairs_of(pairs):
         if name in tensors:
             twice.add(name)
         tensors[name] = tensor
@@ -216,6 +234,7 @@ def _collected(pairs: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Ten
 
 def _check_bare(source: Source) -> None:
     """Wrappers are refused before anybody is told of the version; in a stream they are met later."""
+    check_whole(source.manifest)
     if isinstance(source, InMemory):
         tensors = ((name, source.borrow(name)) for name in source.manifest)
         if wrappers := {name: tensor for name, tensor in tensors if is_wrapper(tensor)}:

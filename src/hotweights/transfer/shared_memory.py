@@ -117,12 +117,15 @@ class ReadSlots:
             raise ProtocolError(f"the slots are no sealed memory: {error}") from error
         if not seals & fcntl.F_SEAL_SHRINK:
             raise ProtocolError("the slots are not sealed against shrinking")
-        size = os.fstat(descriptor).st_size
+        status = os.fstat(descriptor)
+        size = status.st_size
         if slots < 1 or slot_nbytes < 1 or slot_nbytes % PAGE or size < nbytes + behind:
             raise ProtocolError(
                 f"{slots} slots of {slot_nbytes} bytes were promised, and a roll of {behind}; "
                 f"the memory has {size} bytes"
             )
+        if status.st_blocks * 512 < nbytes + behind:  # Reading a hole may find no memory: a SIGBUS.
+            raise ProtocolError(f"{size} bytes were promised for the slots; only {status.st_blocks * 512} are there")
         try:
             region = mmap.mmap(descriptor, nbytes + behind, mmap.MAP_SHARED | mmap.MAP_POPULATE, mmap.PROT_READ)
         except OSError as error:

@@ -10,7 +10,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-from ..errors import TransferTimeout
+from .. import signals
+from ..errors import TransferError, TransferTimeout
 
 _LONGEST = 1e6  # seconds; the kernel counts milliseconds in an int. Longer waits return early, and are repeated
 
@@ -21,6 +22,7 @@ def left(deadline: float) -> float:
 
 
 @contextmanager
+@signals.held
 def holding(lock: threading.RLock, seconds: float) -> Iterator[None]:
     """Hold the lock inside.
 
@@ -39,7 +41,15 @@ class Waker:
     """Waits for sockets, and can be woken by any thread. Owns a descriptor; close it."""
 
     def __init__(self) -> None:
-        self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        """Take a descriptor.
+
+        Raises:
+            TransferError: this process may open no more files.
+        """
+        try:
+            self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        except OSError as error:
+            raise TransferError(f"nothing to wait with can be had: {error}") from error
         # A thread could write to whatever has the number of a descriptor that another one just closed. A signal's
         # handler may wake a thread that holds it: so it can be taken twice.
         self._open = threading.RLock()
@@ -60,6 +70,7 @@ class Waker:
 
         Returns the descriptors of those that can; none after ``seconds``, when woken, or when ``stop`` says true.
         """
+        signals.deliver()  # Those that waited for what must be whole; from here on they end the wait.
         poll = select.poll()
         poll.register(self._event, select.POLLIN)
         for connected, write in sockets:

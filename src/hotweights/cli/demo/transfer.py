@@ -6,10 +6,10 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -23,7 +23,7 @@ from ...transfer.sender import Sender
 from .quiet import quiet
 
 _VERSIONS = ("step-1", "step-2", "step-3")
-_PATIENCE = 120.0  # seconds that a process may take to start, torch imported
+_PATIENCE = 240.0  # seconds that a process may take to start, torch imported
 _spawn = multiprocessing.get_context("spawn")  # Forked children of a process with threads may hang.
 
 
@@ -59,6 +59,12 @@ def _agree(console: Console, workers: list[_Process], version: str) -> None:
     console.print(f"{'workers':>10}  both at {version!r}, digest {digest}{why and f' ({why})'}", markup=False)
 
 
+class _Failed(NamedTuple):
+    """What a process says when it cannot go on."""
+
+    why: str
+
+
 class _Process:
     """A process and a pipe from it. It ends with its ``with``."""
 
@@ -73,10 +79,13 @@ class _Process:
         if not self._pipe.poll(_PATIENCE):
             raise CheckpointError("a process of the demo says nothing")
         try:
-            return self._pipe.recv()
+            said = self._pipe.recv()
         except EOFError:
             self._process.join(_PATIENCE)
             raise CheckpointError(f"a process of the demo ended with code {self._process.exitcode}") from None
+        if isinstance(said, _Failed):
+            raise CheckpointError("a process of the demo failed", [said.why])
+        return said
 
     def ended(self, code: int) -> None:
         """Wait until it has ended, in this way."""
@@ -114,9 +123,16 @@ def _work(pipe: Connection, checkpoint: Path, address: str) -> None:
 def _train(pipe: Connection, checkpoint: Path, address: str, versions: tuple[str, ...], last: str | None) -> None:
     """A trainer: send versions; then, if there is a last one, die in the middle of it."""
     _modest()
-    with open_source(checkpoint) as source, suppress(TransferError):
+    try:
+        _send(pipe, checkpoint, address, versions, last)
+    except TransferError as error:
+        pipe.send(_Failed(f"the trainer: {type(error).__name__}: {error}"))
+
+
+def _send(pipe: Connection, checkpoint: Path, address: str, versions: tuple[str, ...], last: str | None) -> None:
+    with open_source(checkpoint) as source:
         tensors = {name: tensor for name, tensor in source.tensors() if tensor.is_floating_point()}
-        with Sender(address, receivers=2) as sender:
+        with Sender(address, receivers=2, timeout=_PATIENCE / 2) as sender:
             for version in versions:
                 report = sender.send(_trained(tensors, version), version=version, show_progress=False)
                 rate = report.nbytes / report.seconds / 1e9

@@ -12,6 +12,7 @@ import torch
 from ...boxes import Box, Region
 from ...dtypes import FORMAT_DTYPES, DType, OpaqueDtype
 from ...errors import PlanFileError
+from ...text import some
 from ..steps import Copy, Fate, GraphBreak, Program, Target
 from .operations import operations
 
@@ -90,6 +91,7 @@ class Document(msgspec.Struct, forbid_unknown_fields=True):
     digests: dict[str, str]
     by_layer: bool
     warnings: list[str] = msgspec.field(default_factory=list)  # always empty; files of this version have it
+    mismatched: dict[str, str] = msgspec.field(default_factory=dict)
 
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -133,6 +135,10 @@ class _Writer:
                 f"{self._path}: this plan can be used but not saved: operations that no file may name",
                 unknown,
             )
+        parts = [name for name, target in plan["targets"].items() if target.part]
+        parts += [name for name, spec in plan["manifest"].items() if spec.part]
+        if parts:
+            _refuse(self._path, f"it is for what one rank holds of sharded tensors: {some(parts)}")
         lists = ("fallback", "graph_breaks", "unproven", "side_effects", "state_read", "levels")
         return Document(
             version=VERSION,
@@ -145,6 +151,7 @@ class _Writer:
             constants={name: self._constant(tensor) for name, tensor in plan["constants"].items()},
             digests=dict(plan["digests"]),
             by_layer=plan["by_layer"],
+            mismatched=dict(plan["mismatched"]),
             **{name: list(plan[name]) for name in lists},
         )
 

@@ -1,6 +1,7 @@
 """File: ranges of an open file, and whether it is still the file that was opened.
 
-There is no mmap: a file that shrinks under a mapping kills the process. Under ``preadv`` that is an error.
+There is no mmap: a file that shrinks under a mapping kills the process. Under ``preadv`` that is an error. A process
+may have few descriptors and a checkpoint many files: files that nobody reads give theirs up, see ``_Descriptors``.
 """
 
 from __future__ import annotations
@@ -8,9 +9,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import itertools
 import os
+import resource
 import stat
 import threading
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -60,6 +64,51 @@ def rest(buffers: Sequence[Buffer], done: int) -> Sequence[Buffer]:
 
 
 @signals.held_throughout
+class _Descriptors:
+    """The files of this process that hold descriptors: at most a quarter of those that it may have.
+
+    The rest is for others: the packages that read, sockets, the program itself.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._files: weakref.WeakSet[File] = weakref.WeakSet()
+
+    def open(self, file: File, path: str) -> int:
+        """A new descriptor for the file. Files that were not read for long give theirs up for it."""
+        with self._lock:
+            limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+            while limit != resource.RLIM_INFINITY and len(self._files) >= max(1, limit // 4) and self._park_one():
+                pass
+            while True:
+                try:
+                    # O_NONBLOCK: opening a named pipe would wait for a writer for ever. For plain files it is nothing.
+                    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+                except OSError as error:
+                    if error.errno not in (errno.EMFILE, errno.ENFILE) or not self._park_one():
+                        raise
+                else:
+                    self._files.add(file)
+                    return fd
+
+    def forget(self, file: File) -> None:
+        """The file holds no descriptor any more."""
+        with self._lock:
+            self._files.discard(file)
+
+    def _park_one(self) -> bool:
+        for file in sorted(self._files, key=lambda file: file.last_use):
+            if file.park():
+                self._files.discard(file)
+                return True
+        return False
+
+
+_DESCRIPTORS = _Descriptors()
+_uses = itertools.count()
+
+
+@signals.held_throughout
 class File:
     """An open file. The owner closes it.
 
@@ -70,13 +119,16 @@ class File:
     def __init__(self, path: str) -> None:
         self.path = path
         self._where = os.path.abspath(path)  # A relative path would lead elsewhere after a chdir.
+        self._fd = -1
         self._direct_fd: int | None = None
+        self._closed = False
+        self._users = 0  # Methods that use a descriptor now; changes under the lock.
+        self.last_use = 0
         # Cleared by the first direct read that is refused. The descriptor stays open until close: others may use it.
         self._direct_works = bool(DIRECT)
         self._lock = threading.Lock()
         try:
-            # O_NONBLOCK: opening a named pipe would wait for a writer for ever. For plain files it changes nothing.
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            self._fd = _DESCRIPTORS.open(self, path)
         except (OSError, ValueError) as error:  # ValueError: a name with a zero byte.
             raise CheckpointError(f"{path}: cannot be opened: {getattr(error, 'strerror', error)}") from error
         status = os.fstat(self._fd)
@@ -127,9 +179,13 @@ class File:
         Costs some microseconds.
         """
         asked, state = _CacheRange(offset, nbytes), _CacheState()
-        if nbytes == 0 or _libc.syscall(_CACHESTAT, self._fd, ctypes.byref(asked), ctypes.byref(state), 0):
-            return None  # Older kernels do not have the call, and some sandboxes refuse it.
-        return PAGE * int(state.cached)
+        fd = self._take()
+        try:
+            if nbytes == 0 or _libc.syscall(_CACHESTAT, fd, ctypes.byref(asked), ctypes.byref(state), 0):
+                return None  # Older kernels do not have the call, and some sandboxes refuse it.
+            return PAGE * int(state.cached)
+        finally:
+            self._give()
 
     def will_need(self, start: int, stop: int) -> None:
         """Let the kernel begin to read all of ``file[start:stop]``, if it is not cached.
@@ -138,14 +194,25 @@ class File:
         """
         cached = self._cached(start, stop - start)
         if _FADVISE is not None and cached is not None and 2 * cached < stop - start:
-            with contextlib.suppress(OSError):
-                _FADVISE(self._fd, start, stop - start, os.POSIX_FADV_WILLNEED)
+            fd = self._take()
+            try:
+                with contextlib.suppress(OSError):
+                    _FADVISE(fd, start, stop - start, os.POSIX_FADV_WILLNEED)
+            finally:
+                self._give()
 
     def direct_into(self, memory: torch.Tensor, offset: int) -> bool:
         """Fill page-aligned ``memory`` from page-aligned ``offset`` around the page cache, up to the file's end.
 
         Returns ``False`` if this file system cannot, or gives less than a page at a time. ``memory`` is undefined then.
         """
+        self._take()  # Its direct descriptor is given up with the other one.
+        try:
+            return self._direct_into(memory, offset)
+        finally:
+            self._give()
+
+    def _direct_into(self, memory: torch.Tensor, offset: int) -> bool:
         fd = self._open_direct()
         if fd is None:
             return False
@@ -171,47 +238,108 @@ class File:
         try:
             on_disk = _fingerprint(os.stat(self._where))
         except OSError as error:
-            raise CheckpointChanged(f"{self.path}: the file went away while it was open: {error.strerror}") from error
+            raise self._gone(error) from error
+        with self._lock:
+            if self._closed:
+                raise Closed(f"{self.path} was closed")
+            try:
+                opened = _fingerprint(os.fstat(self._fd)) if self._fd >= 0 else on_disk
+            except OSError as error:
+                raise self._failed(error, 0) from error
+        self._compare(on_disk)  # First: one that was replaced has another change time, too.
+        self._compare(opened)
+
+    def _compare(self, now: tuple[int, ...]) -> None:
+        for what, old, new in zip(_FINGERPRINT, self._opened, now, strict=True):
+            if old != new:
+                verb = "replaced" if what in ("device", "inode") else "changed"
+                raise CheckpointChanged(
+                    f"{self.path}: the file was {verb} after it was opened: its {what} was {old} and is {new}. "
+                    "Load again when its writer is done"
+                )
+
+    def park(self) -> bool:
+        """Give the descriptors up until the next use, unless they are in use now. Returns whether it did."""
+        # Not waited for: whoever holds this lock may wait for a descriptor that is to come free here.
+        if not self._lock.acquire(blocking=False):
+            return False
         try:
-            opened = _fingerprint(os.fstat(self._fd))
+            if self._users or self._fd < 0:
+                return False
+            self._let_go()
+            return True
+        finally:
+            self._lock.release()
+
+    def _take(self) -> int:
+        """The descriptor, which is not parked before ``_give``."""
+        with self._lock:
+            if self._closed:
+                raise Closed(f"{self.path} was closed")
+            self.last_use = next(_uses)
+            if self._fd < 0:
+                self._reopen()
+            self._users += 1
+            return self._fd
+
+    def _give(self) -> None:
+        with self._lock:
+            self._users -= 1
+
+    def _reopen(self) -> None:
+        try:
+            fd = _DESCRIPTORS.open(self, self._where)
         except OSError as error:
-            raise self._failed(error, 0) from error
-        for now in (on_disk, opened):  # In this order: one that was replaced has another change time, too.
-            for what, old, new in zip(_FINGERPRINT, self._opened, now, strict=True):
-                if old != new:
-                    verb = "replaced" if what in ("device", "inode") else "changed"
-                    raise CheckpointChanged(
-                        f"{self.path}: the file was {verb} after it was opened: its {what} was {old} and is {new}. "
-                        "Load again when its writer is done"
-                    )
+            if error.errno == errno.ENOENT:
+                raise self._gone(error) from error
+            raise CheckpointError(f"{self.path}: cannot be opened again: {error.strerror}") from error
+        try:
+            self._compare(_fingerprint(os.fstat(fd)))
+        except BaseException:
+            os.close(fd)
+            _DESCRIPTORS.forget(self)
+            raise
+        self._fd = fd
+
+    def _let_go(self) -> None:
+        fds = (self._fd, self._direct_fd)
+        # Forget before closing: the numbers may belong to another file at once, and a late thread would read that.
+        self._fd, self._direct_fd = -1, None
+        for fd in fds:
+            if fd is not None and fd >= 0:
+                with contextlib.suppress(OSError):  # Nothing was written, so nothing is lost; Linux has closed it.
+                    os.close(fd)
 
     def close(self) -> None:
         """Close it. May be called twice."""
         with self._lock:
-            fds = (self._fd, self._direct_fd)
-            # Forget before closing: the numbers may belong to another file at once, and a late thread would read that.
-            self._fd, self._direct_fd, self._direct_works = -1, None, False
-            for fd in fds:
-                if fd is not None and fd >= 0:
-                    with contextlib.suppress(OSError):  # Nothing was written, so nothing is lost; Linux has closed it.
-                        os.close(fd)
+            self._closed = True
+            self._let_go()
+        _DESCRIPTORS.forget(self)
 
     def __repr__(self) -> str:
-        return f"<File {self.path!r} {self.size} bytes{' closed' if self._fd < 0 else ''}>"
+        return f"<File {self.path!r} {self.size} bytes{' closed' if self._closed else ''}>"
 
     def _preadv(self, buffers: Sequence[Buffer], offset: int, flags: int = 0) -> int:
-        if self._fd < 0:
-            raise Closed(f"{self.path} was closed")
+        fd = self._take()
         try:
-            return os.preadv(self._fd, buffers, offset, flags) if flags else os.preadv(self._fd, buffers, offset)
+            return os.preadv(fd, buffers, offset, flags) if flags else os.preadv(fd, buffers, offset)
         except OSError as error:
             if flags and error.errno in _NOT_CACHED:
                 return 0
             raise self._failed(error, offset) from error
+        finally:
+            self._give()
 
     def has_direct(self) -> bool:
         """Whether this file can be read around the page cache, as far as is known by now."""
-        return self._open_direct() is not None
+        if self._closed:
+            return False
+        self._take()
+        try:
+            return self._open_direct() is not None
+        finally:
+            self._give()
 
     def _open_direct(self) -> int | None:
         with self._lock:
@@ -224,9 +352,12 @@ class File:
             return self._direct_fd if self._direct_works else None
 
     def _failed(self, error: OSError, offset: int) -> CheckpointError | Closed:
-        if self._fd < 0:
+        if self._closed:
             return Closed(f"{self.path} was closed")
         return CheckpointError(f"{self.path}: reading at byte {offset} failed: {error.strerror}")
+
+    def _gone(self, error: OSError) -> CheckpointChanged:
+        return CheckpointChanged(f"{self.path}: the file went away while it was open: {error.strerror}")
 
     def _short(self, offset: int) -> CheckpointChanged:
         return CheckpointChanged(f"{self.path}: ends at byte {offset}; {self.size} bytes were there when it was opened")

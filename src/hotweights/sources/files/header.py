@@ -2,7 +2,7 @@
 
 Format: 8 bytes little-endian length N, N bytes of JSON ``{name: {dtype, shape, data_offsets}}``, then the data, without
 gaps. Source: https://github.com/huggingface/safetensors#format and ``safetensors/src/tensor.rs`` 0.8. This is as strict
-as that, and also refuses duplicate names.
+as that, and also refuses duplicate names of tensors and what is no object where an object belongs.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ View = Callable[[str, tuple[int, ...]], "tuple[DType, tuple[int, ...]]"]
 """What the format's name of a dtype, and its shape, are for the caller."""
 
 
-class _RawEntry(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+class _RawEntry(msgspec.Struct, gc=False):
     dtype: str
     shape: tuple[int, ...]
     data_offsets: tuple[int, int]
@@ -174,7 +174,7 @@ def _refuse_duplicates(file: str, raw: bytes) -> None:
         raise CheckpointError(f"{file}: header is not a JSON object of tensors: {error}") from error
     problems = [f"the name {name!r} occurs twice in the header" for name in _twice(header)]
     for name, entry in header:
-        if isinstance(entry, tuple):
+        if isinstance(entry, tuple) and name != "__metadata__":  # Free text: the last one counts.
             problems += [f"tensor {name!r}: {key!r} occurs twice" for key in _twice(entry)]
     if problems:
         raise CheckpointError(file, problems)

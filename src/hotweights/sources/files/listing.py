@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from ...manifest import TensorSpec
 from .file import File
 from .header import FileHeader, as_format, read_header
-from .shards import SAFETENSORS, open_checkpoint
+from .layout import SAFETENSORS
+from .shards import open_checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +43,15 @@ class Listing:
         return sum(tensor.spec.nbytes for tensor in self.tensors)
 
 
-def list_checkpoint(path: str | os.PathLike[str]) -> Listing:
+def list_checkpoint(
+    path: str | os.PathLike[str], *, variant: str | None = None, subfolder: str | None = None
+) -> Listing:
     """Read and check every header of the checkpoint.
 
     Raises:
         CheckpointError: with every problem that was found.
     """
-    checkpoint = open_checkpoint(path, SAFETENSORS._replace(parse=_parse))
+    checkpoint = open_checkpoint(path, SAFETENSORS._replace(parse=_parse), variant=variant, subfolder=subfolder)
     try:
         shards = checkpoint.shards
         return Listing(

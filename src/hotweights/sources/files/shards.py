@@ -1,47 +1,25 @@
-"""Which files make up a checkpoint: one file, a directory, an index, a hub cache. Finds, opens and checks them."""
+"""Shards: the open files of one checkpoint. Opens and checks what a path, a list, an index or a directory leads to."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import count, islice
-from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from pathlib import Path
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, UsageError
 from ...text import some
+from .directory import find, folder_in, names_in, snapshot, unfinished
 from .file import File
-from .header import MAX_HEADER_NBYTES, FileHeader, read_header
+from .header import FileHeader
+from .index import disagreements, files_named_by, lies_outside, read_index
+from .layout import SAFETENSORS, Layout
 
 _SHOWN = 5  # absent files that are named
-
-
-class Layout(NamedTuple):
-    """How one format lies on disk.
-
-    Attributes:
-        main: the checkpoint's usual name, without suffix; of several indexes, the one with this name is taken.
-        prefix: how the names of its files begin.
-        suffix: how the names of its files end.
-        parse: reads what a file holds; raises ``CheckpointError``.
-    """
-
-    main: str
-    prefix: str
-    suffix: str
-    parse: Callable[[File], FileHeader]
-
-
-def _parse_safetensors(file: File) -> FileHeader:
-    return read_header(file.path, file.size, file.pread)
-
-
-SAFETENSORS = Layout("model", "", ".safetensors", _parse_safetensors)
 
 
 class Shard:
@@ -69,12 +47,14 @@ class Checkpoint:
     Attributes:
         shards: its files and their headers.
         index: the index that named them; ``None`` if none did.
-        warnings: what a person should read: signs that its files are of two versions.
+        warnings: what a person should read: signs that its files are of two versions, or that others are meant.
+        several: names of tensors that also lie in files other than the one that the index names.
     """
 
     shards: tuple[Shard, ...]
     index: File | None = None
     warnings: tuple[str, ...] = ()
+    several: tuple[str, ...] = ()
 
     def check(self) -> None:
         """Raise ``CheckpointChanged`` if a path no longer leads to the file that was opened, unchanged."""
@@ -93,71 +73,75 @@ class Checkpoint:
             yield shard.file
 
 
-def open_checkpoint(path: str | os.PathLike[str], layout: Layout = SAFETENSORS) -> Checkpoint:
-    """Find, open and validate every file of the checkpoint at ``path``. The caller closes it.
+Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+"""One path, or a list of files."""
+
+
+def path_of(what: Paths) -> str:
+    """The path, in words where there are several."""
+    if isinstance(what, (str, os.PathLike)):
+        return os.fspath(what)
+    return some([os.fspath(path) for path in what], 1)
+
+
+def open_checkpoint(
+    what: Paths, layout: Layout = SAFETENSORS, *, variant: str | None = None, subfolder: str | None = None
+) -> Checkpoint:
+    """Find, open and validate every file of the checkpoint. The caller closes it.
+
+    Args:
+        what: a file, an index, a directory, the root of a hub cache; or a list of files.
+        layout: which files of a directory are meant.
+        variant: of several precisions in a directory, which one.
+        subfolder: the folder in the directory.
 
     Raises:
         CheckpointError: with every problem of every file and of the index; nothing stays open.
+        UsageError: ``variant`` or ``subfolder`` is given, and ``what`` is no directory.
     """
-    place = Path(path).expanduser()
-    if not os.path.exists(place):  # Unlike Path.exists, false for names that are too long.
+    place = Path(what).expanduser() if isinstance(what, (str, os.PathLike)) else None
+    if place is not None and not os.path.exists(place):  # Unlike Path.exists, false for names that are too long.
         broken = " (a link that leads nowhere)" if os.path.islink(place) else ""
         raise CheckpointError(f"{place}: there is no such file or directory{broken}")
-    if place.is_dir():
-        return _open_directory(_snapshot(place), layout)
+    if place is not None and place.is_dir():
+        return _open_directory(folder_in(snapshot(place), subfolder, layout), layout, variant)
+    if variant is not None or subfolder is not None:
+        told = f"{place} is a file" if place is not None else "these are files"
+        raise UsageError(f"variant= and subfolder= choose among the files of a directory; {told}; leave them out")
+    if place is None:
+        paths = [Path(path).expanduser() for path in what]  # type: ignore[union-attr]
+        # Each file once, by whatever path. In a list nothing is absent: whoever made it chose.
+        return _open_all(list({os.path.abspath(path): path for path in paths}.values()), layout)
     if place.name.endswith(".json"):
         return _open_index(place, layout)
     return _open_all([place], layout)
 
 
-def _open_directory(directory: Path, layout: Layout) -> Checkpoint:
-    try:
-        names = sorted(os.listdir(directory))  # Path.glob would compile an expression first, for milliseconds.
-    except OSError as error:
-        raise CheckpointError(f"{directory}: cannot be listed: {error.strerror}") from error
-    mine = [name for name in names if name.startswith(layout.prefix)]
-    files = [directory / name for name in mine if name.endswith(layout.suffix)]
-    indexes = [directory / name for name in mine if name.endswith(f"{layout.suffix}.index.json")]
-    main = directory / f"{layout.main}{layout.suffix}.index.json"
-    if main in indexes:
-        indexes = [main]
-    if len(indexes) > 1:
-        listed = ", ".join(index.name for index in indexes)
-        raise CheckpointError(f"{directory}: several indexes, {listed}; open the one you mean")
-    if indexes:
-        whole = directory / indexes[0].name.removesuffix(".index.json")
-        if whole in files:
-            raise CheckpointError(f"{directory}: holds both {whole.name} and {indexes[0].name}; open the one you mean")
-        return _open_index(indexes[0], layout)
-    if not files:
-        content = f"it holds {some(names, 5)}" if names else "it is empty"
-        if layout.suffix != ".bin" and any(name.endswith(".bin") for name in names):
-            content += '; reader="torch" opens .bin files'
-        raise CheckpointError(f"{directory}: no {layout.prefix}*{layout.suffix} in this directory; {content}")
-    return _open_all(files, layout, _absent(files))
+def _open_directory(directory: Path, layout: Layout, variant: str | None) -> Checkpoint:
+    choice = find(directory, layout, variant)
+    if choice.index is not None:
+        return _open_index(directory / choice.index, layout, choice.others)
+    files = [directory / name for name in choice.files]
+    # mlx writes an index beside the one file that holds all: both names mean one thing.
+    mine = set(choice.files)
+    others = [name for name in choice.others if name[-5:] != ".json" or files_named_by(directory / name) != mine]
+    return _open_all(files, layout, _absent(files), _passed_over(directory, some(choice.files, 1), others))
 
 
-def _snapshot(directory: Path) -> Path:
-    """The snapshot that a hub cache's ``models--org--name`` directory leads to; any other directory as it is."""
-    snapshots = directory / "snapshots"
-    if not (directory.name.startswith("models--") and snapshots.is_dir()):
-        return directory
-    main = directory / "refs" / "main"
-    if main.is_file():
-        snapshot = snapshots / main.read_text(errors="replace").strip()
-        if not snapshot.is_dir():
-            raise CheckpointError(f"{directory}: refs/main names the snapshot {snapshot.name!r}, which is not there")
-        return snapshot
-    revisions = sorted(snapshots.iterdir())
-    if len(revisions) == 1:
-        return revisions[0]
-    raise CheckpointError(f"{directory}: {len(revisions)} snapshots and no refs/main; open the one you mean")
+def _passed_over(directory: Path, opened: str, others: Sequence[str]) -> tuple[str, ...]:
+    """A warning for files that look like weights too. They may be what the user meant, or a leftover."""
+    if not others:
+        return ()
+    return (
+        f"{directory}: opened {opened}, and passed over {some(others, 3)}; if that is what you mean, open it by its "
+        "own path",
+    )
 
 
 _NUMBERED = re.compile(r"(?P<head>.+-)(?P<number>\d+)-of-(?P<total>\d+)(?P<tail>\..+)")
 
 
-def _absent(files: Iterable[Path]) -> list[str]:
+def _absent(files: Sequence[Path]) -> list[str]:
     """The files that are missing, by the names of those that are there: ``model-00001-of-00003.safetensors``."""
     sets: dict[tuple[str, str, str], dict[int, Path]] = defaultdict(dict)
     for file in files:
@@ -170,59 +154,108 @@ def _absent(files: Iterable[Path]) -> list[str]:
         lacking = int(total) - len(there)
         if lacking > 0:
             numbers = islice((number for number in count(first) if number not in there), min(lacking, _SHOWN))
-            names = [f"{head}{number:0{len(total)}}-of-{total}{tail}" for number in numbers]
-            more = f" and {lacking - len(names)} more" if lacking > len(names) else ""
+            absent = [f"{head}{number:0{len(total)}}-of-{total}{tail}" for number in numbers]
+            more = f" and {lacking - len(absent)} more" if lacking > len(absent) else ""
+            more += _begun(part.parent, absent)
             problems.append(
-                f"{part.parent}: {lacking} of {int(total)} files are absent, {', '.join(names)}{more}; was it copied "
+                f"{part.parent}: {lacking} of {int(total)} files are absent, {', '.join(absent)}{more}; was it copied "
                 f"or saved to its end? To read a part of it, open {part}"
             )
     return problems
 
 
-def _open_all(paths: Iterable[Path], layout: Layout, problems: Iterable[str] = ()) -> Checkpoint:
+def _open_all(
+    paths: Iterable[Path], layout: Layout, problems: Iterable[str] = (), warnings: tuple[str, ...] = ()
+) -> Checkpoint:
     with ExitStack() as undo:
         shards, broken = _open_each(paths, layout, undo)
-        if problems := [*problems, *broken]:
+        if problems := [*problems, *broken, *_duplicates(_homes(shards), ())]:
             raise CheckpointError("the checkpoint is broken", problems)
         undo.pop_all()
-    return Checkpoint(shards)
+    return Checkpoint(shards, warnings=warnings)
 
 
 def _open_each(paths: Iterable[Path], layout: Layout, undo: ExitStack) -> tuple[tuple[Shard, ...], list[str]]:
-    """The files that can be opened, and what is wrong with the others and between them. ``undo`` closes them."""
+    """The files that can be opened, and what is wrong with the others. ``undo`` closes them."""
     shards: list[Shard] = []
     problems: list[str] = []
     for path in paths:
         try:
+            if os.path.exists(f"{path}.aria2"):  # It has its full length from the beginning.
+                raise CheckpointError(f"{path}: aria2 has not downloaded it to its end: {path.name}.aria2 lies there")
             shards.append(Shard(str(path), layout))
             undo.callback(shards[-1].close)
         except CheckpointError as error:
             problems += [f"{error.title}: {problem}" for problem in error.problems] or [error.title]
-    return tuple(shards), problems + _duplicates(shards)
+    return tuple(shards), problems
 
 
-def _duplicates(shards: Sequence[Shard]) -> list[str]:
-    """One tensor in two files. Other readers take the last one silently."""
-    if len(shards) < 2:  # Within one file the header was checked for it.
-        return []
-    first: dict[str, str] = {}
-    problems: list[str] = []
+def _homes(shards: Sequence[Shard]) -> dict[str, list[str]]:
+    """The files that hold each tensor."""
+    homes: dict[str, list[str]] = {}
     for shard in shards:
         for entry in shard.header.entries:
-            other = first.setdefault(entry.spec.name, shard.file.path)
-            if other != shard.file.path:
-                problems.append(f"tensor {entry.spec.name!r}: in {other} and again in {shard.file.path}")
-    return problems
+            homes.setdefault(entry.spec.name, []).append(shard.file.path)
+    return homes
 
 
-def _open_index(index: Path, layout: Layout) -> Checkpoint:
+def _duplicates(homes: dict[str, list[str]], decided: Container[str]) -> list[str]:
+    """One tensor in two files, and nothing decides. Other readers take the last one silently."""
+    return [
+        f"tensor {name!r}: in {paths[0]} and again in {path}"
+        for name, paths in homes.items()
+        if len(paths) > 1 and name not in decided
+        for path in paths[1:]
+    ]
+
+
+def _open_index(index: Path, layout: Layout, others: Sequence[str] = ()) -> Checkpoint:
     with ExitStack() as undo:
         # It stays open: at the end of reading it must still be the index that named the files.
         file = File(str(index))
         undo.callback(file.close)
-        shards = _open_indexed(index, file, layout, undo)
+        weight_map, problems = read_index(file)
+        shards, broken = _open_indexed(index, weight_map, layout, undo)
+        homes = _homes(shards)
+        problems += broken + _duplicates(homes, weight_map)
+        problems += disagreements(index.parent, weight_map, homes, [shard.file.path for shard in shards])
+        if problems:
+            raise CheckpointError(str(index), problems)
+        several = _obey(index.parent, weight_map, shards, homes)
+        more = [name for name in homes if name not in weight_map]
+        left = sorted(set(others).difference(weight_map.values()))
+        warnings = _newer(file, shards) + _passed_over(index.parent, index.name, left) + _beyond(index, more, several)
         undo.pop_all()
-    return Checkpoint(shards, file, _newer(file, shards))
+    return Checkpoint(shards, file, warnings, tuple(several))
+
+
+def _obey(
+    directory: Path, weight_map: Mapping[str, str], shards: Sequence[Shard], homes: Mapping[str, list[str]]
+) -> list[str]:
+    """Let each tensor that lies in several shards be in the one that the index names; these tensors' names."""
+    several = {name for name, paths in homes.items() if len(paths) > 1}
+    for shard in shards if several else ():
+        mine = [
+            entry
+            for entry in shard.header.entries
+            if entry.spec.name not in several or str(directory / weight_map[entry.spec.name]) == shard.file.path
+        ]
+        shard.header = shard.header._replace(entries=tuple(mine))
+    return sorted(several)
+
+
+def _beyond(index: Path, more: Sequence[str], several: Sequence[str]) -> tuple[str, ...]:
+    """Warnings for what the shards hold besides what the index says."""
+    warnings = []
+    if more:
+        warnings.append(
+            f"{index}: does not name {some(more, 3)}, which its files hold; taken, as from_pretrained takes it"
+        )
+    if several:
+        warnings.append(
+            f"{index}: {some(several, 3)} lie in several of its files; taken from the file that the index names"
+        )
+    return tuple(warnings)
 
 
 def _newer(index: File, shards: Iterable[Shard]) -> tuple[str, ...]:
@@ -240,83 +273,26 @@ def _newer(index: File, shards: Iterable[Shard]) -> tuple[str, ...]:
     )
 
 
-def _open_indexed(index: Path, file: File, layout: Layout, undo: ExitStack) -> tuple[Shard, ...]:
-    weight_map, problems = _read_index(file)
+def _open_indexed(
+    index: Path, weight_map: Mapping[str, str], layout: Layout, undo: ExitStack
+) -> tuple[tuple[Shard, ...], list[str]]:
     names = sorted(set(weight_map.values()) - {""})
-    problems += [f"{index.name}: shard {name!r} lies outside the directory" for name in names if _outside(name)]
+    problems = [f"{index.name}: shard {name!r} lies outside the directory" for name in names if lies_outside(name)]
     # Each file once: "a" and "./a" are one.
-    paths = list(dict.fromkeys(index.parent / name for name in names if not _outside(name)))
+    paths = list(dict.fromkeys(index.parent / name for name in names if not lies_outside(name)))
     absent = {path for path in paths if not os.path.exists(path)}
     for path in absent:
         tensors = sum(1 for shard in weight_map.values() if index.parent / shard == path)
-        problems.append(f"{path}: named by the index for {tensors} tensors, but there is no such file")
+        problems.append(
+            f"{path}: named by the index for {tensors} tensors, but there is no such file"
+            + _begun(path.parent, [path.name])
+        )
     shards, broken = _open_each([path for path in paths if path not in absent], layout, undo)
-    problems += broken + _disagreements(index, weight_map, shards)
-    if problems:
-        raise CheckpointError(str(index), problems)
-    return shards
+    return shards, problems + broken
 
 
-def _read_index(file: File) -> tuple[dict[str, str], list[str]]:
-    """The file of each tensor, ``""`` where the index gives no name; and what is wrong with the index itself."""
-    index = file.path
-    if file.size > MAX_HEADER_NBYTES:
-        raise CheckpointError(f"{index}: an index of {file.size} bytes; at most {MAX_HEADER_NBYTES} are allowed")
-    raw = file.pread(file.size, 0)
-    problems: set[str] = set()
-
-    def without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        table = dict(pairs)
-        if len(table) < len(pairs):
-            counts = Counter(name for name, _ in pairs)
-            problems.update(f"the name {name!r} occurs twice" for name, times in counts.items() if times > 1)
-        return table
-
-    try:
-        content = json.loads(raw, object_pairs_hook=without_duplicates, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{index}: not a JSON object: {error}") from error
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f'{index}: no "weight_map" that names the file of each tensor')
-    for name, shard in weight_map.items():
-        if not isinstance(shard, str) or not shard:
-            problems.add(f"tensor {name!r}: its file is {shard!r}, which is no name")
-            weight_map[name] = ""
-    return weight_map, sorted(problems)
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is no JSON")
-
-
-def _outside(name: str) -> bool:
-    # The text decides, not where links lead: the files of a hub cache are links that leave the directory.
-    return PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\0" in name
-
-
-def _disagreements(index: Path, weight_map: dict[str, str], shards: Iterable[Shard]) -> list[str]:
-    """Every tensor that does not lie where the index says. Files that are absent were reported already."""
-    problems: list[str] = []
-    opened = {shard.file.path for shard in shards}
-    homes: dict[str, list[str]] = {}
-    for shard in shards:
-        for entry in shard.header.entries:
-            homes.setdefault(entry.spec.name, []).append(shard.file.path)
-    for name, shard_name in weight_map.items():
-        if not shard_name:
-            continue
-        promised = str(index.parent / shard_name)
-        actual = homes.get(name, [])
-        if not actual and promised in opened:
-            problems.append(f"tensor {name!r}: the index says {shard_name}, which does not hold it")
-        elif actual and promised not in actual:
-            problems.append(
-                f"tensor {name!r}: the index says {shard_name}; it lies in {os.path.relpath(actual[0], index.parent)}"
-            )
-    problems += [
-        f"tensor {name!r}: lies in {os.path.relpath(paths[0], index.parent)}; the index does not know it"
-        for name, paths in homes.items()
-        if name not in weight_map
-    ]
-    return problems
+def _begun(directory: Path, absent: Iterable[str]) -> str:
+    """Whether the download of an absent file has begun."""
+    names = names_in(directory) if directory.is_dir() else []
+    begun = [other for name in absent if (other := unfinished(name, names)) is not None]
+    return f"; its download has not ended: {some(begun, 3)}" if begun else ""

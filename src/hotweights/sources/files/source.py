@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
@@ -29,7 +28,7 @@ from ..streams import LeaseStream, ahead
 from .file import File
 from .header import Entry
 from .reading import Segment, fill, read_segments
-from .shards import open_checkpoint
+from .shards import Paths, open_checkpoint, path_of
 
 
 class _Run(NamedTuple):
@@ -46,11 +45,11 @@ class FileSource:
     The manifest lists tensors file by file, in the order in which they lie there.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = os.fspath(path)
+    def __init__(self, what: Paths, *, variant: str | None = None, subfolder: str | None = None) -> None:
         self._closed = True  # Until the files are open there is nothing to close.
+        self.path = path_of(what)
         with without_collection():
-            self._checkpoint = open_checkpoint(path)
+            self._checkpoint = open_checkpoint(what, variant=variant, subfolder=subfolder)
         self._shards = self._checkpoint.shards
         self._closed = False
         self._homes = {
@@ -77,7 +76,7 @@ class FileSource:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What a person should read: signs that the files are of two versions."""
+        """What a person should read: signs that the files are of two versions, or that others are meant."""
         return self._checkpoint.warnings
 
     def position(self, name: str) -> tuple[int, int]:
@@ -186,7 +185,9 @@ class FileSource:
             entries: list[Entry] = []
             nbytes = 0
             for entry in shard.header.entries:
-                if entries and nbytes + entry.spec.nbytes > limit:
+                # A tensor that the index takes from another file leaves a gap.
+                gap = entries and entry.offset != entries[0].offset + nbytes
+                if entries and (gap or nbytes + entry.spec.nbytes > limit):
                     yield _Run(shard.file, entries, nbytes)
                     entries, nbytes = [], 0
                 entries.append(entry)

@@ -11,7 +11,7 @@ from contextlib import closing
 
 from fastsafetensors import SafeTensorsFileLoader
 
-from ..iterator import Pair
+from ..pairs import Pair
 from .reader import Reader
 
 

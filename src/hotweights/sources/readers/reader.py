@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
-from ..files.shards import SAFETENSORS, Layout
-from ..iterator import Pair
+from ..files.layout import SAFETENSORS, Layout
+from ..pairs import Pair
 
 
 class ReadFiles(Protocol):

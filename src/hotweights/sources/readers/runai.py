@@ -12,7 +12,7 @@ from contextlib import closing
 
 from runai_model_streamer import SafetensorsStreamer
 
-from ..iterator import Pair
+from ..pairs import Pair
 from .reader import Reader
 
 _CAN_OWN = "owned" in inspect.signature(SafetensorsStreamer.stream_files).parameters

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from safetensors import safe_open
 
-from ..iterator import Pair
+from ..pairs import Pair
 from .reader import Reader
 
 _CAN_PREAD = "backend" in (safe_open.__text_signature__ or "")  # Native code: it has no other signature.

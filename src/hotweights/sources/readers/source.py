@@ -8,12 +8,15 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from typing import NamedTuple
 
-from ...errors import Closed, HotweightsError, MissingPackage, SourceError, UnknownName
+from ...errors import CheckpointError, Closed, HotweightsError, MissingPackage, SourceError, UnknownName
 from ...manifest import Manifest
 from ...memory.guards import Guard
 from ...notices import forgotten
-from ..files.shards import Checkpoint, open_checkpoint
-from ..iterator import IteratorSource, Pair
+from ...text import some
+from ..files.layout import SAFETENSORS
+from ..files.shards import Checkpoint, Paths, open_checkpoint, path_of
+from ..iterator import IteratorSource
+from ..pairs import Pair
 from ..streams import LeaseStream
 from .reader import Reader
 
@@ -40,12 +43,18 @@ class ReaderSource:
     open: at the end of each stream they are compared with those that were opened.
     """
 
-    def __init__(self, path: str | os.PathLike[str], reader: str) -> None:
+    def __init__(self, what: Paths, reader: str, *, variant: str | None = None, subfolder: str | None = None) -> None:
         self._closed = True  # Until the files are open there is nothing to close.
         package = _import(reader)
-        self.path = os.fspath(path)
+        self.path = path_of(what)
         self.reader = reader
-        self._checkpoint = open_checkpoint(path, package.layout)
+        self._checkpoint = open_checkpoint(what, package.layout, variant=variant, subfolder=subfolder)
+        if self._checkpoint.several:  # The package streams each of them twice, in an order of its own.
+            self._checkpoint.close()
+            raise CheckpointError(
+                f"{self.path}: {some(self._checkpoint.several, 3)} lie in several files, and the reader {reader!r} "
+                'cannot take them from the one that the index names; reader="hotweights" can'
+            )
         self._shards = self._checkpoint.shards
         self._closed = False
         self.manifest = Manifest(entry.spec for shard in self._shards for entry in shard.header.entries)
@@ -67,7 +76,7 @@ class ReaderSource:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What a person should read: signs that the files are of two versions."""
+        """What a person should read: signs that the files are of two versions, or that others are meant."""
         return self._checkpoint.warnings
 
     def file_of(self, name: str) -> str:
@@ -136,7 +145,8 @@ class _Reading(Iterable[Pair]):
             raise
         except Exception as error:
             self._checkpoint.check()  # If a file was cut or replaced, that is what went wrong, and is said.
-            raise SourceError(f"the reader {self._name!r} failed: {error}") from error
+            cure = '; reader="hotweights" reads every dtype of the format' if self._reader.layout is SAFETENSORS else ""
+            raise SourceError(f"the reader {self._name!r} failed: {error}{cure}") from error
         self._checkpoint.check()
 
 

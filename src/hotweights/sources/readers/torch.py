@@ -15,8 +15,8 @@ from ...errors import CheckpointError
 from ...manifest import TensorSpec
 from ..files.file import File
 from ..files.header import Entry, FileHeader
-from ..files.shards import Layout
-from ..iterator import Pair
+from ..files.layout import DIFFUSERS, Layout
+from ..pairs import Pair
 from .reader import Reader
 
 
@@ -70,4 +70,4 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {text.strip().partition(chr(10))[0]}"
 
 
-READER = Reader(_read, lends=False, owns=True, layout=Layout("pytorch_model", "pytorch_model", ".bin", _parse))
+READER = Reader(_read, lends=False, owns=True, layout=Layout(("pytorch_model", DIFFUSERS), ".bin", _parse))

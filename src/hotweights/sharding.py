@@ -1,0 +1,182 @@
+"""Part: which elements of a tensor this rank holds. The placements of a DTensor are read here, and become geometry."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import msgspec
+import torch
+
+Run = tuple[int, int]
+"""Indices of one dimension that follow each other: the first one, and how many."""
+
+GATHER = "hotweights.open(state, gather=True), called on every rank, makes whole tensors of its DTensors"
+"""What to do where a source has parts and whole tensors are needed."""
+
+
+class Block(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Elements that are a box of the whole tensor and a box of this rank's.
+
+    Attributes:
+        start: index of the first of them in the whole tensor.
+        at: its index in this rank's tensor.
+        shape: how many in each dimension.
+    """
+
+    start: tuple[int, ...]
+    at: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+class Part(msgspec.Struct, frozen=True, gc=False):
+    """What this rank holds of a tensor.
+
+    Attributes:
+        shape: of the whole tensor.
+        blocks: the elements that this rank holds, none of them twice.
+        placed: how the tensor lies on its mesh, for people.
+        problem: why it is not known which elements these are, if it is not.
+    """
+
+    shape: tuple[int, ...]
+    blocks: tuple[Block, ...]
+    placed: str
+    problem: str = ""
+
+    def same_elements(self, other: Part) -> bool:
+        """Whether the other one is the same elements, in the same order."""
+        return self.shape == other.shape and self.blocks == other.blocks and not (self.problem or other.problem)
+
+    def __str__(self) -> str:
+        return f"{self.placed} of {list(self.shape)}"
+
+
+def is_dtensor(tensor: object) -> bool:
+    """Whether it is a DTensor. Where nobody has imported them, there are none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: torch.Tensor) -> tuple[torch.Tensor, Part | None]:
+    """The tensor as it lies in this process, and which part of the whole that is; ``None`` where it is all of it.
+
+    The local tensor of a DTensor is the one that it holds, not a copy.
+    """
+    if not is_dtensor(tensor):
+        return tensor, None
+    with torch.no_grad():
+        inside = tensor.to_local()  # type: ignore[attr-defined]
+        if hasattr(inside, "wait"):  # It comes out of a collective that may still run.
+            inside = inside.wait()
+    part = _part_of(tensor, tuple(inside.shape))
+    whole = not part.problem and part.blocks == (_all(part.shape),)
+    return inside, None if whole else part
+
+
+def _all(shape: tuple[int, ...]) -> Block:
+    zeros = (0,) * len(shape)
+    return Block(zeros, zeros, shape)
+
+
+def _part_of(tensor: Any, held: tuple[int, ...]) -> Part:
+    """Which part a DTensor's local tensor is, whose shape is ``held``."""
+    shape, mesh, placements = tuple(tensor.shape), tensor.device_mesh, tensor.placements
+    placed = f"{list(placements)} on mesh {tuple(mesh.shape)}"
+    if any(placement.is_partial() for placement in placements):
+        return Part(shape, (), placed, "each rank holds a summand of it (Partial)")
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:
+        return Part(shape, (), placed, "this rank is not in its mesh")
+    runs = [[(0, length)] if length else [] for length in shape]
+    for placement, count, number in zip(placements, mesh.shape, coordinate, strict=True):
+        if not placement.is_replicate():
+            dim = placement.dim % len(shape)
+            runs[dim] = _shard(runs[dim], count, number, getattr(placement, "split_factor", 1))
+    lengths = tuple(sum(length for _, length in along) for along in runs)
+    if lengths != held:
+        return Part(shape, (), placed, f"its placements say {list(lengths)} for this rank, which holds {list(held)}")
+    if 0 in held:
+        return Part(shape, (), placed)
+    return Part(shape, tuple(_blocks(runs)), placed)
+
+
+def _shard(runs: Sequence[Run], count: int, number: int, factor: int) -> list[Run]:
+    """What the rank of this number gets of ``runs``, divided among ``count``.
+
+    With a factor, as FSDP over tensor parallel has it: each of so many chunks is divided, and it gets one of each.
+    """
+    chunks = (_chunk(runs, factor, which) for which in range(factor))
+    return _joined(run for chunk in chunks for run in _chunk(chunk, count, number))
+
+
+def _chunk(runs: Sequence[Run], count: int, number: int) -> list[Run]:
+    """The chunk of this number, of ``count`` as ``torch.chunk`` makes them: the last ones may be short or empty."""
+    total = sum(length for _, length in runs)
+    size = -(-total // count)
+    first, last = number * size, min((number + 1) * size, total)
+    taken, at = [], 0
+    for start, length in runs:
+        low, high = max(first, at), min(last, at + length)
+        if low < high:
+            taken.append((start + low - at, high - low))
+        at += length
+    return taken
+
+
+def _joined(runs: Iterator[Run]) -> list[Run]:
+    """Runs that touch are one."""
+    result: list[Run] = []
+    for start, length in runs:
+        if result and sum(result[-1]) == start:
+            result[-1] = (result[-1][0], result[-1][1] + length)
+        else:
+            result.append((start, length))
+    return result
+
+
+def _blocks(runs: Sequence[Sequence[Run]]) -> Iterator[Block]:
+    """A block for each combination of runs."""
+    placed = []
+    for along in runs:
+        at = itertools.accumulate((length for _, length in along), initial=0)
+        placed.append([(start, here, length) for (start, length), here in zip(along, at, strict=False)])
+    for combination in itertools.product(*placed):
+        starts, ats, lengths = zip(*combination, strict=True) if combination else ((), (), ())
+        yield Block(starts, ats, lengths)
+
+
+# FSDP2: which tensors its modules hold while forward has gathered them.
+
+
+def is_fsdp(kind: type) -> bool:
+    """Whether it is the class of a module for which ``fully_shard`` was called."""
+    base = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    return base is not None and issubclass(kind, base)
+
+
+def shards_of(module: Any) -> Iterator[tuple[torch.nn.Module, str, torch.Tensor]]:
+    """Module, key and sharded parameter of all that an FSDP2 module shards, also while gathered ones are in place."""
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None)
+    for group in [state._fsdp_param_group] if groups is None else groups:
+        for held in () if group is None else group.fsdp_params:
+            info = held._module_info
+            yield info.module, info.param_name, held.sharded_param
+            for owner, key in zip(info.shared_modules, info.shared_param_names, strict=True):
+                yield owner, key, held.sharded_param
+
+
+def reshard(modules: Iterable[torch.nn.Module]) -> None:
+    """Let FSDP2 drop what it has gathered: after a write, the next forward must gather anew. It sends nothing."""
+    for module in modules:
+        if is_fsdp(type(module)):
+            module.reshard()  # type: ignore[operator]
+
+
+def is_fsdps(hook: Any) -> bool:
+    """Whether a hook around ``load_state_dict`` is FSDP2's own, which reshards and finds replaced parameters."""
+    module = getattr(getattr(hook, "hook", hook), "__module__", None) or ""
+    return module.startswith(("torch.distributed.fsdp._fully_shard", "torch.distributed._composable.fsdp"))

@@ -1,0 +1,132 @@
+"""Live models within wrappers and adapters, ``rename=``, and ``by=``."""
+
+import copy
+import re
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import hotweights as hw
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # torch.compile's and peft's own
+
+
+def state(value):
+    return {name: torch.full_like(tensor, value) for name, tensor in nn.Linear(2, 2).state_dict().items()}
+
+
+def holds(model, value):
+    return all((tensor == value).all() for tensor in model.parameters())
+
+
+def test_a_wrapped_live_model_is_updated_and_fed_under_every_name():
+    inner = nn.Linear(2, 2)
+    live = hw.LiveModel(torch.compile(inner))
+    live.load(state(0))
+    live.update({f"module.{name}": tensor for name, tensor in state(1).items()})
+    assert holds(inner, 1)
+    with live.begin() as update:  # as the last version came
+        assert [*update.manifest] == ["module.weight", "module.bias"]
+        update.feed({f"module.{name}": tensor for name, tensor in state(2).items()})
+        update.commit()
+    assert holds(inner, 2)
+    with live.begin(hw.open(state(3)).manifest) as update:
+        update.feed(state(3))
+        update.commit()
+    assert holds(inner, 3)
+    live.update({f"net.{name}": tensor for name, tensor in state(4).items()}, rename={"net.": ""})
+    with live.begin(hw.open(state(5)).manifest, rename=lambda name: name) as update:
+        update.feed(state(5))
+        update.commit()
+    with live.begin(rename={"x.": ""}) as update:
+        update.feed({f"x.{name}": tensor for name, tensor in state(6).items()})
+        update.commit()
+    assert holds(inner, 6)
+    live.update({"bias": torch.zeros(2)}, only="_orig_mod.bias")
+    assert inner.bias.sum() == 0
+    assert (inner.weight == 6).all()
+    bare = hw.LiveModel(copy.deepcopy(inner))
+    bare.load(inner)
+    assert bare.digest() == live.digest()
+
+
+def test_an_adapters_file_goes_into_a_live_model(tmp_path):
+    peft = pytest.importorskip("peft")
+
+    def adapted(*names):
+        config = peft.LoraConfig(r=1, target_modules=["0"], init_lora_weights=False)
+        model = peft.get_peft_model(nn.Sequential(nn.Linear(2, 2)), config, adapter_name=names[0])
+        for name in names[1:]:
+            model.add_adapter(name, config)
+        return model
+
+    trained, model = adapted("default"), adapted("default")
+    trained.save_pretrained(tmp_path)
+    live = hw.LiveModel(model)
+    live.load(model.state_dict())
+    base = {f"0.{name}": tensor for name, tensor in state(1).items()}
+    live.update(tmp_path, only="*lora_*")
+    wanted = peft.get_peft_model_state_dict(trained)
+    assert all(torch.equal(peft.get_peft_model_state_dict(model)[name], tensor) for name, tensor in wanted.items())
+    live.update(base, only="*base_layer*")
+    assert holds(model.base_model.model[0].base_layer, 1)
+    two = adapted("default", "second")
+    with pytest.raises(hw.PlanError, match=r"fits 0\.lora_A\.default\.weight and 0\.lora_A\.second\.weight") as refused:
+        hw.load(two, tmp_path, allow_missing="*")
+    advice = re.search(r"rename=(.*\))", str(refused.value).splitlines()[0])[1]
+    hw.load(two, tmp_path, allow_missing="*", rename=eval(advice))
+    assert all(torch.equal(peft.get_peft_model_state_dict(two)[name], tensor) for name, tensor in wanted.items())
+
+
+class Reads(nn.Linear):
+    def load_weights(self, weightfile):
+        raise AssertionError("called")
+
+
+class Typed(nn.Linear):
+    def load_weights(self, weights: str):
+        raise AssertionError("called")
+
+
+class Unclear(nn.Linear):
+    def load_weights(self, what):
+        return open(what).read()
+
+
+@pytest.mark.parametrize("kind", [Reads, Typed])
+def test_code_that_takes_a_path_is_not_called(kind):
+    model = kind(2, 2)
+    hw.load(model, state(1))
+    assert holds(model, 1)
+    live = hw.LiveModel(model)
+    live.load(state(2))
+    live.update(state(3))
+    assert holds(model, 3)
+    with pytest.raises((hw.PlanError, AssertionError), match="called"):
+        hw.load(model, state(1), by="loader")
+
+
+def test_what_cannot_be_told_is_said_by_hand():
+    model = Unclear(2, 2)
+    with pytest.raises(hw.PlanError, match=r'load by name: by="name"\.$'):
+        hw.load(model, state(1))
+    hw.load(model, state(1), by="name")
+    hw.load(model, state(2), plan=hw.trace(model, state(2), by="name"), by="name")
+    live = hw.LiveModel(model)
+    live.load(state(2), by="name")
+    live.update(state(3))
+    assert holds(model, 3)
+    with pytest.raises(hw.UsageError, match=r'by="loader" asks for a load_weights'):
+        hw.load(nn.Linear(2, 2), state(1), by="loader")
+
+
+def test_problems_name_the_file_of_a_renamed_tensor(tmp_path):
+    save_file({"module.weight": torch.ones(2, 2), "module.bias": torch.ones(3)}, tmp_path / "model.safetensors")
+    with pytest.raises(hw.PlanError, match=r"bias.*in model.safetensors"):
+        hw.load(nn.Linear(2, 2), tmp_path, rename={"module.": ""})
+    live = hw.LiveModel(nn.Linear(2, 2))
+    live.load(nn.Linear(2, 2))
+    with pytest.raises(hw.UpdateAborted, match=r"bias.*in model.safetensors"):
+        live.update(tmp_path, rename={"module.": ""})

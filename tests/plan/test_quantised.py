@@ -1,0 +1,45 @@
+"""A quantised checkpoint for a model that is not is refused by the name of the method, in one line."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import hotweights as hw
+
+CHECKPOINTS = {
+    "gptq": ("qweight", "qzeros", "scales", "g_idx"),
+    "awq or gptq": ("qweight", "qzeros", "scales"),
+    "compressed-tensors": ("weight_packed", "weight_scale", "weight_shape"),
+    "fp8, block by block": ("weight", "weight_scale_inv"),
+    "compressed-tensors or fp8": ("weight", "weight_scale"),
+    "mxfp4": ("up_proj_blocks", "up_proj_scales"),
+    "bitsandbytes": ("weight", "weight.absmax", "weight.quant_map", "weight.quant_state.bitsandbytes__nf4"),
+}
+
+
+@pytest.mark.parametrize(("method", "names"), CHECKPOINTS.items(), ids=CHECKPOINTS)
+def test_it_is_refused_by_the_method(method, names):
+    model = nn.Sequential(nn.Linear(4, 4, bias=False))
+    before = model[0].weight.clone()
+    with pytest.raises(hw.PlanError) as caught:
+        hw.load(model, {f"0.{name}": torch.ones(4, 4) for name in names})
+    last = str(caught.value).splitlines()[-1]
+    assert f"is quantised by {method} (0." in last
+    assert "from_pretrained" in last
+    assert "allow_" not in str(caught.value)
+    assert torch.equal(model[0].weight, before)
+
+
+def test_a_model_that_has_such_tensors_takes_them():
+    model = nn.Linear(4, 4, bias=False)
+    model.register_buffer("weight_scale", torch.zeros(1))
+    hw.load(model, {"weight": torch.ones(4, 4), "weight_scale": torch.ones(1)})
+    assert model.weight_scale.tolist() == [1]
+
+
+def test_other_names_that_nobody_takes_get_the_usual_advice():
+    with pytest.raises(hw.PlanError, match="allow_unexpected=") as caught:
+        hw.load(nn.Linear(4, 4, bias=False), {"weight": torch.ones(4, 4), "draft": torch.ones(1)})
+    assert "quantised" not in str(caught.value)
