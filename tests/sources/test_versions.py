@@ -89,6 +89,12 @@ class TestSettled:
         os.utime(place / "model.safetensors.index.json")
         assert follower.settle() == ["step-1"]
 
+    def test_an_index_beside_a_whole_file(self, follower, tmp_path):
+        place = write_checkpoint(tmp_path / "step-1", TENSORS, shards=2)
+        os.utime(place / "model.safetensors.index.json", (1, 1))
+        write_checkpoint(place, TENSORS)  # This one is opened.
+        assert follower.settle() == ["step-1"]
+
     def test_the_files_of_a_hub_come_in_any_order(self, follower, tmp_path):
         place = write_checkpoint(tmp_path / "step-1", TENSORS, shards=2)
         os.utime(place / "model.safetensors.index.json", (1, 1))
@@ -171,6 +177,8 @@ class TestOnce:
     def test_links_beside(self, follower, tmp_path):
         write_checkpoint(tmp_path / "step-1", TENSORS)
         (tmp_path / "latest").symlink_to("step-1")
+        (tmp_path / "loop").symlink_to("loop")
+        (tmp_path / "nowhere").symlink_to("gone")
         write_checkpoint(tmp_path / ".step-2.saving", TENSORS)
         assert follower.settle() == ["step-1"]
 

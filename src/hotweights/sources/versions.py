@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import CheckpointError, UsageError
+from ..errors import CheckpointError, HotweightsError, UsageError
 from ..notices import log
 from ..text import some
 from .files.listing import list_checkpoint
@@ -169,7 +169,7 @@ class Versions:
             return []
         self._absent = False
         within = [self._directory / name for name in names if fnmatch.fnmatch(name, self._pattern) and name[0] != "."]
-        return [self._directory, *(place for place in within if place.is_dir() and not self._is_alias(place))]
+        return [self._directory, *(place for place in within if os.path.isdir(place) and not self._is_alias(place))]
 
     def _is_alias(self, place: Path) -> bool:
         """A link such as ``latest`` to a version beside it, which would be given twice."""
@@ -189,7 +189,7 @@ class Versions:
         try:
             weights = _weights(place)
             self._check_order(place, files, weights)
-        except CheckpointError as error:
+        except HotweightsError as error:
             log(logging.WARNING, "%s is passed over until it changes: %s", place, error)
             return None
         if self._files(place) != files:  # While its headers were read.
@@ -215,7 +215,12 @@ class Versions:
         else:  # Beside a whole file its index says nothing.
             last = [name for name in files if name.endswith(_INDEX) and name.removesuffix(".index.json") not in weights]
         # Hubs' clients bring the files in any order, and rename each into its place when it is whole.
-        if not last or not weights or (place / ".cache" / "huggingface").is_dir() or (place / last[0]).is_symlink():
+        if (
+            not last
+            or not weights
+            or os.path.isdir(place / ".cache" / "huggingface")
+            or os.path.islink(place / last[0])
+        ):
             return
         ended = max(files[name].modified for name in last)
         if newer := sorted(name for name, status in weights.items() if status.modified > ended):
