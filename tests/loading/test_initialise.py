@@ -34,12 +34,23 @@ class TestWhatStaysOnMeta:
     @both
     def test_is_named_before_the_first_byte(self, load):
         model = on_meta()
+        model[1].reset_parameters = None
         with pytest.raises(hw.PlanError, match="init_missing=fn") as caught:
             load(model)
         assert [problem.split(":")[0] for problem in caught.value.problems] == [
             "1.bias", "1.weight", "2.bias", "2.running_mean", "2.running_var", "2.weight",
         ]  # fmt: skip
         assert all(tensor.is_meta for tensor in model.state_dict().values())
+
+    @both
+    def test_is_made_by_its_modules_where_it_was_allowed(self, load):
+        model = on_meta()
+        report = load(model)
+        assert torch.isfinite(model(torch.ones(2, 3))).all()
+        assert not any(tensor.is_meta for tensor in model.state_dict().values())
+        if load is not loaded_live:
+            assert "1.weight" in report.warnings[0]
+            assert "init_missing=True" in report.warnings[0]
 
     @both
     def test_is_filled_by_a_function_that_gets_its_name(self, load):
@@ -188,12 +199,23 @@ class TestAnotherHead:
         assert torch.equal(model["embed"].weight, before)
         assert model["embed"].weight is model["head"].weight
 
+    def test_all_three_that_allow_both_sides_allow_another_head(self):
+        model, pattern = heads(5), "head.*"
+        before, options = model["head"].weight.clone(), {"allow_missing": pattern, "allow_unexpected": pattern}
+        with pytest.raises(hw.PlanError, match="allow_mismatched"):
+            hw.load(model, heads(2).state_dict(), **options)
+        report = hw.load(model, heads(2).state_dict(), **options, allow_partial=pattern)
+        assert report.tensors[Fate.MISMATCHED] == ("head.bias", "head.weight")
+        assert torch.equal(model["head"].weight, before)
+
     def test_on_meta_it_is_initialised_or_named(self):
         with torch.device("meta"):
             model = heads(5)
+        model["head"].reset_parameters = None
         options = {"device": "cpu", "allow_mismatched": "head.*"}
         with pytest.raises(hw.PlanError, match=r"head.weight: mismatched \(\[2, 3\] in the source"):
             hw.load(model, heads(2).state_dict(), **options)
+        del model["head"].reset_parameters
         hw.load(model, heads(2).state_dict(), **options, init_missing=True)
         assert model["head"].weight.shape == (5, 3)
         assert not model["head"].weight.is_meta

@@ -15,6 +15,7 @@ from ..model.places import places
 from ..model.survey import Survey
 from ..plan.plan import LoadPlan
 from ..plan.steps import Fate
+from ..text import some
 from ..tracing.frameworks import has_rules, initialise_by_rules
 
 InitMissing = Callable[[str, torch.Tensor], object] | Literal[True]
@@ -41,7 +42,7 @@ def left_on_meta(plan: LoadPlan, seen: Survey, init_missing: InitMissing | None,
     # A buffer may be a view of a parameter: what is loaded into that is its value.
     loaded = {_memory(tensor) for name, tensor in metas.items() if name not in kept}
     left = [name for name in metas if name in kept and _memory(metas[name]) not in loaded]
-    if left and not has_rules(model) and init_missing is None:
+    if left and init_missing is None and not has_rules(model) and not _may_reset(model, left, seen):
         raise PlanError(
             "tensors would stay on the meta device; nothing was read or written",
             [_in_words(name, plan, seen) for name in left],
@@ -59,7 +60,7 @@ def initialise(model: nn.Module, names: list[str], init_missing: InitMissing | N
         return
     named = {place.name: place.tensor for place in places(model)}
     with torch.no_grad():
-        if init_missing is True:
+        if init_missing is True or (init_missing is None and not has_rules(model)):
             _reset(model, names)
         elif init_missing is not None:
             first: dict[int, str] = {}  # A tied tensor is filled once.
@@ -68,6 +69,15 @@ def initialise(model: nn.Module, names: list[str], init_missing: InitMissing | N
                     init_missing(name, named[name].detach())
         else:
             initialise_by_rules(model, names)
+
+
+def told(model: nn.Module, names: list[str], init_missing: InitMissing | None) -> tuple[str, ...]:
+    """A warning of tensors that nobody said how to initialise."""
+    if not names or init_missing is not None or has_rules(model):
+        return ()
+    return (
+        f"{some(names, 3)}: not loaded; initialised by reset_parameters of their modules. init_missing=True says so",
+    )
 
 
 def _in_words(name: str, plan: LoadPlan, seen: Survey) -> str:
@@ -94,6 +104,12 @@ def _holders(model: nn.Module, names: list[str]) -> dict[nn.Module, list[str]]:
         if place.name in wanted:
             holders.setdefault(place.module, []).append(place.name)
     return holders
+
+
+def _may_reset(model: nn.Module, names: list[str], seen: Survey) -> bool:
+    """Whether the caller has allowed each of these to be without bytes, and all their modules can reset themselves."""
+    allowed = not set(names).intersection(seen.transient)  # No checkpoint carries those: nobody was asked.
+    return allowed and all(callable(getattr(module, "reset_parameters", None)) for module in _holders(model, names))
 
 
 def _check_reset(model: nn.Module, names: list[str]) -> None:

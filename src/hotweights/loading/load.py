@@ -48,7 +48,7 @@ from .cache import planned
 from .copy_step import Destinations
 from .execute import execute
 from .fallback import fall_back
-from .initialise import InitMissing, check_init_missing, initialise, left_on_meta
+from .initialise import InitMissing, check_init_missing, initialise, left_on_meta, told
 from .report import LoadReport, Tally
 from .requests import bytes_to_read, requests_of
 from .verify import Verify, verifier
@@ -107,7 +107,8 @@ def load(
         init_missing: fills what is on meta, gets no bytes, or not all, and has to be real: called as ``fn(name,
             tensor)`` for each such tensor before the first byte is read, on ``device``. ``True`` runs the
             ``reset_parameters`` of the module that has it. By default models of transformers are initialised by their
-            own rules, as ``from_pretrained`` does it, and for others it is a problem. What is real keeps its value.
+            own rules, as ``from_pretrained`` does it, and others by ``True`` where all that is left was allowed and can
+            be; if not, it is a problem. What is real keeps its value.
         cast: which casts that lose information are done: none (``"error"``, the default by name), those from one float
             of 16 bits or more to another (``"floats"``), or all that the model's own loading code does (``"loader"``,
             the default for models with a ``load_weights``). The others are problems. Casts that lose nothing are done;
@@ -209,7 +210,8 @@ def load(
             # Not before everything is loaded and proven: from here on the group counts on this member.
             if isinstance(source, Participant):
                 stack.enter_context(source.decision())
-        return _report(plan, done, pool, time.perf_counter() - began, warnings_of(source))
+        warnings = (*warnings_of(source), *told(model, left, init_missing))
+        return _report(plan, done, pool, time.perf_counter() - began, warnings)
 
 
 def _trace(

@@ -101,10 +101,11 @@ def draft(
     whole, wide = whole_manifest(manifest), whole_targets(targets)
     writes = Writes(whole, wide, allowed.cast, last_wins=own_code)
     mismatched: dict[Step, str] = {}
-    may_mismatch = matches(allowed.mismatched)
+    may_mismatch = _may_mismatch(allowed)
+    may_any = allowed.mismatched or (allowed.unexpected and allowed.missing and allowed.partial)
     for level, step in traced.steps:
-        shapes = _mismatch(step, whole, wide) if allowed.mismatched else ""
-        if shapes and may_mismatch(step.destinations[0]):
+        shapes = _mismatch(step, whole, wide) if may_any else ""
+        if shapes and may_mismatch(step.sources[0], step.destinations[0]):
             mismatched[step] = shapes
         else:
             writes.add(level, step)
@@ -177,6 +178,15 @@ def draft(
         manifest=manifest,
         targets=targets,
         mismatched=shapes_of,
+    )
+
+
+def _may_mismatch(allowed: Allowed) -> Callable[[str, str], bool]:
+    """Whether a tensor of another shape may stay out: said so, or by all three that say it of both its sides."""
+    mismatched, unexpected = matches(allowed.mismatched), matches(allowed.unexpected)
+    missing, partial = matches(allowed.missing), matches(allowed.partial)
+    return lambda source, destination: (
+        mismatched(destination) or (unexpected(source) and missing(destination) and partial(destination))
     )
 
 
