@@ -19,7 +19,7 @@ WINGS = """
 memory plan sources model transfer tracing loading routing live engines testing cli
 """.split()
 WORDS = """
-errors dtypes manifest boxes ranges arguments text progress notices forked gc_pause signals
+errors dtypes manifest boxes ranges arguments text progress notices forked gc_pause signals timeline
 """.split()
 
 

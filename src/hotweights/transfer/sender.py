@@ -24,6 +24,7 @@ from ..sources.iterator import from_iterator
 from ..sources.opening import AnySource, is_pairs, opened
 from ..sources.state_dict import StateSource
 from ..text import some
+from ..timeline import Timeline
 from .address import path_of
 from .copying import wrapped
 from .outbound import Outbound
@@ -126,7 +127,9 @@ class Sender:
         check_version(version)
         with self._alone(), _opened(tensors, manifest) as source:
             _check_bare(source)
-            members = self._group.gather(self._receivers if receivers is None else receivers)
+            timeline = Timeline()
+            with timeline.event("wait for receivers"):
+                members = self._group.gather(self._receivers if receivers is None else receivers)
             self._update += 1
             with progress("sending", source.manifest.nbytes, show=show_progress) as advance:
                 report = Outbound(
@@ -138,6 +141,7 @@ class Sender:
                     digests=self._digests,
                     drop=self._drop,
                     advance=advance,
+                    timeline=timeline,
                 ).run(source, version)
             return replace(report, warnings=warnings_of(source))
 
