@@ -3,5 +3,6 @@
 from .receiver import Receiver
 from .report import SendReport
 from .sender import Sender
+from .sending import Sending
 
-__all__ = ["Receiver", "SendReport", "Sender"]
+__all__ = ["Receiver", "SendReport", "Sender", "Sending"]
