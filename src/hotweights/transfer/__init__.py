@@ -2,7 +2,7 @@
 
 from .receiver import Receiver
 from .report import SendReport
+from .send_handle import SendHandle
 from .sender import Sender
-from .sending import Sending
 
-__all__ = ["Receiver", "SendReport", "Sender", "Sending"]
+__all__ = ["Receiver", "SendHandle", "SendReport", "Sender"]

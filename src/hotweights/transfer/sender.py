@@ -32,7 +32,7 @@ from .copying import wrapped
 from .outbound import Outbound
 from .peers import PeerGroup
 from .report import SendReport
-from .sending import LAST_LINES, Sending
+from .send_handle import LAST_LINES, SendHandle
 from .shared_memory import WriteSlots
 
 OnLost = Literal["abort", "drop"]
@@ -118,7 +118,7 @@ class Sender:
         receivers: int | None = None,
         show_progress: bool | None = None,
         wait: Literal[False],
-    ) -> Sending: ...
+    ) -> SendHandle: ...
 
     @alone_in_a_fork()
     @signals.watched
@@ -131,11 +131,11 @@ class Sender:
         receivers: int | None = None,
         show_progress: bool | None = None,
         wait: bool = True,
-    ) -> SendReport | Sending:
+    ) -> SendReport | SendHandle:
         """Send one version; return when every receiver has it.
 
         Tensors are read only while this runs: nobody may change them before it returns. With ``wait=False`` it returns
-        at once, and nobody may change them before ``Sending.done``.
+        at once, and nobody may change them before ``SendHandle.done``.
 
         Args:
             tensors: a mapping, a module, a source or a path; or pairs of name and tensor. With ``manifest`` pairs are
@@ -144,7 +144,7 @@ class Sender:
             manifest: what the pairs will be.
             receivers: how many must be connected this time.
             show_progress: whether to draw a progress bar; by default on a terminal.
-            wait: whether to wait for the receivers. If not, a thread does, and ``Sending.result`` says how it ended.
+            wait: whether to wait for the receivers. If not, a thread does, and ``SendHandle.result`` says how it ended.
                 What is sent is opened before this returns; only pairs with ``manifest`` are iterated in the thread.
 
         Raises:
@@ -171,7 +171,7 @@ class Sender:
     @signals.held
     def _begin(
         self, send: Callable[[], SendReport], opened: ExitStack, version: str | int, queued: devices.Event | None
-    ) -> Sending:
+    ) -> SendHandle:
         """Send in a thread, which closes what was opened."""
 
         def run() -> SendReport:
@@ -182,7 +182,7 @@ class Sender:
 
         try:
             self._thread = None  # Not this one any more: ``close`` waits for the other.
-            sending = Sending(run, version)
+            sending = SendHandle(run, version)
             self._beside = sending.thread
             return sending
         except BaseException as error:

@@ -1,4 +1,4 @@
-"""Sending: a ``send`` that runs beside its caller, in a thread of its own."""
+"""SendHandle: a ``send`` that runs beside its caller, in a thread of its own."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LAST_LINES = 1.0
 _Outcome = tuple[SendReport | None, BaseException | None]
 
 
-class Sending:
+class SendHandle:
     """What ``Sender.send(..., wait=False)`` returns. The tensors belong to the send until it is done.
 
     Ctrl-C in ``result`` ends that wait only; the send goes on. ``Sender.close`` ends the send. So does the end of the
@@ -77,7 +77,7 @@ class Sending:
 
     def __repr__(self) -> str:
         state = "running" if not self.done() else "failed" if self._outcome[1] is not None else "done"
-        return f"<Sending of version {self.version!r}: {state}>"
+        return f"<SendHandle of version {self.version!r}: {state}>"
 
     def __del__(self) -> None:
         if hasattr(self, "_outcome") and self._outcome[1] is not None and not self._told:
@@ -90,7 +90,7 @@ class Sending:
 
 
 def _outcome(send: Callable[[], SendReport]) -> _Outcome:
-    """What ``send`` gives or raises. The traceback holds no ``Sending``, which can tell then that it was dropped."""
+    """What ``send`` gives or raises. The traceback holds no ``SendHandle``, which can tell then that it was dropped."""
     try:
         return send(), None
     except BaseException as error:

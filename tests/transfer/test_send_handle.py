@@ -16,7 +16,7 @@ from ends import TIMEOUT, Thread, receiver, sender
 from interrupting import Interrupting
 
 import hotweights as hw
-from hotweights.transfer import Sending
+from hotweights.transfer import SendHandle
 
 CONTENT = {"w": torch.arange(5.0)}
 
@@ -29,9 +29,9 @@ def take(address):
 def test_it_returns_at_once_and_the_result_is_the_report(address):
     with sender(address) as sending:
         sent = sending.send(CONTENT, version=1, wait=False)  # nobody is connected yet
-        assert isinstance(sent, Sending)
+        assert isinstance(sent, SendHandle)
         assert not sent.done()
-        assert repr(sent) == "<Sending of version 1: running>"
+        assert repr(sent) == "<SendHandle of version 1: running>"
         with pytest.raises(hw.TransferTimeout, match=r"still being sent after 0.01 s; the send goes on"):
             sent.result(timeout=0.01)
         worker = Thread(take, address)
@@ -40,7 +40,7 @@ def test_it_returns_at_once_and_the_result_is_the_report(address):
         assert (report.version, report.tensors) == (1, 1)
         assert sent.result() is report
         assert sent.done()
-        assert repr(sent) == "<Sending of version 1: done>"
+        assert repr(sent) == "<SendHandle of version 1: done>"
         worker = Thread(take, address)
         assert sending.send(CONTENT, version=2).version == 2  # The sender can send again.
         worker.result()
@@ -96,7 +96,7 @@ def test_what_fails_comes_out_of_the_result_each_time(address):
         for _ in range(2):
             with pytest.raises(OSError, match="the disk is gone"):
                 sent.result()
-        assert repr(sent) == "<Sending of version 1: failed>"
+        assert repr(sent) == "<SendHandle of version 1: failed>"
         worker.result()
 
 
