@@ -151,6 +151,33 @@ LINK = re.compile(r"\]\([^)]*\)")
 PATH = re.compile(r"(?<![\w./-])(?:(?:[\w-]+/)+(?:\w+\.\w+)?|\w+\.(?:py|toml)\b)")
 
 
+def test_the_scripts_of_an_rl_loop_run(tmp_path, monkeypatch, capsys):
+    """Trainer and two workers, as printed: every version comes to both, and its name stands in the reports."""
+    address = f"unix:{tmp_path / 'run' / 'socket'}"
+    scripts = {
+        name: code.replace("unix:/tmp/hw-rl/socket", address)
+        for name, code in re.findall(
+            r"```text\n# (\w+)\.py\n(.*?)```", (ROOT / "docs/rl-one-host.md").read_text(), re.S
+        )
+    }
+    assert all(address in code for code in scripts.values())
+    monkeypatch.setattr(sys, "argv", ["worker.py", "rank0"])
+
+    def ran(name):
+        space = {}
+        exec(compile(scripts[name], f"{name}.py", "exec"), space)
+        return space
+
+    with ThreadPoolExecutor(3) as threads:
+        trainer, *workers = [threads.submit(ran, name) for name in ("trainer", "worker", "worker")]
+        snapshot = trainer.result(60)["snapshot"]
+        for worker in workers:
+            live = worker.result(60)["live"]
+            assert live.version == "step-3"
+            assert torch.equal(live.model.weight, snapshot["weight"])
+    assert "taken by rank0 (process" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("page", ["docs/architecture.md", "CONTRIBUTING.md"])
 def test_files_that_a_page_names_exist(page):
     """A path begins at the root of the repository or of the package."""

@@ -20,8 +20,8 @@ WINGS = """
 memory plan sources model transfer tracing loading routing live engines testing cli
 """.split()
 WORDS = """
-errors dtypes manifest sharding boxes ranges arguments text progress notices forked gc_pause signals names rename
-on_demand
+errors dtypes manifest sharding boxes ranges arguments text progress timeline notices forked gc_pause signals names
+rename on_demand
 """.split()
 
 

@@ -12,7 +12,7 @@ from children import Child
 from layers import WAYS, fault_of, live_model, version_of
 
 import hotweights as hw
-from hotweights.transfer.messages import HEADER, Accept, Done, Hello, Prepared, Release, Wanted, encode
+from hotweights.transfer.messages import HEADER, PROTOCOL, Accept, Done, Hello, Prepared, Release, Wanted, encode
 
 NAME, WEIGHT = "hostile", 1
 _TIMEOUT = 1.5  # seconds that the sender waits for a member
@@ -101,7 +101,7 @@ def half_a_frame(connection, draw):
 
 
 def the_start_of_a_large_frame(connection, draw):
-    connection.sendall(HEADER.pack(b"hotw", 1, 0, 0, 32 * 1024 * 1024) + bytes(200_000))
+    connection.sendall(HEADER.pack(b"hotw", PROTOCOL, 0, 0, 32 * 1024 * 1024) + bytes(200_000))
 
 
 def noise(connection, draw):

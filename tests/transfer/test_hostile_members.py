@@ -24,6 +24,7 @@ from hotweights.transfer.channel import Channel
 from hotweights.transfer.messages import (
     HEADER,
     MAX_SMALL,
+    PROTOCOL,
     Abort,
     Accept,
     Filled,
@@ -211,7 +212,7 @@ def test_who_was_asked_nothing_can_say_little(state):
     channel = Channel(ours, Side.SENDER)
     channel.session.state = state
     with contextlib.closing(channel), theirs:
-        theirs.sendall(HEADER.pack(b"hotw", 1, 0, 0, MAX_SMALL + 1))
+        theirs.sendall(HEADER.pack(b"hotw", PROTOCOL, 0, 0, MAX_SMALL + 1))
         with pytest.raises(hw.ProtocolError, match="too large"):
             channel.read()
 

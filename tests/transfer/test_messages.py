@@ -22,6 +22,7 @@ from hotweights.transfer.channel import Channel
 from hotweights.transfer.messages import (
     HEADER,
     MAX_FRAME,
+    PROTOCOL,
     Abort,
     Accept,
     Chunk,
@@ -51,10 +52,10 @@ class Evil:
 
 FRAMES = {
     "no frame": b"GET / HTTP/1.1\r\n\r\n" + b" " * 20,
-    "another protocol": HEADER.pack(b"hotw", 2, 0, 0, 0),
-    "oversized": HEADER.pack(b"hotw", 1, 0, 0, MAX_FRAME + 1),
-    "a pickle": HEADER.pack(b"hotw", 1, 0, 0, len(pickle.dumps(Evil()))) + pickle.dumps(Evil()),
-    "no message": HEADER.pack(b"hotw", 1, 0, 0, 3) + b"\xc1\xc1\xc1",
+    "another protocol": HEADER.pack(b"hotw", PROTOCOL + 1, 0, 0, 0),
+    "oversized": HEADER.pack(b"hotw", PROTOCOL, 0, 0, MAX_FRAME + 1),
+    "a pickle": HEADER.pack(b"hotw", PROTOCOL, 0, 0, len(pickle.dumps(Evil()))) + pickle.dumps(Evil()),
+    "no message": HEADER.pack(b"hotw", PROTOCOL, 0, 0, 3) + b"\xc1\xc1\xc1",
     "of another update": encode(12, Hello(1)),
     "out of turn": encode(0, Prepared()),
     "of the other side": encode(0, Abort("no")),
@@ -113,6 +114,18 @@ def test_a_receiver_refuses_it_and_takes_the_next(frame, address):
     with sender(address) as sending:
         sending.send(CONTENT, version=1)
     assert taking.result()["a"].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_both_ends_name_both_protocols(address):
+    """A worker of another version: the trainer is told why nobody came, and the worker why it was sent away."""
+    both = f"protocol {PROTOCOL + 1}, this one {PROTOCOL}"
+    with sender(address, timeout=0.1) as sending, socket.socket(socket.AF_UNIX) as other:
+        other.connect(path_of(address))
+        other.sendall(FRAMES["another protocol"])
+        with pytest.raises(hw.TransferTimeout) as told:
+            sending.send(CONTENT, version=1)
+        assert both in str(told.value)
+        assert both.encode() in heard(other)
 
 
 STRUCT = re.compile(r"\w+\(\w+=")  # Range(start=0, ...): no message shows how our classes look inside
@@ -242,7 +255,7 @@ def channel(state=SessionState.CONNECTED, side=Side.SENDER):
 def test_random_bytes_give_our_errors_and_nothing_else(raw, header, state, side):
     made, theirs = channel(state, side)
     with contextlib.closing(made), theirs:
-        theirs.sendall((HEADER.pack(b"hotw", 1, 0, 0, len(raw)) if header else b"") + raw)
+        theirs.sendall((HEADER.pack(b"hotw", PROTOCOL, 0, 0, len(raw)) if header else b"") + raw)
         theirs.shutdown(socket.SHUT_WR)
         with contextlib.suppress(hw.ProtocolError, hw.PeerLost):
             for _ in range(3):

@@ -1,7 +1,23 @@
 """What a sender reports, for programs and for people."""
 
-import hotweights as hw
+import json
 
+import pytest
+from ends import Thread, receiver, sender
+from processes import Tiny
+
+import hotweights as hw
+from hotweights.timeline import Timeline, TimelineEvent, breakdown
+
+EVENTS = (
+    TimelineEvent("wait for receivers", "", 0.0, 1.0),
+    TimelineEvent("read", "", 1.0, 0.5),
+    TimelineEvent("fill slots", "", 1.5, 0.25),
+    TimelineEvent("read", "", 2.0, 1.0),
+    TimelineEvent("decode", "", 2.5, 0.5),  # within
+    TimelineEvent("say", "", 3.0, 0.125),
+    TimelineEvent("wait for commits", "", 3.125, 0.875),
+)
 REPORT = hw.SendReport(
     version="step-1",
     committed=("process 1", "process 2"),
@@ -26,6 +42,7 @@ def test_for_programs_it_is_what_json_can_hold():
         "seconds": 0.5,
         "waited": {"process 1": 0.25},
         "warnings": ["the file is new"],
+        "events": [],
     }
 
 
@@ -38,3 +55,63 @@ def test_for_people_it_is_a_table():
         "   warning  the file is new",
         "   problem  process 2: a hook failed",
     ]
+
+
+def test_five_lines_say_where_the_time_went_and_nothing_is_counted_twice():
+    assert breakdown(EVENTS) == [
+        ("time", "1.000 s (25%) wait for receivers"),
+        ("", "1.000 s (25%) read"),
+        ("", "0.500 s (12%) decode"),
+        ("", "0.875 s (22%) wait for commits"),
+        ("", "0.625 s (16%) other: fill slots, say, what has no name"),
+    ]
+    assert breakdown(()) == []
+
+
+def test_one_that_follows_at_once_does_not_lie_within_the_one_before():
+    first, second = TimelineEvent("a", "", 0.1, 0.2), TimelineEvent("b", "", 0.3, 0.1)
+    assert first.start + first.seconds > second.start  # as floats are
+    assert [row for _, row in breakdown((first, second))][:2] == ["0.200 s (50%) a", "0.100 s (25%) b"]
+
+
+def test_each_wait_for_the_next_item_is_an_event(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("hotweights.timeline.time.perf_counter", lambda: now[0])
+
+    def items():
+        for number in range(2):
+            now[0] += 3.0
+            yield number
+
+    timeline = Timeline()
+    for _ in timeline.each("read", items()):
+        now[0] += 1.0
+    assert timeline.events == [TimelineEvent("read", "", 0.0, 3.0), TimelineEvent("read", "", 4.0, 3.0)]
+
+
+@pytest.mark.parametrize("digests", [True, False])
+def test_both_ends_tell_where_their_time_went(digests, address, tmp_path):
+    live = hw.LiveModel(Tiny())
+
+    def work():
+        with receiver(address) as source:
+            live.load(source)
+            return live.update(source)
+
+    with sender(address, digests=digests) as sending:
+        worker = Thread(work)
+        sending.send(Tiny(1), version=1)
+        sent = sending.send(((name, tensor) for name, tensor in Tiny(2).state_dict().items()), version=2)
+        took = worker.result()
+    ending = " and digest" if digests else ""
+    waits = {"wait for receivers", "wait for answers to the offer", "wait until all are prepared", "wait for commits"}
+    steps = {"read", f"fill slots{ending}", "wait for a free slot", "hand over slots"}
+    assert {event.what for event in sent.events} == waits | steps
+    waits = {"wait for the sender", "wait for the group", "give back slots"}
+    assert {event.what for event in took.events} >= {*waits, "ask", f"copy{ending}", "prepare", "commit"}
+    for report in (sent, took):
+        assert all(event.start >= 0 and event.seconds >= 0 for event in report.events)
+        assert sum("%) " in line for line in str(report).splitlines()) == 5
+        report.save_timeline(tmp_path / "timeline.json")
+        saved = json.loads((tmp_path / "timeline.json").read_text())["traceEvents"]
+        assert [event["cat"] for event in saved if event["ph"] == "X"] == [event.what for event in report.events]

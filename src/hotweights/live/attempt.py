@@ -32,6 +32,7 @@ from ..plan.steps import Copy, Fate, Program, Step
 from ..sources.contracts import Addressed, InMemory, Request, Source
 from ..sources.state_dict import StateSource
 from ..text import size, some
+from ..timeline import Timeline
 from .groups import LayerGroup, parts_of
 from .job import Job
 from .layers import modules_held, unmoved
@@ -39,7 +40,7 @@ from .layout import Mirror
 from .lock import WriteTurn
 from .open_layers import OpenLayers
 from .processing import Processing
-from .report import Timeline, UpdateReport
+from .report import UpdateReport
 from .requests import requests, room
 from .strategy import Strategy
 
@@ -70,7 +71,7 @@ class Attempt:
 
     def __init__(self, job: Job, strategy: Strategy, layers: OpenLayers, turn: WriteTurn) -> None:
         self.job, self.strategy, self.turn = job, strategy, turn
-        self.timeline = Timeline(layers)
+        self.timeline = Timeline(lambda: layers.nbytes)
         self.processing = Processing(job, strategy, self.timeline)
         self.peak_buffer = 0
         self._layers = layers
@@ -123,7 +124,8 @@ class Attempt:
         if opened is None:
             if not self._may_open(group):
                 return None
-            opened = self._opened(group)
+            with self.timeline.event("open", group.name):
+                opened = self._opened(group)
         memory = room(step, self.manifest[step.source], opened.destinations)
         self.strategy.wrote |= group.in_place and memory is not None
         return memory
@@ -184,7 +186,8 @@ class Attempt:
                     self._placed(lease.name, lease.raw.nbytes)
                     advance(lease.raw.nbytes)
                     continue
-                devices = self.take(lease.name, lease.tensor, lease.own)
+                with self.timeline.event("fill", lease.name):
+                    devices = self.take(lease.name, lease.tensor, lease.own)
                 advance(self._asked.get(lease.name, lease.spec.nbytes))
                 lease.release(after=record_events(devices))
                 signals.deliver()

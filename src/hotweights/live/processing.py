@@ -12,12 +12,12 @@ from .. import signals
 from ..memory.aliases import has_bytes
 from ..model.materialise import dressed
 from ..model.places import Place, places
+from ..timeline import Timeline
 from .groups import LayerGroup
 from .job import Job
 from .layers import Contents, Dressing, Layer, put_back
 from .layout import Mirror
 from .merge import differences
-from .report import Timeline
 from .strategy import Strategy
 
 

@@ -1,64 +1,16 @@
-"""UpdateReport: what one update did, as frozen facts that print as a short table. Timeline: when it did what."""
+"""UpdateReport: what one update did, as frozen facts that print as a short table."""
 
 from __future__ import annotations
 
-import json
 import os
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import msgspec
 
-from .. import signals
 from ..plan.steps import Fate
 from ..text import as_html, counts, short, size, some, summary, table
-from .open_layers import OpenLayers
-
-
-class TimelineEvent(NamedTuple):
-    """Something that an update spent time on.
-
-    Attributes:
-        what: ``"read"``, ``"process"``, ``"write"``, ``"prepare"``, ``"commit"`` or ``"fall back"``.
-        of: the layer; empty for what concerns all.
-        start: seconds since the update began.
-        seconds: how long it took.
-        open_nbytes: device memory of open layers when it ended.
-    """
-
-    what: str
-    of: str
-    start: float
-    seconds: float
-    open_nbytes: int
-
-
-class Timeline:
-    """The events of one update, as they happen.
-
-    Attributes:
-        events: those that have ended.
-        began: when the update began, by ``time.perf_counter``.
-    """
-
-    def __init__(self, layers: OpenLayers) -> None:
-        self.events: list[TimelineEvent] = []
-        self.began = time.perf_counter()
-        self._layers = layers
-
-    @contextmanager
-    @signals.held
-    def event(self, what: str, of: str) -> Iterator[None]:
-        """Time what is done inside, as one event."""
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            now = time.perf_counter()
-            self.events.append(TimelineEvent(what, of, began - self.began, now - began, self._layers.nbytes))
+from ..timeline import TimelineEvent, breakdown, save_events
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,18 +76,7 @@ class UpdateReport:
 
     def save_timeline(self, path: str | os.PathLike[str]) -> None:
         """Write what the time was spent on in the Chrome trace format, for ``chrome://tracing`` or ui.perfetto.dev."""
-        spans = [
-            {"name": f"{event.what} {event.of}".strip(), "cat": event.what, "ph": "X", "pid": 0, "tid": event.what}
-            | {"ts": event.start * 1e6, "dur": event.seconds * 1e6}
-            for event in self.events
-        ]
-        counters = [
-            {"name": "open layers, device bytes", "ph": "C", "pid": 0, "args": {"bytes": event.open_nbytes}}
-            | {"ts": (event.start + event.seconds) * 1e6}
-            for event in self.events
-        ]
-        with open(path, "w") as file:
-            json.dump({"traceEvents": [*spans, *counters]}, file)
+        save_events(path, self.events)
 
     def __repr__(self) -> str:
         fates = {fate.value: len(names) for fate, names in self.tensors.items()}
@@ -156,6 +97,7 @@ class UpdateReport:
             ("written", f"{size(self.bytes_written)}; nobody could read the model for {self.stall_seconds:.3f} s"),
             ("memory", f"scratch {size(self.peak_scratch_bytes)} at peak, copy of the model {size(self.copy_bytes)}"),
         ]
+        rows += breakdown(self.events)
         if self.open_bytes:
             rows.append(("open", f"{self.open_layers} layers, {size(self.open_bytes)} of device memory at peak"))
         rows += [(fate.value, summary(names, self.casts)) for fate, names in self.tensors.items() if names]

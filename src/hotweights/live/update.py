@@ -22,7 +22,7 @@ from ..notices import forgotten
 from ..plan.patterns import Patterns
 from ..progress import progress
 from ..sharding import reshard
-from ..sources.contracts import Addressed, InMemory, IOMode, OnDisk, Participant, Source, warnings_of
+from ..sources.contracts import Addressed, InMemory, IOMode, OnDisk, Participant, Source, Timed, warnings_of
 from ..sources.pairs import pairs_of, plain
 from .attempt import Attempt
 from .baseline import Baseline
@@ -174,8 +174,11 @@ class Update:
             pool = pool or stack.enter_context(Pool())
             options = {"io": io, "threads": threads} if isinstance(source, Addressed) else {}
             with self._failing():
+                if isinstance(source, Timed):
+                    source.time_into(attempt.timeline)
                 if isinstance(source, Participant) and not isinstance(source, (Addressed, InMemory)):
-                    source.wanted(attempt.requests())  # Of the others it is asked for what is wanted, tensor by tensor.
+                    with attempt.timeline.event("ask"):
+                        source.wanted(attempt.requests())  # Others are asked for it tensor by tensor.
                 nbytes = attempt.nbytes_to_read(source)
                 advance = stack.enter_context(progress("loading", nbytes, show=show_progress))
                 attempt.run(source, pool=pool, advance=advance, verify=verify, **options)

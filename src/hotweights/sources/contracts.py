@@ -24,6 +24,7 @@ from ..memory.lease import Lease
 from ..memory.pool import Pool
 from ..ranges import Range
 from ..signals import held
+from ..timeline import Timeline
 
 IOMode = Literal["auto", "buffered", "direct"]
 """How files are read: ``buffered`` through the page cache, ``direct`` around it, ``auto`` by what is cached."""
@@ -183,6 +184,14 @@ class Participant(Protocol):
 
     def refuse(self, error: BaseException) -> None:
         """Tell the group that this version cannot be taken, and why. Does nothing once the group has decided."""
+
+
+@runtime_checkable
+class Timed(Protocol):
+    """A source that tells what it spends its time on: waiting for others, say."""
+
+    def time_into(self, timeline: Timeline) -> None:
+        """Note in ``timeline`` what the version that is offered takes. Called before its stream."""
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from .receiver import Receiver
 from .report import SendReport
+from .send_handle import SendHandle
 from .sender import Sender
 
-__all__ = ["Receiver", "SendReport", "Sender"]
+__all__ = ["Receiver", "SendHandle", "SendReport", "Sender"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator, Iterable
 
 import torch
@@ -58,6 +59,7 @@ class Inbound:
         self._pending = PendingLeases(connection, private, timeout)
         self.member = Member(connection, ballot, standing, self._pending, version=offer.version, timeout=timeout)
         self._hashed = offer.digests
+        self._copying = "copy and digest" if offer.digests else "copy"  # as the timeline has it
         self._specs = list(self.manifest.values())
         self._numbers = {name: number for number, name in enumerate(self.manifest)}
         self._requests = {number: Request(name) for name, number in self._numbers.items()}  # the best order first
@@ -103,7 +105,8 @@ class Inbound:
         member.require(SessionState.OFFERED, "was streamed before; the next offer brings the next")
         self._missing = set(self._requests)
         wanted = (Wanted(number, request.ranges or ()) for number, request in self._requests.items())
-        self._connection.send(Accept(tuple(wanted)))
+        with member.timeline.event("ask"):
+            self._connection.send(Accept(tuple(wanted)))
         try:
             while not isinstance(message := member.next_message(), End):
                 assert isinstance(message, Filled), "the table lets nothing else pass"
@@ -126,9 +129,12 @@ class Inbound:
         in_slot: list[Lease] = []
         for chunk in filled.chunks:
             is_last = chunk is filled.chunks[-1]
+            began = time.perf_counter()
             lease, lies_in_slot = self._lease(filled.slot, chunk, guard)
+            if not lies_in_slot:
+                self.member.timeline.note(self._copying, self._specs[chunk.tensor].name, began)
             if is_last and not lies_in_slot:  # Before its tensor is used: the bytes are copied, the sender may go on.
-                self._pending.return_slot(filled.slot, filled.fill, in_slot)
+                self._return(filled, in_slot)
             if lease is None:
                 continue
             yield lease
@@ -138,7 +144,11 @@ class Inbound:
                 continue
             in_slot.append(lease)
             if is_last:
-                self._pending.return_slot(filled.slot, filled.fill, in_slot)
+                self._return(filled, in_slot)
+
+    def _return(self, filled: Filled, in_slot: list[Lease]) -> None:
+        with self.member.timeline.event("give back slots"):
+            self._pending.return_slot(filled.slot, filled.fill, in_slot)
 
     def _lease(self, slot: int, chunk: Chunk, guard: Guard) -> tuple[Lease | None, bool]:
         """The tensor that a chunk completes, if it does; and whether it lies in the slot."""

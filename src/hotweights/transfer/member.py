@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from .. import signals
 from ..errors import Closed, CommitHookError, TransferAborted, TransferError, UsageError
+from ..timeline import Timeline
 from .ballot import Ballot, Decision
 from .connection import Connection
 from .messages import Abort, Commit, Done, Message, Prepared, Refuse, reasons_of
@@ -46,6 +47,7 @@ class Member:
         over: whether it was decided, or the sender lost.
         decides: whether the consumer takes part by ``decision``. If not, the end of the stream is its consent. Set
             before the stream, by what the consumer says that it wants.
+        timeline: what the time of this version is spent on.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Member:
         self.version = version
         self.decides = False
         self.over = False
+        self.timeline = Timeline()
         self._connection = connection
         self._ballot = ballot
         self._standing: Standing | None = standing  # until the version is over: it keeps the slots mapped
@@ -107,7 +110,8 @@ class Member:
             TransferError: the sender is lost, or said nothing in time.
             Closed: ``cancel`` was called, or the receiver was closed.
         """
-        return self._next(lambda: self._cancelled)
+        with self.timeline.event("wait for the sender"):
+            return self._next(lambda: self._cancelled)
 
     def cancel(self) -> None:
         """End the stream's wait, from any thread."""
@@ -147,7 +151,8 @@ class Member:
             TransferError: the sender is gone, and had not decided; so this is an abort for all.
         """
         with signals.first_waits(self._connection.wake) as interruption, self._alone():
-            self._prepare(interruption)
+            with self.timeline.event("wait for the group"):
+                self._prepare(interruption)
             try:
                 yield
             except BaseException as error:

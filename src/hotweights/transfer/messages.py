@@ -15,7 +15,7 @@ from ..manifest import Manifest, TensorSpec
 from ..ranges import Range
 from ..text import some
 
-PROTOCOL = 1
+PROTOCOL = 2  # another number for every change of what messages hold
 MAX_SMALL = 16 * 1024  # bytes of a frame where only short messages may come: the longest of them is a reason
 MAX_FRAME = 32 * 1024 * 1024  # bytes; a manifest of 100,000 tensors takes about 10
 _MAGIC = b"hotw"
@@ -192,7 +192,9 @@ def decode_header(raw: bytes | bytearray, most: int = MAX_FRAME) -> FrameHeader:
     if magic != _MAGIC:
         raise ProtocolError(f"these bytes are no frame of hotweights: {bytes(raw[:4])!r}")
     if protocol != PROTOCOL:
-        raise ProtocolError(f"the other side speaks protocol {protocol}, this one {PROTOCOL}; install the same version")
+        raise ProtocolError(
+            f"the other side speaks protocol {protocol}, this one {PROTOCOL}; install the same hotweights on both"
+        )
     if nbytes > most:
         raise ProtocolError(f"a frame of {nbytes} bytes is too large; {most} is the most now")
     return FrameHeader(descriptors, update, nbytes)

@@ -13,6 +13,7 @@ from ..manifest import Manifest, TensorSpec
 from ..ranges import Range, disjoint
 from ..sources.contracts import InMemory, Source
 from ..text import some
+from ..timeline import Timeline
 from .ballot import Ballot, Decision
 from .messages import (
     REASON,
@@ -69,6 +70,7 @@ class Outbound:
         digests: bool,
         drop: bool,
         advance: Callable[[int], None],
+        timeline: Timeline,
     ) -> None:
         """``drop``: go on without members that are lost. ``advance`` is called with the bytes that were sent."""
         self._group = group
@@ -78,12 +80,14 @@ class Outbound:
         self._update = update
         self._timeout = timeout
         self._hashed = digests
+        self._filling = "fill slots and digest" if digests else "fill slots"  # as the timeline has it
         self._packing = Packing(slots, hashed=digests)
         self._may_lose = drop
         self._ballot = Ballot.new()
         self._agreed = False  # Whether everybody is prepared: from here on the decision may be to commit.
         self._over = False  # Whether it is decided: whoever is lost after that changes nothing.
         self._advance = advance
+        self._timeline = timeline
         self._began = time.monotonic()
         self._waited: dict[str, float] = {}  # seconds by name
         self._lost: dict[str, str] = {}  # reasons by name
@@ -102,9 +106,11 @@ class Outbound:
             peer.begin()
         try:
             try:
-                self._offer(source.manifest, version)
+                with self._timeline.event("wait for answers to the offer"):
+                    self._offer(source.manifest, version)
                 self._send(source)
-                self._end()
+                with self._timeline.event("wait until all are prepared"):
+                    self._end()
                 self._agreed = True
                 if self._decide(Decision.COMMIT) is Decision.ABORT:
                     raise self._outvoted()
@@ -140,7 +146,8 @@ class Outbound:
             for wanted in peer.wanted:
                 requests.setdefault(wanted.tensor, []).append((place, wanted.ranges))
         order = merged([[wanted.tensor for wanted in peer.wanted] for peer in asking])
-        for number, tensor in _tensors(source, order, self._group.check_open):
+        tensors = _tensors(source, order, self._group.check_open)
+        for number, tensor in self._timeline.each("read", tensors):
             self._tensors += 1
             for piece in pieces(tensor, requests[number], self._slots.slot_nbytes):
                 self._put(number, piece, asking)
@@ -151,11 +158,14 @@ class Outbound:
         if not self._packing.has_room(nbytes):
             self._hand_over(asking)
             self._packing.begin(self._free_slot())
+        began = time.perf_counter()
         self._packing.put(number, piece)
+        self._timeline.note(self._filling, "", began)
         self._nbytes += nbytes
 
     def _hand_over(self, asking: Sequence[Peer]) -> None:
         """Tell all who want something of the slot. It is not written again before the last of them has released it."""
+        began = time.perf_counter()
         slot, packed, fill = self._packing.take()
         if slot is None:
             return
@@ -166,9 +176,11 @@ class Outbound:
                 peer.channel.send(Filled(slot, chunks, fill))
         self._advance(sum(chunk.range.size for chunk, _ in packed))
         self._look()
+        self._timeline.note("hand over slots", "", began)
 
     def _free_slot(self) -> int:
-        self._wait(lambda: [] if self._free() else [peer for peer in self._members if peer.holds], "release a slot")
+        with self._timeline.event("wait for a free slot"):
+            self._wait(lambda: [] if self._free() else [peer for peer in self._members if peer.holds], "release a slot")
         return self._free()[0]
 
     def _free(self) -> list[int]:
@@ -203,7 +215,8 @@ class Outbound:
         members = list(self._members)
         for peer in members:
             peer.channel.send(Commit())
-        self._wait(self._in(SessionState.COMMITTED), "say that it has the version")
+        with self._timeline.event("wait for commits"):
+            self._wait(self._in(SessionState.COMMITTED), "say that it has the version")
         self._part()
         committed = tuple(peer.name for peer in self._members)
         silent = [peer for peer in members if peer not in self._members]
@@ -222,6 +235,7 @@ class Outbound:
             nbytes=self._nbytes,
             seconds=time.monotonic() - self._began,
             waited=dict(self._waited),
+            events=tuple(self._timeline.events),
         )
 
     def _abort(self, error: BaseException) -> None:

@@ -15,6 +15,7 @@ from ..manifest import Manifest
 from ..memory.guards import Guard
 from ..sources.contracts import Request
 from ..sources.streams import LeaseStream
+from ..timeline import Timeline
 from .address import path_of
 from .connection import Connection
 from .inbound import Inbound
@@ -124,6 +125,10 @@ class Receiver:
             UsageError: something is wanted that is not offered, or the stream has begun.
         """
         self._offered().want(requests)
+
+    def time_into(self, timeline: Timeline) -> None:
+        """Note in ``timeline`` what the version that is offered takes: waits and copies. ``LiveModel`` calls it."""
+        self._offered().member.timeline = timeline
 
     def decision(self) -> AbstractContextManager[None]:
         """Entering waits until the group has decided; inside, commit. Leaving says that this was done.

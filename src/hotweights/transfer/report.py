@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import msgspec
 
 from ..text import as_html, counts, short, size, table
+from ..timeline import TimelineEvent, breakdown, save_events
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,7 @@ class SendReport:
         seconds: from the offer to the last answer.
         waited: seconds of those, by receiver that was waited for; several may be waited for at once.
         warnings: what a person should read.
+        events: what the time of ``send`` was spent on, the wait for receivers before the offer too.
     """
 
     version: str | int
@@ -35,10 +38,16 @@ class SendReport:
     seconds: float
     waited: Mapping[str, float]
     warnings: tuple[str, ...] = ()
+    events: tuple[TimelineEvent, ...] = ()
 
     def as_dict(self) -> dict[str, object]:
         """The attributes as numbers, text, lists and dicts: what JSON can hold."""
-        return {**msgspec.to_builtins(self), "committed": list(self.committed), "warnings": list(self.warnings)}
+        facts = {"committed": list(self.committed), "warnings": list(self.warnings)}
+        return {**msgspec.to_builtins(self), **facts, "events": [event._asdict() for event in self.events]}
+
+    def save_timeline(self, path: str | os.PathLike[str]) -> None:
+        """Write what the time was spent on in the Chrome trace format, for ``chrome://tracing`` or ui.perfetto.dev."""
+        save_events(path, self.events)
 
     def __repr__(self) -> str:
         sent = f"{size(self.nbytes)} in {self.tensors} tensors in {self.seconds:.3f} s"
@@ -54,6 +63,7 @@ class SendReport:
         rows = (
             ("sent", f"{size(self.nbytes)} in {self.tensors} tensors in {self.seconds:.3f} s ({rate:.2f} GB/s)"),
             ("version", f"{self.version!r}, taken by {', '.join(self.committed) or 'nobody'}"),
+            *breakdown(self.events),
             *(("waited", f"{seconds:.3f} s for {name}") for name, seconds in self.waited.items()),
             *(("lost", f"{name}: {reason}") for name, reason in self.lost.items()),
             *(("warning", warning) for warning in self.warnings),

@@ -5,18 +5,20 @@ from __future__ import annotations
 import os
 import secrets
 import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Literal
+from functools import partial
+from typing import Literal, overload
 
 import torch
 
 from .. import signals
 from ..arguments import check_choices, check_count, check_flags, check_seconds, check_version
-from ..errors import Closed, UsageError
+from ..errors import Closed, TransferError, UsageError
 from ..forked import alone_in_a_fork
 from ..manifest import Manifest
+from ..memory import devices
 from ..memory.wrappers import is_wrapper
 from ..progress import progress
 from ..sources.contracts import InMemory, Source, warnings_of
@@ -25,11 +27,13 @@ from ..sources.opening import AnySource, is_pairs, opened
 from ..sources.pairs import pairs_of
 from ..sources.state_dict import StateSource, check_whole
 from ..text import some
+from ..timeline import Timeline
 from .address import path_of
 from .copying import wrapped
 from .outbound import Outbound
 from .peers import PeerGroup
 from .report import SendReport
+from .send_handle import LAST_LINES, SendHandle
 from .shared_memory import WriteSlots
 
 OnLost = Literal["abort", "drop"]
@@ -41,8 +45,8 @@ Sendable = AnySource | Iterable[tuple[str, torch.Tensor]]
 class Sender:
     """Sends versions to the receivers on this host that connect to an address. A context manager.
 
-    Bytes go through a few slots of shared memory, filled once for all receivers. One thread sends at a time. Between
-    two calls of ``send`` nothing runs, and receivers that connect wait.
+    Bytes go through a few slots of shared memory, filled once for all receivers. One version is sent at a time. Between
+    two of them nothing runs, and receivers that connect wait.
     """
 
     def __init__(
@@ -91,7 +95,32 @@ class Sender:
         self._sending = threading.Lock()
         self._process = os.getpid()
         self._thread: int | None = None  # the one that sends; only it changes this
+        self._beside: threading.Thread | None = None  # the last one that sent with ``wait=False``
         self._closed = False
+
+    @overload
+    def send(
+        self,
+        tensors: Sendable,
+        *,
+        version: str | int,
+        manifest: Manifest | None = None,
+        receivers: int | None = None,
+        show_progress: bool | None = None,
+        wait: Literal[True] = True,
+    ) -> SendReport: ...
+
+    @overload
+    def send(
+        self,
+        tensors: Sendable,
+        *,
+        version: str | int,
+        manifest: Manifest | None = None,
+        receivers: int | None = None,
+        show_progress: bool | None = None,
+        wait: Literal[False],
+    ) -> SendHandle: ...
 
     @alone_in_a_fork()
     @signals.watched
@@ -103,10 +132,12 @@ class Sender:
         manifest: Manifest | None = None,
         receivers: int | None = None,
         show_progress: bool | None = None,
-    ) -> SendReport:
+        wait: bool = True,
+    ) -> SendReport | SendHandle:
         """Send one version; return when every receiver has it.
 
-        Tensors are read only while this runs: nobody may change them before it returns.
+        Tensors are read only while this runs: nobody may change them before it returns. With ``wait=False`` it returns
+        at once, and nobody may change them before ``SendHandle.done``.
 
         Args:
             tensors: a mapping, a module, a source or a path; or pairs of name and tensor. With ``manifest`` pairs are
@@ -115,36 +146,79 @@ class Sender:
             manifest: what the pairs will be.
             receivers: how many must be connected this time.
             show_progress: whether to draw a progress bar; by default on a terminal.
+            wait: whether to wait for the receivers. If not, a thread does, and ``SendHandle.result`` says how it ended.
+                What is sent is opened before this returns; only pairs with ``manifest`` are iterated in the thread.
 
         Raises:
             TransferAborted: nobody has it; each problem begins with the name of a receiver.
             TransferIncomplete: the group took it, and some receivers were lost after that.
             TransferTimeout: not enough receivers came.
-            UsageError: the tensors cannot be sent: two have one name, for example. Nobody was told of the version.
+            UsageError: the tensors cannot be sent: two have one name, for example. Or the version before is being sent.
+                Nobody was told of the version.
             Exception: the source failed. Nobody has the version.
         """
         if version is None:
             raise UsageError("a version has a name, a str or an int; found None")
         check_version(version)
-        check_flags(show_progress=show_progress)
+        check_flags(wait=wait, show_progress=show_progress)
         if receivers is not None:
             check_count(1, receivers=receivers)
-        with self._alone(), _opened(tensors, manifest) as source:
+        with ExitStack() as stack:
+            stack.enter_context(self._alone())
+            source = stack.enter_context(_opened(tensors, manifest))
             _check_bare(source)
+            send = partial(self._send, source, version, receivers, show_progress)
+            if wait:
+                return send()
+            queued = _queued(source)
+            return self._begin(send, stack.pop_all(), version, queued)
+
+    @signals.held
+    def _begin(
+        self, send: Callable[[], SendReport], opened: ExitStack, version: str | int, queued: devices.Event | None
+    ) -> SendHandle:
+        """Send in a thread, which closes what was opened."""
+
+        def run() -> SendReport:
+            with opened:
+                if queued is not None:
+                    devices.wait(queued.query, None, lambda: self._closed)
+                return send()
+
+        try:
+            self._thread = None  # Not this one any more: ``close`` waits for the other.
+            sending = SendHandle(run, version)
+            self._beside = sending.thread
+            return sending
+        except BaseException as error:
+            opened.close()
+            if isinstance(error, RuntimeError):
+                raise TransferError(f"version {version!r} was not sent: {error}; wait=True needs no thread") from error
+            raise
+
+    @alone_in_a_fork()
+    @signals.held
+    def _send(
+        self, source: Source, version: str | int, receivers: int | None, show_progress: bool | None
+    ) -> SendReport:
+        self._thread = threading.get_ident()
+        timeline = Timeline()
+        with timeline.event("wait for receivers"):
             members = self._group.gather(self._receivers if receivers is None else receivers)
-            self._update += 1
-            with progress("sending", source.manifest.nbytes, show=show_progress) as advance:
-                report = Outbound(
-                    self._group,
-                    members,
-                    self._slots,
-                    update=self._update,
-                    timeout=self._timeout,
-                    digests=self._digests,
-                    drop=self._drop,
-                    advance=advance,
-                ).run(source, version)
-            return replace(report, warnings=warnings_of(source))
+        self._update += 1
+        with progress("sending", source.manifest.nbytes, show=show_progress) as advance:
+            report = Outbound(
+                self._group,
+                members,
+                self._slots,
+                update=self._update,
+                timeout=self._timeout,
+                digests=self._digests,
+                drop=self._drop,
+                advance=advance,
+                timeline=timeline,
+            ).run(source, version)
+        return replace(report, warnings=warnings_of(source))
 
     @property
     @signals.watched
@@ -173,6 +247,9 @@ class Sender:
         with self._sending:  # Not for long: every wait of the running send has ended.
             self._group.close()
             self._slots.close()
+        beside = self._beside
+        if beside is not None and beside is not threading.current_thread():
+            beside.join(LAST_LINES)
 
     def __enter__(self) -> Sender:
         return self
@@ -217,6 +294,13 @@ def _opened(tensors: Sendable, manifest: Manifest | None) -> Iterator[Source]:
     else:
         with StateSource(_collected(tensors)) as state:
             yield state
+
+
+def _queued(source: Source) -> devices.Event | None:
+    """What computes the tensors may be queued still, on a stream of this thread. Other threads do not wait for that."""
+    if not isinstance(source, InMemory):
+        return None
+    return devices.record_events({source.borrow(name).device for name in source.manifest})
 
 
 def _collected(pairs: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

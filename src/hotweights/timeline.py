@@ -1,0 +1,129 @@
+"""Timeline: what the time of an update or of a send was spent on, for trace viewers and in a few lines for people."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, TypeVar
+
+from .signals import held
+from .text import some
+
+_LINES = 5  # of a breakdown
+_ROUNDING = 1e-9  # seconds
+_Item = TypeVar("_Item")
+
+
+class TimelineEvent(NamedTuple):
+    """Something that time was spent on. It may lie within another one.
+
+    Attributes:
+        what: such as ``"read"``, ``"process"``, ``"write"``, ``"prepare"`` or ``"commit"``.
+        of: the layer or the tensor; empty for what concerns all.
+        start: seconds since the update, or the send, began.
+        seconds: how long it took.
+        open_nbytes: device memory of open layers when it ended.
+    """
+
+    what: str
+    of: str
+    start: float
+    seconds: float
+    open_nbytes: int = 0
+
+
+class Timeline:
+    """The events of one update or send, as they happen. One thread at a time writes to it.
+
+    Attributes:
+        events: those that have ended.
+        began: when it began, by ``time.perf_counter``.
+    """
+
+    def __init__(self, open_nbytes: Callable[[], int] = int) -> None:
+        """``open_nbytes`` says how much device memory open layers take now."""
+        self.events: list[TimelineEvent] = []
+        self.began = time.perf_counter()
+        self._open_nbytes = open_nbytes
+
+    @contextmanager
+    @held
+    def event(self, what: str, of: str = "") -> Iterator[None]:
+        """Time what is done inside, as one event."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.note(what, of, began)
+
+    @held
+    def note(self, what: str, of: str, began: float) -> None:
+        """Note an event that ends now. Where ``event`` would take longer than what it times."""
+        now = time.perf_counter()
+        self.events.append(TimelineEvent(what, of, began - self.began, now - began, self._open_nbytes()))
+
+    def each(self, what: str, items: Iterable[_Item]) -> Iterator[_Item]:
+        """The items; each wait for the next one is an event."""
+        began = time.perf_counter()
+        for item in items:
+            self.note(what, "", began)
+            yield item
+            began = time.perf_counter()
+
+
+def save_events(path: str | os.PathLike[str], events: Iterable[TimelineEvent]) -> None:
+    """Write events in the Chrome trace format, for ``chrome://tracing`` or ui.perfetto.dev."""
+    events = list(events)
+    spans = [
+        {"name": f"{event.what} {event.of}".strip(), "cat": event.what, "ph": "X", "pid": 0, "tid": event.what}
+        | {"ts": event.start * 1e6, "dur": event.seconds * 1e6}
+        for event in events
+    ]
+    counters = [
+        {"name": "open layers, device bytes", "ph": "C", "pid": 0, "args": {"bytes": event.open_nbytes}}
+        | {"ts": (event.start + event.seconds) * 1e6}
+        for event in events
+    ]
+    with open(path, "w") as file:
+        json.dump({"traceEvents": [*spans, *counters]}, file)
+
+
+def breakdown(events: Sequence[TimelineEvent]) -> list[tuple[str, str]]:
+    """What the time was spent on: rows of a table, five at most. Nothing is counted twice."""
+    spent = _seconds_by_kind(events)
+    total = max(map(_end, events), default=0.0)
+    if not total:
+        return []
+    by_size = sorted(spent, key=spent.__getitem__, reverse=True)
+    most, others = by_size[: _LINES - 1], by_size[_LINES - 1 :]
+    # As they began, which tells more than by size.
+    shown = [(what, seconds) for what, seconds in spent.items() if what in most]
+    rest = total - sum(seconds for _, seconds in shown)
+    shown.append((f"other: {some([*others, 'what has no name'], 4)}", max(rest, 0.0)))
+    return [
+        ("" if number else "time", f"{seconds:.3f} s ({seconds / total:3.0%}) {what}")
+        for number, (what, seconds) in enumerate(shown)
+    ]
+
+
+def _seconds_by_kind(events: Iterable[TimelineEvent]) -> dict[str, float]:
+    """Seconds of each kind, without those of events that lie inside."""
+    spent: dict[str, float] = defaultdict(float)
+    around: list[TimelineEvent] = []  # the innermost last
+    for event in sorted(events, key=lambda event: (event.start, -event.seconds)):
+        # By the ends: rounded, one that follows at once may begin before the one before has ended.
+        while around and _end(event) > _end(around[-1]) + _ROUNDING:
+            around.pop()
+        if around:
+            spent[around[-1].what] -= event.seconds
+        spent[event.what] += event.seconds
+        around.append(event)
+    return spent
+
+
+def _end(event: TimelineEvent) -> float:
+    return event.start + event.seconds
