@@ -23,12 +23,17 @@ PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
-BLOCKS = [
-    pytest.param(language, code, id=f"{page.relative_to(ROOT)}:{number}")
-    for page in PAGES
-    if page.exists()
-    for number, (language, code) in enumerate(re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.M | re.S))
-]
+GO_ON = ("faq.md",)  # Pages on which each block goes on where the first one ended; on others it stands alone.
+
+
+def blocks(page):
+    found = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.M | re.S)
+    for number, (language, code) in enumerate(found):
+        before = found[0][1] if number and language == "python" and page.name in GO_ON else ""
+        yield pytest.param(language, before + code, id=f"{page.relative_to(ROOT)}:{number}")
+
+
+BLOCKS = [block for page in PAGES if page.exists() for block in blocks(page)]
 
 
 @pytest.fixture
@@ -40,6 +45,7 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch.compile's own
 @pytest.mark.parametrize(("language", "code"), BLOCKS)
 def test_block(language, code, place):
     if language == "python":

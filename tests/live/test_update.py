@@ -656,3 +656,14 @@ def test_what_the_models_own_code_raises_while_it_is_traced_is_the_cause():
     with pytest.raises(hw.UpdateAborted, match="not again"):
         live.update({"weight": torch.ones(2, 2), "bias": torch.zeros(2), "scale": torch.ones(1)})
     assert live.state is hw.State.SERVING
+
+
+def test_advice_that_the_first_load_could_not_follow_either_does_not_point_there():
+    live = hw.LiveModel(nn.Linear(2, 2))
+    live.load(nn.Linear(2, 2))
+    with pytest.raises(hw.UpdateAborted, match="use from_pretrained for this one") as refused:
+        live.update({"bias": torch.zeros(2), "net.qweight": torch.zeros(2, 2)})
+    assert "first load" not in refused.value.advice
+    with pytest.raises(hw.UpdateAborted, match="first load") as refused:
+        live.update({"weight": torch.zeros(2, 2)})
+    assert "allow_missing=" in refused.value.advice

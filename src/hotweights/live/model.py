@@ -427,6 +427,7 @@ class LiveModel:
             raise aborted(f"{self._current}; nothing was changed", error) from error
         return self._begin(manifest.renamed(fed.new), atomic, only, cast, timeout, fed)
 
+    @signals.held
     def _begin(
         self,
         manifest: Manifest | None,

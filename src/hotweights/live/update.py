@@ -344,14 +344,19 @@ class Update:
                 self.abort()
 
 
+_SAID_FIRST = ("allow_", "by=")  # Options of advice that updates do not have.
+
+
 def aborted(left: str, error: Exception) -> UpdateAborted:
     """What tells that ``error`` ended an update, and what it left."""
     said = str(error) if isinstance(error, HotweightsError) else f"{type(error).__name__}: {error}"
     advice = getattr(error, "advice", "")
+    if any(option in advice for option in _SAID_FIRST):
+        advice += " It is said in the first load, LiveModel.load(), and holds for all updates."
     return UpdateAborted(
         f"{left}: {getattr(error, 'title', said)}",
         getattr(error, "problems", ()),
-        advice=advice and f"{advice} It is said in the first load, LiveModel.load(), and holds for all updates.",
+        advice=advice,
     )
 
 

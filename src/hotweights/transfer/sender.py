@@ -168,7 +168,7 @@ class Sender:
             source = stack.enter_context(_opened(tensors, manifest))
             _check_bare(source)
             send = partial(self._send, source, version, receivers, show_progress)
-            if wait:
+            if wait is not False:
                 return send()
             queued = _queued(source)
             return self._begin(send, stack.pop_all(), version, queued)
