@@ -1,9 +1,11 @@
-"""Offloading: where hooks bring old weights back, nothing is loaded; other hooks are no obstacle."""
+"""Offloading: what accelerate keeps in memory is loaded there; where old weights would come back, nothing is loaded."""
 
 import functools
 import types
 from collections.abc import Mapping
 
+import accelerate
+import accelerate.hooks
 import pytest
 import torch
 from torch import nn
@@ -222,3 +224,251 @@ def test_other_hooks_are_no_obstacle(hook):
     live.load(state)
     live.update(state)
     assert all((tensor == 1).all() for tensor in model.state_dict().values())
+
+
+# accelerate itself: what its hooks keep in the host's memory is written there.
+
+
+class Deep(nn.Module):
+    """Persistent and other buffers, tied parameters, and a module that has two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+        self.again = self.first[0]
+        self.embedding = nn.Linear(3, 3, bias=False)
+        self.last = nn.Linear(3, 3)
+        self.last.weight = self.embedding.weight
+        self.last.register_buffer("shift", torch.full((3,), 0.5), persistent=False)
+        self.eval()
+
+    def forward(self, x):
+        return self.last(self.embedding(self.again(self.first(x)))) + self.last.shift
+
+
+X = torch.arange(6.0).reshape(2, 3)
+HERE = torch.device("cpu")  # For accelerate another device than "cpu": this one computes, that one keeps.
+
+
+def state_of(seed):
+    torch.manual_seed(seed)
+    model = Deep()
+    with torch.no_grad():
+        for tensor in (*model.parameters(), model.first[1].running_mean, model.first[1].running_var):
+            tensor.uniform_()
+    return model.state_dict()
+
+
+def computed(state):
+    model = Deep()
+    model.load_state_dict(state)
+    with torch.no_grad():
+        return model(X)
+
+
+def by_hooks_of_ones_own(model):
+    for module in (*model.first, model.embedding, model.last):
+        hook = accelerate.hooks.AlignDevicesHook(execution_device="cpu", offload=True, place_submodules=True)
+        accelerate.hooks.add_hook_to_module(module, hook)
+
+
+def among_other_hooks(model):
+    accelerate.hooks.add_hook_to_module(model.last, accelerate.hooks.ModelHook())
+    accelerate.cpu_offload(model, "cpu")
+    accelerate.hooks.add_hook_to_module(model.last, accelerate.hooks.ModelHook(), append=True)
+    assert isinstance(model.last._hf_hook.hooks[0], accelerate.hooks.SequentialHook)
+
+
+def dispatched(keeping):
+    def dispatch(model):
+        devices = {name: "cpu" if name in keeping else HERE for name in ("first", "embedding", "last")}
+        with pytest.warns(UserWarning, match="do not match any submodules"):  # It asks for the second name, and warns.
+            accelerate.dispatch_model(model, devices | {"again": devices["first"]}, HERE, force_hooks=True)
+
+    return dispatch
+
+
+KEPT = {
+    "cpu_offload": lambda model: accelerate.cpu_offload(model, "cpu"),
+    "with buffers": lambda model: accelerate.cpu_offload(model, "cpu", offload_buffers=True),
+    "with submodules": lambda model: accelerate.cpu_offload(model, "cpu", preload_module_classes=["Sequential"]),
+    "the whole model": lambda model: accelerate.cpu_offload(model, "cpu", preload_module_classes=["Deep"]),
+    "hooks of one's own": by_hooks_of_ones_own,
+    "among other hooks": among_other_hooks,
+    "dispatched": dispatched(["first", "embedding", "last"]),
+    "dispatched, one tied": dispatched(["last"]),
+    "dispatched, the other tied": dispatched(["embedding"]),
+}
+
+
+@pytest.mark.parametrize("keep", KEPT)
+def test_what_hooks_keep_in_memory_is_loaded_there(keep):
+    model = Deep()
+    KEPT[keep](model)
+    with torch.no_grad():
+        for turn, options in enumerate(({}, {"device": "cpu"}, {})):
+            state = state_of(turn)
+            hw.load(model, state, **options)
+            torch.testing.assert_close(model(X), computed(state))
+    assert any(parameter.is_meta for parameter in model.parameters())
+    accelerate.hooks.remove_hook_from_submodules(model)
+    for name, value in model.state_dict().items():
+        if not value.is_meta:  # Where one hook brought tied tensors, accelerate leaves the second name on meta.
+            torch.testing.assert_close(value, state[name])
+
+
+def test_what_was_written_there_has_a_new_version():
+    model = accelerate.cpu_offload(Deep(), "cpu")
+    kept = model.last._hf_hook.weights_map.dataset["last.weight"]
+    before = kept._version, kept.data_ptr()
+    hw.load(model, state_of(1))
+    assert kept._version > before[0]
+    assert kept.data_ptr() == before[1]
+
+
+def test_copies_that_come_back_with_the_hooks_are_renewed():
+    """Where the device of a forward is not the host, the map has another copy of a buffer that stays on the device."""
+    model, state = Deep(), state_of(1)
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    kept["last.weight"] = kept["embedding.weight"]
+    accelerate.cpu_offload(model, "cpu", state_dict=kept)
+    buffer = model.first[1].running_mean
+    hw.load(model, state)
+    assert model.first[1].running_mean is buffer
+    assert torch.equal(buffer, state["first.1.running_mean"])
+    accelerate.hooks.remove_hook_from_submodules(model)
+    assert torch.equal(model.first[1].running_mean, state["first.1.running_mean"])
+    torch.testing.assert_close(model(X), computed(state))
+
+
+def test_of_tied_parameters_the_one_on_the_device_is_loaded_for_all():
+    """A forward takes it from ``tied_params_map``, and not what the map of weights has."""
+    model, state = Deep(), state_of(1)
+    KEPT["dispatched, one tied"](model)
+    hook = model.last._hf_hook.hooks[0] if hasattr(model.last._hf_hook, "hooks") else model.last._hf_hook
+    value = hook.weights_map["weight"]
+    on_device = nn.Parameter(value.detach().clone())  # As embedding.weight is, on another device than the host.
+    model.embedding.weight = model.last.weight = hook.tied_params_map[value.data_ptr()][HERE] = on_device
+    hw.load(model, {name: value for name, value in state.items() if name != "last.weight"})
+    with torch.no_grad():
+        torch.testing.assert_close(model(X), computed(state))
+    assert torch.equal(value, state["last.weight"])
+
+
+def test_after_a_forward_that_failed_what_it_brought_is_not_what_is_loaded():
+    model, state = accelerate.cpu_offload(Deep(), "cpu"), state_of(1)
+    with pytest.raises(RuntimeError):
+        model.last(torch.ones(1, 7))
+    assert not model.last.weight.is_meta
+    model.last.weight = nn.Parameter(model.last.weight.detach().clone())  # As it is on another device than the host.
+    hw.load(model, state)
+    with torch.no_grad():
+        torch.testing.assert_close(model(X), computed(state))
+
+
+def test_a_plan_made_before_serves_the_offloaded_model():
+    model, state = Deep(), state_of(1)
+    plan = hw.trace(model, state)
+    accelerate.cpu_offload(model, "cpu")
+    hw.load(model, state, plan=plan)
+    with torch.no_grad():
+        torch.testing.assert_close(model(X), computed(state))
+
+
+def test_what_the_load_leaves_out_keeps_its_value():
+    model = Deep()
+    old, state = model.last.bias.detach().clone(), state_of(1)
+    accelerate.cpu_offload(model, "cpu")
+    del state["last.bias"]
+    hw.load(model, state, allow_missing=["last.bias"], device="cpu")
+    with torch.no_grad():
+        torch.testing.assert_close(model(X), computed(state | {"last.bias": old}))
+
+
+def disk_offload(model, folder):
+    accelerate.disk_offload(model, str(folder), "cpu")
+
+
+def dispatched_to_disk(model, folder):
+    devices = {"first": HERE, "again": HERE, "embedding": "cpu", "last": "disk"}
+    with pytest.warns(UserWarning, match="do not match any submodules"):
+        accelerate.dispatch_model(model, devices, HERE, offload_dir=str(folder))
+
+
+@pytest.mark.parametrize("offload", [disk_offload, dispatched_to_disk])
+def test_what_lies_in_files_is_refused_and_the_advice_can_be_followed(offload, tmp_path):
+    model, state = Deep(), state_of(1)
+    offload(model, tmp_path)
+    before = model(X)
+    with pytest.raises(
+        hw.PlanError, match=r"last.*: .*Hook keeps these weights elsewhere \(on disk\) and brings"
+    ) as info:
+        hw.load(model, state, device="cpu")
+    assert torch.equal(model(X), before)
+    assert "accelerate.hooks.remove_hook_from_submodules(model)" in str(info.value)
+    accelerate.hooks.remove_hook_from_submodules(model)
+    hw.load(model, state)
+    with torch.no_grad():
+        torch.testing.assert_close(model(X), computed(state))
+
+
+def with_a_hook_of_another_class(model):
+    class Odd(accelerate.hooks.AlignDevicesHook):
+        pass
+
+    accelerate.hooks.add_hook_to_module(model.last, Odd(execution_device="cpu", offload=True))
+
+
+def with_a_value_of_another_dtype(model):
+    kept = {name: value.half() if name == "last.weight" else value for name, value in model.state_dict().items()}
+    accelerate.cpu_offload(model, "cpu", state_dict=kept)
+
+
+def with_an_odd_map(model):
+    class Odd(dict):
+        def __getitem__(self, name):
+            return super().__getitem__(name).clone()
+
+    accelerate.cpu_offload(model, "cpu", state_dict=Odd(model.state_dict()))
+
+
+@pytest.mark.parametrize("offload", [with_a_hook_of_another_class, with_a_value_of_another_dtype, with_an_odd_map])
+def test_what_would_not_be_read_again_is_refused(offload):
+    model = Deep()
+    offload(model)
+    with pytest.raises(hw.PlanError, match=r"last.*: .* brings the old ones back at each forward"):
+        hw.load(model, state_of(1), device="cpu")
+
+
+class OwnCode(Deep):
+    def load_weights(self, weights):
+        for name, tensor in weights:
+            self.get_parameter(name).data.copy_(tensor)
+
+
+@pytest.mark.parametrize(
+    ("kind", "road", "error"),
+    [
+        (Deep, lambda model, state: hw.LiveModel(model).load(state), "keeps these weights elsewhere"),
+        (Deep, lambda model, state: hw.load(model, state, verify="loader"), "leave verify= out"),
+        (OwnCode, lambda model, state: hw.load(model, state), "OwnCode has loading code of its own"),
+        (OwnCode, lambda model, state: hw.trace(model, state), "OwnCode has loading code of its own"),
+    ],
+)
+def test_offloaded_models_are_loaded_by_name_and_once(kind, road, error):
+    model = accelerate.cpu_offload(kind(), "cpu")
+    before = model(X)
+    with pytest.raises(hw.HotweightsError, match=error):
+        road(model, state_of(1))
+    assert torch.equal(model(X), before)
+
+
+def test_a_model_of_transformers_loads_by_its_own_rules():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=2, n_positions=8, vocab_size=16, bos_token_id=0)
+    model, trained = transformers.GPT2LMHeadModel(config).eval(), transformers.GPT2LMHeadModel(config).eval()
+    accelerate.cpu_offload(model, "cpu")
+    hw.load(model, {name: value for name, value in trained.state_dict().items() if name != "lm_head.weight"})
+    tokens = torch.arange(4)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens).logits, trained(tokens).logits)

@@ -35,6 +35,7 @@ from ..memory.pool import Pool
 from ..model.digests import digest_of
 from ..model.matching import KnownNames, other_names
 from ..model.materialise import materialise, put_back
+from ..model.offloading import refuse_offloaded
 from ..model.places import Place, places
 from ..model.reachable import reachable
 from ..model.survey import By, own_loader, survey
@@ -254,7 +255,9 @@ class LiveModel:
 
     def _options(self, allowed: Sequence[Patterns], cast: Cast | None, by: By | None) -> Options:
         """What every load allows; and note the names by which the model's tensors are called from now on."""
-        core, names = self._core, {*survey(self._core).tensors}
+        core, seen = self._core, survey(self._core)
+        refuse_offloaded(core, seen)
+        names = {*seen.tensors}
         self._match = KnownNames(core, names).matched if own_loader(core, by) is None else as_they_are
         self._others = other_names(core, outer_prefix(self.model), names)
         missing, partly, unexpected, mismatched = allowed

@@ -152,7 +152,7 @@ class Fingerprint:
             return (name, value.name)
         if isinstance(value, (list, tuple)):
             return (name, [self.trait(item, depth + 1) for item in value])
-        if isinstance(value, Mapping):
+        if isinstance(value, (dict, types.MappingProxyType)):  # Other mappings may read files to give their items.
             return (name, [(self.trait(key), self.trait(item, depth + 1)) for key, item in value.items()])
         if isinstance(value, (set, frozenset)):
             return (name, sorted(map(repr, value)))

@@ -21,7 +21,7 @@ from ..manifest import Manifest
 from ..memory.extents import renew
 from ..memory.pool import Pool
 from ..model.materialise import materialise, put_back
-from ..model.offloading import refuse_offloaded
+from ..model.offloading import refuse_own_code, refuse_unwritable
 from ..model.places import places
 from ..model.reachable import attributes, reachable
 from ..model.survey import By, Survey, survey
@@ -51,7 +51,7 @@ from .fallback import fall_back
 from .initialise import InitMissing, check_init_missing, initialise, left_on_meta, told
 from .report import LoadReport, Tally
 from .requests import bytes_to_read, requests_of
-from .verify import Verify, verifier
+from .verify import Verify, check_verifiable, verifier
 
 
 @signals.watched
@@ -170,7 +170,9 @@ def load(
         if isinstance(given, IteratorSource) and given is not source:  # Its tensors were collected.
             done.hold_scratch(source.manifest.nbytes)
         seen = survey(model, by)
-        refuse_offloaded(model, seen)
+        refuse_unwritable(model, seen)
+        if verify == "loader":
+            check_verifiable(seen)
         source = fitted(source, rename, match_for(model, seen.tensors, by))
         stack.enter_context(naming_files(source))
         if plan is None:
@@ -182,6 +184,8 @@ def load(
             plan = planned(model, plain, source.manifest, options, make, cache_dir) if keep or cache_dir else make()
         else:
             check(plan, model, source.manifest, target_device)
+        if plan.fallback:
+            refuse_own_code(model, seen)
         left = [] if target_device is None else left_on_meta(plan, seen, init_missing, model)
         if order != "given":
             plan = plan.ordered(order, source.position if isinstance(source, Addressed) else None)
@@ -191,8 +195,8 @@ def load(
             reshard(model.modules())
             initialise(model, left, init_missing)
             # Tensors in lists and attributes are looked for only if a step writes there: it takes a second walk.
-            destinations = tensors if plan.targets.keys() <= tensors.keys() else reachable(model)
-            stack.enter_context(_renewing(plan, model, tensors, destinations, done))
+            destinations = tensors if plan.targets.keys() <= tensors.keys() else reachable(model) | tensors
+            stack.enter_context(_renewing(plan, model, seen, tensors, destinations, done))
             if pool is None:
                 pool = stack.enter_context(Pool(device=_slowest(destinations)))
             advance = stack.enter_context(progress("loading", nbytes, show=show_progress))
@@ -252,6 +256,7 @@ def _made_real(
     after an error they are meta again.
     """
     written = {name for step in plan.steps for name in step.destinations} | set(plan.unproven) | set(left)
+    written -= set(seen.kept)  # What their modules have stays on meta.
     replaced = [] if device is None else materialise(places(model), written, device)
     try:
         yield survey(model).tensors if replaced else seen.tensors
@@ -277,7 +282,7 @@ def _noting(done: Tally, nbytes: int) -> Iterator[None]:
 @contextmanager
 @signals.held
 def _renewing(
-    plan: LoadPlan, model: nn.Module, tensors: Destinations, destinations: Destinations, done: Tally
+    plan: LoadPlan, model: nn.Module, seen: Survey, tensors: Destinations, destinations: Destinations, done: Tally
 ) -> Iterator[None]:
     """At the end, failed or not, every tensor that was written has a new ``_version``."""
     try:
@@ -285,6 +290,7 @@ def _renewing(
     finally:
         if done.writing:
             written = {name: destinations[name] for step in plan.steps for name in step.destinations}
+            seen.offloaded.renew_copies(written.values())
             others = attributes(modules_of(model), set(map(id, tensors.values())))
             renew(written.values(), [*tensors.values(), *(tensor for _, tensor in others)])
 

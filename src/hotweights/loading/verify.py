@@ -13,7 +13,7 @@ from torch import nn
 from ..errors import PlanDiffers, UsageError
 from ..memory.pool import Pool
 from ..model.snapshot import Snapshot
-from ..model.survey import By, LoadingCode, by_name, loader_of, survey
+from ..model.survey import By, LoadingCode, Survey, by_name, loader_of, survey
 from ..plan.disjoint_sets import DisjointSets
 from ..plan.plan import LoadPlan
 from ..sources.contracts import Addressed, InMemory, Source
@@ -36,11 +36,7 @@ def verifier(model: nn.Module, source: Source, by: By | None = None) -> Verifier
     Raises:
         UsageError: the source only streams; what was loaded from it cannot be had again.
     """
-    if parts := survey(model, by).parts:
-        raise UsageError(
-            'verify="loader" gives the model\'s own loading code whole tensors, and it takes none for DTensors: '
-            f"{some(list(parts))}; leave verify= out"
-        )
+    check_verifiable(survey(model, by))
     load = rules_for(model, source.manifest).load or loader_of(model, by) or by_name(model)
     if not isinstance(source, (Addressed, InMemory)):
         raise UsageError(
@@ -53,6 +49,24 @@ def verifier(model: nn.Module, source: Source, by: By | None = None) -> Verifier
         verify_by_loader(plan, model, load, destinations, partial(owned, source, read=read))
 
     return verify
+
+
+def check_verifiable(seen: Survey) -> None:
+    """See that the model's own loading code can write to what the survey found.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    if seen.kept:
+        raise UsageError(
+            'verify="loader" runs the model\'s own loading code, which would write to meta tensors where hooks keep '
+            f"the weights: {some(seen.kept)}; leave verify= out"
+        )
+    if parts := seen.parts:
+        raise UsageError(
+            'verify="loader" gives the model\'s own loading code whole tensors, and it takes none for DTensors: '
+            f"{some(list(parts))}; leave verify= out"
+        )
 
 
 def verify_by_loader(

@@ -25,21 +25,49 @@ _NEAR = 2  # Where such a walk begins, of ``walk.DEPTH`` steps
 
 def refuse_offloaded(model: nn.Module, surveyed: Survey) -> None:
     """Raise ``PlanError`` if hooks of the model keep its weights elsewhere."""
+    _refuse(model, surveyed, set())
+
+
+def refuse_unwritable(model: nn.Module, surveyed: Survey) -> None:
+    """Raise ``PlanError`` if hooks of the model keep its weights where the survey does not find them."""
+    _refuse(model, surveyed, surveyed.offloaded.hooks)
+
+
+def refuse_own_code(model: nn.Module, surveyed: Survey) -> None:
+    """Raise ``PlanError`` if hooks keep any weights: the model's own loading code would write to what is on meta."""
+    if surveyed.kept:
+        raise PlanError(
+            "source and model do not fit; nothing was read or written",
+            [
+                f"{some(surveyed.kept)}: offloaded, and {type(model).__name__} has loading code of its own, which "
+                f"would write to the meta tensors that the modules have instead; {_WAY_OUT}"
+            ],
+        )
+
+
+_WAY_OUT = (
+    "load the model before it is dispatched or offloaded, or take the hooks off first "
+    "(accelerate.hooks.remove_hook_from_submodules(model))"
+)
+
+
+def _refuse(model: nn.Module, surveyed: Survey, known: set[int]) -> None:
     if not surveyed.hooked:
         return
-    seen = {id(module) for module in model.modules()}
+    seen = {id(module) for module in model.modules()} | known
     seen.update(map(id, surveyed.tensors.values()))
     keepers: dict[str, list[str]] = {}
     for name, module in surveyed.hooked:
         if (keeper := _keeper(module, surveyed.tensors, seen)) is not None:
+            reason = surveyed.offloaded.reasons.get(name)
+            keeper += f" keeps these weights elsewhere ({reason})" if reason else " keeps these weights elsewhere"
             keepers.setdefault(keeper, []).append(name or type(model).__name__)
     if keepers:
         raise PlanError(
             "source and model do not fit; nothing was read or written",
             (
-                f"{some(names)}: {keeper} keeps these weights elsewhere and brings the old ones back at each forward, "
-                "so what is loaded would be lost; load the model before it is dispatched or offloaded, or take the "
-                "hooks off first (accelerate.hooks.remove_hook_from_submodules(model))"
+                f"{some(names)}: {keeper} and brings the old ones back at each forward, "
+                f"so what is loaded would be lost; {_WAY_OUT}"
                 for keeper, names in keepers.items()
             ),
         )

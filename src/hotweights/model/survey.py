@@ -16,6 +16,7 @@ from ..names import inside as wraps
 from ..sharding import Part, is_dtensor, is_fsdp, is_fsdps, local, shards_of
 from ..text import some
 from .walk import modules_of
+from .weights_map import Offloaded, offloaded
 
 By = Literal["loader", "name"]
 """How a model that has a ``load_weights`` is loaded: by that, or by name."""
@@ -32,6 +33,8 @@ class Survey(NamedTuple):
         plain: whether loading is copying by name: nowhere is there loading code, a hook or extra state.
         hooked: the modules, by name, whose forward was replaced or has hooks before it.
         parts: which part of a whole tensor this rank holds, of those of which ``tensors`` has no more than that.
+        offloaded: what accelerate's hooks keep.
+        kept: names of that: ``tensors`` has it in place of the modules' own tensors.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -39,6 +42,8 @@ class Survey(NamedTuple):
     plain: bool
     hooked: list[tuple[str, nn.Module]]
     parts: dict[str, Part]
+    offloaded: Offloaded
+    kept: list[str]
 
     @property
     def persistent(self) -> dict[str, torch.Tensor]:
@@ -63,6 +68,7 @@ def survey(model: nn.Module, by: By | None = None) -> Survey:
     kinds: dict[type, bool] = {}
     hidden: list[str] = []
     hooked: list[tuple[str, nn.Module]] = []
+    aligned: list[tuple[str, nn.Module]] = []
     for prefix, module in modules_of(model):
         inside = module.__dict__
         kind = type(module)
@@ -73,6 +79,8 @@ def survey(model: nn.Module, by: By | None = None) -> Survey:
             kinds[kind] = not _has_loading_code(kind) and kind.set_extra_state is nn.Module.set_extra_state
         if inside["_forward_pre_hooks"] or "forward" in inside:
             hooked.append((prefix[:-1], module))
+        if "_hf_hook" in inside:
+            aligned.append((prefix[:-1], module))
         if not kinds[kind] or _is_hooked(module):
             plain = False
         for key, tensor in inside["_parameters"].items():
@@ -90,7 +98,10 @@ def survey(model: nn.Module, by: By | None = None) -> Survey:
         )
     if any(map(is_fsdp, kinds)):
         tensors |= _sharded(model)
-    return Survey(tensors, transient, plain, hooked, _localised(tensors))
+    kept = offloaded(aligned)
+    brought = _named(model, kept.tensors) if kept.tensors else {}
+    tensors |= brought
+    return Survey(tensors, transient, plain, hooked, _localised(tensors), kept, [*brought])
 
 
 def _sharded(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -101,11 +112,16 @@ def _sharded(model: nn.Module) -> dict[str, torch.Tensor]:
         if is_fsdp(type(module))
         for owner, key, tensor in shards_of(module)
     }
+    return _named(model, shards)
+
+
+def _named(model: nn.Module, tensors: dict[tuple[int, str], torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors that are given by the id of their module and their key there, by all their names."""
     return {
-        prefix + key: shards[id(module), key]
+        prefix + key: tensors[id(module), key]
         for prefix, module in modules_of(model)
-        for key in module._parameters
-        if (id(module), key) in shards
+        for key in (*module._parameters, *module._buffers)
+        if (id(module), key) in tensors
     }
 
 

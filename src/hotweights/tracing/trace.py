@@ -15,7 +15,7 @@ from ..gc_pause import without_collection
 from ..manifest import Manifest
 from ..memory.aliases import overlaps
 from ..model.matching import other_names
-from ..model.offloading import refuse_offloaded
+from ..model.offloading import refuse_own_code, refuse_unwritable
 from ..model.places import targets_of
 from ..model.survey import By, LoadingCode, Survey, counters, extra_state_problems, loader_of, own_loader, survey
 from ..names import outer_prefix, unwrapped
@@ -114,7 +114,7 @@ def _trace(
     allowed: Allowed,
     by: By | None,
 ) -> LoadPlan:
-    refuse_offloaded(model, surveyed)
+    refuse_unwritable(model, surveyed)
     tensors = surveyed.persistent
     if flat := [name for name in tensors if name.endswith("_flat_param")]:
         raise PlanError(
@@ -133,6 +133,8 @@ def _trace(
         problems += extra_state_problems(model)
     loader = None if surveyed.plain or rules.steps is not None else loader_of(model, by)
     traced = None
+    if loader is not None:
+        refuse_own_code(model, surveyed)
     if loader is not None and surveyed.parts:
         problems += _sharded(model, surveyed)
     elif loader is not None:
