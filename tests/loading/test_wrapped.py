@@ -261,3 +261,33 @@ def test_names_that_rename_spoils_are_named_with_both_names():
         hw.load(nn.Linear(2, 2), state, rename="a.")
     with pytest.raises(hw.UsageError, match=r"rename= maps prefixes"):
         hw.open(state, rename={"a.": None})
+
+
+def test_a_wrapped_model_with_an_adapter_is_a_source_for_its_like():
+    peft = pytest.importorskip("peft")
+
+    def adapted():
+        model = nn.ModuleDict({"q": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
+        config = peft.LoraConfig(target_modules=["q"], r=1, modules_to_save=["head"])
+        return peft.get_peft_model(nn.Sequential(model), config)
+
+    model, source = adapted(), adapted()
+    for wrap in (lambda inner: inner, torch.compile, nn.DataParallel):
+        with torch.no_grad():
+            for parameter in source.parameters():
+                parameter.normal_()
+        hw.load(model, wrap(source))
+        state = source.state_dict()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_views_whose_bytes_are_not_their_values_are_refused():
+    model = nn.Module()
+    model.register_buffer("turned", torch.zeros(2, dtype=torch.complex64).conj())
+    state = {"turned": torch.tensor([1 + 2j, 3 + 4j])}
+    for load in (hw.load, lambda model, source: hw.LiveModel(model).load(source)):
+        with pytest.raises(hw.PlanError, match=r"turned: is a conjugated or negated view.*resolve_conj"):
+            load(model, state)
+    model.turned = model.turned.resolve_conj().resolve_neg()
+    hw.load(model, state)
+    assert torch.equal(model.turned, state["turned"])

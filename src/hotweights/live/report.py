@@ -134,8 +134,12 @@ class UpdateReport:
             | {"ts": (event.start + event.seconds) * 1e6}
             for event in self.events
         ]
-        with open(path, "w") as file:
-            json.dump({"traceEvents": [*spans, *counters]}, file)
+        try:
+            with open(path, "w") as file:
+                json.dump({"traceEvents": [*spans, *counters]}, file)
+        except OSError as error:
+            error.filename = error.filename or os.fspath(path)  # A full disk names no file.
+            raise
 
     def __repr__(self) -> str:
         fates = {fate.value: len(names) for fate, names in self.tensors.items()}
