@@ -88,8 +88,12 @@ def save_events(path: str | os.PathLike[str], events: Iterable[TimelineEvent]) -
         | {"ts": (event.start + event.seconds) * 1e6}
         for event in events
     ]
-    with open(path, "w") as file:
-        json.dump({"traceEvents": [*spans, *counters]}, file)
+    try:
+        with open(path, "w") as file:
+            json.dump({"traceEvents": [*spans, *counters]}, file)
+    except OSError as error:
+        error.filename = error.filename or os.fspath(path)  # A full disk names no file.
+        raise
 
 
 def breakdown(events: Sequence[TimelineEvent]) -> list[tuple[str, str]]:

@@ -259,3 +259,38 @@ class TestAnotherHead:
 
         with pytest.raises(Exception, match="size"):
             hw.load(Own(3, 5), {"weight": torch.ones(2, 3), "bias": torch.ones(5)}, allow_mismatched="*")
+
+
+class TestFillingInPlace:
+    @pytest.mark.parametrize("fn", [lambda name, tensor: torch.ones_like(tensor), lambda name, tensor: swapped(tensor)])
+    def test_another_tensor_instead_is_refused(self, fn):
+        model = on_meta()
+        with pytest.raises(hw.UsageError, match=r"fill 1\.weight in place.*tensor\.copy_"):
+            load(model, init_missing=fn)
+        assert all(tensor.is_meta for tensor in model.state_dict().values())
+
+    def test_what_returns_the_same_tensor_is_fine(self):
+        model = on_meta()
+        load(model, init_missing=lambda name, tensor: nn.init.ones_(tensor))
+        assert model[1].bias.tolist() == [1, 1]
+
+    @pytest.mark.filterwarnings("ignore:for parametrizations:UserWarning")  # torch's, of load_state_dict on meta
+    def test_modules_that_are_parametrised_reset_what_is_not(self):
+        with torch.device("meta"):
+            model = nn.utils.parametrizations.weight_norm(nn.Linear(2, 3))
+        state = {name: torch.ones(tensor.shape) for name, tensor in model.state_dict().items() if name != "bias"}
+        hw.load(model, state, device="cpu", allow_missing="bias", init_missing=True)
+        assert model.bias.abs().max() <= 1
+        assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items() if name != "bias")
+
+
+def swapped(tensor):
+    tensor.data = torch.ones_like(tensor)
+
+
+def test_the_advice_keeps_what_is_allowed_already():
+    model = nn.ModuleDict({"embed": nn.Embedding(4, 3), "head": nn.Linear(3, 4, bias=False)})
+    model["head"].weight = model["embed"].weight
+    source = {"embed.weight": torch.ones(5, 3), "head.weight": torch.ones(5, 3)}
+    with pytest.raises(hw.PlanError, match=r'allow_mismatched="\*"'):
+        hw.load(model, source, allow_mismatched="head.weight")

@@ -141,6 +141,25 @@ def test_the_advice_of_one_line_loads_every_prefix_in_both_directions(prefix):
     assert all(torch.equal(tensor, bare[name.removeprefix(prefix)]) for name, tensor in outer.state_dict().items())
 
 
+def test_where_two_parts_could_be_either_nothing_is_advised():
+    model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
+    upper = {name.capitalize(): tensor for name, tensor in model.state_dict().items()}
+    with pytest.raises(hw.PlanError, match=r"A\.bias: unexpected") as refused:
+        hw.load(model, upper)  # A. could be b. too: what follows a wrong advice loads without a word
+    assert "rename=" not in str(refused.value)
+    one = {"A.weight": upper["A.weight"], "A.bias": upper["A.bias"]}
+    with pytest.raises(hw.PlanError) as refused:
+        hw.load(model["a"], one)
+    follow(refused.value, model["a"], one)
+
+
+def test_a_rename_that_is_not_needed_is_named():
+    state = {name: torch.ones_like(tensor) for name, tensor in nn.Linear(2, 2).state_dict().items()}
+    with pytest.raises(hw.PlanError, match="all 2 names of the source fit as they are") as refused:
+        hw.load(nn.Linear(2, 2), state, rename={"": "x."})
+    follow(refused.value, nn.Linear(2, 2), state)
+
+
 def test_names_that_fit_are_left_alone_by_the_advice():
     state = Named().state_dict()
     moved = {name.replace("module.0.", "encoder.module.0."): tensor for name, tensor in state.items()}
@@ -242,3 +261,33 @@ def test_names_that_rename_spoils_are_named_with_both_names():
         hw.load(nn.Linear(2, 2), state, rename="a.")
     with pytest.raises(hw.UsageError, match=r"rename= maps prefixes"):
         hw.open(state, rename={"a.": None})
+
+
+def test_a_wrapped_model_with_an_adapter_is_a_source_for_its_like():
+    peft = pytest.importorskip("peft")
+
+    def adapted():
+        model = nn.ModuleDict({"q": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
+        config = peft.LoraConfig(target_modules=["q"], r=1, modules_to_save=["head"])
+        return peft.get_peft_model(nn.Sequential(model), config)
+
+    model, source = adapted(), adapted()
+    for wrap in (lambda inner: inner, torch.compile, nn.DataParallel):
+        with torch.no_grad():
+            for parameter in source.parameters():
+                parameter.normal_()
+        hw.load(model, wrap(source))
+        state = source.state_dict()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_views_whose_bytes_are_not_their_values_are_refused():
+    model = nn.Module()
+    model.register_buffer("turned", torch.zeros(2, dtype=torch.complex64).conj())
+    state = {"turned": torch.tensor([1 + 2j, 3 + 4j])}
+    for load in (hw.load, lambda model, source: hw.LiveModel(model).load(source)):
+        with pytest.raises(hw.PlanError, match=r"turned: is a conjugated or negated view.*resolve_conj"):
+            load(model, state)
+    model.turned = model.turned.resolve_conj().resolve_neg()
+    hw.load(model, state)
+    assert torch.equal(model.turned, state["turned"])

@@ -11,6 +11,13 @@ def test_tied_tensors_have_one_owner():
     assert owners(tensors) == {"embed": "embed", "head": "embed", "other": "other", "half": "half"}
 
 
+def test_views_that_are_conjugated_or_negated_are_not_the_tensor():
+    values = torch.tensor([1 + 2j, 3 - 4j])
+    assert owners({"a": values, "b": values.conj(), "c": values.conj()}) == {"a": "a", "b": "b", "c": "b"}
+    assert owners({"a": values.imag, "b": values.conj().imag}) == {"a": "a", "b": "b"}
+    assert list(overlaps({"a": values, "b": values.conj()})) == [("a", "b")]
+
+
 def test_meta_and_empty_tensors_are_one_only_as_objects():
     meta, empty = torch.zeros(2, device="meta"), torch.empty(0)
     tensors = {"a": meta, "b": meta, "c": torch.zeros(2, device="meta"), "d": empty, "e": torch.empty(0)}

@@ -104,6 +104,31 @@ class TestWhatIsWritten:
 
         assert _limit(given, tmp_path) == nbytes
 
+    def test_a_view_that_is_conjugated_is_written_with_its_values(self, tmp_path):
+        model, values = nn.Module(), torch.tensor([1 + 2j, 3 - 4j])
+        model.register_buffer("plain", values)
+        model.register_buffer("turned", values.conj())
+        assert hw.save(model, tmp_path / "o").tied == {}
+        assert torch.equal(tensors_of(tmp_path / "o")["turned"], values.conj())
+
+    def test_a_name_that_is_no_text_is_refused(self, tmp_path):
+        with pytest.raises(hw.SaveError, match="UTF-8"):
+            hw.save({"a\ud800": torch.ones(1)}, tmp_path / "o")
+        assert os.listdir(tmp_path) == []
+
+    def test_a_configuration_that_names_other_weights_is_no_place_for_new_ones(self, tmp_path):
+        place, new = tmp_path / "place", tmp_path / "new"
+        hw.save({"a": torch.zeros(1)}, place)
+        os.rename(place / "model.safetensors", place / "other.safetensors")
+        (place / "config.json").write_text('{"transformers_weights": "other.safetensors"}')
+        for where, beside in ((place, ()), (new, [place / "config.json"])):
+            with pytest.raises(hw.UsageError, match=r"'other\.safetensors'.*save to another directory, to a file"):
+                hw.save({"a": torch.ones(1)}, where, beside=beside)
+        assert sorted(os.listdir(place)) == ["config.json", "other.safetensors"]
+        assert not new.exists()
+        hw.save({"a": torch.ones(1)}, place / "other.safetensors")
+        assert same(tensors_of(place), {"a": torch.ones(1)})
+
     def test_tied_weights_of_a_module_are_written_once(self, tmp_path):
         model = nn.ModuleDict({"embed": nn.Embedding(4, 3), "head": nn.Linear(3, 4, bias=False)})
         model["head"].weight = model["embed"].weight

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Container
 from typing import Literal
 
@@ -66,7 +65,7 @@ def initialise(model: nn.Module, names: list[str], init_missing: InitMissing | N
             first: dict[int, str] = {}  # A tied tensor is filled once.
             for name in names:
                 if first.setdefault(id(named[name]), name) == name:
-                    init_missing(name, named[name].detach())
+                    _fill(name, named[name].detach(), init_missing)
         else:
             initialise_by_rules(model, names)
 
@@ -76,8 +75,20 @@ def told(model: nn.Module, names: list[str], init_missing: InitMissing | None) -
     if not names or init_missing is not None or has_rules(model):
         return ()
     return (
-        f"{some(names, 3)}: not loaded; initialised by reset_parameters of their modules. init_missing=True says so",
+        f"{some(names, 3)}: not loaded, and initialised by their modules' reset_parameters; init_missing=True asks for "
+        "that",
     )
+
+
+def _fill(name: str, tensor: torch.Tensor, init: Callable[[str, torch.Tensor], object]) -> None:
+    """Let ``init`` fill the tensor. One that makes another tensor instead would leave this one with any bytes."""
+    where = tensor.data_ptr()
+    returned = init(name, tensor)
+    others = [other for other in (tensor, returned) if isinstance(other, torch.Tensor) and other.data_ptr() != where]
+    if others and tensor.numel():
+        raise UsageError(
+            f"init_missing= is to fill {name} in place, and made another tensor; write its values by tensor.copy_(...)"
+        )
 
 
 def _in_words(name: str, plan: LoadPlan, seen: Survey) -> str:
@@ -136,7 +147,8 @@ def _reset(model: nn.Module, names: list[str]) -> None:
 
 def _twin(module: nn.Module, fresh: Container[int]) -> nn.Module:
     """The module with only these tensors of its own; all others, also in its children, are decoys on meta."""
-    twin = copy.copy(module)
+    twin: nn.Module = object.__new__(type(module))  # copy.copy is refused by modules that are parametrised.
+    twin.__dict__.update(module.__dict__)
     for store in ("_parameters", "_buffers"):
         tensors: dict[str, torch.Tensor | None] = getattr(module, store)
         twin.__dict__[store] = {

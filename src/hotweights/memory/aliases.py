@@ -23,7 +23,8 @@ def owners(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
 def _identity(tensor: torch.Tensor) -> Hashable:
     if not plain(tensor) or tensor.numel() == 0:
         return id(tensor)
-    return (*_where(tensor), tensor.dtype, tensor.shape, tensor.stride())
+    # A conjugated or negated view has the bytes of another tensor, and other values.
+    return (*_where(tensor), tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg())
 
 
 def plain(tensor: torch.Tensor) -> bool:

@@ -152,7 +152,8 @@ def draft(
         quantised = quantised_by(homeless) if unexpected else None
         advice = [f"Allow names with {' and '.join(sorted(arguments))}, if that is meant."] if arguments else []
         if writes.misfits:
-            pattern = narrowest(writes.misfits)
+            # With those that are allowed already: whoever types it types it in their place.
+            pattern = narrowest([*shapes_of, *writes.misfits])
             advice.append(f'If another head is meant, allow_mismatched="{pattern}" keeps what the model has there.')
         advice += filter(None, [parametrised([*unexpected, *missing])])
         if quantised is not None:  # Instead: to allow its names would drop the scales, and leave the rest wrong.

@@ -88,6 +88,8 @@ def _in_words(found: Mapping[str, tuple[str, str]], targets: Iterable[str]) -> s
     if len(pairs) > 1:
         return "begin otherwise than the model's"
     ((before, after),) = pairs
+    if before == after:
+        return "fit as they are, with no other names"
     if before and after:
         return f'begin with "{before}" where the model\'s begin with "{after}"'
     if not before:
@@ -98,16 +100,25 @@ def _in_words(found: Mapping[str, tuple[str, str]], targets: Iterable[str]) -> s
 
 
 def _difference(names: list[str], lacking: Collection[str]) -> tuple[str, str] | None:
-    """What most names begin with, and what those begin with that end alike."""
+    """What most names begin with, and what those begin with that end alike; ``None`` if either could be another."""
     by_end: dict[str, list[str]] = defaultdict(list)
     for name in lacking:
         by_end[name.rpartition(".")[2]].append(name)
     counts: Counter[tuple[str, str]] = Counter()
     for name in names[:: max(1, len(names) // _SAMPLE)]:
         heads = [_heads(name, other) for other in by_end[name.rpartition(".")[2]]]
-        if heads:
-            counts[min(heads, key=lambda pair: len(pair[0]))] += 1
-    return counts.most_common(1)[0][0] if counts else None
+        nearest = min((len(before) for before, _ in heads), default=0)
+        counts.update({pair for pair in heads if len(pair[0]) == nearest})
+    for pair, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+        # Of A. and B. either may be a.: to advise one would load wrong values.
+        if not any(count == counts[other] and _compete(pair, other) for other in counts):
+            return pair
+    return None
+
+
+def _compete(pair: tuple[str, str], other: tuple[str, str]) -> bool:
+    """Whether the two cannot both be: one beginning would become two, or two the same."""
+    return pair != other and (pair[0] == other[0] or pair[1] == other[1])
 
 
 def _heads(name: str, other: str) -> tuple[str, str]:

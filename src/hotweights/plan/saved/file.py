@@ -45,7 +45,9 @@ def write(path: str | os.PathLike[str], parts: Mapping[str, Any]) -> None:
         with open(handle, "wb") as file:
             file.write(_MAGIC + xxhash.xxh3_64_intdigest(payload).to_bytes(8, "little") + payload)
         os.replace(name, target)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None:  # A full disk names no file.
+            error.filename = os.fspath(path)
         with suppress(FileNotFoundError):
             os.unlink(name)
         raise

@@ -201,13 +201,19 @@ def _rank(stem: str, layout: Layout) -> int:
     return next((_LAST + place for place, names in enumerate(_BESIDE) if re.match(names, stem)), _OTHER)
 
 
-def _said_by_config(directory: Path, layout: Layout) -> Choice | None:
-    """The file that ``config.json`` names for transformers, where it does."""
+def named_by_config(config: Path, layout: Layout) -> str | None:
+    """The name of the file of weights that a ``config.json`` says to transformers, where it does."""
     try:
-        name = json.loads((directory / "config.json").read_bytes()).get("transformers_weights")
+        name = json.loads(config.read_bytes()).get("transformers_weights")
     except (OSError, ValueError, AttributeError, RecursionError):
         return None
-    if not isinstance(name, str) or not name.endswith((layout.suffix, f"{layout.suffix}.index.json")):
+    return name if isinstance(name, str) and name.endswith((layout.suffix, f"{layout.suffix}.index.json")) else None
+
+
+def _said_by_config(directory: Path, layout: Layout) -> Choice | None:
+    """The file that ``config.json`` names for transformers, where it does."""
+    name = named_by_config(directory / "config.json", layout)
+    if name is None:
         return None
     if lies_outside(name) or not os.path.exists(directory / name):
         raise CheckpointError(f"{directory}: config.json says that the weights are in {name!r}, which is not there")

@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ...errors import SaveError, UsageError
+from .directory import named_by_config
+from .layout import SAFETENSORS
 from .writer import sync, write_text
 
 WHOLE = "model.safetensors"
@@ -73,6 +75,19 @@ class Staging:
                     f"{file}: cannot be copied, and nothing was saved: {error.strerror or error}"
                 ) from error
             self._beside.append(file.name)
+        if not self.is_file:
+            self._check_config(weights)
+
+    def _check_config(self, weights: Sequence[str]) -> None:
+        """See that no ``config.json`` leads readers of the directory past the new weights."""
+        config = (self.folder if "config.json" in self._beside else self._where) / "config.json"
+        name = named_by_config(config, SAFETENSORS)
+        if name is not None and name not in (*weights, INDEX):
+            raise UsageError(
+                f'{self._where}: config.json says by "transformers_weights" that the weights are in {name!r}, so '
+                "nobody would read what is saved here; save to another directory, to a file, or take that out of "
+                "config.json"
+            )
 
     def publish(self, names: Sequence[str], index: str | None) -> None:
         """Let the files take the target's place. After that nothing raises: ``warnings`` says what failed."""

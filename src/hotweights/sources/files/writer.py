@@ -18,6 +18,8 @@ def unwritable(spec: TensorSpec) -> str | None:
     """Why the format cannot hold this tensor; ``None`` if it can."""
     if spec.name == "__metadata__":
         return "'__metadata__' is no name for a tensor: the format keeps its free text there"
+    if not spec.name.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in spec.name):
+        return f"tensor {spec.name!r}: its name is no text that UTF-8 can hold"
     if format_name(spec.dtype) not in FORMAT_DTYPES:
         return f"tensor {spec.name!r}: safetensors has no dtype {format_name(spec.dtype)}"
     return None
