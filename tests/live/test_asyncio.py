@@ -417,3 +417,21 @@ def test_a_closed_loop_is_not_woken():
 def test_update_async_takes_what_update_takes():
     """A new argument of one is one of the other."""
     assert inspect.signature(hw.LiveModel.update_async) == inspect.signature(hw.LiveModel.update)
+
+
+def test_a_serving_that_is_entered_is_not_entered_again():
+    """The first hold would be lost, and every update would wait for it."""
+    live = live_model()
+    serving = live.serving()
+    with serving, pytest.raises(hw.UsageError, match=r"entered already; call serving\(\) for each with"):
+        serving.__enter__()
+
+    async def tasks():
+        async with serving:
+            with pytest.raises(hw.UsageError, match="entered already"):
+                await serving.__aenter__()
+
+    run(tasks())
+    with serving as number:
+        assert number == 1
+    assert live.update(version_of(2), timeout=WAIT).version == 2

@@ -256,3 +256,19 @@ def test_a_wrong_name_is_told_with_those_that_come_near():
     assert "hw.open(tensors).manifest" in str(e.value)
     with live.begin() as update, pytest.raises(hw.UpdateAborted, match=r"it has a\.weight, b\.weight"):
         update.feed({"__": torch.ones(3, 3)})
+
+
+def test_by_name_a_load_weights_does_not_cast():
+    """Its loading code is not asked, so that it would cast says nothing."""
+
+    class Loading(nn.Linear):
+        def load_weights(self, pairs):
+            raise AssertionError("called")
+
+    live = hw.LiveModel(Loading(2, 2, bias=False))
+    live.load({"weight": torch.zeros(2, 2)}, by="name")
+    whole = {"weight": torch.full((2, 2), 2**60 + 1)}
+    with pytest.raises(hw.UpdateAborted, match="I64 -> F32 loses information"):
+        live.update(whole)
+    assert live.update({"weight": torch.ones(2, 2).double()}).casts == {"weight": "F64 -> F32"}
+    assert live.update(whole, cast="loader").casts == {"weight": "I64 -> F32"}

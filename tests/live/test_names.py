@@ -130,3 +130,62 @@ def test_problems_name_the_file_of_a_renamed_tensor(tmp_path):
     live.load(nn.Linear(2, 2))
     with pytest.raises(hw.UpdateAborted, match=r"bias.*in model.safetensors"):
         live.update(tmp_path, rename={"module.": ""})
+
+
+SWAP = {"a.": "b.", "b.": "a."}
+
+
+def pair(first, second):
+    return {"a.weight": torch.full((2, 2), float(first)), "b.weight": torch.full((2, 2), float(second))}
+
+
+def test_feeding_under_new_names_renames_once():
+    """The names of the live version came by the same rename: a second one on top would swap the values back."""
+    model = nn.ModuleDict({name: nn.Linear(2, 2, bias=False) for name in "ab"})
+    live = hw.LiveModel(model)
+    live.load(pair(1, 2), rename=SWAP)
+    for options in ({"rename": SWAP}, {}):
+        with live.begin(**options) as update:
+            update.feed(pair(3, 4))
+            update.commit()
+        assert (float(model["a"].weight[0, 0]), float(model["b"].weight[0, 0])) == (4, 3)
+
+
+def test_what_did_not_come_is_called_as_this_update_calls_it():
+    live = hw.LiveModel(nn.Linear(2, 2))
+    live.load({f"x.{name}": tensor for name, tensor in state(1).items()}, rename={"x.": ""})
+    manifest = hw.open({f"y.{name}": tensor for name, tensor in state(2).items()}).manifest
+    for begin, prefix in (
+        (lambda: live.begin(manifest, rename={"y.": ""}), "y."),
+        (lambda: live.begin(hw.open(state(2)).manifest), ""),
+        (live.begin, "x."),
+    ):
+        said = f"did not come: bias{' (' + prefix + 'bias in the source)' if prefix else ''}"
+        with begin() as update:
+            update.feed({f"{prefix}weight": state(2)["weight"]})
+            with pytest.raises(hw.UpdateAborted, match=re.escape(said) + "$"):
+                update.prepare()
+
+
+@pytest.mark.parametrize("name", [None, [], "", ".weight"])
+def test_a_rename_that_gives_no_name_ends_what_is_fed(name):
+    live = hw.LiveModel(nn.Linear(2, 2))
+    live.load(state(1))
+    with live.begin(rename=lambda _: name) as update, pytest.raises(hw.UpdateAborted, match="weight would become"):
+        update.feed(state(2))
+    assert holds(live.model, 1)
+
+
+def test_a_rename_that_raises_says_so():
+    def rename(name):
+        raise KeyError(name)
+
+    live = hw.LiveModel(nn.Linear(2, 2))
+    live.load(state(1))
+    for act in (
+        lambda: live.update(state(2), rename=rename),
+        lambda: live.begin(hw.open(state(2)).manifest, rename=rename),
+    ):
+        with pytest.raises(hw.UpdateAborted, match="nothing was changed: KeyError: 'weight'"):
+            act()
+    assert holds(live.model, 1)

@@ -33,6 +33,7 @@ from ..sources.contracts import Addressed, InMemory, Request, Source
 from ..sources.state_dict import StateSource
 from ..text import size, some
 from ..timeline import Timeline
+from .fed_names import FedNames
 from .groups import LayerGroup, parts_of
 from .job import Job
 from .layers import modules_held, unmoved
@@ -69,8 +70,9 @@ class Attempt:
         peak_buffer: bytes of the pool at peak.
     """
 
-    def __init__(self, job: Job, strategy: Strategy, layers: OpenLayers, turn: WriteTurn) -> None:
+    def __init__(self, job: Job, strategy: Strategy, layers: OpenLayers, turn: WriteTurn, fed: FedNames) -> None:
         self.job, self.strategy, self.turn = job, strategy, turn
+        self._fed = fed
         self.timeline = Timeline(lambda: layers.nbytes)
         self.processing = Processing(job, strategy, self.timeline)
         self.peak_buffer = 0
@@ -369,7 +371,7 @@ class Attempt:
         needed = set() if self._takers is None else self._takers.keys()
         missing = sorted((needed | set(self.job.plan.fallback)) - self._arrived)
         if missing:
-            called = some(list(map(self.manifest.called, missing)))
+            called = some(list(map(self._fed.called, missing)))
             raise SourceError(f"{len(missing)} tensors were promised and did not come: {called}")
         for group in list(self._todo):  # What takes no tensor is filled and processed all the same.
             self._complete(self._opened(group))

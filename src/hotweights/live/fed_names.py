@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from ..errors import SourceError
 from ..manifest import Manifest
+from ..rename import unusable
 
 
 @dataclass(frozen=True)
@@ -20,11 +22,24 @@ class FedNames:
     new: Mapping[str, str] = field(default_factory=dict)
     rename: Callable[[str], str] | None = None
 
-    def of(self, name: str) -> str:
-        """The name that the plan has for what is fed as ``name``."""
-        if self.rename is not None:
-            name = self.rename(name)
-        return self.new.get(name, name)
+    def of(self, name: str, manifest: Manifest) -> str:
+        """The name that the plan, which is made for ``manifest``, has for what is fed as ``name``.
+
+        Raises:
+            SourceError: ``rename`` gives no name.
+        """
+        if self.rename is None:
+            return self.new.get(name, name)
+        fresh = self.rename(name)
+        if why := unusable(name, fresh):
+            raise SourceError(f"rename= gives no name: {why}")
+        # A name that is the plan's already would be renamed twice by a rename that swaps names, or counts them up.
+        return fresh if fresh in manifest else self.new.get(fresh, fresh)
+
+    def called(self, name: str) -> str:
+        """The plan's ``name`` for messages, with the one by which it must be fed."""
+        fed = next((old for old, new in self.new.items() if new == name), name)
+        return name if fed == name else f"{name} ({fed} in the source)"
 
     def promised(self, manifest: Manifest) -> Manifest:
         """What must be fed, where ``manifest`` has the plan's names."""

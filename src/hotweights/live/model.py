@@ -23,7 +23,7 @@ from ..arguments import (
     patterns_from,
 )
 from ..dtypes import Cast
-from ..errors import PlanError, UnknownName, UsageError
+from ..errors import UnknownName, UsageError
 from ..forked import alone_in_a_fork
 from ..gc_pause import without_collection
 from ..loading.apart import apart
@@ -330,8 +330,10 @@ class LiveModel:
         check_reading(io, threads, pool, show_progress)
         with alone_in_a_fork(), without_collection(), ExitStack() as stack:
             stack.enter_context(refusing(source))
+            failed = "the source cannot be opened"
             try:
                 origin = stack.enter_context(opened(source, variant=variant, subfolder=subfolder))
+                failed = "nothing was changed"
                 fed = FedNames(names_for(origin.manifest, rename, self._match))
                 origin = renamed(origin, fed.new)
                 stack.enter_context(naming_files(origin))
@@ -340,7 +342,6 @@ class LiveModel:
                 # What an iterator raises while it is read ends the update, whatever it is.
                 if isinstance(error, UsageError) and not isinstance(source, IteratorSource):
                     raise
-                failed = "nothing was changed" if isinstance(error, PlanError) else "the source cannot be opened"
                 raise aborted(f"{self._current}; {failed}", error) from error
             update = stack.enter_context(self._begin(origin.manifest, atomic, only, cast, timeout, fed))
             return update.run(
@@ -426,7 +427,9 @@ class LiveModel:
             return self._begin(None, atomic, only, cast, timeout, fed)
         try:
             fed = FedNames(names_for(manifest, rename, self._match))
-        except PlanError as error:
+        except UsageError:
+            raise
+        except Exception as error:
             raise aborted(f"{self._current}; nothing was changed", error) from error
         return self._begin(manifest.renamed(fed.new), atomic, only, cast, timeout, fed)
 

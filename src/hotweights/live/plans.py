@@ -20,7 +20,7 @@ from ..memory.digest import digests
 from ..model.materialise import dressed
 from ..model.places import places
 from ..model.reachable import reachable
-from ..model.survey import By, survey
+from ..model.survey import By, own_loader, survey
 from ..plan.patterns import Patterns, both, matches
 from ..plan.plan import LoadPlan
 from ..plan.steps import Fate
@@ -48,7 +48,7 @@ class Options:
     def for_update(self, model: nn.Module, cast: Cast | None) -> Cast:
         """Which casts an update does, if it is asked for ``cast``."""
         # The first load filled the model in the dtypes that its engine wants: float masters are cast to them.
-        return cast or self.cast or ("loader" if hasattr(model, "load_weights") else "floats")
+        return cast or self.cast or ("floats" if own_loader(model, self.by) is None else "loader")
 
     def traced(
         self,
@@ -115,7 +115,7 @@ class Plans:
         self._layers = layers
         self._layout = layout
         self._kept: list[tuple[LoadPlan, Cast]] = [
-            (first, options.cast or ("loader" if hasattr(model, "load_weights") else "error"))
+            (first, options.cast or ("error" if own_loader(model, options.by) is None else "loader"))
         ]
         self.optional = OptionalTensors(model, first, options.allow_missing, layout, unknown)
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from .. import signals
-from ..errors import LiveModelError
+from ..errors import LiveModelError, UsageError
 from .lock import Hold
 from .state import Current, State
 
 
 class Serving:
-    """What ``LiveModel.serving`` gives: a context manager for ``with`` and ``async with``, to be entered once.
+    """What ``LiveModel.serving`` gives: a context manager for ``with`` and ``async with``.
+
+    It may be entered again when it was left, not before.
 
     It gives the version's name.
     """
@@ -19,9 +21,11 @@ class Serving:
         self._timeout = timeout
         self._hold: Hold | None = None
         self._watcher: object = None
+        self._entered = False
 
     @signals.held
     def __enter__(self) -> str | int | None:
+        self._begin()
         self._watcher = signals.watch()
         try:
             self._hold = self._current.guard.begin_reading(self._timeout)
@@ -39,6 +43,7 @@ class Serving:
     # main task is done, before it ends the others, and would miss it.
 
     async def __aenter__(self) -> str | int | None:
+        self._begin()
         try:
             await self._current.guard.begin_reading_async(self._timeout, self._take)
             return self._version()
@@ -53,6 +58,12 @@ class Serving:
         if getattr(self, "_hold", None) is not None:  # Ctrl-C came at the first instruction of ``__aexit__``.
             self._leave()
 
+    @signals.held
+    def _begin(self) -> None:
+        if self._entered:  # The first hold would be lost, and no update could write any more.
+            raise UsageError("this serving() is entered already; call serving() for each with")
+        self._entered = True
+
     @signals.whole
     def _take(self, hold: Hold) -> None:
         self._hold = hold
@@ -66,6 +77,7 @@ class Serving:
         if self._hold is not None:
             self._current.guard.end_reading(self._hold)
             self._hold = None
+        self._entered = False
         signals.unwatch(self._watcher)
 
     @signals.held

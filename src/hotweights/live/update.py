@@ -63,7 +63,7 @@ class Update:
         self._strategy = strategy
         self._fed = fed
         turn = WriteTurn(current.guard, timeout)
-        self._attempt = Attempt(job, strategy, OpenLayers(limit, warned=current.warned), turn)
+        self._attempt = Attempt(job, strategy, OpenLayers(limit, warned=current.warned), turn, fed)
         self._watcher = signals.watch()
         current.begin(self._attempt)
 
@@ -145,7 +145,7 @@ class Update:
         with self._failing():
             self._attempt.take_as_it_comes()
             for called, given_tensor in given:
-                name = self._fed.of(called)
+                name = self._fed.of(called, self._attempt.manifest)
                 tensor = plain(called, given_tensor, self._attempt.manifest.get(name))
                 self._attempt.check_apart(name, tensor)
                 devices = self._attempt.take(name, tensor, tensor.clone)
