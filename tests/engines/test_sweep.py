@@ -22,12 +22,13 @@ SAMPLE = (
     "Qwen2MoeForCausalLM", "RobertaForMaskedLM", "SiglipModel", "T5EncoderModel",
 )  # fmt: skip
 
-OTHERWISE = {
-    "ChineseCLIPModel": "from_pretrained zeroes a row that the checkpoint brings, the padding; hw.load does not",
+# What from_pretrained sets anew after loading, because _init_weights writes to it past the flag that it is loaded.
+# There hw.load gives what the checkpoint holds.
+OVERWRITTEN = {
+    "ChineseCLIPModel": ("word_embeddings.weight", 0, 0.0),  # the row of the padding
+    "ZayaForCausalLM": ("balancing_biases", -1, -1.0),
+    "ZayaModel": ("balancing_biases", -1, -1.0),
 }
-DIFFERENT = dict.fromkeys(
-    ("ZayaForCausalLM", "ZayaModel"), "mlp.gate.balancing_biases, a buffer, is not the same in dtype or bits"
-)
 SECONDS = 30
 
 
@@ -77,15 +78,30 @@ def assert_equal(ours, theirs):
     assert ties(ours) == ties(theirs)
 
 
+def restore(expected, saved, suffix, index, value):
+    """Put back what was saved. Fails where from_pretrained did not overwrite it: then it needs no exception."""
+    tensors = [name for name in everything(expected) if name.endswith(suffix)]
+    assert tensors
+    with torch.no_grad():
+        for name in tensors:
+            before, after = everything(saved)[name][index], everything(expected)[name][index]
+            assert (after == value).all()
+            assert not torch.equal(before, after)
+            after.copy_(before)
+
+
 def check(kind, config, directory):
     torch.manual_seed(1)
-    randomised(kind._from_config(config)).save_pretrained(directory)
+    saved = randomised(kind._from_config(config))
+    saved.save_pretrained(directory)
     try:
         expected, told = kind.from_pretrained(directory, output_loading_info=True)
     except Exception as error:  # Its own classes refuse some configurations that others of them saved.
         pytest.skip(f"from_pretrained refuses it: {type(error).__name__}: {str(error)[:100]}")
     assert not told["missing_keys"]
     assert not told["unexpected_keys"]
+    if kind.__name__ in OVERWRITTEN:
+        restore(expected, saved, *OVERWRITTEN[kind.__name__])
     config = kind.config_class.from_pretrained(directory)
     torch.manual_seed(2)
     real = kind._from_config(config)
@@ -96,25 +112,20 @@ def check(kind, config, directory):
     assert_equal(built, expected)
 
 
-@pytest.mark.parametrize("name", SAMPLE)
+@pytest.mark.parametrize("name", [*SAMPLE, *OVERWRITTEN])
 def test_a_sample(name, tmp_path):
     kind = getattr(tf, name)
     check(kind, tiny(kind), tmp_path)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", [name for name in names() if name not in SAMPLE])
-def test_every_class(name, tmp_path, request):
-    if name in DIFFERENT:
-        request.applymarker(pytest.mark.xfail(reason=DIFFERENT[name], strict=True))
-    if name in OTHERWISE:
-        pytest.skip(OTHERWISE[name])
+@pytest.mark.parametrize("name", [name for name in names() if name not in (*SAMPLE, *OVERWRITTEN)])
+def test_every_class(name, tmp_path):
     kind = getattr(tf, name, None)
     if not (inspect.isclass(kind) and issubclass(kind, tf.PreTrainedModel)):
         pytest.skip("it is no model of this version of transformers")
     try:
         config = tiny(kind)
-        config.validate() if hasattr(config, "validate") else None
     except Exception as error:
         pytest.skip(f"cannot be made tiny: {error}"[:200])
     check(kind, config, tmp_path)

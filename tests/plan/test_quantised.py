@@ -32,6 +32,26 @@ def test_it_is_refused_by_the_method(method, names):
     assert torch.equal(model[0].weight, before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8], ids=str)
+@pytest.mark.parametrize("scale", ["weight_scale_inv", "weight_scale", "SCB"])
+def test_its_weights_are_not_loaded_without_their_scales(scale, dtype):
+    """Allowed or not: they would be wrong by a factor, and nothing else would say so."""
+    model = nn.Sequential(nn.Linear(4, 4, bias=False))
+    before = model[0].weight.clone()
+    source = {"0.weight": torch.ones(4, 4).to(dtype), f"0.{scale}": torch.ones(4, 1)}
+    for cast in ("error", "floats", "loader"):
+        with pytest.raises(hw.PlanError, match=rf"0\.weight.*what scales it, 0\.{scale}, has no place") as caught:
+            hw.load(model, source, allow_unexpected="*", cast=cast)
+        assert "load a checkpoint with plain weights" in str(caught.value)
+    assert torch.equal(model[0].weight, before)
+
+
+def test_a_scale_of_a_weight_that_is_not_quantised_may_be_left_out():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False))
+    hw.load(model, {"0.weight": torch.ones(4, 4).bfloat16(), "0.weight_scale": torch.ones(1)}, allow_unexpected="*")
+    assert torch.equal(model[0].weight, torch.ones(4, 4))
+
+
 def test_a_model_that_has_such_tensors_takes_them():
     model = nn.Linear(4, 4, bias=False)
     model.register_buffer("weight_scale", torch.zeros(1))

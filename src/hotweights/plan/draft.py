@@ -18,7 +18,7 @@ from .local import Local, whole_manifest, whole_targets
 from .misnamed import misnamed, parametrised, shortened
 from .patterns import Patterns, both, matches, narrowest
 from .plan import LoadPlan
-from .quantised import quantised_by
+from .quantised import quantised_by, unscaled
 from .rules import Rules
 from .steps import Copy, Fate, GraphBreak, Op, Program, Step, Target
 from .writes import Gap, Writes, fits
@@ -147,9 +147,11 @@ def draft(
     arguments |= {"allow_missing="} if missing else set()
     wrong.update(shortened({name: _no_place(manifest, name) for name in unexpected}, "unexpected"))
     wrong.update(shortened(missing, "missing"))
+    homeless = [name for name, fate in fates.items() if fate is Fate.UNEXPECTED]
+    # Also where allow_unexpected= names them: "*" is meant for an extra head, not for weights without their scales.
+    wrong.update(lost := set(unscaled(manifest, writes.casts, homeless)))
     if wrong:
-        homeless = [name for name, fate in fates.items() if fate is Fate.UNEXPECTED]
-        quantised = quantised_by(homeless) if unexpected else None
+        quantised = quantised_by(homeless) if unexpected or lost else None
         advice = [f"Allow names with {' and '.join(sorted(arguments))}, if that is meant."] if arguments else []
         if writes.misfits:
             # With those that are allowed already: whoever types it types it in their place.

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from ..manifest import Manifest
 
 _SUFFIXES = (
     ("bitsandbytes", (".absmax", ".quant_map", ".SCB", ".bitsandbytes__nf4", ".bitsandbytes__fp4")),
@@ -24,3 +28,15 @@ def quantised_by(names: Iterable[str]) -> tuple[str, str] | None:
             if name.endswith(suffixes):
                 return method, name
     return None
+
+
+def unscaled(manifest: Manifest, casts: Iterable[str], homeless: Iterable[str]) -> Iterator[str]:
+    """In words: quantised tensors among ``casts`` whose scales are ``homeless``. Such values are wrong by a factor."""
+    scales: dict[str, str] = {}
+    for name in homeless:
+        if quantised_by([name]) is not None:
+            scales.setdefault(name.rpartition(".")[0], name)
+    for source in casts if scales else ():
+        scale, dtype = scales.get(source.rpartition(".")[0]), manifest[source].dtype
+        if scale is not None and isinstance(dtype, torch.dtype) and dtype.itemsize == 1:
+            yield f"{manifest[source]}: is quantised, and what scales it, {scale}, has no place in the model"

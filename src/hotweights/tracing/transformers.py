@@ -37,7 +37,12 @@ def rules(model: Any, manifest: Manifest) -> Rules:
     sources within a conversion, and the prefix of the base model, are found as in ``transformers.core_model_loading``.
     """
     if getattr(model, "hf_quantizer", None) is not None:
-        return Rules(problems=("the model is quantised by transformers; by name its weights cannot be converted",))
+        return Rules(
+            problems=(
+                "the model is quantised by transformers, and its layers may hold their weights in another form than "
+                "the checkpoint under the same names; model.load_state_dict takes what model.state_dict() gave",
+            )
+        )
     quantisation = getattr(model.config, "quantization_config", None)
     if quantisation is not None:
         facts = quantisation if isinstance(quantisation, dict) else vars(quantisation)
