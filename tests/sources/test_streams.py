@@ -1,11 +1,12 @@
 """Streams of leases: one lease at a time, every end an end; and work that is done ahead of whoever takes it."""
 
 import contextlib
+import itertools
 import threading
 
 import pytest
 import torch
-from interrupting import at_every
+from interrupting import Interrupting
 
 from hotweights import Closed, Lease, StaleLease, TensorSpec
 from hotweights.sources.streams import LeaseStream, ahead
@@ -63,8 +64,8 @@ def test_a_forgotten_stream_is_told():
 
 
 def test_ctrl_c_at_any_line_before_a_stream_begins_leaves_nothing_to_tell(recwarn):
-    for interrupting in at_every(1):
-        with contextlib.suppress(KeyboardInterrupt), interrupting, stream("a"):
+    for at in itertools.count():
+        with contextlib.suppress(KeyboardInterrupt), Interrupting(at), stream("a"):
             break
     assert not [str(warning.message) for warning in recwarn]
 
