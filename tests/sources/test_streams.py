@@ -1,9 +1,12 @@
 """Streams of leases: one lease at a time, every end an end; and work that is done ahead of whoever takes it."""
 
+import contextlib
+import itertools
 import threading
 
 import pytest
 import torch
+from interrupting import Interrupting
 
 from hotweights import Closed, Lease, StaleLease, TensorSpec
 from hotweights.sources.streams import LeaseStream, ahead
@@ -55,8 +58,16 @@ def test_an_error_is_not_taken_for_the_end():
 
 def test_a_forgotten_stream_is_told():
     leases = stream("a")
+    next(leases)
     with pytest.warns(ResourceWarning, match="not closed"):
         del leases
+
+
+def test_ctrl_c_at_any_line_before_a_stream_begins_leaves_nothing_to_tell(recwarn):
+    for at in itertools.count():
+        with contextlib.suppress(KeyboardInterrupt), Interrupting(at), stream("a"):
+            break
+    assert not [str(warning.message) for warning in recwarn]
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3])

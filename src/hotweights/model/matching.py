@@ -55,9 +55,16 @@ class KnownNames:
                 return self._bare.get(spelling, ()), self._filed.get(spelling, ())
         return (), ()
 
+    def _free(self, name: str, taken: Collection[str]) -> tuple[Collection[str], Collection[str]]:
+        """The tensors that the name may mean and that are not ``taken``."""
+        ours, theirs = ([target for target in several if target not in taken] for several in self._options(name))
+        return ours, theirs
+
     def _found(self, names: list[str]) -> Iterator[str]:
         """The model's name for each; the name itself where it means none, or the same tensor as another."""
-        options = [self._options(name) for name in names]
+        # A tensor whose own name is among them is meant by no other: else a model that has all would be unclear.
+        taken = {name for name in names if name in self._names}
+        options = [self._options(name) if name in taken else self._free(name, taken) for name in names]
         # What only an adapter or only the model has tells what this source is; then the names that both have are clear.
         sure = [ours or theirs for ours, theirs in options if bool(ours) != bool(theirs)]
         adapters = any(map(self._adapters.issuperset, sure))

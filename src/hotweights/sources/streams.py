@@ -68,7 +68,8 @@ class LeaseStream:
         self.close()
 
     def __del__(self) -> None:
-        if not getattr(self, "_closed", True):  # Its making may have been interrupted.
+        # One that was interrupted while it was made, or before it began, holds nothing that could be given back.
+        if not getattr(self, "_closed", True) and inspect.getgeneratorstate(self._leases) != inspect.GEN_CREATED:
             forgotten("a stream of leases was not closed; use it in a with", self)
 
     def _end_running(self) -> None:
