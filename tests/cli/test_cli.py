@@ -51,8 +51,8 @@ def test_commands_and_flags():
     }
     assert flags("verify") == {"--json", "--digests", "--write", "--help"}
     assert flags("diff") == {"--json", "--help"}
-    assert flags("copy") == {"--json", "--shard-size", "--help"}
-    assert flags("convert") == {"--json", "--shard-size", "--dtype", "--reader", "--help"}
+    assert flags("copy") == {"--json", "--shard-size", "--variant", "--subfolder", "--help"}
+    assert flags("convert") == {"--json", "--shard-size", "--dtype", "--reader", "--variant", "--subfolder", "--help"}
     assert flags("follow") == {
         *"--versions --interval --timeout --latest --marker --pattern --json --help".split(),
     }
@@ -283,6 +283,20 @@ class TestCopy:
         assert result.exit_code == 1
         assert "config.json: cannot be copied, and nothing was saved: No space left" in result.stderr
         assert os.listdir(tmp_path) == ["a"]
+
+    def test_of_several_variants_one_is_copied(self, tmp_path):
+        both = tmp_path / "both"
+        both.mkdir()
+        for variant, value in (("fp16", 1.0), ("bf16", 2.0)):
+            hotweights.save({"a": torch.tensor([value])}, both / f"model.{variant}.safetensors")
+        for command in ("copy", "convert"):
+            refused = run(command, both, tmp_path / command)
+            assert refused.exit_code == 1
+            assert 'variant="fp16"' in refused.output + refused.stderr
+            assert run(command, both, tmp_path / command, "--variant", "fp16").exit_code == 0
+            assert run(command, tmp_path, tmp_path / f"{command}2", "--subfolder", command).exit_code == 0
+            with hotweights.open(tmp_path / f"{command}2") as source:
+                assert dict(source.tensors())["a"].tolist() == [1.0]
 
     def test_convert(self, tmp_path):
         torch.save({"w": torch.randn(8), "n": torch.tensor([1])}, tmp_path / "model.bin")

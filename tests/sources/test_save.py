@@ -116,6 +116,16 @@ class TestWhatIsWritten:
             hw.save({"a\ud800": torch.ones(1)}, tmp_path / "o")
         assert os.listdir(tmp_path) == []
 
+    @pytest.mark.parametrize(
+        "wrong",
+        [{"where": 5}, {"where": None}, {"where": "a\0b"}, {"metadata": {"step": 1}}, {"metadata": {"step": None}},
+         {"metadata": {1: "a"}}, {"metadata": {"a": "\ud800"}}, {"metadata": "text"}],
+    )  # fmt: skip
+    def test_what_would_make_no_file_that_opens_is_refused(self, wrong, tmp_path):
+        with pytest.raises(hw.UsageError, match=next(iter(wrong))):
+            hw.save({"a": torch.ones(1)}, **{"where": tmp_path / "o", **wrong})
+        assert os.listdir(tmp_path) == []
+
     def test_a_configuration_that_names_other_weights_is_no_place_for_new_ones(self, tmp_path):
         place, new = tmp_path / "place", tmp_path / "new"
         hw.save({"a": torch.zeros(1)}, place)

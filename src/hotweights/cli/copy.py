@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import typer
 
@@ -21,10 +21,17 @@ ShardSize = Annotated[str | None, typer.Option(help="Bytes of one file at most, 
 _BESIDE = (".json", ".txt", ".model", ".md", ".jinja", ".py", ".tiktoken", ".yaml")
 
 
-def copy(path: flags.Checkpoint, to: Target, shard_size: ShardSize = None, as_json: flags.Json = False) -> None:
+def copy(
+    path: flags.Checkpoint,
+    to: Target,
+    shard_size: ShardSize = None,
+    variant: flags.Variant = None,
+    subfolder: flags.Subfolder = None,
+    as_json: flags.Json = False,
+) -> None:
     """Copy a checkpoint, with the configuration beside it, all or nothing; then read the copy and compare it."""
     with ending(as_json=as_json):
-        _copy(path, to, "hotweights", None, shard_size, as_json)
+        _copy(From(path, "hotweights", variant, subfolder), to, None, shard_size, as_json)
 
 
 def convert(
@@ -33,17 +40,29 @@ def convert(
     dtype: Annotated[str | None, typer.Option(help="What floats of 16 bits and more become: BF16, F32, ...")] = None,
     shard_size: ShardSize = None,
     reader: flags.Reader = "hotweights",
+    variant: flags.Variant = None,
+    subfolder: flags.Subfolder = None,
     as_json: flags.Json = False,
 ) -> None:
     """Write a checkpoint anew: another dtype, other shards, or .bin (--reader torch) as safetensors."""
     with ending(as_json=as_json):
-        _copy(path, to, reader, dtype, shard_size, as_json)
+        _copy(From(path, reader, variant, subfolder), to, dtype, shard_size, as_json)
 
 
-def _copy(path: str, to: Path, reader: str, dtype: str | None, shard_size: str | None, as_json: bool) -> None:
+class From(NamedTuple):
+    """Which weights are read, and by what."""
+
+    path: str
+    reader: str
+    variant: str | None
+    subfolder: str | None
+
+
+def _copy(which: From, to: Path, dtype: str | None, shard_size: str | None, as_json: bool) -> None:
+    path, reader, variant, subfolder = which
     if os.path.realpath(path) == os.path.realpath(to):
         raise UsageError(f"{to}: is what is read; name another place")
-    with open_source(path, reader=reader) as source:
+    with open_source(path, reader=reader, variant=variant, subfolder=subfolder) as source:
         beside = _beside(Path(source.files[0]).parent) if os.path.isdir(path) and to.suffix != ".safetensors" else []
         report = save(source, to, shard_size=shard_size, dtype=dtype_from(dtype), beside=beside)
     _compare(report)

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..arguments import check_kind
 from ..dtypes import OpaqueDtype, format_name, is_float
 from ..errors import SaveError, UsageError
 from ..manifest import TensorSpec
@@ -111,7 +112,7 @@ def save(
     limit = _limit(shard_size, place)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and is_float(dtype)):
         raise UsageError(f"dtype= is what floats become, such as torch.bfloat16; found {dtype!r}")
-    free_text = {"format": "pt", **(metadata or {})}
+    free_text = {"format": "pt", **_free_text(metadata or {})}
     with _opened(what) as (source, tied):
         specs = [_converted(spec, dtype) for spec in source.manifest.values()]
         if problems := [problem for spec in specs if (problem := unwritable(spec))]:
@@ -165,7 +166,22 @@ def _write(
     return tuple(str(place if staging.is_file else place / name) for name in files), digests, tuple(staging.warnings)
 
 
+def _free_text(metadata: Mapping[str, str]) -> Mapping[str, str]:
+    """``metadata``, which readers refuse a whole file for if any of it is no text."""
+    check_kind("metadata", metadata, Mapping, "a mapping of texts")
+    for pair in metadata.items():
+        if not all(isinstance(text, str) and _is_utf8(text) for text in pair):
+            raise UsageError(f"metadata= maps texts to texts, as the format has them; found {pair[0]!r}: {pair[1]!r}")
+    return metadata
+
+
+def _is_utf8(text: str) -> bool:
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def _place(where: str | os.PathLike[str]) -> Path:
+    if not isinstance(where, (str, os.PathLike, bytes)) or "\0" in os.fsdecode(where):
+        raise UsageError(f"where= is the path of a directory, or of a file that ends in .safetensors; found {where!r}")
     text = os.fsdecode(where)
     if re.match(r"\w[\w+.-]*://", text):
         raise UsageError(f"{text}: object stores cannot be written to; save to a directory and upload that")

@@ -176,6 +176,13 @@ def test_a_snapshot_of_links(cache):
     assert_holds(snapshot / ONE, load_file(snapshot / ONE), [ONE])
 
 
+def test_the_root_of_a_cache_is_known_from_inside_too(cache, monkeypatch):
+    monkeypatch.chdir(cache)
+    assert_holds(".", TENSORS, [ONE, TWO, THREE])
+    monkeypatch.chdir(cache / "snapshots")
+    assert_holds("..", TENSORS, [ONE, TWO, THREE])
+
+
 def test_the_root_of_a_cache(cache):
     (cache / "snapshots" / "000old").mkdir()
     assert_holds(cache, TENSORS, [ONE, TWO, THREE])

@@ -59,7 +59,8 @@ class _Named(NamedTuple):
 def snapshot(directory: Path) -> Path:
     """The snapshot that a hub cache's ``models--org--name`` directory leads to; any other directory as it is."""
     snapshots = directory / "snapshots"
-    if not (directory.name.startswith("models--") and snapshots.is_dir()):
+    name = os.path.basename(os.path.abspath(directory))  # "." has no name of its own
+    if not (name.startswith("models--") and snapshots.is_dir()):
         return directory
     main = directory / "refs" / "main"
     if main.is_file():
