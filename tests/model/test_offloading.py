@@ -308,7 +308,9 @@ def test_what_hooks_keep_in_memory_is_loaded_there(keep):
     with torch.no_grad():
         for turn, options in enumerate(({}, {"device": "cpu"}, {})):
             state = state_of(turn)
+            before = [name for name, tensor in model.named_parameters() if tensor.is_meta]
             hw.load(model, state, **options)
+            assert [name for name, tensor in model.named_parameters() if tensor.is_meta] == before
             torch.testing.assert_close(model(X), computed(state))
     assert any(parameter.is_meta for parameter in model.parameters())
     accelerate.hooks.remove_hook_from_submodules(model)
@@ -461,6 +463,12 @@ def test_offloaded_models_are_loaded_by_name_and_once(kind, road, error):
     with pytest.raises(hw.HotweightsError, match=error):
         road(model, state_of(1))
     assert torch.equal(model(X), before)
+
+
+def test_a_live_model_refuses_before_it_takes_memory(monkeypatch):
+    monkeypatch.setattr("hotweights.live.model.materialise", lambda *_: pytest.fail("memory was taken"))
+    with pytest.raises(hw.PlanError, match="keeps these weights elsewhere"):
+        hw.LiveModel(accelerate.cpu_offload(Deep(), "cpu")).load(state_of(1), device="cpu")
 
 
 def test_a_model_of_transformers_loads_by_its_own_rules():
