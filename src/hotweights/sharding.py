@@ -56,8 +56,13 @@ class Part(msgspec.Struct, frozen=True, gc=False):
 
 def is_dtensor(tensor: object) -> bool:
     """Whether it is a DTensor. Where nobody has imported them, there are none."""
+    if type(tensor) in _PLAIN:
+        return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
+
+
+_PLAIN = {torch.Tensor, torch.nn.Parameter}
 
 
 def local(tensor: torch.Tensor) -> tuple[torch.Tensor, Part | None]:

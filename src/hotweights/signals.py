@@ -56,7 +56,7 @@ def whole(function: _Function) -> _Function:
             return function(*arguments, **options)
         finally:
             if not _watch.watchers:  # The function ended the watching: nobody else will deliver.
-                deliver()
+                _deliver_signals()  # No ``Stop``: its caller may hold what it does not know of yet.
 
     _WHOLE.add(function.__code__)
     _HELD.add(run.__code__)  # type: ignore[attr-defined]
@@ -126,6 +126,10 @@ def deliver() -> None:
     if (stop := _thread.stop) is not None and stop.asked and not _is_whole(sys._getframe()):
         stop.asked = False  # What is put back now, and may call this, is not stopped too.
         raise Stopped
+    _deliver_signals()
+
+
+def _deliver_signals() -> None:
     if _watch.pending and _in_main_thread() and not _is_whole(sys._getframe()):
         _watch.deliver()
 
@@ -205,7 +209,7 @@ class _Watch:
                 self._put_back()
         self._ending = False
         if not self.watchers:
-            deliver()
+            _deliver_signals()
 
     def _put_back(self) -> None:
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
@@ -262,7 +266,10 @@ def _is_whole(frame: FrameType | None) -> bool:
 
 _NUMBERS = sorted(signal.valid_signals())
 _watch = _Watch()
-_HELD.update(function.__code__ for function in (watch, unwatch, deliver, _in_main_thread, _must_finish, _is_whole))
+_HELD.update(
+    function.__code__
+    for function in (watch, unwatch, deliver, _deliver_signals, _in_main_thread, _must_finish, _is_whole)
+)
 _HELD.update(
     method.__code__
     for method in (_Watch.begin, _Watch.end, _Watch.take, _Watch.postpone, _Watch.settle, _Watch.deliver)

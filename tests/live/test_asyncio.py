@@ -5,6 +5,7 @@ import contextvars
 import inspect
 import signal
 import threading
+from contextlib import suppress
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from ends import Thread
 from torch import nn
 
 import hotweights as hw
+from hotweights import signals
 from hotweights.live.lock import ReadWriteLock
 
 WAIT = 30  # seconds after which a test is wrong, not slow
@@ -435,3 +437,21 @@ def test_a_serving_that_is_entered_is_not_entered_again():
     with serving as number:
         assert number == 1
     assert live.update(version_of(2), timeout=WAIT).version == 2
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_work_that_is_stopped_while_it_takes_the_lock_does_not_lose_it(writes):
+    """Cancelled as it took its turn to write, an update left the model locked for good."""
+    lock, stop = ReadWriteLock(), signals.Stop()
+    holds = []
+
+    def work():
+        stop.asked = True
+        holds.append(lock.begin_writing() if writes else lock.begin_reading(None))
+
+    with suppress(signals.Stopped):
+        stop.run(work)
+    for hold in holds:
+        (lock.end_writing if writes else lock.end_reading)(hold)
+    with lock.writing(timeout=0.5):
+        pass

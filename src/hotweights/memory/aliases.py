@@ -29,11 +29,10 @@ def _identity(tensor: torch.Tensor) -> Hashable:
 
 def plain(tensor: torch.Tensor) -> bool:
     """Whether it has bytes of its own, and no code stands between them and whoever reads it."""
-    if type(tensor) not in _PLAIN and type(tensor).__torch_dispatch__ is not _NO_DISPATCH:
+    kind = type(tensor)  # Every tensor is asked several times, and nearly all are of these classes.
+    if kind not in _PLAIN and (kind.__torch_dispatch__ is not _NO_DISPATCH or torch.nn.parameter.is_lazy(tensor)):
         return False
-    return tensor.layout is torch.strided and not (
-        torch.nn.parameter.is_lazy(tensor) or tensor.is_nested or tensor.is_quantized
-    )
+    return tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_quantized)
 
 
 def has_bytes(tensor: torch.Tensor) -> bool:

@@ -173,8 +173,11 @@ def hook_problems(model: nn.Module) -> Iterator[str]:
 
 def _is_hooked(module: nn.Module) -> bool:
     """Whether hooks around its ``load_state_dict`` do more than copying by name, or than a wrapper's: change names."""
-    hooks = [*module._load_state_dict_pre_hooks.values(), *module._load_state_dict_post_hooks.values()]
-    if not hooks or all(map(is_fsdps, hooks)):
+    before, after = module._load_state_dict_pre_hooks, module._load_state_dict_post_hooks
+    if not (before or after):
+        return False
+    hooks = [*before.values(), *after.values()]
+    if all(map(is_fsdps, hooks)):
         return False
     return wraps(type(module)) is None or any(not _of_torch(getattr(hook, "hook", hook)) for hook in hooks)
 

@@ -110,7 +110,9 @@ def draft(
         else:
             writes.add(level, step)
     local = Local(manifest, targets)
-    levelled = list(local.steps(writes.levels, writes.steps))
+    levelled = [*zip(writes.levels, writes.steps, strict=True)]
+    if whole is not manifest or wide is not targets:
+        levelled = list(local.steps(writes.levels, writes.steps))
     ties = tuple(local.ties(writes.ties))
     fates = _fates_of_sources(manifest, writes, traced, matches(rules.skip))
     fates.update({step.sources[0]: Fate.MISMATCHED for step in mismatched if step.sources[0] not in writes.fates})
