@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import SupportsIndex
 
@@ -330,19 +330,14 @@ class LiveModel:
         check_reading(io, threads, pool, show_progress)
         with alone_in_a_fork(), without_collection(), ExitStack() as stack:
             stack.enter_context(refusing(source))
-            failed = "the source cannot be opened"
-            try:
+            with self._beginning(source, "the source cannot be opened"):
                 origin = stack.enter_context(opened(source, variant=variant, subfolder=subfolder))
-                failed = "nothing was changed"
-                fed = FedNames(names_for(origin.manifest, rename, self._match))
+            manifest = origin.manifest  # A receiver waits here. That no version came in time is no failed update.
+            with self._beginning(source, "nothing was changed"):
+                fed = FedNames(names_for(manifest, rename, self._match))
                 origin = renamed(origin, fed.new)
                 stack.enter_context(naming_files(origin))
                 weights, _ = apart(origin, lambda: reachable(self._core).values())
-            except Exception as error:
-                # What an iterator raises while it is read ends the update, whatever it is.
-                if isinstance(error, UsageError) and not isinstance(source, IteratorSource):
-                    raise
-                raise aborted(f"{self._current}; {failed}", error) from error
             update = stack.enter_context(self._begin(origin.manifest, atomic, only, cast, timeout, fed))
             return update.run(
                 weights,
@@ -352,6 +347,18 @@ class LiveModel:
                 pool=pool,
                 show_progress=show_progress,
             )
+
+    @contextmanager
+    @signals.held
+    def _beginning(self, source: AnySource, failed: str) -> Iterator[None]:
+        """What fails inside ends the update; a program that is wrong is told so itself."""
+        try:
+            yield
+        except Exception as error:
+            # What an iterator raises while it is read ends the update, whatever it is.
+            if isinstance(error, UsageError) and not isinstance(source, IteratorSource):
+                raise
+            raise aborted(f"{self._current}; {failed}", error) from error
 
     async def update_async(
         self,
