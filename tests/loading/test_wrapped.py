@@ -291,3 +291,22 @@ def test_views_whose_bytes_are_not_their_values_are_refused():
     model.turned = model.turned.resolve_conj().resolve_neg()
     hw.load(model, state)
     assert torch.equal(model.turned, state["turned"])
+
+
+def test_merged_adapters_are_refused_and_the_advice_works():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(3, 3)), peft.LoraConfig(target_modules=["0"], r=1))
+    new = {name: torch.ones_like(tensor) for name, tensor in model.state_dict().items()}
+    live = hw.LiveModel(model)
+    live.load(model.state_dict(), version=1)
+    model.merge_adapter()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(hw.PlanError, match="unmerge_adapter") as caught:
+        hw.load(model, new)
+    assert "0" in caught.value.problems[0]
+    with pytest.raises(hw.UpdateAborted, match="merged adapters"):
+        live.update(new)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    model.unmerge_adapter()  # as the error says
+    live.update(new, version=2)
+    assert all(torch.equal(new[name], tensor) for name, tensor in model.state_dict().items())

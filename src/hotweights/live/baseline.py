@@ -14,6 +14,7 @@ from ..memory import host
 from ..memory.aliases import has_bytes, plain
 from ..memory.extents import renew
 from ..model.materialise import dressed
+from ..model.merged import refuse_merged
 from ..model.offloading import refuse_offloaded
 from ..model.places import places
 from ..model.reachable import attributes, reachable
@@ -188,7 +189,9 @@ class Baseline:
 
         Raises:
             LiveModelError: it names the tensors and modules that were replaced or moved.
+            PlanError: adapters were merged into the weights.
         """
+        refuse_merged(self._model)
         lost = [name for name, module, key, child in self._loaded if module._modules.get(key) is not child]
         if lost:
             raise LiveModelError(

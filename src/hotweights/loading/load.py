@@ -21,6 +21,7 @@ from ..manifest import Manifest
 from ..memory.extents import renew
 from ..memory.pool import Pool
 from ..model.materialise import materialise, put_back
+from ..model.merged import refuse_merged
 from ..model.offloading import refuse_own_code, refuse_unwritable
 from ..model.places import places
 from ..model.reachable import attributes, reachable
@@ -171,6 +172,7 @@ def load(
             done.hold_scratch(source.manifest.nbytes)
         seen = survey(model, by)
         refuse_unwritable(model, seen)
+        refuse_merged(model)
         if verify == "loader":
             check_verifiable(seen)
         source = fitted(source, rename, match_for(model, seen.tensors, by))

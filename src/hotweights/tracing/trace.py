@@ -15,6 +15,7 @@ from ..gc_pause import without_collection
 from ..manifest import Manifest
 from ..memory.aliases import overlaps
 from ..model.matching import other_names
+from ..model.merged import refuse_merged
 from ..model.offloading import refuse_own_code, refuse_unwritable
 from ..model.places import targets_of
 from ..model.survey import By, LoadingCode, Survey, counters, extra_state_problems, loader_of, own_loader, survey
@@ -115,6 +116,7 @@ def _trace(
     by: By | None,
 ) -> LoadPlan:
     refuse_unwritable(model, surveyed)
+    refuse_merged(model)
     tensors = surveyed.persistent
     if flat := [name for name in tensors if name.endswith("_flat_param")]:
         raise PlanError(
