@@ -4,17 +4,21 @@ import contextlib
 import gc
 import itertools
 import signal
+from functools import partial
 
 import pytest
 import torch
-from interrupting import Interrupting
+from interrupting import at_every, at_every_place
 from torch import nn
 
 import hotweights as hw
 
 WAYS = ("staged", "journal", False)
-# An update runs some 5,500 lines of ours; both steps are primes, so that loops are met at different lines.
-LINES = [pytest.param(97, id="every 97th line"), pytest.param(11, id="every 11th line", marks=pytest.mark.long)]
+# An update runs some 6,500 lines of ours: 1,300 lines of code, called from 1,700 places.
+LINES = [
+    pytest.param(lambda act: at_every(97), id="every 97th line that is run"),  # A prime: loops are met anywhere.
+    pytest.param(at_every_place, id="every line, by each line that calls it", marks=pytest.mark.long),
+]
 
 
 class Model(nn.Module):
@@ -63,6 +67,11 @@ def by_pushes(live, number):
         update.commit(number)
 
 
+def by_nobody(live, number):
+    with live.begin() as update:
+        update.feed(version_of(number))
+
+
 def while_serving(live, number):
     with live.serving() as version:
         assert values(live.model) == {float(version)}
@@ -84,18 +93,19 @@ def check(live, number, where):
     assert values(live.model) == {float(number)}, where
 
 
-@pytest.mark.parametrize("step", LINES)
-@pytest.mark.parametrize("act", [by_update, by_stream, by_pushes, while_serving])
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("lines", LINES)
+@pytest.mark.parametrize("act", [by_update, by_stream, by_pushes, by_nobody, while_serving])
 @pytest.mark.parametrize("atomic", WAYS)
-def test_at_every_line_of_an_update(atomic, act, step):
+def test_at_every_line_of_an_update(atomic, act, lines):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     live = model_of(atomic)
     live.load(version_of(1), version=1)
     numbers = itertools.count(2)
-    states, raised = set(), 0
-    for at in itertools.count(step=1 if act is while_serving else step):
+    states, raised, missed = set(), 0, 0
+    for interrupting in at_every(1) if act is while_serving else lines(lambda: act(live, next(numbers))):
         before, number = live.version, next(numbers)
-        with Interrupting(at) as interrupting:
+        with interrupting:
             try:
                 act(live, number)
                 done = True
@@ -106,20 +116,22 @@ def test_at_every_line_of_an_update(atomic, act, step):
         assert atomic is False or live.state is hw.State.SERVING, f"{interrupting.where}: it is {live.state}"
         states.add(live.state)
         check(live, next(numbers), interrupting.where)
-        if interrupting.where is None:
-            break
+        missed += interrupting.where is None
     assert raised > 3
-    if act is not while_serving:
+    # Some run in one update and not in the next: what they made is kept.
+    assert missed <= 1 + raised / 10, f"{missed} of {raised} lines were not run again"
+    if act not in (while_serving, by_nobody):
         assert (hw.State.TORN in states) == (atomic is False)
 
 
-@pytest.mark.parametrize("step", LINES)
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("lines", LINES)
 @pytest.mark.parametrize("source", [version_of, streamed])
-def test_at_every_line_of_a_first_load(source, step):
+def test_at_every_line_of_a_first_load(source, lines):
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for at in itertools.count(step=step):
+    for interrupting in lines(partial(model_of("staged").load, source(1), version=1)):
         live = model_of("staged")
-        with Interrupting(at) as interrupting, contextlib.suppress(KeyboardInterrupt):
+        with interrupting, contextlib.suppress(KeyboardInterrupt):
             live.load(source(1), version=1)
             assert interrupting.where is None, f"{interrupting.where}: it was swallowed"
         if live.state is hw.State.EMPTY:
@@ -127,28 +139,29 @@ def test_at_every_line_of_a_first_load(source, step):
             assert live.model.processed.weight.shape == (4, 4)
             live.load(version_of(1), version=1)
         check(live, 2, interrupting.where)
-        if interrupting.where is None:
-            return
 
 
-@pytest.mark.parametrize("step", LINES)
-def test_at_every_line_of_a_load_on_meta(step):
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("lines", LINES)
+def test_at_every_line_of_a_load_on_meta(lines):
     """``hw.load`` is not atomic, but tensors that were on meta are so again, and the collector is on."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for at in itertools.count(step=step):
+
+    def on_meta():
         with torch.device("meta"):
-            model = Model()
-        with Interrupting(at) as interrupting, contextlib.suppress(KeyboardInterrupt):
+            return Model()
+
+    for interrupting in lines(partial(hw.load, on_meta(), version_of(1), device="cpu", cache=False)):
+        model = on_meta()
+        with interrupting, contextlib.suppress(KeyboardInterrupt):
             hw.load(model, version_of(1), device="cpu", cache=False)
             assert interrupting.where is None, f"{interrupting.where}: it was swallowed"
         assert gc.isenabled()
-        on_meta = {tensor.is_meta for tensor in model.state_dict().values()}
-        assert len(on_meta) == 1, f"{interrupting.where}: some of them are real"
-        if False in on_meta:
+        are_meta = {tensor.is_meta for tensor in model.state_dict().values()}
+        assert len(are_meta) == 1, f"{interrupting.where}: some of them are real"
+        if False in are_meta:
             assert values(model) == {1.0}
         hw.load(model, version_of(2), device="cpu")
-        if interrupting.where is None:
-            return
 
 
 def test_a_hook_that_is_interrupted_leaves_the_new_version_and_no_lock():
