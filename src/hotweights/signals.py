@@ -187,17 +187,19 @@ class _Watch:
 
     def begin(self) -> object:
         watcher = object()
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         try:
-            self.watchers.add(watcher)
+            # One that is not watched yet could raise, and one more in the lines that take back what was begun.
+            signal.pthread_sigmask(signal.SIG_BLOCK, _NUMBERS)
             for number in _NUMBERS:
                 handler = _signal.getsignal(number)
                 if callable(handler) and handler != self.take:
                     self._before[number] = handler
                     signal.signal(number, self.take)
-            return watcher
-        except BaseException:  # Of a signal that is not watched yet.
-            self.end(watcher)
-            raise
+            self.watchers.add(watcher)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        return watcher
 
     def end(self, watcher: object) -> None:
         self._ending = True
@@ -206,6 +208,7 @@ class _Watch:
             try:
                 self._put_back()
             finally:  # A handler that is back may raise in the midst of it: put back the rest.
+                self._ending = False
                 self._put_back()
         self._ending = False
         if not self.watchers:

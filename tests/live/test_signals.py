@@ -4,6 +4,7 @@ import contextlib
 import gc
 import itertools
 import signal
+import sys
 from functools import partial
 
 import pytest
@@ -12,6 +13,7 @@ from interrupting import at_every, at_every_place
 from torch import nn
 
 import hotweights as hw
+from hotweights import signals
 
 WAYS = ("staged", "journal", False)
 # An update runs some 6,500 lines of ours: 1,300 lines of code, called from 1,700 places.
@@ -195,3 +197,27 @@ def test_a_handler_that_raises_nothing_is_called_once_and_ends_nothing():
         signal.signal(signal.SIGUSR1, before)
     assert seen == [signal.SIGUSR1]
     assert values(live.model) == {2.0}
+
+
+def test_signals_in_a_row_while_watching_begins_leave_the_handlers_as_they_were():
+    """A second one that comes while the first is raised found code that takes back what was begun."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for first in range(40):
+        lines = itertools.count()
+
+        def trace(frame, event, argument, first=first, lines=lines):
+            if frame.f_code.co_filename != signals.__file__:
+                return None
+            if event == "line" and first <= next(lines) < first + 3:
+                signal.raise_signal(signal.SIGINT)
+            return trace
+
+        live = model_of("staged")
+        sys.settrace(trace)
+        try:
+            with contextlib.suppress(KeyboardInterrupt):
+                live.load(version_of(1), version=1)
+        finally:
+            sys.settrace(None)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, first
+        assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ()), first

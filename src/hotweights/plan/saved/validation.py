@@ -207,6 +207,11 @@ class _Validator:
         return Program(tuple(sources), ops, writes)
 
 
+def _dimensions(region: Region) -> Iterator[tuple[int, int]]:
+    """Size and stride of each dimension."""
+    return zip(region.box.shape, region.box.stride, strict=True)
+
+
 class _Trial:
     """One program's operations, decoded and tried one after the other on tensors without data."""
 
@@ -228,6 +233,8 @@ class _Trial:
             for region in tree_flatten(value)[0]
             if isinstance(region, Region)
         )
+        if any(size > 1 and not stride for region in writes for size, stride in _dimensions(region)):
+            self._validator.wrong(f"{func} writes to a tensor whose elements share their bytes")
         results = self._tried(func, args, kwargs, wire.results)
         reads = tuple(region for region in tree_flatten((args, kwargs))[0] if isinstance(region, Region))
         return Op(func, args, kwargs, results, writes, reads)
