@@ -10,6 +10,8 @@ from typing import Any
 import msgspec
 import torch
 
+from . import signals
+
 Run = tuple[int, int]
 """Indices of one dimension that follow each other: the first one, and how many."""
 
@@ -65,6 +67,7 @@ def is_dtensor(tensor: object) -> bool:
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
 
 
+@signals.held  # Else a signal might leave autograd off.
 def local(tensor: torch.Tensor) -> tuple[torch.Tensor, Part | None]:
     """The tensor as it lies in this process, and which part of the whole that is; ``None`` where it is all of it.
 

@@ -93,6 +93,7 @@ def check(live, number, where):
             assert version == live.version
     live.update(version_of(number), version=number)
     assert values(live.model) == {float(number)}, where
+    assert torch.is_grad_enabled(), where
 
 
 @pytest.mark.timeout(600)

@@ -18,6 +18,7 @@ from ..memory.host import host_empty
 from ..memory.pool import Pool
 from ..plan.plan import LoadPlan
 from ..plan.steps import Copy, Program
+from ..signals import held
 from ..sources.contracts import Addressed, InMemory, IOMode, Participant, Read, Source
 from ..sources.streams import ahead
 from .apart import held_apart
@@ -69,6 +70,7 @@ def execute(
         SourceError: a stream gave memory of the model that had been written by then.
     """
 
+    @held
     def arrive(nbytes: int) -> None:
         done.arrive(nbytes)
         if advance is not None:

@@ -9,6 +9,7 @@ import torch
 
 from ..plan.plan import LoadPlan
 from ..plan.steps import Copy, Program
+from ..signals import held
 from .copy_step import Destinations, any_inference, copy_now, run_step, writing_mode, written_nbytes
 from .report import Tally
 from .ties import refuse_ties, same_as_written
@@ -36,6 +37,7 @@ class Filling:
         self.missing = self._wanted | self._copies.keys()
         self.kept: dict[str, torch.Tensor] = {}
 
+    @held
     def take(self, name: str, tensor: torch.Tensor, own: Callable[[], torch.Tensor]) -> set[torch.device]:
         """Do every copy that can be done with a tensor that has arrived.
 
@@ -59,6 +61,7 @@ class Filling:
         self.missing.discard(name)
         self._done.bytes_written += sum(written_nbytes(step, self._destinations) for step in self._copies[name])
 
+    @held
     def finish(self) -> dict[str, torch.Tensor]:
         """Do the steps that waited, now that everything is there; returns the tensors of ``plan.fallback``, owned.
 

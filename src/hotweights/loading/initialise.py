@@ -14,6 +14,7 @@ from ..model.places import places
 from ..model.survey import Survey
 from ..plan.plan import LoadPlan
 from ..plan.steps import Fate
+from ..signals import held
 from ..text import some
 from ..tracing.frameworks import has_rules, initialise_by_rules
 
@@ -53,6 +54,7 @@ def left_on_meta(plan: LoadPlan, seen: Survey, init_missing: InitMissing | None,
     return left
 
 
+@held
 def initialise(model: nn.Module, names: list[str], init_missing: InitMissing | None) -> None:
     """Fill the tensors with these names. They are real by now, and hold anything."""
     if not names:

@@ -48,6 +48,7 @@ def huge_region(nbytes: int) -> torch.Tensor:
     return whole[-whole.data_ptr() % HUGE_PAGE :][:nbytes]
 
 
+@held  # Else a signal might leave autograd off.
 def copy_bytes(target: torch.Tensor, value: torch.Tensor) -> None:
     """Copy into ``target`` unseen by autograd; also into tensors that were made under inference mode."""
     with torch.inference_mode() if target.is_inference() else torch.no_grad():
