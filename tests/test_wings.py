@@ -101,6 +101,29 @@ def test_private_names_stay_in_their_file(module):
     assert not taken, f"{module} takes {sorted(taken)} from another file; a name that two files use is not private"
 
 
+# What gives a mode of torch that belongs to a thread, and whose ``with`` a signal must not cut short.
+OF_THE_THREAD = {"no_grad", "inference_mode", "enable_grad", "writing_mode", "in_every_thread", "autocast", "_no_autocast"}
+NEVER_INTERRUPTED = {"engines.vllm.worker", "cli.demo.demo"}  # vLLM's own workers, and a command that ends by Ctrl-C.
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_what_turns_autograd_off_finishes_its_own_lines(module):
+    """A signal between the end of a ``with torch.no_grad()`` and its ``__exit__`` leaves autograd off for ever."""
+    if module in NEVER_INTERRUPTED or module.startswith("testing."):
+        return
+    tree = tree_of(module)
+    parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call) or getattr(node.func, "attr", getattr(node.func, "id", "")) not in OF_THE_THREAD:
+            continue
+        inside = node
+        while inside in parents and not isinstance(inside, ast.FunctionDef):
+            inside = parents[inside]
+        marks = {ast.unparse(mark).rpartition(".")[2] for mark in getattr(inside, "decorator_list", ())}
+        returned = isinstance(parents[node], (ast.Return, ast.IfExp))  # Its caller enters it.
+        assert returned or marks & {"held", "whole", "watched"}, f"{module}:{node.lineno} is not in a held function"
+
+
 def test_two_classes_have_two_names():
     homes = collections.defaultdict(list)
     for module in MODULES:

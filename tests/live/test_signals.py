@@ -11,6 +11,7 @@ import pytest
 import torch
 from interrupting import at_every, at_every_place
 from torch import nn
+from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
 
 import hotweights as hw
 from hotweights import signals
@@ -160,11 +161,37 @@ def test_at_every_line_of_a_load_on_meta(lines):
             hw.load(model, version_of(1), device="cpu", cache=False)
             assert interrupting.where is None, f"{interrupting.where}: it was swallowed"
         assert gc.isenabled()
+        assert torch.is_grad_enabled(), interrupting.where
         are_meta = {tensor.is_meta for tensor in model.state_dict().values()}
         assert len(are_meta) == 1, f"{interrupting.where}: some of them are real"
         if False in are_meta:
             assert values(model) == {1.0}
         hw.load(model, version_of(2), device="cpu")
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("lines", LINES)
+@pytest.mark.parametrize(
+    "act",
+    [
+        pytest.param(lambda model: hw.trace(model, version_of(1)), id="trace"),
+        pytest.param(lambda model: hw.route(version_of(1), [hw.Component(bool, model)]), id="route"),
+    ],
+)
+def test_at_every_line_the_modes_of_torch_are_put_back(act, lines):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    model, threads = Model(), torch.get_num_threads()
+    for interrupting in lines(partial(act, model)):
+        with interrupting, contextlib.suppress(KeyboardInterrupt):
+            act(model)
+            assert interrupting.where is None, f"{interrupting.where}: it was swallowed"
+        assert gc.isenabled(), interrupting.where
+        assert torch.is_grad_enabled(), interrupting.where
+        assert not _len_torch_dispatch_stack(), interrupting.where
+        assert not _len_torch_function_stack(), interrupting.where
+        assert torch.get_num_threads() == threads
+        assert all(tensor.grad_fn is None and tensor.requires_grad for tensor in model.parameters())
+    act(model)
 
 
 def test_a_hook_that_is_interrupted_leaves_the_new_version_and_no_lock():

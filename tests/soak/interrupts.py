@@ -10,6 +10,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from layers import WAYS, fault_of, live_model, numbers_in, streamed, version_of
 
 import hotweights as hw
@@ -189,11 +190,12 @@ def _struck(tally, blows, what, act, budget):
 def _is_as_before(tally, blows, what):
     handlers = {signal.getsignal(number) for number in (signal.SIGINT, signal.SIGUSR1)}
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    if gc.isenabled() and handlers == {blows.take} and not blocked:
+    if gc.isenabled() and torch.is_grad_enabled() and handlers == {blows.take} and not blocked:
         return True
-    state = f"collector {gc.isenabled()}, handlers {handlers}, blocked {blocked}"
+    state = f"collector {gc.isenabled()}, autograd {torch.is_grad_enabled()}, handlers {handlers}, blocked {blocked}"
     tally.fault(f"{what}: {state}; interrupted at {blows.where}")
     gc.enable()
+    torch.set_grad_enabled(True)
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, blows.take)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())

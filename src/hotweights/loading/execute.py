@@ -38,6 +38,7 @@ from .requests import request_nbytes, requests_of, used_nbytes
 from .ties import COMPARED, prove_ties, same_bits
 
 
+@held  # Else a signal might leave autograd off.
 def execute(
     plan: LoadPlan,
     source: Source,

@@ -21,6 +21,7 @@ from ..model.places import Place, places
 from ..model.reachable import reachable
 from ..model.survey import By, loader_of
 from ..plan.plan import LoadPlan
+from ..signals import held
 from ..sources.contracts import Addressed, InMemory, Source
 from ..text import some
 from ..tracing.dispatch import written_by
@@ -29,6 +30,7 @@ from .execute import owned
 from .report import Tally
 
 
+@held  # Else a signal might leave autograd off, or a mode of torch on.
 def fall_back(
     plan: LoadPlan,
     model: nn.Module,

@@ -13,6 +13,7 @@ from ..manifest import TensorSpec
 from ..memory.devices import Event, record_event
 from ..memory.host import advise_huge_pages
 from ..plan.steps import Copy
+from ..signals import held
 from ..sources.contracts import Read, Sink
 
 _LARGE = 4 * 1024 * 1024  # bytes from which a destination is worth a huge page
@@ -97,6 +98,7 @@ def _copy_into(target: torch.Tensor, box: Box, start: int | None = None) -> Sink
     Without ``start`` they are the elements of ``box`` one behind the other.
     """
 
+    @held  # Else a signal might leave autograd off.
     def sink(raw: torch.Tensor) -> Event | None:
         if raw.data_ptr() % box.dtype.itemsize:
             raw = raw.clone()  # A file may pack a float32 behind three bytes; torch cannot view that in place.

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_flatten
 
 from ..boxes import Memory, Region, extent, view
 from ..plan.steps import Program
+from ..signals import held
 
 
 class _Table:
@@ -57,6 +58,7 @@ def _storage_of(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
 
 
+@held  # Else a signal might leave autocast off.
 def run_program(
     program: Program,
     sources: Mapping[str, torch.Tensor],
@@ -77,6 +79,7 @@ def run_program(
 
 
 @contextmanager
+@held
 def _no_autocast() -> Iterator[None]:
     """Inside, autocast is off: it is the caller's, and tracing recorded the operations without it."""
     with ExitStack() as stack:

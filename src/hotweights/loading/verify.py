@@ -16,6 +16,7 @@ from ..model.snapshot import Snapshot
 from ..model.survey import By, LoadingCode, Survey, by_name, loader_of, survey
 from ..plan.disjoint_sets import DisjointSets
 from ..plan.plan import LoadPlan
+from ..signals import held
 from ..sources.contracts import Addressed, InMemory, Source
 from ..text import some
 from ..tracing.frameworks import rules_for
@@ -109,6 +110,7 @@ class _Group(NamedTuple):
     destinations: list[str]
 
 
+@held  # Else a signal might leave autograd off.
 def _verify(
     group: _Group, load: LoadingCode, destinations: Mapping[str, torch.Tensor], own: Callable[[str], torch.Tensor]
 ) -> Iterator[str]:

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..memory.aliases import plain
 from ..memory.extents import Extents
+from ..signals import held
 
 _Slot = tuple[int, str]
 
@@ -33,6 +34,7 @@ class Offloaded(NamedTuple):
     hooks: set[int]
     reasons: dict[str, str]
 
+    @held  # Else a signal might leave autograd off.
     def renew_copies(self, written: Iterable[torch.Tensor]) -> None:
         """Copy the values of those that share a byte with what was written."""
         if self.copies:

@@ -25,6 +25,7 @@ from ..model.reachable import reachable
 from ..model.survey import finished, own_loader
 from ..names import unwrapped
 from ..plan.plan import LoadPlan
+from ..signals import held, watched
 from ..sources.contracts import Addressed, InMemory, OnDisk, Source
 from ..sources.iterator import IteratorSource
 from ..sources.opening import AnySource, is_pairs, opened
@@ -43,6 +44,7 @@ _Load = Callable[[Pairs], object]
 
 
 @alone_in_a_fork()
+@watched
 def route(
     source: AnySource | Pairs,
     components: Iterable[Component],
@@ -139,6 +141,7 @@ def _code(component: Component) -> _Load | None:
     return own_loader(unwrapped(target)) if isinstance(target, nn.Module) else target
 
 
+@held  # Else a signal might leave autograd off.
 def _give(component: Component, load: _Load, pairs: Pairs, done: _Loaded) -> None:
     """Let the component's code load ``pairs``."""
     feed = Feed(pairs)

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .. import signals
 from ..dtypes import OpaqueDtype
 from ..manifest import Manifest
 from ..memory.aliases import plain
@@ -55,6 +56,7 @@ class Recording(NamedTuple):
     error: Exception | None
 
 
+@signals.held  # Else a signal might leave autograd off, or a mode of torch on.
 def record(
     model: nn.Module,
     manifest: Manifest,

@@ -10,12 +10,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
+from ..signals import held
 from .replaced import Replaced
 
 Mode = Callable[[], AbstractContextManager[object]]
 
 
 @contextmanager
+@held
 def in_every_thread(*modes: Mode) -> Iterator[Callable[[], bool]]:
     """Enter the modes in this thread, and in threads that it starts or gives work to, for that work.
 
@@ -38,6 +40,7 @@ class _Followed:
         self._futures: list[Future[Any]] = []
 
     @contextmanager
+    @held
     def entered(self) -> Iterator[None]:
         """Inside, this thread is followed."""
         before, _here.followed = _follows(), self
@@ -49,6 +52,7 @@ class _Followed:
         finally:
             _here.followed = before
 
+    @held
     def run(self, work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Do the work in all of the modes, in another thread."""
         with ExitStack() as stack:

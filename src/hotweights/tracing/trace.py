@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from .. import signals
 from ..arguments import check_choices, check_model, device_from, patterns_from
 from ..dtypes import Cast
 from ..errors import PlanError
@@ -34,6 +35,7 @@ from .leave_out import trace_code
 from .naming import match_for, names_for
 
 
+@signals.watched
 def trace(
     model: nn.Module,
     manifest: Manifest | AnySource,
