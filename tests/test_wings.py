@@ -114,7 +114,7 @@ def test_what_turns_autograd_off_finishes_its_own_lines(module):
     tree = tree_of(module)
     parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
     for node in ast.walk(tree):
-        if not isinstance(node, ast.Call) or getattr(node.func, "attr", getattr(node.func, "id", "")) not in OF_THE_THREAD:
+        if not isinstance(node, ast.Call) or ast.unparse(node.func).rpartition(".")[2] not in OF_THE_THREAD:
             continue
         inside = node
         while inside in parents and not isinstance(inside, ast.FunctionDef):

@@ -28,7 +28,7 @@ _Result = TypeVar("_Result")
 
 _HELD: set[CodeType] = set()
 _WHOLE: set[CodeType] = set()
-# Frames in files that end so belong to the code that calls them. Of torch: what turns autograd and autocast off and on.
+# Frames in files that end so belong to the code that calls them. Of torch: what turns autograd and autocast off.
 _PASSED_OVER = (
     contextlib.__file__,
     threading.__file__,
