@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import torch
 from torch import nn
@@ -23,7 +24,7 @@ from ..arguments import (
     patterns_from,
 )
 from ..dtypes import Cast
-from ..errors import UnknownName, UsageError
+from ..errors import UsageError
 from ..forked import alone_in_a_fork
 from ..gc_pause import without_collection
 from ..loading.apart import apart
@@ -49,7 +50,8 @@ from ..sources.opening import AnySource, opened, version_of
 from ..sources.reading import check_reading
 from ..sources.renamed import renamed
 from ..tracing.naming import Match, as_they_are, names_for
-from .background import in_background
+from .asked import Asked, check_atomic
+from .background import in_background, takes_what
 from .baseline import Baseline
 from .fed_names import FedNames
 from .layers import Selection, selected
@@ -108,7 +110,7 @@ class LiveModel:
                 keeps several open. Over it, tensors wait on the host.
         """
         check_model(model)
-        _check_atomic(atomic)
+        check_atomic(atomic)
         check_callable(process=process)
         if memory_limit is not None:
             check_count(0, memory_limit=memory_limit)
@@ -328,6 +330,7 @@ class LiveModel:
         """
         check_version(version)
         check_reading(io, threads, pool, show_progress)
+        asked = self._asked(atomic, only, cast, timeout)
         with alone_in_a_fork(), without_collection(), ExitStack() as stack:
             stack.enter_context(refusing(source))
             with self._beginning(source, "the source cannot be opened"):
@@ -338,7 +341,7 @@ class LiveModel:
                 origin = renamed(origin, fed.new)
                 stack.enter_context(naming_files(origin))
                 weights, _ = apart(origin, lambda: reachable(self._core).values())
-            update = stack.enter_context(self._begin(origin.manifest, atomic, only, cast, timeout, fed))
+            update = stack.enter_context(self._begin(origin.manifest, asked, fed))
             return update.run(
                 weights,
                 version_of(origin, version),
@@ -360,47 +363,15 @@ class LiveModel:
                 raise
             raise aborted(f"{self._current}; {failed}", error) from error
 
-    async def update_async(
-        self,
-        source: AnySource,
-        *,
-        version: str | int | None = None,
-        atomic: Atomic | None = None,
-        only: Patterns | None = None,
-        cast: Cast | None = None,
-        rename: Rename | None = None,
-        io: IOMode = "auto",
-        threads: int | None = None,
-        pool: Pool | None = None,
-        show_progress: bool | None = None,
-        timeout: float | None = None,
-        variant: str | None = None,
-        subfolder: str | None = None,
-    ) -> UpdateReport:
+    @takes_what(update)
+    async def update_async(self, source: AnySource, **options: Any) -> UpdateReport:
         """``update`` in a thread of the event loop's executor: other coroutines run meanwhile, readers among them.
 
         Cancelled, it aborts at the next tensor or layer, waits for that, and raises ``asyncio.CancelledError``; the new
         version is live if it was committed by then, see ``version``. A second cancellation does not wait. A source that
         waits, such as a receiver, is not woken: close it. Hooks run in the thread.
         """
-        return await in_background(
-            partial(
-                self.update,
-                source,
-                version=version,
-                atomic=atomic,
-                only=only,
-                cast=cast,
-                rename=rename,
-                io=io,
-                threads=threads,
-                pool=pool,
-                show_progress=show_progress,
-                timeout=timeout,
-                variant=variant,
-                subfolder=subfolder,
-            )
-        )
+        return await in_background(partial(self.update, source, **options))
 
     @alone_in_a_fork()
     @signals.watched
@@ -429,45 +400,30 @@ class LiveModel:
             UpdateAborted: the manifest does not fit, or the host cannot hold the copy; nothing was changed.
         """
         check_kind("manifest", manifest, Manifest, "a Manifest, such as hotweights.open(tensors).manifest")
+        asked = self._asked(atomic, only, cast, timeout)
         if manifest is None:
             fed = FedNames(self._current.names, None if rename is None else renamer(rename))
-            return self._begin(None, atomic, only, cast, timeout, fed)
+            return self._begin(None, asked, fed)
         try:
             fed = FedNames(names_for(manifest, rename, self._match))
         except UsageError:
             raise
         except Exception as error:
             raise aborted(f"{self._current}; nothing was changed", error) from error
-        return self._begin(manifest.renamed(fed.new), atomic, only, cast, timeout, fed)
+        return self._begin(manifest.renamed(fed.new), asked, fed)
+
+    def _asked(self, atomic: Atomic | None, only: Patterns | None, cast: Cast | None, timeout: float | None) -> Asked:
+        patterns = None if only is None else patterns_from(only=only)[0]
+        return Asked(self._atomic if atomic is None else atomic, patterns, cast, timeout)
 
     @signals.held
-    def _begin(
-        self,
-        manifest: Manifest | None,
-        atomic: Atomic | None,
-        only: Patterns | None,
-        cast: Cast | None,
-        timeout: float | None,
-        fed: FedNames,
-    ) -> Update:
-        atomic = self._atomic if atomic is None else atomic
-        _check_atomic(atomic)
-        check_choices(cast=("error" if cast is None else cast, Cast))
-        check_timeout(timeout)
+    def _begin(self, manifest: Manifest | None, asked: Asked, fed: FedNames) -> Update:
         current = self._current
         with current.reserved():
             if self._baseline is None:
                 raise UsageError("nothing was loaded yet; the first time, use load")
-            if current.holds is State.TORN and only is not None:
+            if current.holds is State.TORN and asked.only is not None:
                 raise UsageError("the model is torn; only a complete update mends it, so leave only= out")
-            if only is not None:
-                (patterns,) = patterns_from(only=only)
-                only = widened(patterns, self._others)
-            return Update.begin(
-                current, self._baseline, self._process, self._limit, manifest, atomic, only, cast, timeout, fed
-            )
-
-
-def _check_atomic(atomic: object) -> None:
-    if atomic is not False and atomic not in ("staged", "journal"):
-        raise UnknownName("atomic", atomic, ("staged", "journal", "False"))
+            if asked.only is not None:
+                asked = replace(asked, only=widened(asked.only, self._others))
+            return Update.begin(current, self._baseline, self._process, self._limit, manifest, asked, fed)

@@ -11,7 +11,6 @@ from torch import nn
 
 from .. import signals
 from ..arguments import check_version
-from ..dtypes import Cast
 from ..errors import HotweightsError, UpdateAborted, UsageError
 from ..forked import alone_in_a_fork
 from ..loading.verify import Verifier
@@ -19,11 +18,11 @@ from ..manifest import Manifest
 from ..memory.devices import record_event
 from ..memory.pool import Pool
 from ..notices import forgotten
-from ..plan.patterns import Patterns
 from ..progress import progress
 from ..sharding import reshard
 from ..sources.contracts import Addressed, InMemory, IOMode, OnDisk, Participant, Source, Timed, warnings_of
 from ..sources.pairs import pairs_of, plain
+from .asked import Asked
 from .attempt import Attempt
 from .baseline import Baseline
 from .compiled import refuse_frozen
@@ -33,7 +32,7 @@ from .lock import WriteTurn
 from .open_layers import OpenLayers
 from .report import UpdateReport
 from .state import Current, State
-from .strategy import Atomic, InPlace, Strategy
+from .strategy import InPlace, Strategy
 
 
 class Update:
@@ -55,14 +54,14 @@ class Update:
         strategy: Strategy,
         limit: int | None,
         fed: FedNames,
-        timeout: float | None = None,
+        asked: Asked | None = None,
     ) -> None:
         """For ``begin`` and ``begin_first``, while the live model is reserved; the end of the update lets go of it."""
         self._current = current
         self._baseline = baseline
         self._strategy = strategy
         self._fed = fed
-        turn = WriteTurn(current.guard, timeout)
+        turn = WriteTurn(current.guard, None if asked is None else asked.timeout)
         self._attempt = Attempt(job, strategy, OpenLayers(limit, warned=current.warned), turn, fed)
         self._watcher = signals.watch()
         current.begin(self._attempt)
@@ -89,10 +88,7 @@ class Update:
         process: Callable[[nn.Module], object],
         limit: int | None,
         manifest: Manifest | None,
-        atomic: Atomic,
-        only: Patterns | None,
-        cast: Cast | None,
-        timeout: float | None,
+        asked: Asked,
         fed: FedNames,
     ) -> Update:
         """Find everything that does not fit; then begin.
@@ -103,15 +99,15 @@ class Update:
         try:
             refuse_frozen()
             baseline.prove()
-            with current.guard.writing(timeout):
-                found = baseline.plans.find(manifest, only, baseline.live, cast)
+            with current.guard.writing(asked.timeout):
+                found = baseline.plans.find(manifest, asked.only, baseline.live, asked.cast)
             job = baseline.job(process, found, promised=manifest is not None)
-            strategy = baseline.strategy(atomic, job)
+            strategy = baseline.strategy(asked.atomic, job)
         except UsageError:
             raise
         except Exception as error:
             raise aborted(f"{current}; nothing was changed", error) from error
-        return cls(current, baseline, job, strategy, limit, fed, timeout)
+        return cls(current, baseline, job, strategy, limit, fed, asked)
 
     @property
     def manifest(self) -> Manifest:
@@ -289,7 +285,7 @@ class Update:
         try:
             alone_in_a_fork()(self._strategy.abort)()
             if attempt.job.first:
-                self._baseline.reset(attempt.processing.begun)
+                self._baseline.reset(attempt.begun)
             if self._strategy.exclusive and self._strategy.wrote:
                 self._baseline.written(attempt.job)
         except BaseException:
