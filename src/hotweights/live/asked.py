@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..arguments import check_choices, check_timeout
 from ..dtypes import Cast
-from ..errors import UnknownName
+from ..errors import UnknownName, UsageError
 from ..plan.patterns import Patterns
 from .strategy import Atomic
 
@@ -19,11 +20,17 @@ class Asked:
     only: Patterns | None
     cast: Cast | None
     timeout: float | None
+    check: Callable[[], object] | None
 
     def __post_init__(self) -> None:
         check_atomic(self.atomic)
         check_choices(cast=("error" if self.cast is None else self.cast, Cast))
         check_timeout(self.timeout)
+        if self.check is not None and self.atomic is False:
+            raise UsageError(
+                "atomic=False keeps nothing that a version could go back to when check= refuses it; use "
+                'atomic="staged" or "journal"'
+            )
 
 
 def check_atomic(atomic: object) -> None:

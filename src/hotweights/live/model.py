@@ -53,6 +53,7 @@ from ..tracing.naming import Match, as_they_are, names_for
 from .asked import Asked, check_atomic
 from .background import in_background, takes_what
 from .baseline import Baseline
+from .check import Check, ask
 from .fed_names import FedNames
 from .layers import Selection, selected
 from .plans import Options
@@ -296,6 +297,7 @@ class LiveModel:
         show_progress: bool | None = None,
         rename: Rename | None = None,
         timeout: float | None = None,
+        check: Check | None = None,
         variant: str | None = None,
         subfolder: str | None = None,
     ) -> UpdateReport:
@@ -320,6 +322,9 @@ class LiveModel:
             rename: new names for the source's tensors, see ``hotweights.load``.
             timeout: seconds that it may wait for readers to leave ``serving()``, all its waits together; by default as
                 long as they like. Then it aborts, and a ``TimeoutError`` is the cause.
+            check: called with the model when the new version is complete, before it is committed and before a group
+                decides: a forward on known input, say. If it raises, or returns ``False``, the update aborts. Nobody
+                else reads the model meanwhile; ``serving()`` lets the check in, and names the version before.
             variant: where ``source`` is a path: which variant of the weights there, see ``hotweights.open``.
             subfolder: where ``source`` is a path: which folder there.
 
@@ -330,7 +335,7 @@ class LiveModel:
         """
         check_version(version)
         check_reading(io, threads, pool, show_progress)
-        asked = self._asked(atomic, only, cast, timeout)
+        asked = self._asked(atomic, only, cast, timeout, check)
         with alone_in_a_fork(), without_collection(), ExitStack() as stack:
             stack.enter_context(refusing(source))
             with self._beginning(source, "the source cannot be opened"):
@@ -384,6 +389,7 @@ class LiveModel:
         cast: Cast | None = None,
         rename: Rename | None = None,
         timeout: float | None = None,
+        check: Check | None = None,
     ) -> Update:
         """Begin an update that is fed by hand. Use it in a ``with``: leaving it without a commit aborts.
 
@@ -395,12 +401,13 @@ class LiveModel:
             cast: see ``update``.
             rename: new names for what is fed, see ``hotweights.load``.
             timeout: see ``update``; it counts to the end of the commit.
+            check: see ``update``; ``prepare`` calls it.
 
         Raises:
             UpdateAborted: the manifest does not fit, or the host cannot hold the copy; nothing was changed.
         """
         check_kind("manifest", manifest, Manifest, "a Manifest, such as hotweights.open(tensors).manifest")
-        asked = self._asked(atomic, only, cast, timeout)
+        asked = self._asked(atomic, only, cast, timeout, check)
         if manifest is None:
             fed = FedNames(self._current.names, None if rename is None else renamer(rename))
             return self._begin(None, asked, fed)
@@ -412,9 +419,18 @@ class LiveModel:
             raise aborted(f"{self._current}; nothing was changed", error) from error
         return self._begin(manifest.renamed(fed.new), asked, fed)
 
-    def _asked(self, atomic: Atomic | None, only: Patterns | None, cast: Cast | None, timeout: float | None) -> Asked:
+    def _asked(
+        self,
+        atomic: Atomic | None,
+        only: Patterns | None,
+        cast: Cast | None,
+        timeout: float | None,
+        check: Check | None,
+    ) -> Asked:
+        check_callable(check=check)
         patterns = None if only is None else patterns_from(only=only)[0]
-        return Asked(self._atomic if atomic is None else atomic, patterns, cast, timeout)
+        asks = None if check is None else partial(ask, check, self.model)
+        return Asked(self._atomic if atomic is None else atomic, patterns, cast, timeout, asks)
 
     @signals.held
     def _begin(self, manifest: Manifest | None, asked: Asked, fed: FedNames) -> Update:

@@ -61,6 +61,7 @@ class Update:
         self._baseline = baseline
         self._strategy = strategy
         self._fed = fed
+        self._check_by = None if asked is None else asked.check
         turn = WriteTurn(current.guard, None if asked is None else asked.timeout)
         self._attempt = Attempt(job, strategy, OpenLayers(limit, warned=current.warned), turn, fed)
         self._watcher = signals.watch()
@@ -195,10 +196,12 @@ class Update:
     @alone_in_a_fork()
     @signals.held
     def prepare(self) -> None:
-        """See that everything came, finish what waited, prove addresses and aliases. Version N is still live.
+        """See that everything came, finish what waited, prove addresses and aliases; then ask ``check``.
+
+        Version N is still live.
 
         Raises:
-            UpdateAborted: something is missing, or was moved.
+            UpdateAborted: something is missing, or was moved, or the check refused the version.
         """
         self._check("prepare")
         if self._current.prepared:
@@ -206,8 +209,39 @@ class Update:
         with self._failing(), self._attempt.timeline.event("prepare", ""):
             self._attempt.finish()
             self._baseline.prove()
+            if self._check_by is not None:
+                self._look(self._check_by)
             signals.deliver()  # The last place where an interruption still leaves version N.
         self._current.prepared = True
+
+    @signals.held
+    def _look(self, check: Callable[[], object]) -> None:
+        """Let a check look at version M, with nobody else in the model, and take M out again."""
+        current = self._current
+        with self._attempt.turn.briefly(), self._attempt.timeline.event("check", ""):
+            try:
+                self._show()
+                with current.guard.writer_reads():
+                    check()
+            finally:
+                self._hide()
+        self._baseline.prove()  # The check is code of others too.
+
+    @signals.whole
+    def _show(self) -> None:
+        self._current.checking = True
+        self._strategy.show()
+        self._wrote_all()
+
+    @signals.whole
+    def _hide(self) -> None:
+        self._current.checking = False
+        self._strategy.hide()
+        self._wrote_all()
+
+    def _wrote_all(self) -> None:
+        reshard(self._attempt.job.model.modules())
+        self._baseline.written(self._attempt.job)
 
     # Commit.
 
@@ -231,8 +265,8 @@ class Update:
         failures: list[BaseException] = []
         try:
             report = self._make_live(version, failures)
-            self._current.guard.let_writer_read()
-            self._current.hooks.call(report.version, failures)
+            with self._current.guard.writer_reads():
+                self._current.hooks.call(report.version, failures)
             if failures:
                 raise failures[0]
             return report
