@@ -75,6 +75,11 @@ def by_nobody(live, number):
         update.feed(version_of(number))
 
 
+def by_checked(live, number):
+    check = None if live._atomic is False else lambda model: values(model) == {float(number)}
+    live.update(version_of(number), version=number, check=check)
+
+
 def while_serving(live, number):
     with live.serving() as version:
         assert values(live.model) == {float(version)}
@@ -99,7 +104,7 @@ def check(live, number, where):
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("lines", LINES)
-@pytest.mark.parametrize("act", [by_update, by_stream, by_pushes, by_nobody, while_serving])
+@pytest.mark.parametrize("act", [by_update, by_stream, by_pushes, by_nobody, by_checked, while_serving])
 @pytest.mark.parametrize("atomic", WAYS)
 def test_at_every_line_of_an_update(atomic, act, lines):
     signal.signal(signal.SIGINT, signal.default_int_handler)
