@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -57,6 +58,7 @@ def build(
     show_progress: bool | None = None,
     variant: str | None = None,
     subfolder: str | None = None,
+    digests: str | os.PathLike[str] | None = None,
 ) -> Any:
     """Make the model of a checkpoint and load it: a cold start in one call. Weights are allocated once, on ``device``.
 
@@ -87,6 +89,7 @@ def build(
         show_progress: whether to draw a progress bar.
         variant: which variant of the weights.
         subfolder: which folder in the directory; its ``config.json`` counts.
+        digests: what the files must hold.
 
     Raises:
         CheckpointError: the checkpoint or the configuration is broken.
@@ -103,7 +106,7 @@ def build(
     check_kind("dtype", dtype, torch.dtype, "a torch.dtype")
     target = device_from(device)
     assert target is not None
-    with open_source(where, variant=variant, subfolder=subfolder) as source:
+    with open_source(where, variant=variant, subfolder=subfolder, digests=digests) as source:
         directory = Path(source.files[0]).parent
         if factory is not None:
             model = _made(factory, dtype)
