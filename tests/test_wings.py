@@ -147,7 +147,8 @@ def test_no_two_files_of_a_wing_differ_by_an_ending_only():
 def test_the_public_words_are_these():
     assert hotweights.__all__ == sorted(hotweights.__all__)
     words = """
-    from_iterator load open save trace Manifest TensorSpec OpaqueDtype Lease Pool PoolStats Fate LoadPlan LoadReport
+    build from_iterator load open save trace Manifest TensorSpec OpaqueDtype Lease Pool PoolStats Fate LoadPlan
+    LoadReport
     route Component RouteReport RoutingError
     HotweightsError CheckpointError CheckpointChanged UnsupportedDtype PlanError PlanFileError PlanDiffers
     LiveModel LiveModelError State Update UpdateReport Digest UpdateAborted CommitHookError

@@ -39,6 +39,7 @@ from .manifest import Manifest, TensorSpec
 from .on_demand import on_demand
 
 if TYPE_CHECKING:
+    from .engines.build import build
     from .live.model import LiveModel
     from .live.report import UpdateReport
     from .live.state import State
@@ -115,6 +116,7 @@ __all__ = [
     "UsageError",
     "Version",
     "Versions",
+    "build",
     "follow",
     "from_iterator",
     "load",
@@ -147,6 +149,7 @@ _HOMES = {
     "UpdateReport": "live.report",
     "Version": "sources.versions",
     "Versions": "sources.versions",
+    "build": "engines.build",
     "follow": "sources.versions",
     "from_iterator": "sources.iterator",
     "load": "loading.load",

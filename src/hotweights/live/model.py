@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -197,6 +198,7 @@ class LiveModel:
         by: By | None = None,
         variant: str | None = None,
         subfolder: str | None = None,
+        digests: str | os.PathLike[str] | None = None,
     ) -> UpdateReport:
         """Load for the first time, layer by layer; each is processed when it is complete.
 
@@ -224,7 +226,7 @@ class LiveModel:
         where = device_from(device)
         with alone_in_a_fork(), without_collection(), ExitStack() as stack:
             stack.enter_context(refusing(source))
-            origin = stack.enter_context(opened(source, variant=variant, subfolder=subfolder))
+            origin = stack.enter_context(opened(source, variant=variant, subfolder=subfolder, digests=digests))
             with self._current.reserved():
                 if self._current.holds is not State.EMPTY:
                     raise UsageError(
@@ -300,6 +302,7 @@ class LiveModel:
         check: Check | None = None,
         variant: str | None = None,
         subfolder: str | None = None,
+        digests: str | os.PathLike[str] | None = None,
     ) -> UpdateReport:
         """Take new weights for every tensor that the first load wrote, in place, all or nothing.
 
@@ -327,6 +330,8 @@ class LiveModel:
                 else reads the model meanwhile; ``serving()`` lets the check in, and names the version before.
             variant: where ``source`` is a path: which variant of the weights there, see ``hotweights.open``.
             subfolder: where ``source`` is a path: which folder there.
+            digests: where ``source`` is a path: what the files must hold, see ``hotweights.open``. It is known before
+                the commit.
 
         Raises:
             UpdateAborted: it failed; its cause says why. Version N is live, byte for byte; with ``atomic=False`` the
@@ -339,7 +344,7 @@ class LiveModel:
         with alone_in_a_fork(), without_collection(), ExitStack() as stack:
             stack.enter_context(refusing(source))
             with self._beginning(source, "the source cannot be opened"):
-                origin = stack.enter_context(opened(source, variant=variant, subfolder=subfolder))
+                origin = stack.enter_context(opened(source, variant=variant, subfolder=subfolder, digests=digests))
             manifest = origin.manifest  # A receiver waits here. That no version came in time is no failed update.
             with self._beginning(source, "nothing was changed"):
                 fed = FedNames(names_for(manifest, rename, self._match))

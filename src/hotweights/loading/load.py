@@ -80,6 +80,7 @@ def load(
     by: By | None = None,
     variant: str | None = None,
     subfolder: str | None = None,
+    digests: str | os.PathLike[str] | None = None,
 ) -> LoadReport:
     """Load the weights of ``source`` into the parameters and persistent buffers of ``model``, in place, by name.
 
@@ -132,9 +133,11 @@ def load(
             by its signature, takes a path.
         variant: where ``source`` is a path: which variant of the weights there, see ``hotweights.open``.
         subfolder: where ``source`` is a path: which folder there.
+        digests: where ``source`` is a path: what the files must hold, see ``hotweights.open``.
 
     Raises:
-        CheckpointError: the checkpoint is broken; the model is unharmed.
+        CheckpointError: the checkpoint is broken; the model is unharmed. Or a byte is not what ``digests`` says, which
+            is known when it has been read: the model holds it by then, and the error's note says so.
         PlanError: source and model do not fit; the model is unharmed.
         TiedWeightsDiffer: names of one tensor carry different bytes; the model is unharmed, or holds those of one name
             where the source is a stream.
@@ -167,7 +170,10 @@ def load(
     done = Tally()
     whole, model = model, unwrapped(model)
     with alone_in_a_fork(), without_collection(), refusing(source), ExitStack() as stack:
-        given, source = source, stack.enter_context(opened(source, variant=variant, subfolder=subfolder))
+        given, source = (
+            source,
+            stack.enter_context(opened(source, variant=variant, subfolder=subfolder, digests=digests)),
+        )
         if isinstance(given, IteratorSource) and given is not source:  # Its tensors were collected.
             done.hold_scratch(source.manifest.nbytes)
         seen = survey(model, by)

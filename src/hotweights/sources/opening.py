@@ -30,7 +30,13 @@ AnySource = Paths | Mapping[str, torch.Tensor] | nn.Module | Source | IteratorSo
 
 
 @contextmanager
-def opened(source: AnySource, *, variant: str | None = None, subfolder: str | None = None) -> Iterator[Source]:
+def opened(
+    source: AnySource,
+    *,
+    variant: str | None = None,
+    subfolder: str | None = None,
+    digests: str | os.PathLike[str] | None = None,
+) -> Iterator[Source]:
     """The source, open. What is opened here is closed here; a source that was open stays open.
 
     An iterator that came without a manifest is read to its end: all of its tensors are in memory until this is left.
@@ -38,13 +44,15 @@ def opened(source: AnySource, *, variant: str | None = None, subfolder: str | No
     """
     if (variant, subfolder) != (None, None) and not is_paths(source):
         raise _no_directory(source)
+    if digests is not None and not is_paths(source):
+        raise _no_files(source)
     if isinstance(source, Source):
         yield source
     elif isinstance(source, IteratorSource):
         with source.collect() as collected:
             yield collected
     else:
-        with open(source, variant=variant, subfolder=subfolder) as fresh:
+        with open(source, variant=variant, subfolder=subfolder, digests=digests) as fresh:
             yield renamed(fresh, _bare(source, fresh.manifest)) if isinstance(source, nn.Module) else fresh
 
 
@@ -76,11 +84,21 @@ def version_of(source: Source, version: str | int | None) -> str | int | None:
 
 @overload
 def open(
-    what: Paths, *, reader: Literal["hotweights"] = ..., variant: str | None = ..., subfolder: str | None = ...
+    what: Paths,
+    *,
+    reader: Literal["hotweights"] = ...,
+    variant: str | None = ...,
+    subfolder: str | None = ...,
+    digests: str | os.PathLike[str] | None = ...,
 ) -> FileSource: ...
 @overload
 def open(
-    what: Paths, *, reader: str, variant: str | None = ..., subfolder: str | None = ...
+    what: Paths,
+    *,
+    reader: str,
+    variant: str | None = ...,
+    subfolder: str | None = ...,
+    digests: str | os.PathLike[str] | None = ...,
 ) -> FileSource | ReaderSource: ...
 @overload
 def open(what: Mapping[str, torch.Tensor] | torch.nn.Module, *, gather: bool = ...) -> StateSource: ...
@@ -90,6 +108,7 @@ def open(
     *,
     variant: str | None = ...,
     subfolder: str | None = ...,
+    digests: str | os.PathLike[str] | None = ...,
 ) -> FileSource | StateSource: ...
 @overload
 def open(
@@ -100,6 +119,7 @@ def open(
     variant: str | None = ...,
     subfolder: str | None = ...,
     gather: bool = ...,
+    digests: str | os.PathLike[str] | None = ...,
 ) -> Source: ...
 def open(
     what: Paths | Mapping[str, torch.Tensor] | torch.nn.Module,
@@ -109,6 +129,7 @@ def open(
     variant: str | None = None,
     subfolder: str | None = None,
     gather: bool = False,
+    digests: str | os.PathLike[str] | None = None,
 ) -> Source:
     """Open a source of weights. The caller closes it; use it in a ``with``.
 
@@ -124,14 +145,18 @@ def open(
         gather: whether a mapping's or a module's DTensors are made whole, by their ``full_tensor()``: every rank must
             call this with the same tensors, and then holds all of them. Otherwise a rank's source has the rank's
             parts, which fit only a model that is sharded in the same way.
+        digests: a file that says what the files hold: lines of ``sha256sum``, or what ``hotweights verify --write``
+            makes. They are compared while they are read, by threads of their own, and at its end a stream, a load or an
+            update waits for that. What differs is a ``CheckpointError`` there, which names each file or tensor and
+            both digests.
 
     Raises:
         PlanError: ``rename`` gives two tensors one name.
-        CheckpointError: the checkpoint is broken; every problem is listed.
+        CheckpointError: the checkpoint is broken, every problem is listed; or the list of digests lacks a file.
         MissingPackage: the reader's package is not installed.
         UsageError: ``what`` is nothing of these; or ``variant`` or ``subfolder`` is given where no directory is.
     """
-    source = _opened(what, reader, variant, subfolder, gather)
+    source = _opened(what, reader, variant, subfolder, gather, digests)
     try:
         return renamed(source, new_names(source.manifest, rename))
     except BaseException:
@@ -140,12 +165,18 @@ def open(
 
 
 def _opened(
-    what: object, reader: str, variant: str | None, subfolder: str | None, gather: bool
+    what: object,
+    reader: str,
+    variant: str | None,
+    subfolder: str | None,
+    gather: bool,
+    digests: str | os.PathLike[str] | None,
 ) -> FileSource | ReaderSource | StateSource:
     if reader not in ("hotweights", *READERS):
         raise UnknownName("reader", reader, ("hotweights", *READERS))
     check_kind("variant", variant, str, 'the name of a variant, such as "fp16"')
     check_kind("subfolder", subfolder, str, "the name of a folder in the directory")
+    check_kind("digests", digests, (str, os.PathLike), "the path of a list of digests")
     check_flags(gather=gather)
     if gather and not isinstance(what, (Mapping, torch.nn.Module)):
         raise UsageError(f"gather= is for the DTensors of a mapping or a module; this is a {type(what).__name__}")
@@ -155,10 +186,12 @@ def _opened(
         if isinstance(what, (str, os.PathLike)):
             _refuse_hub_name(os.fsdecode(what))
         if reader == "hotweights":
-            return FileSource(what, variant=variant, subfolder=subfolder)
-        return ReaderSource(what, reader, variant=variant, subfolder=subfolder)
+            return FileSource(what, variant=variant, subfolder=subfolder, digests=digests)
+        return ReaderSource(what, reader, variant=variant, subfolder=subfolder, digests=digests)
     if (variant, subfolder) != (None, None):
         raise _no_directory(what)
+    if digests is not None:
+        raise _no_files(what)
     if reader != "hotweights":
         raise UsageError(f"the reader {reader!r} reads files; this is a {type(what).__name__}")
     if isinstance(what, (Mapping, torch.nn.Module)):
@@ -176,6 +209,11 @@ def _no_directory(what: object) -> UsageError:
         f"variant= and subfolder= choose among the files of a directory; this is a {type(what).__name__}; leave them "
         "out"
     )
+
+
+def _no_files(what: object) -> UsageError:
+    cure = "open it with hotweights.open(path, digests=...)" if isinstance(what, Source) else "leave it out"
+    return UsageError(f"digests= says what files hold; this is a {type(what).__name__}; {cure}")
 
 
 # Of three letters at least, so that no drive of Windows is one. Path() makes one slash of two.

@@ -43,7 +43,15 @@ class ReaderSource:
     open: at the end of each stream they are compared with those that were opened.
     """
 
-    def __init__(self, what: Paths, reader: str, *, variant: str | None = None, subfolder: str | None = None) -> None:
+    def __init__(
+        self,
+        what: Paths,
+        reader: str,
+        *,
+        variant: str | None = None,
+        subfolder: str | None = None,
+        digests: str | os.PathLike[str] | None = None,
+    ) -> None:
         self._closed = True  # Until the files are open there is nothing to close.
         package = _import(reader)
         self.path = path_of(what)
@@ -55,6 +63,7 @@ class ReaderSource:
                 f"{self.path}: {some(self._checkpoint.several, 3)} lie in several files, and the reader {reader!r} "
                 'cannot take them from the one that the index names; reader="hotweights" can'
             )
+        self._checkpoint = self._checkpoint.proven(self.path, digests, None)
         self._shards = self._checkpoint.shards
         self._closed = False
         self.manifest = Manifest(entry.spec for shard in self._shards for entry in shard.header.entries)
@@ -94,7 +103,7 @@ class ReaderSource:
         return self._owned.tensors()
 
     def check(self) -> None:
-        """See that all files are those that were opened, see ``contracts.OnDisk``."""
+        """See that all files are those that were opened, and hold what ``digests`` says, see ``contracts.OnDisk``."""
         self._check_open()
         self._checkpoint.check()
 
@@ -139,6 +148,7 @@ class _Reading(Iterable[Pair]):
         self._borrow = borrow
 
     def __iter__(self) -> Iterator[Pair]:
+        self._checkpoint.begin()
         try:
             yield from self._reader.read(self._paths, borrow=self._borrow)
         except HotweightsError:
