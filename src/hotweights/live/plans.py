@@ -134,6 +134,16 @@ class Plans:
         self.optional.came(plan, coverage(plan), restored)
         self._kept.sort(key=lambda kept: kept[0] is not plan)
 
+    def kept(self) -> Callable[[], None]:
+        """What makes these be as they are now, when a later version is taken back."""
+        last, brought = self._kept[0], set(self.optional.brought)
+
+        def put_back() -> None:
+            self.optional.brought = brought
+            self._kept = [last, *(kept for kept in self._kept if kept is not last)][:_KEPT]
+
+        return put_back
+
     def find(
         self,
         manifest: Manifest | None,

@@ -32,6 +32,8 @@ class Current:
         commits: how many versions were committed.
         running: what identifies the update that runs; ``None`` where none does.
         prepared: whether that update is prepared.
+        previous: what makes the version before live again; ``None`` where it is not kept.
+        keeps_previous: whether commits keep the version before.
         checking: whether a check looks at its version now, and nobody else at the model.
         warned: whether the one warning of open layers was given.
         names: for tensors of the live version that came under other names than the model's: from those to these.
@@ -46,6 +48,8 @@ class Current:
         self.running: object = None
         self.prepared = False
         self.checking = False
+        self.previous: object = None
+        self.keeps_previous = False
         self.warned = False
         self.names: Mapping[str, str] = {}
         self.guard = ReadWriteLock()

@@ -30,6 +30,7 @@ from .fed_names import FedNames
 from .job import Job
 from .lock import WriteTurn
 from .open_layers import OpenLayers
+from .previous import Previous
 from .report import UpdateReport
 from .state import Current, State
 from .strategy import InPlace, Strategy
@@ -66,6 +67,7 @@ class Update:
         self._attempt = Attempt(job, strategy, OpenLayers(limit, warned=current.warned), turn, fed)
         self._watcher = signals.watch()
         current.begin(self._attempt)
+        current.previous = None  # Its bytes lie where those of this update will.
 
     @classmethod
     @signals.held
@@ -278,8 +280,11 @@ class Update:
     def _make_live(self, version: str | int | None, failures: list[BaseException]) -> UpdateReport:
         """Make the model version M, its bytes and its name: no signal comes between them."""
         current, attempt = self._current, self._attempt
+        keeps = current.keeps_previous and current.holds is State.SERVING and self._strategy.name is not False
+        kept = Previous(current, self._baseline, self._strategy, attempt.job) if keeps else None
         with attempt.timeline.event("commit", ""):
             nbytes = self._written(failures)
+        current.previous = kept
         previous, current.version = current.version, current.commits + 1 if version is None else version
         current.commits += 1
         current.holds, current.running, current.warned = State.SERVING, None, attempt.warned
@@ -296,13 +301,13 @@ class Update:
             if not isinstance(error, Exception):
                 failures.append(error)
         try:
-            return self._commit()  # It copies what lies beside the model: that can be done again.
+            return self._commit()  # It writes what lies beside the model: that can be done again.
         except BaseException:
             self._current.holds, self._current.running = State.TORN, None
             raise
 
     def _commit(self) -> int:
-        nbytes = self._strategy.commit()
+        nbytes = self._strategy.show() if self._current.keeps_previous else self._strategy.commit()
         reshard(self._attempt.job.model.modules())
         return nbytes
 
