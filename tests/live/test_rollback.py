@@ -47,12 +47,17 @@ def test_a_part_and_what_comes_and_goes(atomic):
     live.rollback()
     assert torch.equal(model["cache"].running_var, started)
     assert not live.update(plain).restored
-    live.update(
-        {f"new.{name}": tensor for name, tensor in plain.items()}, rename=lambda name: name.removeprefix("new.")
-    )
+    longer = {f"new.{name}": tensor for name, tensor in plain.items()}
+    live.update(longer, rename=lambda name: name.removeprefix("new."))
     live.rollback()
     with live.begin() as update:
         update.feed(plain)
+        update.commit()
+    live.update(longer, rename=lambda name: name.removeprefix("new."))
+    live.update(plain)
+    live.rollback()
+    with live.begin() as update:
+        update.feed(longer)
         update.commit()
     live.update({"head.bias": torch.zeros(2)}, only="head.bias")
     live.rollback()

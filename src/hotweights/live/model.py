@@ -149,6 +149,15 @@ class LiveModel:
         """See ``State``."""
         return self._current.state
 
+    def status(self) -> dict[str, object]:
+        """How it is, as plain data for a health endpoint: ``json.dumps`` takes it. Waits for nobody.
+
+        Keys: ``version``, ``state``; how many loads and updates were ``committed`` and ``failed``; ``last_report`` as a
+        dictionary, ``last_error`` in a line, ``seconds_since_commit`` (of a rollback too) and ``seconds_since_error``;
+        each of these is ``None`` where there was none.
+        """
+        return {"version": self.version, "state": self.state.value, **self._current.record.status()}
+
     def on_commit(self, hook: Callable[[str | int], object]) -> None:
         """Call ``hook(version)`` after each commit, never after an abort: to drop caches that hold the old weights.
 
@@ -389,7 +398,7 @@ class LiveModel:
             # What an iterator raises while it is read ends the update, whatever it is.
             if isinstance(error, UsageError) and not isinstance(source, IteratorSource):
                 raise
-            raise aborted(f"{self._current}; {failed}", error) from error
+            raise aborted(self._current, failed, error) from error
 
     @takes_what(update)
     async def update_async(self, source: AnySource, **options: Any) -> UpdateReport:
@@ -439,7 +448,7 @@ class LiveModel:
         except UsageError:
             raise
         except Exception as error:
-            raise aborted(f"{self._current}; nothing was changed", error) from error
+            raise aborted(self._current, "nothing was changed", error) from error
         return self._begin(manifest.renamed(fed.new), asked, fed)
 
     def _asked(

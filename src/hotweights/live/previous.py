@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 
 from .. import signals
 from ..errors import LiveModelError
+from ..notices import log
 from ..sharding import reshard
 from .baseline import Baseline
 from .compiled import refuse_frozen
@@ -62,8 +64,11 @@ def roll_back(current: Current, baseline: Baseline | None, timeout: float | None
             raise failures[0]
         return version
     finally:
-        failures.clear()  # Their tracebacks hold this frame.
         _end(current, turn)
+        log(logging.INFO, "version %r is live again", current.version)
+        if failures:
+            current.record.note_error(failures[0])
+        failures.clear()  # Their tracebacks hold this frame.
 
 
 def _kept(current: Current) -> Previous:
@@ -83,6 +88,7 @@ def _kept(current: Current) -> Previous:
 @signals.whole
 def _put_back(current: Current, previous: Previous) -> str | int:
     current.previous = None
+    current.record.note_rollback()
     try:
         previous.put_back(current)
     except BaseException:

@@ -71,7 +71,7 @@ class UpdateReport:
 
     def as_dict(self) -> dict[str, object]:
         """The same facts for machines: only names, numbers, lists and dictionaries."""
-        facts: dict[str, object] = msgspec.to_builtins(self, str_keys=True)
+        facts: dict[str, object] = msgspec.json.decode(msgspec.json.encode(self))
         return facts | {"events": [event._asdict() for event in self.events]}
 
     def save_timeline(self, path: str | os.PathLike[str]) -> None:

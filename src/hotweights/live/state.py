@@ -11,6 +11,7 @@ from .. import signals
 from ..errors import UsageError
 from .hooks import Hooks
 from .lock import ReadWriteLock
+from .record import Record
 
 
 class State(enum.Enum):
@@ -38,6 +39,7 @@ class Current:
         warned: whether the one warning of open layers was given.
         names: for tensors of the live version that came under other names than the model's: from those to these.
         guard: lets readers of the model in while no update writes it.
+        record: what happened so far.
         hooks: what is called after each commit.
     """
 
@@ -53,6 +55,7 @@ class Current:
         self.warned = False
         self.names: Mapping[str, str] = {}
         self.guard = ReadWriteLock()
+        self.record = Record()
         self.hooks = Hooks()
         self._reserved = threading.Lock()  # held while an update runs
 

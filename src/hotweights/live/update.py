@@ -31,6 +31,7 @@ from .job import Job
 from .lock import WriteTurn
 from .open_layers import OpenLayers
 from .previous import Previous
+from .record import tell_commit
 from .report import UpdateReport
 from .state import Current, State
 from .strategy import InPlace, Strategy
@@ -109,7 +110,7 @@ class Update:
         except UsageError:
             raise
         except Exception as error:
-            raise aborted(f"{current}; nothing was changed", error) from error
+            raise aborted(current, "nothing was changed", error) from error
         return cls(current, baseline, job, strategy, limit, fed, asked)
 
     @property
@@ -265,6 +266,7 @@ class Update:
         with self._failing():
             self._attempt.turn.take()
         failures: list[BaseException] = []
+        report = None
         try:
             report = self._make_live(version, failures)
             with self._current.guard.writer_reads():
@@ -273,8 +275,12 @@ class Update:
                 raise failures[0]
             return report
         finally:
-            failures.clear()  # Their tracebacks hold this frame.
             self._end()
+            if report is not None:
+                tell_commit(report)
+            if failures:
+                self._current.record.note_error(failures[0])
+            failures.clear()  # Their tracebacks hold this frame.
 
     @signals.whole
     def _make_live(self, version: str | int | None, failures: list[BaseException]) -> UpdateReport:
@@ -291,7 +297,9 @@ class Update:
         self._baseline.committed(attempt.job)
         if self._baseline.plans.last is attempt.job.plan:  # A partial update is not what the next one repeats.
             current.names = self._fed.new
-        return attempt.report(previous, current.version, nbytes, self._baseline.copy_nbytes)
+        report = attempt.report(previous, current.version, nbytes, self._baseline.copy_nbytes)
+        current.record.note_commit(report)
+        return report
 
     def _written(self, failures: list[BaseException]) -> int:
         """How many bytes were written to make it version M. An interruption is put into ``failures``."""
@@ -345,8 +353,9 @@ class Update:
         except BaseException as error:
             self.abort()
             if self._attempt.job.first or not isinstance(error, Exception):
+                self._current.record.note_failure(error)
                 raise
-            raise aborted(f"{self._current}; the update failed", error) from error
+            raise aborted(self._current, "the update failed", error) from error
 
     # Its end.
 
@@ -367,9 +376,12 @@ class Update:
     def __enter__(self) -> Update:
         return self
 
-    @signals.whole
-    def __exit__(self, *error: object) -> None:
+    @signals.held
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        was_over = self._is_over()
         self.abort()
+        if error is not None and not was_over:
+            self._current.record.note_failure(error)
 
     def __del__(self) -> None:
         if hasattr(self, "_attempt") and not self._is_over():  # Its making may have been interrupted.
@@ -382,17 +394,17 @@ class Update:
 _SAID_FIRST = ("allow_", "by=")  # Options of advice that updates do not have.
 
 
-def aborted(left: str, error: Exception) -> UpdateAborted:
-    """What tells that ``error`` ended an update, and what it left."""
+def aborted(current: Current, left: str, error: Exception) -> UpdateAborted:
+    """What tells that ``error`` ended an update, and what it left. It is recorded."""
     said = str(error) if isinstance(error, HotweightsError) else f"{type(error).__name__}: {error}"
     advice = getattr(error, "advice", "")
     if any(option in advice for option in _SAID_FIRST):
         advice += " It is said in the first load, LiveModel.load(), and holds for all updates."
-    return UpdateAborted(
-        f"{left}: {getattr(error, 'title', said)}",
-        getattr(error, "problems", ()),
-        advice=advice,
+    told = UpdateAborted(
+        f"{current}; {left}: {getattr(error, 'title', said)}", getattr(error, "problems", ()), advice=advice
     )
+    current.record.note_failure(told)
+    return told
 
 
 def _wait_for(devices: set[torch.device]) -> None:
