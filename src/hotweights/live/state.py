@@ -66,6 +66,11 @@ class Current:
             return self.holds
         return State.PREPARED if self.prepared else State.UPDATING
 
+    @property
+    def default_name(self) -> str | int:
+        """The number of commits, as text where the live version's name is text: hooks meet one type of name."""
+        return str(self.commits) if isinstance(self.version, str) else self.commits
+
     def __str__(self) -> str:
         if self.holds is State.TORN:
             return "the model is torn"

@@ -22,6 +22,7 @@ from ..progress import progress
 from ..sharding import reshard
 from ..sources.contracts import Addressed, InMemory, IOMode, OnDisk, Participant, Source, Timed, warnings_of
 from ..sources.pairs import pairs_of, plain
+from ..timeline import Timeline
 from .asked import Asked
 from .attempt import Attempt
 from .baseline import Baseline
@@ -54,18 +55,19 @@ class Update:
         baseline: Baseline,
         job: Job,
         strategy: Strategy,
+        timeline: Timeline,
+        turn: WriteTurn,
         limit: int | None,
         fed: FedNames,
-        asked: Asked | None = None,
+        check: Callable[[], object] | None = None,
     ) -> None:
         """For ``begin`` and ``begin_first``, while the live model is reserved; the end of the update lets go of it."""
         self._current = current
         self._baseline = baseline
         self._strategy = strategy
         self._fed = fed
-        self._check_by = None if asked is None else asked.check
-        turn = WriteTurn(current.guard, None if asked is None else asked.timeout)
-        self._attempt = Attempt(job, strategy, OpenLayers(limit, warned=current.warned), turn, fed)
+        self._check_by = check
+        self._attempt = Attempt(job, strategy, OpenLayers(limit, warned=current.warned), turn, fed, timeline)
         self._watcher = signals.watch()
         current.begin(self._attempt)
         current.previous = None  # Its bytes lie where those of this update will.
@@ -81,7 +83,8 @@ class Update:
         fed: FedNames,
     ) -> Update:
         """The first load, straight into the model's own tensors."""
-        return cls(current, baseline, baseline.first_job(process), InPlace(baseline.live), limit, fed)
+        timeline, turn = Timeline(), WriteTurn(current.guard)
+        return cls(current, baseline, baseline.first_job(process), InPlace(baseline.live), timeline, turn, limit, fed)
 
     @classmethod
     @signals.held
@@ -100,10 +103,12 @@ class Update:
         Raises:
             UpdateAborted: the manifest does not fit, or the host cannot hold the copy; nothing was changed.
         """
+        timeline = Timeline()
+        turn = WriteTurn(current.guard, asked.timeout, timeline.note)
         try:
             refuse_frozen()
             baseline.prove()
-            with current.guard.writing(asked.timeout):
+            with turn.briefly(), timeline.event("plan"):
                 found = baseline.plans.find(manifest, asked.only, baseline.live, asked.cast)
             job = baseline.job(process, found, promised=manifest is not None)
             strategy = baseline.strategy(asked.atomic, job)
@@ -111,7 +116,7 @@ class Update:
             raise
         except Exception as error:
             raise aborted(current, "nothing was changed", error) from error
-        return cls(current, baseline, job, strategy, limit, fed, asked)
+        return cls(current, baseline, job, strategy, timeline, turn, limit, fed, asked.check)
 
     @property
     def manifest(self) -> Manifest:
@@ -254,7 +259,7 @@ class Update:
         """Make it version M. Once readers have left, nothing can fail but the hooks, and they run after it.
 
         Args:
-            version: its name; by default the number of commits.
+            version: its name; by default the number of commits, as text where the name before is text.
 
         Raises:
             UpdateAborted: something is missing, as ``prepare`` says, or readers did not leave in time.
@@ -291,8 +296,8 @@ class Update:
         with attempt.timeline.event("commit", ""):
             nbytes = self._written(failures)
         current.previous = kept
-        previous, current.version = current.version, current.commits + 1 if version is None else version
         current.commits += 1
+        previous, current.version = current.version, current.default_name if version is None else version
         current.holds, current.running, current.warned = State.SERVING, None, attempt.warned
         self._baseline.committed(attempt.job)
         if self._baseline.plans.last is attempt.job.plan:  # A partial update is not what the next one repeats.
