@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import SupportsIndex
 
@@ -40,6 +41,7 @@ from ..model.offloading import refuse_offloaded
 from ..model.places import Place, places
 from ..model.reachable import reachable
 from ..model.survey import By, own_loader, survey
+from ..model.unprocessed import unprocessed
 from ..names import outer_prefix, unwrapped
 from ..plan.patterns import Patterns, widened
 from ..rename import Rename, renamer
@@ -49,6 +51,7 @@ from ..sources.locating import naming_files
 from ..sources.opening import AnySource, opened, version_of
 from ..sources.reading import check_reading
 from ..sources.renamed import renamed
+from ..text import some
 from ..tracing.naming import Match, as_they_are, names_for
 from .background import in_background
 from .baseline import Baseline
@@ -245,7 +248,7 @@ class LiveModel:
                 self._baseline = Baseline(self._core, plan, options, self._is_processed, self._is_deferred, unknown)
                 update = Update.begin_first(self._current, self._baseline, self._process, self._limit, fed)
             with update:
-                return update.run(
+                report = update.run(
                     weights,
                     version_of(origin, version),
                     io=io,
@@ -254,6 +257,22 @@ class LiveModel:
                     verify=prove,
                     show_progress=show_progress,
                 )
+            proven = 0 if prove is None else prove.proven
+            return replace(report, proven=proven, warnings=(*report.warnings, *self._unprocessed()))
+
+    def _unprocessed(self) -> tuple[str, ...]:
+        """A warning for layers that engines process, and that nobody does here. Who gives ``process=`` has chosen."""
+        names = []
+        if self._process is process_by_quant_method:
+            names = unprocessed(
+                self._core, lambda name, layer: self._is_processed(name, layer) and _has_quant_method(layer)
+            )
+        if not names:
+            return ()
+        return (
+            f"{some(names, 3)}: to be processed after loading (process_weights_after_loading), and nobody does it: by "
+            "default that of a quant_method is called; give LiveModel process= and layers=",
+        )
 
     def _options(self, allowed: Sequence[Patterns], cast: Cast | None, by: By | None) -> Options:
         """What every load allows; and note the names by which the model's tensors are called from now on."""
