@@ -336,7 +336,7 @@ class LiveModel:
             io: how files are read, see ``IOMode``.
             threads: how many read at once.
             pool: memory for what cannot be read in place.
-            show_progress: whether to draw a progress bar; by default on a terminal.
+            show_progress: whether to draw a progress bar; by default on a terminal or in a notebook.
             rename: new names for the source's tensors, see ``hotweights.load``.
             timeout: seconds that it may wait for readers to leave ``serving()``, all its waits together; by default as
                 long as they like. Then it aborts, and a ``TimeoutError`` is the cause.

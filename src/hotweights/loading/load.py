@@ -126,7 +126,7 @@ def load(
         threads: how many read at once; by default a few.
         pool: memory for what cannot be read in place; by default 64 MiB, which is freed at the end.
         verify: ``"loader"`` lets the model's own loading code load each layer once more afterwards, and compares bits.
-        show_progress: whether to draw a progress bar; by default on a terminal.
+        show_progress: whether to draw a progress bar; by default on a terminal or in a notebook.
         rename: new names for the source's tensors: a mapping of prefixes, ``{"module.": ""}``, of which the longest
             that fits counts; or a function that is given a name. Names that would become the same are a problem.
         by: ``"name"`` loads a model by name that has a ``load_weights``; ``"loader"`` by that, whatever its signature.

@@ -145,7 +145,7 @@ class Sender:
             version: its name.
             manifest: what the pairs will be.
             receivers: how many must be connected this time.
-            show_progress: whether to draw a progress bar; by default on a terminal.
+            show_progress: whether to draw a progress bar; by default on a terminal or in a notebook.
             wait: whether to wait for the receivers. If not, a thread does, and ``SendHandle.result`` says how it ended.
                 What is sent is opened before this returns; only pairs with ``manifest`` are iterated in the thread.
 
