@@ -25,8 +25,9 @@ def held():
             links.append(os.readlink(f"/proc/self/fd/{name}"))
     with open("/proc/self/maps") as maps:
         mapped = sum("hotweights" in line for line in maps)
+    kinds = ("socket", "/memfd:hotweights", "anon_inode:[eventfd]")
     return (
-        sum(link.startswith(("socket", "/memfd:hotweights", "anon_inode:[eventfd]")) for link in links),
+        [sum(link.startswith(kind) for link in links) for kind in kinds],
         mapped,
         threading.active_count(),
     )

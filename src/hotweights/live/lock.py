@@ -124,17 +124,26 @@ class ReadWriteLock:
                 self._tell()
             return _noted(self._writer)
 
+    @contextmanager
+    @signals.held
+    def writer_reads(self) -> Iterator[None]:
+        """Inside, this thread may read although it writes: hooks and checks run in it."""
+        self._let_in(threading.get_ident())
+        try:
+            yield
+        finally:
+            self._let_in(None)
+
     @signals.whole
-    def let_writer_read(self) -> None:
-        """Let this thread read until the writer has done: hooks run in it."""
+    def _let_in(self, thread: int | None) -> None:
         with self._changed:
-            self._open = threading.get_ident()
+            self._open = thread
 
     @signals.whole
     def end_writing(self, hold: Hold) -> None:
         """Leave ``writing``: others are let in."""
         with self._changed:
-            self._writer = self._open = None
+            self._writer = None
             self._end(hold)
 
     # Under the condition.

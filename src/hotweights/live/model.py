@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import torch
 from torch import nn
@@ -25,7 +25,7 @@ from ..arguments import (
     patterns_from,
 )
 from ..dtypes import Cast
-from ..errors import UnknownName, UsageError
+from ..errors import UsageError
 from ..forked import alone_in_a_fork
 from ..gc_pause import without_collection
 from ..loading.apart import apart
@@ -53,8 +53,10 @@ from ..sources.reading import check_reading
 from ..sources.renamed import renamed
 from ..text import some
 from ..tracing.naming import Match, as_they_are, names_for
-from .background import in_background
+from .asked import Asked, check_atomic
+from .background import in_background, takes_what
 from .baseline import Baseline
+from .check import Check, ask
 from .fed_names import FedNames
 from .layers import Selection, selected
 from .plans import Options
@@ -112,7 +114,7 @@ class LiveModel:
                 keeps several open. Over it, tensors wait on the host.
         """
         check_model(model)
-        _check_atomic(atomic)
+        check_atomic(atomic)
         check_callable(process=process)
         if memory_limit is not None:
             check_count(0, memory_limit=memory_limit)
@@ -315,6 +317,7 @@ class LiveModel:
         show_progress: bool | None = None,
         rename: Rename | None = None,
         timeout: float | None = None,
+        check: Check | None = None,
         variant: str | None = None,
         subfolder: str | None = None,
         digests: str | os.PathLike[str] | None = None,
@@ -340,6 +343,9 @@ class LiveModel:
             rename: new names for the source's tensors, see ``hotweights.load``.
             timeout: seconds that it may wait for readers to leave ``serving()``, all its waits together; by default as
                 long as they like. Then it aborts, and a ``TimeoutError`` is the cause.
+            check: called with the model when the new version is complete, before it is committed and before a group
+                decides: a forward on known input, say. If it raises, or returns ``False``, the update aborts. Nobody
+                else reads the model meanwhile; ``serving()`` lets the check in, and names the version before.
             variant: where ``source`` is a path: which variant of the weights there, see ``hotweights.open``.
             subfolder: where ``source`` is a path: which folder there.
             digests: where ``source`` is a path: what the files must hold, see ``hotweights.open``. It is known before
@@ -352,6 +358,7 @@ class LiveModel:
         """
         check_version(version)
         check_reading(io, threads, pool, show_progress)
+        asked = self._asked(atomic, only, cast, timeout, check)
         with alone_in_a_fork(), without_collection(), ExitStack() as stack:
             stack.enter_context(refusing(source))
             with self._beginning(source, "the source cannot be opened"):
@@ -362,7 +369,7 @@ class LiveModel:
                 origin = renamed(origin, fed.new)
                 stack.enter_context(naming_files(origin))
                 weights, _ = apart(origin, lambda: reachable(self._core).values())
-            update = stack.enter_context(self._begin(origin.manifest, atomic, only, cast, timeout, fed))
+            update = stack.enter_context(self._begin(origin.manifest, asked, fed))
             return update.run(
                 weights,
                 version_of(origin, version),
@@ -384,49 +391,15 @@ class LiveModel:
                 raise
             raise aborted(f"{self._current}; {failed}", error) from error
 
-    async def update_async(
-        self,
-        source: AnySource,
-        *,
-        version: str | int | None = None,
-        atomic: Atomic | None = None,
-        only: Patterns | None = None,
-        cast: Cast | None = None,
-        rename: Rename | None = None,
-        io: IOMode = "auto",
-        threads: int | None = None,
-        pool: Pool | None = None,
-        show_progress: bool | None = None,
-        timeout: float | None = None,
-        variant: str | None = None,
-        subfolder: str | None = None,
-        digests: str | os.PathLike[str] | None = None,
-    ) -> UpdateReport:
+    @takes_what(update)
+    async def update_async(self, source: AnySource, **options: Any) -> UpdateReport:
         """``update`` in a thread of the event loop's executor: other coroutines run meanwhile, readers among them.
 
         Cancelled, it aborts at the next tensor or layer, waits for that, and raises ``asyncio.CancelledError``; the new
         version is live if it was committed by then, see ``version``. A second cancellation does not wait. A source that
         waits, such as a receiver, is not woken: close it. Hooks run in the thread.
         """
-        return await in_background(
-            partial(
-                self.update,
-                source,
-                version=version,
-                atomic=atomic,
-                only=only,
-                cast=cast,
-                rename=rename,
-                io=io,
-                threads=threads,
-                pool=pool,
-                show_progress=show_progress,
-                timeout=timeout,
-                variant=variant,
-                subfolder=subfolder,
-                digests=digests,
-            )
-        )
+        return await in_background(partial(self.update, source, **options))
 
     @alone_in_a_fork()
     @signals.watched
@@ -439,6 +412,7 @@ class LiveModel:
         cast: Cast | None = None,
         rename: Rename | None = None,
         timeout: float | None = None,
+        check: Check | None = None,
     ) -> Update:
         """Begin an update that is fed by hand. Use it in a ``with``: leaving it without a commit aborts.
 
@@ -450,50 +424,45 @@ class LiveModel:
             cast: see ``update``.
             rename: new names for what is fed, see ``hotweights.load``.
             timeout: see ``update``; it counts to the end of the commit.
+            check: see ``update``; ``prepare`` calls it.
 
         Raises:
             UpdateAborted: the manifest does not fit, or the host cannot hold the copy; nothing was changed.
         """
         check_kind("manifest", manifest, Manifest, "a Manifest, such as hotweights.open(tensors).manifest")
+        asked = self._asked(atomic, only, cast, timeout, check)
         if manifest is None:
             fed = FedNames(self._current.names, None if rename is None else renamer(rename))
-            return self._begin(None, atomic, only, cast, timeout, fed)
+            return self._begin(None, asked, fed)
         try:
             fed = FedNames(names_for(manifest, rename, self._match))
         except UsageError:
             raise
         except Exception as error:
             raise aborted(f"{self._current}; nothing was changed", error) from error
-        return self._begin(manifest.renamed(fed.new), atomic, only, cast, timeout, fed)
+        return self._begin(manifest.renamed(fed.new), asked, fed)
 
-    @signals.held
-    def _begin(
+    def _asked(
         self,
-        manifest: Manifest | None,
         atomic: Atomic | None,
         only: Patterns | None,
         cast: Cast | None,
         timeout: float | None,
-        fed: FedNames,
-    ) -> Update:
-        atomic = self._atomic if atomic is None else atomic
-        _check_atomic(atomic)
-        check_choices(cast=("error" if cast is None else cast, Cast))
-        check_timeout(timeout)
+        check: Check | None,
+    ) -> Asked:
+        check_callable(check=check)
+        patterns = None if only is None else patterns_from(only=only)[0]
+        asks = None if check is None else partial(ask, check, self.model)
+        return Asked(self._atomic if atomic is None else atomic, patterns, cast, timeout, asks)
+
+    @signals.held
+    def _begin(self, manifest: Manifest | None, asked: Asked, fed: FedNames) -> Update:
         current = self._current
         with current.reserved():
             if self._baseline is None:
                 raise UsageError("nothing was loaded yet; the first time, use load")
-            if current.holds is State.TORN and only is not None:
+            if current.holds is State.TORN and asked.only is not None:
                 raise UsageError("the model is torn; only a complete update mends it, so leave only= out")
-            if only is not None:
-                (patterns,) = patterns_from(only=only)
-                only = widened(patterns, self._others)
-            return Update.begin(
-                current, self._baseline, self._process, self._limit, manifest, atomic, only, cast, timeout, fed
-            )
-
-
-def _check_atomic(atomic: object) -> None:
-    if atomic is not False and atomic not in ("staged", "journal"):
-        raise UnknownName("atomic", atomic, ("staged", "journal", "False"))
+            if asked.only is not None:
+                asked = replace(asked, only=widened(asked.only, self._others))
+            return Update.begin(current, self._baseline, self._process, self._limit, manifest, asked, fed)

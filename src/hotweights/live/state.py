@@ -32,6 +32,7 @@ class Current:
         commits: how many versions were committed.
         running: what identifies the update that runs; ``None`` where none does.
         prepared: whether that update is prepared.
+        checking: whether a check looks at its version now, and nobody else at the model.
         warned: whether the one warning of open layers was given.
         names: for tensors of the live version that came under other names than the model's: from those to these.
         guard: lets readers of the model in while no update writes it.
@@ -44,6 +45,7 @@ class Current:
         self.commits = 0
         self.running: object = None
         self.prepared = False
+        self.checking = False
         self.warned = False
         self.names: Mapping[str, str] = {}
         self.guard = ReadWriteLock()

@@ -11,7 +11,6 @@ from torch import nn
 
 from .. import signals
 from ..arguments import check_version
-from ..dtypes import Cast
 from ..errors import HotweightsError, UpdateAborted, UsageError
 from ..forked import alone_in_a_fork
 from ..loading.verify import Verifier
@@ -19,11 +18,11 @@ from ..manifest import Manifest
 from ..memory.devices import record_event
 from ..memory.pool import Pool
 from ..notices import forgotten
-from ..plan.patterns import Patterns
 from ..progress import progress
 from ..sharding import reshard
 from ..sources.contracts import Addressed, InMemory, IOMode, OnDisk, Participant, Source, Timed, warnings_of
 from ..sources.pairs import pairs_of, plain
+from .asked import Asked
 from .attempt import Attempt
 from .baseline import Baseline
 from .compiled import refuse_frozen
@@ -33,7 +32,7 @@ from .lock import WriteTurn
 from .open_layers import OpenLayers
 from .report import UpdateReport
 from .state import Current, State
-from .strategy import Atomic, InPlace, Strategy
+from .strategy import InPlace, Strategy
 
 
 class Update:
@@ -55,14 +54,15 @@ class Update:
         strategy: Strategy,
         limit: int | None,
         fed: FedNames,
-        timeout: float | None = None,
+        asked: Asked | None = None,
     ) -> None:
         """For ``begin`` and ``begin_first``, while the live model is reserved; the end of the update lets go of it."""
         self._current = current
         self._baseline = baseline
         self._strategy = strategy
         self._fed = fed
-        turn = WriteTurn(current.guard, timeout)
+        self._check_by = None if asked is None else asked.check
+        turn = WriteTurn(current.guard, None if asked is None else asked.timeout)
         self._attempt = Attempt(job, strategy, OpenLayers(limit, warned=current.warned), turn, fed)
         self._watcher = signals.watch()
         current.begin(self._attempt)
@@ -89,10 +89,7 @@ class Update:
         process: Callable[[nn.Module], object],
         limit: int | None,
         manifest: Manifest | None,
-        atomic: Atomic,
-        only: Patterns | None,
-        cast: Cast | None,
-        timeout: float | None,
+        asked: Asked,
         fed: FedNames,
     ) -> Update:
         """Find everything that does not fit; then begin.
@@ -103,15 +100,15 @@ class Update:
         try:
             refuse_frozen()
             baseline.prove()
-            with current.guard.writing(timeout):
-                found = baseline.plans.find(manifest, only, baseline.live, cast)
+            with current.guard.writing(asked.timeout):
+                found = baseline.plans.find(manifest, asked.only, baseline.live, asked.cast)
             job = baseline.job(process, found, promised=manifest is not None)
-            strategy = baseline.strategy(atomic, job)
+            strategy = baseline.strategy(asked.atomic, job)
         except UsageError:
             raise
         except Exception as error:
             raise aborted(f"{current}; nothing was changed", error) from error
-        return cls(current, baseline, job, strategy, limit, fed, timeout)
+        return cls(current, baseline, job, strategy, limit, fed, asked)
 
     @property
     def manifest(self) -> Manifest:
@@ -199,10 +196,12 @@ class Update:
     @alone_in_a_fork()
     @signals.held
     def prepare(self) -> None:
-        """See that everything came, finish what waited, prove addresses and aliases. Version N is still live.
+        """See that everything came, finish what waited, prove addresses and aliases; then ask ``check``.
+
+        Version N is still live.
 
         Raises:
-            UpdateAborted: something is missing, or was moved.
+            UpdateAborted: something is missing, or was moved, or the check refused the version.
         """
         self._check("prepare")
         if self._current.prepared:
@@ -210,8 +209,39 @@ class Update:
         with self._failing(), self._attempt.timeline.event("prepare", ""):
             self._attempt.finish()
             self._baseline.prove()
+            if self._check_by is not None:
+                self._look(self._check_by)
             signals.deliver()  # The last place where an interruption still leaves version N.
         self._current.prepared = True
+
+    @signals.held
+    def _look(self, check: Callable[[], object]) -> None:
+        """Let a check look at version M, with nobody else in the model, and take M out again."""
+        current = self._current
+        with self._attempt.turn.briefly(), self._attempt.timeline.event("check", ""):
+            try:
+                self._show()
+                with current.guard.writer_reads():
+                    check()
+            finally:
+                self._hide()
+        self._baseline.prove()  # The check is code of others too.
+
+    @signals.whole
+    def _show(self) -> None:
+        self._current.checking = True
+        self._strategy.show()
+        self._wrote_all()
+
+    @signals.whole
+    def _hide(self) -> None:
+        self._current.checking = False
+        self._strategy.hide()
+        self._wrote_all()
+
+    def _wrote_all(self) -> None:
+        reshard(self._attempt.job.model.modules())
+        self._baseline.written(self._attempt.job)
 
     # Commit.
 
@@ -235,8 +265,8 @@ class Update:
         failures: list[BaseException] = []
         try:
             report = self._make_live(version, failures)
-            self._current.guard.let_writer_read()
-            self._current.hooks.call(report.version, failures)
+            with self._current.guard.writer_reads():
+                self._current.hooks.call(report.version, failures)
             if failures:
                 raise failures[0]
             return report
@@ -289,7 +319,7 @@ class Update:
         try:
             alone_in_a_fork()(self._strategy.abort)()
             if attempt.job.first:
-                self._baseline.reset(attempt.processing.begun)
+                self._baseline.reset(attempt.begun)
             if self._strategy.exclusive and self._strategy.wrote:
                 self._baseline.written(attempt.job)
         except BaseException:
