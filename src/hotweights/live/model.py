@@ -41,6 +41,7 @@ from ..model.offloading import refuse_offloaded
 from ..model.places import Place, places
 from ..model.reachable import reachable
 from ..model.survey import By, own_loader, survey
+from ..model.unprocessed import unprocessed
 from ..names import outer_prefix, unwrapped
 from ..plan.patterns import Patterns, widened
 from ..rename import Rename, renamer
@@ -50,6 +51,7 @@ from ..sources.locating import naming_files
 from ..sources.opening import AnySource, opened, version_of
 from ..sources.reading import check_reading
 from ..sources.renamed import renamed
+from ..text import some
 from ..tracing.naming import Match, as_they_are, names_for
 from .asked import Asked, check_atomic
 from .background import in_background, takes_what
@@ -262,7 +264,7 @@ class LiveModel:
                 self._baseline = Baseline(self._core, plan, options, self._is_processed, self._is_deferred, unknown)
                 update = Update.begin_first(self._current, self._baseline, self._process, self._limit, fed)
             with update:
-                return update.run(
+                report = update.run(
                     weights,
                     version_of(origin, version),
                     io=io,
@@ -271,6 +273,22 @@ class LiveModel:
                     verify=prove,
                     show_progress=show_progress,
                 )
+            proven = 0 if prove is None else prove.proven
+            return replace(report, proven=proven, warnings=(*report.warnings, *self._unprocessed()))
+
+    def _unprocessed(self) -> tuple[str, ...]:
+        """A warning for layers that engines process, and that nobody does here. Who gives ``process=`` has chosen."""
+        names = []
+        if self._process is process_by_quant_method:
+            names = unprocessed(
+                self._core, lambda name, layer: self._is_processed(name, layer) and _has_quant_method(layer)
+            )
+        if not names:
+            return ()
+        return (
+            f"{some(names, 3)}: to be processed after loading (process_weights_after_loading), and nobody does it: by "
+            "default that of a quant_method is called; give LiveModel process= and layers=",
+        )
 
     def _options(self, allowed: Sequence[Patterns], cast: Cast | None, by: By | None) -> Options:
         """What every load allows; and note the names by which the model's tensors are called from now on."""
@@ -335,7 +353,7 @@ class LiveModel:
             io: how files are read, see ``IOMode``.
             threads: how many read at once.
             pool: memory for what cannot be read in place.
-            show_progress: whether to draw a progress bar; by default on a terminal.
+            show_progress: whether to draw a progress bar; by default on a terminal or in a notebook.
             rename: new names for the source's tensors, see ``hotweights.load``.
             timeout: seconds that it may wait for readers to leave ``serving()``, all its waits together; by default as
                 long as they like. Then it aborts, and a ``TimeoutError`` is the cause.

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from ..loading.report import proven
 from ..plan.steps import Fate
 from ..text import as_html, counts, short, size, some, summary, table
 from ..timeline import TimelineEvent, breakdown, save_events
@@ -45,6 +46,7 @@ class UpdateReport:
         warnings: what a person should read.
         events: what the time was spent on.
         mismatched: by name of the model, both shapes, of what was not loaded because they differ.
+        proven: how many tensors of the model ``verify="loader"`` found to be what the model's own loading code makes.
     """
 
     version: str | int
@@ -72,6 +74,7 @@ class UpdateReport:
     warnings: tuple[str, ...]
     events: tuple[TimelineEvent, ...]
     mismatched: Mapping[str, str] = field(default_factory=dict)
+    proven: int = 0
 
     def as_dict(self) -> dict[str, object]:
         """The same facts for machines: only names, numbers, lists and dictionaries."""
@@ -106,6 +109,7 @@ class UpdateReport:
         if self.open_bytes:
             rows.append(("open", f"{self.open_layers} layers, {size(self.open_bytes)} of device memory at peak"))
         rows += [(fate.value, summary(names, self.casts)) for fate, names in self.tensors.items() if names]
+        rows += proven(self.proven)
         rows += [("not loaded", f"{name}: {shapes}") for name, shapes in self.mismatched.items()]
         if self.kept:
             rows.append(("kept", f"left alone by only=: {some(self.kept, 3)}"))

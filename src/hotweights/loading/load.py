@@ -26,6 +26,7 @@ from ..model.offloading import refuse_own_code, refuse_unwritable
 from ..model.places import places
 from ..model.reachable import attributes, reachable
 from ..model.survey import By, Survey, survey
+from ..model.unprocessed import unprocessed
 from ..model.walk import modules_of
 from ..names import outer_prefix, unwrapped
 from ..plan.patterns import Patterns
@@ -39,7 +40,7 @@ from ..sources.iterator import IteratorSource
 from ..sources.locating import naming_files
 from ..sources.opening import AnySource, opened
 from ..sources.reading import check_reading
-from ..text import size
+from ..text import size, some
 from ..tracing.fit import check
 from ..tracing.frameworks import has_rules
 from ..tracing.naming import fitted, match_for
@@ -125,7 +126,7 @@ def load(
         threads: how many read at once; by default a few.
         pool: memory for what cannot be read in place; by default 64 MiB, which is freed at the end.
         verify: ``"loader"`` lets the model's own loading code load each layer once more afterwards, and compares bits.
-        show_progress: whether to draw a progress bar; by default on a terminal.
+        show_progress: whether to draw a progress bar; by default on a terminal or in a notebook.
         rename: new names for the source's tensors: a mapping of prefixes, ``{"module.": ""}``, of which the longest
             that fits counts; or a function that is given a name. Names that would become the same are a problem.
         by: ``"name"`` loads a model by name that has a ``load_weights``; ``"loader"`` by that, whatever its signature.
@@ -216,13 +217,15 @@ def load(
             if plan.fallback:
                 fall_back(plan, model, weights, kept, done, by=by, pool=pool, advance=advance)
             if verify == "loader":
-                verifier(model, weights, by)(plan, destinations, pool)
+                prove = verifier(model, weights, by)
+                prove(plan, destinations, pool)
+                done.proven = prove.proven
             if isinstance(source, OnDisk):
                 source.check()
             # Not before everything is loaded and proven: from here on the group counts on this member.
             if isinstance(source, Participant):
                 stack.enter_context(source.decision())
-        warnings = (*warnings_of(source), *told(model, left, init_missing))
+        warnings = (*warnings_of(source), *told(model, left, init_missing), *_unprocessed(model))
         return _report(plan, done, pool, time.perf_counter() - began, warnings)
 
 
@@ -330,4 +333,15 @@ def _report(plan: LoadPlan, done: Tally, pool: Pool, seconds: float, warnings: t
         fell_back=tuple(str(note) for note in plan.graph_breaks),
         side_effects=plan.side_effects,
         warnings=warnings,
+        proven=done.proven,
+    )
+
+
+def _unprocessed(model: nn.Module) -> tuple[str, ...]:
+    """A warning for layers that are not ready to compute."""
+    if not (names := unprocessed(model)):
+        return ()
+    return (
+        f"{some(names, 3)}: to be processed after loading (process_weights_after_loading), which hotweights.load does "
+        "not do; do it now, or load by hotweights.LiveModel, which does it, and does it anew for each update",
     )

@@ -14,7 +14,7 @@ from ..dtypes import Cast
 from ..errors import PlanError
 from ..gc_pause import without_collection
 from ..manifest import Manifest
-from ..memory.aliases import overlaps
+from ..memory.aliases import overlaps, spots
 from ..model.matching import other_names
 from ..model.merged import refuse_merged
 from ..model.offloading import refuse_own_code, refuse_unwritable
@@ -158,7 +158,19 @@ def _trace(
         overlapping=overlaps(tensors),
         problems=problems,
     )
-    return complete(plan, model)
+    return complete(replace(plan, transient=_transient(surveyed)), model)
+
+
+def _transient(surveyed: Survey) -> dict[str, str]:
+    """The non-persistent buffers, each with a tensor of the state dict in whose memory it lies."""
+    if not surveyed.transient:
+        return {}
+    held = spots(surveyed.tensors)
+    first: dict[str, str] = {}
+    for name in surveyed.persistent:
+        if name in held:
+            first.setdefault(held[name][0], name)
+    return {name: first.get(held[name][0], "") if name in held else "" for name in surveyed.transient}
 
 
 def _sharded(model: nn.Module, surveyed: Survey) -> Iterator[str]:

@@ -58,6 +58,7 @@ class Channel:
         self._out: deque[_Outgoing] = deque()
         self._counts = [0]  # Their sum is how many bytes the socket took, of all frames until now.
         self._in = bytearray()
+        self.goodbye = False  # Whether the other end said that it goes; ``read`` notes it.
         self._descriptors: deque[int] = deque()
         close_in_children(self)
 
@@ -114,6 +115,7 @@ class Channel:
             if not self._fill():
                 return None
         if isinstance(frame.message, Broken):
+            self.goodbye = True
             raise PeerLost(f"the other side ended the connection: {frame.message.reason}")
         return frame
 

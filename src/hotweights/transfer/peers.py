@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from .. import signals
-from ..errors import Closed, PeerLost, ProtocolError, TransferError, TransferTimeout
+from ..errors import Closed, PeerLost, ProtocolError, TransferAborted, TransferError, TransferTimeout
 from .address import BACKLOG, Listener, check_peer
 from .channel import Channel, close_in_children
 from .messages import NAME, Hello, Wanted, Welcome
@@ -69,6 +69,7 @@ class PeerGroup:
         self._timeout = timeout
         self._waker = Waker()
         self._stopped = False
+        self._died: list[str] = []  # between two updates, of those that were ready; until ``gather`` has told it
         try:
             self._listener = Listener(path)
         except BaseException:
@@ -76,10 +77,16 @@ class PeerGroup:
             raise
         close_in_children(self._listener)
 
-    def gather(self, count: int) -> list[Peer]:
+    def gather(self, count: int, *, drop: bool = False) -> list[Peer]:
         """Wait until at least ``count`` receivers are there; returns all that are there, and all that wait to be taken.
 
+        Args:
+            count: how many.
+            drop: wait for others where one has died since the last update. If not, the caller is told at once; the next
+                call waits for another in its place.
+
         Raises:
+            TransferAborted: one that was there has died, without a goodbye, and too few are left.
             TransferTimeout: they did not come in time; ``problems`` says why those left that came.
             Closed: ``stop`` was called.
         """
@@ -92,7 +99,14 @@ class PeerGroup:
             ready = self._ready()
             # Whoever was waiting at the beginning has been taken after so many turns, even if others come without end.
             if len(ready) >= count and (not more or turns * _AT_ONCE > BACKLOG):
+                self._died.clear()
                 return ready
+            if self._died and not more and not drop:
+                died, self._died = self._died, []
+                raise TransferAborted(
+                    f"nothing was offered; {len(ready)} of {count} receivers are there. Send again to wait for another",
+                    died,
+                )
             if not left(deadline):
                 raise TransferTimeout(f"{len(ready)} of {count} receivers were there after {self._timeout:g} s", gone)
             self.wait(self.peers, left(deadline), listen=True)
@@ -218,6 +232,8 @@ class PeerGroup:
                 peer.channel.send(welcome, descriptors=(self._slots.descriptor,))
         except (PeerLost, ProtocolError) as error:
             gone.append(f"{peer.name}: {error}")
+            if peer.state is SessionState.IDLE and isinstance(error, PeerLost) and not peer.channel.goodbye:
+                self._died.append(gone[-1])
             self.part_with(peer, str(error))
 
 

@@ -145,12 +145,13 @@ class Sender:
             version: its name.
             manifest: what the pairs will be.
             receivers: how many must be connected this time.
-            show_progress: whether to draw a progress bar; by default on a terminal.
+            show_progress: whether to draw a progress bar; by default on a terminal or in a notebook.
             wait: whether to wait for the receivers. If not, a thread does, and ``SendHandle.result`` says how it ended.
                 What is sent is opened before this returns; only pairs with ``manifest`` are iterated in the thread.
 
         Raises:
-            TransferAborted: nobody has it; each problem begins with the name of a receiver.
+            TransferAborted: nobody has it; each problem begins with the name of a receiver. So where one has died since
+                the last version, and too few are left: the next ``send`` waits for another in its place.
             TransferIncomplete: the group took it, and some receivers were lost after that.
             TransferTimeout: not enough receivers came.
             UsageError: the tensors cannot be sent: two have one name, for example. Or the version before is being sent.
@@ -204,7 +205,8 @@ class Sender:
         self._thread = threading.get_ident()
         timeline = Timeline()
         with timeline.event("wait for receivers"):
-            members = self._group.gather(self._receivers if receivers is None else receivers)
+            count = self._receivers if receivers is None else receivers
+            members = self._group.gather(count, drop=self._drop)
         self._update += 1
         with progress("sending", source.manifest.nbytes, show=show_progress) as advance:
             report = Outbound(

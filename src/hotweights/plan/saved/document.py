@@ -92,6 +92,7 @@ class Document(msgspec.Struct, forbid_unknown_fields=True):
     by_layer: bool
     warnings: list[str] = msgspec.field(default_factory=list)  # always empty; files of this version have it
     mismatched: dict[str, str] = msgspec.field(default_factory=dict)
+    transient: dict[str, str] = msgspec.field(default_factory=dict)
 
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -152,6 +153,7 @@ class _Writer:
             digests=dict(plan["digests"]),
             by_layer=plan["by_layer"],
             mismatched=dict(plan["mismatched"]),
+            transient=dict(plan["transient"]),
             **{name: list(plan[name]) for name in lists},
         )
 
