@@ -22,6 +22,7 @@ from ..model.places import targets_of
 from ..model.survey import By, LoadingCode, Survey, counters, extra_state_problems, loader_of, own_loader, survey
 from ..names import outer_prefix, unwrapped
 from ..plan.draft import Allowed, Traced, draft
+from ..plan.inside import outer_manifest
 from ..plan.patterns import Patterns, both, matches, widened
 from ..plan.plan import LoadPlan
 from ..plan.steps import Copy
@@ -87,9 +88,9 @@ def trace(
     with without_collection():
         seen = survey(model, by)
         promised = _promised(manifest)
-        promised = promised.renamed(names_for(promised, rename, match_for(model, seen.tensors, by)))
-        others = other_names(model, outer, seen.tensors) if missing or partly or mismatched else {}
-        there = {new: (old,) for new, old in promised.origins.items()}
+        promised = promised.renamed(names_for(promised, rename, match_for(model, seen.names, by)))
+        others = other_names(model, outer, seen.names, seen.others()) if missing or partly or mismatched else {}
+        there = {new: (old,) for new, old in outer_manifest(promised).origins.items()}
         allowed = Allowed(
             missing=widened(missing, others),
             partial=widened(partly, others),
@@ -127,7 +128,7 @@ def _trace(
             advice="Load inside `with FullyShardedDataParallel.summon_full_params(model):`.",
         )
     own_code = own_loader(model, by) is not None
-    rules = rules_for(model, manifest)
+    rules = rules_for(model, outer_manifest(manifest))
     if not own_code:
         absent = counters(model, sorted(tensors.keys() - manifest.keys()))
         zeroed = tuple(name for name in absent if tensors[name].is_meta) if device is not None else ()
@@ -141,6 +142,8 @@ def _trace(
         refuse_own_code(model, surveyed)
     if loader is not None and surveyed.parts:
         problems += _sharded(model, surveyed)
+    elif loader is not None and (wrapped := _wrapped(model, surveyed, manifest, allowed)):
+        problems += wrapped
     elif loader is not None:
         try:
             traced = _traced(model, manifest, loader, tensors, () if own_code else allowed.mismatched)
@@ -151,7 +154,7 @@ def _trace(
             problems += error.problems
     plan = draft(
         manifest,
-        targets_of(tensors, device, surveyed.parts),
+        targets_of(tensors, device, surveyed.parts, surveyed.shells),
         traced=traced,
         rules=rules,
         allowed=allowed,
@@ -171,6 +174,19 @@ def _sharded(model: nn.Module, surveyed: Survey) -> Iterator[str]:
             f"{name}: is a DTensor ({part}), and the model has {code}, which takes no whole tensors for parts; "
             "load the model before it is sharded"
         )
+
+
+def _wrapped(model: nn.Module, surveyed: Survey, manifest: Manifest, allowed: Allowed) -> list[str]:
+    """Wrapper tensors on either side, of a model with loading code of its own: it is made for plain tensors."""
+    may_miss = matches(allowed.missing)
+    shells = {name: shell for name, shell in surveyed.shells.items() if not may_miss(shell.outer(name))}
+    shells |= {name: spec.shell for name, spec in manifest.items() if spec.shell}
+    kinds = {shell.outer(name): shell.kind.rpartition(".")[2] for name, shell in shells.items()}
+    return [
+        f"{name}: is a {kind}, and the model has loading code of its own, which cannot be traced with it; load plain "
+        'tensors before the model is quantised, or load by name (by="name") where it has a load_weights'
+        for name, kind in kinds.items()
+    ]
 
 
 def _traced(
