@@ -243,11 +243,13 @@ def _has_loading_code(kind: type[nn.Module]) -> bool:
     return override is not nn.Module._load_from_state_dict and override.__module__ not in _HARMLESS
 
 
-def extra_state_problems(model: nn.Module) -> Iterator[str]:
-    """Modules with state that is no tensor: no safetensors file carries it, and by name it would stay as it is."""
-    for name, module in model.named_modules():
-        if type(module).set_extra_state is not nn.Module.set_extra_state:
-            yield f"module {name or type(model).__name__}: keeps extra state; by name it would stay as it is"
+def extra_states(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules that keep extra state, by its key in the state dict: ``load_state_dict`` hands it to them."""
+    return {
+        f"{prefix}_extra_state": module
+        for prefix, module in modules_of(model)
+        if type(module).set_extra_state is not nn.Module.set_extra_state
+    }
 
 
 def own_loader(model: nn.Module, by: By | None = None) -> LoadingCode | None:
@@ -296,7 +298,7 @@ def loader_of(model: nn.Module, by: By | None = None) -> LoadingCode | None:
         return lambda pairs: finished(own(pairs))
     if any(map(nn.parameter.is_lazy, survey(model).tensors.values())):
         return None  # Loading code would make them real.
-    return by_name(model) if any(hook_problems(model)) else None
+    return by_name(model) if any(hook_problems(model)) or extra_states(model) else None
 
 
 def finished(returned: object) -> object:
