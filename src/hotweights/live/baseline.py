@@ -179,7 +179,8 @@ class Baseline:
         if job.plan.fallback:  # The model's own code may write to all of them.
             names |= self.live.keys()
         others = attributes(modules_of(self._model), set(map(id, self.live.values())))
-        tensors = [*self.live.values(), *survey(self._model).tensors.values(), *(tensor for _, tensor in others)]
+        seen = survey(self._model)
+        tensors = [*self.live.values(), *seen.tensors.values(), *seen.wrappers, *(tensor for _, tensor in others)]
         renew([self.live[name] for name in names if name in self.live], tensors)
 
     def prove(self) -> None:

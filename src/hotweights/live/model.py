@@ -294,9 +294,9 @@ class LiveModel:
         """What every load allows; and note the names by which the model's tensors are called from now on."""
         core, seen = self._core, survey(self._core)
         refuse_offloaded(core, seen)
-        names = {*seen.tensors}
+        names = {*seen.names}
         self._match = KnownNames(core, names).matched if own_loader(core, by) is None else as_they_are
-        self._others = other_names(core, outer_prefix(self.model), names)
+        self._others = other_names(core, outer_prefix(self.model), names, seen.others())
         missing, partly, unexpected, mismatched = allowed
         return Options(
             allow_missing=widened(missing, self._others),
