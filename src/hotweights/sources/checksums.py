@@ -13,13 +13,14 @@ from pathlib import Path
 
 from ..errors import CheckpointChanged, CheckpointError
 from ..memory.digest import Digest
+from .dcp.source import DcpSource
 from .files.source import FileSource
 
 _LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")
 _PIECE = 1024 * 1024
 
 
-def check_digests(source: FileSource, checksums: str | os.PathLike[str]) -> None:
+def check_digests(source: FileSource | DcpSource, checksums: str | os.PathLike[str]) -> None:
     """Read every byte of the source, and compare. The source looks at its files again when it is read later.
 
     Raises:
@@ -35,7 +36,7 @@ def check_digests(source: FileSource, checksums: str | os.PathLike[str]) -> None
         raise CheckpointError(f"{source.path}: is not what {path} says", problems)
 
 
-def _tensors(source: FileSource, path: Path, text: str) -> list[str]:
+def _tensors(source: FileSource | DcpSource, path: Path, text: str) -> list[str]:
     try:
         expected = json.loads(text)["tensors"]
         said = {str(name): str(digest) for name, digest in expected.items()}
@@ -53,7 +54,7 @@ def _tensors(source: FileSource, path: Path, text: str) -> list[str]:
     ]
 
 
-def _files(source: FileSource, path: Path, text: str) -> list[str]:
+def _files(source: FileSource | DcpSource, path: Path, text: str) -> list[str]:
     lines = [_LINE.fullmatch(line.strip()) for line in text.splitlines() if line.strip()]
     said = {os.path.basename(match[2]): match[1].lower() for match in lines if match is not None}
     if None in lines or not said:

@@ -18,6 +18,8 @@ from ..errors import CheckpointError, UnknownName, UsageError
 from ..names import bare_names
 from ..rename import Rename, new_names
 from .contracts import Source
+from .dcp.place import dcp_place
+from .dcp.source import DcpSource
 from .files.shards import Paths
 from .files.source import FileSource
 from .iterator import IteratorSource
@@ -77,11 +79,11 @@ def version_of(source: Source, version: str | int | None) -> str | int | None:
 @overload
 def open(
     what: Paths, *, reader: Literal["hotweights"] = ..., variant: str | None = ..., subfolder: str | None = ...
-) -> FileSource: ...
+) -> FileSource | DcpSource: ...
 @overload
 def open(
     what: Paths, *, reader: str, variant: str | None = ..., subfolder: str | None = ...
-) -> FileSource | ReaderSource: ...
+) -> FileSource | DcpSource | ReaderSource: ...
 @overload
 def open(what: Mapping[str, torch.Tensor] | torch.nn.Module, *, gather: bool = ...) -> StateSource: ...
 @overload
@@ -90,7 +92,7 @@ def open(
     *,
     variant: str | None = ...,
     subfolder: str | None = ...,
-) -> FileSource | StateSource: ...
+) -> FileSource | DcpSource | StateSource: ...
 @overload
 def open(
     what: Paths | Mapping[str, torch.Tensor] | torch.nn.Module,
@@ -141,7 +143,7 @@ def open(
 
 def _opened(
     what: object, reader: str, variant: str | None, subfolder: str | None, gather: bool
-) -> FileSource | ReaderSource | StateSource:
+) -> FileSource | DcpSource | ReaderSource | StateSource:
     if reader not in ("hotweights", *READERS):
         raise UnknownName("reader", reader, ("hotweights", *READERS))
     check_kind("variant", variant, str, 'the name of a variant, such as "fp16"')
@@ -155,6 +157,12 @@ def _opened(
         if isinstance(what, (str, os.PathLike)):
             _refuse_hub_name(os.fsdecode(what))
         if reader == "hotweights":
+            if (place := dcp_place(what, subfolder)) is not None:
+                if variant is not None:
+                    raise UsageError(
+                        f"variant= chooses among files; {place.directory} is a DCP checkpoint; leave it out"
+                    )
+                return DcpSource(place)
             return FileSource(what, variant=variant, subfolder=subfolder)
         return ReaderSource(what, reader, variant=variant, subfolder=subfolder)
     if (variant, subfolder) != (None, None):
