@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
-from collections import Counter, defaultdict
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 
 from ...arguments import check_choices
 from ...boxes import Box, view
-from ...errors import CheckpointError, Closed, UsageError
+from ...errors import CheckpointError, Closed
 from ...manifest import Manifest, TensorSpec
 from ...memory.digest import Digest, digest_of_bytes
 from ...memory.guards import Guard
@@ -25,17 +22,19 @@ from ...memory.lease import Lease, Slot
 from ...memory.pool import Pool
 from ...notices import forgotten
 from ...text import some
-from ..contracts import IOMode, Read, Sink
+from ..contracts import IOMode, Read
 from ..files.file import File
-from ..files.reading import Segment, read_segments
+from ..files.reading import Segment
 from ..owned import owned_tensors
 from ..streams import LeaseStream, ahead
 from .archive import Plain, Unreadable, find_plain
 from .branch import find_branch
+from .call import JointRead, Orders, ReadCall, check_read, fitting
+from .opened import cut_off, open_files, stored_of
 from .pieces import Mosaic, faults
 from .place import NAME, DcpPlace
 from .saved import SavedTensor, Stored, read_saved
-from .strips import Strip, by_rows, fetch, rows, single, strip
+from .strips import Strip, single, strip
 
 
 class _Home(NamedTuple):
@@ -45,59 +44,6 @@ class _Home(NamedTuple):
     saved: SavedTensor
     mosaic: Mosaic
     position: tuple[int, int]
-
-
-class _Joint(NamedTuple):
-    """A read whose bytes do not lie in a row in one file: they are put together, and then given to its sink."""
-
-    name: str
-    start: int
-    nbytes: int
-    sink: Sink
-
-
-class _Orders:
-    """What is to be read: segments by the reader of files, and strips with short rows."""
-
-    def __init__(self) -> None:
-        self.segments: list[Segment] = []
-        self.short: list[tuple[Strip, torch.Tensor]] = []
-
-    def put(self, strips: Iterable[Strip], memory: torch.Tensor) -> None:
-        """Add what fills ``memory``, which is ``uint8``."""
-        for piece in strips:
-            if by_rows(piece):
-                self.segments += rows(piece, memory)
-            else:
-                self.short.append((piece, memory))
-
-
-class _ReadCall:
-    """The options of one call of ``read``, and what came so far by each I/O path."""
-
-    def __init__(
-        self, pool: Pool, threads: int | None, advance: Callable[[int], None] | None, stop: threading.Event
-    ) -> None:
-        self.pool, self.stop = pool, stop
-        self.done = {"buffered": 0, "direct": 0}
-        self._threads, self._advance = threads, advance
-
-    def do(self, orders: _Orders, io: IOMode) -> None:
-        """Read all of it."""
-        came = read_segments(
-            orders.segments, pool=self.pool, io=io, threads=self._threads, advance=self._advance, stop=self.stop
-        )
-        for path, nbytes in came.items():
-            self.done[path] += nbytes
-        for piece, memory in orders.short:
-            fetch(piece, memory, self._arrive)
-
-    def _arrive(self, nbytes: int) -> None:
-        if self.stop.is_set():
-            raise Closed("the reading was stopped")
-        self.done["buffered"] += nbytes
-        if self._advance is not None:
-            self._advance(nbytes)
 
 
 class DcpSource:
@@ -121,8 +67,8 @@ class DcpSource:
         branch = find_branch(self.path, saved.tensors, saved.keys, place.branch)
         tensors = {name: saved.tensors[origin] for origin, name in branch.names.items()}
         problems = [problem for name, tensor in tensors.items() for problem in faults(name, tensor)]
-        self._files, broken = _open_files(place.directory, tensors, undo)
-        problems += broken + _cut_off(self._files, tensors)
+        self._files, broken = open_files(place.directory, tensors, undo)
+        problems += broken + cut_off(self._files, tensors)
         if problems:
             raise CheckpointError(f"{self.path}: the checkpoint is broken", problems)
         self._numbers = {name: number for number, name in enumerate(self._files)}
@@ -140,8 +86,8 @@ class DcpSource:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """The paths of the files that hold the tensors."""
-        return tuple(file.path for file in self._files.values())
+        """The paths of the checkpoint's files: those that hold tensors, and ``.metadata``, which says where."""
+        return (*(file.path for file in self._files.values()), self._said.path)
 
     @property
     def metadata(self) -> dict[str, dict[str, str]]:
@@ -159,7 +105,7 @@ class DcpSource:
 
     def file_of(self, name: str) -> str:
         """The path of the file that holds the tensor; of ``.metadata``, which says what it is, if several hold it."""
-        files = {stored.file for stored in _stored(self._homes[name].saved)}
+        files = {stored.file for stored in stored_of(self._homes[name].saved)}
         return self._files[files.pop()].path if len(files) == 1 else self._said.path
 
     def leases(self, *, guard: Guard = "off", pool: Pool | None = None, io: IOMode = "auto") -> LeaseStream:
@@ -201,8 +147,8 @@ class DcpSource:
             CheckpointError: a part cannot be read in place, and why; nothing of these reads was done.
         """
         self._check_open()
-        run = _ReadCall(pool, threads, advance, stop or threading.Event())
-        straight, joint = _Orders(), []
+        run = ReadCall(pool, threads, advance, stop or threading.Event())
+        straight, joint = Orders(), []
         for read, strips in self._located(reads):
             if isinstance(read.into, torch.Tensor):
                 straight.put(strips, view(read.into, Box(torch.uint8, (read.nbytes,), (1,), 0)))
@@ -211,7 +157,7 @@ class DcpSource:
             elif len(strips) == 1 and single(strips[0]):
                 straight.segments.append(Segment(strips[0].file, strips[0].lying.offset, read.nbytes, read.into))
             else:
-                joint.append(_Joint(read.name, read.start, read.nbytes, _fitting(read, pool)))
+                joint.append(JointRead(read.name, read.start, read.nbytes, fitting(read, pool)))
         run.do(straight, io)
         for batch in _batches(joint, pool.slot_nbytes):
             self._join(batch, run)
@@ -256,7 +202,7 @@ class DcpSource:
 
     def _home(self, name: str, tensor: SavedTensor) -> _Home:
         mosaic = Mosaic(tensor)
-        position = min(((self._numbers[stored.file], stored.offset) for stored in _stored(tensor)), default=(0, 0))
+        position = min(((self._numbers[stored.file], stored.offset) for stored in stored_of(tensor)), default=(0, 0))
         return _Home(TensorSpec(name, tensor.dtype, tensor.shape), tensor, mosaic, position)
 
     # Where the bytes are.
@@ -266,7 +212,7 @@ class DcpSource:
         problems: dict[str, None] = {}
         located = []
         for read in reads:
-            _check_read(read, self._homes[read.name].spec)
+            check_read(read, self._homes[read.name].spec)
             located.append((read, self._strips(read.name, read.start, read.nbytes, problems)))
         if problems:
             raise CheckpointError(f"{self.path}: the checkpoint is broken", problems)
@@ -295,7 +241,7 @@ class DcpSource:
         plain = self._plain[stored] = find_plain(file, stored, dtype, shape)
         return plain
 
-    def _join(self, batch: Sequence[_Joint], run: _ReadCall) -> None:
+    def _join(self, batch: Sequence[JointRead], run: ReadCall) -> None:
         """Put some reads together in one slot, and give each to its sink."""
         slot = run.pool.acquire(batch[0].name, stop=run.stop.is_set)
         events = []
@@ -312,9 +258,9 @@ class DcpSource:
         finally:
             slot.release(*(event for event in events if event is not None))
 
-    def _fill(self, reads: Iterable[Read], run: _ReadCall) -> None:
+    def _fill(self, reads: Iterable[Read], run: ReadCall) -> None:
         """Do reads into memory without a slot of the pool: the caller may hold the only one."""
-        orders = _Orders()
+        orders = Orders()
         for read, strips in self._located(reads):
             assert isinstance(read.into, torch.Tensor)
             orders.put(strips, read.into)
@@ -348,7 +294,7 @@ class DcpSource:
         try:
             memories = [host_empty((sizes[0],), torch.uint8)] if slot is None else _laid_out(slot, sizes)
             reads = (Read(spec.name, 0, spec.nbytes, memory) for spec, memory in zip(group, memories, strict=True))
-            self._fill(reads, _ReadCall(pool, None, None, stopped))
+            self._fill(reads, ReadCall(pool, None, None, stopped))
         except BaseException:
             if slot is not None:
                 slot.release()
@@ -363,78 +309,11 @@ class DcpSource:
         self.check()
 
 
-def _open_files(
-    directory: Path, tensors: Mapping[str, SavedTensor], undo: ExitStack
-) -> tuple[dict[str, File], list[str]]:
-    """The files that hold these tensors, by their names in the checkpoint; and what is wrong with the others."""
-    holding = Counter(file for tensor in tensors.values() for file in {stored.file for stored in _stored(tensor)})
-    files: dict[str, File] = {}
-    problems = []
-    for name in sorted(holding):
-        if not os.path.exists(directory / name):
-            problems.append(
-                f"{directory / name}: {NAME} names it for {holding[name]} tensors, but there is no such file"
-            )
-            continue
-        try:
-            files[name] = File(str(directory / name))
-            undo.callback(files[name].close)
-        except CheckpointError as error:
-            problems.append(error.title)
-    return files, problems
-
-
-def _stored(tensor: SavedTensor) -> Iterator[Stored]:
-    return (part.stored for part in tensor.parts if part.stored is not None)
-
-
-def _cut_off(files: Mapping[str, File], tensors: Mapping[str, SavedTensor]) -> list[str]:
-    """A line for each file that ends before some of its tensors do: to name each would bury the reason."""
-    cut: dict[str, list[tuple[int, str]]] = defaultdict(list)
-    for name, tensor in tensors.items():
-        for stored in _stored(tensor):
-            file = files.get(stored.file)
-            if file is not None and stored.offset + stored.nbytes > file.size:
-                cut[stored.file].append((stored.offset + stored.nbytes, name))
-    problems = []
-    for name, ends in cut.items():
-        stop, tensor_name = min(ends)
-        others = f"this part and {len(ends) - 1} later ones are cut off" if len(ends) > 1 else "is it truncated?"
-        problems.append(
-            f"{files[name].path}: a part of tensor {tensor_name!r} ends at byte {stop}; the file holds "
-            f"{files[name].size}; {others}"
-        )
-    return problems
-
-
 def _passed_over(path: str, others: Sequence[str]) -> tuple[str, ...]:
     if not others:
         return ()
     ways = " or ".join(f"subfolder={json.dumps(other)}" for other in others[:3])
     return (f"{path}: opened the model's dict, and passed over {some(others, 3)}; if that is what you mean: {ways}",)
-
-
-def _check_read(read: Read, spec: TensorSpec) -> None:
-    into = read.into
-    # Memory is written by address: a request that does not fit would read a neighbour or overwrite a stranger.
-    if read.start < 0 or read.nbytes < 0 or read.start + read.nbytes > spec.nbytes:
-        raise UsageError(
-            f"tensor {read.name!r} has {spec.nbytes} bytes; {read.nbytes} from {read.start} were asked for"
-        )
-    if isinstance(into, torch.Tensor) and not (into.nbytes == read.nbytes and into.is_cpu and into.is_contiguous()):
-        raise UsageError(
-            f"tensor {read.name!r}: {read.nbytes} bytes go into contiguous host memory of as many bytes, not into "
-            f"{into.nbytes} of {'contiguous' if into.is_contiguous() else 'strided'} memory on {into.device}"
-        )
-
-
-def _fitting(read: Read, pool: Pool) -> Sink:
-    assert not isinstance(read.into, torch.Tensor)
-    if read.nbytes > pool.slot_nbytes:
-        raise UsageError(
-            f"a sink's read of {read.nbytes} bytes does not fit into a slot; at most {pool.slot_nbytes} do"
-        )
-    return read.into
 
 
 class _Sized(Protocol):
