@@ -25,8 +25,8 @@ from ...notices import forgotten
 from ..contracts import IOMode, Read
 from ..owned import owned_tensors
 from ..streams import LeaseStream, ahead
-from .file import File
 from .header import Entry
+from .place import Readable
 from .reading import Segment, fill, read_segments
 from .shards import Paths, open_checkpoint, path_of
 
@@ -34,7 +34,7 @@ from .shards import Paths, open_checkpoint, path_of
 class _Run(NamedTuple):
     """Neighbouring tensors of one file that are read at once."""
 
-    file: File
+    file: Readable
     entries: list[Entry]
     nbytes: int
 
@@ -44,6 +44,8 @@ class FileSource:
 
     The manifest lists tensors file by file, in the order in which they lie there.
     """
+
+    _gap = 0  # bytes between two ranges that are read with them, rather than by two reads
 
     def __init__(self, what: Paths, *, variant: str | None = None, subfolder: str | None = None) -> None:
         self._closed = True  # Until the files are open there is nothing to close.
@@ -128,7 +130,7 @@ class FileSource:
         """Do all the reads, see ``contracts.Addressed``."""
         self._check_open()
         segments = [self._segment(read) for read in reads]
-        return read_segments(segments, pool=pool, io=io, threads=threads, advance=advance, stop=stop)
+        return read_segments(segments, pool=pool, io=io, threads=threads, advance=advance, stop=stop, gap=self._gap)
 
     def check(self) -> None:
         """See that all files are those that were opened, see ``contracts.OnDisk``."""
@@ -229,7 +231,7 @@ class FileSource:
         first = run.entries[0]
         slot = pool.acquire(first.spec.name, stop=stopped.is_set)
         try:
-            data, _ = fill(run.file, slot.memory, first.offset, first.offset + run.nbytes, io)
+            data, _ = fill(run.file, slot.memory, first.offset, first.offset + run.nbytes, io, stopped.is_set)
             run.file.check()
         except BaseException:
             slot.release()
