@@ -153,7 +153,7 @@ def test_the_public_words_are_these():
     HotweightsError CheckpointError CheckpointChanged UnsupportedDtype PlanError PlanFileError PlanDiffers
     LiveModel LiveModelError State Update UpdateReport Digest UpdateAborted CommitHookError
     TiedWeightsDiffer IncompleteLoad PoolTimeout UsageError StaleLease BorrowedTensor Closed UnknownName
-    MissingPackage NoManifest SourceError SaveError SaveReport
+    MissingPackage NoManifest SourceError StoreError SaveError SaveReport
     Sender Receiver SendReport TransferError TransferAborted TransferIncomplete TransferTimeout PeerLost ProtocolError
     AddressTaken follow Version Versions
     """

@@ -4,7 +4,8 @@
 
     HotweightsError             whatever hotweights raises; raised itself by nothing
     ├── CheckpointError         a checkpoint is not what it says it is
-    │   └── CheckpointChanged   it changed between open and the end of reading
+    │   ├── CheckpointChanged   it changed between open and the end of reading
+    │   └── StoreError          an object store did not give it, or not in time
     ├── UnsupportedDtype        the installed torch has no type for these bytes
     ├── PlanError               source and model do not fit; nothing was read or written
     ├── PlanFileError           a saved plan is damaged or forged, or a plan cannot be saved
@@ -60,6 +61,7 @@ __all__ = [
     "SaveError",
     "SourceError",
     "StaleLease",
+    "StoreError",
     "TiedWeightsDiffer",
     "TransferAborted",
     "TransferError",
@@ -143,6 +145,14 @@ class CheckpointChanged(CheckpointError):
     """A file shrank, was replaced or rewritten between open and the end of reading.
 
     The message says what had been written by then, if anything.
+    """
+
+
+class StoreError(CheckpointError):
+    """An object store, or a server, did not give what was asked for: it refused, or the deadline passed.
+
+    The message says of which object which bytes, how often they were asked for, and the last answer. It holds no
+    credentials.
     """
 
 

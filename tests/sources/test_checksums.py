@@ -207,6 +207,29 @@ def test_close_ends_the_reading(checkpoint, digests, monkeypatch):
             loading.result(60)
 
 
+def test_close_ends_the_wait_for_what_had_not_begun(checkpoint, monkeypatch):
+    """One thread reads, and the other files wait for it."""
+    begun = threading.Event()
+
+    def never(self, *_):
+        begun.set()
+        assert self._stopped.wait(60)
+        raise hw.Closed("it was closed")
+
+    monkeypatch.setattr(checksums.Proof, "_file", never)
+    monkeypatch.setattr(checksums.os, "cpu_count", lambda: 1)
+    files = sorted(checkpoint.glob("*.safetensors"))
+    assert len(files) > 1
+    sums = checkpoint.parent / "sums"
+    sums.write_text("".join(f"{'0' * 64}  {path.name}\n" for path in files))
+    with ThreadPoolExecutor(1) as threads, hw.open(checkpoint, digests=sums) as source:
+        loading = threads.submit(hw.load, model(), source)
+        assert begun.wait(60)
+        source.close()
+        with pytest.raises(hw.Closed):
+            loading.result(60)
+
+
 def test_nothing_is_read_where_only_the_manifest_is_asked_for(checkpoint, digests, monkeypatch):
     monkeypatch.setattr(checksums.Proof, "begin", lambda self: pytest.fail("it began to read"))
     with hw.open(checkpoint, digests=digests) as source:

@@ -340,7 +340,7 @@ SOURCES = {
     "a name with a zero": lambda folder: "a\0b",
     "an empty path": lambda folder: "",
     "a path of bytes": lambda folder: b"path",
-    "an address": lambda folder: "s3://bucket/model",
+    "an address": lambda folder: "ftp://bucket/model",
     "None": lambda folder: None,
     "a number": lambda folder: 3,
     "a class": lambda folder: nn.Linear,

@@ -46,11 +46,12 @@ def _opened(
 ) -> list[FileSource | DcpSource]:
     """A single file, such as a copy of the variant, has no others to choose from."""
     chosen = [path for path in paths if os.path.isdir(path)] or paths
-    options = [(variant, subfolder) if path in chosen else (None, None) for path in paths]
-    return [
-        stack.enter_context(open_source(path, variant=variant, subfolder=subfolder))
-        for path, (variant, subfolder) in zip(paths, options, strict=True)
-    ]
+    found: list[FileSource | DcpSource] = []
+    for path in paths:
+        choice = (variant, subfolder) if path in chosen else (None, None)
+        found.append(open_source(path, variant=choice[0], subfolder=choice[1]))
+        stack.push(found[-1])
+    return found
 
 
 def _row(found: TensorDifference) -> tuple[str, str, str, str]:

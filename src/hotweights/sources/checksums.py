@@ -44,7 +44,7 @@ class Proof:
 
         Args:
             checkpoint: what it is called.
-            files: paths of its files.
+            files: paths of its files; none where they are not on a disk.
             names: of its tensors.
             checksums: the file with the list.
             digests: makes the digests of its tensors; ``None`` where nobody can.
@@ -65,6 +65,11 @@ class Proof:
             problems = [f"tensor {name!r}: expected, and not there" for name in said.keys() - {*names}]
             problems += [f"tensor {name!r}: not in the list" for name in names if name not in said]
             self._work: list[Callable[[], list[str]]] = [partial(self._tensors, said, digests)]
+        elif not files:
+            raise UsageError(
+                f"{checksums} has digests of files, which are compared on a disk only; give what hotweights verify "
+                "--write makes, the digests of tensors"
+            )
         else:
             found = {file: _said_of(file, checksums, text) for file in files}
             problems = [f"{os.path.basename(file)}: not in the list" for file, said in found.items() if said is None]
@@ -95,6 +100,8 @@ class Proof:
         self.begin()
         while wait(self._futures, timeout=0.1).not_done:
             signals.deliver()
+            if self._stopped.is_set():  # What had not begun by then never will.
+                raise Closed("the source was closed while it was compared with digests")
         if problems := [problem for future in self._futures for problem in future.result()]:
             raise CheckpointError(self._title, problems)
 

@@ -25,6 +25,8 @@ from .dcp.source import DcpSource
 from .files.shards import Paths
 from .files.source import FileSource
 from .iterator import IteratorSource
+from .objects.address import SCHEMES, Parts, check_store, connect, parts_of
+from .objects.source import ObjectSource
 from .pairs import Pair
 from .readers.source import READERS, ReaderSource
 from .renamed import renamed
@@ -136,13 +138,15 @@ def open(
     subfolder: str | None = None,
     gather: bool = False,
     digests: str | os.PathLike[str] | None = None,
+    store: Mapping[str, object] | None = None,
 ) -> Source:
     """Open a source of weights. The caller closes it; use it in a ``with``.
 
     Args:
         what: a safetensors file, or a list of files; a directory, of which the files are taken that ``from_pretrained``
             takes; an index file; a snapshot in a hub cache, or its ``models--org--name`` directory; a mapping from
-            names to tensors; or an ``nn.Module``, whose ``state_dict()`` is taken.
+            names to tensors; or an ``nn.Module``, whose ``state_dict()`` is taken. A path may be an address in an
+            object store or of the web, ``s3://bucket/model``: docs/objects.md.
         reader: which package reads the files. Ours gives any bytes in any order; ``"runai"``, ``"fastsafetensors"``,
             ``"safetensors"`` and ``"torch"`` (.bin, .pt, .pth) only stream.
         rename: new names for the tensors, see ``hotweights.load``.
@@ -155,6 +159,8 @@ def open(
             makes. They are compared while they are read, by threads of their own, and at its end a stream, a load or an
             update waits for that. What differs is a ``CheckpointError`` there, which names each file or tensor and
             both digests.
+        store: of an address: options of the store, such as ``{"endpoint": "http://localhost:9000"}``, of its client,
+            and ``"deadline"`` and ``"requests"``. By default the variables that the cloud's own tools read.
 
     Raises:
         PlanError: ``rename`` gives two tensors one name.
@@ -162,7 +168,7 @@ def open(
         MissingPackage: the reader's package is not installed.
         UsageError: ``what`` is nothing of these; or ``variant`` or ``subfolder`` is given where no directory is.
     """
-    source = _opened(what, reader, variant, subfolder, gather, digests)
+    source = _opened(what, reader, variant, subfolder, gather, digests, store)
     try:
         outer = outer_names(source.manifest)
         return renamed(source, renamed_inside(outer, new_names(dict.fromkeys(outer.values()), rename)))
@@ -178,6 +184,7 @@ def _opened(
     subfolder: str | None,
     gather: bool,
     digests: str | os.PathLike[str] | None,
+    store: Mapping[str, object] | None,
 ) -> FileSource | DcpSource | ReaderSource | StateSource:
     if reader not in ("hotweights", *READERS):
         raise UnknownName("reader", reader, ("hotweights", *READERS))
@@ -185,11 +192,14 @@ def _opened(
     check_kind("subfolder", subfolder, str, "the name of a folder in the directory")
     check_kind("digests", digests, (str, os.PathLike), "the path of a list of digests")
     check_flags(gather=gather)
+    check_store(store)
     if gather and not isinstance(what, (Mapping, torch.nn.Module)):
         raise UsageError(f"gather= is for the DTensors of a mapping or a module; this is a {type(what).__name__}")
     if is_paths(what):
-        for path in [what] if isinstance(what, (str, os.PathLike)) else what:
-            _refuse_address(os.fsdecode(path))
+        addresses = _addresses([what] if isinstance(what, (str, os.PathLike)) else what)
+        if addresses:
+            return _open_objects(addresses, reader, variant, subfolder, digests, store)
+        _no_store(store)
         if isinstance(what, (str, os.PathLike)):
             _refuse_hub_name(os.fsdecode(what))
         if reader == "hotweights":
@@ -201,6 +211,7 @@ def _opened(
                 return DcpSource(place, digests)
             return FileSource(what, variant=variant, subfolder=subfolder, digests=digests)
         return ReaderSource(what, reader, variant=variant, subfolder=subfolder, digests=digests)
+    _no_store(store)
     if (variant, subfolder) != (None, None):
         raise _no_directory(what)
     if digests is not None:
@@ -229,22 +240,40 @@ def _no_files(what: object) -> UsageError:
     return UsageError(f"digests= says what files hold; this is a {type(what).__name__}; {cure}")
 
 
-# Of three letters at least, so that no drive of Windows is one. Path() makes one slash of two.
-_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/{1,2}(?P<rest>[^/].*)", re.DOTALL)
+def _no_store(store: object) -> None:
+    if store is not None:
+        raise UsageError("store= is for addresses, such as s3://bucket/model; leave it out")
 
 
-def _refuse_address(path: str) -> None:
-    """Object stores and the web cannot be read yet; the address is shown as it was before ``Path()`` took a slash."""
-    address = _ADDRESS.fullmatch(path)
-    if address is None or os.path.exists(path):
-        return
-    shown = f"{address[1]}://{address['rest']}"
-    if address[1] == "unix":
-        raise UsageError(f"{path}: this is the address of a sender; hotweights.Receiver({path!r}) is its source")
-    raise UsageError(
-        f"{shown}: addresses of object stores and of the web cannot be opened by this version; download the files, and "
-        "give the folder"
-    )
+def _addresses(paths: Iterable[str | os.PathLike[str]]) -> list[Parts]:
+    """The addresses among the paths: all of one store, or none."""
+    texts = [os.fsdecode(path) for path in paths]
+    parts = [parts_of(text) for text in texts]
+    addresses = [each for each in parts if each is not None]
+    for text, each in zip(texts, parts, strict=True):
+        if each is not None and each.scheme == "unix":
+            raise UsageError(f"{text}: this is the address of a sender; hotweights.Receiver({text!r}) is its source")
+        if each is not None and each.scheme not in SCHEMES:
+            raise UsageError(
+                f"{each.shown}/{each.key}: addresses begin with {', '.join(f'{name}://' for name in SCHEMES)}; "
+                "from other places download the files, and give the folder"
+            )
+    if addresses and len({each and each[:2] for each in parts}) > 1:
+        raise UsageError("a list of addresses is of one store; open the others by themselves")
+    return addresses
+
+
+def _open_objects(
+    addresses: list[Parts],
+    reader: str,
+    variant: str | None,
+    subfolder: str | None,
+    digests: str | os.PathLike[str] | None,
+    store: Mapping[str, object] | None,
+) -> ObjectSource:
+    if reader != "hotweights":
+        raise UsageError(f"the reader {reader!r} reads files; leave reader= out for {addresses[0].shown}/...")
+    return ObjectSource(connect(addresses, store), variant=variant, subfolder=subfolder, digests=digests)
 
 
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(?<!\.safetensors)(?<!\.json)(?<!\.bin)(?<!\.pt)(?<!\.pth)")

@@ -6,6 +6,7 @@ import pathlib
 import re
 import resource
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -436,7 +437,7 @@ def test_a_list_of_files_is_a_source(tmp_path):
 # --- addresses -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", ["s3", "gs", "az", "http", "https", "hf", "file"])
+@pytest.mark.parametrize("scheme", ["ftp", "hf", "file"])
 def test_an_address_is_refused_as_it_was_written(scheme):
     address = f"{scheme}://bucket/model"
     for what in (address, Path(address), [address]):
@@ -444,6 +445,14 @@ def test_an_address_is_refused_as_it_was_written(scheme):
             hw.open(what)
     with pytest.raises(UsageError, match=address):
         hw.load(torch.nn.Linear(1, 1), address)
+
+
+@pytest.mark.parametrize("scheme", ["s3", "gs", "az", "http", "https"])
+def test_an_address_without_the_package_for_it(scheme, monkeypatch):
+    monkeypatch.setitem(sys.modules, "obstore", None)
+    for what in (f"{scheme}://bucket/model", Path(f"{scheme}://bucket/model")):
+        with pytest.raises(hw.MissingPackage, match=r"'obstore': pip install 'hotweights\[cloud\]'"):
+            hw.open(what)
 
 
 def test_an_address_of_a_sender():

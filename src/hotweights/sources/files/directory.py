@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
 from typing import NamedTuple
 
 from ...errors import CheckpointError
@@ -17,6 +16,7 @@ from ...text import some
 from ..dcp.place import is_dcp, unfinished_dcp
 from .index import files_named_by, lies_outside
 from .layout import DIFFUSERS, Layout
+from .place import Place, Remote, exists, is_dir, names_in, text_of
 
 _OTHER, _LAST = 10, 20  # ranks; a known stem's rank is its place in the layout
 # Opened only where nothing else lies: what tools put beside a model's own weights. In the order of preference.
@@ -57,8 +57,10 @@ class _Named(NamedTuple):
     rank: int
 
 
-def snapshot(directory: Path) -> Path:
+def snapshot(directory: Place) -> Place:
     """The snapshot that a hub cache's ``models--org--name`` directory leads to; any other directory as it is."""
+    if isinstance(directory, Remote):
+        return directory
     snapshots = directory / "snapshots"
     name = os.path.basename(os.path.abspath(directory))  # "." has no name of its own
     if not (name.startswith("models--") and snapshots.is_dir()):
@@ -75,25 +77,17 @@ def snapshot(directory: Path) -> Path:
     raise CheckpointError(f"{directory}: {len(revisions)} snapshots and no refs/main; open the one you mean")
 
 
-def folder_in(directory: Path, subfolder: str | None, layout: Layout) -> Path:
+def folder_in(directory: Place, subfolder: str | None, layout: Layout) -> Place:
     """The folder of that name in the directory."""
-    folder = directory / (subfolder or "")
-    if not folder.is_dir():
+    folder = directory / subfolder if subfolder else directory
+    if not is_dir(folder):
         raise CheckpointError(
             f"{folder}: there is no such folder{_choose_folder(directory, names_in(directory), layout)}"
         )
     return folder
 
 
-def names_in(directory: Path) -> list[str]:
-    """The names of all that lies in the directory."""
-    try:
-        return sorted(os.listdir(directory))  # Path.glob would compile an expression first, for milliseconds.
-    except OSError as error:
-        raise CheckpointError(f"{directory}: cannot be listed: {error.strerror}") from error
-
-
-def find(directory: Path, layout: Layout, variant: str | None = None) -> Choice:
+def find(directory: Place, layout: Layout, variant: str | None = None) -> Choice:
     """Which files of the directory are the checkpoint.
 
     Raises:
@@ -110,7 +104,7 @@ def find(directory: Path, layout: Layout, variant: str | None = None) -> Choice:
     return choice
 
 
-def _choose(directory: Path, names: Sequence[str], layout: Layout, variant: str | None = None) -> Choice | None:
+def _choose(directory: Place, names: Sequence[str], layout: Layout, variant: str | None = None) -> Choice | None:
     """Which files of the directory are the checkpoint; ``None`` if none can be.
 
     Raises:
@@ -135,9 +129,9 @@ def _choose(directory: Path, names: Sequence[str], layout: Layout, variant: str 
     return replace(candidates[0], others=_others(names, asked, candidates[0], layout)) if candidates else None
 
 
-def _components(directory: Path, names: Iterable[str], layout: Layout) -> list[str]:
+def _components(directory: Place, names: Iterable[str], layout: Layout) -> list[str]:
     """The folders in the directory that hold weights."""
-    folders = (name for name in names if not name.startswith(".") and os.path.isdir(directory / name))
+    folders = (name for name in names if not name.startswith(".") and is_dir(directory / name))
     return [folder for folder in islice(folders, _COMPONENTS) if _holds_weights(directory / folder, layout)]
 
 
@@ -146,7 +140,7 @@ def unfinished(name: str, names: Iterable[str]) -> str | None:
     return next((other for other in names if other.startswith(f"{name}.") and _PART_OF_DOWNLOAD.fullmatch(other)), None)
 
 
-def _nothing(directory: Path, names: Sequence[str], layout: Layout, variant: str | None) -> str:
+def _nothing(directory: Place, names: Sequence[str], layout: Layout, variant: str | None) -> str:
     """Why there is no checkpoint in the directory, and what to type instead."""
     if variant is not None:
         there = {file.variant for file in _parsed(names, layout, None)}
@@ -163,15 +157,15 @@ def _nothing(directory: Path, names: Sequence[str], layout: Layout, variant: str
     return f"{directory}: no *{layout.suffix} in this directory; {content}{_choose_folder(directory, names, layout)}"
 
 
-def _choose_folder(directory: Path, names: Sequence[str], layout: Layout) -> str:
+def _choose_folder(directory: Place, names: Sequence[str], layout: Layout) -> str:
     folders = _components(directory, names, layout)
     return f"; choose one: {' or '.join(f'subfolder={json.dumps(name)}' for name in folders)}" if folders else ""
 
 
-def _holds_weights(folder: Path, layout: Layout) -> bool:
+def _holds_weights(folder: Place, layout: Layout) -> bool:
     try:
-        names = os.listdir(folder)
-    except OSError:
+        names = names_in(folder)
+    except CheckpointError:
         return False
     return bool(_parsed(names, layout, None)) or (layout.suffix == ".safetensors" and is_dcp(names))
 
@@ -206,26 +200,26 @@ def _rank(stem: str, layout: Layout) -> int:
     return next((_LAST + place for place, names in enumerate(_BESIDE) if re.match(names, stem)), _OTHER)
 
 
-def named_by_config(config: Path, layout: Layout) -> str | None:
+def named_by_config(config: Place, layout: Layout) -> str | None:
     """The name of the file of weights that a ``config.json`` says to transformers, where it does."""
     try:
-        name = json.loads(config.read_bytes()).get("transformers_weights")
-    except (OSError, ValueError, AttributeError, RecursionError):
+        name = json.loads(text_of(config)).get("transformers_weights")
+    except (OSError, CheckpointError, ValueError, AttributeError, RecursionError):
         return None
     return name if isinstance(name, str) and name.endswith((layout.suffix, f"{layout.suffix}.index.json")) else None
 
 
-def _said_by_config(directory: Path, layout: Layout) -> Choice | None:
+def _said_by_config(directory: Place, layout: Layout) -> Choice | None:
     """The file that ``config.json`` names for transformers, where it does."""
     name = named_by_config(directory / "config.json", layout)
     if name is None:
         return None
-    if lies_outside(name) or not os.path.exists(directory / name):
+    if lies_outside(name) or not exists(directory / name):
         raise CheckpointError(f"{directory}: config.json says that the weights are in {name!r}, which is not there")
     return Choice((), name, known=True) if name.endswith(".json") else Choice((name,), None, known=True)
 
 
-def _best(directory: Path, files: Sequence[_Named], layout: Layout) -> list[Choice]:
+def _best(directory: Place, files: Sequence[_Named], layout: Layout) -> list[Choice]:
     """The candidates of the best rank: one for each stem, and for each total of numbered files without an index."""
     left = [file for file in files if file.rank < _OTHER and (file.is_index or file.total is None)]
     if not left:
@@ -263,11 +257,13 @@ def _others(names: Sequence[str], files: Sequence[_Named], choice: Choice, layou
     return (*ours, *begun)
 
 
-def _how_to_open(directory: Path, choice: Choice, layout: Layout) -> str:
+def _how_to_open(directory: Place, choice: Choice, layout: Layout) -> str:
     """What to type, in Python."""
     if choice.index or len(choice.files) == 1:
         name = choice.index or choice.files[0]
         return f"{name}: hotweights.open({str(directory / name)!r})"
     number = rf"(?<=-)\d+(?=-of-\d+)|\d+(?={re.escape(layout.suffix)}$)"
+    if isinstance(directory, Remote):
+        return f"{some(choice.files, 3)}: hotweights.open({[str(directory / name) for name in choice.files]!r})"
     pattern = re.sub(number, "*", glob.escape(choice.files[0]), count=1)
     return f"{some(choice.files, 3)}: hotweights.open(sorted(pathlib.Path({str(directory)!r}).glob({pattern!r})))"

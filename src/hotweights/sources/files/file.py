@@ -15,7 +15,7 @@ import resource
 import stat
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from ... import signals
@@ -146,8 +146,11 @@ class File:
             self.read_into([memory], offset)
         return bytes(memory)
 
-    def read_into(self, buffers: Sequence[Buffer], offset: int) -> None:
-        """Fill the buffers in turn with the file's bytes from ``offset``. Short reads are finished."""
+    def read_into(self, buffers: Sequence[Buffer], offset: int, ended: Callable[[], bool] = bool) -> None:
+        """Fill the buffers in turn with the file's bytes from ``offset``. Short reads are finished.
+
+        ``ended`` is for what waits longer than a disk does: it is not asked.
+        """
         total = sum(map(len, buffers))
         done = self._preadv(buffers, offset)
         while done < total:

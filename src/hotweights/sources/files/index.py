@@ -6,14 +6,14 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 from ...errors import CheckpointError
-from .file import File
 from .header import MAX_HEADER_NBYTES
+from .place import Place, Readable, open_place
 
 
-def read_index(file: File) -> tuple[dict[str, str], list[str]]:
+def read_index(file: Readable) -> tuple[dict[str, str], list[str]]:
     """The file of each tensor, ``""`` where the index gives no name; and what is wrong with the index itself."""
     index = file.path
     if file.size > MAX_HEADER_NBYTES:
@@ -42,10 +42,10 @@ def read_index(file: File) -> tuple[dict[str, str], list[str]]:
     return weight_map, sorted(problems)
 
 
-def files_named_by(index: Path) -> set[str]:
+def files_named_by(index: Place) -> set[str]:
     """The names of the files that an index names; none if it cannot be read: whoever opens it finds out why."""
     try:
-        file = File(str(index))
+        file = open_place(index)
     except CheckpointError:
         return set()
     try:
@@ -65,7 +65,7 @@ def lies_outside(name: str) -> bool:
 
 
 def disagreements(
-    directory: Path, weight_map: dict[str, str], homes: dict[str, list[str]], opened: Iterable[str]
+    directory: Place, weight_map: dict[str, str], homes: dict[str, list[str]], opened: Iterable[str]
 ) -> list[str]:
     """Every tensor that does not lie where the index says. Files that are absent were reported already.
 

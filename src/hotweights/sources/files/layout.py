@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from .file import File
 from .header import FileHeader, read_header
+from .place import Readable
 
 
 class Layout(NamedTuple):
@@ -20,10 +20,10 @@ class Layout(NamedTuple):
 
     stems: tuple[str, ...]
     suffix: str
-    parse: Callable[[File], FileHeader]
+    parse: Callable[[Readable], FileHeader]
 
 
-def _parse_safetensors(file: File) -> FileHeader:
+def _parse_safetensors(file: Readable) -> FileHeader:
     return read_header(file.path, file.size, file.pread)
 
 

@@ -6,9 +6,9 @@ import os
 from dataclasses import dataclass
 
 from ...manifest import TensorSpec
-from .file import File
 from .header import FileHeader, as_format, read_header
 from .layout import SAFETENSORS
+from .place import Readable, Remote
 from .shards import open_checkpoint
 
 
@@ -44,7 +44,7 @@ class Listing:
 
 
 def list_checkpoint(
-    path: str | os.PathLike[str], *, variant: str | None = None, subfolder: str | None = None
+    path: str | os.PathLike[str] | Remote, *, variant: str | None = None, subfolder: str | None = None
 ) -> Listing:
     """Read and check every header of the checkpoint.
 
@@ -66,5 +66,5 @@ def list_checkpoint(
         checkpoint.close()
 
 
-def _parse(file: File) -> FileHeader:
+def _parse(file: Readable) -> FileHeader:
     return read_header(file.path, file.size, file.pread, as_format)

@@ -3,7 +3,7 @@
 There are two. *Buffered* is ``preadv`` through the page cache, straight into the memory asked for; neighbours share a
 read. *Direct* is ``O_DIRECT`` around the page cache into a pool's slot on huge pages, then a copy. ``auto`` finds out
 by ``cachestat`` and ``RWF_NOWAIT`` what is cached of each piece, reads that buffered, and the rest directly
-(docs/decisions/0002).
+(docs/decisions/0002). Objects of a store have one path, ``"network"``: requests, straight into the memory asked for.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from ...errors import Closed, UsageError
 from ...memory.addresses import PAGE, buffer
 from ...memory.pool import Pool
 from ..contracts import IOMode, Sink
-from .file import DIRECT, File, rest
+from .file import DIRECT, Buffer, File, rest
+from .place import Readable
 
 _IOV_MAX = 1024  # buffers of one preadv
 _PIECE = 16 * 1024 * 1024  # bytes of one job at most; a stop is seen between two jobs
@@ -33,7 +34,7 @@ _PIECE = 16 * 1024 * 1024  # bytes of one job at most; a stop is seen between tw
 class Segment(msgspec.Struct, frozen=True, gc=False):
     """``nbytes`` of a file from ``offset`` on, and where they go. See ``contracts.Read``."""
 
-    file: File
+    file: Readable
     offset: int
     nbytes: int
     into: torch.Tensor | Sink
@@ -45,11 +46,12 @@ _Share = tuple[int, int, torch.Tensor | Sink]  # nbytes, first byte within the m
 class _JointRead(NamedTuple):
     """Neighbouring segments that share a read: ``file[start:stop]``, and where it goes, in order."""
 
-    file: File
+    file: Readable
     start: int
     stop: int
     shares: list[_Share]
     by_slot: bool
+    unwanted: int  # bytes between the segments
 
 
 def read_segments(
@@ -60,15 +62,19 @@ def read_segments(
     threads: int | None,
     advance: Callable[[int], None] | None,
     stop: threading.Event | None,
+    gap: int = 0,
 ) -> dict[str, int]:
-    """Read all segments with a few threads. The arguments and errors are those of ``contracts.Addressed.read``."""
+    """Read all segments with a few threads. The arguments and errors are those of ``contracts.Addressed.read``.
+
+    Segments of one file that lie at most ``gap`` bytes apart share a read; what lies between them is read, too.
+    """
     check_choices(io=(io, IOMode))
     if pool.slot_nbytes < 3 * PAGE:
         raise UsageError(
             f"slots of {pool.slot_nbytes} bytes are too small to read into; Pool(slot_nbytes={3 * PAGE}) is the least"
         )
     segments = list(segments)
-    jobs = _plan_jobs(segments, min(_PIECE, pool.slot_nbytes - 2 * PAGE))
+    jobs = _plan_jobs(segments, min(_PIECE, pool.slot_nbytes - 2 * PAGE), gap)
     crew = _Crew(jobs, pool, io, advance, stop or threading.Event())
     bytes_by_io = crew.run(max(1, min(threads or _default_threads(), len(jobs))))
     for segment in segments:
@@ -82,15 +88,17 @@ def _default_threads() -> int:
     return min(4, 2 * (os.cpu_count() or 1))
 
 
-def _plan_jobs(segments: Sequence[Segment], limit: int) -> list[_JointRead]:
+def _plan_jobs(segments: Sequence[Segment], limit: int, gap: int = 0) -> list[_JointRead]:
     """Neighbours joined, large ones cut, in the order in which they lie in the files."""
+    waste = torch.empty(gap, dtype=torch.uint8, device="cpu")  # for bytes that nobody wants; never read
     jobs: list[_JointRead] = []
     shares: list[_Share] = []
-    last, begin, end, room, slot = None, 0, 0, 0, False  # of the job whose shares are being collected
+    # Of the job whose shares are being collected:
+    last, begin, end, room, slot, unwanted = None, 0, 0, 0, False, 0
 
     def finish() -> None:
         if last is not None:
-            jobs.append(_JointRead(last, begin, end, shares, slot))
+            jobs.append(_JointRead(last, begin, end, shares, slot, unwanted))
 
     for segment in _as_they_lie(segments):
         file, offset, nbytes, into = segment.file, segment.offset, segment.nbytes, segment.into
@@ -98,7 +106,12 @@ def _plan_jobs(segments: Sequence[Segment], limit: int) -> list[_JointRead]:
         if by_slot and nbytes > limit:
             raise UsageError(f"a sink's read of {nbytes} bytes does not fit into a slot; at most {limit} do")
         # A segment that would be cut begins a job of its own: a cut costs more than a shorter job before it.
-        if 0 < nbytes <= room and offset == end and file is last and by_slot is slot and len(shares) < _IOV_MAX:
+        between = offset - end
+        joins = file is last and by_slot is slot and 0 <= between <= gap and len(shares) < _IOV_MAX - 1
+        if joins and 0 < nbytes <= room - between:
+            if between:
+                shares.append((between, 0, waste[:between]))
+                end, room, unwanted = offset, room - between, unwanted + between
             shares.append((nbytes, 0, into))
             end += nbytes
             room -= nbytes
@@ -106,7 +119,7 @@ def _plan_jobs(segments: Sequence[Segment], limit: int) -> list[_JointRead]:
         for done in range(0, nbytes, limit):
             finish()
             size = min(limit, nbytes - done)
-            last, begin, end, slot = file, offset + done, offset + done + size, by_slot
+            last, begin, end, slot, unwanted = file, offset + done, offset + done + size, by_slot, 0
             shares, room = [(size, done, into)], limit - size
     finish()
     return jobs
@@ -184,32 +197,39 @@ class _Crew:
         return self._stop.is_set() or self._failed.is_set()
 
     def _do(self, job: _JointRead) -> None:
-        if job.by_slot or (self._io == "direct" and DIRECT):
+        file = job.file
+        if job.by_slot or (self._io == "direct" and DIRECT and isinstance(file, File)):
             direct = self._through_slot(job, 0)
         else:
             buffers = [buffer(into.data_ptr() + first, size) for size, first, into in job.shares]  # type: ignore[union-attr]
-            done = 0 if self._io == "buffered" else job.file.cached_into(buffers, job.start)
-            direct = 0
-            if done < job.stop - job.start:
-                if self._io == "auto" and job.file.has_direct():
-                    direct = self._through_slot(job, done)
-                else:
-                    job.file.will_need(job.start + done, job.stop)
-                    job.file.read_into(rest(buffers, done), job.start + done)
-            job.file.check()
+            direct = self._in_place(job, file, buffers) if isinstance(file, File) else 0
+            if not isinstance(file, File):
+                file.read_into(buffers, job.start, self._ended)
+            file.check()
         total = job.stop - job.start
         with self._lock:
             self._bytes_by_io["direct"] += direct
-            self._bytes_by_io["buffered"] += total - direct
+            path = "buffered" if isinstance(file, File) else "network"
+            self._bytes_by_io[path] = self._bytes_by_io.get(path, 0) + total - direct
         if self._advance is not None:
-            self._advance(total)
+            self._advance(total - job.unwanted)
+
+    def _in_place(self, job: _JointRead, file: File, buffers: Sequence[Buffer]) -> int:
+        """Read the job's bytes straight to where they go, as far as they are cached; returns the direct bytes."""
+        done = 0 if self._io == "buffered" else file.cached_into(buffers, job.start)
+        if done < job.stop - job.start:
+            if self._io == "auto" and file.has_direct():
+                return self._through_slot(job, done)
+            file.will_need(job.start + done, job.stop)
+            file.read_into(rest(buffers, done), job.start + done)
+        return 0
 
     def _through_slot(self, job: _JointRead, done: int) -> int:
         """Read the job's bytes from ``done`` on into a slot, then to where they go; returns the direct bytes."""
         slot = self._pool.acquire(f"{job.file.path} bytes {job.start}..{job.stop}", stop=self._ended)
         events = []
         try:
-            data, direct = fill(job.file, slot.memory, job.start + done, job.stop, self._io)
+            data, direct = fill(job.file, slot.memory, job.start + done, job.stop, self._io, self._ended)
             job.file.check()
             position = -done
             for size, first, into in job.shares:
@@ -226,7 +246,9 @@ class _Crew:
         return direct
 
 
-def fill(file: File, memory: torch.Tensor, start: int, stop: int, io: IOMode) -> tuple[torch.Tensor, int]:
+def fill(
+    file: Readable, memory: torch.Tensor, start: int, stop: int, io: IOMode, ended: Callable[[], bool] = bool
+) -> tuple[torch.Tensor, int]:
     """Read ``file[start:stop]`` into page-aligned ``memory``, which must be two pages larger.
 
     Returns the view of ``memory`` that holds the bytes, and how many came around the page cache. The view starts as far
@@ -234,6 +256,9 @@ def fill(file: File, memory: torch.Tensor, start: int, stop: int, io: IOMode) ->
     """
     base = start - start % PAGE
     data = memory[start - base : stop - base]
+    if not isinstance(file, File):
+        file.read_into([buffer(data.data_ptr(), stop - start)], start, ended)
+        return data, 0
     done = 0
     if io == "auto":
         done = file.cached_into([buffer(data.data_ptr(), stop - start)], start)

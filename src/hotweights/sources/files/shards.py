@@ -11,14 +11,15 @@ from dataclasses import dataclass, replace
 from itertools import count, islice
 from pathlib import Path
 
-from ...errors import CheckpointError, UsageError
+from ...errors import CheckpointError, StoreError, UsageError
 from ...text import some
 from ..checksums import Digests, Proof
-from .directory import find, folder_in, names_in, snapshot, unfinished
+from .directory import find, folder_in, snapshot, unfinished
 from .file import File
 from .header import FileHeader
 from .index import disagreements, files_named_by, lies_outside, read_index
 from .layout import SAFETENSORS, Layout
+from .place import Place, Readable, Remote, exists, is_dir, names_in, open_place, open_soon
 
 _SHOWN = 5  # absent files that are named
 
@@ -28,8 +29,8 @@ class Shard:
 
     __slots__ = ("file", "header")
 
-    def __init__(self, path: str, layout: Layout = SAFETENSORS) -> None:
-        self.file = File(path)
+    def __init__(self, place: Place, layout: Layout = SAFETENSORS) -> None:
+        self.file = open_place(place)
         try:
             self.header: FileHeader = layout.parse(self.file)
         except BaseException:
@@ -54,7 +55,7 @@ class Checkpoint:
     """
 
     shards: tuple[Shard, ...]
-    index: File | None = None
+    index: Readable | None = None
     warnings: tuple[str, ...] = ()
     several: tuple[str, ...] = ()
     proof: Proof | None = None
@@ -73,7 +74,7 @@ class Checkpoint:
         if checksums is None:
             return self
         try:
-            files = [shard.file.path for shard in self.shards]
+            files = [shard.file.path for shard in self.shards if isinstance(shard.file, File)]
             names = [entry.spec.name for shard in self.shards for entry in shard.header.entries]
             return replace(self, proof=Proof(path, files, names, Path(checksums), digests))
         except BaseException:
@@ -104,7 +105,7 @@ class Checkpoint:
         for file in self._files():
             file.close()
 
-    def _files(self) -> Iterator[File]:
+    def _files(self) -> Iterator[Readable]:
         if self.index is not None:
             yield self.index
         for shard in self.shards:
@@ -123,7 +124,11 @@ def path_of(what: Paths) -> str:
 
 
 def open_checkpoint(
-    what: Paths, layout: Layout = SAFETENSORS, *, variant: str | None = None, subfolder: str | None = None
+    what: Paths | Remote | Sequence[Remote],
+    layout: Layout = SAFETENSORS,
+    *,
+    variant: str | None = None,
+    subfolder: str | None = None,
 ) -> Checkpoint:
     """Find, open and validate every file of the checkpoint. The caller closes it.
 
@@ -137,25 +142,33 @@ def open_checkpoint(
         CheckpointError: with every problem of every file and of the index; nothing stays open.
         UsageError: ``variant`` or ``subfolder`` is given, and ``what`` is no directory.
     """
-    place = Path(what).expanduser() if isinstance(what, (str, os.PathLike)) else None
-    if place is not None and not os.path.exists(place):  # Unlike Path.exists, false for names that are too long.
+    place = _place(what) if isinstance(what, (str, os.PathLike)) else None
+    if place is not None and not exists(place):
         broken = " (a link that leads nowhere)" if os.path.islink(place) else ""
         raise CheckpointError(f"{place}: there is no such file or directory{broken}")
-    if place is not None and place.is_dir():
+    if place is not None and is_dir(place):
         return _open_directory(folder_in(snapshot(place), subfolder, layout), layout, variant)
     if variant is not None or subfolder is not None:
         told = f"{place} is a file" if place is not None else "these are files"
         raise UsageError(f"variant= and subfolder= choose among the files of a directory; {told}; leave them out")
     if place is None:
-        paths = [Path(path).expanduser() for path in what]  # type: ignore[union-attr]
+        paths = [_place(path) for path in what]  # type: ignore[union-attr]
         # Each file once, by whatever path. In a list nothing is absent: whoever made it chose.
-        return _open_all(list({os.path.abspath(path): path for path in paths}.values()), layout)
+        return _open_all(list({_absolute(path): path for path in paths}.values()), layout)
     if place.name.endswith(".json"):
         return _open_index(place, layout)
     return _open_all([place], layout)
 
 
-def _open_directory(directory: Path, layout: Layout, variant: str | None) -> Checkpoint:
+def _place(what: str | os.PathLike[str]) -> Place:
+    return what if isinstance(what, Remote) else Path(what).expanduser()
+
+
+def _absolute(place: Place) -> str:
+    return str(place) if isinstance(place, Remote) else os.path.abspath(place)
+
+
+def _open_directory(directory: Place, layout: Layout, variant: str | None) -> Checkpoint:
     choice = find(directory, layout, variant)
     if choice.index is not None:
         return _open_index(directory / choice.index, layout, choice.others)
@@ -166,7 +179,7 @@ def _open_directory(directory: Path, layout: Layout, variant: str | None) -> Che
     return _open_all(files, layout, _absent(files), _passed_over(directory, some(choice.files, 1), others))
 
 
-def _passed_over(directory: Path, opened: str, others: Sequence[str]) -> tuple[str, ...]:
+def _passed_over(directory: Place, opened: str, others: Sequence[str]) -> tuple[str, ...]:
     """A warning for files that look like weights too. They may be what the user meant, or a leftover."""
     if not others:
         return ()
@@ -179,9 +192,9 @@ def _passed_over(directory: Path, opened: str, others: Sequence[str]) -> tuple[s
 _NUMBERED = re.compile(r"(?P<head>.+-)(?P<number>\d+)-of-(?P<total>\d+)(?P<tail>\..+)")
 
 
-def _absent(files: Sequence[Path]) -> list[str]:
+def _absent(files: Sequence[Place]) -> list[str]:
     """The files that are missing, by the names of those that are there: ``model-00001-of-00003.safetensors``."""
-    sets: dict[tuple[str, str, str], dict[int, Path]] = defaultdict(dict)
+    sets: dict[tuple[str, str, str], dict[int, Place]] = defaultdict(dict)
     for file in files:
         if match := _NUMBERED.fullmatch(file.name):
             sets[match["head"], match["total"], match["tail"]][int(match["number"])] = file
@@ -203,7 +216,7 @@ def _absent(files: Sequence[Path]) -> list[str]:
 
 
 def _open_all(
-    paths: Iterable[Path], layout: Layout, problems: Iterable[str] = (), warnings: tuple[str, ...] = ()
+    paths: Iterable[Place], layout: Layout, problems: Iterable[str] = (), warnings: tuple[str, ...] = ()
 ) -> Checkpoint:
     with ExitStack() as undo:
         shards, broken = _open_each(paths, layout, undo)
@@ -213,16 +226,20 @@ def _open_all(
     return Checkpoint(shards, warnings=warnings)
 
 
-def _open_each(paths: Iterable[Path], layout: Layout, undo: ExitStack) -> tuple[tuple[Shard, ...], list[str]]:
+def _open_each(paths: Iterable[Place], layout: Layout, undo: ExitStack) -> tuple[tuple[Shard, ...], list[str]]:
     """The files that can be opened, and what is wrong with the others. ``undo`` closes them."""
     shards: list[Shard] = []
     problems: list[str] = []
+    paths = list(paths)
+    open_soon(paths)
     for path in paths:
         try:
-            if os.path.exists(f"{path}.aria2"):  # It has its full length from the beginning.
+            if isinstance(path, Path) and os.path.exists(f"{path}.aria2"):  # It has its full length from the beginning.
                 raise CheckpointError(f"{path}: aria2 has not downloaded it to its end: {path.name}.aria2 lies there")
-            shards.append(Shard(str(path), layout))
+            shards.append(Shard(path, layout))
             undo.callback(shards[-1].close)
+        except StoreError:
+            raise  # What could not be asked for may be sound.
         except CheckpointError as error:
             problems += [f"{error.title}: {problem}" for problem in error.problems] or [error.title]
     return tuple(shards), problems
@@ -247,10 +264,10 @@ def _duplicates(homes: dict[str, list[str]], decided: Container[str]) -> list[st
     ]
 
 
-def _open_index(index: Path, layout: Layout, others: Sequence[str] = ()) -> Checkpoint:
+def _open_index(index: Place, layout: Layout, others: Sequence[str] = ()) -> Checkpoint:
     with ExitStack() as undo:
         # It stays open: at the end of reading it must still be the index that named the files.
-        file = File(str(index))
+        file = open_place(index)
         undo.callback(file.close)
         weight_map, problems = read_index(file)
         shards, broken = _open_indexed(index, weight_map, layout, undo)
@@ -268,7 +285,7 @@ def _open_index(index: Path, layout: Layout, others: Sequence[str] = ()) -> Chec
 
 
 def _obey(
-    directory: Path, weight_map: Mapping[str, str], shards: Sequence[Shard], homes: Mapping[str, list[str]]
+    directory: Place, weight_map: Mapping[str, str], shards: Sequence[Shard], homes: Mapping[str, list[str]]
 ) -> list[str]:
     """Let each tensor that lies in several shards be in the one that the index names; these tensors' names."""
     several = {name for name, paths in homes.items() if len(paths) > 1}
@@ -282,7 +299,7 @@ def _obey(
     return sorted(several)
 
 
-def _beyond(index: Path, more: Sequence[str], several: Sequence[str]) -> tuple[str, ...]:
+def _beyond(index: Place, more: Sequence[str], several: Sequence[str]) -> tuple[str, ...]:
     """Warnings for what the shards hold besides what the index says."""
     warnings = []
     if more:
@@ -296,13 +313,19 @@ def _beyond(index: Path, more: Sequence[str], several: Sequence[str]) -> tuple[s
     return tuple(warnings)
 
 
-def _newer(index: File, shards: Iterable[Shard]) -> tuple[str, ...]:
-    """A warning if files were written after their index, which savers write last."""
+def _newer(index: Readable, shards: Iterable[Shard]) -> tuple[str, ...]:
+    """A warning if files were written after their index, which savers write last. Uploads come in any order."""
+    if not isinstance(index, File):
+        return ()
     directory = Path(index.path).parent
     # A hub download comes in any order; each of its files is checked by digest and renamed into place.
     if os.path.islink(index.path) or (directory / ".cache" / "huggingface").is_dir():
         return ()
-    newer = [Path(shard.file.path).name for shard in shards if shard.file.modified > index.modified]
+    newer = [
+        Path(shard.file.path).name
+        for shard in shards
+        if isinstance(shard.file, File) and shard.file.modified > index.modified
+    ]
     if not newer:
         return ()
     return (
@@ -312,13 +335,14 @@ def _newer(index: File, shards: Iterable[Shard]) -> tuple[str, ...]:
 
 
 def _open_indexed(
-    index: Path, weight_map: Mapping[str, str], layout: Layout, undo: ExitStack
+    index: Place, weight_map: Mapping[str, str], layout: Layout, undo: ExitStack
 ) -> tuple[tuple[Shard, ...], list[str]]:
     names = sorted(set(weight_map.values()) - {""})
     problems = [f"{index.name}: shard {name!r} lies outside the directory" for name in names if lies_outside(name)]
     # Each file once: "a" and "./a" are one.
     paths = list(dict.fromkeys(index.parent / name for name in names if not lies_outside(name)))
-    absent = {path for path in paths if not os.path.exists(path)}
+    open_soon(paths)
+    absent = {path for path in paths if not exists(path)}
     for path in absent:
         tensors = sum(1 for shard in weight_map.values() if index.parent / shard == path)
         problems.append(
@@ -329,8 +353,8 @@ def _open_indexed(
     return shards, problems + broken
 
 
-def _begun(directory: Path, absent: Iterable[str]) -> str:
+def _begun(directory: Place, absent: Iterable[str]) -> str:
     """Whether the download of an absent file has begun."""
-    names = names_in(directory) if directory.is_dir() else []
+    names = names_in(directory) if isinstance(directory, Path) and is_dir(directory) else []
     begun = [other for name in absent if (other := unfinished(name, names)) is not None]
     return f"; its download has not ended: {some(begun, 3)}" if begun else ""

@@ -26,8 +26,8 @@ from ...notices import forgotten
 from ..contracts import IOMode, Read
 from ..owned import owned_tensors
 from ..streams import LeaseStream, ahead, digest_of_leases
-from .file import File
 from .header import Entry
+from .place import Readable
 from .reading import Segment, fill, read_segments
 from .shards import Paths, open_checkpoint, path_of
 
@@ -35,7 +35,7 @@ from .shards import Paths, open_checkpoint, path_of
 class _Run(NamedTuple):
     """Neighbouring tensors of one file that are read at once."""
 
-    file: File
+    file: Readable
     entries: list[Entry]
     nbytes: int
 
@@ -45,6 +45,8 @@ class FileSource:
 
     The manifest lists tensors file by file, in the order in which they lie there.
     """
+
+    _gap = 0  # bytes between two ranges that are read with them, rather than by two reads
 
     def __init__(
         self,
@@ -139,7 +141,7 @@ class FileSource:
         self._check_open()
         io = self._begin(io)
         segments = [self._segment(read) for read in reads]
-        return read_segments(segments, pool=pool, io=io, threads=threads, advance=advance, stop=stop)
+        return read_segments(segments, pool=pool, io=io, threads=threads, advance=advance, stop=stop, gap=self._gap)
 
     def check(self) -> None:
         """See that all files are those that were opened, and hold what ``digests`` says, see ``contracts.OnDisk``."""
@@ -259,7 +261,7 @@ class FileSource:
         first = run.entries[0]
         slot = pool.acquire(first.spec.name, stop=stopped.is_set)
         try:
-            data, _ = fill(run.file, slot.memory, first.offset, first.offset + run.nbytes, io)
+            data, _ = fill(run.file, slot.memory, first.offset, first.offset + run.nbytes, io, stopped.is_set)
             run.file.check()
         except BaseException:
             slot.release()

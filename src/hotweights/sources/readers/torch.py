@@ -13,14 +13,14 @@ import torch
 
 from ...errors import CheckpointError
 from ...manifest import TensorSpec
-from ..files.file import File
 from ..files.header import Entry, FileHeader
 from ..files.layout import DIFFUSERS, Layout
+from ..files.place import Readable
 from ..pairs import Pair
 from .reader import Reader
 
 
-def _parse(file: File) -> FileHeader:
+def _parse(file: Readable) -> FileHeader:
     tensors = _load(file.path, "meta")
     if not isinstance(tensors, Mapping):
         raise CheckpointError(f"{file.path}: holds a {type(tensors).__name__}, not a dictionary of tensors")

@@ -1,0 +1,1 @@
+"""Objects: checkpoints in object stores and on the web, read by ranges."""

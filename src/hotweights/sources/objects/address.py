@@ -1,0 +1,175 @@
+"""Address: a place in a store, such as ``s3://bucket/model``; and the store that an address and its options lead to."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+from urllib.parse import unquote, urlsplit
+
+from ...arguments import check_count, check_seconds, shown
+from ...errors import MissingPackage, UsageError
+from ..files.place import Remote
+from .endpoint import Obstore
+from .object import Object
+from .store import Store
+
+SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "abfss", "http", "https")
+"""What addresses of stores begin with."""
+# Two letters at least: one is a drive of Windows. Path() makes one slash of two.
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/{1,2}(?P<rest>[^/].*)", re.DOTALL)
+_OBJECTS = (".safetensors", ".json", ".bin", ".pt", ".pth")  # How the names of objects end; others are directories.
+_OURS = ("deadline", "requests")
+_OF_CLIENT = """
+allow_http allow_invalid_certificates connect_timeout default_headers http1_only http2_only pool_idle_timeout
+pool_max_idle_per_host proxy_url timeout read_timeout http2_keep_alive_interval http2_keep_alive_timeout
+http2_keep_alive_while_idle default_content_type randomize_addresses
+proxy_ca_certificate proxy_excludes root_certificate user_agent
+""".split()
+
+
+class Parts(NamedTuple):
+    """An address in parts."""
+
+    scheme: str
+    host: str  # with the user's name and password, if it has them
+    key: str
+
+    @property
+    def shown(self) -> str:
+        """What messages may say of it, up to the key."""
+        return f"{self.scheme}://{self.host.rpartition('@')[2] if self.scheme.startswith('http') else self.host}"
+
+
+def parts_of(text: str) -> Parts | None:
+    """The parts of an address of any scheme; ``None`` of what is none, or is a path that exists."""
+    match = _ADDRESS.fullmatch(text)
+    if match is None or os.path.exists(text):
+        return None
+    host, _, key = match["rest"].partition("/")
+    return Parts(match[1].lower(), host, key)
+
+
+def connect(addresses: Sequence[Parts], options: Mapping[str, object] | None) -> list[Address]:
+    """A connection to the store of these addresses. Nothing is asked yet. The caller closes their ``store``.
+
+    Raises:
+        MissingPackage: ``obstore`` is not installed.
+        UsageError: an option is unknown, or the address has a question mark.
+    """
+    options = dict(options or {})
+    ours: dict[str, Any] = {name: options.pop(name) for name in _OURS if name in options}
+    check_seconds(**{f'store={{"{name}"}}': value for name, value in ours.items() if name == "deadline"})
+    check_count(1, **{f'store={{"{name}"}}': value for name, value in ours.items() if name == "requests"})
+    keys = [_key(parts) for parts in addresses]
+    endpoint = Obstore(_package_store(addresses[0], options))
+    store = Store(endpoint, addresses[0].shown, **ours)
+    return [Address(store, key) for key in keys]
+
+
+def _key(parts: Parts) -> str:
+    if not parts.scheme.startswith("http"):
+        return parts.key.strip("/")
+    if "?" in parts.key or "#" in parts.key:
+        raise UsageError(
+            f"{parts.shown}/{urlsplit(parts.key).path}: what stands behind a question mark leads to one object "
+            "only, and is often a secret; download the object, and give its path"
+        )
+    return unquote(parts.key).strip("/")
+
+
+def _package_store(parts: Parts, options: dict[str, object]) -> Any:
+    try:
+        import obstore  # noqa: F401  # First: where it is not, the error names it.
+        from obstore.store import HTTPStore, from_url
+    except ModuleNotFoundError as error:
+        if error.name != "obstore":
+            raise
+        raise MissingPackage("obstore", "cloud") from error
+    client = {name: options.pop(name) for name in _OF_CLIENT if name in options}
+    endpoint = options.get("endpoint", options.get("endpoint_url", ""))
+    if parts.scheme == "http" or str(endpoint).startswith("http://"):
+        client.setdefault("allow_http", True)  # It is written out.
+    limits: dict[str, Any] = {"retry_config": {"max_retries": 0}}  # ``Store`` tries again, and counts.
+    if client:  # Else not: these replace all that variables such as AWS_ALLOW_HTTP say.
+        limits["client_options"] = client
+    url, problem = f"{parts.scheme}://{parts.host}", ""
+    try:
+        if parts.scheme.startswith("http"):
+            if options:
+                raise UsageError(f"{parts.shown}: store= has options that the web does not know: {', '.join(options)}")
+            return HTTPStore(url, **limits)
+        return from_url(url, config=options, **limits)
+    except UsageError:
+        raise
+    except Exception as error:  # Its text may quote a secret.
+        unknown = re.search(r"'(\w+)' is not", str(error)) if "Unknown" in type(error).__name__ else None
+        problem = f"there is no option {unknown[1]!r}" if unknown else f"{type(error).__name__} by obstore"
+        if "Account must be specified" in str(error):
+            problem = 'its account is not known: set AZURE_STORAGE_ACCOUNT_NAME, or store={"account_name": name}'
+    given = f"; store= has {', '.join(sorted([*options, *client]))}" if options or client else ""
+    raise UsageError(f"{parts.shown}: this store cannot be used: {problem}{given}")
+
+
+class Address(Remote):
+    """A place in a store."""
+
+    def __init__(self, store: Store, key: str) -> None:
+        self.store = store
+        self.key = key
+
+    @property
+    def name(self) -> str:
+        """See ``Remote``."""
+        return self.key.rpartition("/")[2]
+
+    @property
+    def parent(self) -> Address:
+        """See ``Remote``."""
+        return Address(self.store, self.key.rpartition("/")[0])
+
+    def __truediv__(self, name: str) -> Address:
+        names = [part for part in f"{self.key}/{name}".split("/") if part not in ("", ".")]
+        return Address(self.store, "/".join(names))
+
+    def exists(self) -> bool:
+        """See ``Remote``."""
+        return self.is_dir() or self.store.there(self.key)
+
+    def is_dir(self) -> bool:
+        """See ``Remote``."""
+        return not self.name.endswith(_OBJECTS)
+
+    def names(self) -> list[str]:
+        """See ``Remote``."""
+        return self.store.names(self.key)
+
+    def open(self) -> Object:
+        """See ``Remote``."""
+        return Object(self.store, self.key)
+
+    def open_soon(self, places: Iterable[Remote]) -> None:
+        """See ``Remote``."""
+        self.store.open_soon(place.key for place in places if isinstance(place, Address))
+
+    def __fspath__(self) -> str:
+        return self.store.path(self.key)
+
+    def __str__(self) -> str:
+        return self.store.path(self.key)
+
+    def __repr__(self) -> str:
+        return f"<Address {self}>"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Address) and (other.store is self.store and other.key == self.key)
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+
+def check_store(store: object) -> None:
+    """Raise ``UsageError`` unless it is a mapping of options, or ``None``."""
+    if store is not None and not isinstance(store, Mapping):
+        raise UsageError(f'store= is a mapping of options, such as {{"region": "eu-west-1"}}; found {shown(store)}')

@@ -1,0 +1,181 @@
+"""Endpoint: one store as its package speaks to it, a request at a time. It neither tries again nor waits for others."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from itertools import compress
+from typing import Any, Protocol
+
+from ...errors import HotweightsError
+
+CHUNK = 512 * 1024
+"""Bytes that a body is given in, at least: each is a step in Python, and what a failed try may lose."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """Which object an address led to when it was opened: its size, and what tells it from a later one."""
+
+    size: int
+    tag: str | None
+    modified: object
+
+    def changed(self, now: Pin) -> str | None:
+        """What shows that ``now`` is another object; ``None`` if nothing does."""
+        if self.tag and now.tag:  # Who has one may give another time from each of its machines.
+            return None if self.tag == now.tag else f"its ETag was {self.tag} and is {now.tag}"
+        for what, old, new in (("size", self.size, now.size), ("time", self.modified, now.modified)):
+            if old != new:
+                return f"its {what} was {old} and is {new}"
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """An answer that has begun: the object as it is now, and its bytes, which come while they are iterated."""
+
+    pin: Pin
+    chunks: AsyncIterator[bytes]
+
+
+class Endpoint(Protocol):
+    """What a store is asked. Any exception but those named is an answer: ``Refusal.of`` says what it means."""
+
+    async def get(self, key: str, start: int, stop: int, pin: Pin | None) -> Body:
+        """The bytes of an object, fewer where it ends before. ``FileNotFoundError`` if there is none."""
+
+    async def head(self, key: str) -> Pin:
+        """The object as it is now. ``FileNotFoundError`` if there is none."""
+
+    async def names(self, key: str) -> list[str]:
+        """The names of what lies directly below this key."""
+
+
+_STATUS = re.compile(r"status code: (\d{3})(?: ([A-Za-z][A-Za-z -]*))?")
+_CODE = re.compile(r"<Code>(\w{1,60})</Code>")
+_OF_CREDENTIALS = ("ExpiredToken", "TokenRefreshRequired", "RequestTimeTooSkewed", "InvalidToken")
+_BRIEF = ("RequestTimeout", "SlowDown", "ServerBusy")
+_HTTP = "its endpoint is not encrypted, which was not allowed"
+_WORDS = (
+    ("timed out", "it took too long"),
+    ("TimedOut", "it took too long"),
+    ("Connection refused", "the connection was refused"),
+    ("ConnectionRefused", "the connection was refused"),
+    ("dns error", "its host has no address"),
+    ("certificate", "its certificate is not trusted"),
+    ("BadScheme", f'{_HTTP}: store={{"allow_http": True}} allows it, or AWS_ALLOW_HTTP=true'),
+    ("Decode", "the body ended before its end"),
+    ("body error", "the body ended before its end"),
+    ("Requested", "another range than was asked for"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a request brought nothing, in words that hold no secret: packages quote addresses, headers and bodies."""
+
+    answer: str
+    again: bool  # whether asking again may help
+    login: bool = False
+    ignores_ranges: bool = False
+    replaced: bool = False
+    beyond: bool = False  # the range begins behind the object's end
+
+    @classmethod
+    def of(cls, error: BaseException) -> Refusal:
+        """What an exception of a package means."""
+        kind, text = type(error).__name__, str(error)
+        if isinstance(error, ValueError) and "was asked for" in text:
+            return cls(text, again=True)
+        if isinstance(error, TimeoutError):
+            return NOTHING
+        status, code = _STATUS.search(text), _CODE.search(text)
+        answer = " ".join(filter(None, [status[1] if status else "", _reason(status), code[1] if code else ""]))
+        number = int(status[1]) if status else 0
+        if kind == "PreconditionError" or number == 412:
+            return cls(answer or "412", again=False, replaced=True)
+        if "NotPartial" in text or "RangeNotSupported" in text:
+            return cls("all of the object instead of a range", again=False, ignores_ranges=True)
+        expired = code is not None and code[1] in _OF_CREDENTIALS
+        if kind in ("UnauthenticatedError", "PermissionDeniedError") or number in (401, 403) or expired:
+            return cls(answer or "no permission", again=False, login=True)
+        if number:
+            brief = number >= 500 or number in (408, 425, 429) or (code is not None and code[1] in _BRIEF)
+            return cls(answer, again=brief, beyond=number == 416)
+        if kind in ("NotSupportedError", "InvalidPathError", "NotImplementedError"):
+            return cls(f"nothing: its package cannot do that ({kind})", again=False)
+        words = next((words for sign, words in _WORDS if sign in text), "the connection was lost")
+        return cls(words, again=not words.startswith(_HTTP))
+
+
+NOTHING = Refusal("nothing came", again=True)
+"""No answer in time."""
+
+
+def _reason(status: re.Match[str] | None) -> str:
+    return (status[2] or "").strip() if status else ""
+
+
+def package_error(error: BaseException) -> bool:
+    """Whether it is an answer of a package, and neither ours nor a sign that the program ends."""
+    return isinstance(error, Exception) and not isinstance(error, HotweightsError)
+
+
+class Obstore:
+    """A store that the package ``obstore`` reaches: S3, Google, Azure, HTTP, and what its users bring."""
+
+    def __init__(self, store: Any) -> None:
+        import obstore
+
+        self._package: Any = obstore
+        self._store = store
+        self._lists = type(store).__name__ != "HTTPStore"
+
+    async def get(self, key: str, start: int, stop: int, pin: Pin | None) -> Body:
+        """See ``Endpoint``."""
+        options: dict[str, object] = {"range": (start, stop)}
+        if pin is not None and pin.tag and not pin.tag.startswith("W/"):  # A weak tag matches nothing, by the standard.
+            options["if_match"] = pin.tag
+        result = await self._package.get_async(self._store, key, options=options)
+        if next(iter(result.range)) != start:
+            raise ValueError("another range than was asked for")
+        return Body(_pin(result.meta), result.stream(min_chunk_size=CHUNK))
+
+    async def head(self, key: str) -> Pin:
+        """See ``Endpoint``."""
+        return _pin(await self._package.head_async(self._store, key))
+
+    async def names(self, key: str) -> list[str]:
+        """See ``Endpoint``. The web has no lists: it is asked for what ``from_pretrained`` looks for."""
+        if not self._lists:
+            there = await asyncio.gather(*(self._there(f"{key}/{name}".lstrip("/")) for name in USUAL))
+            return list(compress(USUAL, there))
+        listed = await self._package.list_with_delimiter_async(self._store, prefix=key or None)
+        paths = [each["path"] for each in listed["objects"]] + list(listed["common_prefixes"])
+        return [path.rstrip("/").rpartition("/")[2] for path in paths]
+
+    async def _there(self, key: str) -> bool:
+        try:
+            await self._package.head_async(self._store, key)
+        except FileNotFoundError:
+            return False
+        except Exception as error:
+            if Refusal.of(error).login:  # Buckets that may not be listed answer so for what is not there.
+                return False
+            raise
+        return True
+
+
+USUAL = (
+    *("model.safetensors", "model.safetensors.index.json", "model.fp16.safetensors", "model_index.json"),
+    *("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json"),
+    *("diffusion_pytorch_model.fp16.safetensors", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"),
+)
+"""The names of weights that are looked for where nothing can be listed."""
+
+
+def _pin(meta: Any) -> Pin:
+    return Pin(int(meta["size"]), meta.get("e_tag"), meta.get("last_modified"))

@@ -1,0 +1,235 @@
+"""A web server with ranges, and a proxy before any server that counts, and that fails as it is told. On loopback."""
+
+import contextlib
+import hashlib
+import http.client
+import re
+import socket
+import threading
+from collections import deque
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote
+
+
+class _Quiet(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    wbufsize = -1
+    disable_nagle_algorithm = True
+
+    def log_message(self, *parts):
+        pass
+
+    def handle(self):
+        with contextlib.suppress(ConnectionError, TimeoutError):
+            super().handle()
+
+    def finish(self):
+        with contextlib.suppress(OSError, ValueError):
+            super().finish()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 128
+
+    def __init__(self, handler):
+        super().__init__(("127.0.0.1", 0), handler)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self._open = set()
+        self._thread = threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True)
+        self._thread.start()
+
+    def get_request(self):
+        request, address = super().get_request()
+        self._open.add(request)
+        return request, address
+
+    def handle_error(self, request, address):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.shutdown()
+        self.server_close()
+        for request in self._open:
+            with contextlib.suppress(OSError):
+                request.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+
+
+class Web(_Server):
+    """Serves ``files``, from paths to bytes, as web servers do. ``tags``: whether it says what tells versions apart."""
+
+    def __init__(self, files, *, ranges=True, tags="strong", needs=None):
+        self.files, self.ranges, self.tags, self.needs = files, ranges, tags, needs
+        super().__init__(_Files)
+
+
+class _Files(_Quiet):
+    def do_HEAD(self):
+        self.answer(head=True)
+
+    def do_GET(self):
+        self.answer(head=False)
+
+    def answer(self, *, head):
+        server, body = self.server, self.server.files.get(unquote(self.path).lstrip("/"))
+        if server.needs is not None and self.headers.get("Authorization") != server.needs:
+            return self.say(401, {}, b"who are you?", head)
+        if body is None:
+            return self.say(404, {}, b"", head)
+        tag = {"strong": '"{}"', "weak": 'W/"{}"', None: ""}[server.tags].format(hashlib.md5(body).hexdigest())
+        headers = {"Last-Modified": formatdate(1e9, usegmt=True), **({"ETag": tag} if tag else {})}
+        if tag and (asked := self.headers.get("If-Match")) and (asked != tag or tag.startswith("W/")):
+            return self.say(412, headers, b"", head)
+        match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if match is None or not server.ranges or head:
+            return self.say(200, headers, body, head)
+        first, last = int(match[1]), min(int(match[2] or len(body)), len(body) - 1)
+        if first >= len(body):
+            return self.say(416, {**headers, "Content-Range": f"bytes */{len(body)}"}, b"", head)
+        headers["Content-Range"] = f"bytes {first}-{last}/{len(body)}"
+        return self.say(206, headers, memoryview(body)[first : last + 1], head)
+
+    def say(self, status, headers, body, head):
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if not head:
+            self.wfile.write(body)
+
+
+class Proxy(_Server):
+    """Passes requests on to ``url``. Each ``GET`` of weights takes the next of ``faults`` upon it, if there is one.
+
+    ``asked`` lists (method, path, range) of all requests, ``nbytes`` counts the bytes of their bodies.
+    A fault is a function of the handler and the answer: (status, headers, body). It may change it, or return ``None``
+    if it has answered, or broken the connection, itself.
+    """
+
+    def __init__(self, url):
+        self.upstream = url.removeprefix("http://")
+        self.faults = deque()
+        self.always = None  # a fault for every request that has no other
+        self.asked = []
+        self.nbytes = 0
+        self.released = threading.Event()  # ends what stalls
+        self.lock = threading.Lock()
+        super().__init__(_Passing)
+
+    def __exit__(self, *error):
+        self.released.set()
+        super().__exit__(*error)
+
+    @property
+    def ranges(self):
+        return [span for method, _, span in self.asked if method == "GET" and span]
+
+
+class _Passing(_Quiet):
+    def do_GET(self):
+        proxy, span = self.server, self.headers.get("Range")
+        length = int(self.headers.get("Content-Length") or 0)
+        sent = self.rfile.read(length) if length else None
+        with proxy.lock:
+            proxy.asked.append((self.command, self.path, span))
+            fault = proxy.always
+            if self.command == "GET" and span and proxy.faults:
+                fault = proxy.faults.popleft()
+        upstream = http.client.HTTPConnection(proxy.upstream, timeout=20)
+        try:
+            upstream.request(self.command, self.path, sent, dict(self.headers))
+            got = upstream.getresponse()
+            body = got.read()
+            headers = {name: value for name, value in got.getheaders() if name.lower() not in _OF_A_HOP}
+            answer = got.status, headers, body
+            length = got.headers.get("Content-Length")
+        finally:
+            upstream.close()
+        if fault is not None:
+            answer = fault(self, *answer)
+        if answer is None:
+            self.close_connection = True
+            return
+        status, headers, body = answer
+        with proxy.lock:
+            proxy.nbytes += len(body)
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", length if self.command == "HEAD" and length else str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_HEAD = do_PUT = do_POST = do_DELETE = do_GET
+
+
+_OF_A_HOP = ("content-length", "transfer-encoding", "connection", "date", "server", "keep-alive")
+
+
+# Faults.
+
+
+def status(code, text=b""):
+    """The server is too busy, or refuses."""
+    return lambda handler, *answer: (code, {}, text)
+
+
+def reset(handler, *answer):
+    """The connection ends before an answer."""
+    _break(handler)
+
+
+def cut(part):
+    """The connection ends within the body, after this part of it."""
+
+    def fault(handler, code, headers, body):
+        _begin(handler, code, headers, len(body))
+        handler.wfile.write(body[: int(len(body) * part)])
+        handler.wfile.flush()
+        handler.close_connection = True  # No reset: that would throw away what is on its way.
+
+    return fault
+
+
+def stall(part):
+    """The body comes so far, and then nothing more."""
+
+    def fault(handler, code, headers, body):
+        _begin(handler, code, headers, len(body))
+        handler.wfile.write(body[: int(len(body) * part)])
+        handler.wfile.flush()
+        handler.server.released.wait(30)
+        _break(handler)
+
+    return fault
+
+
+def other_range(handler, code, headers, body):
+    """Bytes of another range, and says so."""
+    first, last, size = map(int, re.match(r"bytes (\d+)-(\d+)/(\d+)", headers["Content-Range"]).groups())
+    return code, {**headers, "Content-Range": f"bytes {first + 1}-{last + 1}/{size}"}, body
+
+
+def shorter(handler, code, headers, body):
+    """A part of the range, as if it were all."""
+    return code, headers, body[:-1]
+
+
+def _begin(handler, code, headers, nbytes):
+    handler.send_response(code)
+    for name, value in {**headers, "Content-Length": str(nbytes)}.items():
+        handler.send_header(name, value)
+    handler.end_headers()
+
+
+def _break(handler):
+    handler.close_connection = True
+    with contextlib.suppress(OSError):
+        handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        handler.connection.shutdown(socket.SHUT_RDWR)
