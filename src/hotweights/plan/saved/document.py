@@ -92,6 +92,7 @@ class Document(msgspec.Struct, forbid_unknown_fields=True):
     by_layer: bool
     warnings: list[str] = msgspec.field(default_factory=list)  # always empty; files of this version have it
     mismatched: dict[str, str] = msgspec.field(default_factory=dict)
+    origins: dict[str, str] = msgspec.field(default_factory=dict)  # where ``rename=`` gave other names
 
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -155,6 +156,7 @@ class _Writer:
             digests=dict(plan["digests"]),
             by_layer=plan["by_layer"],
             mismatched=dict(plan["mismatched"]),
+            origins=dict(plan["manifest"].origins),
             **{name: list(plan[name]) for name in lists},
         )
 
