@@ -340,3 +340,29 @@ def test_a_plan_with_a_swapping_rename_is_refused_without_it(tmp_path):
     model = pair(0, 0)
     hw.load(model, source, plan=plan)
     assert [layer.weight[0, 0].item() for layer in model] == [1, 2]
+
+
+def test_an_adapter_of_another_rank_is_no_other_head():
+    peft = pytest.importorskip("peft")
+
+    def adapted(rank):
+        config = peft.LoraConfig(r=rank, target_modules=["0"])
+        return peft.get_peft_model(nn.Sequential(nn.Linear(4, 4)), config)
+
+    with pytest.raises(hw.PlanError, match="adapter in the source has another rank") as error:
+        hw.load(adapted(2), adapted(4))
+    assert "head" not in str(error.value)
+    hw.load(adapted(4), adapted(4))  # what the message says
+
+
+def test_a_parametrised_model_on_meta_loads_without_a_word_of_torch():
+    """Torch warns that nothing is copied to meta; the tests make an error of that."""
+
+    def parametrised():
+        return nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
+
+    source = parametrised()
+    with torch.device("meta"):
+        model = parametrised()
+    hw.load(model, source, device="cpu")
+    assert torch.equal(model.weight, source.weight)
