@@ -449,7 +449,7 @@ class TestPlan:
         (tmp_path / "config.json").write_text(json.dumps(config))
         refused = run("plan", bert, "--model", tmp_path)
         assert refused.exit_code == 1
-        assert 'cast="loader" allows it' in refused.stderr
+        assert 'cast="floats" allows it' in refused.stderr
         for cast in ("floats", "loader"):  # as the error says
             assert run("plan", bert, "--model", tmp_path, "--cast", cast).exit_code == 0
 

@@ -16,7 +16,7 @@ from ..manifest import Manifest
 from ..text import some
 from .inside import Insides, outer_manifest, outer_targets
 from .local import Local, whole_manifest, whole_targets
-from .misnamed import misnamed, parametrised, shortened
+from .misnamed import misnamed, of_adapter, parametrised, shortened
 from .patterns import Patterns, both, matches, narrowest
 from .plan import LoadPlan
 from .quantised import quantised_by, unscaled
@@ -166,7 +166,13 @@ def draft(
         if writes.misfits:
             # With those that are allowed already: whoever types it types it in their place.
             pattern = narrowest([*shapes_of, *writes.misfits])
-            advice.append(f'If another head is meant, allow_mismatched="{pattern}" keeps what the model has there.')
+            if all(map(of_adapter, writes.misfits)):
+                advice.append(
+                    "The adapter in the source has another rank: give the model one of that rank, the r of its "
+                    "adapter_config.json."
+                )
+            else:
+                advice.append(f'If another head is meant, allow_mismatched="{pattern}" keeps what the model has there.')
         advice += filter(None, [parametrised([*unexpected, *missing])])
         if quantised is not None:  # Instead: to allow its names would drop the scales, and leave the rest wrong.
             method, name = quantised

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
@@ -230,7 +231,10 @@ def _traced_by_name(
     useless: set[str] = set()
 
     def noting(pairs: Iterable[tuple[str, torch.Tensor]]) -> None:
-        useless.update(getattr(loader(pairs), "unexpected_keys", ()))
+        with warnings.catch_warnings():
+            # Nothing is copied yet: fake tensors are compared with what is on meta.
+            warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter", UserWarning)
+            useless.update(getattr(loader(pairs), "unexpected_keys", ()))
 
     traced = _asked_twice(model, manifest, noting, tensors, may_mismatch)
     return replace(

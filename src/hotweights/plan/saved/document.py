@@ -93,6 +93,7 @@ class Document(msgspec.Struct, forbid_unknown_fields=True):
     warnings: list[str] = msgspec.field(default_factory=list)  # always empty; files of this version have it
     mismatched: dict[str, str] = msgspec.field(default_factory=dict)
     transient: dict[str, str] = msgspec.field(default_factory=dict)
+    origins: dict[str, str] = msgspec.field(default_factory=dict)  # where ``rename=`` gave other names
 
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -157,6 +158,7 @@ class _Writer:
             by_layer=plan["by_layer"],
             mismatched=dict(plan["mismatched"]),
             transient=dict(plan["transient"]),
+            origins=dict(plan["manifest"].origins),
             **{name: list(plan[name]) for name in lists},
         )
 

@@ -64,11 +64,12 @@ class _Validator:
             self.wrong("its levels are not those of its steps")
         unknown = {*document.fallback} - manifest.keys() | {*document.fates} - manifest.keys() - targets.keys()
         unknown |= ({*document.mismatched} | {*document.transient.values()} - {""}) - targets.keys()
+        unknown |= {*document.origins} - manifest.keys()
         unknown |= {*document.unproven} - targets.keys() | {*document.state_read} ^ document.digests.keys()
         if unknown:
             self.wrong(f"it names {sorted(unknown)[0]!r} and does not describe it")
         return {
-            "manifest": Manifest(self._specs),
+            "manifest": Manifest(self._specs, origins=document.origins),
             "targets": targets,
             "constants": self._constants,
             "steps": tuple(

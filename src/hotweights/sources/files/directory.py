@@ -123,7 +123,8 @@ def _choose(directory: Place, names: Sequence[str], layout: Layout, variant: str
     candidates = _best(directory, asked, layout)
     if len(candidates) > 1:
         raise CheckpointError(
-            f"{directory}: holds several checkpoints, and nothing says which is meant; open the one you mean",
+            f"{directory}: holds several checkpoints, and nothing says which is meant; open the one you mean, or a "
+            "list of files where they are one checkpoint together",
             [_how_to_open(directory, choice, layout) for choice in candidates],
         )
     return replace(candidates[0], others=_others(names, asked, candidates[0], layout)) if candidates else None
