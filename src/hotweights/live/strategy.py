@@ -13,6 +13,7 @@ from .. import signals
 from ..errors import LiveModelError
 from ..memory import host
 from ..memory.aliases import has_bytes
+from ..memory.copies import copy_all
 from ..memory.exchange import exchange_bytes
 from ..memory.wrappers import is_wrapper
 from ..model.materialise import dressed
@@ -143,8 +144,7 @@ class Journal(InPlace):
         for holder, held in reversed(self._held):
             assign(holder, held)
         for span in self._saved:
-            for name in self._mirror.layout.inside(span):
-                host.copy_bytes(self._live[name], self._mirror[name])
+            copy_all((self._live[name], self._mirror[name]) for name in self._mirror.layout.inside(span))
 
     def _keep(self, names: Iterable[str]) -> None:
         layout = self._mirror.layout
@@ -261,13 +261,10 @@ class Staged:
 
     def commit(self) -> int:
         """Copy everything that was collected into place."""
-        nbytes = 0
-        for name in self._staged:
-            host.copy_bytes(self._live[name], self._mirror[name])
-            nbytes += self._live[name].nbytes
+        copy_all((self._live[name], self._mirror[name]) for name in self._staged)
         for holder, changes in self._held:
             amend(holder, changes)
-        return nbytes
+        return sum(self._live[name].nbytes for name in self._staged)
 
     def abort(self) -> None:
         """Nothing live was written, but for what is shown."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections import deque
+
 import torch
 
+from .copies import is_one_block, move, on_threads, pieces_of
 from .host import copy_bytes
 
-_PIECE = 1024 * 1024  # elements
+_PIECE = 256 * 1024  # elements, or bytes of host memory; what lies between them stays in a cache
 
 
 def exchange_bytes(first: torch.Tensor, second: torch.Tensor) -> None:
@@ -14,6 +18,9 @@ def exchange_bytes(first: torch.Tensor, second: torch.Tensor) -> None:
 
     If it fails, both hold what they held, as far as they can still be written.
     """
+    if is_one_block(first, second):
+        on_threads(deque(pieces_of(first, second, _PIECE)), _exchange_at)
+        return
     pieces = [(first, second)]
     if first.is_contiguous() and second.is_contiguous():
         halves = (torch.split(tensor.detach().view(-1), _PIECE) for tensor in (first, second))
@@ -25,6 +32,13 @@ def exchange_bytes(first: torch.Tensor, second: torch.Tensor) -> None:
             for done in pieces[:number]:
                 _exchange(*done)
             raise
+
+
+def _exchange_at(one: int, other: int, nbytes: int) -> None:
+    kept = ctypes.create_string_buffer(nbytes)
+    move(ctypes.addressof(kept), one, nbytes)
+    move(one, other, nbytes)
+    move(other, ctypes.addressof(kept), nbytes)
 
 
 def _exchange(one: torch.Tensor, other: torch.Tensor) -> None:
