@@ -134,6 +134,27 @@ def test_at_every_line_of_an_update(atomic, act, lines):
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.parametrize("lines", [lambda act: at_every(7), LINES[1]])
+@pytest.mark.parametrize("atomic", ["staged", "journal"])
+def test_at_every_line_of_a_rollback(atomic, lines):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    live = hw.LiveModel(Model(), process=process, layers="processed", atomic=atomic, keep_previous=True)
+    live.load(version_of(1), version=1)
+    live.update(version_of(2), version=2)
+    versions = set()
+    for interrupting in lines(live.rollback):
+        live.update(version_of(3), version=3)
+        live.update(version_of(4), version=4)
+        with interrupting, contextlib.suppress(KeyboardInterrupt):
+            live.rollback()
+            assert interrupting.where is None, f"{interrupting.where}: it was swallowed"
+        assert live.version in (3, 4)
+        versions.add(live.version)
+        check(live, 5, interrupting.where)
+    assert versions == {3, 4}
+
+
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("lines", LINES)
 @pytest.mark.parametrize("source", [version_of, streamed])
 def test_at_every_line_of_a_first_load(source, lines):

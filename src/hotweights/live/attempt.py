@@ -47,10 +47,13 @@ class Attempt:
         peak_buffer: bytes of the pool at peak.
     """
 
-    def __init__(self, job: Job, strategy: Strategy, layers: OpenLayers, turn: WriteTurn, fed: FedNames) -> None:
+    def __init__(
+        self, job: Job, strategy: Strategy, layers: OpenLayers, turn: WriteTurn, fed: FedNames, timeline: Timeline
+    ) -> None:
         self.job, self.strategy, self.turn = job, strategy, turn
         self._fed = fed
-        self.timeline = Timeline(lambda: layers.nbytes)
+        self.timeline = timeline
+        timeline.open_nbytes = lambda: layers.nbytes
         self._assembly = Assembly(job, strategy, layers, turn, self.timeline)
         self.peak_buffer = 0
         self._layers = layers
@@ -314,6 +317,7 @@ class Attempt:
             bytes_written=done.bytes_written + written,
             seconds=time.perf_counter() - self.timeline.began,
             stall_seconds=self.turn.seconds,
+            wait_seconds=self.turn.waited,
             peak_buffer_bytes=self.peak_buffer,
             peak_scratch_bytes=done.peak_scratch,
             peak_host_bytes=self._peak_held,
@@ -323,6 +327,7 @@ class Attempt:
             tensors=self._fates(),
             casts={**plan.casts, **self._casts},
             restored=tuple(sorted(self.job.restored)),
+            kept=tuple(sorted(self.job.kept)),
             planned=sum(name not in plan.fallback for name in used),
             fell_back=tuple(map(str, plan.graph_breaks)),
             replaced=tuple(self._assembly.processing.replaced),

@@ -224,15 +224,23 @@ def _wake(changed: asyncio.Future[None]) -> None:
 
 
 class WriteTurn:
-    """One update's hold on the lock: taken at its first write, given back at its end."""
+    """One update's hold on the lock: taken at its first write, given back at its end.
 
-    def __init__(self, lock: ReadWriteLock, timeout: float | None = None) -> None:
-        """``timeout`` is how many seconds all its waits for readers may take together."""
+    Attributes:
+        waited: seconds that it waited for readers so far.
+    """
+
+    def __init__(
+        self, lock: ReadWriteLock, timeout: float | None = None, note: Callable[[str, str, float], None] | None = None
+    ) -> None:
+        """``timeout`` is how many seconds all its waits for readers may take; ``note`` is ``Timeline.note``."""
         self._lock = lock
+        self._note = note
         self._hold: Hold | None = None
         self._left = timeout
         self._since = 0.0
         self._before = 0.0
+        self.waited = 0.0
 
     @property
     def held(self) -> bool:
@@ -260,6 +268,9 @@ class WriteTurn:
             began = time.perf_counter()
             self._hold = self._lock.begin_writing(self._left)
             self._since = time.perf_counter()
+            self.waited += self._since - began
+            if self._note is not None:
+                self._note("wait for readers", "", began)
             if self._left is not None:
                 self._left = max(0.0, self._left - (self._since - began))
 

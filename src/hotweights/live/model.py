@@ -60,6 +60,7 @@ from .check import Check, ask
 from .fed_names import FedNames
 from .layers import Selection, selected
 from .plans import Options
+from .previous import roll_back
 from .report import UpdateReport
 from .serving import Serving
 from .state import Current, State
@@ -98,6 +99,7 @@ class LiveModel:
         deferred: Selection = (),
         atomic: Atomic = "staged",
         memory_limit: int | None = None,
+        keep_previous: bool = False,
     ) -> None:
         """Take a model in checkpoint format: as its own loading code expects it. Nothing is read or changed.
 
@@ -112,6 +114,8 @@ class LiveModel:
             atomic: how updates are all or nothing, unless they say otherwise, see ``live.strategy.Atomic``.
             memory_limit: bytes of device memory that open layers may take together, when tensors come in an order that
                 keeps several open. Over it, tensors wait on the host.
+            keep_previous: whether a commit keeps the version before, for ``rollback``. That takes no memory, but for
+                objects in which no tensor is seen. Staged commits exchange bytes: readers wait about twice as long.
         """
         check_model(model)
         check_atomic(atomic)
@@ -127,6 +131,7 @@ class LiveModel:
         self._atomic: Atomic = atomic
         self._limit = memory_limit
         self._current = Current()
+        self._current.keeps_previous = keep_previous
         self._baseline: Baseline | None = None  # None until the first load begins, and again when that fails.
         self._match: Match = as_they_are  # Known from the first load on: processing changes names.
         self._others: dict[str, tuple[str, ...]] = {}
@@ -146,6 +151,15 @@ class LiveModel:
     def state(self) -> State:
         """See ``State``."""
         return self._current.state
+
+    def status(self) -> dict[str, object]:
+        """How it is, as plain data for a health endpoint: ``json.dumps`` takes it. Waits for nobody.
+
+        Keys: ``version``, ``state``; how many loads and updates were ``committed`` and ``failed``; ``last_report`` as a
+        dictionary, ``last_error`` in a line, ``seconds_since_commit`` (of a rollback too) and ``seconds_since_error``;
+        each of these is ``None`` where there was none.
+        """
+        return {"version": self.version, "state": self.state.value, **self._current.record.status()}
 
     def on_commit(self, hook: Callable[[str | int], object]) -> None:
         """Call ``hook(version)`` after each commit, never after an abort: to drop caches that hold the old weights.
@@ -280,9 +294,9 @@ class LiveModel:
         """What every load allows; and note the names by which the model's tensors are called from now on."""
         core, seen = self._core, survey(self._core)
         refuse_offloaded(core, seen)
-        names = {*seen.tensors}
+        names = {*seen.names}
         self._match = KnownNames(core, names).matched if own_loader(core, by) is None else as_they_are
-        self._others = other_names(core, outer_prefix(self.model), names)
+        self._others = other_names(core, outer_prefix(self.model), names, seen.others())
         missing, partly, unexpected, mismatched = allowed
         return Options(
             allow_missing=widened(missing, self._others),
@@ -379,6 +393,24 @@ class LiveModel:
                 show_progress=show_progress,
             )
 
+    @alone_in_a_fork()
+    @signals.watched
+    def rollback(self, *, timeout: float | None = None) -> str | int:
+        """Make the version before live again: its bytes and its name, which is returned. Hooks are called with it.
+
+        Only what ``keep_previous=True`` kept can be rolled back to: once, after a commit, until the next update begins.
+
+        Args:
+            timeout: seconds that it may wait for readers to leave ``serving()``; by default as long as they like.
+
+        Raises:
+            LiveModelError: no version before is kept, or tensors were moved; nothing was changed.
+            TimeoutError: readers did not leave in time; nothing was changed.
+            CommitHookError: the version before is live, and a hook failed.
+        """
+        check_timeout(timeout)
+        return roll_back(self._current, self._baseline, timeout)
+
     @contextmanager
     @signals.held
     def _beginning(self, source: AnySource, failed: str) -> Iterator[None]:
@@ -389,7 +421,7 @@ class LiveModel:
             # What an iterator raises while it is read ends the update, whatever it is.
             if isinstance(error, UsageError) and not isinstance(source, IteratorSource):
                 raise
-            raise aborted(f"{self._current}; {failed}", error) from error
+            raise aborted(self._current, failed, error) from error
 
     @takes_what(update)
     async def update_async(self, source: AnySource, **options: Any) -> UpdateReport:
@@ -439,7 +471,7 @@ class LiveModel:
         except UsageError:
             raise
         except Exception as error:
-            raise aborted(f"{self._current}; nothing was changed", error) from error
+            raise aborted(self._current, "nothing was changed", error) from error
         return self._begin(manifest.renamed(fed.new), asked, fed)
 
     def _asked(

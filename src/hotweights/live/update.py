@@ -22,6 +22,7 @@ from ..progress import progress
 from ..sharding import reshard
 from ..sources.contracts import Addressed, InMemory, IOMode, OnDisk, Participant, Source, Timed, warnings_of
 from ..sources.pairs import pairs_of, plain
+from ..timeline import Timeline
 from .asked import Asked
 from .attempt import Attempt
 from .baseline import Baseline
@@ -30,6 +31,8 @@ from .fed_names import FedNames
 from .job import Job
 from .lock import WriteTurn
 from .open_layers import OpenLayers
+from .previous import Previous
+from .record import tell_commit
 from .report import UpdateReport
 from .state import Current, State
 from .strategy import InPlace, Strategy
@@ -52,20 +55,22 @@ class Update:
         baseline: Baseline,
         job: Job,
         strategy: Strategy,
+        timeline: Timeline,
+        turn: WriteTurn,
         limit: int | None,
         fed: FedNames,
-        asked: Asked | None = None,
+        check: Callable[[], object] | None = None,
     ) -> None:
         """For ``begin`` and ``begin_first``, while the live model is reserved; the end of the update lets go of it."""
         self._current = current
         self._baseline = baseline
         self._strategy = strategy
         self._fed = fed
-        self._check_by = None if asked is None else asked.check
-        turn = WriteTurn(current.guard, None if asked is None else asked.timeout)
-        self._attempt = Attempt(job, strategy, OpenLayers(limit, warned=current.warned), turn, fed)
+        self._check_by = check
+        self._attempt = Attempt(job, strategy, OpenLayers(limit, warned=current.warned), turn, fed, timeline)
         self._watcher = signals.watch()
         current.begin(self._attempt)
+        current.previous = None  # Its bytes lie where those of this update will.
 
     @classmethod
     @signals.held
@@ -78,7 +83,8 @@ class Update:
         fed: FedNames,
     ) -> Update:
         """The first load, straight into the model's own tensors."""
-        return cls(current, baseline, baseline.first_job(process), InPlace(baseline.live), limit, fed)
+        timeline, turn = Timeline(), WriteTurn(current.guard)
+        return cls(current, baseline, baseline.first_job(process), InPlace(baseline.live), timeline, turn, limit, fed)
 
     @classmethod
     @signals.held
@@ -97,18 +103,20 @@ class Update:
         Raises:
             UpdateAborted: the manifest does not fit, or the host cannot hold the copy; nothing was changed.
         """
+        timeline = Timeline()
+        turn = WriteTurn(current.guard, asked.timeout, timeline.note)
         try:
             refuse_frozen()
             baseline.prove()
-            with current.guard.writing(asked.timeout):
+            with turn.briefly(), timeline.event("plan"):
                 found = baseline.plans.find(manifest, asked.only, baseline.live, asked.cast)
             job = baseline.job(process, found, promised=manifest is not None)
             strategy = baseline.strategy(asked.atomic, job)
         except UsageError:
             raise
         except Exception as error:
-            raise aborted(f"{current}; nothing was changed", error) from error
-        return cls(current, baseline, job, strategy, limit, fed, asked)
+            raise aborted(current, "nothing was changed", error) from error
+        return cls(current, baseline, job, strategy, timeline, turn, limit, fed, asked.check)
 
     @property
     def manifest(self) -> Manifest:
@@ -251,7 +259,7 @@ class Update:
         """Make it version M. Once readers have left, nothing can fail but the hooks, and they run after it.
 
         Args:
-            version: its name; by default the number of commits.
+            version: its name; by default the number of commits, as text where the name before is text.
 
         Raises:
             UpdateAborted: something is missing, as ``prepare`` says, or readers did not leave in time.
@@ -263,6 +271,7 @@ class Update:
         with self._failing():
             self._attempt.turn.take()
         failures: list[BaseException] = []
+        report = None
         try:
             report = self._make_live(version, failures)
             with self._current.guard.writer_reads():
@@ -271,22 +280,31 @@ class Update:
                 raise failures[0]
             return report
         finally:
-            failures.clear()  # Their tracebacks hold this frame.
             self._end()
+            if report is not None:
+                tell_commit(report)
+            if failures:
+                self._current.record.note_error(failures[0])
+            failures.clear()  # Their tracebacks hold this frame.
 
     @signals.whole
     def _make_live(self, version: str | int | None, failures: list[BaseException]) -> UpdateReport:
         """Make the model version M, its bytes and its name: no signal comes between them."""
         current, attempt = self._current, self._attempt
+        keeps = current.keeps_previous and current.holds is State.SERVING and self._strategy.name is not False
+        kept = Previous(current, self._baseline, self._strategy, attempt.job) if keeps else None
         with attempt.timeline.event("commit", ""):
             nbytes = self._written(failures)
-        previous, current.version = current.version, current.commits + 1 if version is None else version
+        current.previous = kept
         current.commits += 1
+        previous, current.version = current.version, current.default_name if version is None else version
         current.holds, current.running, current.warned = State.SERVING, None, attempt.warned
         self._baseline.committed(attempt.job)
         if self._baseline.plans.last is attempt.job.plan:  # A partial update is not what the next one repeats.
             current.names = self._fed.new
-        return attempt.report(previous, current.version, nbytes, self._baseline.copy_nbytes)
+        report = attempt.report(previous, current.version, nbytes, self._baseline.copy_nbytes)
+        current.record.note_commit(report)
+        return report
 
     def _written(self, failures: list[BaseException]) -> int:
         """How many bytes were written to make it version M. An interruption is put into ``failures``."""
@@ -296,13 +314,13 @@ class Update:
             if not isinstance(error, Exception):
                 failures.append(error)
         try:
-            return self._commit()  # It copies what lies beside the model: that can be done again.
+            return self._commit()  # It writes what lies beside the model: that can be done again.
         except BaseException:
             self._current.holds, self._current.running = State.TORN, None
             raise
 
     def _commit(self) -> int:
-        nbytes = self._strategy.commit()
+        nbytes = self._strategy.show() if self._current.keeps_previous else self._strategy.commit()
         reshard(self._attempt.job.model.modules())
         return nbytes
 
@@ -340,8 +358,9 @@ class Update:
         except BaseException as error:
             self.abort()
             if self._attempt.job.first or not isinstance(error, Exception):
+                self._current.record.note_failure(error)
                 raise
-            raise aborted(f"{self._current}; the update failed", error) from error
+            raise aborted(self._current, "the update failed", error) from error
 
     # Its end.
 
@@ -362,9 +381,12 @@ class Update:
     def __enter__(self) -> Update:
         return self
 
-    @signals.whole
-    def __exit__(self, *error: object) -> None:
+    @signals.held
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        was_over = self._is_over()
         self.abort()
+        if error is not None and not was_over:
+            self._current.record.note_failure(error)
 
     def __del__(self) -> None:
         if hasattr(self, "_attempt") and not self._is_over():  # Its making may have been interrupted.
@@ -377,17 +399,17 @@ class Update:
 _SAID_FIRST = ("allow_", "by=")  # Options of advice that updates do not have.
 
 
-def aborted(left: str, error: Exception) -> UpdateAborted:
-    """What tells that ``error`` ended an update, and what it left."""
+def aborted(current: Current, left: str, error: Exception) -> UpdateAborted:
+    """What tells that ``error`` ended an update, and what it left. It is recorded."""
     said = str(error) if isinstance(error, HotweightsError) else f"{type(error).__name__}: {error}"
     advice = getattr(error, "advice", "")
     if any(option in advice for option in _SAID_FIRST):
         advice += " It is said in the first load, LiveModel.load(), and holds for all updates."
-    return UpdateAborted(
-        f"{left}: {getattr(error, 'title', said)}",
-        getattr(error, "problems", ()),
-        advice=advice,
+    told = UpdateAborted(
+        f"{current}; {left}: {getattr(error, 'title', said)}", getattr(error, "problems", ()), advice=advice
     )
+    current.record.note_failure(told)
+    return told
 
 
 def _wait_for(devices: set[torch.device]) -> None:

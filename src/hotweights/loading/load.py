@@ -182,7 +182,7 @@ def load(
         refuse_merged(model)
         if verify == "loader":
             check_verifiable(seen)
-        source = fitted(source, rename, match_for(model, seen.tensors, by))
+        source = fitted(source, rename, match_for(model, seen.names, by))
         stack.enter_context(naming_files(source))
         if plan is None:
             make = partial(_trace, whole, source.manifest, target_device, allowed, cast, by)
@@ -303,7 +303,7 @@ def _renewing(
             written = {name: destinations[name] for step in plan.steps for name in step.destinations}
             seen.offloaded.renew_copies(written.values())
             others = attributes(modules_of(model), set(map(id, tensors.values())))
-            renew(written.values(), [*tensors.values(), *(tensor for _, tensor in others)])
+            renew(written.values(), [*tensors.values(), *seen.wrappers, *(tensor for _, tensor in others)])
 
 
 def _is_slice(step: Copy) -> bool:

@@ -74,6 +74,11 @@ def check_verifiable(seen: Survey) -> None:
             'verify="loader" runs the model\'s own loading code, which would write to meta tensors where hooks keep '
             f"the weights: {some(seen.kept)}; leave verify= out"
         )
+    if seen.shells:
+        raise UsageError(
+            'verify="loader" gives the model\'s own loading code memory of its own, and there is none for tensors in '
+            f"wrappers: {some(list(seen.shells))}; leave verify= out"
+        )
     if parts := seen.parts:
         raise UsageError(
             'verify="loader" gives the model\'s own loading code whole tensors, and it takes none for DTensors: '

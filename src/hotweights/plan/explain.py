@@ -212,7 +212,8 @@ def _target_in_words(target: Target) -> str:
     beside = f" at byte {target.start} of the memory of {target.memory}" if target.memory else ""
     tied = "" if target.owner == target.spec.name else f" tied with {target.owner}"
     part = "" if target.part is None else f", {_elements(target.part)} of {target.part}"
-    return f"{format_name(target.spec.dtype)} {list(target.spec.shape)}{stride}{tied}{beside}{part}"
+    shell = "" if target.spec.shell is None else f", in a {target.spec.shell}"
+    return f"{format_name(target.spec.dtype)} {list(target.spec.shape)}{stride}{tied}{beside}{part}{shell}"
 
 
 def _elements(part: Part) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal, overload
 
@@ -15,8 +15,10 @@ from typing_extensions import TypeIs
 
 from ..arguments import check_flags, check_kind
 from ..errors import CheckpointError, UnknownName, UsageError
+from ..manifest import Manifest
 from ..names import bare_names
 from ..rename import Rename, new_names
+from ..shell import outer_names, renamed_inside
 from .contracts import Source
 from .files.shards import Paths
 from .files.source import FileSource
@@ -56,11 +58,13 @@ def opened(
             yield renamed(fresh, _bare(source, fresh.manifest)) if isinstance(source, nn.Module) else fresh
 
 
-def _bare(module: nn.Module, names: Collection[str]) -> dict[str, str]:
+def _bare(module: nn.Module, manifest: Manifest) -> dict[str, str]:
     """The names without wrappers, of those tensors that have no wrong one by then: one that another has."""
+    outer = outer_names(manifest)
+    names = dict.fromkeys(outer.values())
     bare = {name: pair[0] for name, pair in bare_names(module).items() if name in names}
     claims = Counter([*bare.values(), *(name for name in names if name not in bare)])
-    return {name: new for name, new in bare.items() if claims[new] == 1}
+    return renamed_inside(outer, {name: new for name, new in bare.items() if claims[new] == 1})
 
 
 def is_pairs(source: object) -> TypeIs[Iterable[Pair]]:
@@ -158,7 +162,8 @@ def open(
     """
     source = _opened(what, reader, variant, subfolder, gather, digests)
     try:
-        return renamed(source, new_names(source.manifest, rename))
+        outer = outer_names(source.manifest)
+        return renamed(source, renamed_inside(outer, new_names(dict.fromkeys(outer.values()), rename)))
     except BaseException:
         source.close()
         raise

@@ -35,7 +35,7 @@ def check(plan: LoadPlan, model: nn.Module, manifest: Manifest, device: torch.de
         PlanError: with every difference.
     """
     surveyed = survey(model)
-    targets = targets_of(surveyed.persistent, device, surveyed.parts)
+    targets = targets_of(surveyed.persistent, device, surveyed.parts, surveyed.shells)
     reached: Mapping[str, torch.Tensor] = {}
     if not plan.targets.keys() <= targets.keys() or plan.state_read:
         reached = reachable(model)

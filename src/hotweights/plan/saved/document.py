@@ -140,6 +140,9 @@ class _Writer:
         parts += [name for name, spec in plan["manifest"].items() if spec.part]
         if parts:
             _refuse(self._path, f"it is for what one rank holds of sharded tensors: {some(parts)}")
+        specs = [*(target.spec for target in plan["targets"].values()), *plan["manifest"].values()]
+        if wrapped := {spec.shell.outer(spec.name): None for spec in specs if spec.shell}:
+            _refuse(self._path, f"it is for what lies in wrapper tensors: {some(list(wrapped))}")
         lists = ("fallback", "graph_breaks", "unproven", "side_effects", "state_read", "levels")
         return Document(
             version=VERSION,
