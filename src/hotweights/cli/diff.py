@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 import typer
 
+from ..sources.dcp.source import DcpSource
 from ..sources.difference import TensorDifference, differences
 from ..sources.files.source import FileSource
 from ..sources.opening import open as open_source
@@ -28,7 +29,7 @@ def diff(
     A variant and a subfolder are those of both where both are directories, or else of the one that is.
     """
     with ending(as_json=as_json), ExitStack() as stack:
-        left, right = (stack.enter_context(source) for source in _opened((first, second), variant, subfolder))
+        left, right = _opened((first, second), variant, subfolder, stack)
         found = list(differences(left, right))
         if as_json:
             print_json({"equal": not found, "differences": [each.as_dict() for each in found]})
@@ -40,14 +41,16 @@ def diff(
             typer.echo(f"equal: {len(left.manifest)} tensors")
 
 
-def _opened(paths: Sequence[str], variant: str | None, subfolder: str | None) -> Iterator[FileSource]:
+def _opened(
+    paths: Sequence[str], variant: str | None, subfolder: str | None, stack: ExitStack
+) -> list[FileSource | DcpSource]:
     """A single file, such as a copy of the variant, has no others to choose from."""
     chosen = [path for path in paths if os.path.isdir(path)] or paths
-    for path in paths:
-        if path in chosen:
-            yield open_source(path, variant=variant, subfolder=subfolder)
-        else:
-            yield open_source(path)
+    options = [(variant, subfolder) if path in chosen else (None, None) for path in paths]
+    return [
+        stack.enter_context(open_source(path, variant=variant, subfolder=subfolder))
+        for path, (variant, subfolder) in zip(paths, options, strict=True)
+    ]
 
 
 def _row(found: TensorDifference) -> tuple[str, str, str, str]:

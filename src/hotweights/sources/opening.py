@@ -20,6 +20,8 @@ from ..names import bare_names
 from ..rename import Rename, new_names
 from ..shell import outer_names, renamed_inside
 from .contracts import Source
+from .dcp.place import dcp_place
+from .dcp.source import DcpSource
 from .files.shards import Paths
 from .files.source import FileSource
 from .iterator import IteratorSource
@@ -94,7 +96,7 @@ def open(
     variant: str | None = ...,
     subfolder: str | None = ...,
     digests: str | os.PathLike[str] | None = ...,
-) -> FileSource: ...
+) -> FileSource | DcpSource: ...
 @overload
 def open(
     what: Paths,
@@ -103,7 +105,7 @@ def open(
     variant: str | None = ...,
     subfolder: str | None = ...,
     digests: str | os.PathLike[str] | None = ...,
-) -> FileSource | ReaderSource: ...
+) -> FileSource | DcpSource | ReaderSource: ...
 @overload
 def open(what: Mapping[str, torch.Tensor] | torch.nn.Module, *, gather: bool = ...) -> StateSource: ...
 @overload
@@ -113,7 +115,7 @@ def open(
     variant: str | None = ...,
     subfolder: str | None = ...,
     digests: str | os.PathLike[str] | None = ...,
-) -> FileSource | StateSource: ...
+) -> FileSource | DcpSource | StateSource: ...
 @overload
 def open(
     what: Paths | Mapping[str, torch.Tensor] | torch.nn.Module,
@@ -176,7 +178,7 @@ def _opened(
     subfolder: str | None,
     gather: bool,
     digests: str | os.PathLike[str] | None,
-) -> FileSource | ReaderSource | StateSource:
+) -> FileSource | DcpSource | ReaderSource | StateSource:
     if reader not in ("hotweights", *READERS):
         raise UnknownName("reader", reader, ("hotweights", *READERS))
     check_kind("variant", variant, str, 'the name of a variant, such as "fp16"')
@@ -191,6 +193,12 @@ def _opened(
         if isinstance(what, (str, os.PathLike)):
             _refuse_hub_name(os.fsdecode(what))
         if reader == "hotweights":
+            if (place := dcp_place(what, subfolder)) is not None:
+                if variant is not None:
+                    raise UsageError(
+                        f"variant= chooses among files; {place.directory} is a DCP checkpoint; leave it out"
+                    )
+                return DcpSource(place, digests)
             return FileSource(what, variant=variant, subfolder=subfolder, digests=digests)
         return ReaderSource(what, reader, variant=variant, subfolder=subfolder, digests=digests)
     if (variant, subfolder) != (None, None):

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from ...errors import CheckpointError
 from ...text import some
+from ..dcp.place import is_dcp, unfinished_dcp
 from .index import files_named_by, lies_outside
 from .layout import DIFFUSERS, Layout
 
@@ -152,6 +153,8 @@ def _nothing(directory: Path, names: Sequence[str], layout: Layout, variant: str
         ways = [f'variant="{name}"' for name in sorted(filter(None, there))] + ["no variant="] * (None in there)
         cure = f"; give {' or '.join(ways)}" if ways else ""
         return f"{directory}: no {layout.stems[0]}.{variant}{layout.suffix} in this directory{cure}"
+    if layout.suffix == ".safetensors" and (why := unfinished_dcp(names)) is not None:
+        return f"{directory}: {why}"
     content = f"it holds {some(names, 5)}" if names else "it is empty"
     if layout.suffix != ".bin" and any(name.endswith(".bin") for name in names):
         content += '; reader="torch" opens .bin files'
@@ -167,9 +170,10 @@ def _choose_folder(directory: Path, names: Sequence[str], layout: Layout) -> str
 
 def _holds_weights(folder: Path, layout: Layout) -> bool:
     try:
-        return bool(_parsed(os.listdir(folder), layout, None))
+        names = os.listdir(folder)
     except OSError:
         return False
+    return bool(_parsed(names, layout, None)) or (layout.suffix == ".safetensors" and is_dcp(names))
 
 
 def _parsed(names: Iterable[str], layout: Layout, variant: str | None) -> list[_Named]:

@@ -17,7 +17,7 @@ from ...errors import Closed, UsageError
 from ...gc_pause import without_collection
 from ...manifest import Manifest
 from ...memory.addresses import PAGE
-from ...memory.digest import Digest, digest_of_bytes
+from ...memory.digest import Digest
 from ...memory.guards import Guard
 from ...memory.host import host_empty
 from ...memory.lease import Lease, Slot
@@ -25,7 +25,7 @@ from ...memory.pool import Pool
 from ...notices import forgotten
 from ..contracts import IOMode, Read
 from ..owned import owned_tensors
-from ..streams import LeaseStream, ahead
+from ..streams import LeaseStream, ahead, digest_of_leases
 from .file import File
 from .header import Entry
 from .reading import Segment, fill, read_segments
@@ -149,7 +149,7 @@ class FileSource:
     def digest(self, *, io: IOMode = "auto") -> Digest:
         """The digest of every tensor, which is that of a model with the same names and values. Reads every byte."""
         with self.leases(io=io) as stream:
-            return Digest.of({lease.name: digest_of_bytes(lease.spec, lease.raw) for lease in stream})
+            return digest_of_leases(stream)
 
     def _begin(self, io: IOMode) -> IOMode:
         """What is compared with digests is read through the page cache: around it, the disk would read it twice."""
@@ -160,13 +160,8 @@ class FileSource:
         """The digest, for the proof, which ``check`` waits for: so this does not call that."""
         pool = Pool(2, 32 * 1024 * 1024)
         leases = self._lease_all(pool, True, "off", "buffered", stopped, last=lambda: None)
-        found: dict[str, str] = {}
         with LeaseStream(leases, stop=partial(_stop, stopped, pool)) as stream:
-            for lease in stream:
-                if stopped.is_set():
-                    raise Closed(f"the source {self.path!r} was closed")
-                found[lease.name] = digest_of_bytes(lease.spec, lease.raw)
-        return Digest.of(found)
+            return digest_of_leases(stream, stopped)
 
     def close(self) -> None:
         """Close the files. May be called twice."""
