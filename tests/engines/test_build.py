@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import threading
 from pathlib import Path
 
@@ -57,6 +58,27 @@ def assert_equal(ours, theirs):
 def test_a_directory_of_transformers():
     assert_equal(hw.build(MINILM), tf.AutoModel.from_pretrained(MINILM))
     assert_equal(hw.build(MINILM / "model.safetensors"), tf.AutoModel.from_pretrained(MINILM))
+
+
+def test_wherever_the_files_lie(tmp_path):
+    """In a hub cache, in a folder of a pipeline, and in folders that an index names."""
+    root = tmp_path / "models--org--name"
+    revision = root / "snapshots" / "abc"
+    revision.mkdir(parents=True)
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text("abc")
+    bert(revision, "float32", torch.float32)
+    expected = tf.BertModel.from_pretrained(revision)
+    assert_equal(hw.build(root), expected)
+    shutil.copytree(revision, tmp_path / "pipe" / "text_encoder")
+    assert_equal(hw.build(tmp_path / "pipe", subfolder="text_encoder"), expected)
+    (revision / "shards").mkdir()
+    file = (revision / "model.safetensors").rename(revision / "shards" / "model.safetensors")
+    with hw.open(file) as source:
+        weight_map = dict.fromkeys(source.manifest, "shards/model.safetensors")
+    (revision / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert_equal(hw.build(revision), expected)
+    assert_equal(hw.build(revision / "model.safetensors.index.json"), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

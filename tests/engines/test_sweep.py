@@ -12,6 +12,7 @@ from architectures import randomised
 from tiny import names, tiny
 
 import hotweights as hw
+from hotweights.engines import transformers as engine
 
 SAMPLE = (
     "AlbertForMaskedLM", "BartForConditionalGeneration", "BertModel", "BloomForCausalLM", "CLIPModel",
@@ -106,6 +107,9 @@ def check(kind, config, directory):
     real = kind._from_config(config)
     hw.load(real, directory)
     assert_equal(real, expected)
+    built = engine.build(directory)
+    hw.load(built, directory, device="cpu")
+    assert_equal(built, expected)
     assert_equal(hw.build(directory), expected)
 
 

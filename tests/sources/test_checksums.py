@@ -12,6 +12,7 @@ from torch import nn
 
 import hotweights as hw
 from hotweights.sources import checksums
+from hotweights.sources.files import source as files_source
 from hotweights.testing import write_checkpoint
 
 TENSORS = {f"{number}.weight": torch.randn(64, 32) for number in range(6)}
@@ -228,6 +229,16 @@ def test_close_ends_the_wait_for_what_had_not_begun(checkpoint, monkeypatch):
         source.close()
         with pytest.raises(hw.Closed):
             loading.result(60)
+
+
+def test_what_is_compared_is_read_through_the_page_cache(checkpoint, digests, monkeypatch):
+    """Around it the disk would read each byte twice. Who asks for that gets it."""
+    asked, read = [], files_source.read_segments
+    monkeypatch.setattr(files_source, "read_segments", lambda *a, io, **k: asked.append(io) or read(*a, io=io, **k))
+    for io in ("auto", "direct"):
+        hw.load(model(), checkpoint, digests=digests, io=io)
+        hw.load(model(), checkpoint, io=io)
+    assert asked == ["buffered", "auto", "direct", "direct"]
 
 
 def test_nothing_is_read_where_only_the_manifest_is_asked_for(checkpoint, digests, monkeypatch):

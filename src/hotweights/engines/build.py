@@ -32,6 +32,8 @@ from ..notices import log
 from ..plan.patterns import Patterns
 from ..rename import Rename
 from ..sources.contracts import IOMode
+from ..sources.files.directory import folder_in, snapshot
+from ..sources.files.layout import SAFETENSORS
 from ..sources.files.shards import Paths
 from ..sources.opening import is_paths
 from ..sources.opening import open as open_source
@@ -107,7 +109,7 @@ def build(
     target = device_from(device)
     assert target is not None
     with open_source(where, variant=variant, subfolder=subfolder, digests=digests) as source:
-        directory = Path(source.files[0]).parent
+        directory = _directory(where, subfolder)
         if factory is not None:
             model = _made(factory, dtype)
         elif (directory / "config.json").is_file():
@@ -140,6 +142,12 @@ def build(
     for warning in report.warnings:
         log(logging.WARNING, "%s", warning)
     return model
+
+
+def _directory(where: Paths, subfolder: str | None) -> Path:
+    """Where the configuration lies: not always beside the files, which an index may take from folders."""
+    place = Path(where if isinstance(where, (str, os.PathLike)) else where[0]).expanduser()
+    return folder_in(snapshot(place), subfolder, SAFETENSORS) if place.is_dir() else place.parent
 
 
 def _dtype_of(directory: Path, manifest: Manifest) -> torch.dtype | None:
