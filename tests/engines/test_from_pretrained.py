@@ -19,6 +19,7 @@ from architectures import ARCHITECTURES, fresh, randomised, save
 from ends import Thread
 from equal import assert_equal, everything
 from safetensors.torch import load_file, save_file
+from tiny import tiny
 
 import hotweights as hw
 from hotweights.engines import transformers as engine
@@ -123,6 +124,22 @@ class TestIsThatOfTransformers:
         del tensors[kept]
         save_file(tensors, file, {"format": "pt"})
         assert both(directory, tf.AutoModelForCausalLM, read).told["missing_keys"] == {kept}
+
+    def test_counters_of_another_name_and_missing_ones(self, tmp_path, read):
+        """A checkpoint of CohereAsr calls its normalisation, which counts batches, by another name than the module."""
+        model = randomised(tf.CohereAsrModel._from_config(tiny(tf.CohereAsrModel)))
+        counters = [name for name in model.state_dict() if name.endswith("num_batches_tracked")]
+        directory = save(model, tmp_path, max_shard_size="1GB")
+        both(directory, tf.CohereAsrModel, read)
+        with torch.device("meta"):
+            built = tf.CohereAsrModel(tf.AutoConfig.from_pretrained(directory))
+        hw.load(built, directory, device="cpu")
+        assert [built.get_buffer(name).item() for name in counters] == [
+            model.get_buffer(name).item() for name in counters
+        ]
+        file = directory / "model.safetensors"
+        save_file({k: v for k, v in load_file(file).items() if "num_batches_tracked" not in k}, file, {"format": "pt"})
+        assert both(directory, tf.CohereAsrModel, read).told["missing_keys"] == {*counters}
 
     def test_a_head_of_another_shape(self, saved, read):
         with pytest.raises(hw.PlanError) as caught:

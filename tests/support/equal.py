@@ -27,12 +27,12 @@ def bits(tensor):
 
 def assert_equal(ours, theirs):
     ours, theirs = everything(ours), everything(theirs)
-    assert ours.keys() == theirs.keys()
+    assert ours.keys() == theirs.keys(), ours.keys() ^ theirs.keys()
     differing = [
         name
         for name, tensor in theirs.items()
         if (ours[name].dtype, ours[name].shape, ours[name].device) != (tensor.dtype, tensor.shape, tensor.device)
         or not torch.equal(bits(ours[name]), bits(tensor))
     ]
-    assert differing == []
-    assert ties(ours) == ties(theirs)
+    assert not differing, differing
+    assert ties(ours) == ties(theirs), ties(ours) ^ ties(theirs)

@@ -303,8 +303,10 @@ def _told(
     for place, before in given:
         if place.tensor.is_meta:  # It is missing: initialised in the dtype that its class gives it.
             place.put(before)
+    counters = {name for step in plan.steps if not step.sources for name in step.destinations}  # They were set to zero.
+    absent = {name for name, place in known.items() if place.tensor.is_meta} | counters
     return LoadStateDictInfo(
-        missing_keys={name for name, place in known.items() if place.tensor.is_meta and name not in plan.mismatched},
+        missing_keys=absent - plan.mismatched.keys(),
         unexpected_keys={name for names in where.values() for name in names if name not in known},
         mismatched_keys=mismatched,  # type: ignore[arg-type]
         error_msgs=[],
