@@ -48,6 +48,7 @@ def place(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch.compile's own
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for it.
 @pytest.mark.parametrize(("language", "code"), BLOCKS)
 def test_block(language, code, place):
     if language == "python":

@@ -147,7 +147,9 @@ def build(
 def _directory(where: Paths, subfolder: str | None) -> Path:
     """Where the configuration lies: not always beside the files, which an index may take from folders."""
     place = Path(where if isinstance(where, (str, os.PathLike)) else where[0]).expanduser()
-    return folder_in(snapshot(place), subfolder, SAFETENSORS) if place.is_dir() else place.parent
+    if not place.is_dir():
+        return place.parent
+    return folder_in(snapshot(place), subfolder, SAFETENSORS)
 
 
 def _dtype_of(directory: Path, manifest: Manifest) -> torch.dtype | None:

@@ -131,7 +131,9 @@ def _trace(
     own_code = own_loader(model, by) is not None
     rules = rules_for(model, outer_manifest(manifest))
     if not own_code:
-        absent = counters(model, sorted(tensors.keys() - manifest.keys()))
+        # Names of the source are others where a framework's rules rename them.
+        written = {name for _, step in rules.steps or () for name in step.destinations}
+        absent = counters(model, sorted(tensors.keys() - manifest.keys() - written))
         zeroed = tuple(name for name in absent if tensors[name].is_meta) if device is not None else ()
         rules = replace(rules, allow_missing=both(rules.allow_missing, absent), zeroed=zeroed)
     problems = list(rules.problems)

@@ -9,7 +9,8 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import NamedTuple
+from pathlib import Path
+from typing import NamedTuple, overload
 
 from ...errors import CheckpointError
 from ...text import some
@@ -57,6 +58,10 @@ class _Named(NamedTuple):
     rank: int
 
 
+@overload
+def snapshot(directory: Path) -> Path: ...
+@overload
+def snapshot(directory: Place) -> Place: ...
 def snapshot(directory: Place) -> Place:
     """The snapshot that a hub cache's ``models--org--name`` directory leads to; any other directory as it is."""
     if isinstance(directory, Remote):
@@ -77,6 +82,10 @@ def snapshot(directory: Place) -> Place:
     raise CheckpointError(f"{directory}: {len(revisions)} snapshots and no refs/main; open the one you mean")
 
 
+@overload
+def folder_in(directory: Path, subfolder: str | None, layout: Layout) -> Path: ...
+@overload
+def folder_in(directory: Place, subfolder: str | None, layout: Layout) -> Place: ...
 def folder_in(directory: Place, subfolder: str | None, layout: Layout) -> Place:
     """The folder of that name in the directory."""
     folder = directory / subfolder if subfolder else directory
