@@ -21,6 +21,7 @@
     ├── TransferError           a transfer between processes failed
     │   ├── TransferAborted     this update was given up; every member holds what it held before
     │   ├── TransferIncomplete  the group took the version, and some members were lost on the way
+    │   ├── TransferInDoubt     this member lost its sender and cannot tell whether the group took the version
     │   ├── TransferTimeout     nobody answered in time
     │   ├── PeerLost            the process on the other end is gone
     │   ├── ProtocolError       the other end broke the protocol
@@ -65,6 +66,7 @@ __all__ = [
     "TiedWeightsDiffer",
     "TransferAborted",
     "TransferError",
+    "TransferInDoubt",
     "TransferIncomplete",
     "TransferTimeout",
     "UnknownName",
@@ -221,6 +223,13 @@ class TransferIncomplete(TransferError):
     def __init__(self, title: str, problems: Iterable[str] = (), *, committed: tuple[str, ...] = ()) -> None:
         super().__init__(title, problems)
         self.committed = committed
+
+
+class TransferInDoubt(TransferError):
+    """This member voted for the version, and lost its sender on another host before it heard the decision.
+
+    It does not take the version; others may have it. The next version that is sent ends the doubt.
+    """
 
 
 class TransferTimeout(TransferError, TimeoutError):

@@ -41,11 +41,16 @@ def flags(command):
 
 
 def test_commands_and_flags():
-    assert set(COMMANDS) == {*"inspect verify diff copy convert follow plan load send receive demo".split()}
+    assert set(COMMANDS) == {*"inspect verify diff copy convert follow plan load send receive keys demo".split()}
     assert flags("--help") == {"--version", "--help"}
     shared, allowing = {"--json", "--timeout", "--help"}, {"--allow-missing", "--allow-unexpected", "--cast"}
-    assert flags("send") == shared | {"--to", "--receivers", "--version", "--on-lost", "--digests", "--no-digests"}
-    assert flags("receive") == shared | {"--from", "--model", "--device", "--versions", "--offer-timeout"} | allowing
+    assert flags("send") == shared | {
+        *"--to --receivers --version --on-lost --digests --no-digests --keys --insecure".split()
+    }
+    assert flags("receive") == shared | allowing | {
+        *"--from --model --device --versions --offer-timeout --keys --insecure".split()
+    }
+    assert flags("keys") == {"--hosts", "--days", "--help"}
     assert flags("inspect") == {
         *"--json --limit --reader --variant --subfolder --quiet --files-from --help".split(),
     }

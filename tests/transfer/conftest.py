@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from namespaces import Hosts, why_not
 
 
 @pytest.fixture
@@ -31,6 +32,15 @@ def held():
         mapped,
         threading.active_count(),
     )
+
+
+@pytest.fixture(scope="module")
+def hosts():
+    """Three hosts, which are network namespaces."""
+    if reason := why_not():
+        pytest.skip(reason)
+    with Hosts() as made:
+        yield made
 
 
 @pytest.fixture(autouse=True, scope="module")
