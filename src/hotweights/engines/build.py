@@ -34,7 +34,7 @@ from ..rename import Rename
 from ..sources.contracts import IOMode
 from ..sources.files.directory import folder_in, snapshot
 from ..sources.files.layout import SAFETENSORS
-from ..sources.files.shards import Paths
+from ..sources.files.shards import Paths, path_of
 from ..sources.opening import is_paths
 from ..sources.opening import open as open_source
 from . import transformers
@@ -116,8 +116,8 @@ def build(
             model = transformers.build(directory, dtype=dtype or _dtype_of(directory, source.manifest))
         else:
             raise UsageError(
-                f"{directory} has no config.json of transformers, so nothing says what model it is; give factory=, a "
-                "function that makes it: factory=lambda: Model(config)"
+                f"{path_of(where)} has no config.json of transformers in a local folder, so nothing says what model it "
+                "is; give factory=, a function that makes it: factory=lambda: Model(config)"
             )
         _move_real(model, target)
         if cast is None and (dtype is not None or factory is None):
@@ -147,7 +147,7 @@ def build(
 def _directory(where: Paths, subfolder: str | None) -> Path:
     """Where the configuration lies: not always beside the files, which an index may take from folders."""
     place = Path(where if isinstance(where, (str, os.PathLike)) else where[0]).expanduser()
-    if not place.is_dir():
+    if not place.is_dir():  # A file; or an address, where no configuration is read.
         return place.parent
     return folder_in(snapshot(place), subfolder, SAFETENSORS)
 
