@@ -9,7 +9,7 @@ VLLM_BIN := $(VLLM_VENV)/bin
 WORKERS ?= $(shell n=$$(env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n : 8)))
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-all test-vllm test-vllm-part check lint bench soak clean
+.PHONY: demo test test-all test-vllm test-vllm-part refit-vllm check lint bench soak clean
 
 demo: $(VENV)/.installed
 	$(BIN)/hotweights demo
@@ -27,6 +27,10 @@ test-vllm: $(VLLM_VENV)/.installed
 
 test-vllm-part: $(VLLM_VENV)/.installed
 	$(VLLM_BIN)/python -m pytest tests/vllm -k "says and (llama or tied or mamba2) or caches or ranks"
+
+# A trainer and a vLLM server on the CPU: three optimiser steps, a refit after each, compared with fresh engines.
+refit-vllm: $(VLLM_VENV)/.installed
+	$(VLLM_BIN)/python examples/refit_vllm.py
 
 check: lint test
 

@@ -100,7 +100,7 @@ class Zoo:
         path: Path | None,
         *given: Any,
         options: Mapping[str, Any] | None = None,
-        seconds: float = 100,
+        seconds: float = 600,
     ) -> Any:
         """What ``script`` returns in a fresh process, with an engine for ``path`` if there is one."""
         ours, theirs = self._context.Pipe()

@@ -29,8 +29,9 @@ class Connection:
         place: of this receiver in the sender's roll.
     """
 
-    def __init__(self, path: str, name: str = "") -> None:
+    def __init__(self, path: str, name: str = "", *, reconnect: bool = True) -> None:
         self._path = path
+        self._reconnect = reconnect
         self._name = name
         self._waker = Waker()
         self._channel: Channel | None = None
@@ -79,6 +80,7 @@ class Connection:
 
         Raises:
             TransferTimeout: none came in time.
+            PeerLost: there is no sender, and nobody waits for another one (``reconnect=False``).
             ProtocolError: the sender speaks another protocol, or belongs to another user.
             TransferError: nobody can connect there, or the slots cannot be mapped.
             Closed: ``stop`` was called.
@@ -96,6 +98,8 @@ class Connection:
                     self._last = str(error)
                 except TransferTimeout:
                     break
+                if not self._reconnect:
+                    raise PeerLost(f"no sender is at {self._path}", [self._last])
                 self._waker.wait((), min(_RETRY, left(deadline)), lambda: self._stopped)
                 self.check_open()
         raise TransferTimeout(f"no offer came to {self._path} within {seconds:g} s", [self._last])

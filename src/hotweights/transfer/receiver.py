@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 import torch
 
 from .. import signals
-from ..arguments import check_choices, check_seconds
+from ..arguments import check_choices, check_flags, check_seconds
 from ..errors import Closed, UsageError
 from ..manifest import Manifest
 from ..memory.guards import Guard
@@ -35,7 +35,15 @@ class Receiver:
     ``with`` of the stream or of the receiver, and the sender gets its text.
     """
 
-    def __init__(self, address: str, *, name: str = "", timeout: float = 60.0, offer_timeout: float = 3600.0) -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        name: str = "",
+        timeout: float = 60.0,
+        offer_timeout: float = 3600.0,
+        reconnect: bool = True,
+    ) -> None:
         """Nothing is connected yet: the sender may start later, and be replaced by another.
 
         Args:
@@ -43,13 +51,16 @@ class Receiver:
             name: for people, such as ``"rank0"``: it stands in the sender's errors and reports.
             timeout: seconds that each single wait within an update may take.
             offer_timeout: seconds to wait for the next version.
+            reconnect: whether that wait goes on when no sender is there, for one that is yet to come. If not, it ends
+                with ``PeerLost`` at once.
         """
         check_seconds(timeout=timeout, offer_timeout=offer_timeout)
+        check_flags(reconnect=reconnect)
         if not isinstance(name, str) or len(name) > NAME or not name.isprintable():
             raise UsageError(f"name= is at most {NAME} printable characters; found {str(name)[:NAME]!r}")
         self.address = address
         self.name = name
-        self._connection = Connection(path_of(address), name)
+        self._connection = Connection(path_of(address), name, reconnect=reconnect)
         self._timeout, self._offer_timeout = timeout, offer_timeout
         self._private = PrivateMemory()
         self._inbound: Inbound | None = None  # the version that came last
@@ -62,6 +73,7 @@ class Receiver:
 
         Raises:
             TransferTimeout: none came within ``offer_timeout``.
+            PeerLost: no sender is there, with ``reconnect=False``.
             ProtocolError: the sender speaks another protocol, or belongs to another user.
         """
         return self._offered().manifest

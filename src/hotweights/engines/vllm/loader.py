@@ -15,10 +15,12 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.utils.torch_utils import set_default_torch_dtype
 
+from ...dtypes import OpaqueDtype
 from ...errors import UsageError
 from ...live.model import LiveModel
 from ...live.report import UpdateReport
 from ...loading.load import load
+from ...manifest import Manifest, TensorSpec
 from ...plan.steps import Fate
 from ...sources.files.source import FileSource
 from ...sources.opening import open as open_source
@@ -98,9 +100,10 @@ class ModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not install
             deferred=deferred(model),
             memory_limit=options.memory_limit,
         )
-        with self._opened(model, model_config) as source:
+        with self._opened(model, model_config) as files:
             report = live.load(
-                source,
+                dummy(files.manifest) if options.dummy else files,
+                version="dummy" if options.dummy else None,
                 device=device,
                 threads=options.threads,
                 verify=options.verify,
@@ -129,6 +132,18 @@ class ModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not install
         theirs = DefaultModelLoader(replace(self.load_config, load_format="safetensors", model_loader_extra_config={}))
         directory, *_ = theirs._prepare_weights(model_config.model, None, model_config.revision, False, None)
         return str(directory)
+
+
+def dummy(manifest: Manifest) -> dict[str, torch.Tensor]:
+    """Values that nobody has trained, for all of these; they take no memory. Tied weights are equal."""
+    return {spec.name: _dummy(spec) for spec in manifest.values()}
+
+
+def _dummy(spec: TensorSpec) -> torch.Tensor:
+    if isinstance(spec.dtype, OpaqueDtype):
+        raise UsageError(f"dummy in model_loader_extra_config has no values for {spec}: torch has no such type")
+    value = torch.zeros((), dtype=spec.dtype)
+    return (value.fill_(1e-3) if spec.dtype.is_floating_point else value).expand(spec.shape)
 
 
 def _told(report: UpdateReport) -> str:
