@@ -124,6 +124,6 @@ class Zoo:
         """What a fresh engine says, loaded by vLLM's own default."""
         key = (name, weights, *options)
         if key not in self._said:
-            options = {**cases.CASES[name].engine, **options}
+            options = {**{**cases.CASES, **cases.MORE}[name].engine, **options}
             self._said[key] = self.run(say, self.checkpoint(name, weights), options=options)
         return self._said[key]

@@ -6,64 +6,8 @@ import os
 from types import SimpleNamespace
 
 import pytest
-from drive import OURS, Talker
-
-BACKEND = {**OURS, "weight_transfer_config": {"backend": "hotweights"}}
-DUMMY = {"model_loader_extra_config": {"dummy": True}}
-
-
-def trained(path):
-    import torch
-    import transformers
-
-    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
-
-
-def trainer_of(client, source, **options):
-    """As a user makes one."""
-    from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
-
-    from hotweights.engines.vllm import TrainerInit
-
-    init = TrainerInit(rank=0, **{"timeout": 20, **options})
-    return WeightTransferTrainerFactory.trainer_init(init, client=client, source=source)
-
-
-def caught(act):
-    """What it raised, in words."""
-    try:
-        act()
-    except Exception as error:
-        return f"{type(error).__name__}: {error} {getattr(error, '__notes__', '')}"
-    return "nothing was raised"
-
-
-def without_last(model):
-    """A source that lacks a tensor."""
-    from vllm.distributed.weight_transfer.base import ModuleSource
-
-    class Short(ModuleSource):
-        def metadata(self):
-            return super().metadata()[:-1]
-
-        def __iter__(self):
-            return iter([*super().__iter__()][:-1])
-
-    return Short(model)
-
-
-def failing(model):
-    """A source that fails in the middle."""
-    from vllm.distributed.weight_transfer.base import ModuleSource
-
-    class Failing(ModuleSource):
-        def __iter__(self):
-            for number, pair in enumerate(super().__iter__()):
-                if number == 5:
-                    raise RuntimeError("the gather failed")
-                yield pair
-
-    return Failing(model)
+from drive import Talker
+from trainers import BACKEND, DUMMY, caught, failing, trained, trainer_of, without_last
 
 
 def rss():
@@ -134,7 +78,7 @@ def round_of_refits(talker: Talker, paths):
         trainer.source = ModuleSource(models["AB"[number % 2]])
         trainer.send_weights(number)
         sizes.append(rss())
-    found["grown"] = sizes[-1] - sizes[4]
+    found["grown"] = sizes[-1] - sizes[4]  # A version has 3.5 MB.
     note("last", None)
     trainer.shutdown()
     return found
@@ -177,7 +121,36 @@ def test_refits_of_an_engine_in_this_process(zoo):
     assert "receivers= is missing" in found["receivers"]
     assert "1 of 2 workers connected" in found["too many"]
     assert found["last"][1:] == (said["A"], (24, "24", False, False))
-    assert found["grown"] < 8 << 20
+    assert found["grown"] < 32 << 20
+
+
+def fused_in_memory(talker: Talker, path, address):
+    """By the trainer, and by a sender of one's own."""
+    import threading
+
+    import hotweights as hw
+    from hotweights.engines import vllm as engine
+
+    model = trained(path)
+    assert any(name.endswith("experts.gate_up_proj") for name, _ in model.named_parameters())
+    trainer = trainer_of(engine.LLMClient(talker.llm), model)
+    found = [(trainer.send_weights("by the trainer").version, talker.tokens())]
+    trainer.shutdown()
+    with hw.Sender(address, timeout=60) as sender:
+        sending = threading.Thread(target=sender.send, args=(model,), kwargs={"version": "by hand"})
+        sending.start()
+        found.append((engine.update(talker.llm, address).version, talker.tokens()))
+        sending.join()
+    return found
+
+
+def test_a_model_that_has_other_names_in_memory(zoo, tmp_path):
+    """vLLM's DeepSeek takes only what is saved; transformers keeps the experts of a layer as one tensor."""
+    said = zoo.fresh("deepseek-v3", "B")
+    path = zoo.checkpoint("deepseek-v3", "A")
+    given = str(zoo.checkpoint("deepseek-v3", "B")), f"unix:{tmp_path}/t"
+    found = zoo.run(fused_in_memory, path, *given, options={**BACKEND, **DUMMY})
+    assert found == [("by the trainer", said), ("by hand", said)]
 
 
 def not_ours(talker: Talker):

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from ...arguments import check_choices, check_seconds
 from ...errors import TransferError, UsageError
-from .engine import Call, Mode, OfflineEngine, AsyncEngine, done, emptied
+from .engine import AsyncEngine, Call, Mode, OfflineEngine, done, emptied
 
 T = TypeVar("T")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +14,8 @@ from ...errors import CommitHookError, HotweightsError, UpdateAborted, UsageErro
 Mode = Literal["wait", "abort", "keep"]
 """What becomes of requests in flight: they finish first; they are ended; or they go on afterwards, and the new weights
 compute anew what they have said so far."""
+
+Address = str | os.PathLike[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +49,12 @@ class RanksDiffer(HotweightsError):
 
 
 def update(
-    llm: Any, source: str, *, version: str | int | None = None, mode: Mode = "wait", timeout: float = 60.0
+    llm: Any,
+    source: str | os.PathLike[str],
+    *,
+    version: str | int | None = None,
+    mode: Mode = "wait",
+    timeout: float = 60.0,
 ) -> Outcome:
     """Give a ``vllm.LLM`` new weights, all ranks or none, and empty the caches that hold what the old ones made.
 
@@ -69,15 +77,24 @@ def update(
             stale. The engine stays paused; ``status`` asks, ``llm.wake_up(["scheduling"])`` resumes.
     """
     check_choices(mode=(mode, Mode))
-    return done(_update(OfflineEngine(llm), mode, (source, version, timeout)))
+    return done(_update(OfflineEngine(llm), mode, (os.fspath(source), version, timeout)))
 
 
 async def update_async(
-    engine: Any, source: str, *, version: str | int | None = None, mode: Mode = "wait", timeout: float = 60.0
+    engine: Any,
+    source: str | os.PathLike[str],
+    *,
+    version: str | int | None = None,
+    mode: Mode = "wait",
+    timeout: float = 60.0,
 ) -> Outcome:
-    """As ``update``, of an ``AsyncLLM``. New requests wait meanwhile."""
+    """As ``update``, of an ``AsyncLLM``. New requests wait meanwhile.
+
+    Whoever cancels it, or lets it time out, does not know what the workers hold: the engine stays paused until somebody
+    asks ``status_async`` and calls ``engine.resume_generation()``.
+    """
     check_choices(mode=(mode, Mode))
-    return await _awaited(_update(AsyncEngine(engine), mode, (source, version, timeout)))
+    return await _awaited(_update(AsyncEngine(engine), mode, (os.fspath(source), version, timeout)))
 
 
 def status(llm: Any, *, digest: bool = True) -> list[dict[str, Any]]:

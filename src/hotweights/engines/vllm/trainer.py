@@ -13,12 +13,18 @@ from typing import Any, ClassVar
 
 import torch
 import torch.distributed
-from vllm.distributed.weight_transfer.base import TrainerInitInfo, TrainerWeightTransferEngine
+from torch import nn
+from vllm.distributed.weight_transfer.base import (
+    TrainerInitInfo,
+    TrainerWeightTransferEngine,
+    materialize_full_tensor,
+)
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
 from ...arguments import check_version
 from ...errors import TransferError, TransferIncomplete, UsageError
 from ...manifest import Manifest, TensorSpec
+from ...model.as_saved import as_saved
 from ...sources.pairs import Pair
 from ...text import some
 from ...transfer.report import SendReport
@@ -74,7 +80,8 @@ class Trainer(TrainerWeightTransferEngine):  # type: ignore[misc]
         Args:
             init_info: how.
             client: makes vLLM's four calls to the engines: vLLM's own for HTTP or Ray, ours, or another.
-            source: a ``WeightSource``, such as vLLM's ``ModuleSource(model)``.
+            source: a ``WeightSource``, such as vLLM's ``ModuleSource(model)``; or the model itself. Of transformers'
+                models then goes what ``save_pretrained`` would write, which vLLM knows in each case.
             rank: unused; vLLM 0.33 may give it.
 
         Raises:
@@ -82,7 +89,7 @@ class Trainer(TrainerWeightTransferEngine):  # type: ignore[misc]
             TransferError: the workers did not connect.
         """
         if source is None:
-            raise UsageError("a trainer needs a source, such as ModuleSource(model)")
+            raise UsageError("a trainer needs a source: the model, or a WeightSource such as ModuleSource(model)")
         trainer = cls(init_info, client, source)
         if trainer.is_sender:
             try:
@@ -218,7 +225,12 @@ class _Call:
 
 
 def _stream(source: Any) -> tuple[Manifest, Iterator[Pair]]:
-    """What a ``WeightSource`` promises, and its tensors; vLLM 0.33 has given both other names."""
+    """What a source promises, and its tensors; vLLM 0.33 has given both other names."""
+    if isinstance(source, nn.Module):
+        saved = as_saved(source)
+        state = saved.state_dict() if isinstance(saved, nn.Module) else saved
+        specs = (TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items())
+        return Manifest(specs), ((name, materialize_full_tensor(tensor)) for name, tensor in state.items())
     promised = source.metadata() if callable(source.metadata) else source.metadata
     held = source.held_names() if hasattr(source, "held_names") else None
     elsewhere = [meta.name for meta in promised if (getattr(meta, "owners", None) or (0,))[0] != 0]
@@ -228,8 +240,8 @@ def _stream(source: Any) -> tuple[Manifest, Iterator[Pair]]:
             f"rank 0 sends whole tensors, and this source does not gather all of them there: {some(elsewhere)}; use "
             "one that does, such as ModuleSource"
         )
-    specs = (TensorSpec(meta.name, meta.dtype, tuple(meta.shape)) for meta in promised)
-    return Manifest(specs), source.iter_full() if hasattr(source, "iter_full") else iter(source)
+    promises = (TensorSpec(meta.name, meta.dtype, tuple(meta.shape)) for meta in promised)
+    return Manifest(promises), source.iter_full() if hasattr(source, "iter_full") else iter(source)
 
 
 def _exhaust(pairs: Iterable[Pair]) -> None:

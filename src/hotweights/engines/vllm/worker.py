@@ -12,7 +12,6 @@ from typing import Any
 from ...errors import UsageError
 from ...live.model import LiveModel
 from ...live.report import UpdateReport
-from ...sources.opening import open as open_source
 from ...transfer.receiver import Receiver
 from .attached import as_loaded, attached, loaded_by_us, updatable
 from .ranks import Ranks, together, words_of
@@ -51,11 +50,11 @@ class Worker:
             report = _updated(self, ranks, source, version, float(timeout))
         except Exception as error:
             _LOG.warning("hotweights: rank %d did not take %s: %s", ranks.rank, source, error)
-            return {**_state(self, ranks), "error": words_of(error), "report": None}
+            return {**_state(self, ranks), "error": ranks.own_words(error), "report": None}
         if hasattr(self.model_runner, "reset_lora_state"):
             self.model_runner.reset_lora_state()
         _LOG.info("hotweights: version %r is live, by %s", report.version, source)
-        return {**_state(self, ranks), "error": None, "report": _numbers(report)}
+        return {**_state(self, ranks), "error": None, "report": _numbers(report, _drafts(self))}
 
     def hotweights_status(self, digest: bool = True) -> dict[str, Any]:
         """What this worker holds.
@@ -113,11 +112,13 @@ def _updated(worker: Worker, ranks: Ranks, source: str, version: str | int | Non
 
 def _opened(source: str, ranks: Ranks, timeout: float) -> Any:
     """The source, opened. Ranks that read files decide among each other; with a sender, the sender sees to that."""
-    if not isinstance(source, str):
-        raise UsageError(f"a source is a path, or unix:PATH of a sender; found {type(source).__name__}")
+    if not isinstance(source, str) or not source:
+        raise UsageError(f"a source is a path, or unix:PATH of a sender; found {source!r}")
     if source.startswith("unix:"):
         return Receiver(source, name=f"rank {ranks.rank}", timeout=timeout, offer_timeout=timeout)
-    return together(open_source(source), ranks)
+    from .loader import checkpoint
+
+    return together(checkpoint(source), ranks)
 
 
 def _state(worker: Worker, ranks: Ranks) -> dict[str, Any]:
@@ -131,7 +132,15 @@ def _hidden(live: LiveModel) -> int:
     return sum(parameter.numel() == 0 for parameter in live.model.parameters())
 
 
-def _numbers(report: UpdateReport) -> dict[str, Any]:
+def _drafts(worker: Worker) -> list[str]:
+    """A warning, if speculative decoding has a model of its own."""
+    find = getattr(worker.model_runner, "get_draft_model", None)
+    if not callable(find) or find() is None:
+        return []
+    return ["the draft model keeps its weights: it proposes what the version before would say, so less is accepted"]
+
+
+def _numbers(report: UpdateReport, warnings: list[str]) -> dict[str, Any]:
     """What fits an answer: every rank's goes through the engine's pipe, so of tensors' names only the counts do."""
     names = ("previous", "bytes_read", "bytes_written", "seconds", "stall_seconds", "copy_bytes", "planned")
     return {
@@ -139,5 +148,5 @@ def _numbers(report: UpdateReport) -> dict[str, Any]:
         "tensors": {fate.value: len(names) for fate, names in report.tensors.items()},
         "fell_back": list(report.fell_back),
         "replaced": len(report.replaced),
-        "warnings": list(report.warnings),
+        "warnings": [*report.warnings, *warnings],
     }
