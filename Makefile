@@ -26,7 +26,7 @@ test-vllm: $(VLLM_VENV)/.installed
 	$(VLLM_BIN)/python -m pytest tests/vllm
 
 test-vllm-part: $(VLLM_VENV)/.installed
-	$(VLLM_BIN)/python -m pytest tests/vllm -k "says and (llama or tied or mamba2) or caches or ranks"
+	$(VLLM_BIN)/python -m pytest tests/vllm -k "says and (llama or tied or mamba2) or caches or ranks or test_trainer or refits_of"
 
 # A trainer and a vLLM server on the CPU: three optimiser steps, a refit after each, compared with fresh engines.
 refit-vllm: $(VLLM_VENV)/.installed

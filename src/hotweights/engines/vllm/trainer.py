@@ -187,7 +187,9 @@ class Trainer(TrainerWeightTransferEngine):  # type: ignore[misc]
     def _sent(self, sender: Sender, manifest: Manifest, pairs: Iterator[Pair], name: str | int) -> SendReport:
         asked = _Call(lambda: self.client.update_weights({"version": name}))
         try:
-            report = sender.send(pairs, version=name, manifest=manifest, show_progress=False)
+            # The sender closes what it is given; ``pairs`` must stay open, see below.
+            given = (pair for pair in pairs)
+            report = sender.send(given, version=name, manifest=manifest, show_progress=False)
         except BaseException as error:
             if isinstance(error, Exception) and torch.distributed.is_initialized():
                 with suppress(Exception):
