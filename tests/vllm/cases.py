@@ -136,10 +136,11 @@ MORE = {
             "num_experts_per_tok": 2,
             "n_group": 1,
             "topk_group": 1,
+            "topk_method": "noaux_tc",  # transformers leaves it out, and checkpoints have it.
             "first_k_dense_replace": 1,
-            "kv_lora_rank": 64,
+            "kv_lora_rank": 512,  # With the rope 576, which kernels want.
             "q_lora_rank": 64,
-            "qk_rope_head_dim": 32,
+            "qk_rope_head_dim": 64,
             "qk_nope_head_dim": 64,
             "v_head_dim": 64,
         },

@@ -71,6 +71,12 @@ def round_of_refits(talker: Talker, paths):
     found["receivers"] = caught(lambda: trainer_of(llm, ModuleSource(models["A"])))
     found["too many"] = caught(lambda: trainer_of(engine.LLMClient(llm), ModuleSource(models["A"]), receivers=2))
 
+    # Speculative decoding with a model of its own, which does not run here.
+    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    runner.get_draft_model = lambda: talker.model
+    found["drafts"] = engine.update(llm, paths["B"]).ranks[0]["report"]["warnings"]
+    del runner.get_draft_model
+
     # Twenty refits; the first few fill caches of plans and of memory allocators.
     trainer = trainer_of(engine.LLMClient(llm), ModuleSource(models["A"]))
     sizes = []
@@ -120,6 +126,7 @@ def test_refits_of_an_engine_in_this_process(zoo):
     assert "a trainer needs a source" in found["no source"]
     assert "receivers= is missing" in found["receivers"]
     assert "1 of 2 workers connected" in found["too many"]
+    assert "the draft model keeps its weights" in found["drafts"][0]
     assert found["last"][1:] == (said["A"], (24, "24", False, False))
     assert found["grown"] < 32 << 20
 

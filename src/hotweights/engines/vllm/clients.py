@@ -257,9 +257,12 @@ class Clients:
 
         try:
             self._each(start)
-        except BaseException:
+        except BaseException as error:
             for client in begun:
-                client.finish_weight_update()
+                try:
+                    client.finish_weight_update()
+                except Exception as second:  # The next trainer finishes it when it connects.
+                    error.add_note(f"and could not be ended: {second!r}")
             raise
 
     def update_weights(self, update_info: Any) -> None:
