@@ -265,10 +265,10 @@ def test_all_parts_that_cannot_be_read_are_named_together(folder):
 # Files that change, and directories that are none.
 
 
+@pytest.mark.parametrize("how", ["tensors", "leases"])
 @pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
-def test_a_file_that_changes_while_it_is_read(folder, name):
-    with hw.open(folder) as source:
-        stream = source.tensors()
+def test_a_file_that_changes_while_it_is_read(folder, name, how):
+    with hw.open(folder) as source, contextlib.closing(getattr(source, how)()) as stream:
         next(stream)
         shutil.copy(folder / name, folder / "copy")
         (folder / "copy").rename(folder / name)
