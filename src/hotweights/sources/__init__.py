@@ -6,6 +6,7 @@ from ..on_demand import on_demand
 
 if TYPE_CHECKING:
     from .contracts import Addressed, IOMode, Read, Source
+    from .dcp.source import DcpSource
     from .files.source import FileSource
     from .iterator import IteratorSource, from_iterator
     from .opening import open
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = [
     "READERS",
     "Addressed",
+    "DcpSource",
     "FileSource",
     "IOMode",
     "IteratorSource",
@@ -31,6 +33,7 @@ __all__ = [
 _HOMES = {
     "READERS": "readers.source",
     "Addressed": "contracts",
+    "DcpSource": "dcp.source",
     "FileSource": "files.source",
     "IOMode": "contracts",
     "IteratorSource": "iterator",

@@ -144,14 +144,16 @@ def open(
 
     Args:
         what: a safetensors file, or a list of files; a directory, of which the files are taken that ``from_pretrained``
-            takes; an index file; a snapshot in a hub cache, or its ``models--org--name`` directory; a mapping from
-            names to tensors; or an ``nn.Module``, whose ``state_dict()`` is taken. A path may be an address in an
-            object store or of the web, ``s3://bucket/model``: docs/objects.md.
+            takes, or one that ``torch.distributed.checkpoint`` has written; an index file; a snapshot in a hub cache,
+            or its ``models--org--name`` directory; a mapping from names to tensors; or an ``nn.Module``, whose
+            ``state_dict()`` is taken. A path may be an address in an object store or of the web,
+            ``s3://bucket/model``: docs/objects.md.
         reader: which package reads the files. Ours gives any bytes in any order; ``"runai"``, ``"fastsafetensors"``,
             ``"safetensors"`` and ``"torch"`` (.bin, .pt, .pth) only stream.
         rename: new names for the tensors, see ``hotweights.load``.
         variant: which variant of the weights in the directory, such as ``"fp16"``: ``model.fp16.safetensors``.
-        subfolder: the folder in the directory that holds the model, such as ``"transformer"`` of a pipeline.
+        subfolder: the folder in the directory that holds the model, such as ``"transformer"`` of a pipeline; or a dict
+            in a DCP checkpoint, such as ``"optim"``; by default its model's (docs/sources.md).
         gather: whether a mapping's or a module's DTensors are made whole, by their ``full_tensor()``: every rank must
             call this with the same tensors, and then holds all of them. Otherwise a rank's source has the rank's
             parts, which fit only a model that is sharded in the same way.

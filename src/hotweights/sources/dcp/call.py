@@ -10,13 +10,14 @@ import torch
 
 from ...errors import Closed, UsageError
 from ...manifest import TensorSpec
-from ...memory.addresses import buffer
+from ...memory.addresses import PAGE, buffer
 from ...memory.pool import Pool
 from ...ranges import Range
 from ..contracts import IOMode, Read, Sink
 from ..files.reading import Segment, read_segments
-from .strips import Strip, by_rows, dense, fetch, rows, through_slots
+from .strips import Strip, by_rows, fetch, rows, through_slots
 
+_PIECE = 4 * 1024 * 1024  # bytes that go through a slot at once; several threads do so
 _NOTHING = torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
@@ -32,9 +33,7 @@ class JointRead(NamedTuple):
 class Orders:
     """What is to be read: segments by the reader of files, and strips with short rows."""
 
-    def __init__(self, limit: int | None) -> None:
-        """``limit`` is how many bytes may go through a slot at once; ``None`` if no slot may be taken."""
-        self._limit = limit
+    def __init__(self) -> None:
         self.segments: list[Segment] = []
         self.short: list[tuple[Strip, torch.Tensor]] = []
 
@@ -43,8 +42,6 @@ class Orders:
         for piece in strips:
             if by_rows(piece):
                 self.segments += rows(piece, memory)
-            elif self._limit is not None and dense(piece):
-                self.segments += through_slots(piece, memory, self._limit)
             else:
                 self.short.append((piece, memory))
 
@@ -60,21 +57,41 @@ class ReadCall:
         self._threads, self._advance = threads, advance
 
     def do(self, orders: Orders, io: IOMode) -> None:
-        """Read all of it."""
-        came = read_segments(
-            orders.segments, pool=self.pool, io=io, threads=self._threads, advance=self._advance, stop=self.stop
+        """Read all of it; short rows through slots of the pool."""
+        self._count(self._read(orders.segments, io, self._advance))
+        limit = min(_PIECE, self.pool.slot_nbytes - 2 * PAGE)
+        came = self._read(
+            [part for strip, memory in orders.short for part in through_slots(strip, memory, limit, self._tell)],
+            io,
+            None,
         )
+        # What lies between short rows is read, and not asked for.
+        useful = sum(strip.lying.nbytes for strip, _ in orders.short)
+        direct = useful * came["direct"] // max(1, sum(came.values()))
+        self._count({"buffered": useful - direct, "direct": direct})
+
+    def do_without_slots(self, orders: Orders) -> None:
+        """Read all of it, and take no slot: the caller may hold the only one."""
+        self._count(self._read(orders.segments, "buffered", self._advance))
+        for strip, memory in orders.short:
+            fetch(strip, memory, self._arrive)
+
+    def _read(self, segments: list[Segment], io: IOMode, advance: Callable[[int], None] | None) -> dict[str, int]:
+        return read_segments(segments, pool=self.pool, io=io, threads=self._threads, advance=advance, stop=self.stop)
+
+    def _count(self, came: dict[str, int]) -> None:
         for path, nbytes in came.items():
             self.done[path] += nbytes
-        for piece, memory in orders.short:
-            fetch(piece, memory, self._arrive)
+
+    def _tell(self, nbytes: int) -> None:
+        if self._advance is not None:
+            self._advance(nbytes)
 
     def _arrive(self, nbytes: int) -> None:
         if self.stop.is_set():
             raise Closed("the reading was stopped")
         self.done["buffered"] += nbytes
-        if self._advance is not None:
-            self._advance(nbytes)
+        self._tell(nbytes)
 
 
 def in_rows(reads: Iterable[Read]) -> Iterator[tuple[Read, Range, torch.Tensor | None]]:

@@ -15,7 +15,7 @@ from .saved import SavedPart, SavedTensor
 _Box = tuple[tuple[int, ...], tuple[int, ...]]  # the first index and the lengths, in each dimension
 
 
-class Piece(NamedTuple):
+class PartBox(NamedTuple):
     """A box within one part of a tensor, and where it goes.
 
     Attributes:
@@ -59,7 +59,7 @@ class Mosaic:
         """The first byte of the element at this index."""
         return sum(at * stride for at, stride in zip(index, self.strides, strict=False))
 
-    def cut(self, asked: Range) -> Iterator[Piece]:
+    def cut(self, asked: Range) -> Iterator[PartBox]:
         """The bytes asked for as boxes, each within one part."""
         numbers = range(bisect_right(self._reach, asked.start), bisect_left(self._starts, asked.stop))
         for box, into, strides in self._laid(asked):
@@ -68,7 +68,7 @@ class Mosaic:
                     skip = sum(
                         (at - zero) * stride for at, zero, stride in zip(common[0], box[0], strides, strict=True)
                     )
-                    yield Piece(number, *common, into + skip, strides)
+                    yield PartBox(number, *common, into + skip, strides)
 
     def _laid(self, asked: Range) -> Iterator[tuple[_Box, int, tuple[int, ...]]]:
         """The bytes asked for as boxes; where each begins in what is asked for, and its strides there."""

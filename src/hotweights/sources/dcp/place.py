@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -64,6 +65,20 @@ def _is_meant(directory: Path) -> bool:
 def is_dcp(names: Iterable[str]) -> bool:
     """Whether a directory that holds these names is a DCP checkpoint."""
     return NAME in names
+
+
+_PART = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
+
+
+def parts_of_dcp(names: Iterable[str]) -> str | None:
+    """Why the safetensors of these names are no checkpoint, if each holds one rank's parts under the tensors' names."""
+    parts = [name for name in names if _PART.fullmatch(name)]
+    if not parts or any(name.endswith(_SAFETENSORS) and name not in parts for name in names):
+        return None
+    return (
+        f"holds {some(parts, 3)}, parts of tensors that HuggingFaceStorageWriter(save_distributed=True) wrote; save "
+        "with enable_consolidation=True too, or with FileSystemWriter"
+    )
 
 
 def unfinished_dcp(names: Sequence[str]) -> str | None:

@@ -16,7 +16,6 @@ import torch
 from ...arguments import check_choices
 from ...errors import CheckpointError, Closed
 from ...manifest import Manifest, TensorSpec
-from ...memory.addresses import PAGE
 from ...memory.digest import Digest
 from ...memory.guards import Guard
 from ...memory.host import ALIGNMENT, host_empty
@@ -39,8 +38,6 @@ from .pieces import Mosaic, faults
 from .place import NAME, DcpPlace
 from .saved import SavedTensor, Stored, read_saved
 from .strips import Strip, single, strip
-
-_PIECE = 4 * 1024 * 1024  # bytes that go through a slot at once; several threads do so
 
 
 class _Home(NamedTuple):
@@ -150,14 +147,16 @@ class DcpSource:
         advance: Callable[[int], None] | None = None,
         stop: threading.Event | None = None,
     ) -> dict[str, int]:
-        """Do all the reads, see ``contracts.Addressed``. Rows that are too short go through 1 MiB of our own.
+        """Do all the reads, see ``contracts.Addressed``. Bytes that lie between short rows are read, and not counted.
+
+        What a sink gets out of several parts is put together in a slot; its short rows go through 1 MiB of our own.
 
         Raises:
             CheckpointError: a part cannot be read in place, and why; nothing of these reads was done.
         """
         self._begin()
         run = ReadCall(pool, threads, advance, stop or threading.Event())
-        straight, joint = Orders(min(_PIECE, pool.slot_nbytes - 2 * PAGE)), []
+        straight, joint = Orders(), []
         reads = list(reads)  # What is written by address stays alive.
         for read, memory, strips in self._located(reads):
             if memory is not None:
@@ -288,11 +287,11 @@ class DcpSource:
 
     def _fill(self, reads: Iterable[Read], run: ReadCall) -> None:
         """Do reads into memory without a slot of the pool: the caller may hold the only one."""
-        orders = Orders(None)
+        orders = Orders()
         for _, memory, strips in self._located(reads):
             assert memory is not None
             orders.put(strips, memory)
-        run.do(orders, "buffered")
+        run.do_without_slots(orders)
 
     # Streams.
 

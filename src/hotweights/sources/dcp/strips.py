@@ -15,8 +15,9 @@ from ...memory.host import host_empty
 from ..files.file import File
 from ..files.reading import Segment
 
-_RUN = 512  # bytes of a row from which it is read by itself; below that the bytes between are read too
-_LONG = 32 * 1024  # bytes of a row that take as long to copy as a read of their own takes to begin
+# What a read of its own costs, in bytes that are read and copied in that time: some 10 us where the memory is scattered
+# and the file is not, some 100 us where the file is.
+_LONG, _GAP = 32 * 1024, 64 * 1024
 _SCRATCH = 1024 * 1024  # bytes that are read at once where rows are short
 
 
@@ -55,21 +56,32 @@ def single(piece: Strip) -> bool:
 
 
 def by_rows(piece: Strip) -> bool:
-    """Whether its rows are long enough to be read straight into place."""
-    row = piece.lying.shape[-1] if piece.lying.stride[-1] == piece.going.stride[-1] == 1 else 1
-    return single(piece) or row >= (_LONG if dense(piece) else _RUN)
+    """Whether its rows are read straight into place: they are long, or much lies between them in the file."""
+    if single(piece):
+        return True
+    if not piece.lying.stride[-1] == piece.going.stride[-1] == 1:
+        return False
+    row = piece.lying.shape[-1]
+    count = piece.lying.nbytes // row
+    between = spanned(piece) - piece.lying.nbytes
+    return between >= count * _GAP or (between == 0 and row >= _LONG)
 
 
-def dense(piece: Strip) -> bool:
-    """Whether no other bytes lie between its own."""
-    return _nbytes(piece.lying) == piece.lying.nbytes
+def spanned(piece: Strip) -> int:
+    """Bytes from its first to its last in the file."""
+    return _nbytes(piece.lying)
 
 
-def through_slots(piece: Strip, memory: torch.Tensor, limit: int) -> Iterator[Segment]:
+def through_slots(piece: Strip, memory: torch.Tensor, limit: int, arrive: Callable[[int], None]) -> Iterator[Segment]:
     """Reads of at most ``limit`` bytes that the pool's slots hold, and that are copied from there into ``memory``."""
+
+    def sink(part: Strip, raw: torch.Tensor) -> None:
+        _copy(part, memory, raw)
+        arrive(part.lying.nbytes)
+
     for part in _parts(piece, limit):
         start, stop = extent(part.lying)
-        yield Segment(piece.file, start, stop - start, partial(_copy, part, memory))
+        yield Segment(piece.file, start, stop - start, partial(sink, part))
 
 
 def _copy(piece: Strip, memory: torch.Tensor, raw: torch.Tensor) -> None:

@@ -14,7 +14,7 @@ from typing import NamedTuple, overload
 
 from ...errors import CheckpointError
 from ...text import some
-from ..dcp.place import is_dcp, unfinished_dcp
+from ..dcp.place import is_dcp, parts_of_dcp, unfinished_dcp
 from .index import files_named_by, lies_outside
 from .layout import DIFFUSERS, Layout
 from .place import Place, Remote, exists, is_dir, names_in, text_of
@@ -103,6 +103,8 @@ def find(directory: Place, layout: Layout, variant: str | None = None) -> Choice
         CheckpointError: none, or several, and nothing says which; it says what to type.
     """
     names = names_in(directory)
+    if (why := parts_of_dcp(names)) is not None:
+        raise CheckpointError(f"{directory}: {why}")
     choice = _choose(directory, names, layout, variant)
     if "model_index.json" in names and not (choice and choice.known):
         itself = f", or open {directory / choice.files[0]} itself" if choice and choice.files else ""
