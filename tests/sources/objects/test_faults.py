@@ -234,18 +234,23 @@ def test_a_source_that_is_forgotten_is_closed_and_said(serve, checkpoint):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_forked_child_is_told_to_open_it_anew(serve, checkpoint):
+def test_a_forked_child_is_told_what_to_do(serve, checkpoint):
     with hw.open(serve(checkpoint).url + "/m/model.safetensors") as source:
         ours, theirs = os.pipe()
         child = os.fork()
         if child == 0:
-            try:
-                source._store.names("m")
-            except BaseException as error:
-                os.write(theirs, pickle.dumps(str(error)))
+            says = []
+            for ask in (source.check, lambda: dict(source.tensors()), lambda: hw.open(source.files[0])):
+                try:
+                    ask()
+                except BaseException as error:
+                    says.append(str(error))
+            os.write(theirs, pickle.dumps(says))
             os._exit(0)
         os.close(theirs)
-        assert "open it anew in the child" in pickle.loads(os.read(ours, 1000))
+        says = pickle.loads(os.read(ours, 10_000))
+        assert len(says) == 2  # ``check`` asks nobody.
+        assert all('multiprocessing.get_context("spawn")' in text for text in says)
         os.close(ours)
         os.waitpid(child, 0)
 

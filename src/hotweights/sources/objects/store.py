@@ -33,6 +33,14 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 5.0  # seconds between two tries; each is a
 _LOGINS = 3  # tries after which credentials that worked before count as expired
 
 
+# The threads of the package that asks are not in a forked child, and whoever asks there waits for ever.
+_process: int | None = None  # which first asked; set once
+_FORKED = (
+    "{}: this process was forked from one that had asked stores, and cannot; start it otherwise, by "
+    'multiprocessing.get_context("spawn")'
+)
+
+
 class Opened:
     """What the first request for an object brought: which object it is, and its first bytes."""
 
@@ -87,7 +95,11 @@ class Store:
         self.deadline = deadline
         self.requests = requests
         self._endpoint = endpoint
+        global _process
+        _process = _process or os.getpid()
         self._process = os.getpid()
+        if _process != self._process:
+            raise UsageError(_FORKED.format(shown))
         self._answered = False  # Whether it ever gave bytes: credentials were good then. Changes in the loop's thread.
         self._lock = threading.RLock()
         # These change under the lock.
@@ -168,7 +180,7 @@ class Store:
                 work.close()
                 if self._closed:
                     raise Closed(f"{self.shown} was closed")
-                raise UsageError(f"{self.shown} was opened before this process was forked; open it anew in the child")
+                raise UsageError(_FORKED.format(self.shown))
             self._loop.call_soon_threadsafe(asked.begin)
         return asked
 
