@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import timedelta
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
@@ -17,6 +18,8 @@ from .store import Store
 
 SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "abfss", "http", "https")
 """What addresses of stores begin with."""
+WRITTEN = ("s3", "s3a", "gs", "az", "abfs", "abfss")
+"""Those of them that can be written to."""
 # Two letters at least: one is a drive of Windows. Path() makes one slash of two.
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/{1,2}(?P<rest>[^/].*)", re.DOTALL)
 _OBJECTS = (".safetensors", ".json", ".bin", ".pt", ".pth")  # How the names of objects end; others are directories.
@@ -51,8 +54,10 @@ def parts_of(text: str) -> Parts | None:
     return Parts(match[1].lower(), host, key)
 
 
-def connect(addresses: Sequence[Parts], options: Mapping[str, object] | None) -> list[Address]:
+def connect(addresses: Sequence[Parts], options: Mapping[str, object] | None, *, writes: bool = False) -> list[Address]:
     """A connection to the store of these addresses. Nothing is asked yet. The caller closes their ``store``.
+
+    With ``writes`` the package itself tries requests again: what is written cannot go on where a try ended.
 
     Raises:
         MissingPackage: ``obstore`` is not installed.
@@ -63,7 +68,7 @@ def connect(addresses: Sequence[Parts], options: Mapping[str, object] | None) ->
     check_seconds(**{f'store={{"{name}"}}': value for name, value in ours.items() if name == "deadline"})
     check_count(1, **{f'store={{"{name}"}}': value for name, value in ours.items() if name == "requests"})
     keys = [_key(parts) for parts in addresses]
-    endpoint = Obstore(_package_store(addresses[0], options))
+    endpoint = Obstore(_package_store(addresses[0], options, ours.get("deadline", 60.0) if writes else None))
     store = Store(endpoint, addresses[0].shown, **ours)
     return [Address(store, key) for key in keys]
 
@@ -79,7 +84,7 @@ def _key(parts: Parts) -> str:
     return unquote(parts.key).strip("/")
 
 
-def _package_store(parts: Parts, options: dict[str, object]) -> Any:
+def _package_store(parts: Parts, options: dict[str, object], retries: float | None) -> Any:
     try:
         import obstore  # noqa: F401  # First: where it is not, the error names it.
         from obstore.store import HTTPStore, from_url
@@ -92,6 +97,8 @@ def _package_store(parts: Parts, options: dict[str, object]) -> Any:
     if parts.scheme == "http" or str(endpoint).startswith("http://"):
         client.setdefault("allow_http", True)  # It is written out.
     limits: dict[str, Any] = {"retry_config": {"max_retries": 0}}  # ``Store`` tries again, and counts.
+    if retries is not None:
+        limits = {"retry_config": {"max_retries": 10, "retry_timeout": timedelta(seconds=retries)}}
     if client:  # Else not: these replace all that variables such as AWS_ALLOW_HTTP say.
         limits["client_options"] = client
     url, problem = f"{parts.scheme}://{parts.host}", ""

@@ -15,6 +15,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Future, wait
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from ... import signals
@@ -162,6 +163,14 @@ class Store:
             Closed: the store was closed, or ``ended`` said true.
         """
         self._wait(self._ask(self._read(key, pin, _Places(buffers), start)), ended)
+
+    def put(self, key: str, file: Path, mode: object) -> None:
+        """Write an object from a file, whole or not at all. ``mode`` is obstore's. Errors are those of its package."""
+        self._wait(self._ask(self._endpoint.put(key, file, mode)))
+
+    def delete(self, key: str) -> None:
+        """Delete an object. Errors are those of its package."""
+        self._wait(self._ask(self._endpoint.delete(key)))
 
     def close(self) -> None:
         """End every request and every wait. May be called twice."""
