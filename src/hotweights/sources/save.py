@@ -26,7 +26,7 @@ from .contracts import Source
 from .files.staging import Staging
 from .files.writer import Writer, unwritable
 from .iterator import from_iterator
-from .objects.address import WRITTEN, Address, check_store, connect, parts_of
+from .objects.address import WRITTEN, Address, check_store, connect, is_store, parts_of, within
 from .objects.upload import Upload
 from .opening import AnySource, is_pairs, opened
 from .pairs import Pair
@@ -87,7 +87,7 @@ def save(
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
     beside: Sequence[str | os.PathLike[str]] = (),
-    store: Mapping[str, object] | None = None,
+    store: object = None,
 ) -> SaveReport:
     """Save tensors as safetensors: all of them, or nothing. One tensor is in memory at a time besides the source's own.
 
@@ -105,7 +105,7 @@ def save(
         metadata: free text for each file besides ``{"format": "pt"}``.
         beside: files that are copied into the directory, such as a ``config.json``. A new directory appears with them;
             in one that exists they follow the weights.
-        store: of an address: options, see ``hotweights.open``.
+        store: of an address: options, or a store of obstore, see ``hotweights.open``.
 
     Raises:
         SaveError: the format cannot hold a tensor, or the files cannot be written.
@@ -196,12 +196,19 @@ def _is_utf8(text: str) -> bool:
 
 
 @contextmanager
-def _placed(where: str | os.PathLike[str], store: Mapping[str, object] | None) -> Iterator[Path | Address]:
+def _placed(where: str | os.PathLike[str], store: object) -> Iterator[Path | Address]:
     if not isinstance(where, (str, os.PathLike, bytes)) or "\0" in os.fsdecode(where):
         raise UsageError(f"where= is the path of a directory, or of a file that ends in .safetensors; found {where!r}")
     text = os.fsdecode(where)
     check_store(store)
     parts = parts_of(text)
+    if is_store(store):
+        (address,) = within(store, [text], writes=True)
+        try:
+            yield address
+        finally:
+            address.store.close()
+        return
     if parts is None:
         if store is not None:
             raise UsageError("store= is for addresses, such as s3://bucket/model; leave it out")

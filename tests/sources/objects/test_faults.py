@@ -277,7 +277,9 @@ def test_what_makes_no_sense_is_refused_before_anything_is_asked(address, option
 
 
 def test_readers_of_other_packages_read_files_only():
-    with pytest.raises(hw.UsageError, match="the reader 'safetensors' reads files; leave reader= out for http://h/"):
+    with pytest.raises(
+        hw.UsageError, match="the reader 'safetensors' reads files, no stores; leave reader= out for http://h/"
+    ):
         hw.open("http://h/m", reader="safetensors")
 
 

@@ -13,6 +13,7 @@ from ...arguments import check_count, check_seconds, shown
 from ...errors import MissingPackage, UsageError
 from ..files.place import Remote
 from .endpoint import Obstore
+from .filesystem import Filesystem
 from .object import Object
 from .store import Store
 
@@ -54,7 +55,7 @@ def parts_of(text: str) -> Parts | None:
     return Parts(match[1].lower(), host, key)
 
 
-def connect(addresses: Sequence[Parts], options: Mapping[str, object] | None, *, writes: bool = False) -> list[Address]:
+def connect(addresses: Sequence[Parts], options: object, *, writes: bool = False) -> list[Address]:
     """A connection to the store of these addresses. Nothing is asked yet. The caller closes their ``store``.
 
     With ``writes`` the package itself tries requests again: what is written cannot go on where a try ended.
@@ -63,6 +64,7 @@ def connect(addresses: Sequence[Parts], options: Mapping[str, object] | None, *,
         MissingPackage: ``obstore`` is not installed.
         UsageError: an option is unknown, or the address has a question mark.
     """
+    assert options is None or isinstance(options, Mapping)  # by ``check_store``
     options = dict(options or {})
     ours: dict[str, Any] = {name: options.pop(name) for name in _OURS if name in options}
     check_seconds(**{f'store={{"{name}"}}': value for name, value in ours.items() if name == "deadline"})
@@ -177,6 +179,35 @@ class Address(Remote):
 
 
 def check_store(store: object) -> None:
-    """Raise ``UsageError`` unless it is a mapping of options, or ``None``."""
-    if store is not None and not isinstance(store, Mapping):
-        raise UsageError(f'store= is a mapping of options, such as {{"region": "eu-west-1"}}; found {shown(store)}')
+    """Raise ``UsageError`` unless it is a mapping of options, an object that is asked itself, or ``None``."""
+    if not (store is None or isinstance(store, Mapping) or is_store(store)):
+        raise UsageError(
+            'store= is a mapping of options, such as {"region": "eu-west-1"}, a store of obstore, or a file system of '
+            f"fsspec; found {shown(store)}"
+        )
+
+
+def is_store(store: object) -> bool:
+    """Whether it is a store of obstore, or a file system of fsspec: neither package is imported to find out."""
+    return _of(store, "obstore") or _of(store, "fsspec")
+
+
+def within(store: object, paths: Iterable[str], *, writes: bool = False) -> list[Address]:
+    """Places in a store of the caller's, which stays open. The caller closes their ``store``.
+
+    Raises:
+        UsageError: it is to be written to, and is a file system.
+    """
+    if not _of(store, "obstore"):
+        if writes:
+            raise UsageError("file systems of fsspec are only read; save to a directory, and upload that")
+        protocol = getattr(store, "protocol", "")
+        name = protocol if isinstance(protocol, str) else protocol[0]
+        mine = Store(Filesystem(store), f"{name}:/")
+    else:
+        mine = Store(Obstore(store), type(store).__name__)
+    return [Address(mine, path.strip("/")) for path in paths]
+
+
+def _of(store: object, package: str) -> bool:
+    return any(kind.__module__.partition(".")[0] == package for kind in type(store).__mro__)

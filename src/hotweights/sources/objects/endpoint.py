@@ -107,6 +107,8 @@ class Refusal:
             return cls(answer or "412", again=False, replaced=True)
         if "NotPartial" in text or "RangeNotSupported" in text:
             return cls("all of the object instead of a range", again=False, ignores_ranges=True)
+        if isinstance(error, PermissionError):
+            return cls("no permission", again=False, login=True)
         expired = code is not None and code[1] in _OF_CREDENTIALS
         if kind in ("UnauthenticatedError", "PermissionDeniedError") or number in (401, 403) or expired:
             return cls(answer or "no permission", again=False, login=True)
