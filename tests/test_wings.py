@@ -21,7 +21,7 @@ memory plan sources model transfer tracing loading routing live engines testing 
 """.split()
 WORDS = """
 errors dtypes manifest sharding boxes ranges arguments text progress timeline notices forked gc_pause signals names
-rename on_demand
+rename on_demand shell
 """.split()
 
 
@@ -147,14 +147,15 @@ def test_no_two_files_of_a_wing_differ_by_an_ending_only():
 def test_the_public_words_are_these():
     assert hotweights.__all__ == sorted(hotweights.__all__)
     words = """
-    from_iterator load open save trace Manifest TensorSpec OpaqueDtype Lease Pool PoolStats Fate LoadPlan LoadReport
+    build from_iterator load open save trace Manifest TensorSpec OpaqueDtype Lease Pool PoolStats Fate LoadPlan
+    LoadReport
     route Component RouteReport RoutingError
     HotweightsError CheckpointError CheckpointChanged UnsupportedDtype PlanError PlanFileError PlanDiffers
     LiveModel LiveModelError State Update UpdateReport Digest UpdateAborted CommitHookError
     TiedWeightsDiffer IncompleteLoad PoolTimeout UsageError StaleLease BorrowedTensor Closed UnknownName
     MissingPackage NoManifest SourceError StoreError SaveError SaveReport
     Sender Receiver SendReport TransferError TransferAborted TransferIncomplete TransferTimeout PeerLost ProtocolError
-    AddressTaken follow Version Versions
+    TransferInDoubt AddressTaken follow Version Versions
     """
     assert set(hotweights.__all__) == set(words.split())
     assert all(hasattr(hotweights, name) for name in hotweights.__all__)

@@ -30,6 +30,7 @@ from .errors import (
     TransferAborted,
     TransferError,
     TransferIncomplete,
+    TransferInDoubt,
     TransferTimeout,
     UnknownName,
     UnsupportedDtype,
@@ -40,6 +41,7 @@ from .manifest import Manifest, TensorSpec
 from .on_demand import on_demand
 
 if TYPE_CHECKING:
+    from .engines.build import build
     from .live.model import LiveModel
     from .live.report import UpdateReport
     from .live.state import State
@@ -107,6 +109,7 @@ __all__ = [
     "TiedWeightsDiffer",
     "TransferAborted",
     "TransferError",
+    "TransferInDoubt",
     "TransferIncomplete",
     "TransferTimeout",
     "UnknownName",
@@ -117,6 +120,7 @@ __all__ = [
     "UsageError",
     "Version",
     "Versions",
+    "build",
     "follow",
     "from_iterator",
     "load",
@@ -149,6 +153,7 @@ _HOMES = {
     "UpdateReport": "live.report",
     "Version": "sources.versions",
     "Versions": "sources.versions",
+    "build": "engines.build",
     "follow": "sources.versions",
     "from_iterator": "sources.iterator",
     "load": "loading.load",

@@ -21,6 +21,7 @@
     ├── TransferError           a transfer between processes failed
     │   ├── TransferAborted     this update was given up; every member holds what it held before
     │   ├── TransferIncomplete  the group took the version, and some members were lost on the way
+    │   ├── TransferInDoubt     this member lost its sender and cannot tell whether the group took the version
     │   ├── TransferTimeout     nobody answered in time
     │   ├── PeerLost            the process on the other end is gone
     │   ├── ProtocolError       the other end broke the protocol
@@ -65,6 +66,7 @@ __all__ = [
     "TiedWeightsDiffer",
     "TransferAborted",
     "TransferError",
+    "TransferInDoubt",
     "TransferIncomplete",
     "TransferTimeout",
     "UnknownName",
@@ -73,6 +75,7 @@ __all__ = [
     "UsageError",
 ]
 
+_MANY = 6  # From this many names on, what is said of all of them in the same words is said once.
 _SHOWN = 50  # A 20,000-tensor mismatch must not bury the terminal; `problems` holds all of them.
 
 
@@ -111,11 +114,29 @@ class _Problems(HotweightsError):
             return self.title
         if len(self.problems) == 1:
             return f"{self.title}: {self.problems[0]}"
+        shown = _alike(self.problems)
+        if len(shown) == 1:
+            return f"{self.title}: {shown[0]}"
         lines = [f"{self.title}: {len(self.problems)} problems"]
-        lines += [f"  - {problem}" for problem in self.problems[:_SHOWN]]
-        if len(self.problems) > _SHOWN:
-            lines.append(f"  ... and {len(self.problems) - _SHOWN} more (see .problems)")
+        lines += [f"  - {problem}" for problem in shown[:_SHOWN]]
+        if len(shown) > _SHOWN:
+            lines.append(f"  ... and {len(shown) - _SHOWN} more (see .problems)")
         return "\n".join(lines)
+
+
+def _alike(problems: tuple[str, ...]) -> list[str]:
+    """The problems, those of many names in one line with their count: ``a, b, c and 98 more: lies on meta``."""
+    names: dict[str, list[str]] = {}
+    for problem in problems:
+        name, _, reason = problem.partition(": ")
+        names.setdefault(reason, []).append(name)
+    lines: dict[str, None] = {}
+    for problem in problems:
+        reason = problem.partition(": ")[2]
+        same = names[reason]
+        many = reason and len(same) >= _MANY
+        lines[f"{', '.join(same[:3])} and {len(same) - 3} more: {reason}" if many else problem] = None
+    return list(lines)
 
 
 class CheckpointError(_Problems):
@@ -202,6 +223,13 @@ class TransferIncomplete(TransferError):
     def __init__(self, title: str, problems: Iterable[str] = (), *, committed: tuple[str, ...] = ()) -> None:
         super().__init__(title, problems)
         self.committed = committed
+
+
+class TransferInDoubt(TransferError):
+    """This member voted for the version, and lost its sender on another host before it heard the decision.
+
+    It does not take the version; others may have it. The next version that is sent ends the doubt.
+    """
 
 
 class TransferTimeout(TransferError, TimeoutError):

@@ -15,7 +15,8 @@ from .errors import UsageError
 from .text import some
 
 if TYPE_CHECKING:
-    from .sharding import Part  # It needs torch.
+    from .sharding import Part  # They need torch.
+    from .shell import Shell
 
 
 class TensorSpec(msgspec.Struct, frozen=True, gc=False):
@@ -27,6 +28,7 @@ class TensorSpec(msgspec.Struct, frozen=True, gc=False):
         shape: as torch counts it (packed dtypes in packs); for an ``OpaqueDtype``, as the format counts it.
         nbytes: size in bytes, without padding. It follows from the others and is not given.
         part: which part of a tensor it is, where a rank holds no more; the shape is that of the part.
+        shell: the wrapper in which it lies, such as torchao's.
     """
 
     name: str
@@ -34,6 +36,7 @@ class TensorSpec(msgspec.Struct, frozen=True, gc=False):
     shape: tuple[int, ...]
     nbytes: int = -1
     part: Part | None = None
+    shell: Shell | None = None
 
     def __post_init__(self) -> None:
         # Worked out once: every tensor is asked for it many times.
@@ -42,7 +45,8 @@ class TensorSpec(msgspec.Struct, frozen=True, gc=False):
 
     def __str__(self) -> str:
         part = "" if self.part is None else f" (a part: {self.part})"
-        return f"{self.name}: {format_name(self.dtype)} {list(self.shape)}{part}"
+        shell = "" if self.shell is None else f" (in a {self.shell})"
+        return f"{self.name}: {format_name(self.dtype)} {list(self.shape)}{part}{shell}"
 
 
 _NOT_RENAMED: Mapping[str, str] = {}

@@ -1,7 +1,8 @@
-"""Progress of long work: a bar on a terminal, nothing anywhere else."""
+"""Progress of long work: a bar on a terminal or in a notebook, nothing anywhere else."""
 
 from __future__ import annotations
 
+import importlib
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -40,15 +41,20 @@ def progress(title: str, nbytes: int, *, show: bool | None = None) -> Iterator[C
     Args:
         title: what is being done.
         nbytes: bytes in all.
-        show: whether to draw; by default if standard error is a terminal.
+        show: whether to draw; by default if standard error is a terminal, or in a notebook that has ipywidgets.
     """
     stream = _Stream()
-    if not (stream.isatty() if show is None else show):
+    # rich is not imported for nothing: it takes as long as a small load.
+    if show is False or (show is None and not stream.isatty() and "IPython" not in sys.modules):
         yield lambda _: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+    console = Console(file=stream)  # type: ignore[arg-type]  # It has what rich uses.
+    if not (_has_widgets() if console.is_jupyter else show or stream.isatty()):
+        yield lambda _: None
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -56,13 +62,28 @@ def progress(title: str, nbytes: int, *, show: bool | None = None) -> Iterator[C
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    console = Console(file=stream)  # type: ignore[arg-type]  # It has what rich uses.
     lock = threading.Lock()
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(title, total=nbytes)
+    bar = Progress(*columns, console=console, transient=True)
+    task = bar.add_task(title, total=nbytes)
 
-        def advance(count: int) -> None:
-            with lock:
-                bar.advance(task, count)
+    def advance(count: int) -> None:
+        with lock:
+            bar.advance(task, count)
 
+    with suppress(Exception):  # A kernel may be gone, as a terminal may.
+        bar.start()
+    try:
         yield advance
+    finally:
+        with suppress(Exception):
+            bar.stop()
+
+
+def _has_widgets() -> bool:
+    """Whether rich can draw in a notebook; without these it would warn instead."""
+    try:
+        for name in ("IPython.display", "ipywidgets"):
+            importlib.import_module(name)
+    except Exception:  # Whatever a broken package raises.
+        return False
+    return True

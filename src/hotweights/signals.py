@@ -7,7 +7,8 @@ thread at the places where signals are delivered.
 
 from __future__ import annotations
 
-import _signal  # type: ignore[import-not-found]  # `signal.getsignal` makes an enum of each answer: ten times slower.
+# Not those of `signal`: they make enums of what they return, slowly, and in lines that belong to no function of ours.
+import _signal  # type: ignore[import-not-found]
 import contextlib
 import functools
 import signal
@@ -193,18 +194,18 @@ class _Watch:
 
     def begin(self) -> object:
         watcher = object()
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        blocked = _signal.pthread_sigmask(signal.SIG_BLOCK, ())
         try:
             # One that is not watched yet could raise, and one more in the lines that take back what was begun.
-            signal.pthread_sigmask(signal.SIG_BLOCK, _NUMBERS)
+            _signal.pthread_sigmask(signal.SIG_BLOCK, _NUMBERS)
             for number in _NUMBERS:
                 handler = _signal.getsignal(number)
                 if callable(handler) and handler != self.take:
                     self._before[number] = handler
-                    signal.signal(number, self.take)
+                    _signal.signal(number, self.take)
             self.watchers.add(watcher)
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+            _signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         return watcher
 
     def end(self, watcher: object) -> None:
@@ -221,14 +222,14 @@ class _Watch:
             _deliver_signals()
 
     def _put_back(self) -> None:
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        blocked = _signal.pthread_sigmask(signal.SIG_BLOCK, ())
         try:
-            signal.pthread_sigmask(signal.SIG_BLOCK, self._before)
+            _signal.pthread_sigmask(signal.SIG_BLOCK, self._before)
             for number, handler in self._before.items():
                 if _signal.getsignal(number) == self.take:  # Nobody put another one there meanwhile.
-                    signal.signal(number, handler)
+                    _signal.signal(number, handler)
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+            _signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
     def take(self, number: int, frame: FrameType | None) -> None:
         if self.interruptions and number not in self.interruptions[-1].numbers:

@@ -42,13 +42,13 @@ class Timeline:
     Attributes:
         events: those that have ended.
         began: when it began, by ``time.perf_counter``.
+        open_nbytes: says how much device memory open layers take now.
     """
 
-    def __init__(self, open_nbytes: Callable[[], int] = int) -> None:
-        """``open_nbytes`` says how much device memory open layers take now."""
+    def __init__(self) -> None:
         self.events: list[TimelineEvent] = []
         self.began = time.perf_counter()
-        self._open_nbytes = open_nbytes
+        self.open_nbytes: Callable[[], int] = int
 
     @contextmanager
     @held
@@ -64,7 +64,7 @@ class Timeline:
     def note(self, what: str, of: str, began: float) -> None:
         """Note an event that ends now. Where ``event`` would take longer than what it times."""
         now = time.perf_counter()
-        self.events.append(TimelineEvent(what, of, began - self.began, now - began, self._open_nbytes()))
+        self.events.append(TimelineEvent(what, of, began - self.began, now - began, self.open_nbytes()))
 
     def each(self, what: str, items: Iterable[_Item]) -> Iterator[_Item]:
         """The items; each wait for the next one is an event."""

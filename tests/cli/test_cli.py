@@ -41,16 +41,21 @@ def flags(command):
 
 
 def test_commands_and_flags():
-    assert set(COMMANDS) == {*"inspect verify diff copy convert follow plan load send receive demo".split()}
+    assert set(COMMANDS) == {*"inspect verify diff copy convert follow plan load send receive keys demo".split()}
     assert flags("--help") == {"--version", "--help"}
     shared, allowing = {"--json", "--timeout", "--help"}, {"--allow-missing", "--allow-unexpected", "--cast"}
-    assert flags("send") == shared | {"--to", "--receivers", "--version", "--on-lost", "--digests", "--no-digests"}
-    assert flags("receive") == shared | {"--from", "--model", "--device", "--versions", "--offer-timeout"} | allowing
+    assert flags("send") == shared | {
+        *"--to --receivers --version --on-lost --digests --no-digests --keys --insecure".split()
+    }
+    assert flags("receive") == shared | allowing | {
+        *"--from --model --device --versions --offer-timeout --keys --insecure".split()
+    }
+    assert flags("keys") == {"--hosts", "--days", "--help"}
     assert flags("inspect") == {
         *"--json --limit --reader --variant --subfolder --quiet --files-from --help".split(),
     }
-    assert flags("verify") == {"--json", "--digests", "--write", "--help"}
-    assert flags("diff") == {"--json", "--help"}
+    assert flags("verify") == {"--json", "--digests", "--write", "--variant", "--subfolder", "--help"}
+    assert flags("diff") == {"--json", "--variant", "--subfolder", "--help"}
     assert flags("copy") == {"--json", "--shard-size", "--variant", "--subfolder", "--help"}
     assert flags("convert") == {"--json", "--shard-size", "--dtype", "--reader", "--variant", "--subfolder", "--help"}
     assert flags("follow") == {
@@ -199,7 +204,7 @@ class TestVerify:
         result = run("verify", checkpoint, "--digests", tmp_path / "digests", "--json")
         problems = json.loads(result.output)["error"]["problems"]
         assert result.exit_code == 1
-        assert [problem.partition(":")[0] for problem in problems] == ["tensor 'a.weight'", "tensor 'b'", "tensor 'c'"]
+        assert [problem.partition(":")[0] for problem in problems] == ["tensor 'b'", "tensor 'c'"]  # Nothing was read.
 
     def test_sha256(self, checkpoint, tmp_path):
         file = checkpoint / "model.safetensors"
@@ -211,6 +216,16 @@ class TestVerify:
         assert "model.safetensors: sha256" in result.stderr
         (tmp_path / "sums").write_text(f"{'0' * 64}  other.safetensors\n")
         assert "model.safetensors: not in the list" in run("verify", checkpoint, "--digests", tmp_path / "sums").stderr
+
+    def test_a_variant_in_a_folder(self, tmp_path):
+        write_checkpoint(tmp_path / "unet", {"a": torch.ones(2)})
+        hotweights.save({"a": torch.zeros(2)}, tmp_path / "unet" / "model.fp16.safetensors")
+        chosen = ("--subfolder", "unet", "--variant", "fp16")
+        written = run("verify", tmp_path, *chosen, "--write", tmp_path / "digests")
+        assert written.exit_code == 0
+        assert written.output != run("verify", tmp_path, "--subfolder", "unet").output
+        assert run("verify", tmp_path, *chosen, "--digests", tmp_path / "digests").exit_code == 0
+        assert run("verify", tmp_path / "unet", "--digests", tmp_path / "digests").exit_code == 1
 
     @pytest.mark.parametrize("text", ["", "nonsense", "{", "{}", '{"tensors": 3}'])
     def test_no_digests(self, text, checkpoint, tmp_path):
@@ -228,6 +243,17 @@ class TestVerify:
 
 
 class TestDiff:
+    def test_a_variant_in_a_folder(self, tmp_path):
+        for name, value in (("a", 1.0), ("b", 2.0)):
+            write_checkpoint(tmp_path / name / "unet", {"t": torch.tensor(0.0)})
+            hotweights.save({"t": torch.tensor(value)}, tmp_path / name / "unet" / "model.fp16.safetensors")
+        chosen = ("--subfolder", "unet", "--variant", "fp16")
+        assert run("diff", tmp_path / "a", tmp_path / "b", "--subfolder", "unet").exit_code == 0
+        assert run("diff", tmp_path / "a", tmp_path / "b", *chosen).exit_code == 1
+        copy = tmp_path / "b" / "unet" / "model.fp16.safetensors"  # A file has nothing to choose from.
+        assert run("diff", tmp_path / "b", copy, *chosen).output == "equal: 1 tensors\n"
+        assert run("diff", copy, copy, *chosen).exit_code == 2
+
     def test_what_differs(self, tmp_path):
         same, nan = torch.arange(4.0), torch.tensor([1.0, torch.nan])
         left = {
@@ -428,7 +454,7 @@ class TestPlan:
         (tmp_path / "config.json").write_text(json.dumps(config))
         refused = run("plan", bert, "--model", tmp_path)
         assert refused.exit_code == 1
-        assert 'cast="loader" allows it' in refused.stderr
+        assert 'cast="floats" allows it' in refused.stderr
         for cast in ("floats", "loader"):  # as the error says
             assert run("plan", bert, "--model", tmp_path, "--cast", cast).exit_code == 0
 

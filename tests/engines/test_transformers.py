@@ -425,7 +425,7 @@ class TestRefusals:
         layer = model.model.layers[0]
         layer.__class__ = type("Extra", (type(layer),), {"set_extra_state": lambda self, state: None})
         assert self.refused(model, saved("llama").directory) == (
-            "module model.layers.0: keeps extra state; by name it would stay as it is",
+            "model.layers.0._extra_state: Extra keeps extra state, which the model's framework would not give it",
         )
 
 

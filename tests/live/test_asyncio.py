@@ -76,15 +76,17 @@ def test_tasks_that_overlap_do_not_starve_an_update(atomic):
             pending = []
             while not done.is_set():
                 entered, may_end = asyncio.Event(), asyncio.Event()
-                pending.append((asyncio.create_task(reader(entered, may_end)), may_end))
+                pending.append((entered, asyncio.create_task(reader(entered, may_end)), may_end))
                 for _ in range(3):
                     await asyncio.sleep(0)
                 if len(pending) > 1:
-                    task, end = pending.pop(0)
+                    # Who came later may have entered first; who waits behind the update waits for that one too.
+                    pending.sort(key=lambda item: not item[0].is_set())
+                    _, task, end = pending.pop(0)
                     end.set()
                     # Once an update waits, the newer one waits behind it.
                     await task
-            for task, end in pending:
+            for _, task, end in pending:
                 end.set()
                 await task
 

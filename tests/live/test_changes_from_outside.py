@@ -61,7 +61,7 @@ def test_load_state_dict_between_two_updates():
     live.update(tensors(model, 1))
     assert holds(model, tensors(model, 1))
     model.load_state_dict(tensors(model, 5), assign=True)
-    with pytest.raises(hw.UpdateAborted, match=r"a new live model: 6 problems\n  - 0\.bias: something else"):
+    with pytest.raises(hw.UpdateAborted, match=r"a new live model: 0\.bias, .* and 3 more: something else"):
         live.update(tensors(model, 1))
     assert holds(model, tensors(model, 5))
 

@@ -75,6 +75,11 @@ def by_nobody(live, number):
         update.feed(version_of(number))
 
 
+def by_checked(live, number):
+    check = None if live._atomic is False else lambda model: values(model) == {float(number)}
+    live.update(version_of(number), version=number, check=check)
+
+
 def while_serving(live, number):
     with live.serving() as version:
         assert values(live.model) == {float(version)}
@@ -99,7 +104,7 @@ def check(live, number, where):
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("lines", LINES)
-@pytest.mark.parametrize("act", [by_update, by_stream, by_pushes, by_nobody, while_serving])
+@pytest.mark.parametrize("act", [by_update, by_stream, by_pushes, by_nobody, by_checked, while_serving])
 @pytest.mark.parametrize("atomic", WAYS)
 def test_at_every_line_of_an_update(atomic, act, lines):
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -126,6 +131,27 @@ def test_at_every_line_of_an_update(atomic, act, lines):
     assert missed <= 1 + raised / 10, f"{missed} of {raised} lines were not run again"
     if act not in (while_serving, by_nobody):
         assert (hw.State.TORN in states) == (atomic is False)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("lines", [lambda act: at_every(7), LINES[1]])
+@pytest.mark.parametrize("atomic", ["staged", "journal"])
+def test_at_every_line_of_a_rollback(atomic, lines):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    live = hw.LiveModel(Model(), process=process, layers="processed", atomic=atomic, keep_previous=True)
+    live.load(version_of(1), version=1)
+    live.update(version_of(2), version=2)
+    versions = set()
+    for interrupting in lines(live.rollback):
+        live.update(version_of(3), version=3)
+        live.update(version_of(4), version=4)
+        with interrupting, contextlib.suppress(KeyboardInterrupt):
+            live.rollback()
+            assert interrupting.where is None, f"{interrupting.where}: it was swallowed"
+        assert live.version in (3, 4)
+        versions.add(live.version)
+        check(live, 5, interrupting.where)
+    assert versions == {3, 4}
 
 
 @pytest.mark.timeout(600)
@@ -228,24 +254,35 @@ def test_a_handler_that_raises_nothing_is_called_once_and_ends_nothing():
 
 
 def test_signals_in_a_row_while_watching_begins_leave_the_handlers_as_they_were():
-    """A second one that comes while the first is raised found code that takes back what was begun."""
+    """A second one that comes while the first is raised found code that takes back what was begun.
+
+    They come in every line that runs, those of ``enum`` for example too: when signals were let in again, one that came
+    in such a line was raised, and nobody ended the watching.
+    """
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for first in range(40):
+
+    @signals.watched
+    def nothing():
+        pass
+
+    for first in itertools.count():
         lines = itertools.count()
 
         def trace(frame, event, argument, first=first, lines=lines):
-            if frame.f_code.co_filename != signals.__file__:
-                return None
             if event == "line" and first <= next(lines) < first + 3:
                 signal.raise_signal(signal.SIGINT)
             return trace
 
-        live = model_of("staged")
+        raised = False
         sys.settrace(trace)
         try:
-            with contextlib.suppress(KeyboardInterrupt):
-                live.load(version_of(1), version=1)
+            nothing()
+        except KeyboardInterrupt:
+            raised = True
         finally:
             sys.settrace(None)
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, first
         assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ()), first
+        if not raised:
+            break
+    assert first > 20

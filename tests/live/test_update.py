@@ -173,7 +173,7 @@ def test_the_order_of_the_manifest_says_nothing():
 def test_versions():
     _, live = loaded()
     tensors = zoo.checkpoint(SPEC, 1)
-    assert live.update(tensors).version == 2  # The second commit.
+    assert live.update(tensors).version == "2"  # The second commit, as text like the name before.
     assert live.update(tensors, version=0).version == 0
     source = hw.open(tensors)
     source.version = "the source's"

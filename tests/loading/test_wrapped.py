@@ -310,3 +310,59 @@ def test_merged_adapters_are_refused_and_the_advice_works():
     model.unmerge_adapter()  # as the error says
     live.update(new, version=2)
     assert all(torch.equal(new[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_plan_with_a_swapping_rename_is_refused_without_it(tmp_path):
+    """Names and shapes fit without it too: each tensor would go where the other belongs."""
+
+    def pair(first, second):
+        model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+        nn.init.constant_(model[0].weight, first)
+        nn.init.constant_(model[1].weight, second)
+        return model
+
+    swap = {"0.": "1.", "1.": "0."}
+    source = pair(1, 2).state_dict()
+    made = hw.trace(pair(0, 0), source, rename=swap)
+    made.save(tmp_path / "plan")
+    for plan in (made, hw.LoadPlan.load(tmp_path / "plan")):
+        model = pair(0, 0)
+        with pytest.raises(
+            hw.PlanError, match=r"1\.weight: the plan takes it from 0\.weight, by rename=; give the same"
+        ):
+            hw.load(model, source, plan=plan)
+        assert not any(parameter.any() for parameter in model.parameters())
+        hw.load(model, source, plan=plan, rename=swap)
+        assert [layer.weight[0, 0].item() for layer in model] == [2, 1]
+    # A prefix that is there or not means the same tensors.
+    prefixed = {f"old.{name}": tensor for name, tensor in source.items()}
+    plan = hw.trace(pair(0, 0), prefixed, rename={"old.": ""})
+    model = pair(0, 0)
+    hw.load(model, source, plan=plan)
+    assert [layer.weight[0, 0].item() for layer in model] == [1, 2]
+
+
+def test_an_adapter_of_another_rank_is_no_other_head():
+    peft = pytest.importorskip("peft")
+
+    def adapted(rank):
+        config = peft.LoraConfig(r=rank, target_modules=["0"])
+        return peft.get_peft_model(nn.Sequential(nn.Linear(4, 4)), config)
+
+    with pytest.raises(hw.PlanError, match="adapter in the source has another rank") as error:
+        hw.load(adapted(2), adapted(4))
+    assert "head" not in str(error.value)
+    hw.load(adapted(4), adapted(4))  # what the message says
+
+
+def test_a_parametrised_model_on_meta_loads_without_a_word_of_torch():
+    """Torch warns that nothing is copied to meta; the tests make an error of that."""
+
+    def parametrised():
+        return nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
+
+    source = parametrised()
+    with torch.device("meta"):
+        model = parametrised()
+    hw.load(model, source, device="cpu")
+    assert torch.equal(model.weight, source.weight)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import hotweights as hw
-from hotweights.model.survey import by_name, counters, extra_state_problems, hook_problems, loader_of, survey
+from hotweights.model.survey import by_name, counters, extra_states, hook_problems, loader_of, survey
 
 
 class OwnCode(nn.Linear):
@@ -65,8 +65,8 @@ def test_plain_modules_have_no_loading_code():
 def test_extra_state_is_named():
     model = nn.Sequential(ExtraState(1, 1))
     assert not survey(model).plain
-    (problem,) = extra_state_problems(model)
-    assert problem.startswith("module 0: keeps extra state")
+    assert extra_states(model) == {"0._extra_state": model[0]}
+    assert loader_of(model) is not None
 
 
 def test_loading_code_that_yields_is_run_to_its_end():

@@ -23,3 +23,38 @@ def test_a_tensor_beside_many_others_is_titled_with_their_number():
     plan = hw.trace(model, hw.open({"flat": torch.ones(20)}).manifest)
     assert plan.explain("flat").splitlines()[0] == "flat: F32 [20] (shares memory with 5 tensors)"
     assert plan.explain("p1").splitlines() == ["p1: F32 [4] (shares memory with flat)", "  flat <- flat"]
+
+
+class Tables(nn.Module):
+    """A table that no checkpoint carries, one that is a view of the weight, and one that is a view of the first."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(4, 2))
+        self.register_buffer("table", torch.arange(4), persistent=False)
+        self.register_buffer("part", self.table[:2], persistent=False)
+        self.register_buffer("first", self.weight.data[0], persistent=False)
+
+
+def test_non_persistent_buffers_and_views(tmp_path):
+    model = nn.ModuleDict({"layer": Tables()})
+    plan = hw.trace(model, hw.open({"layer.weight": torch.ones(4, 2)}).manifest)
+    plan.save(tmp_path / "plan")
+    for each in (plan, hw.LoadPlan.load(tmp_path / "plan")):
+        assert each.explain("layer.table").splitlines() == [
+            "layer.table",
+            "  is a non-persistent buffer, which no checkpoint carries: it keeps its values, and on meta it is "
+            "initialised (init_missing= of hotweights.load)",
+        ]
+        assert each.explain("layer.part").splitlines()[1] == each.explain("layer.table").splitlines()[1]
+        assert each.explain("layer.first").splitlines() == [
+            "layer.first",
+            "  is a non-persistent buffer in the memory of layer.weight, and shows what that holds",
+            "layer.weight: F32 [4, 2]",
+            "  all of it <- layer.weight",
+        ]
+    with pytest.raises(hw.UnknownName, match=r"known are: layer\.table"):
+        plan.explain("table")
+    hw.load(model, {"layer.weight": torch.ones(4, 2)})
+    assert model["layer"].first.tolist() == [1, 1]  # As was said.
+    assert model["layer"].table.tolist() == [0, 1, 2, 3]

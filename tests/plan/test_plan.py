@@ -69,7 +69,7 @@ def test_every_problem_is_reported_at_once_and_sorted():
         "absent: missing; F32 [5] expected",
         "extra: unexpected; the model has no such name",
         "fractions: F32 -> I64 cuts off fractions",
-        'lossy: F32 -> BF16 loses information; cast="loader" allows it',
+        'lossy: F32 -> BF16 loses information; cast="floats" allows it',
         f"odd: F6_E2M3 -> F32: torch {torch.__version__} has no such type",
         "shape: shape [3] expected, [2] found",
         "zzz: found before",

@@ -108,12 +108,17 @@ def by_nobody(live, number):
         update.feed(version_of(number))
 
 
+def by_checked(live, number):
+    check = None if live._atomic is False else lambda model: numbers_in(model) == {float(number)}
+    live.update(version_of(number), version=number, check=check)
+
+
 def while_serving(live, number):
     with live.serving() as version:
         assert numbers_in(live.model) == {float(version)}
 
 
-ACTS = (by_mapping, by_mapping, by_stream, by_pushes, by_nobody, while_serving)
+ACTS = (by_mapping, by_mapping, by_stream, by_pushes, by_nobody, by_checked, while_serving)
 
 
 def run(tally, draw, until, folder):

@@ -1,6 +1,8 @@
 """Readers of other packages, the real ones. Their contract is in test_contract."""
 
+import json
 import pickle
+import struct
 import sys
 
 import pytest
@@ -293,3 +295,31 @@ class TestTorch:
         with pytest.raises(hw.CheckpointError) as caught:
             hw.open(tmp_path / "model.pt", reader="torch")
         assert all(word in str(caught.value) for word in words)
+
+
+def written(path, **tensors):
+    """A file of these dtypes, shapes and bytes, which no package need know."""
+    header, data = {}, b""
+    for name, (dtype, shape, content) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(content)]}
+        data += content
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+@pytest.mark.parametrize("dtype", ["F4", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0", "U16", "U32", "U64", "C64"])
+@pytest.mark.parametrize("reader", ["runai", "fastsafetensors", "safetensors"])
+def test_dtypes_that_a_package_does_not_know_come_all_the_same(reader, dtype, tmp_path):
+    nbytes = {"F4": 8, "U16": 32, "U32": 64, "U64": 128, "C64": 128}.get(dtype, 16)
+    one, two = tmp_path / "model-00001-of-00002.safetensors", tmp_path / "model-00002-of-00002.safetensors"
+    plain = ("F32", [2], struct.pack("<2f", 1, 2))
+    written(one, known=plain)
+    written(two, x=(dtype, [2, 8], bytes(range(nbytes))), beside=plain)
+    with hw.open(tmp_path, reader=reader) as source, hw.open(tmp_path) as ours:
+        tensors = dict(source.tensors())
+        assert_same_bits(tensors, dict(ours.tensors()))
+        assert_same_bits({lease.name: lease.tensor.clone() for lease in source.leases()}, tensors)
+        strange = dtype in sys.modules[f"hotweights.sources.readers.{reader}"].READER.unknown
+        words = f"{two.name}: holds {dtype}, which the reader {reader!r} does not know; hotweights reads this file"
+        assert [warning.startswith(words) for warning in source.warnings] == [True] * strange

@@ -29,6 +29,29 @@ def test_each_recording_is_lowered_once(monkeypatch):
     assert lowered[0] is not lowered[1]
 
 
+def test_a_line_of_code_is_told_once_with_all_names():
+    class Deep(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(Asking() for _ in range(3))
+            self.odd = nn.Linear(2, 2)
+
+        def load_weights(self, pairs):
+            for name, tensor in pairs:
+                asks = name.endswith("asked.weight") or name == "odd.weight"
+                self.get_parameter(name).data.copy_(tensor * (tensor.max().item() if asks else 1))
+
+    state = nn.Module.state_dict(Deep())
+    plan = hw.trace(Deep(), hw.open(state).manifest)
+    (line,) = plan.graph_breaks
+    assert {*line.sources, *line.with_them} == {*plan.fallback}
+    assert len(plan.fallback) == 8  # Breaks in two layers that are not alike.
+    report = hw.load(Deep(), state)
+    assert report.fell_back == (str(line),)
+    assert all(name in report.fell_back[0] for name in plan.fallback)
+    assert "layers.1.asked.bias" in plan.explain("layers.1.asked.bias")
+
+
 def test_layers_that_differ_by_their_number_are_left_out_together(monkeypatch):
     """Else the next run would stop at the next layer, and there may be a hundred."""
     records, record = [], leave_out.record

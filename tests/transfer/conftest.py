@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from namespaces import Hosts, why_not
 
 
 @pytest.fixture
@@ -25,11 +26,21 @@ def held():
             links.append(os.readlink(f"/proc/self/fd/{name}"))
     with open("/proc/self/maps") as maps:
         mapped = sum("hotweights" in line for line in maps)
+    kinds = ("socket", "/memfd:hotweights", "anon_inode:[eventfd]")
     return (
-        sum(link.startswith(("socket", "/memfd:hotweights", "anon_inode:[eventfd]")) for link in links),
+        [sum(link.startswith(kind) for link in links) for kind in kinds],
         mapped,
         threading.active_count(),
     )
+
+
+@pytest.fixture(scope="module")
+def hosts():
+    """Three hosts, which are network namespaces."""
+    if reason := why_not():
+        pytest.skip(reason)
+    with Hosts() as made:
+        yield made
 
 
 @pytest.fixture(autouse=True, scope="module")

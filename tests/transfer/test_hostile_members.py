@@ -21,6 +21,7 @@ from hotweights import signals
 from hotweights.transfer.address import Listener, path_of
 from hotweights.transfer.ballot import Decision
 from hotweights.transfer.channel import Channel
+from hotweights.transfer.endpoint import endpoint_of
 from hotweights.transfer.messages import (
     HEADER,
     MAX_SMALL,
@@ -186,7 +187,7 @@ def test_who_connects_and_says_nothing_makes_room_for_others(address):
 
 def test_all_that_wait_take_part_however_few_are_needed(address):
     slots = WriteSlots(1, 4096)
-    group = PeerGroup(path_of(address), slots, TIMEOUT)
+    group = PeerGroup([endpoint_of(address)], slots, TIMEOUT)
     try:
         with contextlib.ExitStack() as stack:
             for _ in range(40):

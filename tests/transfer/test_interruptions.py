@@ -9,11 +9,11 @@ import time
 import pytest
 import torch
 from ends import TIMEOUT, Thread, going_on, receiver, sender
-from interrupting import Interrupting
+from interrupting import Interrupting, at_every
 from processes import Tiny, value_of
 
 import hotweights as hw
-from hotweights.signals import first_waits
+from hotweights.signals import first_waits, watched
 from hotweights.transfer.ballot import Ballot, Decision
 from hotweights.transfer.outbound import Outbound
 from hotweights.transfer.receiver import Receiver
@@ -165,6 +165,18 @@ def test_ctrl_c_at_any_line_of_a_trainer_loses_no_frame(address):
                 break
         taking.result()
     assert at > 300
+
+
+def test_ctrl_c_while_a_ballot_is_made_leaves_no_descriptor():
+    """``nothing_left`` looks for it."""
+
+    @watched
+    def made():
+        Ballot.new().close()
+
+    for interrupting in at_every(1):
+        with interrupting, contextlib.suppress(KeyboardInterrupt):
+            made()
 
 
 def test_ctrl_c_at_any_line_of_plain_code_loses_no_frame(address):

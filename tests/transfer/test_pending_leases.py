@@ -36,7 +36,7 @@ class Connection:
         roll = Roll(memoryview(bytearray(roll_nbytes(4))), 4)
         for slot in range(4):
             roll.note_fill(slot, 10 * slot)
-        self.slots = types.SimpleNamespace(memories=range(4), roll=roll)
+        self.slots = types.SimpleNamespace(memories=range(4), roll=roll, bears=roll.bears)
         self.session = types.SimpleNamespace(state=SessionState.STREAMING)
         self.connected, self.stopped, self.sent = True, False, []
 

@@ -43,6 +43,7 @@ def test_for_programs_it_is_what_json_can_hold():
         "waited": {"process 1": 0.25},
         "warnings": ["the file is new"],
         "events": [],
+        "network_nbytes": 0,
     }
 
 

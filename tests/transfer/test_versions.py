@@ -125,6 +125,33 @@ def test_a_live_model_follows_its_trainer(options, address):
         assert_same_bits(state, Layers(3).state_dict())
 
 
+@pytest.mark.parametrize("atomic", ["staged", "journal"])
+def test_one_worker_whose_check_fails_keeps_the_version_from_all(atomic, address):
+    def worker(fits):
+        live = hw.LiveModel(Layers(0), atomic=atomic)
+        with receiver(address) as source:
+            live.load(source)
+            with pytest.raises(hw.UpdateAborted) as caught:
+                live.update(source, check=lambda model: fits)
+            refused = live.version, {name: tensor.clone() for name, tensor in live.model.state_dict().items()}
+            live.update(source, check=lambda model: model.scale == 3)
+        return caught.value, refused, live.version
+
+    taking = [Thread(worker, fits) for fits in (True, False)]
+    with sender(address, receivers=2) as sending:
+        sending.send(Layers(1), version=1)
+        with pytest.raises(hw.TransferAborted):
+            sending.send(Layers(2), version=2)
+        sending.send(Layers(3), version=3)
+    errors = []
+    for thread in taking:
+        error, (version, state), now = thread.result()
+        errors.append(str(error))
+        assert (version, now) == (1, 3)
+        assert_same_bits(state, Layers(1).state_dict())
+    assert all("returned False" in error for error in errors)  # The other worker is told why.
+
+
 def test_only_what_is_wanted_is_sent(address):
     live = hw.LiveModel(Layers(0))
     live.load(Layers(1))

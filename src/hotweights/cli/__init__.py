@@ -25,6 +25,7 @@ COMMANDS = {
     "load": "load",
     "send": "send",
     "receive": "receive",
+    "keys": "keys",
     "demo": "demo.demo",
 }
 """The commands, and the file in which each lies. It is imported when the command is typed: most wait for torch."""

@@ -30,5 +30,11 @@ Casts = Annotated[
     Cast | None,
     typer.Option(help="Casts that lose information: error does none, floats those from float to float, loader all."),
 ]
+Keys = Annotated[
+    str | None, typer.Option(help="The directory of the job's keys, for tcps: addresses; `hotweights keys` makes it.")
+]
+Insecure = Annotated[
+    bool, typer.Option("--insecure", help="Go without keys where anybody on the network may send and take weights.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 JsonLines = Annotated[bool, typer.Option("--json", help="Print one JSON document in each line.")]

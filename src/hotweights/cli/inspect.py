@@ -14,6 +14,7 @@ import typer
 
 from ..dtypes import format_name
 from ..errors import CheckpointError, HotweightsError, UsageError
+from ..sources.dcp.place import dcp_place
 from ..sources.files.listing import Listed, Listing, list_checkpoint
 from ..text import columns, size
 from . import flags
@@ -92,7 +93,7 @@ class Which(NamedTuple):
 
 def _list(path: str, which: Which) -> Listing:
     reader, variant, subfolder = which
-    if reader == "hotweights" and os.path.exists(path):
+    if reader == "hotweights" and os.path.exists(path) and dcp_place(path, subfolder) is None:
         return list_checkpoint(path, variant=variant, subfolder=subfolder)
     from ..sources.opening import open as open_source  # Waits for torch, and says what a path that is none may be.
 

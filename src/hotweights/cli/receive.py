@@ -1,4 +1,4 @@
-"""``hotweights receive``: take the versions that a sender on this host sends into a transformers model."""
+"""``hotweights receive``: take the versions that a sender sends into a transformers model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .outcome import ending, print_json
 
 
 def receive(
-    sender: Annotated[str, typer.Option("--from", help="Where the sender listens: unix:PATH.")],
+    sender: Annotated[str, typer.Option("--from", help="Where the sender listens: unix:PATH or tcps://HOST:PORT.")],
     model: flags.Model,
     versions: Annotated[int, typer.Option(help="How many versions to take.", min=1)] = 1,
     device: flags.Device = "cpu",
@@ -25,10 +25,15 @@ def receive(
     cast: flags.Casts = None,
     timeout: Annotated[float, typer.Option(help="Seconds that a single wait within an update may take.")] = 60.0,
     offer_timeout: Annotated[float, typer.Option(help="Seconds to wait for the next version.")] = 3600.0,
+    keys: flags.Keys = None,
+    insecure: flags.Insecure = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document for each version.")] = False,
 ) -> None:
     """Build a model from its config and take versions into it, in place, all or nothing. The model is thrown away."""
-    with ending(as_json=as_json), Receiver(sender, timeout=timeout, offer_timeout=offer_timeout) as source:
+    with (
+        ending(as_json=as_json),
+        Receiver(sender, timeout=timeout, offer_timeout=offer_timeout, keys=keys, insecure=insecure) as source,
+    ):
         built = transformers.build(model)
         live = LiveModel(built)
         for number in range(versions):

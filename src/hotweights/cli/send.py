@@ -1,4 +1,4 @@
-"""``hotweights send``: send a checkpoint to processes on this host that receive it."""
+"""``hotweights send``: send a checkpoint to processes that receive it, on this host or others."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .outcome import ending, print_json
 
 def send(
     path: flags.Checkpoint,
-    to: Annotated[str, typer.Option(help="Where receivers connect: unix:PATH.")],
+    to: Annotated[str, typer.Option(help="Where receivers connect: unix:PATH or tcps://HOST:PORT.")],
     version: Annotated[str | None, typer.Option(help="The version's name; else the path.")] = None,
     receivers: Annotated[int, typer.Option(help="How many receivers to wait for.", min=1)] = 1,
     timeout: Annotated[float, typer.Option(help="Seconds that a single wait may take.")] = 60.0,
@@ -22,13 +22,23 @@ def send(
         Literal["abort", "drop"], typer.Option(help="If a receiver is lost: abort for all, or go on without it.")
     ] = "abort",
     digests: Annotated[bool, typer.Option(help="Compare digests of what was sent and what was copied.")] = True,
+    keys: flags.Keys = None,
+    insecure: flags.Insecure = False,
     as_json: flags.Json = False,
 ) -> None:
     """Send a checkpoint to the receivers that connect: all of them take it, or none. Report what was sent."""
     with (
         ending(as_json=as_json),
         open_source(path) as source,
-        Sender(to, receivers=receivers, timeout=timeout, on_lost=on_lost, digests=digests) as sender,
+        Sender(
+            to,
+            receivers=receivers,
+            timeout=timeout,
+            on_lost=on_lost,
+            digests=digests,
+            keys=keys,
+            insecure=insecure,
+        ) as sender,
     ):
         report = sender.send(source, version=str(path) if version is None else version)
         if as_json:

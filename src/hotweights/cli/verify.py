@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..sources.checksums import check_digests, write_digests
+from ..sources.checksums import write_digests
 from ..sources.opening import open as open_source
 from . import flags
 from .outcome import ending, print_json
@@ -19,12 +19,15 @@ def verify(
         Path | None, typer.Option(help="What it must hold: lines of sha256sum, or a file that --write made.")
     ] = None,
     write: Annotated[Path | None, typer.Option(help="Write the digest of every tensor to a file.")] = None,
+    variant: flags.Variant = None,
+    subfolder: flags.Subfolder = None,
     as_json: flags.Json = False,
 ) -> None:
     """Read every byte of a checkpoint, compare it with its digests, and print the digest of all tensors."""
-    with ending(as_json=as_json), open_source(path) as source:
-        if digests is not None:
-            check_digests(source, digests)
+    with (
+        ending(as_json=as_json),
+        open_source(path, variant=variant, subfolder=subfolder, digests=digests) as source,
+    ):
         digest = source.digest()
         if write is not None:
             write_digests(digest, write)

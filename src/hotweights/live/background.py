@@ -4,12 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-from collections.abc import Callable
-from typing import TypeVar
+import inspect
+from collections.abc import Callable, Coroutine
+from typing import Any, ParamSpec, TypeVar
 
 from .. import signals
 
 _Result = TypeVar("_Result")
+_Arguments = ParamSpec("_Arguments")
+
+
+_Awaited = Coroutine[Any, Any, _Result]
+
+
+def takes_what(
+    work: Callable[_Arguments, _Result],
+) -> Callable[[Callable[..., _Awaited[_Result]]], Callable[_Arguments, _Awaited[_Result]]]:
+    """Mark a coroutine function that hands all its arguments on to ``work``: ``help`` and type checkers show those."""
+
+    def mark(function: Callable[..., _Awaited[_Result]]) -> Callable[_Arguments, _Awaited[_Result]]:
+        function.__signature__ = inspect.signature(work)  # type: ignore[attr-defined]
+        return function
+
+    return mark
 
 
 async def in_background(work: Callable[[], _Result]) -> _Result:

@@ -94,7 +94,8 @@ class Baseline:
         """The work of the first load."""
         plan = self.plans.first
         groups = groups_of(plan, self._layers, self._layout)
-        return self._job(process, plan, *groups, frozenset(), None, first=True)
+        found = Found(plan, *groups, frozenset(), frozenset(), None)
+        return self._job(process, found, None, first=True)
 
     def job(self, process: Callable[[nn.Module], object], found: Found, *, promised: bool) -> Job:
         """The work of an update; ``promised`` says whether its manifest was given, so that nothing else may come.
@@ -103,7 +104,7 @@ class Baseline:
             LiveModelError: something else replaced what the first load did not write, and this would.
         """
         cast = None if promised else found.cast
-        job = self._job(process, found.plan, found.in_place, found.groups, found.restored, cast, first=False)
+        job = self._job(process, found, cast, first=False)
         written = {name for step in job.plan.steps for name in step.destinations} | job.restored
         loose = {name for name in written & self.live.keys() if name not in self._where}
         if loose:
@@ -114,14 +115,12 @@ class Baseline:
     def _job(
         self,
         process: Callable[[nn.Module], object],
-        plan: LoadPlan,
-        in_place: LayerGroup,
-        groups: list[LayerGroup],
-        restored: frozenset[str],
+        found: Found,
         cast: Cast | None,
         *,
         first: bool,
     ) -> Job:
+        plan, in_place = found.plan, found.in_place
         covers, processed = coverage(plan), self._processed
         partial = {name for name in in_place.touched if elements(covers, plan, name) < self.live[name].numel()}
         return Job(
@@ -129,13 +128,14 @@ class Baseline:
             process=lambda layer: process(layer) if layer in processed else None,
             plan=plan,
             in_place=in_place,
-            groups=groups,
+            groups=found.groups,
             layout=self._layout,
             initial=self._initial,
             live=self.live,
             partial=frozenset(partial),
             acted=self._acted,
-            restored=restored,
+            restored=found.restored,
+            kept=found.kept,
             cast=cast,
             first=first,
             by=self._by,
@@ -179,7 +179,8 @@ class Baseline:
         if job.plan.fallback:  # The model's own code may write to all of them.
             names |= self.live.keys()
         others = attributes(modules_of(self._model), set(map(id, self.live.values())))
-        tensors = [*self.live.values(), *survey(self._model).tensors.values(), *(tensor for _, tensor in others)]
+        seen = survey(self._model)
+        tensors = [*self.live.values(), *seen.tensors.values(), *seen.wrappers, *(tensor for _, tensor in others)]
         renew([self.live[name] for name in names if name in self.live], tensors)
 
     def prove(self) -> None:

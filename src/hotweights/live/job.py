@@ -31,6 +31,7 @@ class Job:
         partial: names of live tensors of which the plan writes only some bytes.
         acted: names of tensors that no plan writes, and that processing has changed at some time; it is added to.
         restored: names of tensors that the plan does not write, and that get their ``initial`` values.
+        kept: names of the model's tensors that ``only=`` leaves alone.
         cast: which casts are done of tensors that come in another dtype than the plan's; ``None`` if none may come so.
         first: whether this is the first load: it fills the model's own tensors, which are in checkpoint format.
         by: which loading code the model has, see ``By``.
@@ -47,6 +48,7 @@ class Job:
     partial: frozenset[str]
     acted: set[str]
     restored: frozenset[str]
+    kept: frozenset[str]
     cast: Cast | None
     first: bool
     by: By | None = None

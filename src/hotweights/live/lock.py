@@ -124,17 +124,26 @@ class ReadWriteLock:
                 self._tell()
             return _noted(self._writer)
 
+    @contextmanager
+    @signals.held
+    def writer_reads(self) -> Iterator[None]:
+        """Inside, this thread may read although it writes: hooks and checks run in it."""
+        self._let_in(threading.get_ident())
+        try:
+            yield
+        finally:
+            self._let_in(None)
+
     @signals.whole
-    def let_writer_read(self) -> None:
-        """Let this thread read until the writer has done: hooks run in it."""
+    def _let_in(self, thread: int | None) -> None:
         with self._changed:
-            self._open = threading.get_ident()
+            self._open = thread
 
     @signals.whole
     def end_writing(self, hold: Hold) -> None:
         """Leave ``writing``: others are let in."""
         with self._changed:
-            self._writer = self._open = None
+            self._writer = None
             self._end(hold)
 
     # Under the condition.
@@ -215,15 +224,23 @@ def _wake(changed: asyncio.Future[None]) -> None:
 
 
 class WriteTurn:
-    """One update's hold on the lock: taken at its first write, given back at its end."""
+    """One update's hold on the lock: taken at its first write, given back at its end.
 
-    def __init__(self, lock: ReadWriteLock, timeout: float | None = None) -> None:
-        """``timeout`` is how many seconds all its waits for readers may take together."""
+    Attributes:
+        waited: seconds that it waited for readers so far.
+    """
+
+    def __init__(
+        self, lock: ReadWriteLock, timeout: float | None = None, note: Callable[[str, str, float], None] | None = None
+    ) -> None:
+        """``timeout`` is how many seconds all its waits for readers may take; ``note`` is ``Timeline.note``."""
         self._lock = lock
+        self._note = note
         self._hold: Hold | None = None
         self._left = timeout
         self._since = 0.0
         self._before = 0.0
+        self.waited = 0.0
 
     @property
     def held(self) -> bool:
@@ -251,6 +268,9 @@ class WriteTurn:
             began = time.perf_counter()
             self._hold = self._lock.begin_writing(self._left)
             self._since = time.perf_counter()
+            self.waited += self._since - began
+            if self._note is not None:
+                self._note("wait for readers", "", began)
             if self._left is not None:
                 self._left = max(0.0, self._left - (self._since - began))
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import torch
 from torch import nn
@@ -23,7 +25,7 @@ from ..arguments import (
     patterns_from,
 )
 from ..dtypes import Cast
-from ..errors import UnknownName, UsageError
+from ..errors import UsageError
 from ..forked import alone_in_a_fork
 from ..gc_pause import without_collection
 from ..loading.apart import apart
@@ -39,6 +41,7 @@ from ..model.offloading import refuse_offloaded
 from ..model.places import Place, places
 from ..model.reachable import reachable
 from ..model.survey import By, own_loader, survey
+from ..model.unprocessed import unprocessed
 from ..names import outer_prefix, unwrapped
 from ..plan.patterns import Patterns, widened
 from ..rename import Rename, renamer
@@ -48,12 +51,16 @@ from ..sources.locating import naming_files
 from ..sources.opening import AnySource, opened, version_of
 from ..sources.reading import check_reading
 from ..sources.renamed import renamed
+from ..text import some
 from ..tracing.naming import Match, as_they_are, names_for
-from .background import in_background
+from .asked import Asked, check_atomic
+from .background import in_background, takes_what
 from .baseline import Baseline
+from .check import Check, ask
 from .fed_names import FedNames
 from .layers import Selection, selected
 from .plans import Options
+from .previous import roll_back
 from .report import UpdateReport
 from .serving import Serving
 from .state import Current, State
@@ -92,6 +99,7 @@ class LiveModel:
         deferred: Selection = (),
         atomic: Atomic = "staged",
         memory_limit: int | None = None,
+        keep_previous: bool = False,
     ) -> None:
         """Take a model in checkpoint format: as its own loading code expects it. Nothing is read or changed.
 
@@ -106,9 +114,11 @@ class LiveModel:
             atomic: how updates are all or nothing, unless they say otherwise, see ``live.strategy.Atomic``.
             memory_limit: bytes of device memory that open layers may take together, when tensors come in an order that
                 keeps several open. Over it, tensors wait on the host.
+            keep_previous: whether a commit keeps the version before, for ``rollback``. That takes no memory, but for
+                objects in which no tensor is seen. Staged commits exchange bytes: readers wait about twice as long.
         """
         check_model(model)
-        _check_atomic(atomic)
+        check_atomic(atomic)
         check_callable(process=process)
         if memory_limit is not None:
             check_count(0, memory_limit=memory_limit)
@@ -121,6 +131,7 @@ class LiveModel:
         self._atomic: Atomic = atomic
         self._limit = memory_limit
         self._current = Current()
+        self._current.keeps_previous = keep_previous
         self._baseline: Baseline | None = None  # None until the first load begins, and again when that fails.
         self._match: Match = as_they_are  # Known from the first load on: processing changes names.
         self._others: dict[str, tuple[str, ...]] = {}
@@ -140,6 +151,15 @@ class LiveModel:
     def state(self) -> State:
         """See ``State``."""
         return self._current.state
+
+    def status(self) -> dict[str, object]:
+        """How it is, as plain data for a health endpoint: ``json.dumps`` takes it. Waits for nobody.
+
+        Keys: ``version``, ``state``; how many loads and updates were ``committed`` and ``failed``; ``last_report`` as a
+        dictionary, ``last_error`` in a line, ``seconds_since_commit`` (of a rollback too) and ``seconds_since_error``;
+        each of these is ``None`` where there was none.
+        """
+        return {"version": self.version, "state": self.state.value, **self._current.record.status()}
 
     def on_commit(self, hook: Callable[[str | int], object]) -> None:
         """Call ``hook(version)`` after each commit, never after an abort: to drop caches that hold the old weights.
@@ -194,6 +214,7 @@ class LiveModel:
         by: By | None = None,
         variant: str | None = None,
         subfolder: str | None = None,
+        digests: str | os.PathLike[str] | None = None,
     ) -> UpdateReport:
         """Load for the first time, layer by layer; each is processed when it is complete.
 
@@ -221,7 +242,7 @@ class LiveModel:
         where = device_from(device)
         with alone_in_a_fork(), without_collection(), ExitStack() as stack:
             stack.enter_context(refusing(source))
-            origin = stack.enter_context(opened(source, variant=variant, subfolder=subfolder))
+            origin = stack.enter_context(opened(source, variant=variant, subfolder=subfolder, digests=digests))
             with self._current.reserved():
                 if self._current.holds is not State.EMPTY:
                     raise UsageError(
@@ -243,7 +264,7 @@ class LiveModel:
                 self._baseline = Baseline(self._core, plan, options, self._is_processed, self._is_deferred, unknown)
                 update = Update.begin_first(self._current, self._baseline, self._process, self._limit, fed)
             with update:
-                return update.run(
+                report = update.run(
                     weights,
                     version_of(origin, version),
                     io=io,
@@ -252,14 +273,30 @@ class LiveModel:
                     verify=prove,
                     show_progress=show_progress,
                 )
+            proven = 0 if prove is None else prove.proven
+            return replace(report, proven=proven, warnings=(*report.warnings, *self._unprocessed()))
+
+    def _unprocessed(self) -> tuple[str, ...]:
+        """A warning for layers that engines process, and that nobody does here. Who gives ``process=`` has chosen."""
+        names = []
+        if self._process is process_by_quant_method:
+            names = unprocessed(
+                self._core, lambda name, layer: self._is_processed(name, layer) and _has_quant_method(layer)
+            )
+        if not names:
+            return ()
+        return (
+            f"{some(names, 3)}: to be processed after loading (process_weights_after_loading), and nobody does it: by "
+            "default that of a quant_method is called; give LiveModel process= and layers=",
+        )
 
     def _options(self, allowed: Sequence[Patterns], cast: Cast | None, by: By | None) -> Options:
         """What every load allows; and note the names by which the model's tensors are called from now on."""
         core, seen = self._core, survey(self._core)
         refuse_offloaded(core, seen)
-        names = {*seen.tensors}
+        names = {*seen.names}
         self._match = KnownNames(core, names).matched if own_loader(core, by) is None else as_they_are
-        self._others = other_names(core, outer_prefix(self.model), names)
+        self._others = other_names(core, outer_prefix(self.model), names, seen.others())
         missing, partly, unexpected, mismatched = allowed
         return Options(
             allow_missing=widened(missing, self._others),
@@ -294,8 +331,10 @@ class LiveModel:
         show_progress: bool | None = None,
         rename: Rename | None = None,
         timeout: float | None = None,
+        check: Check | None = None,
         variant: str | None = None,
         subfolder: str | None = None,
+        digests: str | os.PathLike[str] | None = None,
     ) -> UpdateReport:
         """Take new weights for every tensor that the first load wrote, in place, all or nothing.
 
@@ -314,12 +353,17 @@ class LiveModel:
             io: how files are read, see ``IOMode``.
             threads: how many read at once.
             pool: memory for what cannot be read in place.
-            show_progress: whether to draw a progress bar; by default on a terminal.
+            show_progress: whether to draw a progress bar; by default on a terminal or in a notebook.
             rename: new names for the source's tensors, see ``hotweights.load``.
             timeout: seconds that it may wait for readers to leave ``serving()``, all its waits together; by default as
                 long as they like. Then it aborts, and a ``TimeoutError`` is the cause.
+            check: called with the model when the new version is complete, before it is committed and before a group
+                decides: a forward on known input, say. If it raises, or returns ``False``, the update aborts. Nobody
+                else reads the model meanwhile; ``serving()`` lets the check in, and names the version before.
             variant: where ``source`` is a path: which variant of the weights there, see ``hotweights.open``.
             subfolder: where ``source`` is a path: which folder there.
+            digests: where ``source`` is a path: what the files must hold, see ``hotweights.open``. It is known before
+                the commit.
 
         Raises:
             UpdateAborted: it failed; its cause says why. Version N is live, byte for byte; with ``atomic=False`` the
@@ -328,17 +372,18 @@ class LiveModel:
         """
         check_version(version)
         check_reading(io, threads, pool, show_progress)
+        asked = self._asked(atomic, only, cast, timeout, check)
         with alone_in_a_fork(), without_collection(), ExitStack() as stack:
             stack.enter_context(refusing(source))
             with self._beginning(source, "the source cannot be opened"):
-                origin = stack.enter_context(opened(source, variant=variant, subfolder=subfolder))
+                origin = stack.enter_context(opened(source, variant=variant, subfolder=subfolder, digests=digests))
             manifest = origin.manifest  # A receiver waits here. That no version came in time is no failed update.
             with self._beginning(source, "nothing was changed"):
                 fed = FedNames(names_for(manifest, rename, self._match))
                 origin = renamed(origin, fed.new)
                 stack.enter_context(naming_files(origin))
                 weights, _ = apart(origin, lambda: reachable(self._core).values())
-            update = stack.enter_context(self._begin(origin.manifest, atomic, only, cast, timeout, fed))
+            update = stack.enter_context(self._begin(origin.manifest, asked, fed))
             return update.run(
                 weights,
                 version_of(origin, version),
@@ -347,6 +392,24 @@ class LiveModel:
                 pool=pool,
                 show_progress=show_progress,
             )
+
+    @alone_in_a_fork()
+    @signals.watched
+    def rollback(self, *, timeout: float | None = None) -> str | int:
+        """Make the version before live again: its bytes and its name, which is returned. Hooks are called with it.
+
+        Only what ``keep_previous=True`` kept can be rolled back to: once, after a commit, until the next update begins.
+
+        Args:
+            timeout: seconds that it may wait for readers to leave ``serving()``; by default as long as they like.
+
+        Raises:
+            LiveModelError: no version before is kept, or tensors were moved; nothing was changed.
+            TimeoutError: readers did not leave in time; nothing was changed.
+            CommitHookError: the version before is live, and a hook failed.
+        """
+        check_timeout(timeout)
+        return roll_back(self._current, self._baseline, timeout)
 
     @contextmanager
     @signals.held
@@ -358,49 +421,17 @@ class LiveModel:
             # What an iterator raises while it is read ends the update, whatever it is.
             if isinstance(error, UsageError) and not isinstance(source, IteratorSource):
                 raise
-            raise aborted(f"{self._current}; {failed}", error) from error
+            raise aborted(self._current, failed, error) from error
 
-    async def update_async(
-        self,
-        source: AnySource,
-        *,
-        version: str | int | None = None,
-        atomic: Atomic | None = None,
-        only: Patterns | None = None,
-        cast: Cast | None = None,
-        rename: Rename | None = None,
-        io: IOMode = "auto",
-        threads: int | None = None,
-        pool: Pool | None = None,
-        show_progress: bool | None = None,
-        timeout: float | None = None,
-        variant: str | None = None,
-        subfolder: str | None = None,
-    ) -> UpdateReport:
+    @takes_what(update)
+    async def update_async(self, source: AnySource, **options: Any) -> UpdateReport:
         """``update`` in a thread of the event loop's executor: other coroutines run meanwhile, readers among them.
 
         Cancelled, it aborts at the next tensor or layer, waits for that, and raises ``asyncio.CancelledError``; the new
         version is live if it was committed by then, see ``version``. A second cancellation does not wait. A source that
         waits, such as a receiver, is not woken: close it. Hooks run in the thread.
         """
-        return await in_background(
-            partial(
-                self.update,
-                source,
-                version=version,
-                atomic=atomic,
-                only=only,
-                cast=cast,
-                rename=rename,
-                io=io,
-                threads=threads,
-                pool=pool,
-                show_progress=show_progress,
-                timeout=timeout,
-                variant=variant,
-                subfolder=subfolder,
-            )
-        )
+        return await in_background(partial(self.update, source, **options))
 
     @alone_in_a_fork()
     @signals.watched
@@ -413,6 +444,7 @@ class LiveModel:
         cast: Cast | None = None,
         rename: Rename | None = None,
         timeout: float | None = None,
+        check: Check | None = None,
     ) -> Update:
         """Begin an update that is fed by hand. Use it in a ``with``: leaving it without a commit aborts.
 
@@ -424,50 +456,45 @@ class LiveModel:
             cast: see ``update``.
             rename: new names for what is fed, see ``hotweights.load``.
             timeout: see ``update``; it counts to the end of the commit.
+            check: see ``update``; ``prepare`` calls it.
 
         Raises:
             UpdateAborted: the manifest does not fit, or the host cannot hold the copy; nothing was changed.
         """
         check_kind("manifest", manifest, Manifest, "a Manifest, such as hotweights.open(tensors).manifest")
+        asked = self._asked(atomic, only, cast, timeout, check)
         if manifest is None:
             fed = FedNames(self._current.names, None if rename is None else renamer(rename))
-            return self._begin(None, atomic, only, cast, timeout, fed)
+            return self._begin(None, asked, fed)
         try:
             fed = FedNames(names_for(manifest, rename, self._match))
         except UsageError:
             raise
         except Exception as error:
-            raise aborted(f"{self._current}; nothing was changed", error) from error
-        return self._begin(manifest.renamed(fed.new), atomic, only, cast, timeout, fed)
+            raise aborted(self._current, "nothing was changed", error) from error
+        return self._begin(manifest.renamed(fed.new), asked, fed)
 
-    @signals.held
-    def _begin(
+    def _asked(
         self,
-        manifest: Manifest | None,
         atomic: Atomic | None,
         only: Patterns | None,
         cast: Cast | None,
         timeout: float | None,
-        fed: FedNames,
-    ) -> Update:
-        atomic = self._atomic if atomic is None else atomic
-        _check_atomic(atomic)
-        check_choices(cast=("error" if cast is None else cast, Cast))
-        check_timeout(timeout)
+        check: Check | None,
+    ) -> Asked:
+        check_callable(check=check)
+        patterns = None if only is None else patterns_from(only=only)[0]
+        asks = None if check is None else partial(ask, check, self.model)
+        return Asked(self._atomic if atomic is None else atomic, patterns, cast, timeout, asks)
+
+    @signals.held
+    def _begin(self, manifest: Manifest | None, asked: Asked, fed: FedNames) -> Update:
         current = self._current
         with current.reserved():
             if self._baseline is None:
                 raise UsageError("nothing was loaded yet; the first time, use load")
-            if current.holds is State.TORN and only is not None:
+            if current.holds is State.TORN and asked.only is not None:
                 raise UsageError("the model is torn; only a complete update mends it, so leave only= out")
-            if only is not None:
-                (patterns,) = patterns_from(only=only)
-                only = widened(patterns, self._others)
-            return Update.begin(
-                current, self._baseline, self._process, self._limit, manifest, atomic, only, cast, timeout, fed
-            )
-
-
-def _check_atomic(atomic: object) -> None:
-    if atomic is not False and atomic not in ("staged", "journal"):
-        raise UnknownName("atomic", atomic, ("staged", "journal", "False"))
+            if asked.only is not None:
+                asked = replace(asked, only=widened(asked.only, self._others))
+            return Update.begin(current, self._baseline, self._process, self._limit, manifest, asked, fed)

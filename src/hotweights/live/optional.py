@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from ..model.places import places
+from ..model.survey import survey
 from ..plan.patterns import Patterns, matches
 from ..plan.plan import LoadPlan
 from ..plan.steps import Fate
@@ -99,8 +99,10 @@ class OptionalTensors:
 def _candidates(
     model: nn.Module, first: LoadPlan, may_lack: Callable[[str], bool], layout: MemoryLayout
 ) -> list[_Candidate]:
-    found = {place.name: place.persistent for place in places(model) if place.name in layout}
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    seen = survey(model)
+    found = {name: name not in seen.transient for name in seen.tensors if name in layout}
+    wrapped = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    parameters = {name for name, outer in seen.outer_names().items() if outer in wrapped}
     several: dict[int, list[str]] = {}
     for name, persistent in found.items():
         computed = persistent and name not in parameters

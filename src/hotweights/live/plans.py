@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -80,14 +80,16 @@ class Found(NamedTuple):
         in_place: the group that is written in place.
         groups: those that need scratch.
         restored: names of tensors that it does not bring, and that get their values from before the first load.
-        cast: which casts it does.
+        kept: names of the model's tensors that ``only=`` leaves alone.
+        cast: which casts it does; ``None`` for the first load.
     """
 
     plan: LoadPlan
     in_place: LayerGroup
     groups: list[LayerGroup]
     restored: frozenset[str]
-    cast: Cast
+    kept: frozenset[str]
+    cast: Cast | None
 
 
 class Plans:
@@ -134,6 +136,16 @@ class Plans:
         self.optional.came(plan, coverage(plan), restored)
         self._kept.sort(key=lambda kept: kept[0] is not plan)
 
+    def kept(self) -> Callable[[], None]:
+        """What makes these be as they are now, when a later version is taken back."""
+        last, brought = self._kept[0], set(self.optional.brought)
+
+        def put_back() -> None:
+            self.optional.brought = brought
+            self._kept = [last, *(kept for kept in self._kept if kept is not last)][:_KEPT]
+
+        return put_back
+
     def find(
         self,
         manifest: Manifest | None,
@@ -156,13 +168,15 @@ class Plans:
         plan = self._whole(self.last.manifest if manifest is None else manifest, only, live, casts)
         if only is None:
             groups = groups_of(plan, self._layers, self._layout)
-            return Found(plan, *groups, self.optional.absent(plan, coverage(plan)), casts)
-        plan = _restricted(plan, only)
+            return Found(plan, *groups, self.optional.absent(plan, coverage(plan)), frozenset(), casts)
+        chosen = _chosen(self.first, only)
+        kept = frozenset(name for name in self.first.targets if not chosen(name))
+        plan = _restricted(plan, only, kept)
         if manifest is None:
             used = {name for step in plan.steps for name in step.sources}
             plan = replace(plan, manifest=Manifest(spec for spec in plan.manifest.values() if spec.name in used))
         in_place, concerned = groups_of(plan, self._layers, self._layout)
-        return Found(plan, in_place, self._concerned(concerned, plan, only), frozenset(), casts)
+        return Found(plan, in_place, self._concerned(concerned, plan, only), frozenset(), kept, casts)
 
     def _whole(
         self, manifest: Manifest, only: Patterns | None, live: Mapping[str, torch.Tensor], cast: Cast
@@ -287,8 +301,8 @@ def _chosen(plan: LoadPlan, only: Patterns) -> Callable[[str], bool]:
     return lambda name: match(name) or (name in plan.targets and plan.targets[name].owner in owners)
 
 
-def _restricted(plan: LoadPlan, only: Patterns) -> LoadPlan:
-    """The plan with only the steps that write what ``only`` matches."""
+def _restricted(plan: LoadPlan, only: Patterns, kept: Container[str]) -> LoadPlan:
+    """The plan with only the steps that write what ``only`` matches; what is ``kept`` is not missing."""
     chosen = _chosen(plan, only)
     if plan.fallback:
         raise PlanError("only= needs a plan, and this model's own loading code must load a part of it; leave only= out")
@@ -313,5 +327,9 @@ def _restricted(plan: LoadPlan, only: Patterns) -> LoadPlan:
         steps=tuple(step for _, step in inside),
         levels=tuple(level for level, _ in inside) if plan.levels else (),
         ties=tuple(pair for pair in plan.ties if chosen(pair[0].destination)),
-        fates={name: Fate.SKIPPED if fate in moved and name not in used else fate for name, fate in plan.fates.items()},
+        fates={
+            name: Fate.SKIPPED if fate in moved and name not in used else fate
+            for name, fate in plan.fates.items()
+            if fate is not Fate.MISSING or name not in kept
+        },
     )

@@ -104,11 +104,7 @@ class Processing:
                 place.put(dressed(scratch[place.name], tensor))
             opened = [layer.open(scratch.__getitem__, dressing) for layer in group.layers]
             ready()
-            # What loading code has put into containers is not processing's doing.
-            opened = [
-                held._replace(holders=layer.contents().holders)
-                for layer, held in zip(group.layers, opened, strict=True)
-            ]
+            opened = [_after_loading(layer, held) for layer, held in zip(group.layers, opened, strict=True)]
             for layer in group.layers:
                 with self._timeline.event("process", layer.name), torch.no_grad():
                     self._job.process(layer.module)
@@ -123,6 +119,17 @@ class Processing:
         """Names of tensors that no step writes, and that hold what they held before the first load."""
         initial = self._job.initial
         return {name for name in group.unwritten & initial.keys() & now.keys() if _same_bits(initial[name], now[name])}
+
+
+def _after_loading(layer: Layer, opened: Contents) -> Contents:
+    """What a layer held before processing, where loading code of its own has changed it since it was opened.
+
+    What that has put into containers is not processing's doing. A container that it put in another's place is new in
+    all it holds: else the live one would keep what it held.
+    """
+    now, before = layer.contents().holders, opened.holders
+    same = {path: held for path, held in now.items() if path not in before or before[path].holder is held.holder}
+    return opened._replace(holders=same)
 
 
 @signals.whole

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from ..loading.report import proven
 from ..plan.steps import Fate
 from ..text import as_html, counts, short, size, some, summary, table
 from ..timeline import TimelineEvent, breakdown, save_events
@@ -23,8 +24,9 @@ class UpdateReport:
         atomic: how it was all or nothing; ``None`` for the first load.
         bytes_read: bytes that came from the source.
         bytes_written: bytes of the model, and of copies beside it, that were written.
-        seconds: from its beginning to the commit, without hooks.
+        seconds: from its beginning to the commit, with the waits for readers, without hooks.
         stall_seconds: how long nobody might read the model.
+        wait_seconds: how long it waited for readers to leave.
         peak_buffer_bytes: the most memory that the pool held at once.
         peak_scratch_bytes: the most memory that open layers and waiting tensors of programs took at once.
         peak_host_bytes: the most memory of tensors that waited on the host because of ``memory_limit``.
@@ -35,6 +37,7 @@ class UpdateReport:
         casts: by name of the source, what was cast: ``"F32 -> BF16"``.
         restored: names of the model that this version does not bring and an earlier one did: they hold again what they
             held before the first load.
+        kept: names of the model that ``only=`` left alone; they are not missing.
         planned: how many source tensors the plan moved.
         fell_back: why the model's own code loaded the others.
         replaced: objects of layers in which no tensor is seen (closures, prepacked weights), and which are others now:
@@ -43,6 +46,7 @@ class UpdateReport:
         warnings: what a person should read.
         events: what the time was spent on.
         mismatched: by name of the model, both shapes, of what was not loaded because they differ.
+        proven: how many tensors of the model ``verify="loader"`` found to be what the model's own loading code makes.
     """
 
     version: str | int
@@ -52,6 +56,7 @@ class UpdateReport:
     bytes_written: int
     seconds: float
     stall_seconds: float
+    wait_seconds: float
     peak_buffer_bytes: int
     peak_scratch_bytes: int
     peak_host_bytes: int
@@ -61,6 +66,7 @@ class UpdateReport:
     tensors: Mapping[Fate, tuple[str, ...]]
     casts: Mapping[str, str]
     restored: tuple[str, ...]
+    kept: tuple[str, ...]
     planned: int
     fell_back: tuple[str, ...]
     replaced: tuple[str, ...]
@@ -68,10 +74,11 @@ class UpdateReport:
     warnings: tuple[str, ...]
     events: tuple[TimelineEvent, ...]
     mismatched: Mapping[str, str] = field(default_factory=dict)
+    proven: int = 0
 
     def as_dict(self) -> dict[str, object]:
         """The same facts for machines: only names, numbers, lists and dictionaries."""
-        facts: dict[str, object] = msgspec.to_builtins(self, str_keys=True)
+        facts: dict[str, object] = msgspec.json.decode(msgspec.json.encode(self))
         return facts | {"events": [event._asdict() for event in self.events]}
 
     def save_timeline(self, path: str | os.PathLike[str]) -> None:
@@ -95,13 +102,17 @@ class UpdateReport:
             ("version", f"{self.previous} -> {self.version}" if self.previous is not None else str(self.version)),
             ("read", f"{size(self.bytes_read)} in {self.seconds:.3f} s ({rate:.2f} GB/s): {paths}"),
             ("written", f"{size(self.bytes_written)}; nobody could read the model for {self.stall_seconds:.3f} s"),
+            ("waited", f"{self.wait_seconds:.3f} s for readers"),
             ("memory", f"scratch {size(self.peak_scratch_bytes)} at peak, copy of the model {size(self.copy_bytes)}"),
         ]
         rows += breakdown(self.events)
         if self.open_bytes:
             rows.append(("open", f"{self.open_layers} layers, {size(self.open_bytes)} of device memory at peak"))
         rows += [(fate.value, summary(names, self.casts)) for fate, names in self.tensors.items() if names]
+        rows += proven(self.proven)
         rows += [("not loaded", f"{name}: {shapes}") for name, shapes in self.mismatched.items()]
+        if self.kept:
+            rows.append(("kept", f"left alone by only=: {some(self.kept, 3)}"))
         if self.restored:
             rows.append(("restored", f"as before the first load: {some(self.restored, 3)}"))
         rows += [("fell back", reason) for reason in self.fell_back]

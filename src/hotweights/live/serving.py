@@ -85,7 +85,7 @@ class Serving:
         # What the model holds, not what runs: an update of a torn model has not mended it before it has committed.
         if self._current.holds is State.EMPTY:
             raise LiveModelError("nothing was loaded yet, so there is nothing to serve; call load first")
-        if self._current.holds is State.TORN:
+        if self._current.holds is State.TORN and not self._current.checking:
             raise LiveModelError(
                 "the model is torn: it holds tensors of two versions; call update with a complete source"
             )

@@ -11,6 +11,7 @@ from .. import signals
 from ..errors import UsageError
 from .hooks import Hooks
 from .lock import ReadWriteLock
+from .record import Record
 
 
 class State(enum.Enum):
@@ -32,9 +33,13 @@ class Current:
         commits: how many versions were committed.
         running: what identifies the update that runs; ``None`` where none does.
         prepared: whether that update is prepared.
+        previous: what makes the version before live again; ``None`` where it is not kept.
+        keeps_previous: whether commits keep the version before.
+        checking: whether a check looks at its version now, and nobody else at the model.
         warned: whether the one warning of open layers was given.
         names: for tensors of the live version that came under other names than the model's: from those to these.
         guard: lets readers of the model in while no update writes it.
+        record: what happened so far.
         hooks: what is called after each commit.
     """
 
@@ -44,9 +49,13 @@ class Current:
         self.commits = 0
         self.running: object = None
         self.prepared = False
+        self.checking = False
+        self.previous: object = None
+        self.keeps_previous = False
         self.warned = False
         self.names: Mapping[str, str] = {}
         self.guard = ReadWriteLock()
+        self.record = Record()
         self.hooks = Hooks()
         self._reserved = threading.Lock()  # held while an update runs
 
@@ -56,6 +65,11 @@ class Current:
         if self.running is None:
             return self.holds
         return State.PREPARED if self.prepared else State.UPDATING
+
+    @property
+    def default_name(self) -> str | int:
+        """The number of commits, as text where the live version's name is text: hooks meet one type of name."""
+        return str(self.commits) if isinstance(self.version, str) else self.commits
 
     def __str__(self) -> str:
         if self.holds is State.TORN:

@@ -13,6 +13,8 @@ from .. import signals
 from ..errors import LiveModelError
 from ..memory import host
 from ..memory.aliases import has_bytes
+from ..memory.copies import copy_all
+from ..memory.exchange import exchange_bytes
 from ..memory.wrappers import is_wrapper
 from ..model.materialise import dressed
 from ..text import size
@@ -56,11 +58,17 @@ class Strategy(Protocol):
     def showing(self, model: nn.Module) -> AbstractContextManager[None]:
         """Inside, the model holds what was delivered so far in place of what is live."""
 
+    def show(self) -> int:
+        """Make the model version M so that ``hide`` can take it back. Returns how many bytes this call wrote."""
+
+    def hide(self) -> None:
+        """Take back what ``show`` did, and only that. What code wrote meanwhile to new bytes, version M has."""
+
     def commit(self) -> int:
-        """Make the model version M. Returns how many bytes this call wrote."""
+        """Make the model version M for good. Returns how many bytes this call wrote."""
 
     def abort(self) -> None:
-        """Make the model version N again."""
+        """Make the model version N again; where M was committed by ``show``, too."""
 
 
 class InPlace:
@@ -97,6 +105,13 @@ class InPlace:
         """The model holds it already."""
         yield
 
+    def show(self) -> int:
+        """The model holds it already."""
+        return 0
+
+    def hide(self) -> None:
+        """It stays until ``abort``."""
+
     def commit(self) -> int:
         """Nothing is left to do."""
         return 0
@@ -129,8 +144,7 @@ class Journal(InPlace):
         for holder, held in reversed(self._held):
             assign(holder, held)
         for span in self._saved:
-            for name in self._mirror.layout.inside(span):
-                host.copy_bytes(self._live[name], self._mirror[name])
+            copy_all((self._live[name], self._mirror[name]) for name in self._mirror.layout.inside(span))
 
     def _keep(self, names: Iterable[str]) -> None:
         layout = self._mirror.layout
@@ -154,6 +168,8 @@ class Staged:
         self.wrote = False
         self._staged: dict[str, None] = {}
         self._held: list[tuple[object, dict[Any, object]]] = []
+        self._shown: dict[int, None] = {}  # numbers of spans that hold version M, while the mirror holds N
+        self._before: list[tuple[object, dict[Any, object]]] = []
 
     def memory_for(self, names: Iterable[str], partial: Iterable[str]) -> Mapping[str, torch.Tensor]:
         """Memory beside the live tensors."""
@@ -201,18 +217,58 @@ class Staged:
         live = self._live[name]
         return dressed(self._mirror[name].to(live.device), live)
 
-    def commit(self) -> int:
-        """Copy everything that was collected into place."""
+    def show(self) -> int:
+        """Exchange what was collected and what is live. Goes on where it failed before."""
         nbytes = 0
-        for name in self._staged:
-            host.copy_bytes(self._live[name], self._mirror[name])
-            nbytes += self._live[name].nbytes
-        for holder, changes in self._held:
+        for span in dict.fromkeys(map(self._mirror.layout.of, self._staged)):
+            if span not in self._shown:
+                nbytes += self._exchange(span)
+                self._shown[span] = None
+        for holder, changes in self._held[len(self._before) :]:
+            self._before.append((holder, state_of(holder)))
             amend(holder, changes)
         return nbytes
 
+    def hide(self) -> None:
+        """Exchange them again. Goes on where it failed before."""
+        while self._before:
+            assign(*self._before[-1])
+            self._before.pop()
+        while self._shown:
+            self._exchange(next(reversed(self._shown)))
+            self._shown.popitem()
+
+    def _exchange(self, span: int) -> int:
+        layout, names = self._mirror.layout, self._mirror.layout.inside(span)
+        if len(names) == 1:
+            exchange_bytes(self._live[names[0]], self._mirror[names[0]])
+            return self._live[names[0]].nbytes
+        # Exchanged one by one, the bytes that tensors share would be exchanged twice.
+        before = Mirror(layout, host.host_copy)
+        for name in names:
+            host.copy_bytes(before[name], self._live[name])
+        staged = [name for name in layout.names(span) if name in self._staged]
+        try:
+            for name in staged:
+                host.copy_bytes(self._live[name], self._mirror[name])
+        except BaseException:
+            for name in names:
+                host.copy_bytes(self._live[name], before[name])
+            raise
+        for name in names:
+            host.copy_bytes(self._mirror[name], before[name])
+        return sum(self._live[name].nbytes for name in staged)
+
+    def commit(self) -> int:
+        """Copy everything that was collected into place."""
+        copy_all((self._live[name], self._mirror[name]) for name in self._staged)
+        for holder, changes in self._held:
+            amend(holder, changes)
+        return sum(self._live[name].nbytes for name in self._staged)
+
     def abort(self) -> None:
-        """Nothing live was written, so there is nothing to do."""
+        """Nothing live was written, but for what is shown."""
+        self.hide()
 
 
 def _takes_bytes(name: str, live: torch.Tensor) -> bool:

@@ -11,7 +11,6 @@ from torch import nn
 
 from .. import signals
 from ..arguments import check_version
-from ..dtypes import Cast
 from ..errors import HotweightsError, UpdateAborted, UsageError
 from ..forked import alone_in_a_fork
 from ..loading.verify import Verifier
@@ -19,11 +18,12 @@ from ..manifest import Manifest
 from ..memory.devices import record_event
 from ..memory.pool import Pool
 from ..notices import forgotten
-from ..plan.patterns import Patterns
 from ..progress import progress
 from ..sharding import reshard
 from ..sources.contracts import Addressed, InMemory, IOMode, OnDisk, Participant, Source, Timed, warnings_of
 from ..sources.pairs import pairs_of, plain
+from ..timeline import Timeline
+from .asked import Asked
 from .attempt import Attempt
 from .baseline import Baseline
 from .compiled import refuse_frozen
@@ -31,9 +31,11 @@ from .fed_names import FedNames
 from .job import Job
 from .lock import WriteTurn
 from .open_layers import OpenLayers
+from .previous import Previous
+from .record import tell_commit
 from .report import UpdateReport
 from .state import Current, State
-from .strategy import Atomic, InPlace, Strategy
+from .strategy import InPlace, Strategy
 
 
 class Update:
@@ -53,19 +55,22 @@ class Update:
         baseline: Baseline,
         job: Job,
         strategy: Strategy,
+        timeline: Timeline,
+        turn: WriteTurn,
         limit: int | None,
         fed: FedNames,
-        timeout: float | None = None,
+        check: Callable[[], object] | None = None,
     ) -> None:
         """For ``begin`` and ``begin_first``, while the live model is reserved; the end of the update lets go of it."""
         self._current = current
         self._baseline = baseline
         self._strategy = strategy
         self._fed = fed
-        turn = WriteTurn(current.guard, timeout)
-        self._attempt = Attempt(job, strategy, OpenLayers(limit, warned=current.warned), turn, fed)
+        self._check_by = check
+        self._attempt = Attempt(job, strategy, OpenLayers(limit, warned=current.warned), turn, fed, timeline)
         self._watcher = signals.watch()
         current.begin(self._attempt)
+        current.previous = None  # Its bytes lie where those of this update will.
 
     @classmethod
     @signals.held
@@ -78,7 +83,8 @@ class Update:
         fed: FedNames,
     ) -> Update:
         """The first load, straight into the model's own tensors."""
-        return cls(current, baseline, baseline.first_job(process), InPlace(baseline.live), limit, fed)
+        timeline, turn = Timeline(), WriteTurn(current.guard)
+        return cls(current, baseline, baseline.first_job(process), InPlace(baseline.live), timeline, turn, limit, fed)
 
     @classmethod
     @signals.held
@@ -89,10 +95,7 @@ class Update:
         process: Callable[[nn.Module], object],
         limit: int | None,
         manifest: Manifest | None,
-        atomic: Atomic,
-        only: Patterns | None,
-        cast: Cast | None,
-        timeout: float | None,
+        asked: Asked,
         fed: FedNames,
     ) -> Update:
         """Find everything that does not fit; then begin.
@@ -100,18 +103,20 @@ class Update:
         Raises:
             UpdateAborted: the manifest does not fit, or the host cannot hold the copy; nothing was changed.
         """
+        timeline = Timeline()
+        turn = WriteTurn(current.guard, asked.timeout, timeline.note)
         try:
             refuse_frozen()
             baseline.prove()
-            with current.guard.writing(timeout):
-                found = baseline.plans.find(manifest, only, baseline.live, cast)
+            with turn.briefly(), timeline.event("plan"):
+                found = baseline.plans.find(manifest, asked.only, baseline.live, asked.cast)
             job = baseline.job(process, found, promised=manifest is not None)
-            strategy = baseline.strategy(atomic, job)
+            strategy = baseline.strategy(asked.atomic, job)
         except UsageError:
             raise
         except Exception as error:
-            raise aborted(f"{current}; nothing was changed", error) from error
-        return cls(current, baseline, job, strategy, limit, fed, timeout)
+            raise aborted(current, "nothing was changed", error) from error
+        return cls(current, baseline, job, strategy, timeline, turn, limit, fed, asked.check)
 
     @property
     def manifest(self) -> Manifest:
@@ -199,10 +204,12 @@ class Update:
     @alone_in_a_fork()
     @signals.held
     def prepare(self) -> None:
-        """See that everything came, finish what waited, prove addresses and aliases. Version N is still live.
+        """See that everything came, finish what waited, prove addresses and aliases; then ask ``check``.
+
+        Version N is still live.
 
         Raises:
-            UpdateAborted: something is missing, or was moved.
+            UpdateAborted: something is missing, or was moved, or the check refused the version.
         """
         self._check("prepare")
         if self._current.prepared:
@@ -210,8 +217,39 @@ class Update:
         with self._failing(), self._attempt.timeline.event("prepare", ""):
             self._attempt.finish()
             self._baseline.prove()
+            if self._check_by is not None:
+                self._look(self._check_by)
             signals.deliver()  # The last place where an interruption still leaves version N.
         self._current.prepared = True
+
+    @signals.held
+    def _look(self, check: Callable[[], object]) -> None:
+        """Let a check look at version M, with nobody else in the model, and take M out again."""
+        current = self._current
+        with self._attempt.turn.briefly(), self._attempt.timeline.event("check", ""):
+            try:
+                self._show()
+                with current.guard.writer_reads():
+                    check()
+            finally:
+                self._hide()
+        self._baseline.prove()  # The check is code of others too.
+
+    @signals.whole
+    def _show(self) -> None:
+        self._current.checking = True
+        self._strategy.show()
+        self._wrote_all()
+
+    @signals.whole
+    def _hide(self) -> None:
+        self._current.checking = False
+        self._strategy.hide()
+        self._wrote_all()
+
+    def _wrote_all(self) -> None:
+        reshard(self._attempt.job.model.modules())
+        self._baseline.written(self._attempt.job)
 
     # Commit.
 
@@ -221,7 +259,7 @@ class Update:
         """Make it version M. Once readers have left, nothing can fail but the hooks, and they run after it.
 
         Args:
-            version: its name; by default the number of commits.
+            version: its name; by default the number of commits, as text where the name before is text.
 
         Raises:
             UpdateAborted: something is missing, as ``prepare`` says, or readers did not leave in time.
@@ -233,30 +271,40 @@ class Update:
         with self._failing():
             self._attempt.turn.take()
         failures: list[BaseException] = []
+        report = None
         try:
             report = self._make_live(version, failures)
-            self._current.guard.let_writer_read()
-            self._current.hooks.call(report.version, failures)
+            with self._current.guard.writer_reads():
+                self._current.hooks.call(report.version, failures)
             if failures:
                 raise failures[0]
             return report
         finally:
-            failures.clear()  # Their tracebacks hold this frame.
             self._end()
+            if report is not None:
+                tell_commit(report)
+            if failures:
+                self._current.record.note_error(failures[0])
+            failures.clear()  # Their tracebacks hold this frame.
 
     @signals.whole
     def _make_live(self, version: str | int | None, failures: list[BaseException]) -> UpdateReport:
         """Make the model version M, its bytes and its name: no signal comes between them."""
         current, attempt = self._current, self._attempt
+        keeps = current.keeps_previous and current.holds is State.SERVING and self._strategy.name is not False
+        kept = Previous(current, self._baseline, self._strategy, attempt.job) if keeps else None
         with attempt.timeline.event("commit", ""):
             nbytes = self._written(failures)
-        previous, current.version = current.version, current.commits + 1 if version is None else version
+        current.previous = kept
         current.commits += 1
+        previous, current.version = current.version, current.default_name if version is None else version
         current.holds, current.running, current.warned = State.SERVING, None, attempt.warned
         self._baseline.committed(attempt.job)
         if self._baseline.plans.last is attempt.job.plan:  # A partial update is not what the next one repeats.
             current.names = self._fed.new
-        return attempt.report(previous, current.version, nbytes, self._baseline.copy_nbytes)
+        report = attempt.report(previous, current.version, nbytes, self._baseline.copy_nbytes)
+        current.record.note_commit(report)
+        return report
 
     def _written(self, failures: list[BaseException]) -> int:
         """How many bytes were written to make it version M. An interruption is put into ``failures``."""
@@ -266,13 +314,13 @@ class Update:
             if not isinstance(error, Exception):
                 failures.append(error)
         try:
-            return self._commit()  # It copies what lies beside the model: that can be done again.
+            return self._commit()  # It writes what lies beside the model: that can be done again.
         except BaseException:
             self._current.holds, self._current.running = State.TORN, None
             raise
 
     def _commit(self) -> int:
-        nbytes = self._strategy.commit()
+        nbytes = self._strategy.show() if self._current.keeps_previous else self._strategy.commit()
         reshard(self._attempt.job.model.modules())
         return nbytes
 
@@ -289,7 +337,7 @@ class Update:
         try:
             alone_in_a_fork()(self._strategy.abort)()
             if attempt.job.first:
-                self._baseline.reset(attempt.processing.begun)
+                self._baseline.reset(attempt.begun)
             if self._strategy.exclusive and self._strategy.wrote:
                 self._baseline.written(attempt.job)
         except BaseException:
@@ -310,8 +358,9 @@ class Update:
         except BaseException as error:
             self.abort()
             if self._attempt.job.first or not isinstance(error, Exception):
+                self._current.record.note_failure(error)
                 raise
-            raise aborted(f"{self._current}; the update failed", error) from error
+            raise aborted(self._current, "the update failed", error) from error
 
     # Its end.
 
@@ -332,9 +381,12 @@ class Update:
     def __enter__(self) -> Update:
         return self
 
-    @signals.whole
-    def __exit__(self, *error: object) -> None:
+    @signals.held
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        was_over = self._is_over()
         self.abort()
+        if error is not None and not was_over:
+            self._current.record.note_failure(error)
 
     def __del__(self) -> None:
         if hasattr(self, "_attempt") and not self._is_over():  # Its making may have been interrupted.
@@ -347,17 +399,17 @@ class Update:
 _SAID_FIRST = ("allow_", "by=")  # Options of advice that updates do not have.
 
 
-def aborted(left: str, error: Exception) -> UpdateAborted:
-    """What tells that ``error`` ended an update, and what it left."""
+def aborted(current: Current, left: str, error: Exception) -> UpdateAborted:
+    """What tells that ``error`` ended an update, and what it left. It is recorded."""
     said = str(error) if isinstance(error, HotweightsError) else f"{type(error).__name__}: {error}"
     advice = getattr(error, "advice", "")
     if any(option in advice for option in _SAID_FIRST):
         advice += " It is said in the first load, LiveModel.load(), and holds for all updates."
-    return UpdateAborted(
-        f"{left}: {getattr(error, 'title', said)}",
-        getattr(error, "problems", ()),
-        advice=advice,
+    told = UpdateAborted(
+        f"{current}; {left}: {getattr(error, 'title', said)}", getattr(error, "problems", ()), advice=advice
     )
+    current.record.note_failure(told)
+    return told
 
 
 def _wait_for(devices: set[torch.device]) -> None:

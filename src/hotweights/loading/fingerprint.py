@@ -64,7 +64,7 @@ class Fingerprint:
         Returns:
             Whether that is so. A tensor of another class, or without plain bytes, needs ``add_model``.
         """
-        self.rows += (list(survey.tensors), survey.transient, survey.parts)
+        self.rows += (list(survey.tensors), survey.transient, survey.parts, survey.shells)
         rows, places = self.rows, self.places
         self.tensors += survey.tensors.values()
         try:

@@ -47,7 +47,8 @@ def left_on_meta(plan: LoadPlan, seen: Survey, init_missing: InitMissing | None,
             "tensors would stay on the meta device; nothing was read or written",
             [_in_words(name, plan, seen) for name in left],
             advice="Say what they hold: init_missing=fn calls fn(name, tensor) to fill each in place; "
-            "init_missing=True calls their modules' reset_parameters.",
+            "init_missing=True calls their modules' reset_parameters. Or build the model with buffers that are real: "
+            "hotweights.build(directory, factory=...).",
         )
     if init_missing is True:
         _check_reset(model, left)

@@ -26,6 +26,7 @@ from ..model.offloading import refuse_own_code, refuse_unwritable
 from ..model.places import places
 from ..model.reachable import attributes, reachable
 from ..model.survey import By, Survey, survey
+from ..model.unprocessed import unprocessed
 from ..model.walk import modules_of
 from ..names import outer_prefix, unwrapped
 from ..plan.patterns import Patterns
@@ -39,7 +40,7 @@ from ..sources.iterator import IteratorSource
 from ..sources.locating import naming_files
 from ..sources.opening import AnySource, opened
 from ..sources.reading import check_reading
-from ..text import size
+from ..text import size, some
 from ..tracing.fit import check
 from ..tracing.frameworks import has_rules
 from ..tracing.naming import fitted, match_for
@@ -80,6 +81,7 @@ def load(
     by: By | None = None,
     variant: str | None = None,
     subfolder: str | None = None,
+    digests: str | os.PathLike[str] | None = None,
 ) -> LoadReport:
     """Load the weights of ``source`` into the parameters and persistent buffers of ``model``, in place, by name.
 
@@ -124,7 +126,7 @@ def load(
         threads: how many read at once; by default a few.
         pool: memory for what cannot be read in place; by default 64 MiB, which is freed at the end.
         verify: ``"loader"`` lets the model's own loading code load each layer once more afterwards, and compares bits.
-        show_progress: whether to draw a progress bar; by default on a terminal.
+        show_progress: whether to draw a progress bar; by default on a terminal or in a notebook.
         rename: new names for the source's tensors: a mapping of prefixes, ``{"module.": ""}``, of which the longest
             that fits counts; or a function that is given a name. Names that would become the same are a problem.
         by: ``"name"`` loads a model by name that has a ``load_weights``; ``"loader"`` by that, whatever its signature.
@@ -132,9 +134,11 @@ def load(
             by its signature, takes a path.
         variant: where ``source`` is a path: which variant of the weights there, see ``hotweights.open``.
         subfolder: where ``source`` is a path: which folder there.
+        digests: where ``source`` is a path: what the files must hold, see ``hotweights.open``.
 
     Raises:
-        CheckpointError: the checkpoint is broken; the model is unharmed.
+        CheckpointError: the checkpoint is broken; the model is unharmed. Or a byte is not what ``digests`` says, which
+            is known when it has been read: the model holds it by then, and the error's note says so.
         PlanError: source and model do not fit; the model is unharmed.
         TiedWeightsDiffer: names of one tensor carry different bytes; the model is unharmed, or holds those of one name
             where the source is a stream.
@@ -167,7 +171,10 @@ def load(
     done = Tally()
     whole, model = model, unwrapped(model)
     with alone_in_a_fork(), without_collection(), refusing(source), ExitStack() as stack:
-        given, source = source, stack.enter_context(opened(source, variant=variant, subfolder=subfolder))
+        given, source = (
+            source,
+            stack.enter_context(opened(source, variant=variant, subfolder=subfolder, digests=digests)),
+        )
         if isinstance(given, IteratorSource) and given is not source:  # Its tensors were collected.
             done.hold_scratch(source.manifest.nbytes)
         seen = survey(model, by)
@@ -175,7 +182,7 @@ def load(
         refuse_merged(model)
         if verify == "loader":
             check_verifiable(seen)
-        source = fitted(source, rename, match_for(model, seen.tensors, by))
+        source = fitted(source, rename, match_for(model, seen.names, by))
         stack.enter_context(naming_files(source))
         if plan is None:
             make = partial(_trace, whole, source.manifest, target_device, allowed, cast, by)
@@ -210,13 +217,15 @@ def load(
             if plan.fallback:
                 fall_back(plan, model, weights, kept, done, by=by, pool=pool, advance=advance)
             if verify == "loader":
-                verifier(model, weights, by)(plan, destinations, pool)
+                prove = verifier(model, weights, by)
+                prove(plan, destinations, pool)
+                done.proven = prove.proven
             if isinstance(source, OnDisk):
                 source.check()
             # Not before everything is loaded and proven: from here on the group counts on this member.
             if isinstance(source, Participant):
                 stack.enter_context(source.decision())
-        warnings = (*warnings_of(source), *told(model, left, init_missing))
+        warnings = (*warnings_of(source), *told(model, left, init_missing), *_unprocessed(model))
         return _report(plan, done, pool, time.perf_counter() - began, warnings)
 
 
@@ -294,7 +303,7 @@ def _renewing(
             written = {name: destinations[name] for step in plan.steps for name in step.destinations}
             seen.offloaded.renew_copies(written.values())
             others = attributes(modules_of(model), set(map(id, tensors.values())))
-            renew(written.values(), [*tensors.values(), *(tensor for _, tensor in others)])
+            renew(written.values(), [*tensors.values(), *seen.wrappers, *(tensor for _, tensor in others)])
 
 
 def _is_slice(step: Copy) -> bool:
@@ -324,4 +333,15 @@ def _report(plan: LoadPlan, done: Tally, pool: Pool, seconds: float, warnings: t
         fell_back=tuple(str(note) for note in plan.graph_breaks),
         side_effects=plan.side_effects,
         warnings=warnings,
+        proven=done.proven,
+    )
+
+
+def _unprocessed(model: nn.Module) -> tuple[str, ...]:
+    """A warning for layers that are not ready to compute."""
+    if not (names := unprocessed(model)):
+        return ()
+    return (
+        f"{some(names, 3)}: to be processed after loading (process_weights_after_loading), which hotweights.load does "
+        "not do; do it now, or load by hotweights.LiveModel, which does it, and does it anew for each update",
     )

@@ -21,6 +21,7 @@ class Tally:
     writing: bool = False  # From the first write on, an error leaves tensors of two versions.
     scratch: int = 0
     peak_scratch: int = 0
+    proven: int = 0
     bytes_by_io: dict[str, int] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -42,6 +43,11 @@ class Tally:
             self.peak_scratch = max(self.peak_scratch, self.scratch)
 
 
+def proven(tensors: int) -> list[tuple[str, str]]:
+    """The row of a report that says what ``verify="loader"`` proved."""
+    return [("proven", f"{tensors} tensors, bit for bit, by the model's own loading code")] if tensors else []
+
+
 @dataclass(frozen=True, slots=True)
 class LoadReport:
     """What one load did.
@@ -61,6 +67,7 @@ class LoadReport:
         side_effects: attributes that the model's loading code would have changed, and the plan did not.
         warnings: what a person should read.
         mismatched: by name of the model, both shapes, of what was not loaded because they differ.
+        proven: how many tensors of the model ``verify="loader"`` found to be what the model's own loading code makes.
     """
 
     bytes_read: int
@@ -77,6 +84,7 @@ class LoadReport:
     side_effects: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     mismatched: Mapping[str, str] = field(default_factory=dict)
+    proven: int = 0
 
     def as_dict(self) -> dict[str, object]:
         """The same facts for machines: only names, numbers, lists and dictionaries."""
@@ -104,6 +112,7 @@ class LoadReport:
             ("memory", f"buffers {size(self.peak_buffer_bytes)}, scratch {size(self.peak_scratch_bytes)} at peak"),
         ]
         rows += [(fate.value, summary(names, self.casts)) for fate, names in self.tensors.items() if names]
+        rows += proven(self.proven)
         rows += [("not loaded", f"{name}: {shapes}") for name, shapes in self.mismatched.items()]
         rows += [("fell back", reason) for reason in self.fell_back]
         rows += [("not done", f"change of {effect}") for effect in self.side_effects]

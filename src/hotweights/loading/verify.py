@@ -1,4 +1,4 @@
-"""``verify_by_loader``: the model's own loading code loads each layer once more, and bits are compared."""
+"""Verifier: the model's own loading code loads each layer once more, and bits are compared."""
 
 from __future__ import annotations
 
@@ -27,8 +27,23 @@ from .ties import same_bits
 Verify = Literal["off", "loader"]
 """Whether the model's own loading code (its "loader") proves a load."""
 
-Verifier = Callable[[LoadPlan, Destinations, Pool], None]
-"""Proves what a plan, or a part of one, has made in these tensors."""
+
+class Verifier:
+    """Proves what a plan, or a part of one, has made.
+
+    Attributes:
+        proven: how many tensors of the model, so far.
+    """
+
+    def __init__(self, model: nn.Module, load: LoadingCode, source: Addressed | InMemory) -> None:
+        self._model, self._load, self._source = model, load, source
+        self.proven = 0
+
+    def __call__(self, plan: LoadPlan, destinations: Destinations, pool: Pool) -> None:
+        """See ``verify_by_loader``."""
+        source = self._source
+        read = partial(source.read, pool=pool) if isinstance(source, Addressed) else dict
+        self.proven += verify_by_loader(plan, self._model, self._load, destinations, partial(owned, source, read=read))
 
 
 def verifier(model: nn.Module, source: Source, by: By | None = None) -> Verifier:
@@ -45,11 +60,7 @@ def verifier(model: nn.Module, source: Source, by: By | None = None) -> Verifier
             "load dict(source.tensors()) instead"
         )
 
-    def verify(plan: LoadPlan, destinations: Destinations, pool: Pool) -> None:
-        read = partial(source.read, pool=pool) if isinstance(source, Addressed) else dict
-        verify_by_loader(plan, model, load, destinations, partial(owned, source, read=read))
-
-    return verify
+    return Verifier(model, load, source)
 
 
 def check_verifiable(seen: Survey) -> None:
@@ -62,6 +73,11 @@ def check_verifiable(seen: Survey) -> None:
         raise UsageError(
             'verify="loader" runs the model\'s own loading code, which would write to meta tensors where hooks keep '
             f"the weights: {some(seen.kept)}; leave verify= out"
+        )
+    if seen.shells:
+        raise UsageError(
+            'verify="loader" gives the model\'s own loading code memory of its own, and there is none for tensors in '
+            f"wrappers: {some(list(seen.shells))}; leave verify= out"
         )
     if parts := seen.parts:
         raise UsageError(
@@ -76,7 +92,7 @@ def verify_by_loader(
     load: LoadingCode,
     destinations: Mapping[str, torch.Tensor],
     own: Callable[[str], torch.Tensor],
-) -> None:
+) -> int:
     """Load each layer again by the model's own code, over poisoned memory, and compare it with what the plan made.
 
     One layer is copied at a time; layers that share source tensors, together. Attributes that the loading code
@@ -89,11 +105,16 @@ def verify_by_loader(
         destinations: the model's tensors by name.
         own: gives a source tensor, owned.
 
+    Returns:
+        How many tensors of the model are proven.
+
     Raises:
         PlanDiffers: names every tensor that differs; those hold what the model's own code made.
     """
     differing: list[str] = []
+    proven = 0
     for group in _groups(plan):
+        proven += len(group.destinations)
         snapshot = Snapshot(model)
         try:
             differing += _verify(group, load, destinations, own)
@@ -101,6 +122,7 @@ def verify_by_loader(
             snapshot.put_back()
     if differing:
         raise PlanDiffers("the plan's result is not what the model's own loading code makes", differing)
+    return proven
 
 
 class _Group(NamedTuple):

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..shell import Shell, described
+
 
 def is_wrapper(tensor: torch.Tensor) -> bool:
     """Whether its bytes lie in other tensors, inside it."""
@@ -54,6 +56,39 @@ def leaves(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]
     if is_wrapper(tensor):
         for key in _keys(tensor):
             yield from leaves(f"{name}.{key}", getattr(tensor, key))
+
+
+def inside(name: str, tensor: torch.Tensor) -> dict[str, tuple[torch.Tensor, Shell]]:
+    """The tensors with plain bytes that a wrapper is made of, by names like ``weight.scale``, and the wrapper's traits.
+
+    Nothing where it is no wrapper, or where a tensor inside it has no plain bytes.
+    """
+    if not is_wrapper(tensor) or tensor.is_nested:
+        return {}
+    every = list(leaves("", tensor))
+    wrappers = [(key, part) for key, part in every if is_wrapper(part)]
+    parts = {key[1:]: part for key, part in every if not is_wrapper(part)}
+    if any(hidden(part) for part in parts.values()):
+        return {}
+    traits = tuple(trait for key, wrapper in wrappers for trait in _traits(key[1:], wrapper))
+    kind, shape = type(tensor), tuple(tensor.shape)
+    return {
+        f"{name}.{key}": (part, Shell(key, f"{kind.__module__}.{kind.__qualname__}", tensor.dtype, shape, traits))
+        for key, part in parts.items()
+    }
+
+
+def _traits(key: str, wrapper: torch.Tensor) -> Iterator[tuple[str, str]]:
+    """What a wrapper is, by names that begin with the ``key`` of one inside another."""
+    stem = f"{key}." if key else ""
+    if key:
+        yield f"{stem}class", described(type(wrapper))
+        yield f"{stem}dtype", described(wrapper.dtype)
+        yield f"{stem}shape", described(wrapper.shape)
+    keys, rest = wrapper.__tensor_flatten__()  # type: ignore[attr-defined]
+    yield f"{stem}tensors", ", ".join(keys)
+    for trait, value in rest.items() if type(rest) is dict else [("context", rest)]:
+        yield f"{stem}{trait}", described(value)
 
 
 def context(tensor: torch.Tensor) -> object:

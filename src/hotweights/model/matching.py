@@ -126,9 +126,17 @@ def _insertion(name: str, target: str) -> tuple[str, str]:
     return f"{stem}{end}", f"{'.'.join([stem, *more])}{end}"
 
 
-def other_names(model: nn.Module, outer: str, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """The names by which a user may call a tensor besides its own: within ``outer``, and without wrappers."""
+def other_names(
+    model: nn.Module, outer: str, names: Iterable[str], others: Mapping[str, tuple[str, ...]]
+) -> dict[str, tuple[str, ...]]:
+    """The names by which a user may call a tensor besides its own: within ``outer``, without wrapping modules, and
+
+    those of ``others``, which are one with it.
+    """
     bare = bare_names(model)
     if not outer and not bare:
-        return {}
-    return {name: (outer + name, *bare.get(name, ())) for name in names}
+        return dict(others)
+    known = {name: (outer + name, *bare.get(name, ())) for name in names}
+    for name, several in others.items():
+        known[name] = (*several, *(other for one in several for other in known.get(one, ())))
+    return known

@@ -12,9 +12,11 @@ from ..manifest import TensorSpec
 from ..memory.aliases import owners, spots
 from ..plan.steps import Target
 from ..sharding import Part
+from ..shell import Shell
 from .walk import modules_of
 
 _NO_PARTS: Mapping[str, Part] = {}
+_NO_SHELLS: Mapping[str, Shell] = {}
 
 
 class Place(msgspec.Struct, frozen=True, gc=False):
@@ -59,11 +61,14 @@ def places(model: nn.Module) -> Iterator[Place]:
 
 
 def targets_of(
-    tensors: Mapping[str, torch.Tensor], device: torch.device | None, parts: Mapping[str, Part] = _NO_PARTS
+    tensors: Mapping[str, torch.Tensor],
+    device: torch.device | None,
+    parts: Mapping[str, Part] = _NO_PARTS,
+    shells: Mapping[str, Shell] = _NO_SHELLS,
 ) -> dict[str, Target]:
     """The tensors as targets of a plan; ``device`` is where meta tensors will be made real.
 
-    Of those in ``parts`` this rank has no more than the part.
+    Of those in ``parts`` this rank has no more than the part; those in ``shells`` lie in wrappers.
     """
     owner, spot = owners(tensors), spots(tensors)
     targets = {name: _described(tensor, name, owner[name], device) for name, tensor in tensors.items()}
@@ -71,7 +76,20 @@ def targets_of(
         targets[name] = msgspec.structs.replace(targets[name], memory=memory, start=start)
     for name in parts.keys() & targets.keys():
         targets[name] = _partial(targets[name], tensors[name], parts[name])
+    for name in shells.keys() & targets.keys():
+        targets[name] = _inside(targets[name], tensors[name], shells[name])
     return targets
+
+
+def _inside(target: Target, tensor: torch.Tensor, shell: Shell) -> Target:
+    problem = target.problem
+    if tensor.is_meta:
+        problem = (
+            f"lies on the meta device, where no {shell.kind.rpartition('.')[2]} can be made real; quantise a real "
+            "model, or put the source's own tensors there by torch's load_state_dict(..., assign=True)"
+        )
+    spec = msgspec.structs.replace(target.spec, shell=shell)
+    return msgspec.structs.replace(target, spec=spec, problem=problem)
 
 
 def _described(tensor: torch.Tensor, name: str, owner: str, device: torch.device | None) -> Target:

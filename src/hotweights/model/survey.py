@@ -5,15 +5,18 @@ from __future__ import annotations
 import inspect
 import re
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Collection, Container, Iterable, Iterator
 from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
 
 from ..errors import UsageError
+from ..memory.wrappers import inside, is_wrapper
 from ..names import inside as wraps
 from ..sharding import Part, is_dtensor, is_fsdp, is_fsdps, local, shards_of
+from ..shell import Shell, outer_names
 from ..text import some
 from .walk import modules_of
 from .weights_map import Offloaded, offloaded
@@ -35,6 +38,8 @@ class Survey(NamedTuple):
         parts: which part of a whole tensor this rank holds, of those of which ``tensors`` has no more than that.
         offloaded: what accelerate's hooks keep.
         kept: names of that: ``tensors`` has it in place of the modules' own tensors.
+        shells: the wrappers of those of ``tensors`` that lie in one: of a wrapper it has the tensors inside.
+        wrappers: the wrappers themselves.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -44,12 +49,32 @@ class Survey(NamedTuple):
     parts: dict[str, Part]
     offloaded: Offloaded
     kept: list[str]
+    shells: dict[str, Shell]
+    wrappers: list[torch.Tensor]
 
     @property
     def persistent(self) -> dict[str, torch.Tensor]:
         """The tensors of the state dict; computed anew each time."""
         transient = set(self.transient)
         return {name: tensor for name, tensor in self.tensors.items() if name not in transient}
+
+    @property
+    def names(self) -> Collection[str]:
+        """The names by which a source calls ``tensors``: of what lies in a wrapper, the wrapper's."""
+        if not self.shells:
+            return self.tensors.keys()
+        return dict.fromkeys(self.outer_names().values())
+
+    def outer_names(self) -> dict[str, str]:
+        """For each of ``tensors`` the name of the wrapper that it lies in, or its own."""
+        return outer_names({name: self.shells.get(name) for name in self.tensors})
+
+    def others(self) -> dict[str, tuple[str, ...]]:
+        """For each name of a tensor in a wrapper, those of the wrapper and of all that lies in it."""
+        together: dict[str, list[str]] = defaultdict(list)
+        for name, shell in self.shells.items():
+            together[shell.outer(name)].append(name)
+        return {name: (outer, *names) for outer, names in together.items() for name in (outer, *names)}
 
 
 def survey(model: nn.Module, by: By | None = None) -> Survey:
@@ -101,7 +126,12 @@ def survey(model: nn.Module, by: By | None = None) -> Survey:
     kept = offloaded(aligned)
     brought = _named(model, kept.tensors) if kept.tensors else {}
     tensors |= brought
-    return Survey(tensors, transient, plain, hooked, _localised(tensors), kept, [*brought])
+    parts = _localised(tensors)
+    shells: dict[str, Shell] = {}
+    wrappers = [tensor for name, tensor in tensors.items() if name not in parts and is_wrapper(tensor)]
+    if wrappers:
+        tensors, transient = _unwrapped(tensors, parts, transient, shells)
+    return Survey(tensors, transient, plain, hooked, parts, kept, [*brought], shells, wrappers)
 
 
 def _sharded(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -133,6 +163,24 @@ def _localised(tensors: dict[str, torch.Tensor]) -> dict[str, Part]:
         if part is not None:
             parts[name] = part
     return parts
+
+
+def _unwrapped(
+    tensors: dict[str, torch.Tensor], parts: Container[str], transient: Container[str], shells: dict[str, Shell]
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Tensors with those inside wrappers in place of these, and which are not persistent. The ``shells`` are added.
+
+    A wrapper that holds what has no plain bytes, or a part of a DTensor, stays as it is.
+    """
+    opened: dict[str, torch.Tensor] = {}
+    hidden: list[str] = []
+    for name, tensor in tensors.items():
+        held = {} if name in parts else inside(name, tensor)
+        opened |= {key: part for key, (part, _) in held.items()} or {name: tensor}
+        shells |= {key: shell for key, (_, shell) in held.items()}
+        if name in transient:
+            hidden += held or [name]
+    return opened, hidden
 
 
 _HARMLESS = (
@@ -195,11 +243,13 @@ def _has_loading_code(kind: type[nn.Module]) -> bool:
     return override is not nn.Module._load_from_state_dict and override.__module__ not in _HARMLESS
 
 
-def extra_state_problems(model: nn.Module) -> Iterator[str]:
-    """Modules with state that is no tensor: no safetensors file carries it, and by name it would stay as it is."""
-    for name, module in model.named_modules():
-        if type(module).set_extra_state is not nn.Module.set_extra_state:
-            yield f"module {name or type(model).__name__}: keeps extra state; by name it would stay as it is"
+def extra_states(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules that keep extra state, by its key in the state dict: ``load_state_dict`` hands it to them."""
+    return {
+        f"{prefix}_extra_state": module
+        for prefix, module in modules_of(model)
+        if type(module).set_extra_state is not nn.Module.set_extra_state
+    }
 
 
 def own_loader(model: nn.Module, by: By | None = None) -> LoadingCode | None:
@@ -248,7 +298,7 @@ def loader_of(model: nn.Module, by: By | None = None) -> LoadingCode | None:
         return lambda pairs: finished(own(pairs))
     if any(map(nn.parameter.is_lazy, survey(model).tensors.values())):
         return None  # Loading code would make them real.
-    return by_name(model) if any(hook_problems(model)) else None
+    return by_name(model) if any(hook_problems(model)) or extra_states(model) else None
 
 
 def finished(returned: object) -> object:

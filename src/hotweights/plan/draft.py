@@ -14,8 +14,9 @@ from ..dtypes import Cast, format_name
 from ..errors import PlanError
 from ..manifest import Manifest
 from ..text import some
+from .inside import Insides, outer_manifest, outer_targets
 from .local import Local, whole_manifest, whole_targets
-from .misnamed import misnamed, parametrised, shortened
+from .misnamed import misnamed, of_adapter, parametrised, shortened
 from .patterns import Patterns, both, matches, narrowest
 from .plan import LoadPlan
 from .quantised import quantised_by, unscaled
@@ -95,37 +96,44 @@ def draft(
     """
     check_choices(cast=(allowed.cast, Cast))
     own_code = traced is not None
+    # Whole tensors and wrappers are compared with such; only then is it cut down to what this rank and they hold.
+    insides = Insides(manifest, targets)
+    whole, wide = whole_manifest(outer_manifest(manifest)), whole_targets(outer_targets(targets))
     if traced is None:
-        traced = Traced(tuple(_steps_of(rules, manifest, targets)), constants=rules.constants)
-    # Whole tensors are compared with whole ones; only then is it cut down to the parts that this rank holds.
-    whole, wide = whole_manifest(manifest), whole_targets(targets)
+        traced = Traced(tuple(_steps_of(rules, whole, wide)), constants=rules.constants)
     writes = Writes(whole, wide, allowed.cast, last_wins=own_code)
     mismatched: dict[Step, str] = {}
+    unlike: dict[Step, str] = {}
     may_mismatch = _may_mismatch(allowed)
     may_any = allowed.mismatched or (allowed.unexpected and allowed.missing and allowed.partial)
     for level, step in traced.steps:
-        shapes = _mismatch(step, whole, wide) if may_any else ""
+        shapes = _mismatch(step, whole, wide) if may_any or insides else ""
         if shapes and may_mismatch(step.sources[0], step.destinations[0]):
             mismatched[step] = shapes
+        elif insides and not shapes and (problem := insides.problem(step)):
+            unlike[step] = problem
         else:
             writes.add(level, step)
     local = Local(manifest, targets)
-    levelled = [*zip(writes.levels, writes.steps, strict=True)]
+    levelled = [*insides.steps(zip(writes.levels, writes.steps, strict=True))]
     if whole is not manifest or wide is not targets:
-        levelled = list(local.steps(writes.levels, writes.steps))
-    ties = tuple(local.ties(writes.ties))
-    fates = _fates_of_sources(manifest, writes, traced, matches(rules.skip))
-    fates.update({step.sources[0]: Fate.MISMATCHED for step in mismatched if step.sources[0] not in writes.fates})
+        levelled = list(local.steps(levelled))
+    ties = tuple(local.ties(insides.ties(writes.ties)))
+    fates = _fates_of_sources(whole, writes, traced, matches(rules.skip))
+    left_out = [source for step in (*mismatched, *unlike) for source in step.sources if source not in writes.fates]
+    fates.update(dict.fromkeys(left_out, Fate.MISMATCHED))
     shapes_of = {step.destinations[0]: shapes for step, shapes in mismatched.items()}
-    wrong = {*problems, *local.problems, *writes.problems, *writes.overlaps(overlapping), *writes.double_writes()}
+    wrong = {*problems, *local.problems, *writes.problems, *writes.double_writes(), *unlike.values()}
+    wrong.update(writes.overlaps(insides.outer(overlapping)))
     unexpected = list(_unexpected(fates, matches(allowed.unexpected)))
     missing: dict[str, str] = {}
     absent: list[str] = []  # missing, or allowed to be
     may_miss, may_be_partial = matches(both(allowed.missing, rules.allow_missing)), matches(allowed.partial)
     arguments = set()  # that would allow some of what is wrong
     unproven: list[str] = []
+    kept = {name for step in (*mismatched, *unlike) for name in step.destinations}
     for gap in writes.gaps():
-        if not gap.written and any(name in shapes_of for name in gap.names):
+        if not gap.written and not kept.isdisjoint(gap.names):
             fates.update(dict.fromkeys(gap.names, Fate.MISMATCHED))
             continue
         fate, may_be = (Fate.PARTIAL, may_be_partial) if gap.written else (Fate.MISSING, may_miss)
@@ -140,25 +148,31 @@ def draft(
             arguments.add("allow_partial=")
         else:
             missing.update(dict.fromkeys(gap.names, _in_words(gap)))
-    if (other := misnamed(manifest, unexpected, absent)) is not None:
+    if (other := misnamed(whole, unexpected, absent)) is not None:
         wrong.add(other.problem)
         explained = {missing.get(name) for name in other.targets}  # A tied parameter is one problem with several names.
         unexpected = [name for name in unexpected if name not in other.sources]
         missing = {name: line for name, line in missing.items() if line not in explained}
     arguments |= {"allow_unexpected="} if unexpected else set()
     arguments |= {"allow_missing="} if missing else set()
-    wrong.update(shortened({name: _no_place(manifest, name) for name in unexpected}, "unexpected"))
+    wrong.update(shortened({name: _no_place(whole, name) for name in unexpected}, "unexpected"))
     wrong.update(shortened(missing, "missing"))
     homeless = [name for name, fate in fates.items() if fate is Fate.UNEXPECTED]
     # Also where allow_unexpected= names them: "*" is meant for an extra head, not for weights without their scales.
-    wrong.update(lost := set(unscaled(manifest, writes.casts, homeless)))
+    wrong.update(lost := set(unscaled(whole, writes.casts, homeless)))
     if wrong:
         quantised = quantised_by(homeless) if unexpected or lost else None
         advice = [f"Allow names with {' and '.join(sorted(arguments))}, if that is meant."] if arguments else []
         if writes.misfits:
             # With those that are allowed already: whoever types it types it in their place.
             pattern = narrowest([*shapes_of, *writes.misfits])
-            advice.append(f'If another head is meant, allow_mismatched="{pattern}" keeps what the model has there.')
+            if all(map(of_adapter, writes.misfits)):
+                advice.append(
+                    "The adapter in the source has another rank: give the model one of that rank, the r of its "
+                    "adapter_config.json."
+                )
+            else:
+                advice.append(f'If another head is meant, allow_mismatched="{pattern}" keeps what the model has there.')
         advice += filter(None, [parametrised([*unexpected, *missing])])
         if quantised is not None:  # Instead: to allow its names would drop the scales, and leave the rest wrong.
             method, name = quantised
@@ -172,7 +186,7 @@ def draft(
         steps=tuple(step for _, step in levelled),
         levels=tuple(level for level, _ in levelled) if any(writes.levels) else (),
         ties=ties,
-        fates=fates,
+        fates=insides.by_name(fates) if insides else fates,
         casts=writes.casts,
         constants=traced.constants,
         fallback=tuple(traced.fallback),
@@ -182,7 +196,7 @@ def draft(
         state_read=tuple(sorted(traced.state_read)),
         manifest=manifest,
         targets=targets,
-        mismatched=shapes_of,
+        mismatched=insides.by_name(shapes_of),
     )
 
 

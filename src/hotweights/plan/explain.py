@@ -22,6 +22,8 @@ _ALL = "all of it"
 
 def explain(plan: LoadPlan, name: str) -> str:
     """Which parts of which source tensors become the model's tensor ``name``; of a source tensor, where it goes."""
+    if name in plan.transient:
+        return _explain_transient(plan, name)
     lines = [*_writes_of(plan, name), *_ties_of(plan, name)]
     target = plan.targets.get(name)
     if not lines and target is not None and target.owner != name:
@@ -34,8 +36,20 @@ def explain(plan: LoadPlan, name: str) -> str:
     if not lines and name in plan.manifest:
         return _explain_source(plan, name)
     if not lines:
-        raise UnknownName("tensor", name, [some(_alike(name, plan.targets))])
+        raise UnknownName("tensor", name, [some(_alike(name, [*plan.targets, *plan.transient]))])
     return "\n".join([_titled(plan, name), *lines])
+
+
+def _explain_transient(plan: LoadPlan, name: str) -> str:
+    """What becomes of a non-persistent buffer."""
+    owner = plan.transient[name]
+    if owner:
+        shown = f"{name}\n  is a non-persistent buffer in the memory of {owner}, and shows what that holds"
+        return f"{shown}\n{explain(plan, owner)}"
+    return (
+        f"{name}\n  is a non-persistent buffer, which no checkpoint carries: it keeps its values, and on meta it is "
+        "initialised (init_missing= of hotweights.load)"
+    )
 
 
 def summarise(plan: LoadPlan) -> str:
@@ -198,7 +212,8 @@ def _target_in_words(target: Target) -> str:
     beside = f" at byte {target.start} of the memory of {target.memory}" if target.memory else ""
     tied = "" if target.owner == target.spec.name else f" tied with {target.owner}"
     part = "" if target.part is None else f", {_elements(target.part)} of {target.part}"
-    return f"{format_name(target.spec.dtype)} {list(target.spec.shape)}{stride}{tied}{beside}{part}"
+    shell = "" if target.spec.shell is None else f", in a {target.spec.shell}"
+    return f"{format_name(target.spec.dtype)} {list(target.spec.shape)}{stride}{tied}{beside}{part}{shell}"
 
 
 def _elements(part: Part) -> str:

@@ -47,9 +47,9 @@ class Local:
         self._manifest = manifest
         self._targets = targets
 
-    def steps(self, levels: Iterable[int], steps: Iterable[Step]) -> Iterator[tuple[int, Step]]:
+    def steps(self, steps: Iterable[tuple[int, Step]]) -> Iterator[tuple[int, Step]]:
         """The steps, with the levels they had."""
-        for level, step in zip(levels, steps, strict=True):
+        for level, step in steps:
             yield from ((level, cut) for cut in self._cut(step))
 
     def ties(self, ties: Iterable[tuple[Copy, Copy]]) -> Iterator[tuple[Copy, Copy]]:

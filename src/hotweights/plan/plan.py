@@ -43,6 +43,7 @@ class LoadPlan:
         targets: the tensors of the model that it is made for, including those that only a step names.
         digests: of the values of ``state_read``, by name.
         by_layer: whether each layer is done before the next begins, as far as levels allow.
+        transient: by name of each non-persistent buffer, the tensor with whose memory it shares bytes; empty if none.
     """
 
     steps: tuple[Step, ...]
@@ -61,6 +62,7 @@ class LoadPlan:
     digests: Mapping[str, str] = field(default_factory=dict)
     by_layer: bool = False
     mismatched: Mapping[str, str] = field(default_factory=dict)
+    transient: Mapping[str, str] = field(default_factory=dict)
 
     def names(self, fate: Fate) -> tuple[str, ...]:
         """The names with this fate, sorted."""

@@ -12,6 +12,9 @@ import torch
 from ..boxes import Box, Region, covered, whole
 from ..manifest import TensorSpec
 from ..sharding import Part
+from ..text import some
+
+_NAMED = 50  # tensors in one line
 
 _OVERWRITES = frozenset(
     (
@@ -146,14 +149,17 @@ class GraphBreak(msgspec.Struct, frozen=True):
         what: in words.
         sources: names of the source tensors concerned.
         where: the line of the model's code, ``file:line``.
+        with_them: names of all source tensors that the model's own code gets because of it, if there are others.
     """
 
     what: str
     sources: tuple[str, ...]
     where: str
+    with_them: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.what} of {', '.join(self.sources) or 'the model'} at {self.where}"
+        all_told = f" (so {some(self.with_them, _NAMED)} go with it)" if self.with_them else ""
+        return f"{self.what} of {some(self.sources, _NAMED) or 'the model'} at {self.where}{all_told}"
 
 
 class Target(msgspec.Struct, frozen=True, gc=False):

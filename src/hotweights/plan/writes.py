@@ -203,7 +203,10 @@ class Writes:
         elif is_float(found) and not is_float(expected):
             self.problems.append(f"{name}: {change} cuts off fractions{_from(source, name)}")
         elif not may_cast(found, expected, self._cast):
-            self.problems.append(f'{name}: {change} loses information{_from(source, name)}; cast="loader" allows it')
+            narrowest = "floats" if may_cast(found, expected, "floats") else "loader"
+            self.problems.append(
+                f'{name}: {change} loses information{_from(source, name)}; cast="{narrowest}" allows it'
+            )
         else:
             self.fates[source] = Fate.CAST
             self.casts[source] = change

@@ -12,6 +12,7 @@ from ..manifest import TensorSpec
 from ..memory.host import host_empty
 from ..memory.pool import Pool
 from .contracts import Read
+from .dcp.source import DcpSource
 from .files.source import FileSource
 
 _ELEMENTS = 4 * 1024 * 1024  # that are compared at once: as float64 they take memory of their own
@@ -42,7 +43,7 @@ class TensorDifference:
         return asdict(self)
 
 
-def differences(left: FileSource, right: FileSource) -> Iterator[TensorDifference]:
+def differences(left: FileSource | DcpSource, right: FileSource | DcpSource) -> Iterator[TensorDifference]:
     """Every tensor that differs, in the order of the first. Two tensors are in memory at a time."""
     with Pool() as pool:
         for name, spec in left.manifest.items():
@@ -64,7 +65,7 @@ def _kind(spec: TensorSpec) -> str:
     return f"{format_name(spec.dtype)} {list(spec.shape)}"
 
 
-def _raw(source: FileSource, spec: TensorSpec, pool: Pool) -> torch.Tensor:
+def _raw(source: FileSource | DcpSource, spec: TensorSpec, pool: Pool) -> torch.Tensor:
     raw = host_empty((spec.nbytes,), torch.uint8)
     source.read([Read(spec.name, 0, spec.nbytes, raw)], pool=pool)
     return raw

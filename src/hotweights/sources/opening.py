@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal, overload
 
@@ -15,9 +15,13 @@ from typing_extensions import TypeIs
 
 from ..arguments import check_flags, check_kind
 from ..errors import CheckpointError, UnknownName, UsageError
+from ..manifest import Manifest
 from ..names import bare_names
 from ..rename import Rename, new_names
+from ..shell import outer_names, renamed_inside
 from .contracts import Source
+from .dcp.place import dcp_place
+from .dcp.source import DcpSource
 from .files.shards import Paths
 from .files.source import FileSource
 from .iterator import IteratorSource
@@ -32,7 +36,13 @@ AnySource = Paths | Mapping[str, torch.Tensor] | nn.Module | Source | IteratorSo
 
 
 @contextmanager
-def opened(source: AnySource, *, variant: str | None = None, subfolder: str | None = None) -> Iterator[Source]:
+def opened(
+    source: AnySource,
+    *,
+    variant: str | None = None,
+    subfolder: str | None = None,
+    digests: str | os.PathLike[str] | None = None,
+) -> Iterator[Source]:
     """The source, open. What is opened here is closed here; a source that was open stays open.
 
     An iterator that came without a manifest is read to its end: all of its tensors are in memory until this is left.
@@ -40,21 +50,25 @@ def opened(source: AnySource, *, variant: str | None = None, subfolder: str | No
     """
     if (variant, subfolder) != (None, None) and not is_paths(source):
         raise _no_directory(source)
+    if digests is not None and not is_paths(source):
+        raise _no_files(source)
     if isinstance(source, Source):
         yield source
     elif isinstance(source, IteratorSource):
         with source.collect() as collected:
             yield collected
     else:
-        with open(source, variant=variant, subfolder=subfolder) as fresh:
+        with open(source, variant=variant, subfolder=subfolder, digests=digests) as fresh:
             yield renamed(fresh, _bare(source, fresh.manifest)) if isinstance(source, nn.Module) else fresh
 
 
-def _bare(module: nn.Module, names: Collection[str]) -> dict[str, str]:
+def _bare(module: nn.Module, manifest: Manifest) -> dict[str, str]:
     """The names without wrappers, of those tensors that have no wrong one by then: one that another has."""
+    outer = outer_names(manifest)
+    names = dict.fromkeys(outer.values())
     bare = {name: pair[0] for name, pair in bare_names(module).items() if name in names}
     claims = Counter([*bare.values(), *(name for name in names if name not in bare)])
-    return {name: new for name, new in bare.items() if claims[new] == 1}
+    return renamed_inside(outer, {name: new for name, new in bare.items() if claims[new] == 1})
 
 
 def is_pairs(source: object) -> TypeIs[Iterable[Pair]]:
@@ -78,12 +92,22 @@ def version_of(source: Source, version: str | int | None) -> str | int | None:
 
 @overload
 def open(
-    what: Paths, *, reader: Literal["hotweights"] = ..., variant: str | None = ..., subfolder: str | None = ...
-) -> FileSource: ...
+    what: Paths,
+    *,
+    reader: Literal["hotweights"] = ...,
+    variant: str | None = ...,
+    subfolder: str | None = ...,
+    digests: str | os.PathLike[str] | None = ...,
+) -> FileSource | DcpSource: ...
 @overload
 def open(
-    what: Paths, *, reader: str, variant: str | None = ..., subfolder: str | None = ...
-) -> FileSource | ReaderSource: ...
+    what: Paths,
+    *,
+    reader: str,
+    variant: str | None = ...,
+    subfolder: str | None = ...,
+    digests: str | os.PathLike[str] | None = ...,
+) -> FileSource | DcpSource | ReaderSource: ...
 @overload
 def open(what: Mapping[str, torch.Tensor] | torch.nn.Module, *, gather: bool = ...) -> StateSource: ...
 @overload
@@ -92,7 +116,8 @@ def open(
     *,
     variant: str | None = ...,
     subfolder: str | None = ...,
-) -> FileSource | StateSource: ...
+    digests: str | os.PathLike[str] | None = ...,
+) -> FileSource | DcpSource | StateSource: ...
 @overload
 def open(
     what: Paths | Mapping[str, torch.Tensor] | torch.nn.Module,
@@ -102,6 +127,7 @@ def open(
     variant: str | None = ...,
     subfolder: str | None = ...,
     gather: bool = ...,
+    digests: str | os.PathLike[str] | None = ...,
 ) -> Source: ...
 def open(
     what: Paths | Mapping[str, torch.Tensor] | torch.nn.Module,
@@ -111,6 +137,7 @@ def open(
     variant: str | None = None,
     subfolder: str | None = None,
     gather: bool = False,
+    digests: str | os.PathLike[str] | None = None,
     store: object = None,
 ) -> Source:
     """Open a source of weights. The caller closes it; use it in a ``with``.
@@ -128,19 +155,24 @@ def open(
         gather: whether a mapping's or a module's DTensors are made whole, by their ``full_tensor()``: every rank must
             call this with the same tensors, and then holds all of them. Otherwise a rank's source has the rank's
             parts, which fit only a model that is sharded in the same way.
+        digests: a file that says what the files hold: lines of ``sha256sum``, or what ``hotweights verify --write``
+            makes. They are compared while they are read, by threads of their own, and at its end a stream, a load or an
+            update waits for that. What differs is a ``CheckpointError`` there, which names each file or tensor and
+            both digests.
         store: of an address: options of the store, such as ``{"endpoint": "http://localhost:9000"}``, of its client,
             and ``"deadline"`` and ``"requests"``. By default the variables that the cloud's own tools read. Or a store
             of obstore, or a file system of fsspec, in which the path lies; it stays yours, and open.
 
     Raises:
         PlanError: ``rename`` gives two tensors one name.
-        CheckpointError: the checkpoint is broken; every problem is listed.
+        CheckpointError: the checkpoint is broken, every problem is listed; or the list of digests lacks a file.
         MissingPackage: the reader's package is not installed.
         UsageError: ``what`` is nothing of these; or ``variant`` or ``subfolder`` is given where no directory is.
     """
-    source = _opened(what, reader, variant, subfolder, gather, store)
+    source = _opened(what, reader, variant, subfolder, gather, digests, store)
     try:
-        return renamed(source, new_names(source.manifest, rename))
+        outer = outer_names(source.manifest)
+        return renamed(source, renamed_inside(outer, new_names(dict.fromkeys(outer.values()), rename)))
     except BaseException:
         source.close()
         raise
@@ -152,12 +184,14 @@ def _opened(
     variant: str | None,
     subfolder: str | None,
     gather: bool,
+    digests: str | os.PathLike[str] | None,
     store: object,
-) -> FileSource | ReaderSource | StateSource:
+) -> FileSource | DcpSource | ReaderSource | StateSource:
     if reader not in ("hotweights", *READERS):
         raise UnknownName("reader", reader, ("hotweights", *READERS))
     check_kind("variant", variant, str, 'the name of a variant, such as "fp16"')
     check_kind("subfolder", subfolder, str, "the name of a folder in the directory")
+    check_kind("digests", digests, (str, os.PathLike), "the path of a list of digests")
     check_flags(gather=gather)
     check_store(store)
     if gather and not isinstance(what, (Mapping, torch.nn.Module)):
@@ -168,16 +202,24 @@ def _opened(
             if reader != "hotweights":
                 raise UsageError(f"the reader {reader!r} reads files, no stores; leave reader= out for {paths[0]}")
             places = within(store, paths) if is_store(store) else connect(addresses, store)
-            return ObjectSource(places, variant=variant, subfolder=subfolder)
+            return ObjectSource(places, variant=variant, subfolder=subfolder, digests=digests)
         _no_store(store)
         if isinstance(what, (str, os.PathLike)):
             _refuse_hub_name(os.fsdecode(what))
         if reader == "hotweights":
-            return FileSource(what, variant=variant, subfolder=subfolder)
-        return ReaderSource(what, reader, variant=variant, subfolder=subfolder)
+            if (place := dcp_place(what, subfolder)) is not None:
+                if variant is not None:
+                    raise UsageError(
+                        f"variant= chooses among files; {place.directory} is a DCP checkpoint; leave it out"
+                    )
+                return DcpSource(place, digests)
+            return FileSource(what, variant=variant, subfolder=subfolder, digests=digests)
+        return ReaderSource(what, reader, variant=variant, subfolder=subfolder, digests=digests)
     _no_store(store)
     if (variant, subfolder) != (None, None):
         raise _no_directory(what)
+    if digests is not None:
+        raise _no_files(what)
     if reader != "hotweights":
         raise UsageError(f"the reader {reader!r} reads files; this is a {type(what).__name__}")
     if isinstance(what, (Mapping, torch.nn.Module)):
@@ -195,6 +237,11 @@ def _no_directory(what: object) -> UsageError:
         f"variant= and subfolder= choose among the files of a directory; this is a {type(what).__name__}; leave them "
         "out"
     )
+
+
+def _no_files(what: object) -> UsageError:
+    cure = "open it with hotweights.open(path, digests=...)" if isinstance(what, Source) else "leave it out"
+    return UsageError(f"digests= says what files hold; this is a {type(what).__name__}; {cure}")
 
 
 def _no_store(store: object) -> None:

@@ -12,8 +12,9 @@ from ..errors import Closed, UsageError
 from ..manifest import Manifest, TensorSpec
 from ..memory.guards import Guard
 from ..memory.lease import Lease
-from ..memory.wrappers import hidden
+from ..memory.wrappers import hidden, inside
 from ..sharding import GATHER, Part, is_dtensor, local
+from ..shell import Shell
 from ..text import some
 from .streams import LeaseStream
 
@@ -24,6 +25,9 @@ class StateSource:
     They belong to whoever made them, who must not change them while a stream runs and may do so afterwards: leases are
     borrowed and cost nothing, and ``tensors()`` and ``own()`` copy.
 
+    Of a wrapper tensor, such as torchao's, it has the tensors inside, by names like ``weight.qdata``; they fit only a
+    model that has a wrapper of the same kind there.
+
     Of a DTensor it has what this rank holds, and the manifest says which part that is. With ``gather`` it has whole
     tensors: every rank must make such a source of the same tensors at the same time, and holds all of them.
     """
@@ -31,9 +35,16 @@ class StateSource:
     def __init__(self, state: Mapping[str, torch.Tensor] | torch.nn.Module, *, gather: bool = False) -> None:
         given = state.state_dict() if isinstance(state, torch.nn.Module) else state
         parts: dict[str, Part | None] = {}
-        tensors = {}
+        shells: dict[str, Shell] = {}
+        tensors: dict[str, Any] = {}
         for name, tensor in given.items():  # In this order on every rank: to gather a tensor, all take part.
-            tensors[name], parts[name] = _local(tensor, gather)
+            here, part = _local(tensor, gather)
+            held = inside(name, here) if part is None and isinstance(here, torch.Tensor) and not here.is_meta else {}
+            if both := held.keys() & given.keys():
+                raise UsageError(f"these names are those of tensors inside {name!r} too: {some(sorted(both))}")
+            tensors |= {key: within for key, (within, _) in held.items()} or {name: here}
+            shells |= {key: shell for key, (_, shell) in held.items()}
+            parts[name] = part
         problems = [message for name, tensor in tensors.items() if (message := unfit(name, tensor))]
         problems += [
             f"{name!r} is a DTensor ({part}), and {part.problem}; {GATHER}"
@@ -44,7 +55,8 @@ class StateSource:
             raise UsageError(f"these are no tensors with values: {some(sorted(problems), 50)}")
         self._tensors = {name: _with_bytes(tensor.detach()) for name, tensor in tensors.items()}
         self._manifest = Manifest(
-            TensorSpec(name, t.dtype, tuple(t.shape), part=parts[name]) for name, t in self._tensors.items()
+            TensorSpec(name, t.dtype, tuple(t.shape), part=parts.get(name), shell=shells.get(name))
+            for name, t in self._tensors.items()
         )
         self._closed = False
 
@@ -57,7 +69,7 @@ class StateSource:
         """Stream every tensor, in the mapping's order, uncopied. ``poison`` does nothing: the memory is its owner's.
 
         Raises:
-            UsageError: a tensor is a DTensor of which this rank holds a part.
+            UsageError: a tensor is a DTensor of which this rank holds a part, or lies in a wrapper.
         """
         check_choices(guard=(guard, Guard))
         self._check_open()
@@ -68,7 +80,7 @@ class StateSource:
         """Yield a contiguous copy of every tensor.
 
         Raises:
-            UsageError: a tensor is a DTensor of which this rank holds a part.
+            UsageError: a tensor is a DTensor of which this rank holds a part, or lies in a wrapper.
         """
         self._check_open()
         check_whole(self._manifest)
@@ -112,10 +124,21 @@ def _with_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def check_whole(manifest: Manifest) -> None:
-    """Raise ``UsageError`` if it has parts of tensors: whoever gets them one by one takes them for whole ones."""
+    """Raise ``UsageError`` if it has parts of tensors, or what lies in wrappers.
+
+    Whoever gets them one by one takes them for whole ones, and for values.
+    """
     parts = [f"{name} ({spec.part})" for name, spec in manifest.items() if spec.part]
     if parts:
         raise UsageError(f"whole tensors are needed, and of these only parts lie here: {some(parts)}; {GATHER}")
+    shells = {spec.shell.outer(name): spec.shell.kind for name, spec in manifest.items() if spec.shell}
+    if shells:
+        names = [f"{name!r} is a {kind.rpartition('.')[2]}" for name, kind in shells.items()]
+        raise UsageError(
+            f"plain tensors are needed, and the bytes of these lie in other tensors: {some(names)}; give plain tensors "
+            "of their values (torchao: dequantize()), or load them straight into a model that has such tensors: "
+            "hotweights.load(model, state)"
+        )
 
 
 def unfit(name: object, tensor: object) -> str | None:
@@ -135,6 +158,11 @@ def bare(name: object, tensor: object, promised: TensorSpec | None = None) -> tu
     A part is fit where the same part was ``promised``, and only a DTensor can say that it is.
     """
     here, part = _local(tensor, gather=False)
+    if promised is not None and promised.shell is not None:
+        return here, (
+            f"{name!r} lies in a {promised.shell.kind.rpartition('.')[2]} of the model; give a mapping of whole ones, "
+            "to update(state)"
+        )
     wanted = None if promised is None else promised.part
     if wanted is None and part is not None:
         return here, f"{name!r} is a DTensor, and this rank holds a part ({part}); give its full_tensor()"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 from .. import signals
 from ..errors import Closed
+from ..memory.digest import Digest, digest_of_bytes
 from ..memory.lease import Lease
 from ..notices import forgotten
 
@@ -114,3 +116,17 @@ def ahead(
         for future in waiting:
             if not future.cancelled() and future.exception() is None:
                 drop(future.result())
+
+
+def digest_of_leases(stream: Iterable[Lease], stopped: threading.Event | None = None) -> Digest:
+    """The digest of all tensors of the stream; it is read to its end.
+
+    Raises:
+        Closed: ``stopped`` was set meanwhile.
+    """
+    found: dict[str, str] = {}
+    for lease in stream:
+        if stopped is not None and stopped.is_set():
+            raise Closed("the source was closed while its digest was made")
+        found[lease.name] = digest_of_bytes(lease.spec, lease.raw)
+    return Digest.of(found)

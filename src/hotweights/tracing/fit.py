@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -28,6 +28,14 @@ def complete(plan: LoadPlan, model: nn.Module) -> LoadPlan:
     return replace(plan, targets={**plan.targets, **others}, digests=digests(reached, plan.state_read))
 
 
+def _swapped(plan: LoadPlan, manifest: Manifest) -> Iterator[str]:
+    """Where the plan takes a tensor by its name before ``rename=``, and that name is another tensor's now."""
+    now = {manifest.origins.get(name, name): name for name in manifest} if plan.manifest.origins else {}
+    for name, origin in plan.manifest.origins.items():
+        if now.get(origin, name) != name:
+            yield f"source: {name}: the plan takes it from {origin}, by rename=; give the same rename= again"
+
+
 def check(plan: LoadPlan, model: nn.Module, manifest: Manifest, device: torch.device | None) -> None:
     """Check that the plan was made for this model and this manifest.
 
@@ -35,13 +43,14 @@ def check(plan: LoadPlan, model: nn.Module, manifest: Manifest, device: torch.de
         PlanError: with every difference.
     """
     surveyed = survey(model)
-    targets = targets_of(surveyed.persistent, device, surveyed.parts)
+    targets = targets_of(surveyed.persistent, device, surveyed.parts, surveyed.shells)
     reached: Mapping[str, torch.Tensor] = {}
     if not plan.targets.keys() <= targets.keys() or plan.state_read:
         reached = reachable(model)
         unnamed = [name for name in plan.targets if name not in targets and name in reached]
         targets |= targets_of({name: reached[name] for name in unnamed}, None)
     problems = plan.differences(manifest, targets)
+    problems += _swapped(plan, manifest)
     values = digests(reached, plan.state_read)
     problems += [
         f"model: {name}: holds other values, from which the plan was made"

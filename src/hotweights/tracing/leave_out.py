@@ -36,7 +36,7 @@ def trace_code(model: nn.Module, manifest: Manifest, load: LoadingCode) -> Trace
         PlanError: the code fails, and nothing of ours is the reason.
     """
     left_out: set[str] = set()
-    graph_breaks: dict[GraphBreak, None] = {}
+    graph_breaks = _ByLine(manifest)
     while True:
         recording = record(model, manifest, load, device=_CPU, leave_out=left_out)
         error = recording.error
@@ -49,15 +49,16 @@ def trace_code(model: nn.Module, manifest: Manifest, load: LoadingCode) -> Trace
         steps = lower(recording.ops)
         if error is None and not recording.graph_breaks:
             break
-        graph_breaks.update(dict.fromkeys(recording.graph_breaks))
+        for graph_break in recording.graph_breaks:
+            graph_breaks.add(graph_break, _concerned(manifest, [graph_break], steps) - left_out)
         if left_out >= set(manifest):  # It fails even without a tensor: it is not run on fake tensors at all.
-            return _left_to_code(manifest, recording, graph_breaks)
+            return _left_to_code(manifest, recording, graph_breaks.told())
         concerned = _concerned(manifest, recording.graph_breaks, steps) - left_out
         left_out |= concerned or set(manifest)
     if left_out:  # What was taken and not written may have been waiting for what was left out.
         left_out |= recording.taken - {name for _, step in steps for name in step.sources}
         if left_out >= set(manifest) or not _separable(model, manifest, load, recording, left_out):
-            return _left_to_code(manifest, recording, graph_breaks)
+            return _left_to_code(manifest, recording, graph_breaks.told())
     return Traced(
         steps,
         taken=recording.taken,
@@ -65,8 +66,29 @@ def trace_code(model: nn.Module, manifest: Manifest, load: LoadingCode) -> Trace
         state_read=recording.state_read,
         side_effects=recording.side_effects,
         fallback=tuple(name for name in manifest if name in left_out),
-        graph_breaks=tuple(graph_breaks),
+        graph_breaks=tuple(graph_breaks.told()),
     )
+
+
+class _ByLine:
+    """Graph breaks, one for each line of code and what it does there: a line that breaks in each layer is told once."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+        self._lines: dict[tuple[str, str], tuple[set[str], set[str]]] = {}
+
+    def add(self, graph_break: GraphBreak, concerned: Iterable[str]) -> None:
+        """Note one, and the source tensors that go to the model's own code because of it."""
+        sources, all_told = self._lines.setdefault((graph_break.what, graph_break.where), (set(), set()))
+        sources.update(graph_break.sources)
+        all_told.update(concerned if graph_break.sources else ())
+
+    def told(self) -> Iterator[GraphBreak]:
+        """All of them, with names in the manifest's order."""
+        for (what, where), (sources, all_told) in self._lines.items():
+            ordered = tuple(name for name in self._manifest if name in sources)
+            others = tuple(name for name in self._manifest if name in all_told - sources)
+            yield GraphBreak(what, ordered, where, others)
 
 
 def _left_to_code(manifest: Manifest, recording: Recording, graph_breaks: Iterable[GraphBreak]) -> Traced:

@@ -7,9 +7,11 @@ from functools import partial
 
 from torch import nn
 
+from ..manifest import Manifest
 from ..model.matching import matched
 from ..model.survey import By, own_loader
 from ..rename import Rename, new_names
+from ..shell import outer_names, renamed_inside
 from ..sources.contracts import Source
 from ..sources.renamed import renamed
 
@@ -30,15 +32,17 @@ def as_they_are(names: Collection[str]) -> Mapping[str, str]:
     return {}
 
 
-def names_for(names: Collection[str], rename: Rename | None, match: Match) -> dict[str, str]:
-    """The new names of those that change: by ``rename`` first, then through wrappers.
+def names_for(manifest: Manifest, rename: Rename | None, match: Match) -> dict[str, str]:
+    """The new names of those tensors whose name changes: by ``rename`` first, then through wrapping modules.
 
     Raises:
         PlanError: names become the same one, or fit several tensors.
     """
-    said = new_names(names, rename)
+    outer = outer_names(manifest)
+    said = new_names(dict.fromkeys(outer.values()), rename)
     means = match(said.values())
-    return {name: new for name, fresh in said.items() if (new := means.get(fresh, fresh)) != name}
+    new = renamed_inside(outer, {name: means.get(fresh, fresh) for name, fresh in said.items()})
+    return {name: fresh for name, fresh in new.items() if fresh != name}
 
 
 def fitted(source: Source, rename: Rename | None, match: Match) -> Source:

@@ -1,7 +1,8 @@
-"""Replaced: a function of somebody else's that is another one while models are traced, in however many threads."""
+"""Replaced: a function of somebody else's that is another one for some time, in however many threads."""
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from ..signals import held
 
 
 class Replaced:
-    """A function and what stands in for it, which must do the same for threads that do not trace.
+    """A function and what stands in for it, which must do the same for threads that are not inside.
 
     Attributes:
         original: the function, as it was when the first block was entered.
@@ -19,7 +20,8 @@ class Replaced:
 
     def __init__(self, owner: Any, name: str, other: Callable[..., Any]) -> None:
         self._owner, self._name, self._other = owner, name, other
-        self.original: Callable[..., Any] = getattr(owner, name)
+        # As it stands there: of a static method, the object that makes it one.
+        self.original: Callable[..., Any] = inspect.getattr_static(owner, name)
         self._inside = 0  # blocks that are open now, in all threads; changes under the lock
         self._changing = threading.Lock()
 
@@ -29,7 +31,7 @@ class Replaced:
         """Inside, the other function is there. The last block to end puts the function back, whoever was first."""
         with self._changing:
             self._inside += 1
-            now = getattr(self._owner, self._name)
+            now = inspect.getattr_static(self._owner, self._name)
             if now is not self._other:
                 self.original = now
                 setattr(self._owner, self._name, self._other)

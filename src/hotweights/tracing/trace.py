@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -14,14 +15,15 @@ from ..dtypes import Cast
 from ..errors import PlanError
 from ..gc_pause import without_collection
 from ..manifest import Manifest
-from ..memory.aliases import overlaps
+from ..memory.aliases import overlaps, spots
 from ..model.matching import other_names
 from ..model.merged import refuse_merged
 from ..model.offloading import refuse_own_code, refuse_unwritable
 from ..model.places import targets_of
-from ..model.survey import By, LoadingCode, Survey, counters, extra_state_problems, loader_of, own_loader, survey
+from ..model.survey import By, LoadingCode, Survey, counters, extra_states, loader_of, own_loader, survey
 from ..names import outer_prefix, unwrapped
 from ..plan.draft import Allowed, Traced, draft
+from ..plan.inside import outer_manifest
 from ..plan.patterns import Patterns, both, matches, widened
 from ..plan.plan import LoadPlan
 from ..plan.steps import Copy
@@ -87,9 +89,9 @@ def trace(
     with without_collection():
         seen = survey(model, by)
         promised = _promised(manifest)
-        promised = promised.renamed(names_for(promised, rename, match_for(model, seen.tensors, by)))
-        others = other_names(model, outer, seen.tensors) if missing or partly or mismatched else {}
-        there = {new: (old,) for new, old in promised.origins.items()}
+        promised = promised.renamed(names_for(promised, rename, match_for(model, seen.names, by)))
+        others = other_names(model, outer, seen.names, seen.others()) if missing or partly or mismatched else {}
+        there = {new: (old,) for new, old in outer_manifest(promised).origins.items()}
         allowed = Allowed(
             missing=widened(missing, others),
             partial=widened(partly, others),
@@ -127,23 +129,31 @@ def _trace(
             advice="Load inside `with FullyShardedDataParallel.summon_full_params(model):`.",
         )
     own_code = own_loader(model, by) is not None
-    rules = rules_for(model, manifest)
+    rules = rules_for(model, outer_manifest(manifest))
     if not own_code:
-        absent = counters(model, sorted(tensors.keys() - manifest.keys()))
+        # Names of the source are others where a framework's rules rename them.
+        written = {name for _, step in rules.steps or () for name in step.destinations}
+        absent = counters(model, sorted(tensors.keys() - manifest.keys() - written))
         zeroed = tuple(name for name in absent if tensors[name].is_meta) if device is not None else ()
         rules = replace(rules, allow_missing=both(rules.allow_missing, absent), zeroed=zeroed)
     problems = list(rules.problems)
     if not own_code and not surveyed.plain:
-        problems += extra_state_problems(model)
+        problems += _extra_state_problems(model, manifest, allowed, by_rules=rules.steps is not None)
     loader = None if surveyed.plain or rules.steps is not None else loader_of(model, by)
     traced = None
     if loader is not None:
         refuse_own_code(model, surveyed)
     if loader is not None and surveyed.parts:
         problems += _sharded(model, surveyed)
+    elif loader is not None and (wrapped := _wrapped(model, surveyed, manifest, allowed)):
+        problems += wrapped
     elif loader is not None:
         try:
-            traced = _traced(model, manifest, loader, tensors, () if own_code else allowed.mismatched)
+            traced = (
+                trace_code(model, manifest, loader)
+                if own_code
+                else _traced_by_name(model, manifest, loader, tensors, allowed.mismatched)
+            )
         except PlanError as error:
             if own_code:
                 raise
@@ -151,14 +161,26 @@ def _trace(
             problems += error.problems
     plan = draft(
         manifest,
-        targets_of(tensors, device, surveyed.parts),
+        targets_of(tensors, device, surveyed.parts, surveyed.shells),
         traced=traced,
         rules=rules,
         allowed=allowed,
         overlapping=overlaps(tensors),
         problems=problems,
     )
-    return complete(plan, model)
+    return complete(replace(plan, transient=_transient(surveyed)), model)
+
+
+def _transient(surveyed: Survey) -> dict[str, str]:
+    """The non-persistent buffers, each with a tensor of the state dict in whose memory it lies."""
+    if not surveyed.transient:
+        return {}
+    held = spots(surveyed.tensors)
+    first: dict[str, str] = {}
+    for name in surveyed.persistent:
+        if name in held:
+            first.setdefault(held[name][0], name)
+    return {name: first.get(held[name][0], "") if name in held else "" for name in surveyed.transient}
 
 
 def _sharded(model: nn.Module, surveyed: Survey) -> Iterator[str]:
@@ -173,17 +195,64 @@ def _sharded(model: nn.Module, surveyed: Survey) -> Iterator[str]:
         )
 
 
-def _traced(
+def _extra_state_problems(model: nn.Module, manifest: Manifest, allowed: Allowed, *, by_rules: bool) -> Iterator[str]:
+    """Extra state that would stay as it is: the source has none, or nobody would hand it to its module."""
+    may_miss = matches(allowed.missing)
+    for name, module in extra_states(model).items():
+        if by_rules:
+            yield f"{name}: {type(module).__name__} keeps extra state, which the model's framework would not give it"
+        elif name not in manifest and not may_miss(name):
+            cure = f"allow_missing={name!r} leaves it as it is"
+            yield f"{name}: missing; {type(module).__name__} keeps extra state; {cure}"
+
+
+def _wrapped(model: nn.Module, surveyed: Survey, manifest: Manifest, allowed: Allowed) -> list[str]:
+    """Wrapper tensors on either side, of a model with loading code of its own: it is made for plain tensors."""
+    may_miss = matches(allowed.missing)
+    shells = {name: shell for name, shell in surveyed.shells.items() if not may_miss(shell.outer(name))}
+    shells |= {name: spec.shell for name, spec in manifest.items() if spec.shell}
+    kinds = {shell.outer(name): shell.kind.rpartition(".")[2] for name, shell in shells.items()}
+    return [
+        f"{name}: is a {kind}, and the model has loading code of its own, which cannot be traced with it; load plain "
+        'tensors before the model is quantised, or load by name (by="name") where it has a load_weights'
+        for name, kind in kinds.items()
+    ]
+
+
+def _traced_by_name(
     model: nn.Module,
     manifest: Manifest,
     loader: LoadingCode,
     tensors: Mapping[str, torch.Tensor],
     may_mismatch: Patterns,
 ) -> Traced:
-    """What the loading code does; ``load_state_dict`` is asked again without tensors of a wrong shape, if those may be.
+    """What ``load_state_dict`` does; it is asked again without tensors of a wrong shape, if those may be.
 
-    Not at first: its hooks may give a tensor the shape that fits.
+    Not at first: its hooks may give a tensor the shape that fits. It takes all names, and tells which are of no use.
     """
+    useless: set[str] = set()
+
+    def noting(pairs: Iterable[tuple[str, torch.Tensor]]) -> None:
+        with warnings.catch_warnings():
+            # Nothing is copied yet: fake tensors are compared with what is on meta.
+            warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter", UserWarning)
+            useless.update(getattr(loader(pairs), "unexpected_keys", ()))
+
+    traced = _asked_twice(model, manifest, noting, tensors, may_mismatch)
+    return replace(
+        traced,
+        taken={name for name in manifest if name in traced.taken and name not in useless},
+        fallback=tuple(name for name in traced.fallback if name not in useless),
+    )
+
+
+def _asked_twice(
+    model: nn.Module,
+    manifest: Manifest,
+    loader: LoadingCode,
+    tensors: Mapping[str, torch.Tensor],
+    may_mismatch: Patterns,
+) -> Traced:
     try:
         return trace_code(model, manifest, loader)
     except PlanError:

@@ -82,6 +82,18 @@ def rules(model: Any, manifest: Manifest) -> Rules:
     )
 
 
+def destinations(model: Any, manifest: Manifest, transforms: Sequence[Any]) -> dict[str, tuple[str, ...]]:
+    """Where ``from_pretrained`` looks for a place of each tensor: names that the model has, or would have to have.
+
+    Args:
+        model: is looked at, not changed.
+        manifest: of a checkpoint.
+        transforms: renamings and conversions of transformers; those that apply are marked as used.
+    """
+    names = _Names(model, transforms)
+    return {source: names.targets(source) for source in names.in_order(manifest)}
+
+
 def initialise(model: Any, names: Iterable[str]) -> None:
     """Initialise the tensors with these names by the model's own rules, as ``from_pretrained`` does for missing ones.
 
@@ -148,11 +160,11 @@ def _trace(model: Any, manifest: Manifest, conversions: Sequence[_Conversion], n
 class _Names:
     """The renaming of checkpoint names to the model's, by transformers' own transforms."""
 
-    def __init__(self, model: Any) -> None:
-        from transformers import conversion_mapping, core_model_loading
+    def __init__(self, model: Any, transforms: Sequence[Any] | None = None) -> None:
+        from transformers import core_model_loading
 
         self._core = core_model_loading
-        transforms = conversion_mapping.get_model_conversion_mapping(model)
+        transforms = _transforms(model) if transforms is None else transforms
         self._renamings = [
             transform for transform in transforms if isinstance(transform, core_model_loading.WeightRenaming)
         ]
@@ -181,6 +193,27 @@ class _Names:
         target: str = renamed[0]
         pattern: str | None = renamed[1]
         return target, pattern
+
+    def targets(self, source: str) -> tuple[str, ...]:
+        """The same; of a conversion that makes nothing of the model's, all names that it would make."""
+        target, pattern = self.target(source)
+        if pattern is None or target in self.known:
+            return (target,)
+        made: list[str] = self.converters[pattern].target_patterns
+        return tuple(target.replace(made[0], other) for other in made)
+
+
+def _transforms(model: Any) -> list[Any]:
+    """transformers' renamings and conversions for the model's classes, after those that its user gave.
+
+    ``from_pretrained(key_mapping=)`` leaves these in the model, by which ``save_pretrained`` takes them back.
+    """
+    from transformers import conversion_mapping
+
+    usual = conversion_mapping.get_model_conversion_mapping(model)
+    own = getattr(model, "_weight_conversions", None) or ()
+    known = {str(transform) for transform in usual}
+    return [*(transform for transform in own if str(transform) not in known), *usual]
 
 
 class _Conversion:

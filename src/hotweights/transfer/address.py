@@ -1,4 +1,4 @@
-"""Address: where a sender listens. One process holds the socket, and only its user can enter the directory."""
+"""Address: ``unix:PATH``, on this host. One process holds the socket, and only its user can enter the directory."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ import struct
 import threading
 
 from ..errors import AddressTaken, ProtocolError, TransferError, UsageError
+from .channel import Channel
+from .door import BACKLOG, Door, Guest
+from .flow import Inflow
+from .states import Side
 
 _LONGEST = 107  # bytes of a path in sockaddr_un, without its NUL
-BACKLOG = 128  # connections that wait to be taken
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 
 # The kernel's record locks belong to a process and do not exclude two senders of one: so those are listed here.
@@ -34,6 +37,55 @@ def path_of(address: str) -> str:
     if len(os.fsencode(path)) > _LONGEST:
         raise UsageError(f"the path of a socket has {_LONGEST} bytes at most; {path} has {len(os.fsencode(path))}")
     return path
+
+
+class UnixEndpoint:
+    """A path, for either end.
+
+    Attributes:
+        retry: seconds between two tries to connect; the kernel does not tell when somebody begins to listen.
+    """
+
+    retry = 0.02
+
+    def __init__(self, address: str, keys: object = None, insecure: bool = False) -> None:
+        """Nothing is looked up yet.
+
+        Raises:
+            UsageError: as ``path_of``; or it came with keys, for which there is no use.
+        """
+        self.address = address
+        self._path = path_of(address)
+        if keys is not None or insecure:
+            raise UsageError(
+                f"keys= and insecure= are for addresses on the network, tcps://host:port; this is {address}, "
+                "which only this user's processes reach"
+            )
+
+    def listen(self) -> Door:
+        """As ``Listener``."""
+        return Listener(self._path)
+
+    def connect(self) -> Channel | None:
+        """A channel to whoever listens at the path; ``None`` while nobody does.
+
+        Raises:
+            TransferError: as ``connect``.
+            ProtocolError: the process there belongs to another user.
+        """
+        connected = connect(self._path)
+        if connected is None:
+            return None
+        try:
+            check_peer(connected)
+            return Channel(connected, Side.RECEIVER)
+        except BaseException:
+            connected.close()
+            raise
+
+    def flow(self, token: bytes) -> Inflow:
+        """There is none: both ends share memory."""
+        raise ProtocolError("the sender gave a token for bytes, which lie in memory that both ends share")
 
 
 def check_peer(peer: socket.socket) -> int:
@@ -82,6 +134,7 @@ class Listener:
 
     Attributes:
         socket: it never blocks.
+        address: as receivers name it.
     """
 
     def __init__(self, path: str) -> None:
@@ -92,6 +145,7 @@ class Listener:
             TransferError: this process may open no more files.
             UsageError: others may enter the directory, it cannot be made, or the path is that of something else.
         """
+        self.address = f"unix:{path}"
         self._path = os.path.realpath(path)
         self._lock = -1
         self._ours: list[str] = []  # what close removes
@@ -120,6 +174,29 @@ class Listener:
         except (BlockingIOError, ConnectionAbortedError):
             return None
         return accepted
+
+    def sockets(self) -> list[socket.socket]:
+        """What to wait for."""
+        return [self.socket]
+
+    def admit(self) -> Guest | None:
+        """The next connection, if one waits. The caller closes its channel.
+
+        Raises:
+            ProtocolError: the process there belongs to another user. It was told so.
+        """
+        accepted = self.accept()
+        if accepted is None:
+            return None
+        channel = Channel(accepted, Side.SENDER)
+        try:
+            return Guest(channel, f"process {check_peer(accepted)}", None)
+        except ProtocolError as error:
+            channel.say_goodbye(str(error))
+            raise
+
+    def refused(self, reason: str) -> None:
+        """Nothing: whoever it was belongs to this user."""
 
     def close(self) -> None:
         """Stop listening and remove the socket and its lock. May be called twice."""

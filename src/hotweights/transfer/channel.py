@@ -48,7 +48,12 @@ class Channel:
     Attributes:
         socket: the channel's own.
         session: the state of the connection, as this end sees it.
+        shares: whether descriptors go through it, and so memory is shared with the other end.
+        host: where the other end is; empty on this host.
     """
+
+    shares = True
+    host = ""
 
     def __init__(self, connected: socket.socket, side: Side) -> None:
         """Takes over the socket."""
@@ -58,7 +63,9 @@ class Channel:
         self._out: deque[_Outgoing] = deque()
         self._counts = [0]  # Their sum is how many bytes the socket took, of all frames until now.
         self._in = bytearray()
+        self.goodbye = False  # Whether the other end said that it goes; ``read`` notes it.
         self._descriptors: deque[int] = deque()
+        self._failure: OSError | None = None  # of the last write; the next look for bytes finds none
         close_in_children(self)
 
     @property
@@ -77,8 +84,8 @@ class Channel:
         frame = encode(update, message, len(descriptors))  # First: if this raises, the session must not have moved.
         if not isinstance(message, Broken):
             self.session.sent(kind_of(message), update)
-        start = self._out[-1].stop if self._out else sum(self._counts)
-        self._out.append(_Outgoing(memoryview(frame), tuple(descriptors), start + len(frame)))
+            self._moved()
+        self._put(self._outgoing(frame), tuple(descriptors))
         self.flush()
 
     @signals.whole
@@ -99,7 +106,8 @@ class Channel:
                 self._counts.extend(map(self.socket.sendmsg, ([frame.raw[-rest:]],), (ancillary,)))
             except BlockingIOError:
                 return
-            except OSError:
+            except OSError as error:
+                self._failure = error
                 self._counts[:] = [self._out[-1].stop]  # Whoever reads is told.
 
     @signals.whole
@@ -114,8 +122,17 @@ class Channel:
             if not self._fill():
                 return None
         if isinstance(frame.message, Broken):
+            self.goodbye = True
             raise PeerLost(f"the other side ended the connection: {frame.message.reason}")
         return frame
+
+    def look(self) -> None:
+        """Take what came; ``read`` gives it later.
+
+        Raises:
+            PeerLost: the other end is gone. What it said before that can be read.
+        """
+        self._fill()
 
     def say_goodbye(self, reason: str) -> None:
         """Tell the other end why nothing more will come, as far as the socket takes it, and close."""
@@ -133,6 +150,32 @@ class Channel:
         """In a forked child: close the copy, so that the parent's death is noticed."""
         self.close()
 
+    # What a channel between hosts does otherwise.
+
+    def is_due(self) -> bool:
+        """Whether to read although nothing seems to have come: reading notices then that the other end is cut off."""
+        return False
+
+    def _outgoing(self, frame: bytes) -> bytes:
+        """What is sent for a frame now."""
+        return frame
+
+    def _incoming(self, raw: bytes) -> bytes:
+        """What came, by what the socket had."""
+        return raw
+
+    def _moved(self) -> None:
+        """The state of the session has changed."""
+
+    def _silent(self) -> None:
+        """Nothing has come."""
+
+    def _put(self, raw: bytes, descriptors: tuple[int, ...] = ()) -> None:
+        """Have bytes sent after all others."""
+        start = self._out[-1].stop if self._out else sum(self._counts)
+        if raw:
+            self._out.append(_Outgoing(memoryview(raw), descriptors, start + len(raw)))
+
     def _next(self) -> Frame | None:
         if len(self._in) < HEADER.size:
             return None
@@ -146,8 +189,9 @@ class Channel:
         del self._in[:end]
         if not isinstance(message, Broken):
             self.session.came(kind_of(message), header.update)
+            self._moved()
         kind = kind_of(message)
-        expected = DESCRIPTORS.get(kind, 0)
+        expected = DESCRIPTORS.get(kind, 0) if self.shares else 0
         if header.descriptors != expected:
             raise ProtocolError(f"{kind!r} comes with {expected} descriptors, not with {header.descriptors}")
         if expected > len(self._descriptors):
@@ -162,6 +206,7 @@ class Channel:
             nbytes = MAX_SMALL if self.session.state is SessionState.CONNECTED else _CHUNK
             raw, ancillary, flags, _ = self.socket.recvmsg(nbytes, space, socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
+            self._silent()
             return False
         except OSError as error:
             raise PeerLost(f"the connection is gone: {error}") from error
@@ -175,8 +220,9 @@ class Channel:
         if len(self._descriptors) > (_MANY if self.session.side is Side.RECEIVER else 0):
             raise ProtocolError("more descriptors came than the protocol knows")
         if not raw:
-            raise PeerLost("the other side is gone" + (", in the middle of a frame" if self._in else ""))
-        self._in += raw
+            why = f": {self._failure}" if self._failure and not self.shares else ""
+            raise PeerLost("the other side is gone" + (", in the middle of a frame" if self._in else "") + why)
+        self._in += self._incoming(raw)
         return True
 
 

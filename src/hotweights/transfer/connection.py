@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from .. import signals
 from ..errors import Closed, PeerLost, ProtocolError, TransferError, TransferTimeout
-from .address import check_peer, connect
 from .channel import Channel
-from .messages import Abort, Done, Frame, Hello, Message, Offer, Welcome
+from .door import Endpoint
+from .messages import Abort, Done, Filled, Frame, Hello, Message, Offer, Welcome
 from .roll import PLACES
-from .shared_memory import ReadSlots
-from .states import Session, Side
+from .shared_memory import OwnSlots, ReadSlots
+from .states import Session
 from .waits import Waker, left
 
-_RETRY = 0.02  # seconds between two tries to connect; the kernel does not tell when somebody begins to listen
+_LOOK = 1.0  # seconds between two looks at a link to another host
 
 
 @signals.held_throughout
@@ -29,12 +30,13 @@ class Connection:
         place: of this receiver in the sender's roll.
     """
 
-    def __init__(self, path: str, name: str = "") -> None:
-        self._path = path
+    def __init__(self, endpoint: Endpoint, name: str = "") -> None:
+        self._endpoint = endpoint
         self._name = name
         self._waker = Waker()
         self._channel: Channel | None = None
-        self._slots: ReadSlots | None = None
+        self._slots: ReadSlots | OwnSlots | None = None
+        self._filling: Frame | None = None  # what was said of a slot whose bytes are still on their way
         self._stopped = False
         self._last = ""  # what came instead of an offer, for the message when none comes in time
         self._using = threading.RLock()
@@ -61,8 +63,8 @@ class Connection:
         return self._stopped
 
     @property
-    def slots(self) -> ReadSlots:
-        """The memory that the sender writes into.
+    def slots(self) -> ReadSlots | OwnSlots:
+        """The memory that the sender writes into, or that what it sends is put into.
 
         Raises:
             PeerLost: the connection is gone.
@@ -75,7 +77,7 @@ class Connection:
         return slots
 
     def offer(self, seconds: float) -> Frame:
-        """Wait for the next offer, connecting as often as it takes. Its descriptor is the caller's.
+        """Wait for the next offer, connecting as often as it takes. Its descriptor, if any, is the caller's.
 
         Raises:
             TransferTimeout: none came in time.
@@ -96,9 +98,9 @@ class Connection:
                     self._last = str(error)
                 except TransferTimeout:
                     break
-                self._waker.wait((), min(_RETRY, left(deadline)), lambda: self._stopped)
+                self._waker.wait((), min(self._endpoint.retry, left(deadline)), lambda: self._stopped)
                 self.check_open()
-        raise TransferTimeout(f"no offer came to {self._path} within {seconds:g} s", [self._last])
+        raise TransferTimeout(f"no offer came to {self._endpoint.address} within {seconds:g} s", [self._last])
 
     def poll(self) -> Frame | None:
         """The next offer, if it is there. Never waits; its descriptor is the caller's.
@@ -113,7 +115,7 @@ class Connection:
                 while self._connect():
                     channel = self._running()
                     channel.flush()
-                    if (frame := channel.read()) is None:
+                    if (frame := self._read(channel)) is None:
                         return None
                     if (offer := self._accepted(frame)) is not None:
                         return offer
@@ -145,7 +147,7 @@ class Connection:
                 self.check_open(stop)
                 channel = self._running()
                 try:
-                    frame = channel.read()
+                    frame = self._read(channel)
                 except (PeerLost, ProtocolError) as error:
                     self.drop(str(error))
                     raise
@@ -154,8 +156,8 @@ class Connection:
                 again = meanwhile()
                 if not left(deadline):
                     raise TransferTimeout("the sender said nothing in time")
-                seconds = min(left(deadline), again) if again else left(deadline)
-                self._waker.wait([(channel.socket, channel.unsent)], seconds, lambda: self._stopped or stop())
+                seconds = min(left(deadline), again or float("inf"), float("inf") if channel.shares else _LOOK)
+                self._waker.wait(self._awaited(channel), seconds, lambda: self._stopped or stop())
                 channel.flush()
 
     def send(self, message: Message) -> None:
@@ -169,6 +171,7 @@ class Connection:
         with self._using:
             channel, self._channel = self._channel, None
             slots, self._slots = self._slots, None
+            self._filling = None
             if channel is not None:
                 channel.say_goodbye(reason) if reason else channel.close()
             if slots is not None:
@@ -210,23 +213,49 @@ class Connection:
     def _connect(self) -> bool:
         if self._channel is not None:
             return True
-        connected = connect(self._path)
-        if connected is None:
+        channel = self._endpoint.connect()
+        if channel is None:
             return False
-        try:
-            check_peer(connected)
-        except BaseException:
-            connected.close()
-            raise
-        self._channel = Channel(connected, Side.RECEIVER)
-        self._channel.send(Hello(os.getpid(), self._name))
+        self._channel = channel
+        channel.send(Hello(os.getpid(), self._name))
         self._last = "the sender offered nothing"
         return True
+
+    @signals.whole  # That a slot is being filled is known by the frame that said so: it must not be lost.
+    def _read(self, channel: Channel) -> Frame | None:
+        """The next frame, if it is there; one that says what a slot holds, when the slot holds it."""
+        slots = self._slots
+        if not isinstance(slots, OwnSlots):
+            return channel.read()
+        if self._filling is None:
+            frame = channel.read()
+            if frame is None or not isinstance(frame.message, Filled):
+                slots.flow.greet()
+                return frame
+            slots.expect(frame.message)
+            self._filling = frame
+        try:
+            if not slots.flow.fill():
+                channel.look()
+                return None
+        except PeerLost:
+            while channel.read() is not None:  # The sender may have said why it hung up.
+                continue
+            raise
+        frame, self._filling = self._filling, None
+        return frame
+
+    def _awaited(self, channel: Channel) -> list[tuple[socket.socket, bool]]:
+        """The sockets to wait for, and whether until they can be written to."""
+        awaited = [(channel.socket, channel.unsent)]
+        if isinstance(self._slots, OwnSlots) and (self._filling is not None or self._slots.flow.greets):
+            awaited.append((self._slots.flow.socket, self._slots.flow.greets))
+        return awaited
 
     def _accepted(self, frame: Frame) -> Frame | None:
         """The offer in a frame, if there is one and it still stands."""
         if isinstance(frame.message, Welcome):
-            self._map(frame.message, frame.descriptors[0])
+            self._map(frame.message, frame.descriptors)
             return None
         return self._standing(frame) if isinstance(frame.message, Offer) else None
 
@@ -236,25 +265,33 @@ class Connection:
         try:
             later = self._channel.read()
         except (PeerLost, ProtocolError) as error:
-            os.close(offer.descriptors[0])
+            _close(offer.descriptors)
             self.drop(str(error))
             raise
         if later is None:
             return offer
         assert isinstance(later.message, Abort), "the table lets nothing else pass"
-        os.close(offer.descriptors[0])
+        _close(offer.descriptors)
         self.send(Done(""))
         self._last = f"the sender gave up what it offered: {later.message.reason}"
         return None
 
-    def _map(self, welcome: Welcome, descriptor: int) -> None:
+    def _map(self, welcome: Welcome, descriptors: Sequence[int]) -> None:
         self.patience, self.place = welcome.timeout, welcome.place
         try:
             if not 0 <= welcome.place < PLACES:
                 raise ProtocolError(f"the place {welcome.place} was promised; a roll has {PLACES}")
-            self._slots = ReadSlots(descriptor, welcome.slots, welcome.slot_nbytes)
+            if descriptors:
+                self._slots = ReadSlots(descriptors[0], welcome.slots, welcome.slot_nbytes)
+            else:
+                self._slots = OwnSlots(self._endpoint.flow(welcome.token), welcome.slots, welcome.slot_nbytes)
         except TransferError as error:
             self.drop(str(error))
             raise
         finally:
-            os.close(descriptor)
+            _close(descriptors)
+
+
+def _close(descriptors: Sequence[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)

@@ -44,15 +44,18 @@ class Inbound:
         offer = frame.message
         assert isinstance(offer, Offer)
         try:
-            ballot = Ballot(frame.descriptors[0])
+            # On another host than the sender nobody can read the decision: it is heard, or not.
+            ballot = Ballot(frame.descriptors[0]) if frame.descriptors else None
         except ProtocolError as error:
             connection.drop(str(error))
             raise
         try:
             self.manifest = specs_of(offer)
-            standing = Standing(connection.slots.roll, connection.place, frame.update)
+            roll = connection.slots.roll
+            standing = None if roll is None else Standing(roll, connection.place, frame.update)
         except BaseException as error:
-            ballot.close()
+            if ballot is not None:
+                ballot.close()
             connection.drop(str(error))
             raise
         self._connection = connection

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple
 
 from .. import signals
-from ..errors import Closed, CommitHookError, TransferAborted, TransferError, UsageError
+from ..errors import Closed, CommitHookError, TransferAborted, TransferError, TransferInDoubt, UsageError
 from ..timeline import Timeline
 from .ballot import Ballot, Decision
 from .connection import Connection
@@ -53,8 +53,8 @@ class Member:
     def __init__(
         self,
         connection: Connection,
-        ballot: Ballot,
-        standing: Standing,
+        ballot: Ballot | None,
+        standing: Standing | None,
         pending: PendingLeases,
         *,
         version: str | int,
@@ -66,7 +66,7 @@ class Member:
         self.timeline = Timeline()
         self._connection = connection
         self._ballot = ballot
-        self._standing: Standing | None = standing  # until the version is over: it keeps the slots mapped
+        self._standing = standing  # until the version is over: it keeps the slots mapped
         self._pending = pending
         self._timeout = timeout
         self._cancelled = False
@@ -180,6 +180,9 @@ class Member:
             raise
         except BaseException as error:
             # The decision may have fallen without this member having heard of it.
+            if self._ballot is None:
+                self._hear_from_afar(error)
+                return
             if not self._was_to_commit():
                 self.give_up(TransferError("it was interrupted") if interruption.came else error)
                 raise
@@ -191,6 +194,7 @@ class Member:
         """Whether the group has decided to commit, this member too. If it had decided nothing, it aborts now."""
         standing = self._standing
         assert standing is not None
+        assert self._ballot is not None
         if standing.struck():  # The others need not hear of it.
             return False
         # In this order: the sender lists its members, and then decides.
@@ -200,6 +204,30 @@ class Member:
         """Wait for the sender to say commit. It may be waiting for other receivers first."""
         message = self._next(stop)
         assert isinstance(message, Commit), "the table lets nothing else pass"
+
+    def _hear_from_afar(self, error: BaseException) -> None:
+        """Wait on after ``error``: who has voted to take the version can only hear what its sender decided.
+
+        Raises:
+            TransferAborted: it decided to abort.
+            TransferInDoubt: nobody says what it decided.
+        """
+        if not isinstance(error, TransferError) and not self._connection.stopped:
+            self._interrupted = None if isinstance(error, Exception) else error
+            try:
+                self._hear(bool)
+                return
+            except TransferAborted:
+                raise
+            except BaseException as later:  # A second signal does not wait.
+                error = later
+        doubt = TransferInDoubt(
+            f"version {self.version!r} was voted for, and whether the group took it is not known here; it is not live "
+            "here. The next version ends the doubt",
+            [str(error) or type(error).__name__],
+        )
+        self.give_up(doubt)
+        raise doubt from error
 
     def _hears_late(self) -> bool:
         """Whether the sender says what was read from the ballot, which it does unless it is lost."""
@@ -258,4 +286,5 @@ class Member:
         self.over = True
         self._standing = None
         self._pending.forget()
-        self._ballot.close()
+        if self._ballot is not None:
+            self._ballot.close()

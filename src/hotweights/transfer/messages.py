@@ -15,7 +15,7 @@ from ..manifest import Manifest, TensorSpec
 from ..ranges import Range
 from ..text import some
 
-PROTOCOL = 2  # another number for every change of what messages hold
+PROTOCOL = 3  # another number for every change of what messages hold
 MAX_SMALL = 16 * 1024  # bytes of a frame where only short messages may come: the longest of them is a reason
 MAX_FRAME = 32 * 1024 * 1024  # bytes; a manifest of 100,000 tensors takes about 10
 _MAGIC = b"hotw"
@@ -40,17 +40,19 @@ class Hello(_Message, frozen=True):
 class Welcome(_Message, frozen=True):
     """The sender's first word; the memory of the slots and of the roll comes with it as a descriptor.
 
-    ``timeout`` is the sender's patience with a single receiver; ``place`` is the receiver's in the roll.
+    ``timeout`` is the sender's patience with a single receiver; ``place`` is the receiver's in the roll. Between hosts
+    no descriptor comes: the receiver has slots of its own, and shows ``token`` on a second connection, for the bytes.
     """
 
     slots: int
     slot_nbytes: int
     timeout: float
     place: int
+    token: bytes = b""
 
 
 class Offer(_Message, frozen=True):
-    """A version and its tensors: name, dtype, shape. The ballot comes with it as a descriptor."""
+    """A version and its tensors: name, dtype, shape. On one host the ballot comes with it as a descriptor."""
 
     version: str | int
     digests: bool

@@ -22,7 +22,6 @@ from .messages import (
     Commit,
     Done,
     End,
-    Filled,
     Frame,
     Offer,
     Refuse,
@@ -133,7 +132,8 @@ class Outbound:
     def _offer(self, manifest: Manifest, version: str | int) -> None:
         offer = Offer(version, self._hashed, described(manifest))
         for peer in self._members:
-            peer.channel.send(offer, update=self._update, descriptors=(self._ballot.descriptor,))
+            ballot = (self._ballot.descriptor,) if peer.channel.shares else ()
+            peer.channel.send(offer, update=self._update, descriptors=ballot)
         self._wait(self._in(SessionState.OFFERED), "answer the offer")
         for peer in list(self._members):
             if problem := _problem(peer.wanted, list(manifest.values())):
@@ -172,8 +172,7 @@ class Outbound:
         for place, peer in enumerate(asking):
             chunks = tuple(chunk for chunk, wanting in packed if place in wanting)
             if chunks and peer in self._members:
-                peer.holds.add(slot)
-                peer.channel.send(Filled(slot, chunks, fill))
+                peer.hand_over(slot, self._slots.memories[slot], chunks, fill)
         self._advance(sum(chunk.range.size for chunk, _ in packed))
         self._look()
         self._timeline.note("hand over slots", "", began)
@@ -236,6 +235,7 @@ class Outbound:
             seconds=time.monotonic() - self._began,
             waited=dict(self._waited),
             events=tuple(self._timeline.events),
+            network_nbytes=sum(peer.flow.nbytes for peer in self._members if peer.flow is not None),
         )
 
     def _abort(self, error: BaseException) -> None:
@@ -276,13 +276,15 @@ class Outbound:
         peers = [peer for peer in (*self._members, *self._leaving) if peer.state is not SessionState.IDLE]
         for peer in self._group.wait(peers, seconds):
             try:
+                if peer.flow is not None:
+                    peer.flow.flush()
                 # A peer that is done is not read: what comes after that, a goodbye maybe, is not of this update.
                 while _is_active(peer) and (frame := peer.channel.read()) is not None:
                     self._take(peer, frame)
             except (PeerLost, ProtocolError) as error:
                 # Struck before it hears of it: a member that has lost its sender may vote, and would end it for all.
                 self._strike(peer)
-                peer.channel.say_goodbye(str(error))  # Also to who has refused: there is nothing to wait for.
+                peer.part(str(error))  # Also to who has refused: there is nothing to wait for.
                 self._lose(peer, str(error))
         if not self._over and self._ballot.read() is not None:
             raise self._outvoted()

@@ -3,34 +3,42 @@
 from __future__ import annotations
 
 import itertools
+import socket
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from .. import signals
-from ..errors import Closed, PeerLost, ProtocolError, TransferError, TransferTimeout
-from .address import BACKLOG, Listener, check_peer
+from ..errors import Closed, PeerLost, ProtocolError, TransferAborted, TransferError, TransferTimeout
 from .channel import Channel, close_in_children
-from .messages import NAME, Hello, Wanted, Welcome
+from .door import BACKLOG, PATIENCE, SILENT, Door, Endpoint
+from .flow import Outflow
+from .messages import NAME, Chunk, Filled, Hello, Wanted, Welcome
 from .roll import PLACES
 from .shared_memory import WriteSlots
-from .states import SessionState, Side
+from .states import SessionState
 from .waits import Waker, left
 
 _AT_ONCE = 16  # connections that are taken between two looks at the clock
-_SILENT = 64  # connections that may be open before they said hello
+_LOOK = 1.0  # seconds between two looks at links to other hosts
 _SHOWN = 20  # of those that left while others were waited for
 
 
 @dataclass(eq=False)
 class Peer:
-    """One receiver, as the sender knows it. The running ``Outbound`` changes all but the first three attributes.
+    """One receiver, as the sender knows it. The running ``Outbound`` changes all but the first six attributes.
 
     Attributes:
         channel: its connection.
-        name: for people: ``process 4711``, or ``rank0 (process 4711)`` if the receiver has a name.
+        name: for people: ``process 4711``, or ``rank0 (process 4711)`` if the receiver has a name; ``process 4711 on
+            gpu7`` if it is on another host.
         place: its own in the roll.
+        flow: for bytes, where it does not read them in the sender's memory.
+        door: through which it came.
+        since: when it connected.
         wanted: what it wants of the running update.
         holds: slots that it has not released.
         said: kinds of messages that came from it.
@@ -41,6 +49,9 @@ class Peer:
     channel: Channel
     name: str
     place: int
+    flow: Outflow | None = None
+    door: Door | None = None
+    since: float = field(default_factory=time.monotonic)
     wanted: tuple[Wanted, ...] = ()
     holds: set[int] = field(default_factory=set)
     said: set[str] = field(default_factory=set)
@@ -50,6 +61,8 @@ class Peer:
     def begin(self) -> None:
         """Forget the version before."""
         self.wanted, self.problem, self.moved = (), "", 0.0
+        if self.flow is not None:
+            self.flow.nbytes = 0
         self.holds.clear()
         self.said.clear()
 
@@ -58,28 +71,68 @@ class Peer:
         """The state of its connection."""
         return self.channel.session.state
 
+    @property
+    def ready(self) -> bool:
+        """Whether a version can be offered to it."""
+        return self.state is SessionState.IDLE and (self.flow is None or self.flow.attached)
+
+    @property
+    def waiting(self) -> socket.socket | None:
+        """The connection for its bytes, while some wait until it can be written to."""
+        return None if self.flow is None else self.flow.waiting
+
+    def hand_over(self, slot: int, memory: torch.Tensor, chunks: tuple[Chunk, ...], fill: int) -> None:
+        """Have it read what chunks say of a slot; it holds the slot until it has released it."""
+        self.holds.add(slot)
+        self.channel.send(Filled(slot, chunks, fill))
+        if self.flow is not None:
+            self.flow.put(memory, chunks)
+
+    def part(self, reason: str) -> None:
+        """End its connections, and say why."""
+        self.channel.say_goodbye(reason)
+        if self.flow is not None:
+            self.flow.close()
+
 
 @signals.held_throughout
 class PeerGroup:
     """Everybody who connected. One thread uses it; any may ``stop`` it. Owns its sockets; close it."""
 
-    def __init__(self, path: str, slots: WriteSlots, timeout: float) -> None:
+    def __init__(self, endpoints: Sequence[Endpoint], slots: WriteSlots, timeout: float) -> None:
         self.peers: list[Peer] = []
         self._slots = slots
         self._timeout = timeout
         self._waker = Waker()
         self._stopped = False
+        self._died: list[str] = []  # between two updates, of those that were ready; until ``gather`` has told it
+        self._doors: list[Door] = []
         try:
-            self._listener = Listener(path)
+            for endpoint in endpoints:
+                self._doors.append(endpoint.listen())
         except BaseException:
             self._waker.close()
+            for door in self._doors:
+                door.close()
             raise
-        close_in_children(self._listener)
+        for door in self._doors:
+            close_in_children(door)
 
-    def gather(self, count: int) -> list[Peer]:
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Where it listens."""
+        return tuple(door.address for door in self._doors)
+
+    def gather(self, count: int, *, drop: bool = False) -> list[Peer]:
         """Wait until at least ``count`` receivers are there; returns all that are there, and all that wait to be taken.
 
+        Args:
+            count: how many.
+            drop: wait for others where one has died since the last update. If not, the caller is told at once; the next
+                call waits for another in its place.
+
         Raises:
+            TransferAborted: one that was there has died, without a goodbye, and too few are left.
             TransferTimeout: they did not come in time; ``problems`` says why those left that came.
             Closed: ``stop`` was called.
         """
@@ -92,7 +145,14 @@ class PeerGroup:
             ready = self._ready()
             # Whoever was waiting at the beginning has been taken after so many turns, even if others come without end.
             if len(ready) >= count and (not more or turns * _AT_ONCE > BACKLOG):
+                self._died.clear()
                 return ready
+            if self._died and not more and not drop:
+                died, self._died = self._died, []
+                raise TransferAborted(
+                    f"nothing was offered; {len(ready)} of {count} receivers are there. Send again to wait for another",
+                    died,
+                )
             if not left(deadline):
                 raise TransferTimeout(f"{len(ready)} of {count} receivers were there after {self._timeout:g} s", gone)
             self.wait(self.peers, left(deadline), listen=True)
@@ -104,15 +164,15 @@ class PeerGroup:
         return self._ready()
 
     def _ready(self) -> list[Peer]:
-        return [peer for peer in self.peers if peer.state is SessionState.IDLE]
+        return [peer for peer in self.peers if peer.ready]
 
     def _meet(self, gone: deque[str]) -> bool:
         """Take and greet those who wait. Returns whether others may wait."""
-        more = self._accept(gone)
+        waiting = [self._accept(door, gone) for door in self._doors]
         for peer in list(self.peers):
             self._greet(peer, gone)
         self._limit_silent(gone)
-        return more
+        return any(waiting)
 
     def wait(self, peers: Iterable[Peer], seconds: float, *, listen: bool = False) -> list[Peer]:
         """Wait until something comes from some of ``peers``, and return those. What is unsent goes out.
@@ -127,10 +187,17 @@ class PeerGroup:
         """
         listed = list(peers)
         sockets = [(peer.channel.socket, peer.channel.unsent) for peer in listed]
-        sockets += [(self._listener.socket, False)] if listen else []
+        flows = {peer: flow for peer in listed if (flow := peer.waiting) is not None}
+        sockets += [(flow, True) for flow in flows.values()]
+        sockets += [(waiting, False) for door in self._doors for waiting in door.sockets()] if listen else []
+        if not all(peer.channel.shares for peer in listed):
+            seconds = min(seconds, _LOOK)
         ready = self._waker.wait(sockets, seconds, lambda: self._stopped)
         self.check_open()
-        heard = [peer for peer in listed if peer.channel.socket.fileno() in ready]
+        flowing = {peer for peer, flow in flows.items() if flow.fileno() in ready}
+        heard = [
+            peer for peer in listed if peer.channel.socket.fileno() in ready or peer in flowing or peer.channel.is_due()
+        ]
         for peer in heard:
             peer.channel.flush()
         return heard
@@ -147,7 +214,7 @@ class PeerGroup:
     def part_with(self, peer: Peer, reason: str) -> None:
         """End the connection, and say why."""
         self.peers = [other for other in self.peers if other is not peer]
-        peer.channel.say_goodbye(reason)
+        peer.part(reason)
 
     def stop(self) -> None:
         """End every wait, now and later. Any thread may call it."""
@@ -157,28 +224,32 @@ class PeerGroup:
     def close(self) -> None:
         """Close every connection and stop listening. May be called twice."""
         for peer in self.peers:
-            peer.channel.say_goodbye("the sender was closed")
+            peer.part("the sender was closed")
         self.peers.clear()
-        self._listener.close()
+        for door in self._doors:
+            door.close()
         self._waker.close()
 
-    def _accept(self, gone: deque[str]) -> bool:
+    def _accept(self, door: Door, gone: deque[str]) -> bool:
         """Take some of those who wait, so that nobody can keep this busy for ever. Returns whether others may wait."""
         for _ in range(_AT_ONCE):
             try:
-                accepted = self._listener.accept()
+                guest = door.admit()
             except OSError as error:
                 count = len(self.peers)
                 raise TransferError(f"no receiver beyond the {count} connected can be taken: {error}") from error
-            if accepted is None:
-                return False
-            channel = Channel(accepted, Side.SENDER)
-            try:
-                name = f"process {check_peer(accepted)}"
-                self.peers.append(Peer(channel, self._unique(name), self._place()))
             except ProtocolError as error:
                 gone.append(str(error))
-                channel.say_goodbye(str(error))
+                continue
+            if guest is None:
+                return False
+            try:
+                place = self._place()
+            except ProtocolError as error:
+                gone.append(str(error))
+                guest.channel.say_goodbye(str(error))
+                continue
+            self.peers.append(Peer(guest.channel, self._unique(guest.name), place, guest.flow, door))
         return True
 
     def _unique(self, name: str) -> str:
@@ -201,23 +272,41 @@ class PeerGroup:
     def _limit_silent(self, gone: deque[str]) -> None:
         """A receiver says hello as soon as it is connected: of those who do not, the last few may still be about to."""
         silent = [peer for peer in self.peers if peer.state is SessionState.CONNECTED]
-        for peer in silent[: max(0, len(silent) - _SILENT)]:
-            gone.append(f"{peer.name}: it connected and said nothing")
-            self.part_with(peer, "you said nothing, and others came")
+        late = time.monotonic() - PATIENCE
+        for peer in silent:
+            if not peer.channel.shares and peer.since < late:
+                self._send_away(peer, "it connected and did not say who it is", gone)
+        for peer in silent[: max(0, len(silent) - SILENT)]:
+            if peer in self.peers:
+                self._send_away(peer, "it connected and said nothing", gone)
+
+    def _send_away(self, peer: Peer, reason: str, gone: deque[str]) -> None:
+        gone.append(f"{peer.name}: {reason}")
+        if peer.door is not None:
+            peer.door.refused(f"{peer.name.partition(' #')[0]}: {reason}")
+        self.part_with(peer, reason)
 
     def _greet(self, peer: Peer, gone: deque[str]) -> None:
         """Answer a hello, the only message that may come between updates. Who is gone is noted."""
         try:
             while (frame := peer.channel.read()) is not None:
                 assert isinstance(frame.message, Hello), "the table lets nothing else pass"
+                if not peer.channel.shares:
+                    peer.name = self._unique(f"process {frame.message.pid} on {peer.channel.host}")
                 if name := frame.message.name:
                     if len(name) > NAME or not name.isprintable():
                         raise ProtocolError(f"a receiver's name has at most {NAME} printable characters")
                     peer.name = self._unique(f"{name} ({peer.name})")
-                welcome = Welcome(len(self._slots.memories), self._slots.slot_nbytes, self._timeout, peer.place)
-                peer.channel.send(welcome, descriptors=(self._slots.descriptor,))
+                token = b"" if peer.flow is None else peer.flow.token
+                welcome = Welcome(len(self._slots.memories), self._slots.slot_nbytes, self._timeout, peer.place, token)
+                peer.channel.send(welcome, descriptors=(self._slots.descriptor,) if peer.channel.shares else ())
         except (PeerLost, ProtocolError) as error:
+            if peer.state is SessionState.CONNECTED:
+                self._send_away(peer, str(error), gone)
+                return
             gone.append(f"{peer.name}: {error}")
+            if peer.state is SessionState.IDLE and isinstance(error, PeerLost) and not peer.channel.goodbye:
+                self._died.append(gone[-1])
             self.part_with(peer, str(error))
 
 

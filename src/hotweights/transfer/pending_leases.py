@@ -69,8 +69,8 @@ class PendingLeases:
 
     def _check(self, free: tuple[int, ...]) -> None:
         """Whoever reads a slot asks last what it bears: that it was right before says nothing about the bytes."""
-        roll = self._connection.slots.roll
-        if not all(roll.bears(slot, fill) for slot, fill, _ in self._in_slots if slot in free):
+        slots = self._connection.slots
+        if not all(slots.bears(slot, fill) for slot, fill, _ in self._in_slots if slot in free):
             self._in_slots.clear()
             raise TransferError(
                 "the sender has given this receiver up, and filled a slot again that was still read; "

@@ -9,22 +9,22 @@ from contextlib import AbstractContextManager
 import torch
 
 from .. import signals
-from ..arguments import check_choices, check_seconds
+from ..arguments import check_choices, check_flags, check_seconds
 from ..errors import Closed, UsageError
 from ..manifest import Manifest
 from ..memory.guards import Guard
 from ..sources.contracts import Request
 from ..sources.streams import LeaseStream
 from ..timeline import Timeline
-from .address import path_of
 from .connection import Connection
+from .endpoint import endpoint_of
 from .inbound import Inbound
 from .messages import NAME, Frame
 from .pending_leases import PrivateMemory
 
 
 class Receiver:
-    """Takes the versions that a ``Sender`` on this host sends, one after another. A source; a context manager.
+    """Takes the versions that a ``Sender`` sends, one after another. A source; a context manager.
 
     Asking for the manifest, or for a stream, waits for the next version when none is under way. Each version is
     streamed once.
@@ -35,21 +35,33 @@ class Receiver:
     ``with`` of the stream or of the receiver, and the sender gets its text.
     """
 
-    def __init__(self, address: str, *, name: str = "", timeout: float = 60.0, offer_timeout: float = 3600.0) -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        name: str = "",
+        timeout: float = 60.0,
+        offer_timeout: float = 3600.0,
+        keys: str | os.PathLike[str] | None = None,
+        insecure: bool = False,
+    ) -> None:
         """Nothing is connected yet: the sender may start later, and be replaced by another.
 
         Args:
-            address: the sender's, ``unix:PATH``.
+            address: the sender's, ``unix:PATH`` or ``tcps://HOST:PORT``.
             name: for people, such as ``"rank0"``: it stands in the sender's errors and reports.
             timeout: seconds that each single wait within an update may take.
             offer_timeout: seconds to wait for the next version.
+            keys: the directory of the job's keys, which ``hotweights keys`` makes; for ``tcps:``.
+            insecure: go without keys in a network where anybody may send and take weights.
         """
+        check_flags(insecure=insecure)
         check_seconds(timeout=timeout, offer_timeout=offer_timeout)
         if not isinstance(name, str) or len(name) > NAME or not name.isprintable():
             raise UsageError(f"name= is at most {NAME} printable characters; found {str(name)[:NAME]!r}")
         self.address = address
         self.name = name
-        self._connection = Connection(path_of(address), name)
+        self._connection = Connection(endpoint_of(address, keys=keys, insecure=insecure), name)
         self._timeout, self._offer_timeout = timeout, offer_timeout
         self._private = PrivateMemory()
         self._inbound: Inbound | None = None  # the version that came last

@@ -23,6 +23,7 @@ class SendReport:
         problems: by receiver that has it, what failed there after its commit: a hook, say.
         tensors: how many were sent; nobody wanted the others.
         nbytes: bytes that were sent, each counted once, however many receivers took it.
+        network_nbytes: bytes that went to other hosts, counted for each receiver there.
         seconds: from the offer to the last answer.
         waited: seconds of those, by receiver that was waited for; several may be waited for at once.
         warnings: what a person should read.
@@ -39,6 +40,7 @@ class SendReport:
     waited: Mapping[str, float]
     warnings: tuple[str, ...] = ()
     events: tuple[TimelineEvent, ...] = ()
+    network_nbytes: int = 0
 
     def as_dict(self) -> dict[str, object]:
         """The attributes as numbers, text, lists and dicts: what JSON can hold."""
@@ -62,6 +64,7 @@ class SendReport:
         rate = self.nbytes / max(self.seconds, 1e-9) / 1e9
         rows = (
             ("sent", f"{size(self.nbytes)} in {self.tensors} tensors in {self.seconds:.3f} s ({rate:.2f} GB/s)"),
+            *((("network", f"{size(self.network_nbytes)} to other hosts"),) if self.network_nbytes else ()),
             ("version", f"{self.version!r}, taken by {', '.join(self.committed) or 'nobody'}"),
             *breakdown(self.events),
             *(("waited", f"{seconds:.3f} s for {name}") for name, seconds in self.waited.items()),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -28,8 +28,8 @@ from ..sources.pairs import pairs_of
 from ..sources.state_dict import StateSource, check_whole
 from ..text import some
 from ..timeline import Timeline
-from .address import path_of
 from .copying import wrapped
+from .endpoint import endpoints_of
 from .outbound import Outbound
 from .peers import PeerGroup
 from .report import SendReport
@@ -43,15 +43,16 @@ Sendable = AnySource | Iterable[tuple[str, torch.Tensor]]
 
 
 class Sender:
-    """Sends versions to the receivers on this host that connect to an address. A context manager.
+    """Sends versions to the receivers that connect to an address. A context manager.
 
-    Bytes go through a few slots of shared memory, filled once for all receivers. One version is sent at a time. Between
+    Bytes go through a few slots of shared memory, filled once for all receivers; those on other hosts are sent what
+    they want of each. One version is sent at a time. Between
     two of them nothing runs, and receivers that connect wait.
     """
 
     def __init__(
         self,
-        address: str,
+        address: str | Sequence[str],
         *,
         receivers: int = 1,
         slots: int = 4,
@@ -59,17 +60,23 @@ class Sender:
         digests: bool = True,
         timeout: float = 60.0,
         on_lost: OnLost = "abort",
+        keys: str | os.PathLike[str] | None = None,
+        insecure: bool = False,
     ) -> None:
         """Take the address. Nobody is waited for yet.
 
         Args:
-            address: ``unix:PATH``. The directory must be this user's alone; one that does not exist is made so.
+            address: ``unix:PATH``. The directory must be this user's alone; one that does not exist is made so. Or
+                ``tcps://HOST:PORT``, for receivers on other hosts; port 0 is one that is free, see ``self.address``.
+                Several: one group of receivers comes to all of them.
             receivers: how many must be connected before anything is sent. All that are connected take part.
             slots: pieces of shared memory; two are enough for filling one while another is read.
             slot_nbytes: bytes of each; best when all of them fit into the CPU's last cache. Larger tensors are split.
             digests: whether receivers compare what they copied with what this side held.
             timeout: seconds that each single wait may take.
             on_lost: what happens to an update when a receiver dies, fails or does not answer, see ``OnLost``.
+            keys: the directory of the job's keys, which ``hotweights keys`` makes; for ``tcps:``.
+            insecure: go without keys in a network where anybody may send and take weights.
 
         Raises:
             AddressTaken: another sender is there; the message says which process.
@@ -79,16 +86,17 @@ class Sender:
         check_count(1, receivers=receivers, slots=slots, slot_nbytes=slot_nbytes)
         check_flags(digests=digests)
         check_seconds(timeout=timeout)
-        path = path_of(address)
-        self.address = address
+        check_flags(insecure=insecure)
+        endpoints = endpoints_of(address, keys=keys, insecure=insecure)
         self._receivers, self._timeout, self._digests = receivers, timeout, digests
         self._drop = on_lost == "drop"
         self._slots = WriteSlots(slots, slot_nbytes)
         try:
-            self._group = PeerGroup(path, self._slots, timeout)
+            self._group = PeerGroup(endpoints, self._slots, timeout)
         except BaseException:
             self._slots.close()
             raise
+        self.address = ", ".join(self._group.addresses)
         # Random, so that a late message of a sender that was here before is not taken for one of this sender's.
         # Receivers take the first id that they see, and after that only larger ones.
         self._update = secrets.randbits(62)
@@ -145,12 +153,13 @@ class Sender:
             version: its name.
             manifest: what the pairs will be.
             receivers: how many must be connected this time.
-            show_progress: whether to draw a progress bar; by default on a terminal.
+            show_progress: whether to draw a progress bar; by default on a terminal or in a notebook.
             wait: whether to wait for the receivers. If not, a thread does, and ``SendHandle.result`` says how it ended.
                 What is sent is opened before this returns; only pairs with ``manifest`` are iterated in the thread.
 
         Raises:
-            TransferAborted: nobody has it; each problem begins with the name of a receiver.
+            TransferAborted: nobody has it; each problem begins with the name of a receiver. So where one has died since
+                the last version, and too few are left: the next ``send`` waits for another in its place.
             TransferIncomplete: the group took it, and some receivers were lost after that.
             TransferTimeout: not enough receivers came.
             UsageError: the tensors cannot be sent: two have one name, for example. Or the version before is being sent.
@@ -204,7 +213,8 @@ class Sender:
         self._thread = threading.get_ident()
         timeline = Timeline()
         with timeline.event("wait for receivers"):
-            members = self._group.gather(self._receivers if receivers is None else receivers)
+            count = self._receivers if receivers is None else receivers
+            members = self._group.gather(count, drop=self._drop)
         self._update += 1
         with progress("sending", source.manifest.nbytes, show=show_progress) as advance:
             report = Outbound(

@@ -13,8 +13,10 @@ import torch
 
 from ..errors import ProtocolError, TransferError, UsageError
 from ..memory.addresses import PAGE
-from ..memory.host import ALIGNMENT
+from ..memory.host import ALIGNMENT, host_empty
 from ..notices import log
+from .flow import Inflow
+from .messages import Filled
 from .roll import Roll, roll_nbytes
 
 _FUTURE_WRITE = getattr(fcntl, "F_SEAL_FUTURE_WRITE", 0x10)
@@ -136,6 +138,66 @@ class ReadSlots:
         self.roll = Roll(memoryview(region)[nbytes:], slots)
         self.memories: tuple[torch.Tensor, ...] = torch.split(whole, slot_nbytes)
 
+    def bears(self, slot: int, fill: int) -> bool:
+        """Whether what was read of the slot was of this fill, to the end."""
+        return self.roll.bears(slot, fill)
+
     def close(self) -> None:
         """Let go. The mapping ends with the last tensor over it."""
+        self.memories = ()
+
+
+class OwnSlots:
+    """A receiver's own slots, on another host than the sender's: a flow fills them.
+
+    Attributes:
+        memories: as the sender's.
+    """
+
+    roll = None
+
+    def __init__(self, flow: Inflow, slots: int, slot_nbytes: int) -> None:
+        """Takes over the flow.
+
+        Raises:
+            ProtocolError: nobody has such slots. The flow is closed.
+            TransferError: there is not enough memory. The flow is closed.
+        """
+        self._flow = flow
+        try:
+            if slots < 1 or slot_nbytes < 1 or slot_nbytes % PAGE:
+                raise ProtocolError(f"{slots} slots of {slot_nbytes} bytes were promised")
+            self.memories = tuple(host_empty((slot_nbytes,), torch.uint8) for _ in range(slots))
+        except ProtocolError:
+            flow.close()
+            raise
+        except (MemoryError, RuntimeError) as error:
+            flow.close()
+            raise TransferError(f"no memory for {slots} slots of {slot_nbytes} bytes: {error}") from error
+
+    @property
+    def flow(self) -> Inflow:
+        """What fills them."""
+        return self._flow
+
+    def expect(self, filled: Filled) -> None:
+        """The flow brings next what a slot holds, by what was said of it.
+
+        Raises:
+            ProtocolError: there is no such slot, or something of it does not lie in it.
+        """
+        if not 0 <= filled.slot < len(self.memories):
+            raise ProtocolError(f"there is no slot {filled.slot}; there are {len(self.memories)}")
+        memory = self.memories[filled.slot]
+        if any(chunk.offset < 0 or chunk.offset + chunk.range.size > memory.numel() for chunk in filled.chunks):
+            raise ProtocolError(f"what is to lie in slot {filled.slot} does not fit into its {memory.numel()} bytes")
+        self._flow.expect(memory, filled.chunks)
+
+    def bears(self, slot: int, fill: int) -> bool:
+        """Always: nobody else writes to them."""
+        return True
+
+    def close(self) -> None:
+        """Let go. May be called twice."""
+        self._flow.close()
         self.memories = ()

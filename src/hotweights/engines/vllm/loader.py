@@ -20,6 +20,7 @@ from ...live.model import LiveModel
 from ...live.report import UpdateReport
 from ...loading.load import load
 from ...plan.steps import Fate
+from ...sources.dcp.source import DcpSource
 from ...sources.files.source import FileSource
 from ...sources.opening import open as open_source
 from ...text import size
@@ -115,7 +116,7 @@ class ModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not install
             "allow_unexpected": self._options.allow_unexpected,
         }
 
-    def _opened(self, model: nn.Module, model_config: Any) -> FileSource:
+    def _opened(self, model: nn.Module, model_config: Any) -> FileSource | DcpSource:
         for what in ("secondary_weights", "allow_patterns_overrides"):
             if getattr(model, what, None):
                 raise UsageError(

@@ -92,6 +92,8 @@ class Document(msgspec.Struct, forbid_unknown_fields=True):
     by_layer: bool
     warnings: list[str] = msgspec.field(default_factory=list)  # always empty; files of this version have it
     mismatched: dict[str, str] = msgspec.field(default_factory=dict)
+    transient: dict[str, str] = msgspec.field(default_factory=dict)
+    origins: dict[str, str] = msgspec.field(default_factory=dict)  # where ``rename=`` gave other names
 
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -139,6 +141,9 @@ class _Writer:
         parts += [name for name, spec in plan["manifest"].items() if spec.part]
         if parts:
             _refuse(self._path, f"it is for what one rank holds of sharded tensors: {some(parts)}")
+        specs = [*(target.spec for target in plan["targets"].values()), *plan["manifest"].values()]
+        if wrapped := {spec.shell.outer(spec.name): None for spec in specs if spec.shell}:
+            _refuse(self._path, f"it is for what lies in wrapper tensors: {some(list(wrapped))}")
         lists = ("fallback", "graph_breaks", "unproven", "side_effects", "state_read", "levels")
         return Document(
             version=VERSION,
@@ -152,6 +157,8 @@ class _Writer:
             digests=dict(plan["digests"]),
             by_layer=plan["by_layer"],
             mismatched=dict(plan["mismatched"]),
+            transient=dict(plan["transient"]),
+            origins=dict(plan["manifest"].origins),
             **{name: list(plan[name]) for name in lists},
         )
 

@@ -63,12 +63,13 @@ class _Validator:
         if document.levels and (len(document.levels) != len(document.steps) or min(document.levels) < 0):
             self.wrong("its levels are not those of its steps")
         unknown = {*document.fallback} - manifest.keys() | {*document.fates} - manifest.keys() - targets.keys()
-        unknown |= {*document.mismatched} - targets.keys()
+        unknown |= ({*document.mismatched} | {*document.transient.values()} - {""}) - targets.keys()
+        unknown |= {*document.origins} - manifest.keys()
         unknown |= {*document.unproven} - targets.keys() | {*document.state_read} ^ document.digests.keys()
         if unknown:
             self.wrong(f"it names {sorted(unknown)[0]!r} and does not describe it")
         return {
-            "manifest": Manifest(self._specs),
+            "manifest": Manifest(self._specs, origins=document.origins),
             "targets": targets,
             "constants": self._constants,
             "steps": tuple(
@@ -80,6 +81,7 @@ class _Validator:
             "digests": document.digests,
             "by_layer": document.by_layer,
             "mismatched": document.mismatched,
+            "transient": document.transient,
             **{
                 name: tuple(getattr(document, name))
                 for name in ("levels", "fallback", "graph_breaks", "unproven", "side_effects", "state_read")

@@ -9,10 +9,12 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import NamedTuple
+from pathlib import Path
+from typing import NamedTuple, overload
 
 from ...errors import CheckpointError
 from ...text import some
+from ..dcp.place import is_dcp, unfinished_dcp
 from .index import files_named_by, lies_outside
 from .layout import DIFFUSERS, Layout
 from .place import Place, Remote, exists, is_dir, names_in, text_of
@@ -56,6 +58,10 @@ class _Named(NamedTuple):
     rank: int
 
 
+@overload
+def snapshot(directory: Path) -> Path: ...
+@overload
+def snapshot(directory: Place) -> Place: ...
 def snapshot(directory: Place) -> Place:
     """The snapshot that a hub cache's ``models--org--name`` directory leads to; any other directory as it is."""
     if isinstance(directory, Remote):
@@ -76,6 +82,10 @@ def snapshot(directory: Place) -> Place:
     raise CheckpointError(f"{directory}: {len(revisions)} snapshots and no refs/main; open the one you mean")
 
 
+@overload
+def folder_in(directory: Path, subfolder: str | None, layout: Layout) -> Path: ...
+@overload
+def folder_in(directory: Place, subfolder: str | None, layout: Layout) -> Place: ...
 def folder_in(directory: Place, subfolder: str | None, layout: Layout) -> Place:
     """The folder of that name in the directory."""
     folder = directory / subfolder if subfolder else directory
@@ -122,7 +132,8 @@ def _choose(directory: Place, names: Sequence[str], layout: Layout, variant: str
     candidates = _best(directory, asked, layout)
     if len(candidates) > 1:
         raise CheckpointError(
-            f"{directory}: holds several checkpoints, and nothing says which is meant; open the one you mean",
+            f"{directory}: holds several checkpoints, and nothing says which is meant; open the one you mean, or a "
+            "list of files where they are one checkpoint together",
             [_how_to_open(directory, choice, layout) for choice in candidates],
         )
     return replace(candidates[0], others=_others(names, asked, candidates[0], layout)) if candidates else None
@@ -146,6 +157,8 @@ def _nothing(directory: Place, names: Sequence[str], layout: Layout, variant: st
         ways = [f'variant="{name}"' for name in sorted(filter(None, there))] + ["no variant="] * (None in there)
         cure = f"; give {' or '.join(ways)}" if ways else ""
         return f"{directory}: no {layout.stems[0]}.{variant}{layout.suffix} in this directory{cure}"
+    if layout.suffix == ".safetensors" and (why := unfinished_dcp(names)) is not None:
+        return f"{directory}: {why}"
     content = f"it holds {some(names, 5)}" if names else "it is empty"
     if layout.suffix != ".bin" and any(name.endswith(".bin") for name in names):
         content += '; reader="torch" opens .bin files'
@@ -161,9 +174,10 @@ def _choose_folder(directory: Place, names: Sequence[str], layout: Layout) -> st
 
 def _holds_weights(folder: Place, layout: Layout) -> bool:
     try:
-        return bool(_parsed(names_in(folder), layout, None))
+        names = names_in(folder)
     except CheckpointError:
         return False
+    return bool(_parsed(names, layout, None)) or (layout.suffix == ".safetensors" and is_dcp(names))
 
 
 def _parsed(names: Iterable[str], layout: Layout, variant: str | None) -> list[_Named]:

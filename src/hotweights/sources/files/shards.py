@@ -7,12 +7,13 @@ import re
 from collections import defaultdict
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, islice
 from pathlib import Path
 
 from ...errors import CheckpointError, StoreError, UsageError
 from ...text import some
+from ..checksums import Digests, Proof
 from .directory import find, folder_in, snapshot, unfinished
 from .file import File
 from .header import FileHeader
@@ -50,20 +51,57 @@ class Checkpoint:
         index: the index that named them; ``None`` if none did.
         warnings: what a person should read: signs that its files are of two versions, or that others are meant.
         several: names of tensors that also lie in files other than the one that the index names.
+        proof: that the files hold what a list of digests says, where there is one.
     """
 
     shards: tuple[Shard, ...]
     index: Readable | None = None
     warnings: tuple[str, ...] = ()
     several: tuple[str, ...] = ()
+    proof: Proof | None = None
+
+    def proven(self, path: str, checksums: str | os.PathLike[str] | None, digests: Digests | None) -> Checkpoint:
+        """This one, which is compared with a list of digests while it is read; all is closed if there is no such list.
+
+        Args:
+            path: what the checkpoint is called.
+            checksums: the file with the list; ``None`` for no list.
+            digests: makes digests of the tensors; ``None`` where nobody here can.
+
+        Raises:
+            CheckpointError: the list cannot be read, or lacks a file or a tensor.
+        """
+        if checksums is None:
+            return self
+        try:
+            files = [shard.file.path for shard in self.shards if isinstance(shard.file, File)]
+            names = [entry.spec.name for shard in self.shards for entry in shard.header.entries]
+            return replace(self, proof=Proof(path, files, names, Path(checksums), digests))
+        except BaseException:
+            self.close()
+            raise
+
+    def begin(self) -> None:
+        """Called when reading begins."""
+        if self.proof is not None:
+            self.proof.begin()
 
     def check(self) -> None:
-        """Raise ``CheckpointChanged`` if a path no longer leads to the file that was opened, unchanged."""
+        """See that all files hold what they should. Called when all is read, before it counts.
+
+        Raises:
+            CheckpointChanged: a path no longer leads to the file that was opened, unchanged.
+            CheckpointError: they are not what the list of digests says.
+        """
+        if self.proof is not None:
+            self.proof.check()
         for file in self._files():
             file.check()
 
     def close(self) -> None:
         """Close the files. May be called twice."""
+        if self.proof is not None:
+            self.proof.close()
         for file in self._files():
             file.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
@@ -16,7 +17,7 @@ from ...errors import Closed, UsageError
 from ...gc_pause import without_collection
 from ...manifest import Manifest
 from ...memory.addresses import PAGE
-from ...memory.digest import Digest, digest_of_bytes
+from ...memory.digest import Digest
 from ...memory.guards import Guard
 from ...memory.host import host_empty
 from ...memory.lease import Lease, Slot
@@ -24,7 +25,7 @@ from ...memory.pool import Pool
 from ...notices import forgotten
 from ..contracts import IOMode, Read
 from ..owned import owned_tensors
-from ..streams import LeaseStream, ahead
+from ..streams import LeaseStream, ahead, digest_of_leases
 from .header import Entry
 from .place import Readable
 from .reading import Segment, fill, read_segments
@@ -47,11 +48,19 @@ class FileSource:
 
     _gap = 0  # bytes between two ranges that are read with them, rather than by two reads
 
-    def __init__(self, what: Paths, *, variant: str | None = None, subfolder: str | None = None) -> None:
+    def __init__(
+        self,
+        what: Paths,
+        *,
+        variant: str | None = None,
+        subfolder: str | None = None,
+        digests: str | os.PathLike[str] | None = None,
+    ) -> None:
         self._closed = True  # Until the files are open there is nothing to close.
         self.path = path_of(what)
         with without_collection():
-            self._checkpoint = open_checkpoint(what, variant=variant, subfolder=subfolder)
+            checkpoint = open_checkpoint(what, variant=variant, subfolder=subfolder)
+            self._checkpoint = checkpoint.proven(self.path, digests, self._digests)
         self._shards = self._checkpoint.shards
         self._closed = False
         self._homes = {
@@ -106,7 +115,8 @@ class FileSource:
         own = pool is None
         pool = pool or Pool(2, 32 * 1024 * 1024)
         stopped = threading.Event()
-        return LeaseStream(self._lease_all(pool, own, guard, io, stopped), stop=partial(_stop, stopped, pool))
+        leases = self._lease_all(pool, own, guard, self._begin(io), stopped, last=self.check)
+        return LeaseStream(leases, stop=partial(_stop, stopped, pool))
 
     def tensors(self, *, io: IOMode = "auto") -> Iterator[tuple[str, torch.Tensor]]:
         """Yield every tensor in memory of its own, read one batch ahead.
@@ -129,18 +139,31 @@ class FileSource:
     ) -> dict[str, int]:
         """Do all the reads, see ``contracts.Addressed``."""
         self._check_open()
+        io = self._begin(io)
         segments = [self._segment(read) for read in reads]
         return read_segments(segments, pool=pool, io=io, threads=threads, advance=advance, stop=stop, gap=self._gap)
 
     def check(self) -> None:
-        """See that all files are those that were opened, see ``contracts.OnDisk``."""
+        """See that all files are those that were opened, and hold what ``digests`` says, see ``contracts.OnDisk``."""
         self._check_open()
         self._checkpoint.check()
 
     def digest(self, *, io: IOMode = "auto") -> Digest:
         """The digest of every tensor, which is that of a model with the same names and values. Reads every byte."""
         with self.leases(io=io) as stream:
-            return Digest.of({lease.name: digest_of_bytes(lease.spec, lease.raw) for lease in stream})
+            return digest_of_leases(stream)
+
+    def _begin(self, io: IOMode) -> IOMode:
+        """What is compared with digests is read through the page cache: around it, the disk would read it twice."""
+        self._checkpoint.begin()
+        return "buffered" if io == "auto" and self._checkpoint.proof is not None else io
+
+    def _digests(self, stopped: threading.Event) -> Digest:
+        """The digest, for the proof, which ``check`` waits for: so this does not call that."""
+        pool = Pool(2, 32 * 1024 * 1024)
+        leases = self._lease_all(pool, True, "off", "buffered", stopped, last=lambda: None)
+        with LeaseStream(leases, stop=partial(_stop, stopped, pool)) as stream:
+            return digest_of_leases(stream, stopped)
 
     def close(self) -> None:
         """Close the files. May be called twice."""
@@ -198,7 +221,14 @@ class FileSource:
                 yield _Run(shard.file, entries, nbytes)
 
     def _lease_all(
-        self, pool: Pool, own: bool, guard: Guard, io: IOMode, stopped: threading.Event
+        self,
+        pool: Pool,
+        own: bool,
+        guard: Guard,
+        io: IOMode,
+        stopped: threading.Event,
+        *,
+        last: Callable[[], None],
     ) -> Generator[Lease, None, None]:
         runs = list(self._runs(pool.slot_nbytes - 2 * PAGE))
         work = (partial(self._fill_slot, run, pool, io, stopped) for run in runs)
@@ -210,7 +240,7 @@ class FileSource:
                 finally:
                     if slot is not None:
                         slot.release()
-            self.check()
+            last()
         finally:
             slots.close()
             if own:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
 
@@ -20,11 +21,18 @@ class ObjectSource(FileSource):
 
     _gap = 512 * 1024  # cost less to read than a second request does
 
-    def __init__(self, what: Sequence[Address], *, variant: str | None = None, subfolder: str | None = None) -> None:
+    def __init__(
+        self,
+        what: Sequence[Address],
+        *,
+        variant: str | None = None,
+        subfolder: str | None = None,
+        digests: str | os.PathLike[str] | None = None,
+    ) -> None:
         """The source closes the store of ``what``, also if this raises."""
         self._store = what[0].store
         try:
-            super().__init__(what[0] if len(what) == 1 else what, variant=variant, subfolder=subfolder)
+            super().__init__(what[0] if len(what) == 1 else what, variant=variant, subfolder=subfolder, digests=digests)
         except BaseException:
             self._store.close()
             raise

@@ -24,4 +24,6 @@ def _read(files: Sequence[str], *, borrow: bool) -> Iterator[Pair]:
                     yield name, buffers.get_tensor(name)
 
 
-READER = Reader(_read, lends=True, owns=False)
+_UNKNOWN = frozenset(("F6_E2M3", "F6_E3M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "C64"))
+
+READER = Reader(_read, lends=True, owns=False, unknown=_UNKNOWN)

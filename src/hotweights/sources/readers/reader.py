@@ -24,9 +24,11 @@ class Reader(NamedTuple):
         lends: whether tensors that it reads with ``borrow`` lie in memory that is used again.
         owns: whether tensors that it reads without ``borrow`` lie in memory of their own for good.
         layout: the files it reads.
+        unknown: the format's dtypes that some version of it refuses; it refuses the whole file with them.
     """
 
     read: ReadFiles
     lends: bool
     owns: bool
     layout: Layout = SAFETENSORS
+    unknown: frozenset[str] = frozenset()

@@ -29,4 +29,6 @@ def _read(files: Sequence[str], *, borrow: bool) -> Iterator[Pair]:
             yield from pairs
 
 
-READER = Reader(_read, lends=True, owns=_CAN_OWN)
+_UNKNOWN = frozenset(("F4", "F6_E2M3", "F6_E3M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"))
+
+READER = Reader(_read, lends=True, owns=_CAN_OWN, unknown=_UNKNOWN)

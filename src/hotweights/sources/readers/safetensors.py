@@ -23,4 +23,6 @@ def _read(files: Sequence[str], *, borrow: bool) -> Iterator[Pair]:
                 yield name, file.get_tensor(name)
 
 
-READER = Reader(_read, lends=not _CAN_PREAD, owns=_CAN_PREAD)
+_UNKNOWN = frozenset(("F4", "F6_E2M3", "F6_E3M2"))
+
+READER = Reader(_read, lends=not _CAN_PREAD, owns=_CAN_PREAD, unknown=_UNKNOWN)

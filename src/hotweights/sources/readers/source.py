@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import ExitStack
 from typing import NamedTuple
 
+from ...dtypes import format_name
 from ...errors import CheckpointError, Closed, HotweightsError, MissingPackage, SourceError, UnknownName
 from ...manifest import Manifest
 from ...memory.guards import Guard
@@ -15,6 +16,7 @@ from ...notices import forgotten
 from ...text import some
 from ..files.layout import SAFETENSORS
 from ..files.shards import Checkpoint, Paths, open_checkpoint, path_of
+from ..files.source import FileSource
 from ..iterator import IteratorSource
 from ..pairs import Pair
 from ..streams import LeaseStream
@@ -43,7 +45,15 @@ class ReaderSource:
     open: at the end of each stream they are compared with those that were opened.
     """
 
-    def __init__(self, what: Paths, reader: str, *, variant: str | None = None, subfolder: str | None = None) -> None:
+    def __init__(
+        self,
+        what: Paths,
+        reader: str,
+        *,
+        variant: str | None = None,
+        subfolder: str | None = None,
+        digests: str | os.PathLike[str] | None = None,
+    ) -> None:
         self._closed = True  # Until the files are open there is nothing to close.
         package = _import(reader)
         self.path = path_of(what)
@@ -55,12 +65,14 @@ class ReaderSource:
                 f"{self.path}: {some(self._checkpoint.several, 3)} lie in several files, and the reader {reader!r} "
                 'cannot take them from the one that the index names; reader="hotweights" can'
             )
+        self._checkpoint = self._checkpoint.proven(self.path, digests, None)
         self._shards = self._checkpoint.shards
         self._closed = False
         self.manifest = Manifest(entry.spec for shard in self._shards for entry in shard.header.entries)
         self._homes = {entry.spec.name: shard.file.path for shard in self._shards for entry in shard.header.entries}
-        lent = _Reading(reader, package, self._checkpoint, borrow=True)
-        owned = _Reading(reader, package, self._checkpoint, borrow=False)
+        self._strange = _strange(package, self._checkpoint)
+        lent = _Reading(reader, package, self._checkpoint, self._strange, borrow=True)
+        owned = _Reading(reader, package, self._checkpoint, self._strange, borrow=False)
         self._lent = IteratorSource(lent, self.manifest, borrowed=package.lends)
         self._owned = IteratorSource(owned, self.manifest, borrowed=not package.owns)
 
@@ -77,7 +89,12 @@ class ReaderSource:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What a person should read: signs that the files are of two versions, or that others are meant."""
-        return self._checkpoint.warnings
+        stead = (
+            f"{os.path.basename(path)}: holds {some(dtypes, 3)}, which the reader {self.reader!r} does not know; "
+            "hotweights reads this file in its stead"
+            for path, dtypes in self._strange.items()
+        )
+        return (*self._checkpoint.warnings, *stead)
 
     def file_of(self, name: str) -> str:
         """The path of the file that holds the tensor."""
@@ -94,7 +111,7 @@ class ReaderSource:
         return self._owned.tensors()
 
     def check(self) -> None:
-        """See that all files are those that were opened, see ``contracts.OnDisk``."""
+        """See that all files are those that were opened, and hold what ``digests`` says, see ``contracts.OnDisk``."""
         self._check_open()
         self._checkpoint.check()
 
@@ -127,20 +144,38 @@ class ReaderSource:
             raise Closed(f"the source {self.path!r} was closed")
 
 
-class _Reading(Iterable[Pair]):
-    """The files, read from their beginning each time that this is iterated."""
+def _strange(reader: Reader, checkpoint: Checkpoint) -> dict[str, list[str]]:
+    """The files with dtypes that the package does not know, and these."""
+    found = {
+        os.path.abspath(shard.file.path): {format_name(entry.spec.dtype) for entry in shard.header.entries}
+        for shard in checkpoint.shards
+    }
+    return {path: sorted(dtypes & reader.unknown) for path, dtypes in found.items() if dtypes & reader.unknown}
 
-    def __init__(self, name: str, reader: Reader, checkpoint: Checkpoint, *, borrow: bool) -> None:
+
+class _Reading(Iterable[Pair]):
+    """The files, read from their beginning each time that this is iterated; ``strange`` ones by hotweights."""
+
+    def __init__(
+        self, name: str, reader: Reader, checkpoint: Checkpoint, strange: Container[str], *, borrow: bool
+    ) -> None:
         self._name = name
         self._reader = reader
         self._checkpoint = checkpoint
         # A relative path would lead elsewhere after a chdir.
-        self._paths = [os.path.abspath(shard.file.path) for shard in checkpoint.shards]
+        paths = [os.path.abspath(shard.file.path) for shard in checkpoint.shards]
+        self._paths = [path for path in paths if path not in strange]
+        self._ours = [path for path in paths if path in strange]
         self._borrow = borrow
 
     def __iter__(self) -> Iterator[Pair]:
+        self._checkpoint.begin()
         try:
-            yield from self._reader.read(self._paths, borrow=self._borrow)
+            if self._paths:
+                yield from self._reader.read(self._paths, borrow=self._borrow)
+            for path in self._ours:
+                with FileSource(path) as source:
+                    yield from source.tensors()
         except HotweightsError:
             raise
         except Exception as error:

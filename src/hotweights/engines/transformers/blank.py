@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import CheckpointError, MissingPackage
-from ..model.materialise import materialise
-from ..model.places import places
-from ..plan.patterns import matches
-from ..tracing.transformers import ignored_when_missing
+from ...errors import CheckpointError, MissingPackage
+from ...model.materialise import materialise
+from ...model.places import Place, places
+from ...plan.patterns import matches
+from ...tracing.transformers import ignored_when_missing
 
 
 def build(config_dir: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> Any:
@@ -47,7 +47,7 @@ def build(config_dir: str | os.PathLike[str], *, dtype: torch.dtype | None = Non
         make = _maker(transformers, config)
         with torch.device("meta"):
             model = make(config, **({} if dtype is None else {"dtype": dtype}))
-        _keep_dtypes(model)
+        keep_dtypes(model, model._get_dtype_plan(model.config.dtype or torch.get_default_dtype()))
         _initialise(model)
         if model.can_generate() and (directory / "generation_config.json").is_file():
             model.generation_config = transformers.GenerationConfig.from_pretrained(directory, local_files_only=True)
@@ -66,17 +66,22 @@ def _our_errors(directory: Path) -> Iterator[None]:
 
 
 def _maker(transformers: Any, config: Any) -> Callable[..., Any]:
+    made = class_named(transformers, config)
+    return made.from_config if made is transformers.AutoModel else made._from_config  # type: ignore[no-any-return]
+
+
+def class_named(transformers: Any, config: Any) -> Any:
+    """The model class that a configuration names; ``AutoModel``, for the base model, if it names none."""
     for architecture in (getattr(config, "architectures", None) or ())[:1]:
         model_class = getattr(transformers, architecture, None)
         if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
             raise CheckpointError(f"transformers {transformers.__version__} has no model {architecture!r}")
-        return model_class._from_config  # type: ignore[attr-defined, no-any-return]
-    return transformers.AutoModel.from_config  # type: ignore[no-any-return]
+        return model_class
+    return transformers.AutoModel
 
 
-def _keep_dtypes(model: Any) -> None:
-    """Give parameters that transformers keeps in float32 that dtype."""
-    plan = model._get_dtype_plan(model.config.dtype or torch.get_default_dtype())
+def keep_dtypes(model: Any, plan: Mapping[str, torch.dtype]) -> list[tuple[Place, torch.Tensor]]:
+    """Give parameters that transformers keeps in a dtype of their own that dtype; the tensors that were there."""
     kept = {re.compile(pattern.replace("*", ".*")): dtype for pattern, dtype in plan.items()}
     # This list keeps the old tensors alive: ties are known by id, and a new tensor may get the id of one that is gone.
     olds = [(place, place.tensor) for place in places(model) if place.persistent and place.tensor.is_floating_point()]
@@ -85,9 +90,10 @@ def _keep_dtypes(model: Any) -> None:
         for pattern, dtype in kept.items():
             if pattern.search(place.name) and id(old) not in casts:
                 casts[id(old)] = _cast(old, dtype)
-    for place, old in olds:
-        if id(old) in casts:
-            place.put(casts[id(old)])
+    replaced = [(place, old) for place, old in olds if id(old) in casts]
+    for place, old in replaced:
+        place.put(casts[id(old)])
+    return replaced
 
 
 def _cast(old: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

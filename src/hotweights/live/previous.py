@@ -1,0 +1,104 @@
+"""Previous: the version before, where a commit kept it. It can be made live again until the next update begins."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+
+from .. import signals
+from ..errors import LiveModelError
+from ..notices import log
+from ..sharding import reshard
+from .baseline import Baseline
+from .compiled import refuse_frozen
+from .job import Job
+from .lock import WriteTurn
+from .state import Current, State
+from .strategy import Strategy
+
+
+class Previous:
+    """What makes version N live again after M was committed. Made before that commit, by its update.
+
+    Attributes:
+        version: the name of version N.
+    """
+
+    def __init__(self, current: Current, baseline: Baseline, strategy: Strategy, job: Job) -> None:
+        self.version: str | int | None = current.version
+        self._names: Mapping[str, str] = current.names
+        self._forget_plan: Callable[[], None] = baseline.plans.kept()
+        self._baseline, self._strategy, self._job = baseline, strategy, job
+
+    def put_back(self, current: Current) -> None:
+        """Make it live. Nobody may read the model meanwhile."""
+        self._strategy.abort()
+        reshard(self._job.model.modules())
+        self._forget_plan()
+        self._baseline.written(self._job)
+        current.version, current.names = self.version, self._names
+
+
+@signals.held
+def roll_back(current: Current, baseline: Baseline | None, timeout: float | None) -> str | int:
+    """Make the version before live again, and call the hooks. Returns its name.
+
+    Raises:
+        LiveModelError: none was kept, or something else replaced or moved tensors; nothing was changed.
+        TimeoutError: readers did not leave in time; nothing was changed.
+        CommitHookError: the version before is live, and a hook failed.
+    """
+    failures: list[BaseException] = []
+    turn = WriteTurn(current.guard, timeout)
+    with current.reserved():
+        previous = _kept(current)
+        assert baseline is not None, "a version was committed"
+        refuse_frozen()
+        baseline.prove()
+        turn.take()
+    try:
+        version = _put_back(current, previous)
+        with current.guard.writer_reads():
+            current.hooks.call(version, failures)
+        if failures:
+            raise failures[0]
+        return version
+    finally:
+        _end(current, turn)
+        log(logging.INFO, "version %r is live again", current.version)
+        if failures:
+            current.record.note_error(failures[0])
+        failures.clear()  # Their tracebacks hold this frame.
+
+
+def _kept(current: Current) -> Previous:
+    previous = current.previous
+    if isinstance(previous, Previous):
+        return previous
+    if not current.keeps_previous:
+        raise LiveModelError(
+            f"{current}, and the version before was not kept; LiveModel(model, keep_previous=True) keeps it"
+        )
+    raise LiveModelError(
+        f'{current}, and no version before is kept: a commit with atomic="staged" or "journal" keeps it, until '
+        "the next update begins or it was rolled back to"
+    )
+
+
+@signals.whole
+def _put_back(current: Current, previous: Previous) -> str | int:
+    current.previous = None
+    current.record.note_rollback()
+    try:
+        previous.put_back(current)
+    except BaseException:
+        current.holds = State.TORN
+        raise
+    assert current.version is not None, "the first load keeps nothing"
+    return current.version
+
+
+@signals.whole
+def _end(current: Current, turn: WriteTurn) -> None:
+    turn.give_back()
+    current.end()

@@ -1,0 +1,80 @@
+"""Record: what happened to a live model so far, for whoever asks how it is; and the one line that each update logs."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from ..notices import log
+from ..text import size
+from .report import UpdateReport
+
+
+class Record:
+    """What happened so far. Changed by the thread that updates, read by any.
+
+    Attributes:
+        committed: how many loads and updates made their version live.
+        failed: how many did not.
+        report: of the last that did.
+        error: what went wrong last, in a line; in a hook, too.
+    """
+
+    def __init__(self) -> None:
+        self.committed = self.failed = 0
+        self.report: UpdateReport | None = None
+        self.error: str | None = None
+        self._live_since: float | None = None
+        self._error_since: float | None = None
+
+    def note_commit(self, report: UpdateReport) -> None:
+        """Take note of a version that is live now."""
+        self.committed += 1
+        self.report, self._live_since = report, time.monotonic()
+
+    def note_rollback(self) -> None:
+        """Take note that the version before is live again."""
+        self._live_since = time.monotonic()
+
+    def note_failure(self, error: BaseException) -> None:
+        """Take note of a load or update that failed, and say so."""
+        self.failed += 1
+        self.note_error(error)
+
+    def note_error(self, error: BaseException) -> None:
+        """Take note of what went wrong, be it that the version is live, and say so."""
+        self.error, self._error_since = _in_a_line(error), time.monotonic()
+        log(logging.WARNING, "%s", self.error)
+
+    def status(self) -> dict[str, object]:
+        """All of it as plain data."""
+        report = self.report
+        return {
+            "committed": self.committed,
+            "failed": self.failed,
+            "seconds_since_commit": _since(self._live_since),
+            "seconds_since_error": _since(self._error_since),
+            "last_error": self.error,
+            "last_report": None if report is None else report.as_dict(),
+        }
+
+
+def tell_commit(report: UpdateReport) -> None:
+    """Log that a version is live."""
+    log(
+        logging.INFO,
+        "version %r is live, it was %r: %s read, %.3f seconds, readers were kept out for %.3f",
+        report.version,
+        report.previous,
+        size(report.bytes_read),
+        report.seconds,
+        report.stall_seconds,
+    )
+
+
+def _since(then: float | None) -> float | None:
+    return None if then is None else time.monotonic() - then
+
+
+def _in_a_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), repr(error))

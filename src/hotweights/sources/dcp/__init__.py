@@ -1,0 +1,1 @@
+"""DCP: directories written by ``torch.distributed.checkpoint``, read by slices; nothing is put together first."""

@@ -1,0 +1,47 @@
+"""The table of addresses: which endpoint stands behind which scheme."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+
+from ..errors import UsageError
+from .address import UnixEndpoint
+from .door import Endpoint
+from .network import NetworkEndpoint
+
+SCHEMES: Mapping[str, Callable[[str, str | os.PathLike[str] | None, bool], Endpoint]] = {
+    "unix": UnixEndpoint,
+    "tcps": NetworkEndpoint,
+}
+"""What an address may begin with, and what is made of it, keys, and whether to go without."""
+
+
+def endpoint_of(address: str, *, keys: str | os.PathLike[str] | None = None, insecure: bool = False) -> Endpoint:
+    """The endpoint of an address.
+
+    Raises:
+        UsageError: it is no address, or the keys do not fit it.
+    """
+    scheme = address.partition(":")[0] if isinstance(address, str) else ""
+    if scheme not in SCHEMES:
+        raise UsageError(f"an address looks like unix:/tmp/trainer/socket or tcps://trainer:7600; this is {address!r}")
+    return SCHEMES[scheme](address, keys, insecure)
+
+
+def endpoints_of(
+    addresses: str | Sequence[str], *, keys: str | os.PathLike[str] | None = None, insecure: bool = False
+) -> list[Endpoint]:
+    """The endpoints of one address or several. Of several, keys are for those on the network.
+
+    Raises:
+        UsageError: as ``endpoint_of``, or there is no address.
+    """
+    listed = [addresses] if isinstance(addresses, str) or not isinstance(addresses, Sequence) else list(addresses)
+    if not listed:
+        raise UsageError("a sender has an address at least; found none")
+    local = [len(listed) > 1 and str(address).startswith("unix:") for address in listed]
+    return [
+        endpoint_of(address) if is_local else endpoint_of(address, keys=keys, insecure=insecure)
+        for address, is_local in zip(listed, local, strict=True)
+    ]

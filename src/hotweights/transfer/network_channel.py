@@ -1,0 +1,101 @@
+"""NetworkChannel: a channel between two hosts: through TLS where there are keys, and with an eye on the link."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+import time
+
+from ..errors import PeerLost, ProtocolError
+from .channel import Channel
+from .states import SessionState, Side
+from .tls import Tls
+
+SILENCE = 4.0
+"""Seconds after which a link that carries nothing back is cut. Processes that are busy are not: kernels answer."""
+
+_TLS = (b"\x15", b"\x16")  # how an alert and a handshake of TLS begin; no frame of ours does
+_ALERT = b"\x15\x03\x03\x00\x02\x02\x46"  # for who speaks no TLS: the fatal alert "protocol version"
+_OFTEN = 1.0  # seconds between two looks at a link
+_RETRIES = 2  # sent again so often and not acknowledged: silence is no accident
+_TCP_INFO = struct.Struct("8B16I")  # linux/tcp.h: struct tcp_info, its beginning
+_RETRANSMITS, _UNACKED, _LAST_ACK = 2, 12, 20  # fields of it; the last counts milliseconds
+
+
+class NetworkChannel(Channel):
+    """As every channel; no descriptors go through it, and bytes of slots have a connection of their own."""
+
+    shares = False
+
+    def __init__(self, connected: socket.socket, side: Side, tls: Tls | None) -> None:
+        """Takes over the socket, which may still be connecting."""
+        super().__init__(connected, side)
+        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 1)
+        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
+        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, int(SILENCE) - 1)
+        self._tls = tls
+        self._patient: bool | None = None
+        self._looked = time.monotonic()
+        self._moved()
+        if tls is not None:
+            self._put(tls.encrypted(b""))
+
+    @property
+    def host(self) -> str:  # type: ignore[override]
+        """Where the other end is: the name in its certificate, or its address."""
+        if self._tls is not None and (name := self._tls.name):
+            return name
+        try:
+            return str(self.socket.getpeername()[0])
+        except OSError:
+            return "a host that is gone"
+
+    def is_due(self) -> bool:
+        """Whether the link was not looked at for a second."""
+        return time.monotonic() - self._looked >= _OFTEN
+
+    def _outgoing(self, frame: bytes) -> bytes:
+        return frame if self._tls is None else self._tls.encrypted(frame)
+
+    def _incoming(self, raw: bytes) -> bytes:
+        if self._tls is None:
+            if raw[:1] in _TLS and not self._in:
+                raise ProtocolError("the other end speaks TLS, and this end has no keys; both need keys= of one job")
+            return raw
+        try:
+            return self._tls.decrypted(raw)
+        except ProtocolError:
+            if raw[:1] not in _TLS and not self._tls.established:
+                self._put(_ALERT)
+            raise
+        finally:  # What TLS answers, an alert too.
+            self._put(self._tls.encrypted(b""))
+            self.flush()
+
+    def _moved(self) -> None:
+        """While the decision is under way, a link that is cut for a while must not end the connection.
+
+        The kernel sends again what was lost, and who waits for the decision has a deadline. At all other times
+        it is better to know soon.
+        """
+        deciding = SessionState.COMMITTED if self.session.side is Side.SENDER else SessionState.PREPARED
+        patient = self.session.state is deciding
+        if patient is self._patient:
+            return
+        self._patient = patient
+        with contextlib.suppress(OSError):  # Whoever reads is told that it is closed.
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, not patient)
+
+    def _silent(self) -> None:
+        """See whether the other end's kernel acknowledges what was sent.
+
+        Not ``TCP_USER_TIMEOUT``: that also ends connections to a process which is busy and reads nothing meanwhile.
+        """
+        self._looked = time.monotonic()
+        if self._patient or self.session.state is SessionState.CONNECTED:
+            return
+        info = _TCP_INFO.unpack_from(self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size))
+        if info[_UNACKED] and info[_RETRANSMITS] >= _RETRIES and info[_LAST_ACK] > 1000 * SILENCE:
+            raise PeerLost(f"the link to {self.host} is cut: for {info[_LAST_ACK] / 1000:.1f} s nothing came back")

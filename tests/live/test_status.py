@@ -1,0 +1,104 @@
+"""status and the log: how a live model is, as plain data; and one line for each update."""
+
+import json
+import logging
+
+import pytest
+import torch
+from served import live_model, version_of
+
+import hotweights as hw
+
+
+def numbers(live):
+    status = live.status()
+    assert json.loads(json.dumps(status)) == status
+    return status["version"], status["state"], status["committed"], status["failed"]
+
+
+def test_status_is_plain_data(caplog):
+    model = live_model(keep_previous=True)
+    status = model.status()
+    assert numbers(model) == (1, "serving", 1, 0)
+    assert (status["last_error"], status["seconds_since_error"]) == (None, None)
+    report = model.update(version_of(2), version="two")
+    assert model.status()["last_report"] == report.as_dict()
+    assert numbers(model) == ("two", "serving", 2, 0)
+    with pytest.raises(hw.UpdateAborted) as caught:
+        model.update({"strange": torch.zeros(1)})
+    status = model.status()
+    assert numbers(model) == ("two", "serving", 2, 1)
+    assert status["last_error"] == str(caught.value).splitlines()[0]
+    assert status["seconds_since_error"] <= status["seconds_since_commit"]
+    with model.begin() as update:
+        assert numbers(model) == ("two", "updating", 2, 1)
+        update.feed(version_of(3))
+        update.prepare()
+        assert numbers(model) == ("two", "prepared", 2, 1)
+    assert numbers(model) == ("two", "serving", 2, 1)  # Its user left it: nothing failed.
+
+
+def test_an_empty_model_has_a_status():
+    live = hw.LiveModel(torch.nn.Linear(2, 2))
+    assert numbers(live) == (None, "empty", 0, 0)
+    assert live.status()["last_report"] is live.status()["seconds_since_commit"] is None
+    with pytest.raises(ValueError, match="no more"):
+        live.load(hw.from_iterator(broken(), hw.open(live.model).manifest))
+    assert numbers(live) == (None, "empty", 0, 1)
+    assert live.status()["last_error"] == "no more"
+
+
+def broken():
+    yield "weight", torch.zeros(2, 2)
+    raise ValueError("no more")
+
+
+def fails_by_check(live):
+    live.update(version_of(2), check=lambda model: False)
+
+
+def fails_by_source(live):
+    live.update("/nowhere")
+
+
+def fails_by_feed(live):
+    with live.begin() as update:
+        update.feed([("strange", torch.zeros(1))])
+
+
+def fails_by_user(live):
+    with live.begin() as update:
+        update.feed(version_of(2))
+        raise ValueError("of the user's own")
+
+
+@pytest.mark.parametrize("act", [fails_by_check, fails_by_source, fails_by_feed, fails_by_user])
+def test_each_failure_is_counted_once_and_says_one_line(act, caplog):
+    live = live_model()
+    with caplog.at_level(logging.INFO, "hotweights"), pytest.raises((hw.UpdateAborted, ValueError)) as caught:
+        act(live)
+    assert numbers(live) == (1, "serving", 1, 1)
+    ((level, line),) = [(record.levelno, record.getMessage()) for record in caplog.records]
+    assert level == logging.WARNING
+    assert line == str(caught.value).splitlines()[0] == live.status()["last_error"]
+
+
+def test_each_version_says_one_line(caplog):
+    live = live_model(keep_previous=True)
+    with caplog.at_level(logging.INFO, "hotweights"):
+        report = live.update(version_of(2), version=2)
+        live.rollback()
+    update, rollback = [(record.levelno, record.getMessage()) for record in caplog.records]
+    assert update[0] == rollback[0] == logging.INFO
+    assert update[1].startswith(f"version 2 is live, it was 1: {report.bytes_read} B read, ")
+    assert rollback[1] == "version 1 is live again"
+
+
+def test_a_hook_that_fails_is_the_last_error_of_a_version_that_is_live(caplog):
+    live = live_model()
+    live.on_commit(lambda version: 1 / 0)
+    with caplog.at_level(logging.INFO, "hotweights"), pytest.raises(hw.CommitHookError):
+        live.update(version_of(2), version=2)
+    assert numbers(live) == (2, "serving", 2, 0)
+    assert "ZeroDivisionError" in live.status()["last_error"]
+    assert [record.levelno for record in caplog.records] == [logging.INFO, logging.WARNING]

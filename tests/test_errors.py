@@ -1,0 +1,31 @@
+"""What is said of many names in the same words is one line with a count; ``problems`` has all of them."""
+
+import pytest
+import torch
+from torch import nn
+
+import hotweights as hw
+
+
+def test_equal_problems_are_one_line():
+    with torch.device("meta"):
+        empty = nn.Sequential(*[nn.Linear(3, 3) for _ in range(40)])
+    with pytest.raises(hw.PlanError) as caught:
+        hw.load(empty, nn.Sequential(*[nn.Linear(3, 3) for _ in range(40)]))
+    assert str(caught.value) == (
+        "source and model do not fit; nothing was read or written: 0.bias, 0.weight, 1.bias and 77 more: lies on the "
+        "meta device; say where it shall be made real with device="
+    )
+    assert len(caught.value.problems) == 80
+
+
+def test_others_stay_apart():
+    alike = [f"{number}.weight: is torn" for number in range(9)]
+    error = hw.CheckpointError("broken", [*alike, "x: is long", "y: is long", "a line without a colon"])
+    assert str(error).splitlines() == [
+        "broken: 12 problems",
+        "  - 0.weight, 1.weight, 2.weight and 6 more: is torn",
+        "  - a line without a colon",
+        "  - x: is long",
+        "  - y: is long",
+    ]

@@ -1,0 +1,132 @@
+"""Three hosts, which are network namespaces: a trainer and two workers on each of two. Links are cut and come back."""
+
+import contextlib
+import time
+
+import pytest
+from ends import receiver, sender
+from namespaces import enter
+from processes import Child, Tiny, value_of
+
+import hotweights as hw
+from hotweights.transfer.channel import Channel
+from hotweights.transfer.messages import Accept, Commit, End, Filled, Offer
+from hotweights.transfer.network_channel import SILENCE
+
+ADDRESS = "tcps://10.77.0.3:7600"
+SOON = 20.0  # seconds in which a cut link is noticed, on a busy machine; a single wait may take three times as long
+
+
+def work(pipe, host):
+    """Take versions until the last; after each attempt, say what is live and what went wrong."""
+    enter(host)
+    live = hw.LiveModel(Tiny())
+    with receiver(ADDRESS, insecure=True, timeout=60, offer_timeout=60) as source:
+        while live.version != "last":
+            said = ""
+            try:
+                live.load(source) if live.version is None else live.update(source)
+            except hw.UpdateAborted as error:
+                said = f"{type(error.__cause__).__name__}: {error.__cause__}"
+            pipe.send((live.version, value_of(live.model), said))
+
+
+def send(pipe, host, at):
+    """Send three versions; in the second stop where a message of the kind ``at`` is to be sent or has come."""
+    enter(host)
+    say, hear = Channel.send, Channel.read
+    stopped = []
+
+    def stop(kind):
+        if kind is at and not stopped:
+            stopped.append(kind)
+            pipe.send("here")
+            pipe.recv()
+
+    def saying(channel, message, **options):
+        stop(type(message))
+        say(channel, message, **options)
+
+    def hearing(channel):
+        frame = hear(channel)
+        if frame is not None:
+            stop(type(frame.message))
+        return frame
+
+    with sender(ADDRESS, insecure=True, receivers=4, timeout=60) as sending:
+        sending.send(Tiny(1), version=1)
+        Channel.send, Channel.read = saying, hearing
+        began = time.monotonic()
+        try:
+            said = sending.send(Tiny(2), version=2).committed
+        except hw.TransferError as error:
+            said = f"{type(error).__name__}: {error}"
+        pipe.send((said, time.monotonic() - began))
+        Channel.send, Channel.read = say, hear
+        pipe.recv()
+        pipe.send(sending.send(Tiny(3), version="last").committed)
+
+
+@contextlib.contextmanager
+def fleet(hosts, at):
+    """A trainer that stops at a message of the second version, and four workers that have the first."""
+    with contextlib.ExitStack() as stack:
+        trainer = stack.enter_context(Child(send, hosts.names[2], at))
+        workers = [stack.enter_context(Child(work, hosts.names[number // 2])) for number in range(4)]
+        for worker in workers:
+            assert worker.heard(30) == (1, 1.0, "")
+        assert trainer.heard(30) == "here"
+        try:
+            yield trainer, workers
+        finally:
+            for number in range(3):
+                hosts.link(number, "up")
+
+
+PHASES = [Filled, *(pytest.param(kind, marks=pytest.mark.long) for kind in (Offer, Accept, End))]
+
+
+def history(worker):
+    """Which versions it has had, each of them whole, until the last."""
+    versions = []
+    while "last" not in versions:
+        version, value, said = worker.heard(60)
+        assert value == {"last": 3}.get(version, version)
+        assert "TransferInDoubt" not in said
+        versions.append(version)
+    return versions
+
+
+@pytest.mark.parametrize("at", PHASES, ids=lambda kind: kind.__name__.lower())
+def test_a_host_that_is_cut_off_is_lost_soon_and_the_next_version_comes(at, hosts):
+    with fleet(hosts, at) as (trainer, workers):
+        hosts.link(0, "down")
+        trainer.say("go on")
+        said, seconds = trainer.heard(60)
+        assert said.startswith("TransferAborted")
+        assert "on 10.77.0.1: " in said
+        assert seconds < SOON
+        hosts.link(0, "up")
+        trainer.say("the last")
+        assert len(trainer.heard(60)) == 4
+        assert all(2 not in history(worker) for worker in workers)
+
+
+@pytest.mark.long
+def test_a_link_that_is_cut_while_it_is_decided_is_waited_for(hosts):
+    """For three times as long as would lose the host at any other time."""
+    with fleet(hosts, Commit) as (trainer, workers):
+        hosts.link(0, "down")
+        trainer.say("go on")
+        for worker in workers[2:]:
+            assert worker.heard(60) == (2, 2.0, "")
+        time.sleep(3 * SILENCE)
+        hosts.link(0, "up")
+        said, _ = trainer.heard(60)
+        assert len(said) == 4
+        for worker in workers[:2]:
+            assert worker.heard(60) == (2, 2.0, "")
+        trainer.say("the last")
+        assert len(trainer.heard(60)) == 4
+        for worker in workers:
+            assert history(worker) == ["last"]
