@@ -20,18 +20,18 @@ class Memory:
 
     def __init__(self, monkeypatch):
         obstore = pytest.importorskip("obstore")
-        address, endpoint = (import_module(f"hotweights.sources.objects.{name}") for name in ("address", "endpoint"))
+        address, service = (import_module(f"hotweights.sources.objects.{name}") for name in ("address", "service"))
         self.obstore, self.store = obstore, obstore.store.MemoryStore()
         self.done, self.before = [], {}
         monkeypatch.setattr(address, "_package_store", lambda *options: self.store)
         for what in ("put", "delete"):
-            monkeypatch.setattr(endpoint.Obstore, what, self.noting(what, getattr(endpoint.Obstore, what)))
+            monkeypatch.setattr(service.Obstore, what, self.noting(what, getattr(service.Obstore, what)))
 
     def noting(self, what, do):
-        async def note(endpoint, key, *rest):
+        async def note(service, key, *rest):
             self.before.get((what, key), lambda: None)()
             self.done.append((what, key.rpartition("/")[2]))
-            await do(endpoint, key, *rest)
+            await do(service, key, *rest)
 
         return note
 

@@ -12,9 +12,9 @@ from urllib.parse import unquote, urlsplit
 from ...arguments import check_count, check_seconds, shown
 from ...errors import MissingPackage, UsageError
 from ..files.place import Remote
-from .endpoint import Obstore
 from .filesystem import Filesystem
 from .object import Object
+from .service import Obstore
 from .store import Store
 
 SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "abfss", "http", "https")
@@ -70,8 +70,8 @@ def connect(addresses: Sequence[Parts], options: object, *, writes: bool = False
     check_seconds(**{f'store={{"{name}"}}': value for name, value in ours.items() if name == "deadline"})
     check_count(1, **{f'store={{"{name}"}}': value for name, value in ours.items() if name == "requests"})
     keys = [_key(parts) for parts in addresses]
-    endpoint = Obstore(_package_store(addresses[0], options, ours.get("deadline", 60.0) if writes else None))
-    store = Store(endpoint, addresses[0].shown, **ours)
+    service = Obstore(_package_store(addresses[0], options, ours.get("deadline", 60.0) if writes else None))
+    store = Store(service, addresses[0].shown, **ours)
     return [Address(store, key) for key in keys]
 
 

@@ -21,7 +21,7 @@ from typing import Any, Generic, TypeVar
 from ... import signals
 from ...errors import CheckpointChanged, CheckpointError, Closed, StoreError, UsageError
 from ..files.file import Buffer
-from .endpoint import NOTHING, Endpoint, Pin, Refusal, package_error
+from .service import NOTHING, Pin, Refusal, Service, package_error
 
 T = TypeVar("T")
 
@@ -84,18 +84,18 @@ class Store:
     """A connection to one store. Any thread may ask. The owner closes it.
 
     Args:
-        endpoint: the store.
+        service: the store.
         shown: how messages name what lies in it, up to the key; without credentials.
         deadline: seconds in which something of each range must come, all tries together. A range that comes bit by bit
             gets them anew with each.
         requests: how many at once.
     """
 
-    def __init__(self, endpoint: Endpoint, shown: str, *, deadline: float = 60.0, requests: int = 16) -> None:
+    def __init__(self, service: Service, shown: str, *, deadline: float = 60.0, requests: int = 16) -> None:
         self.shown = shown
         self.deadline = deadline
         self.requests = requests
-        self._endpoint = endpoint
+        self._service = service
         global _process
         _process = _process or os.getpid()
         self._process = os.getpid()
@@ -148,11 +148,11 @@ class Store:
 
     def names(self, key: str) -> list[str]:
         """The names of what lies directly below a key."""
-        return self._wait(self._ask(self._tries(f"{self.path(key)}: its list", lambda: self._endpoint.names(key))))
+        return self._wait(self._ask(self._tries(f"{self.path(key)}: its list", lambda: self._service.names(key))))
 
     def head(self, key: str) -> Pin:
         """The object as it is now. ``FileNotFoundError`` if there is none."""
-        return self._wait(self._ask(self._tries(self.path(key), lambda: self._endpoint.head(key))))
+        return self._wait(self._ask(self._tries(self.path(key), lambda: self._service.head(key))))
 
     def read(self, key: str, pin: Pin, buffers: Sequence[Buffer], start: int, ended: Callable[[], bool] = bool) -> None:
         """Fill the buffers in turn with the object's bytes from ``start`` on.
@@ -166,11 +166,11 @@ class Store:
 
     def put(self, key: str, file: Path, mode: object) -> None:
         """Write an object from a file, whole or not at all. ``mode`` is obstore's. Errors are those of its package."""
-        self._wait(self._ask(self._endpoint.put(key, file, mode)))
+        self._wait(self._ask(self._service.put(key, file, mode)))
 
     def delete(self, key: str) -> None:
         """Delete an object. Errors are those of its package."""
-        self._wait(self._ask(self._endpoint.delete(key)))
+        self._wait(self._ask(self._service.delete(key)))
 
     def close(self) -> None:
         """End every request and every wait. May be called twice."""
@@ -224,11 +224,11 @@ class Store:
     async def _open(self, key: str) -> Opened:
         async def first() -> Opened:
             try:
-                body = await self._endpoint.get(key, 0, HEAD, None)
+                body = await self._service.get(key, 0, HEAD, None)
             except Exception as error:
                 if not package_error(error) or not Refusal.of(error).beyond:
                     raise
-                return Opened(await self._endpoint.head(key), b"")  # An empty object has no range.
+                return Opened(await self._service.head(key), b"")  # An empty object has no range.
             start = b"".join([chunk async for chunk in body.chunks])
             if len(start) != min(HEAD, body.pin.size):
                 raise ValueError(f"{len(start)} bytes, another number than was asked for")
@@ -274,7 +274,7 @@ class Store:
         while start < stop:
             try:
                 async with self._free, asyncio.timeout(tries.patience()) as limit:
-                    body = await self._endpoint.get(key, start, stop, pin)
+                    body = await self._service.get(key, start, stop, pin)
                     if changed := pin.changed(body.pin):
                         raise CheckpointChanged(f"{path}: the object was replaced after it was opened: {changed}")
                     async for chunk in body.chunks:

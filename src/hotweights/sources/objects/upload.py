@@ -10,7 +10,7 @@ from pathlib import Path
 from ...errors import CheckpointError, Closed, SaveError
 from ..files.staging import INDEX, WHOLE, Draft, replaced_by
 from .address import Address
-from .endpoint import Refusal, package_error
+from .service import Refusal, package_error
 
 
 class Upload(Draft):

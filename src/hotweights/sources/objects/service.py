@@ -1,4 +1,4 @@
-"""Endpoint: one store as its package speaks to it, a request at a time. It neither tries again nor waits for others."""
+"""Service: one store as its package speaks to it, a request at a time. It neither tries again nor waits for others."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Body:
     chunks: AsyncIterator[bytes]
 
 
-class Endpoint(Protocol):
+class Service(Protocol):
     """What a store is asked. Any exception but those named is an answer: ``Refusal.of`` says what it means."""
 
     async def get(self, key: str, start: int, stop: int, pin: Pin | None) -> Body:
@@ -145,7 +145,7 @@ class Obstore:
         self._lists = type(store).__name__ != "HTTPStore"
 
     async def get(self, key: str, start: int, stop: int, pin: Pin | None) -> Body:
-        """See ``Endpoint``."""
+        """See ``Service``."""
         options: dict[str, object] = {"range": (start, stop)}
         if pin is not None and pin.tag and not pin.tag.startswith("W/"):  # A weak tag matches nothing, by the standard.
             options["if_match"] = pin.tag
@@ -155,11 +155,11 @@ class Obstore:
         return Body(_pin(result.meta), result.stream(min_chunk_size=CHUNK))
 
     async def head(self, key: str) -> Pin:
-        """See ``Endpoint``."""
+        """See ``Service``."""
         return _pin(await self._package.head_async(self._store, key))
 
     async def names(self, key: str) -> list[str]:
-        """See ``Endpoint``. The web has no lists: it is asked for what ``from_pretrained`` looks for."""
+        """See ``Service``. The web has no lists: it is asked for what ``from_pretrained`` looks for."""
         if not self._lists:
             there = await asyncio.gather(*(self._there(f"{key}/{name}".lstrip("/")) for name in USUAL))
             return list(compress(USUAL, there))
@@ -168,13 +168,13 @@ class Obstore:
         return [path.rstrip("/").rpartition("/")[2] for path in paths]
 
     async def put(self, key: str, file: Path, mode: object) -> None:
-        """See ``Endpoint``."""
+        """See ``Service``."""
         part = max(_UPLOAD_PART, file.stat().st_size // 9000)  # S3 takes 10,000 of them.
         options = {} if mode == "overwrite" else {"use_multipart": False}  # Only then are conditions kept.
         await self._package.put_async(self._store, key, file, mode=mode, chunk_size=part, max_concurrency=8, **options)
 
     async def delete(self, key: str) -> None:
-        """See ``Endpoint``."""
+        """See ``Service``."""
         await self._package.delete_async(self._store, key)
 
     async def _there(self, key: str) -> bool:
