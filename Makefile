@@ -11,7 +11,7 @@ DOCS_BIN := $(DOCS_VENV)/bin
 WORKERS ?= $(shell n=$$(env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n : 8)))
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo model-dir test test-all test-vllm test-vllm-part check lint docs bench soak clean
+.PHONY: demo model-dir test test-all test-vllm test-vllm-part refit-vllm check lint docs bench soak clean
 
 demo: $(VENV)/.installed
 	$(BIN)/hotweights demo
@@ -32,7 +32,11 @@ test-vllm: $(VLLM_VENV)/.installed
 	$(VLLM_BIN)/python -m pytest tests/vllm
 
 test-vllm-part: $(VLLM_VENV)/.installed
-	$(VLLM_BIN)/python -m pytest tests/vllm -k "says and (llama or tied or mamba2) or caches or ranks"
+	$(VLLM_BIN)/python -m pytest tests/vllm -k "says and (llama or tied or mamba2) or caches or ranks or test_trainer or refits_of"
+
+# A trainer and a vLLM server on the CPU: three optimiser steps, a refit after each, compared with fresh engines.
+refit-vllm: $(VLLM_VENV)/.installed
+	$(VLLM_BIN)/python examples/refit_vllm.py
 
 check: lint test
 

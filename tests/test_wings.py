@@ -103,7 +103,7 @@ def test_private_names_stay_in_their_file(module):
 
 # What gives a mode of torch that belongs to a thread, and whose ``with`` a signal must not cut short.
 OF_THE_THREAD = set("no_grad inference_mode enable_grad writing_mode in_every_thread autocast _no_autocast".split())
-NEVER_INTERRUPTED = {"engines.vllm.worker", "cli.demo.demo"}  # vLLM's own workers, and a command that ends by Ctrl-C.
+NEVER_INTERRUPTED = {"cli.demo.demo"}  # A command that ends by Ctrl-C.
 
 
 @pytest.mark.parametrize("module", MODULES)

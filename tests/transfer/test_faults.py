@@ -372,6 +372,18 @@ def test_nobody_comes(address):
         source.leases()
 
 
+def test_nobody_waits_for_a_sender_that_is_gone(address):
+    """``reconnect=False`` is for whoever is told when another trainer comes: it waits for offers, and for no sender."""
+    with receiver(address, reconnect=False) as source, pytest.raises(hw.TransferError, match="no sender is at"):
+        source.leases()
+    with receiver(address, reconnect=False) as source:
+        with sender(address):
+            assert source.poll() is None  # It is connected now.
+            waiting = Thread(lambda: source.manifest)
+        with pytest.raises(hw.TransferError, match="no sender is at"):
+            waiting.result()
+
+
 def test_a_forked_child_does_not_hide_its_parents_death(address):
     """A worker of a data loader, say, that outlives the trainer: the receivers notice all the same."""
 

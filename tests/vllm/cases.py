@@ -125,13 +125,36 @@ CASES = {
     ),
 }
 
+MORE = {
+    "deepseek-v3": Case(
+        "DeepseekV3Config",
+        {
+            **_BASE,
+            "num_key_value_heads": 4,
+            "moe_intermediate_size": 128,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "topk_method": "noaux_tc",  # transformers leaves it out, and checkpoints have it.
+            "first_k_dense_replace": 1,
+            "kv_lora_rank": 512,  # With the rope 576, which kernels want.
+            "q_lora_rank": 64,
+            "qk_rope_head_dim": 64,
+            "qk_nope_head_dim": 64,
+            "v_head_dim": 64,
+        },
+    ),
+}
+"""Those of single tests."""
+
 
 def make(name: str, seed: int, directory: Path) -> Path:
     """Write a checkpoint of random weights in several shards; ``seed`` says which weights."""
     import transformers
     from safetensors.torch import load_file, save_file
 
-    case = CASES[name]
+    case = {**CASES, **MORE}[name]
     torch.manual_seed(seed)
     config = getattr(transformers, case.config)(**case.options)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from pathlib import Path
 
 import pytest
 
@@ -18,3 +19,10 @@ def zoo(tmp_path_factory):
     # Before the server of processes starts, which finds what it imports by the environment alone.
     os.environ.update(Zoo.environment, PYTHONPATH=os.path.dirname(__file__))
     return Zoo(tmp_path_factory.mktemp("zoo"))
+
+
+def pytest_collection_modifyitems(items):
+    """An engine starts in 20 s where nothing else runs, and in minutes where everything does."""
+    for item in items:
+        if item.path.parent == Path(__file__).parent and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(1800))

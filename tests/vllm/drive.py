@@ -100,7 +100,7 @@ class Zoo:
         path: Path | None,
         *given: Any,
         options: Mapping[str, Any] | None = None,
-        seconds: float = 100,
+        seconds: float = 600,
     ) -> Any:
         """What ``script`` returns in a fresh process, with an engine for ``path`` if there is one."""
         ours, theirs = self._context.Pipe()
@@ -124,6 +124,6 @@ class Zoo:
         """What a fresh engine says, loaded by vLLM's own default."""
         key = (name, weights, *options)
         if key not in self._said:
-            options = {**cases.CASES[name].engine, **options}
+            options = {**{**cases.CASES, **cases.MORE}[name].engine, **options}
             self._said[key] = self.run(say, self.checkpoint(name, weights), options=options)
         return self._said[key]

@@ -30,8 +30,9 @@ class Connection:
         place: of this receiver in the sender's roll.
     """
 
-    def __init__(self, endpoint: Endpoint, name: str = "") -> None:
+    def __init__(self, endpoint: Endpoint, name: str = "", *, reconnect: bool = True) -> None:
         self._endpoint = endpoint
+        self._reconnect = reconnect
         self._name = name
         self._waker = Waker()
         self._channel: Channel | None = None
@@ -81,6 +82,7 @@ class Connection:
 
         Raises:
             TransferTimeout: none came in time.
+            PeerLost: there is no sender, and nobody waits for another one (``reconnect=False``).
             ProtocolError: the sender speaks another protocol, or belongs to another user.
             TransferError: nobody can connect there, or the slots cannot be mapped.
             Closed: ``stop`` was called.
@@ -98,6 +100,8 @@ class Connection:
                     self._last = str(error)
                 except TransferTimeout:
                     break
+                if not self._reconnect:
+                    raise PeerLost(f"no sender is at {self._endpoint.address}", [self._last])
                 self._waker.wait((), min(self._endpoint.retry, left(deadline)), lambda: self._stopped)
                 self.check_open()
         raise TransferTimeout(f"no offer came to {self._endpoint.address} within {seconds:g} s", [self._last])

@@ -44,6 +44,7 @@ class Receiver:
         offer_timeout: float = 3600.0,
         keys: str | os.PathLike[str] | None = None,
         insecure: bool = False,
+        reconnect: bool = True,
     ) -> None:
         """Nothing is connected yet: the sender may start later, and be replaced by another.
 
@@ -54,14 +55,18 @@ class Receiver:
             offer_timeout: seconds to wait for the next version.
             keys: the directory of the job's keys, which ``hotweights keys`` makes; for ``tcps:``.
             insecure: go without keys in a network where anybody may send and take weights.
+            reconnect: whether that wait goes on when no sender is there, for one that is yet to come. If not, it ends
+                with ``PeerLost`` at once.
         """
         check_flags(insecure=insecure)
         check_seconds(timeout=timeout, offer_timeout=offer_timeout)
+        check_flags(reconnect=reconnect)
         if not isinstance(name, str) or len(name) > NAME or not name.isprintable():
             raise UsageError(f"name= is at most {NAME} printable characters; found {str(name)[:NAME]!r}")
         self.address = address
         self.name = name
-        self._connection = Connection(endpoint_of(address, keys=keys, insecure=insecure), name)
+        endpoint = endpoint_of(address, keys=keys, insecure=insecure)
+        self._connection = Connection(endpoint, name, reconnect=reconnect)
         self._timeout, self._offer_timeout = timeout, offer_timeout
         self._private = PrivateMemory()
         self._inbound: Inbound | None = None  # the version that came last
@@ -74,6 +79,7 @@ class Receiver:
 
         Raises:
             TransferTimeout: none came within ``offer_timeout``.
+            PeerLost: no sender is there, with ``reconnect=False``.
             ProtocolError: the sender speaks another protocol, or belongs to another user.
         """
         return self._offered().manifest

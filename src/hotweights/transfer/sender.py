@@ -12,6 +12,7 @@ from functools import partial
 from typing import Literal, overload
 
 import torch
+from torch import nn
 
 from .. import signals
 from ..arguments import check_choices, check_count, check_flags, check_seconds, check_version
@@ -20,6 +21,7 @@ from ..forked import alone_in_a_fork
 from ..manifest import Manifest
 from ..memory import devices
 from ..memory.wrappers import is_wrapper
+from ..model.as_saved import as_saved
 from ..progress import progress
 from ..sources.contracts import InMemory, Source, warnings_of
 from ..sources.iterator import from_iterator
@@ -150,6 +152,7 @@ class Sender:
         Args:
             tensors: a mapping, a module, a source or a path; or pairs of name and tensor. With ``manifest`` pairs are
                 sent as they come. Without it they are read to the end first, and all tensors are kept until the return.
+                Of a transformers model what ``save_pretrained`` would write is sent.
             version: its name.
             manifest: what the pairs will be.
             receivers: how many must be connected this time.
@@ -296,7 +299,7 @@ class Sender:
 def _opened(tensors: Sendable, manifest: Manifest | None) -> Iterator[Source]:
     """What is to be sent, as a source; one that is made here is closed here."""
     if not is_pairs(tensors):
-        with opened(tensors) as source:
+        with opened(as_saved(tensors) if isinstance(tensors, nn.Module) else tensors) as source:
             yield source
     elif manifest is not None:
         with from_iterator(tensors, manifest) as promised:

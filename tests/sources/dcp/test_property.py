@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hotweights as hw
+from hotweights.boxes import row_major
 from hotweights.memory.pool import Pool
 from hotweights.sources.contracts import Read
 
@@ -22,6 +23,18 @@ def tensors_in_parts(draw):
     raw = torch.randint(0, 2 if dtype == torch.bool else 256, (*shape, dtype.itemsize), dtype=torch.uint8)
     cuts = [draw(st.lists(st.integers(1, length - 1), max_size=3)) if length > 1 else [] for length in shape]
     return InParts(raw.view(dtype).reshape(shape), cuts, draw(st.booleans()))
+
+
+def rows(name, raw, shape, itemsize, data, memories):
+    """Reads of rows at equal distances, into memory that lies in one piece."""
+    own = [stride for stride in row_major((*shape, itemsize)) if stride <= len(raw)]
+    stride = data.draw(st.sampled_from(own) | st.integers(1, len(raw)))
+    nbytes = data.draw(st.integers(1, stride))
+    first = data.draw(st.integers(0, min(stride, len(raw) - nbytes)))
+    count = min(20, (len(raw) - first - nbytes) // stride + 1)
+    memory = torch.zeros(count, nbytes, dtype=torch.uint8)
+    memories.append((memory, torch.stack([raw[first + at * stride :][:nbytes] for at in range(count)])))
+    return [Read(name, first + at * stride, nbytes, memory[at]) for at in range(count)]
 
 
 def raw_of(tensor):
@@ -49,6 +62,7 @@ def test_bit_for_bit_what_torch_loads(tensors, files, data):
                 reads.append(
                     Read(name, start, nbytes, lambda got, want=memories[-1][1]: seen.append(torch.equal(got, want)))
                 )
+                reads += rows(name, raw, state[name].shape, state[name].itemsize, data, memories)
             source.read(reads, pool=pool)
             assert all(torch.equal(got, want) for got, want in memories)
             assert seen == [True] * len(wanted)

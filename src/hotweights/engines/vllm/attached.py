@@ -1,10 +1,18 @@
-"""``attach`` and ``attached``: the live model that belongs to a model of vLLM's, kept on the model itself."""
+"""The live model that belongs to a model of vLLM's: kept on the model itself, and what it needs to be updated."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
 from torch import nn
 
+from ... import signals
+from ...errors import UsageError
 from ...live.model import LiveModel
+from ...live.state import State
 
 
 class _Attached:
@@ -25,3 +33,72 @@ def attached(model: nn.Module) -> LiveModel | None:
     """The live model of a model, if it was loaded by us."""
     holder = model.__dict__.get("_hotweights")
     return holder.live if isinstance(holder, _Attached) else None
+
+
+def loaded_by_us(model: nn.Module) -> LiveModel:
+    """The live model of a model.
+
+    Raises:
+        UsageError: it was not loaded by us.
+    """
+    live = attached(model)
+    if live is None:
+        raise UsageError(
+            "this model was not loaded by hotweights, so it cannot be updated; start the engine with "
+            "--load-format hotweights"
+        )
+    return live
+
+
+def updatable(model: nn.Module, vllm_config: Any) -> LiveModel:
+    """The live model of a model, as it is now.
+
+    Raises:
+        UsageError: it cannot be updated; the message says why.
+    """
+    from .layers import processes_itself
+
+    live = loaded_by_us(model)
+    if vllm_config.parallel_config.enable_eplb:
+        raise UsageError(
+            "this engine moves experts between ranks while it runs, and plans do not know where they are; start it "
+            "without enable_eplb"
+        )
+    if processes_itself(live.model):
+        raise UsageError(
+            f"{type(live.model).__name__} processes itself as a whole after loading, not layer by layer; start a new "
+            "engine with the new weights"
+        )
+    if live.state is not State.SERVING:
+        raise UsageError(f"the model is {live.state.value}; only a model that is {State.SERVING.value} can be updated")
+    if _sleeps():
+        raise UsageError("this engine sleeps, so its weights have no memory; first: wake_up(tags=['weights'])")
+    return live
+
+
+def _sleeps() -> bool:
+    """Whether vLLM has taken the memory of the weights away, as its sleep mode does from level 1 on."""
+    from vllm.device_allocator.cumem import CuMemAllocator
+
+    allocator = CuMemAllocator.instance  # Asking for it would make one.
+    return allocator is not None and any(
+        data.tag == "weights" and data.is_asleep for data in allocator.pointer_to_data.values()
+    )
+
+
+@contextmanager
+@signals.held
+def as_loaded(model: nn.Module, vllm_config: Any) -> Iterator[None]:
+    """Inside, what processing looks at (vLLM's config, the default dtype, layers) is as it was for the first load."""
+    from vllm.config import set_current_vllm_config
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    from .layers import without_lora
+
+    with (
+        set_current_vllm_config(vllm_config),
+        set_default_torch_dtype(vllm_config.model_config.dtype),
+        torch.inference_mode(False),  # Tensors made inside could not be written outside.
+        without_lora(model),
+    ):
+        yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +14,8 @@ from ...errors import CommitHookError, HotweightsError, UpdateAborted, UsageErro
 Mode = Literal["wait", "abort", "keep"]
 """What becomes of requests in flight: they finish first; they are ended; or they go on afterwards, and the new weights
 compute anew what they have said so far."""
+
+Address = str | os.PathLike[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +49,12 @@ class RanksDiffer(HotweightsError):
 
 
 def update(
-    llm: Any, source: str, *, version: str | int | None = None, mode: Mode = "wait", timeout: float = 60.0
+    llm: Any,
+    source: str | os.PathLike[str],
+    *,
+    version: str | int | None = None,
+    mode: Mode = "wait",
+    timeout: float = 60.0,
 ) -> Outcome:
     """Give a ``vllm.LLM`` new weights, all ranks or none, and empty the caches that hold what the old ones made.
 
@@ -69,20 +77,29 @@ def update(
             stale. The engine stays paused; ``status`` asks, ``llm.wake_up(["scheduling"])`` resumes.
     """
     check_choices(mode=(mode, Mode))
-    return _done(_update(_Offline(llm), mode, (source, version, timeout)))
+    return done(_update(OfflineEngine(llm), mode, (os.fspath(source), version, timeout)))
 
 
 async def update_async(
-    engine: Any, source: str, *, version: str | int | None = None, mode: Mode = "wait", timeout: float = 60.0
+    engine: Any,
+    source: str | os.PathLike[str],
+    *,
+    version: str | int | None = None,
+    mode: Mode = "wait",
+    timeout: float = 60.0,
 ) -> Outcome:
-    """As ``update``, of an ``AsyncLLM``. New requests wait meanwhile."""
+    """As ``update``, of an ``AsyncLLM``. New requests wait meanwhile.
+
+    Whoever cancels it, or lets it time out, does not know what the workers hold: the engine stays paused until somebody
+    asks ``status_async`` and calls ``engine.resume_generation()``.
+    """
     check_choices(mode=(mode, Mode))
-    return await _awaited(_update(_Serving(engine), mode, (source, version, timeout)))
+    return await _awaited(_update(AsyncEngine(engine), mode, (os.fspath(source), version, timeout)))
 
 
 def status(llm: Any, *, digest: bool = True) -> list[dict[str, Any]]:
     """What each rank of a ``vllm.LLM`` holds, see ``Worker.hotweights_status``."""
-    return list(_done(_ask(llm, "hotweights_status", (digest,))))
+    return list(done(_ask(llm, "hotweights_status", (digest,))))
 
 
 async def status_async(engine: Any, *, digest: bool = True) -> list[dict[str, Any]]:
@@ -90,14 +107,16 @@ async def status_async(engine: Any, *, digest: bool = True) -> list[dict[str, An
     return list(await _awaited(_ask(engine, "hotweights_status", (digest,))))
 
 
-# What is done is written once, as generators: each yields a call to the engine and is sent what came of it. ``_done``
+# What is done is written once, as generators: each yields a call to the engine and is sent what came of it. ``done``
 # makes the calls; ``_awaited`` awaits them.
 
-_Call = Callable[[], Any]
+Call = Callable[[], Any]
+"""One thing that an engine is asked to do. An ``AsyncLLM`` returns an awaitable."""
 T = TypeVar("T")
 
 
-def _done(calls: Generator[_Call, Any, T]) -> T:
+def done(calls: Generator[Call, Any, T]) -> T:
+    """Make the calls, and return what comes of them."""
     try:
         call = next(calls)
         while True:
@@ -111,7 +130,7 @@ def _done(calls: Generator[_Call, Any, T]) -> T:
         return cast(T, end.value)
 
 
-async def _awaited(calls: Generator[_Call, Any, T]) -> T:
+async def _awaited(calls: Generator[Call, Any, T]) -> T:
     try:
         call = next(calls)
         while True:
@@ -125,7 +144,7 @@ async def _awaited(calls: Generator[_Call, Any, T]) -> T:
         return cast(T, end.value)
 
 
-def _update(engine: _Offline | _Serving, mode: Mode, given: tuple[Any, ...]) -> Generator[_Call, Any, Outcome]:
+def _update(engine: OfflineEngine | AsyncEngine, mode: Mode, given: tuple[Any, ...]) -> Generator[Call, Any, Outcome]:
     paused = yield partial(engine.pause, mode)
     try:
         answers = yield from _ask(engine.holder, "hotweights_update", given)
@@ -135,14 +154,14 @@ def _update(engine: _Offline | _Serving, mode: Mode, given: tuple[Any, ...]) -> 
             yield engine.resume
         raise
     caches = engine.caches(mode)
-    yield from _empty(caches, version)
+    yield from emptied(caches, version)
     yield partial(engine.set_version, str(version))
     if paused:
         yield engine.resume
     return Outcome(version, tuple(answers), tuple(caches))
 
 
-def _ask(holder: Any, method: str, given: tuple[Any, ...]) -> Generator[_Call, Any, Any]:
+def _ask(holder: Any, method: str, given: tuple[Any, ...]) -> Generator[Call, Any, Any]:
     """What each worker answers."""
     try:
         answers = yield lambda: holder.collective_rpc(method, args=given)
@@ -157,7 +176,8 @@ def _ask(holder: Any, method: str, given: tuple[Any, ...]) -> Generator[_Call, A
     return answers
 
 
-def _empty(caches: Mapping[str, _Call], version: str | int) -> Generator[_Call, Any, None]:
+def emptied(caches: Mapping[str, Call], version: str | int) -> Generator[Call, Any, None]:
+    """Empty the caches after the commit of a version; an error names those that could not be."""
     problems = []
     for name, reset in caches.items():
         try:
@@ -173,7 +193,7 @@ def _empty(caches: Mapping[str, _Call], version: str | int) -> Generator[_Call, 
         )
 
 
-class _Offline:
+class OfflineEngine:
     """A ``vllm.LLM``."""
 
     def __init__(self, llm: Any) -> None:
@@ -200,17 +220,20 @@ class _Offline:
         return True
 
     def resume(self) -> None:
+        """Let the engine step again."""
         self.holder.wake_up(tags=["scheduling"])
 
-    def caches(self, mode: Mode) -> dict[str, _Call]:
+    def caches(self, mode: Mode) -> dict[str, Call]:
+        """What empties each cache."""
         return _caches(self.holder, self._engine, mode)
 
     def set_version(self, name: str) -> None:
+        """Have it stand in outputs."""
         if hasattr(self._engine, "set_weight_version"):
             self._engine.set_weight_version(name)
 
 
-class _Serving:
+class AsyncEngine:
     """An ``AsyncLLM``."""
 
     def __init__(self, engine: Any) -> None:
@@ -224,17 +247,20 @@ class _Serving:
         return not was_paused
 
     async def resume(self) -> None:
+        """Let the engine step again."""
         await self.holder.resume_generation()
 
-    def caches(self, mode: Mode) -> dict[str, _Call]:
+    def caches(self, mode: Mode) -> dict[str, Call]:
+        """What empties each cache."""
         return _caches(self.holder, self.holder, mode)
 
     async def set_version(self, name: str) -> None:
+        """Have it stand in outputs."""
         if hasattr(self.holder, "update_weight_version"):
             await self.holder.update_weight_version(name)
 
 
-def _caches(holder: Any, engine: Any, mode: Mode) -> dict[str, _Call]:
+def _caches(holder: Any, engine: Any, mode: Mode) -> dict[str, Call]:
     """What empties each cache that this vLLM has. Requests that are kept lose their part of the prefix cache."""
     caches = {"prefix": partial(holder.reset_prefix_cache, mode == "keep", True), "multimodal": holder.reset_mm_cache}
     encoder = getattr(engine, "reset_encoder_cache", None)

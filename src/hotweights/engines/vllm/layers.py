@@ -5,7 +5,7 @@ This follows ``vllm.model_executor.model_loader.utils.process_weights_after_load
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -62,15 +62,33 @@ def processing(dtype: torch.dtype, device: torch.device) -> Callable[[nn.Module]
     return process
 
 
-def may_be_missing(model: nn.Module) -> list[str]:
-    """Names and patterns of what a checkpoint need not carry, because vLLM has defaults for it."""
+def may_be_missing(model: nn.Module, checkpoint: Iterable[str]) -> list[str]:
+    """Names and patterns of what a checkpoint need not carry, because vLLM has defaults for it.
+
+    Buffers are computed by vLLM, and few checkpoints have them: the means of images, say. Of whole numbers none is
+    needed: they are indices. Another is needed if the first checkpoint, whose names are given, has any of its kind.
+    """
     scales = [
         f"{name}.{key}"
         for name, layer in model.named_modules(remove_duplicate=False)
         if isinstance(getattr(layer, "quant_method", None), BaseKVCacheMethod)
         for key, _ in layer.named_parameters(recurse=False)
     ]
-    return [*_DEFAULTED, *scales]
+    kinds = {_kind(name) for name in checkpoint}
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    buffers = [
+        name
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if name not in parameters and isinstance(tensor, torch.Tensor)
+        if not tensor.is_floating_point() or _kind(name) not in kinds
+    ]
+    return [*_DEFAULTED, *scales, *buffers]
+
+
+def _kind(name: str) -> str:
+    """The last two parts of a name, which say of what kind a tensor is: in each layer it has the same."""
+    *_, owner, key = ("", *name.split("."))
+    return f"{'*' if owner.isdecimal() else owner}.{key}"
 
 
 def unwrap(model: nn.Module) -> None:

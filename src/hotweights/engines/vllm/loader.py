@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,18 +16,22 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.utils.torch_utils import set_default_torch_dtype
 
+from ...dtypes import OpaqueDtype
 from ...errors import UsageError
 from ...live.model import LiveModel
 from ...live.report import UpdateReport
 from ...loading.load import load
+from ...manifest import Manifest, TensorSpec
 from ...plan.steps import Fate
 from ...sources.dcp.source import DcpSource
 from ...sources.files.source import FileSource
 from ...sources.opening import open as open_source
+from ...sources.readers.source import ReaderSource
 from ...text import size
 from .attached import attach, attached
 from .layers import deferred, is_processed, may_be_missing, processes_itself, processing, unwrap
 from .options import options_from
+from .tied_head import reconcile_head
 
 logger = init_logger("vllm.hotweights")  # Below vLLM's own, so that its handlers and levels apply.
 
@@ -82,7 +87,7 @@ class ModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not install
             if live is not None:
                 live.update(source, threads=self._options.threads)
             else:
-                load(model, source, **self._allowed(model), threads=self._options.threads)
+                load(model, source, **self._allowed(model, source.manifest), threads=self._options.threads)
 
     def get_all_weights(self, model_config: Any, model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor of the checkpoint, for vLLM's own ``reload_weights``, of which the live model learns nothing."""
@@ -91,7 +96,8 @@ class ModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not install
 
     def _loaded(self, model: nn.Module, model_config: Any, device: torch.device) -> tuple[LiveModel, UpdateReport]:
         unwrap(model)
-        options, allowed = self._options, self._allowed(model)
+        reconcile_head(model, model_config)
+        options = self._options
         live = LiveModel(
             model,
             process=processing(model_config.dtype, device),
@@ -99,37 +105,59 @@ class ModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not install
             deferred=deferred(model),
             memory_limit=options.memory_limit,
         )
-        with self._opened(model, model_config) as source:
+        with self._opened(model, model_config) as files:
             report = live.load(
-                source,
+                dummy(files.manifest) if options.dummy else files,
+                version="dummy" if options.dummy else None,
                 device=device,
                 threads=options.threads,
                 verify=options.verify,
                 show_progress=False,
-                **allowed,
+                **self._allowed(model, files.manifest),
             )
         return live, report
 
-    def _allowed(self, model: nn.Module) -> dict[str, Any]:
+    def _allowed(self, model: nn.Module, manifest: Manifest) -> dict[str, Any]:
         return {
-            "allow_missing": [*may_be_missing(model), *self._options.allow_missing],
+            "allow_missing": [*may_be_missing(model, manifest), *self._options.allow_missing],
             "allow_unexpected": self._options.allow_unexpected,
         }
 
-    def _opened(self, model: nn.Module, model_config: Any) -> FileSource | DcpSource:
+    def _opened(self, model: nn.Module, model_config: Any) -> FileSource | DcpSource | ReaderSource:
         for what in ("secondary_weights", "allow_patterns_overrides"):
             if getattr(model, what, None):
                 raise UsageError(
                     f"{type(model).__name__} takes its weights from several places ({what}), which the load format "
                     "hotweights does not; use auto"
                 )
-        return open_source(self._directory(model_config))
+        return checkpoint(self._directory(model_config))
 
     def _directory(self, model_config: Any) -> str:
         """Where the checkpoint lies, downloaded by vLLM's own means if need be."""
-        theirs = DefaultModelLoader(replace(self.load_config, load_format="safetensors", model_loader_extra_config={}))
+        theirs = DefaultModelLoader(replace(self.load_config, load_format="hf", model_loader_extra_config={}))
         directory, *_ = theirs._prepare_weights(model_config.model, None, model_config.revision, False, None)
         return str(directory)
+
+
+def checkpoint(path: str) -> FileSource | DcpSource | ReaderSource:
+    """A checkpoint on this machine, open: of safetensors, or as ``torch.save`` wrote it where there are none."""
+    if os.path.isdir(path):
+        names = os.listdir(path)
+        if any(name.endswith(".bin") for name in names) and not any(name.endswith(".safetensors") for name in names):
+            return open_source(path, reader="torch")
+    return open_source(path)
+
+
+def dummy(manifest: Manifest) -> dict[str, torch.Tensor]:
+    """Values that nobody has trained, for all of these; they take no memory. Tied weights are equal."""
+    return {spec.name: _dummy(spec) for spec in manifest.values()}
+
+
+def _dummy(spec: TensorSpec) -> torch.Tensor:
+    if isinstance(spec.dtype, OpaqueDtype):
+        raise UsageError(f"dummy in model_loader_extra_config has no values for {spec}: torch has no such type")
+    value = torch.zeros((), dtype=spec.dtype)
+    return (value.fill_(1e-3) if spec.dtype.is_floating_point else value).expand(spec.shape)
 
 
 def _told(report: UpdateReport) -> str:

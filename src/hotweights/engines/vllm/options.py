@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from ...arguments import check_choices
+from ...arguments import check_choices, check_flags
 from ...errors import UnknownName, UsageError
 from ...loading.verify import Verify
 
@@ -21,6 +21,7 @@ class LoaderOptions:
         verify: ``"loader"`` lets the model's own loading code load each layer once more, and compares bits.
         allow_missing: names of the model that may stay as they are, beside those for which vLLM has defaults.
         allow_unexpected: names of the checkpoint that may have no place.
+        dummy: read no weights, only what the checkpoint's headers say: the first update brings the values.
     """
 
     memory_limit: int | None = None
@@ -28,6 +29,7 @@ class LoaderOptions:
     verify: Verify = "off"
     allow_missing: tuple[str, ...] = ()
     allow_unexpected: tuple[str, ...] = ()
+    dummy: bool = False
 
 
 def options_from(config: object) -> LoaderOptions:
@@ -52,6 +54,9 @@ def _checked(key: str, value: Any) -> Any:
     if key in ("memory_limit", "threads"):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise UsageError(f"{key} in model_loader_extra_config is a positive whole number; found {value!r}")
+        return value
+    if key == "dummy":
+        check_flags(**{"dummy in model_loader_extra_config": value})
         return value
     names = [value] if isinstance(value, str) else value
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):

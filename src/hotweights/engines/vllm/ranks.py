@@ -66,6 +66,11 @@ class Ranks:
         if problems:
             raise Refused(problems)
 
+    def own_words(self, error: BaseException) -> str:
+        """An error in words; of several ranks' problems this rank's own, if it has one."""
+        own = [problem for problem in getattr(error, "problems", ()) if problem.startswith(f"rank {self.rank}: ")]
+        return own[0].partition(": ")[2] if own and isinstance(error, Refused) else words_of(error)
+
 
 class _Together:
     """A source whose version all ranks take, or none. Each rank has one of these, and asks the others once."""

@@ -6,20 +6,14 @@ A failure is returned, never raised: an exception in one worker would leave the 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
-
-import torch
-from torch import nn
 
 from ...errors import UsageError
 from ...live.model import LiveModel
 from ...live.report import UpdateReport
-from ...live.state import State
-from ...sources.opening import open as open_source
 from ...transfer.receiver import Receiver
-from .attached import attached
+from .attached import as_loaded, attached, loaded_by_us, updatable
 from .ranks import Ranks, together, words_of
 
 _LOG = logging.getLogger("vllm.hotweights")
@@ -28,6 +22,7 @@ _LOG = logging.getLogger("vllm.hotweights")
 class Worker:
     """Adds to vLLM's worker class; ``self`` is a worker of vLLM."""
 
+    finish_weight_update: Any
     get_model: Any
     model_config: Any
     model_runner: Any
@@ -55,11 +50,11 @@ class Worker:
             report = _updated(self, ranks, source, version, float(timeout))
         except Exception as error:
             _LOG.warning("hotweights: rank %d did not take %s: %s", ranks.rank, source, error)
-            return {**_state(self, ranks), "error": words_of(error), "report": None}
+            return {**_state(self, ranks), "error": ranks.own_words(error), "report": None}
         if hasattr(self.model_runner, "reset_lora_state"):
             self.model_runner.reset_lora_state()
         _LOG.info("hotweights: version %r is live, by %s", report.version, source)
-        return {**_state(self, ranks), "error": None, "report": _numbers(report)}
+        return {**_state(self, ranks), "error": None, "report": _numbers(report, _drafts(self))}
 
     def hotweights_status(self, digest: bool = True) -> dict[str, Any]:
         """What this worker holds.
@@ -70,82 +65,60 @@ class Worker:
         Returns:
             ``rank``, ``version`` and ``state``; ``digest``, over all parameters and buffers as they are now;
             ``hidden``, how many weights kernels have packed into memory of their own, which no digest sees; ``error``.
+            Of vLLM's weight transfer: ``session_open``, and ``refused``, why the last version was not taken.
         """
         ranks = Ranks()
         try:
-            live = _live(self)
+            live = loaded_by_us(self.get_model())
         except UsageError as error:
-            return {**_state(self, ranks), "digest": None, "hidden": None, "error": str(error)}
+            return {**_state(self, ranks), **_session(self), "digest": None, "hidden": None, "error": str(error)}
         whole = live.digest().whole if digest else None
-        return {**_state(self, ranks), "digest": whole, "hidden": _hidden(live), "error": None}
+        return {**_state(self, ranks), **_session(self), "digest": whole, "hidden": _hidden(live), "error": None}
+
+    def hotweights_close_session(self) -> dict[str, Any]:
+        """End the update of vLLM's weight transfer that a trainer has left open when it died; else do nothing.
+
+        A ``Trainer`` of ours does so by itself when it connects.
+
+        Returns:
+            As ``hotweights_status``, without a digest.
+        """
+        if getattr(self, "_weight_update_active", False):
+            self.finish_weight_update()
+        return self.hotweights_status(digest=False)
+
+
+def _session(worker: Worker) -> dict[str, Any]:
+    """What vLLM's weight transfer is at, where it is configured."""
+    backend = getattr(worker, "weight_transfer_engine", None)
+    return {
+        "session_open": getattr(worker, "_weight_update_active", False),
+        "refused": getattr(backend, "refused", None),
+    }
 
 
 def _updated(worker: Worker, ranks: Ranks, source: str, version: str | int | None, timeout: float) -> UpdateReport:
     with ExitStack() as stack:
         problem = None
         try:
-            live = _live(worker)
-            _check(worker, live)
+            live = updatable(worker.get_model(), worker.vllm_config)
             opened = stack.enter_context(_opened(source, ranks, timeout))
         except Exception as error:
             problem = words_of(error)
         ranks.agree(problem)
-        stack.enter_context(_as_loaded(worker, live.model))
+        stack.enter_context(as_loaded(live.model, worker.vllm_config))
         return live.update(opened, version=version, show_progress=False)
-
-
-def _live(worker: Worker) -> LiveModel:
-    live = attached(worker.get_model())
-    if live is None:
-        raise UsageError(
-            "this model was not loaded by hotweights, so it cannot be updated; start the engine with "
-            "--load-format hotweights"
-        )
-    return live
-
-
-def _check(worker: Worker, live: LiveModel) -> None:
-    """Raise ``UsageError`` for a model that cannot be updated."""
-    from .layers import processes_itself
-
-    if worker.parallel_config.enable_eplb:
-        raise UsageError(
-            "this engine moves experts between ranks while it runs, and plans do not know where they are; start it "
-            "without enable_eplb"
-        )
-    if processes_itself(live.model):
-        raise UsageError(
-            f"{type(live.model).__name__} processes itself as a whole after loading, not layer by layer; start a new "
-            "engine with the new weights"
-        )
-    if live.state is not State.SERVING:
-        raise UsageError(f"the model is {live.state.value}; only a model that is {State.SERVING.value} can be updated")
 
 
 def _opened(source: str, ranks: Ranks, timeout: float) -> Any:
     """The source, opened. Ranks that read files decide among each other; with a sender, the sender sees to that."""
-    if not isinstance(source, str):
-        raise UsageError(f"a source is a path, or unix:PATH of a sender; found {type(source).__name__}")
+    if not isinstance(source, str) or not source:
+        raise UsageError(f"a source is a path, or unix:PATH of a sender; found {source!r}")
     if source.startswith("unix:"):
-        return Receiver(source, timeout=timeout, offer_timeout=timeout)
-    return together(open_source(source), ranks)
+        return Receiver(source, name=f"rank {ranks.rank}", timeout=timeout, offer_timeout=timeout)
+    from .loader import checkpoint
 
-
-@contextmanager
-def _as_loaded(worker: Worker, model: nn.Module) -> Iterator[None]:
-    """Inside, what processing looks at (vLLM's config, the default dtype, layers) is as it was for the first load."""
-    from vllm.config import set_current_vllm_config
-    from vllm.utils.torch_utils import set_default_torch_dtype
-
-    from .layers import without_lora
-
-    with (
-        set_current_vllm_config(worker.vllm_config),
-        set_default_torch_dtype(worker.model_config.dtype),
-        torch.inference_mode(False),  # Tensors made inside could not be written outside.
-        without_lora(model),
-    ):
-        yield
+    return together(checkpoint(source), ranks)
 
 
 def _state(worker: Worker, ranks: Ranks) -> dict[str, Any]:
@@ -159,7 +132,15 @@ def _hidden(live: LiveModel) -> int:
     return sum(parameter.numel() == 0 for parameter in live.model.parameters())
 
 
-def _numbers(report: UpdateReport) -> dict[str, Any]:
+def _drafts(worker: Worker) -> list[str]:
+    """A warning, if speculative decoding has a model of its own."""
+    find = getattr(worker.model_runner, "get_draft_model", None)
+    if not callable(find) or find() is None:
+        return []
+    return ["the draft model keeps its weights: it proposes what the version before would say, so less is accepted"]
+
+
+def _numbers(report: UpdateReport, warnings: list[str]) -> dict[str, Any]:
     """What fits an answer: every rank's goes through the engine's pipe, so of tensors' names only the counts do."""
     names = ("previous", "bytes_read", "bytes_written", "seconds", "stall_seconds", "copy_bytes", "planned")
     return {
@@ -167,5 +148,5 @@ def _numbers(report: UpdateReport) -> dict[str, Any]:
         "tensors": {fate.value: len(names) for fate, names in report.tensors.items()},
         "fell_back": list(report.fell_back),
         "replaced": len(report.replaced),
-        "warnings": list(report.warnings),
+        "warnings": [*report.warnings, *warnings],
     }

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 
 from ...errors import Closed, UsageError
 from ...manifest import TensorSpec
+from ...memory.addresses import buffer
 from ...memory.pool import Pool
+from ...ranges import Range
 from ..contracts import IOMode, Read, Sink
 from ..files.reading import Segment, read_segments
-from .strips import Strip, by_rows, fetch, rows
+from .strips import Strip, by_rows, dense, fetch, rows, through_slots
+
+_NOTHING = torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 class JointRead(NamedTuple):
@@ -28,7 +32,9 @@ class JointRead(NamedTuple):
 class Orders:
     """What is to be read: segments by the reader of files, and strips with short rows."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int | None) -> None:
+        """``limit`` is how many bytes may go through a slot at once; ``None`` if no slot may be taken."""
+        self._limit = limit
         self.segments: list[Segment] = []
         self.short: list[tuple[Strip, torch.Tensor]] = []
 
@@ -37,6 +43,8 @@ class Orders:
         for piece in strips:
             if by_rows(piece):
                 self.segments += rows(piece, memory)
+            elif self._limit is not None and dense(piece):
+                self.segments += through_slots(piece, memory, self._limit)
             else:
                 self.short.append((piece, memory))
 
@@ -67,6 +75,55 @@ class ReadCall:
         self.done["buffered"] += nbytes
         if self._advance is not None:
             self._advance(nbytes)
+
+
+def in_rows(reads: Iterable[Read]) -> Iterator[tuple[Read, Range, torch.Tensor | None]]:
+    """The reads, those of rows that follow each other joined: the first, what is asked for, and the memory it fills.
+
+    The memory is ``None`` for a sink's. It is known by its address: the caller keeps the reads.
+    """
+    rows: _Rows | None = None
+    for read in reads:
+        if rows is not None and rows.take(read):
+            continue
+        if rows is not None:
+            yield rows.first, rows.asked(), rows.memory()
+        rows = _Rows(read)
+    if rows is not None:
+        yield rows.first, rows.asked(), rows.memory()
+
+
+class _Rows:
+    """Reads of equal size at equal distances of one tensor, whose bytes go one behind the other."""
+
+    def __init__(self, first: Read) -> None:
+        self.first = first
+        self._address = first.into.data_ptr() if isinstance(first.into, torch.Tensor) else 0
+        self._count, self._stride = 1, 0
+
+    def take(self, read: Read) -> bool:
+        """Whether the read is the next row; then it is taken."""
+        first, into = self.first, read.into
+        if read.name != first.name or read.nbytes != first.nbytes or not isinstance(into, torch.Tensor):
+            return False
+        stride = read.start - first.start if self._count == 1 else self._stride
+        if stride <= first.nbytes or read.start != first.start + self._count * stride:
+            return False
+        if not self._address or into.data_ptr() != self._address + self._count * first.nbytes:
+            return False
+        self._count, self._stride = self._count + 1, stride
+        return True
+
+    def asked(self) -> Range:
+        """What all of them ask for."""
+        return Range(self.first.start, self.first.nbytes, self._count, self._stride)
+
+    def memory(self) -> torch.Tensor | None:
+        """What they fill, as bytes."""
+        if not isinstance(self.first.into, torch.Tensor):
+            return None
+        nbytes = self._count * self.first.nbytes
+        return torch.frombuffer(buffer(self._address, nbytes), dtype=torch.uint8) if nbytes else _NOTHING
 
 
 def check_read(read: Read, spec: TensorSpec) -> None:

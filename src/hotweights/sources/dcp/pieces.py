@@ -6,11 +6,31 @@ import itertools
 import math
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from ...boxes import row_major
+from ...ranges import Range
 from .saved import SavedPart, SavedTensor
 
 _Box = tuple[tuple[int, ...], tuple[int, ...]]  # the first index and the lengths, in each dimension
+
+
+class Piece(NamedTuple):
+    """A box within one part of a tensor, and where it goes.
+
+    Attributes:
+        number: of the part.
+        begin: the box's first index in the tensor, bytes last.
+        lengths: of the box.
+        into: where its first byte goes, counted from that of the memory.
+        strides: bytes between neighbours there.
+    """
+
+    number: int
+    begin: tuple[int, ...]
+    lengths: tuple[int, ...]
+    into: int
+    strides: tuple[int, ...]
 
 
 class Mosaic:
@@ -39,13 +59,40 @@ class Mosaic:
         """The first byte of the element at this index."""
         return sum(at * stride for at, stride in zip(index, self.strides, strict=False))
 
-    def cut(self, start: int, stop: int) -> Iterator[tuple[int, _Box]]:
-        """The bytes ``start .. stop`` as boxes, each within one part: the part's number, and the box in the tensor."""
-        numbers = range(bisect_right(self._reach, start), bisect_left(self._starts, stop))
-        for box in _boxes(self.shape, start, stop):
+    def cut(self, asked: Range) -> Iterator[Piece]:
+        """The bytes asked for as boxes, each within one part."""
+        numbers = range(bisect_right(self._reach, asked.start), bisect_left(self._starts, asked.stop))
+        for box, into, strides in self._laid(asked):
             for number in numbers:
                 if (common := _common(box, self._boxes[number])) is not None:
-                    yield number, common
+                    skip = sum(
+                        (at - zero) * stride for at, zero, stride in zip(common[0], box[0], strides, strict=True)
+                    )
+                    yield Piece(number, *common, into + skip, strides)
+
+    def _laid(self, asked: Range) -> Iterator[tuple[_Box, int, tuple[int, ...]]]:
+        """The bytes asked for as boxes; where each begins in what is asked for, and its strides there."""
+        if asked.count == 1:
+            for box in _boxes(self.shape, asked.start, asked.stop):
+                yield box, self.first(box[0]) - asked.start, self.strides
+            return
+        (row, column), nbytes = divmod(asked.start, asked.stride), asked.nbytes
+        if asked.stride not in self.strides or column + nbytes > asked.stride:
+            for at in range(asked.count):
+                for box, into, strides in self._laid(Range(asked.start + at * asked.stride, nbytes)):
+                    yield box, into + at * nbytes, strides
+            return
+        dims = self.strides.index(asked.stride) + 1
+        outer, inner = row_major(self.shape[:dims]), self.strides[dims:]
+        strides = (*(stride * nbytes for stride in outer), *inner)
+        for begin, lengths in _boxes(self.shape[:dims], row, row + asked.count):
+            skip = (_dot(begin, outer) - row) * nbytes
+            for first, widths in _boxes(self.shape[dims:], column, column + nbytes):
+                yield ((*begin, *first), (*lengths, *widths)), skip + _dot(first, inner) - column, strides
+
+
+def _dot(index: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    return sum(at * stride for at, stride in zip(index, strides, strict=True))
 
 
 def _boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[_Box]:

@@ -14,15 +14,16 @@ from typing import NamedTuple, Protocol, TypeVar
 import torch
 
 from ...arguments import check_choices
-from ...boxes import Box, view
 from ...errors import CheckpointError, Closed
 from ...manifest import Manifest, TensorSpec
+from ...memory.addresses import PAGE
 from ...memory.digest import Digest
 from ...memory.guards import Guard
 from ...memory.host import ALIGNMENT, host_empty
 from ...memory.lease import Lease, Slot
 from ...memory.pool import Pool
 from ...notices import forgotten
+from ...ranges import Range
 from ...text import some
 from ..checksums import Proof
 from ..contracts import IOMode, Read
@@ -32,12 +33,14 @@ from ..owned import owned_tensors
 from ..streams import LeaseStream, ahead, digest_of_leases
 from .archive import Plain, Unreadable, find_plain
 from .branch import find_branch
-from .call import JointRead, Orders, ReadCall, check_read, fitting
+from .call import JointRead, Orders, ReadCall, check_read, fitting, in_rows
 from .opened import cut_off, open_files, stored_of
 from .pieces import Mosaic, faults
 from .place import NAME, DcpPlace
 from .saved import SavedTensor, Stored, read_saved
 from .strips import Strip, single, strip
+
+_PIECE = 4 * 1024 * 1024  # bytes that go through a slot at once; several threads do so
 
 
 class _Home(NamedTuple):
@@ -154,10 +157,11 @@ class DcpSource:
         """
         self._begin()
         run = ReadCall(pool, threads, advance, stop or threading.Event())
-        straight, joint = Orders(), []
-        for read, strips in self._located(reads):
-            if isinstance(read.into, torch.Tensor):
-                straight.put(strips, view(read.into, Box(torch.uint8, (read.nbytes,), (1,), 0)))
+        straight, joint = Orders(min(_PIECE, pool.slot_nbytes - 2 * PAGE)), []
+        reads = list(reads)  # What is written by address stays alive.
+        for read, memory, strips in self._located(reads):
+            if memory is not None:
+                straight.put(strips, memory)
             elif not strips:
                 straight.segments.append(Segment(self._said, 0, 0, read.into))
             elif len(strips) == 1 and single(strips[0]):
@@ -229,22 +233,25 @@ class DcpSource:
 
     # Where the bytes are.
 
-    def _located(self, reads: Iterable[Read]) -> list[tuple[Read, list[Strip]]]:
-        """What each read takes out of the files. Every part that cannot be read is found before the first byte is."""
+    def _located(self, reads: Iterable[Read]) -> list[tuple[Read, torch.Tensor | None, list[Strip]]]:
+        """What the reads take out of the files. Every part that cannot be read is found before the first byte is."""
         problems: dict[str, None] = {}
         located = []
-        for read in reads:
-            check_read(read, self._homes[read.name].spec)
-            located.append((read, self._strips(read.name, read.start, read.nbytes, problems)))
+        for read, asked, memory in in_rows(map(self._checked, reads)):
+            located.append((read, memory, self._strips(read.name, asked, problems)))
         if problems:
             raise CheckpointError(f"{self.path}: the checkpoint is broken", problems)
         return located
 
-    def _strips(self, name: str, start: int, nbytes: int, problems: dict[str, None]) -> list[Strip]:
+    def _checked(self, read: Read) -> Read:
+        check_read(read, self._homes[read.name].spec)
+        return read
+
+    def _strips(self, name: str, asked: Range, problems: dict[str, None]) -> list[Strip]:
         home = self._homes[name]
         mosaic, item = home.mosaic, home.saved.dtype.itemsize
         strips = []
-        for number, (begin, lengths) in mosaic.cut(start, start + nbytes):
+        for number, begin, lengths, into, strides in mosaic.cut(asked):
             part = mosaic.parts[number]
             assert part.stored is not None
             file = self._files[part.stored.file]
@@ -255,8 +262,7 @@ class DcpSource:
                 continue
             there = (*(stride * item for stride in plain.strides), 1)
             skip = sum((at - zero) * stride for at, zero, stride in zip(begin, (*part.offsets, 0), there, strict=True))
-            into = mosaic.first(begin) - start
-            strips.append(strip(file, lengths, (plain.offset + skip, there), (into, mosaic.strides)))
+            strips.append(strip(file, lengths, (plain.offset + skip, there), (into, strides)))
         return strips
 
     def _find(self, stored: Stored, file: File, dtype: torch.dtype, shape: tuple[int, ...]) -> Plain:
@@ -282,10 +288,10 @@ class DcpSource:
 
     def _fill(self, reads: Iterable[Read], run: ReadCall) -> None:
         """Do reads into memory without a slot of the pool: the caller may hold the only one."""
-        orders = Orders()
-        for read, strips in self._located(reads):
-            assert isinstance(read.into, torch.Tensor)
-            orders.put(strips, read.into)
+        orders = Orders(None)
+        for _, memory, strips in self._located(reads):
+            assert memory is not None
+            orders.put(strips, memory)
         run.do(orders, "buffered")
 
     # Streams.

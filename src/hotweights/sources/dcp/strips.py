@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from ..files.file import File
 from ..files.reading import Segment
 
 _RUN = 512  # bytes of a row from which it is read by itself; below that the bytes between are read too
+_LONG = 32 * 1024  # bytes of a row that take as long to copy as a read of their own takes to begin
 _SCRATCH = 1024 * 1024  # bytes that are read at once where rows are short
 
 
@@ -54,7 +56,24 @@ def single(piece: Strip) -> bool:
 
 def by_rows(piece: Strip) -> bool:
     """Whether its rows are long enough to be read straight into place."""
-    return piece.lying.stride[-1] == piece.going.stride[-1] == 1 and piece.lying.shape[-1] >= _RUN
+    row = piece.lying.shape[-1] if piece.lying.stride[-1] == piece.going.stride[-1] == 1 else 1
+    return single(piece) or row >= (_LONG if dense(piece) else _RUN)
+
+
+def dense(piece: Strip) -> bool:
+    """Whether no other bytes lie between its own."""
+    return _nbytes(piece.lying) == piece.lying.nbytes
+
+
+def through_slots(piece: Strip, memory: torch.Tensor, limit: int) -> Iterator[Segment]:
+    """Reads of at most ``limit`` bytes that the pool's slots hold, and that are copied from there into ``memory``."""
+    for part in _parts(piece, limit):
+        start, stop = extent(part.lying)
+        yield Segment(piece.file, start, stop - start, partial(_copy, part, memory))
+
+
+def _copy(piece: Strip, memory: torch.Tensor, raw: torch.Tensor) -> None:
+    view(memory, piece.going).copy_(view(raw, moved(piece.lying, -piece.lying.offset)))
 
 
 def rows(piece: Strip, memory: torch.Tensor) -> Iterator[Segment]:
@@ -71,10 +90,10 @@ def rows(piece: Strip, memory: torch.Tensor) -> Iterator[Segment]:
 def fetch(piece: Strip, memory: torch.Tensor, arrive: Callable[[int], None]) -> None:
     """Read what has short rows with the bytes between them, and copy it into ``memory``."""
     scratch = host_empty((min(_SCRATCH, _nbytes(piece.lying)),), torch.uint8)
-    for part in _parts(piece):
+    for part in _parts(piece, _SCRATCH):
         start, stop = extent(part.lying)
         part.file.read_into([buffer(scratch.data_ptr(), stop - start)], start)
-        view(memory, part.going).copy_(view(scratch, moved(part.lying, -start)))
+        _copy(part, memory, scratch)
         arrive(part.lying.nbytes)
     piece.file.check()
 
@@ -84,9 +103,9 @@ def _nbytes(box: Box) -> int:
     return stop - start
 
 
-def _parts(piece: Strip) -> Iterator[Strip]:
-    """The strip, cut so that each part fits into the scratch."""
-    if _nbytes(piece.lying) <= _SCRATCH:
+def _parts(piece: Strip, limit: int) -> Iterator[Strip]:
+    """The strip, cut so that no part spans more than ``limit`` bytes of the file."""
+    if _nbytes(piece.lying) <= limit:
         yield piece
         return
     dims = range(len(piece.lying.shape))
@@ -95,4 +114,5 @@ def _parts(piece: Strip) -> Iterator[Strip]:
     for start, length in ((0, half), (half, piece.lying.shape[longest] - half)):
         begin = tuple(start if dim == longest else 0 for dim in dims)
         shape = tuple(length if dim == longest else piece.lying.shape[dim] for dim in dims)
-        yield from _parts(Strip(piece.file, narrowed(piece.lying, begin, shape), narrowed(piece.going, begin, shape)))
+        half_of_it = Strip(piece.file, narrowed(piece.lying, begin, shape), narrowed(piece.going, begin, shape))
+        yield from _parts(half_of_it, limit)

@@ -1,0 +1,55 @@
+"""The output head of a model whose config ties it to the embedding, where checkpoints may bring one all the same.
+
+vLLM ties by the checkpoint that an engine starts with, and its loading code leaves out what it does not need then.
+Later versions may differ in that: here a head that is tied is compared with the embedding, and one that is not is
+filled from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+Pairs = Iterable[tuple[str, torch.Tensor]]
+
+_HEAD = "lm_head.weight"
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "embeddings.weight")
+
+
+def reconcile_head(model: nn.Module, model_config: Any) -> None:
+    """Let the model's own ``load_weights`` see a head where it needs one, or has one that must be compared."""
+    untied = getattr(model_config, "word_embeddings_untied_by_checkpoint", False)
+    tied = getattr(model_config.hf_config.get_text_config(), "tie_word_embeddings", False)
+    if (tied or untied) and any(name.rpartition(".")[2] == "lm_head" for name, _ in model.named_modules()):
+        load: Callable[[Pairs], object] = model.load_weights  # type: ignore[assignment]
+        model.load_weights = lambda weights: load(_untied(weights) if untied else _tied(weights))  # type: ignore[assignment]
+
+
+def _untied(weights: Pairs) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights; without a head among them, the embedding once more as the head."""
+    embeddings: list[tuple[str, torch.Tensor]] = []
+    has_head = False
+    for name, tensor in weights:
+        has_head |= name.endswith(_HEAD)
+        if name.endswith(_EMBEDDINGS):
+            embeddings.append((name, tensor))
+        yield name, tensor
+    if not has_head and len(embeddings) == 1:
+        yield _HEAD, embeddings[0][1]
+
+
+def _tied(weights: Pairs) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights; a head among them once more as the embedding: both are one tensor, and must be equal."""
+    embeddings: list[str] = []
+    heads: list[torch.Tensor] = []
+    for name, tensor in weights:
+        if name.endswith(_HEAD):
+            heads.append(tensor)
+        if name.endswith(_EMBEDDINGS):
+            embeddings.append(name)
+        yield name, tensor
+    if len(heads) == len(embeddings) == 1:
+        yield embeddings[0], heads[0]

@@ -1,0 +1,170 @@
+"""vLLM's weight transfer with our backend: a trainer made by vLLM's factory gives versions to engines, all or none."""
+
+import contextlib
+import gc
+import os
+from types import SimpleNamespace
+
+import pytest
+from drive import Talker
+from trainers import BACKEND, DUMMY, caught, failing, trained, trainer_of, without_last
+
+
+def rss():
+    gc.collect()
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def round_of_refits(talker: Talker, paths):
+    """A tour through one engine; each entry is what happened and what the engine held after it."""
+    from vllm.distributed.weight_transfer.base import ModuleSource
+
+    from hotweights.engines import vllm as engine
+
+    llm = talker.llm
+    models = {weights: trained(paths[weights]) for weights in "AB"}
+    found = {}
+
+    def note(name, what):
+        (status,) = engine.status(llm, digest=False)
+        held = status["version"], llm.get_weight_version(), status["session_open"], llm.llm_engine.is_sleeping()
+        found[name] = what, talker.tokens(), held
+
+    note("dummy", None)
+    trainer = trainer_of(engine.LLMClient(llm), ModuleSource(models["B"]))
+    note("B", trainer.send_weights().version)
+    for name, source in (("short", without_last), ("failing", failing)):
+        trainer.source = source(models["A"])
+        note(name, caught(lambda name=name: trainer.send_weights(name)))
+    trainer.source = ModuleSource(models["A"])
+    note("A", trainer.send_weights("step-7").version)
+
+    # A trainer that died between the start and the finish.
+    llm.start_weight_update()
+    trainer.shutdown()
+    note("trainer gone", caught(lambda: llm.update_weights({"update_info": {"version": "never"}})))
+    found["told"] = engine.status(llm, digest=False)[0]["refused"]
+    trainer = trainer_of(engine.LLMClient(llm), ModuleSource(models["B"]), collect=True)
+    note("the next trainer", trainer.send_weights("step-8").version)
+    llm.start_weight_update()
+    note("closed by hand", llm.collective_rpc("hotweights_close_session")[0]["session_open"])
+    llm.collective_rpc("hotweights_close_session")  # Nothing to close.
+
+    # What is wrong is told, and the engine goes on.
+    llm.init_weight_transfer_engine({"init_info": {"port": 7}})
+    llm.start_weight_update()
+    llm.update_weights({"update_info": {"versions": 7}})
+    found["wrong calls"] = engine.status(llm, digest=False)[0]["refused"]
+    llm.update_weights({"update_info": {}})
+    found["no trainer"] = engine.status(llm, digest=False)[0]["refused"]
+    llm.finish_weight_update()
+    trainer.shutdown()
+    trainer = trainer_of(engine.LLMClient(llm), ModuleSource(models["A"]))
+    asleep = SimpleNamespace(pointer_to_data={0: SimpleNamespace(tag="weights", is_asleep=True)})
+    with allocating(asleep):
+        note("asleep", caught(trainer.send_weights))
+    found["without pausing"] = trainer_of(engine.LLMClient(llm, mode=None), ModuleSource(models["A"])).send_weights(9)
+    found["without pausing"] = found["without pausing"].version
+    trainer.source = None
+    found["no source"] = caught(lambda: trainer_of(engine.LLMClient(llm), None))
+    found["receivers"] = caught(lambda: trainer_of(llm, ModuleSource(models["A"])))
+    found["too many"] = caught(lambda: trainer_of(engine.LLMClient(llm), ModuleSource(models["A"]), receivers=2))
+
+    # Speculative decoding with a model of its own, which does not run here.
+    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    runner.get_draft_model = lambda: talker.model
+    found["drafts"] = engine.update(llm, paths["B"]).ranks[0]["report"]["warnings"]
+    del runner.get_draft_model
+
+    # Twenty refits; the first few fill caches of plans and of memory allocators.
+    trainer = trainer_of(engine.LLMClient(llm), ModuleSource(models["A"]))
+    sizes = []
+    for number in range(25):
+        trainer.source = ModuleSource(models["AB"[number % 2]])
+        trainer.send_weights(number)
+        sizes.append(rss())
+    found["grown"] = sizes[-1] - sizes[4]  # A version has 3.5 MB.
+    note("last", None)
+    trainer.shutdown()
+    return found
+
+
+@contextlib.contextmanager
+def allocating(allocator):
+    """Inside, vLLM's allocator for sleep mode is another: it does not run on a CPU."""
+    from vllm.device_allocator.cumem import CuMemAllocator
+
+    CuMemAllocator.instance, before = allocator, CuMemAllocator.instance
+    try:
+        yield
+    finally:
+        CuMemAllocator.instance = before
+
+
+def test_refits_of_an_engine_in_this_process(zoo):
+    paths = {weights: str(zoo.checkpoint("llama", weights)) for weights in "AB"}
+    said = {weights: zoo.fresh("llama", weights) for weights in "AB"}
+    found = zoo.run(round_of_refits, zoo.checkpoint("llama", "A"), paths, options={**BACKEND, **DUMMY})
+    _, tokens, held = found["dummy"]
+    assert tokens not in said.values()
+    assert held == ("dummy", "default", False, False)
+    assert found["B"] == (1, said["B"], (1, "1", False, False))
+    for name, words in (("short", "lm_head.weight: missing"), ("failing", "the gather failed")):
+        assert words in found[name][0]
+        assert found[name][1:] == (said["B"], (1, "1", False, False))
+    assert found["A"] == ("step-7", said["A"], ("step-7", "step-7", False, False))
+    assert found["trainer gone"] == ("nothing was raised", said["A"], ("step-7", "step-7", True, False))
+    assert "no sender is at" in found["told"]
+    assert found["the next trainer"] == ("step-8", said["B"], ("step-8", "step-8", False, False))
+    assert found["closed by hand"] == (False, said["B"], ("step-8", "step-8", False, False))
+    assert "Invalid update_info" in found["wrong calls"]
+    assert "no trainer" in found["no trainer"]
+    assert "this engine sleeps" in found["asleep"][0]
+    assert found["asleep"][1:] == (said["B"], ("step-8", "step-8", False, False))
+    assert found["without pausing"] == 9
+    assert "a trainer needs a source" in found["no source"]
+    assert "receivers= is missing" in found["receivers"]
+    assert "1 of 2 workers connected" in found["too many"]
+    assert "the draft model keeps its weights" in found["drafts"][0]
+    assert found["last"][1:] == (said["A"], (24, "24", False, False))
+    assert found["grown"] < 32 << 20
+
+
+def fused_in_memory(talker: Talker, path, address):
+    """By the trainer, and by a sender of one's own."""
+    import threading
+
+    import hotweights as hw
+    from hotweights.engines import vllm as engine
+
+    model = trained(path)
+    assert any(name.endswith("experts.gate_up_proj") for name, _ in model.named_parameters())
+    trainer = trainer_of(engine.LLMClient(talker.llm), model)
+    found = [(trainer.send_weights("by the trainer").version, talker.tokens())]
+    trainer.shutdown()
+    with hw.Sender(address, timeout=60) as sender:
+        sending = threading.Thread(target=sender.send, args=(model,), kwargs={"version": "by hand"})
+        sending.start()
+        found.append((engine.update(talker.llm, address).version, talker.tokens()))
+        sending.join()
+    return found
+
+
+def test_a_model_that_has_other_names_in_memory(zoo, tmp_path):
+    """vLLM's DeepSeek takes only what is saved; transformers keeps the experts of a layer as one tensor."""
+    said = zoo.fresh("deepseek-v3", "B")
+    path = zoo.checkpoint("deepseek-v3", "A")
+    given = str(zoo.checkpoint("deepseek-v3", "B")), f"unix:{tmp_path}/t"
+    found = zoo.run(fused_in_memory, path, *given, options={**BACKEND, **DUMMY})
+    assert found == [("by the trainer", said), ("by hand", said)]
+
+
+def not_ours(talker: Talker):
+    """Never called: the engine does not start."""
+
+
+def test_a_model_of_another_load_format_is_refused_at_the_start(zoo):
+    options = {**BACKEND, "load_format": "auto"}
+    with pytest.raises(AssertionError, match="start the engine with --load-format hotweights"):
+        zoo.run(not_ours, zoo.checkpoint("llama", "A"), options=options)

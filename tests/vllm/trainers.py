@@ -1,0 +1,60 @@
+"""Trainers as users make them by vLLM's factory, and sources that are wrong."""
+
+from drive import OURS
+
+BACKEND = {**OURS, "weight_transfer_config": {"backend": "hotweights"}}
+DUMMY = {"model_loader_extra_config": {"dummy": True}}
+
+
+def trained(path):
+    import torch
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+
+
+def trainer_of(client, source, **options):
+    """As a user makes one."""
+    from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+
+    from hotweights.engines.vllm import TrainerInit
+
+    init = TrainerInit(rank=0, **{"timeout": 20, **options})
+    return WeightTransferTrainerFactory.trainer_init(init, client=client, source=source)
+
+
+def caught(act):
+    """What it raised, in words."""
+    try:
+        act()
+    except Exception as error:
+        return f"{type(error).__name__}: {error} {getattr(error, '__notes__', '')}"
+    return "nothing was raised"
+
+
+def without_last(model):
+    """A source that lacks a tensor."""
+    from vllm.distributed.weight_transfer.base import ModuleSource
+
+    class Short(ModuleSource):
+        def metadata(self):
+            return super().metadata()[:-1]
+
+        def __iter__(self):
+            return iter([*super().__iter__()][:-1])
+
+    return Short(model)
+
+
+def failing(model):
+    """A source that fails in the middle."""
+    from vllm.distributed.weight_transfer.base import ModuleSource
+
+    class Failing(ModuleSource):
+        def __iter__(self):
+            for number, pair in enumerate(super().__iter__()):
+                if number == 5:
+                    raise RuntimeError("the gather failed")
+                yield pair
+
+    return Failing(model)
