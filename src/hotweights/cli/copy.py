@@ -15,7 +15,8 @@ from . import flags
 from .dtype import dtype_from
 from .outcome import ending, print_json
 
-Target = Annotated[Path, typer.Argument(help="A directory, or a file that ends in .safetensors.")]
+# No Path: it would make one slash of the two in an address.
+Target = Annotated[str, typer.Argument(help="A directory, a file that ends in .safetensors, or an address of a store.")]
 ShardSize = Annotated[str | None, typer.Option(help="Bytes of one file at most, such as 5GB.")]
 # What lies beside weights and is none: configurations, tokenizers, texts.
 _BESIDE = (".json", ".txt", ".model", ".md", ".jinja", ".py", ".tiktoken", ".yaml")
@@ -58,12 +59,14 @@ class From(NamedTuple):
     subfolder: str | None
 
 
-def _copy(which: From, to: Path, dtype: str | None, shard_size: str | None, as_json: bool) -> None:
+def _copy(which: From, to: str, dtype: str | None, shard_size: str | None, as_json: bool) -> None:
     path, reader, variant, subfolder = which
     if os.path.realpath(path) == os.path.realpath(to):
         raise UsageError(f"{to}: is what is read; name another place")
     with open_source(path, reader=reader, variant=variant, subfolder=subfolder) as source:
-        beside = _beside(Path(source.files[0]).parent) if os.path.isdir(path) and to.suffix != ".safetensors" else []
+        beside = (
+            _beside(Path(source.files[0]).parent) if os.path.isdir(path) and not to.endswith(".safetensors") else []
+        )
         report = save(source, to, shard_size=shard_size, dtype=dtype_from(dtype), beside=beside)
     _compare(report)
     if as_json:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal, overload
 
@@ -25,7 +25,7 @@ from .dcp.source import DcpSource
 from .files.shards import Paths
 from .files.source import FileSource
 from .iterator import IteratorSource
-from .objects.address import SCHEMES, Parts, check_store, connect, parts_of
+from .objects.address import SCHEMES, Parts, check_store, connect, is_store, parts_of, within
 from .objects.source import ObjectSource
 from .pairs import Pair
 from .readers.source import READERS, ReaderSource
@@ -138,7 +138,7 @@ def open(
     subfolder: str | None = None,
     gather: bool = False,
     digests: str | os.PathLike[str] | None = None,
-    store: Mapping[str, object] | None = None,
+    store: object = None,
 ) -> Source:
     """Open a source of weights. The caller closes it; use it in a ``with``.
 
@@ -162,7 +162,8 @@ def open(
             update waits for that. What differs is a ``CheckpointError`` there, which names each file or tensor and
             both digests.
         store: of an address: options of the store, such as ``{"endpoint": "http://localhost:9000"}``, of its client,
-            and ``"deadline"`` and ``"requests"``. By default the variables that the cloud's own tools read.
+            and ``"deadline"`` and ``"requests"``. By default the variables that the cloud's own tools read. Or a store
+            of obstore, or a file system of fsspec, in which the path lies; it stays yours, and open.
 
     Raises:
         PlanError: ``rename`` gives two tensors one name.
@@ -186,7 +187,7 @@ def _opened(
     subfolder: str | None,
     gather: bool,
     digests: str | os.PathLike[str] | None,
-    store: Mapping[str, object] | None,
+    store: object,
 ) -> FileSource | DcpSource | ReaderSource | StateSource:
     if reader not in ("hotweights", *READERS):
         raise UnknownName("reader", reader, ("hotweights", *READERS))
@@ -198,9 +199,12 @@ def _opened(
     if gather and not isinstance(what, (Mapping, torch.nn.Module)):
         raise UsageError(f"gather= is for the DTensors of a mapping or a module; this is a {type(what).__name__}")
     if is_paths(what):
-        addresses = _addresses([what] if isinstance(what, (str, os.PathLike)) else what)
-        if addresses:
-            return _open_objects(addresses, reader, variant, subfolder, digests, store)
+        paths = [os.fsdecode(path) for path in ([what] if isinstance(what, (str, os.PathLike)) else what)]
+        if is_store(store) or (addresses := _addresses(paths)):
+            if reader != "hotweights":
+                raise UsageError(f"the reader {reader!r} reads files, no stores; leave reader= out for {paths[0]}")
+            places = within(store, paths) if is_store(store) else connect(addresses, store)
+            return ObjectSource(places, variant=variant, subfolder=subfolder, digests=digests)
         _no_store(store)
         if isinstance(what, (str, os.PathLike)):
             _refuse_hub_name(os.fsdecode(what))
@@ -247,9 +251,8 @@ def _no_store(store: object) -> None:
         raise UsageError("store= is for addresses, such as s3://bucket/model; leave it out")
 
 
-def _addresses(paths: Iterable[str | os.PathLike[str]]) -> list[Parts]:
+def _addresses(texts: Sequence[str]) -> list[Parts]:
     """The addresses among the paths: all of one store, or none."""
-    texts = [os.fsdecode(path) for path in paths]
     parts = [parts_of(text) for text in texts]
     addresses = [each for each in parts if each is not None]
     for text, each in zip(texts, parts, strict=True):
@@ -263,19 +266,6 @@ def _addresses(paths: Iterable[str | os.PathLike[str]]) -> list[Parts]:
     if addresses and len({each and each[:2] for each in parts}) > 1:
         raise UsageError("a list of addresses is of one store; open the others by themselves")
     return addresses
-
-
-def _open_objects(
-    addresses: list[Parts],
-    reader: str,
-    variant: str | None,
-    subfolder: str | None,
-    digests: str | os.PathLike[str] | None,
-    store: Mapping[str, object] | None,
-) -> ObjectSource:
-    if reader != "hotweights":
-        raise UsageError(f"the reader {reader!r} reads files; leave reader= out for {addresses[0].shown}/...")
-    return ObjectSource(connect(addresses, store), variant=variant, subfolder=subfolder, digests=digests)
 
 
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(?<!\.safetensors)(?<!\.json)(?<!\.bin)(?<!\.pt)(?<!\.pth)")

@@ -26,6 +26,8 @@ from .contracts import Source
 from .files.staging import Staging
 from .files.writer import Writer, unwritable
 from .iterator import from_iterator
+from .objects.address import WRITTEN, Address, check_store, connect, is_store, parts_of, within
+from .objects.upload import Upload
 from .opening import AnySource, is_pairs, opened
 from .pairs import Pair
 
@@ -85,6 +87,7 @@ def save(
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
     beside: Sequence[str | os.PathLike[str]] = (),
+    store: object = None,
 ) -> SaveReport:
     """Save tensors as safetensors: all of them, or nothing. One tensor is in memory at a time besides the source's own.
 
@@ -96,19 +99,32 @@ def save(
         what: a module, a mapping, a path, an open source, or an iterable of (name, tensor). An iterable without a
             manifest is kept in memory first; ``from_iterator(pairs, manifest)`` is not.
         where: a directory, or a file by a name that ends in ``.safetensors``. A checkpoint in the directory is
-            replaced; its other files stay.
+            replaced; its other files stay. An address in an object store is taken too: docs/objects.md.
         shard_size: bytes of one file at most, such as ``"5GB"``, the default; a larger tensor has a file of its own.
         dtype: what floats of 16 bits and more become. Values that would become infinite are a ``SaveError``.
         metadata: free text for each file besides ``{"format": "pt"}``.
         beside: files that are copied into the directory, such as a ``config.json``. A new directory appears with them;
             in one that exists they follow the weights.
+        store: of an address: options, or a store of obstore, see ``hotweights.open``.
 
     Raises:
         SaveError: the format cannot hold a tensor, or the files cannot be written.
         UsageError: the arguments make no sense together.
     """
     began = time.perf_counter()
-    place = _place(where)
+    with _placed(where, store) as place:
+        return _save(what, place, shard_size, dtype, metadata, beside, began)
+
+
+def _save(
+    what: AnySource | Iterable[Pair],
+    place: Path | Address,
+    shard_size: int | str | None,
+    dtype: torch.dtype | None,
+    metadata: Mapping[str, str] | None,
+    beside: Sequence[str | os.PathLike[str]],
+    began: float,
+) -> SaveReport:
     limit = _limit(shard_size, place)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and is_float(dtype)):
         raise UsageError(f"dtype= is what floats become, such as torch.bfloat16; found {dtype!r}")
@@ -135,7 +151,7 @@ def save(
 def _write(
     source: Source,
     specs: list[TensorSpec],
-    place: Path,
+    place: Path | Address,
     limit: int,
     metadata: Mapping[str, str],
     beside: Sequence[str | os.PathLike[str]],
@@ -144,7 +160,7 @@ def _write(
     by_name = {spec.name: spec for spec in specs}
     shards = _dealt(specs, limit)
     # The stream is asked first: what it refuses is refused before anything is written.
-    with source.leases() as stream, Staging(place) as staging:
+    with source.leases() as stream, Upload(place) if isinstance(place, Address) else Staging(place) as staging:
         names, index = staging.names(len(shards))
         staging.take(beside, names)
         writers = [Writer(staging.folder / name, shard, metadata) for name, shard in zip(names, shards, strict=True)]
@@ -179,16 +195,38 @@ def _is_utf8(text: str) -> bool:
     return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
-def _place(where: str | os.PathLike[str]) -> Path:
+@contextmanager
+def _placed(where: str | os.PathLike[str], store: object) -> Iterator[Path | Address]:
     if not isinstance(where, (str, os.PathLike, bytes)) or "\0" in os.fsdecode(where):
         raise UsageError(f"where= is the path of a directory, or of a file that ends in .safetensors; found {where!r}")
     text = os.fsdecode(where)
-    if re.match(r"\w[\w+.-]*://", text):
-        raise UsageError(f"{text}: object stores cannot be written to; save to a directory and upload that")
-    return Path(text).expanduser()
+    check_store(store)
+    parts = parts_of(text)
+    if is_store(store):
+        (address,) = within(store, [text], writes=True)
+        try:
+            yield address
+        finally:
+            address.store.close()
+        return
+    if parts is None:
+        if store is not None:
+            raise UsageError("store= is for addresses, such as s3://bucket/model; leave it out")
+        yield Path(text).expanduser()
+        return
+    if parts.scheme not in WRITTEN:
+        raise UsageError(
+            f"{parts.shown}/...: addresses that can be written to begin with "
+            f"{', '.join(f'{name}://' for name in WRITTEN)}; save to a directory, and upload that"
+        )
+    (address,) = connect([parts], store, writes=True)
+    try:
+        yield address
+    finally:
+        address.store.close()
 
 
-def _limit(shard_size: int | str | None, place: Path) -> int:
+def _limit(shard_size: int | str | None, place: Path | Address) -> int:
     if shard_size is None:
         return 2**63 if place.name.endswith(".safetensors") and not place.is_dir() else _SHARD_NBYTES
     units = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}

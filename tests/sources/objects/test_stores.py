@@ -154,3 +154,12 @@ def test_a_model_is_loaded_from_s3(moto, bucket, tmp_path):
     report = hw.load(model, f"s3://{bucket}/models/m")
     assert_same_bits(dict(model.state_dict()), weights)
     assert list(filter(report.bytes_by_io.get, report.bytes_by_io)) == ["network"]
+
+
+def test_a_checkpoint_is_saved_to_s3_and_replaced(moto, bucket):
+    address = f"s3://{bucket}/run"
+    hw.save(TENSORS, address, shard_size=200_000)
+    hw.save({name: tensor + 1 for name, tensor in TENSORS.items()}, address, shard_size=200_000)
+    with hw.open(address) as source:
+        assert_same_bits(dict(source.tensors()), {name: tensor + 1 for name, tensor in TENSORS.items()})
+        assert all("/run/model-v2-0000" in file for file in source.files)

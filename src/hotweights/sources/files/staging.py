@@ -9,12 +9,13 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from ...errors import SaveError, UsageError
+from ...errors import CheckpointError, SaveError, UsageError
 from .directory import named_by_config
 from .layout import SAFETENSORS
+from .place import Place, text_of
 from .writer import sync, write_text
 
 WHOLE = "model.safetensors"
@@ -22,43 +23,33 @@ INDEX = f"{WHOLE}.index.json"
 _OURS = re.compile(r"model(-v\d+)?-\d{5}-of-\d{5}\.safetensors")
 
 
-class Staging:
-    """Where one checkpoint is written. As a context manager it removes what was not published.
-
-    * A file takes the target's name by one rename.
-    * A directory that does not exist yet comes with all of its files, by one rename.
-    * In a directory that exists, new shards get names that no file has, and the index is renamed last.
+class Draft:
+    """A checkpoint that is written in a folder of its own, and published from there. ``Staging`` and uploads are such.
 
     Attributes:
         folder: where the files are to be written, under the names that ``names`` gave.
+        is_file: whether the target is one file.
         warnings: what failed after the new version was in its place.
     """
 
-    def __init__(self, where: Path) -> None:
-        self._where = where
-        self.is_file = where.name.endswith(".safetensors") and not where.is_dir()
-        if not self.is_file and os.path.exists(where) and not where.is_dir():
-            raise UsageError(f"{where}: is a file. Save to a directory, or to a name that ends in .safetensors")
+    def __init__(self, where: Place, folder: Path, *, is_file: bool) -> None:
+        self.folder = folder
+        self.is_file = is_file
         self.warnings: list[str] = []
+        self._target = where
         self._published = False
         self._moved: list[str] = []  # what lies in the target and would be nobody's if it is not published
-        self._old: set[str] = set()  # the weights that the new ones replace
         self._beside: list[str] = []
-        self._into = not self.is_file and where.is_dir()
-        base = where if self._into else where.parent
-        os.makedirs(base, exist_ok=True)
-        self.folder = base / f".{where.name}.{secrets.token_hex(4)}.saving"
-        os.mkdir(self.folder)
 
     def names(self, count: int) -> tuple[list[str], str | None]:
         """Names for ``count`` files of weights, and for their index if they need one."""
         if self.is_file:
-            return [self._where.name], None
+            return [self._target.name], None
         # Where an index lies, a file without one would be the second answer to what is meant.
-        if count == 1 and not (self._into and os.path.exists(self._where / INDEX)):
+        if count == 1 and not self._exists(INDEX):
             return [WHOLE], None
         # Replacing a shard would show readers of the old index a mix of both versions.
-        number = next(n for n in itertools.count(1) if not any(map(self._taken, _shard_names(count, n))))
+        number = next(n for n in itertools.count(1) if not any(map(self._exists, _shard_names(count, n))))
         return _shard_names(count, number), INDEX
 
     def take(self, files: Sequence[str | os.PathLike[str]], weights: Sequence[str]) -> None:
@@ -80,14 +71,45 @@ class Staging:
 
     def _check_config(self, weights: Sequence[str]) -> None:
         """See that no ``config.json`` leads readers of the directory past the new weights."""
-        config = (self.folder if "config.json" in self._beside else self._where) / "config.json"
+        config = (self.folder if "config.json" in self._beside else self._target) / "config.json"
         name = named_by_config(config, SAFETENSORS)
         if name is not None and name not in (*weights, INDEX):
             raise UsageError(
-                f'{self._where}: config.json says by "transformers_weights" that the weights are in {name!r}, so '
+                f'{self._target}: config.json says by "transformers_weights" that the weights are in {name!r}, so '
                 "nobody would read what is saved here; save to another directory, to a file, or take that out of "
                 "config.json"
             )
+
+    def write_index(self, name: str, weight_map: dict[str, str], nbytes: int) -> None:
+        """Write the index."""
+        content = {"metadata": {"total_size": nbytes}, "weight_map": dict(sorted(weight_map.items()))}
+        write_text(self.folder / name, json.dumps(content, indent=2) + "\n")
+
+    def _exists(self, name: str) -> bool:
+        """Whether the target holds this name already."""
+        raise NotImplementedError
+
+
+class Staging(Draft):
+    """Where one checkpoint for a disk is written. As a context manager it removes what was not published.
+
+    * A file takes the target's name by one rename.
+    * A directory that does not exist yet comes with all of its files, by one rename.
+    * In a directory that exists, new shards get names that no file has, and the index is renamed last.
+    """
+
+    def __init__(self, where: Path) -> None:
+        self._where = where
+        is_file = where.name.endswith(".safetensors") and not where.is_dir()
+        if not is_file and os.path.exists(where) and not where.is_dir():
+            raise UsageError(f"{where}: is a file. Save to a directory, or to a name that ends in .safetensors")
+        self._old: set[str] = set()  # the weights that the new ones replace
+        self._into = not is_file and where.is_dir()
+        base = where if self._into else where.parent
+        os.makedirs(base, exist_ok=True)
+        folder = base / f".{where.name}.{secrets.token_hex(4)}.saving"
+        os.mkdir(folder)
+        super().__init__(where, folder, is_file=is_file)
 
     def publish(self, names: Sequence[str], index: str | None) -> None:
         """Let the files take the target's place. After that nothing raises: ``warnings`` says what failed."""
@@ -106,7 +128,7 @@ class Staging:
             self._afterwards(self._where / name, os.unlink)
 
     def _move_in(self, names: Sequence[str], index: str | None) -> None:
-        self._old = _weights_in(self._where) - {*names}
+        self._old = replaced_by(self._where, os.listdir(self._where)) - {*names}
         for name in names:
             os.rename(self.folder / name, self._where / name)
             self._moved += [name] if name != WHOLE else []
@@ -128,11 +150,6 @@ class Staging:
         except OSError as error:
             self.warnings.append(f"{path}: the new version is complete, but then this failed: {error.strerror}")
 
-    def write_index(self, name: str, weight_map: dict[str, str], nbytes: int) -> None:
-        """Write the index."""
-        content = {"metadata": {"total_size": nbytes}, "weight_map": dict(sorted(weight_map.items()))}
-        write_text(self.folder / name, json.dumps(content, indent=2) + "\n")
-
     def __enter__(self) -> Staging:
         return self
 
@@ -142,7 +159,7 @@ class Staging:
             with contextlib.suppress(OSError):
                 os.unlink(self._where / name)
 
-    def _taken(self, name: str) -> bool:
+    def _exists(self, name: str) -> bool:
         return self._into and os.path.lexists(self._where / name)
 
 
@@ -151,10 +168,10 @@ def _shard_names(count: int, number: int) -> list[str]:
     return [f"{stem}-{shard + 1:05}-of-{count:05}.safetensors" for shard in range(count)]
 
 
-def _weights_in(directory: Path) -> set[str]:
+def replaced_by(directory: Place, there: Iterable[str]) -> set[str]:
     """The files of weights that a checkpoint of ours replaces: those by our names, and those that its index names."""
-    names = {name for name in os.listdir(directory) if name == WHOLE or _OURS.fullmatch(name)}
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        named = json.loads((directory / INDEX).read_bytes()).get("weight_map", {}).values()
+    names = {name for name in there if name == WHOLE or _OURS.fullmatch(name)}
+    with contextlib.suppress(OSError, CheckpointError, ValueError, AttributeError):
+        named = json.loads(text_of(directory / INDEX)).get("weight_map", {}).values()
         names |= {name for name in named if isinstance(name, str) and name == os.path.basename(name)}
     return names

@@ -5,18 +5,22 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import timedelta
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from ...arguments import check_count, check_seconds, shown
 from ...errors import MissingPackage, UsageError
 from ..files.place import Remote
-from .endpoint import Obstore
+from .filesystem import Filesystem
 from .object import Object
+from .service import Obstore
 from .store import Store
 
 SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "abfss", "http", "https")
 """What addresses of stores begin with."""
+WRITTEN = ("s3", "s3a", "gs", "az", "abfs", "abfss")
+"""Those of them that can be written to."""
 # Two letters at least: one is a drive of Windows. Path() makes one slash of two.
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/{1,2}(?P<rest>[^/].*)", re.DOTALL)
 _OBJECTS = (".safetensors", ".json", ".bin", ".pt", ".pth")  # How the names of objects end; others are directories.
@@ -51,20 +55,23 @@ def parts_of(text: str) -> Parts | None:
     return Parts(match[1].lower(), host, key)
 
 
-def connect(addresses: Sequence[Parts], options: Mapping[str, object] | None) -> list[Address]:
+def connect(addresses: Sequence[Parts], options: object, *, writes: bool = False) -> list[Address]:
     """A connection to the store of these addresses. Nothing is asked yet. The caller closes their ``store``.
+
+    With ``writes`` the package itself tries requests again: what is written cannot go on where a try ended.
 
     Raises:
         MissingPackage: ``obstore`` is not installed.
         UsageError: an option is unknown, or the address has a question mark.
     """
+    assert options is None or isinstance(options, Mapping)  # by ``check_store``
     options = dict(options or {})
     ours: dict[str, Any] = {name: options.pop(name) for name in _OURS if name in options}
     check_seconds(**{f'store={{"{name}"}}': value for name, value in ours.items() if name == "deadline"})
     check_count(1, **{f'store={{"{name}"}}': value for name, value in ours.items() if name == "requests"})
     keys = [_key(parts) for parts in addresses]
-    endpoint = Obstore(_package_store(addresses[0], options))
-    store = Store(endpoint, addresses[0].shown, **ours)
+    service = Obstore(_package_store(addresses[0], options, ours.get("deadline", 60.0) if writes else None))
+    store = Store(service, addresses[0].shown, **ours)
     return [Address(store, key) for key in keys]
 
 
@@ -79,7 +86,7 @@ def _key(parts: Parts) -> str:
     return unquote(parts.key).strip("/")
 
 
-def _package_store(parts: Parts, options: dict[str, object]) -> Any:
+def _package_store(parts: Parts, options: dict[str, object], retries: float | None) -> Any:
     try:
         import obstore  # noqa: F401  # First: where it is not, the error names it.
         from obstore.store import HTTPStore, from_url
@@ -92,6 +99,8 @@ def _package_store(parts: Parts, options: dict[str, object]) -> Any:
     if parts.scheme == "http" or str(endpoint).startswith("http://"):
         client.setdefault("allow_http", True)  # It is written out.
     limits: dict[str, Any] = {"retry_config": {"max_retries": 0}}  # ``Store`` tries again, and counts.
+    if retries is not None:
+        limits = {"retry_config": {"max_retries": 10, "retry_timeout": timedelta(seconds=retries)}}
     if client:  # Else not: these replace all that variables such as AWS_ALLOW_HTTP say.
         limits["client_options"] = client
     url, problem = f"{parts.scheme}://{parts.host}", ""
@@ -170,6 +179,35 @@ class Address(Remote):
 
 
 def check_store(store: object) -> None:
-    """Raise ``UsageError`` unless it is a mapping of options, or ``None``."""
-    if store is not None and not isinstance(store, Mapping):
-        raise UsageError(f'store= is a mapping of options, such as {{"region": "eu-west-1"}}; found {shown(store)}')
+    """Raise ``UsageError`` unless it is a mapping of options, an object that is asked itself, or ``None``."""
+    if not (store is None or isinstance(store, Mapping) or is_store(store)):
+        raise UsageError(
+            'store= is a mapping of options, such as {"region": "eu-west-1"}, a store of obstore, or a file system of '
+            f"fsspec; found {shown(store)}"
+        )
+
+
+def is_store(store: object) -> bool:
+    """Whether it is a store of obstore, or a file system of fsspec: neither package is imported to find out."""
+    return _of(store, "obstore") or _of(store, "fsspec")
+
+
+def within(store: object, paths: Iterable[str], *, writes: bool = False) -> list[Address]:
+    """Places in a store of the caller's, which stays open. The caller closes their ``store``.
+
+    Raises:
+        UsageError: it is to be written to, and is a file system.
+    """
+    if not _of(store, "obstore"):
+        if writes:
+            raise UsageError("file systems of fsspec are only read; save to a directory, and upload that")
+        protocol = getattr(store, "protocol", "")
+        name = protocol if isinstance(protocol, str) else protocol[0]
+        mine = Store(Filesystem(store), f"{name}:/")
+    else:
+        mine = Store(Obstore(store), type(store).__name__)
+    return [Address(mine, path.strip("/")) for path in paths]
+
+
+def _of(store: object, package: str) -> bool:
+    return any(kind.__module__.partition(".")[0] == package for kind in type(store).__mro__)

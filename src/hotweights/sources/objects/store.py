@@ -15,12 +15,13 @@ from bisect import bisect_right
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Future, wait
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from ... import signals
 from ...errors import CheckpointChanged, CheckpointError, Closed, StoreError, UsageError
 from ..files.file import Buffer
-from .endpoint import NOTHING, Endpoint, Pin, Refusal, package_error
+from .service import NOTHING, Pin, Refusal, Service, package_error
 
 T = TypeVar("T")
 
@@ -31,6 +32,14 @@ HEAD = 64 * 1024
 _ASK = 0.1  # seconds after which a wait asks whether it has ended
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 5.0  # seconds between two tries; each is about twice the one before
 _LOGINS = 3  # tries after which credentials that worked before count as expired
+
+
+# The threads of the package that asks are not in a forked child, and whoever asks there waits for ever.
+_process: int | None = None  # which first asked; set once
+_FORKED = (
+    "{}: this process was forked from one that had asked stores, and cannot; start it otherwise, by "
+    'multiprocessing.get_context("spawn")'
+)
 
 
 class Opened:
@@ -75,19 +84,23 @@ class Store:
     """A connection to one store. Any thread may ask. The owner closes it.
 
     Args:
-        endpoint: the store.
+        service: the store.
         shown: how messages name what lies in it, up to the key; without credentials.
         deadline: seconds in which something of each range must come, all tries together. A range that comes bit by bit
             gets them anew with each.
         requests: how many at once.
     """
 
-    def __init__(self, endpoint: Endpoint, shown: str, *, deadline: float = 60.0, requests: int = 16) -> None:
+    def __init__(self, service: Service, shown: str, *, deadline: float = 60.0, requests: int = 16) -> None:
         self.shown = shown
         self.deadline = deadline
         self.requests = requests
-        self._endpoint = endpoint
+        self._service = service
+        global _process
+        _process = _process or os.getpid()
         self._process = os.getpid()
+        if _process != self._process:
+            raise UsageError(_FORKED.format(shown))
         self._answered = False  # Whether it ever gave bytes: credentials were good then. Changes in the loop's thread.
         self._lock = threading.RLock()
         # These change under the lock.
@@ -135,11 +148,11 @@ class Store:
 
     def names(self, key: str) -> list[str]:
         """The names of what lies directly below a key."""
-        return self._wait(self._ask(self._tries(f"{self.path(key)}: its list", lambda: self._endpoint.names(key))))
+        return self._wait(self._ask(self._tries(f"{self.path(key)}: its list", lambda: self._service.names(key))))
 
     def head(self, key: str) -> Pin:
         """The object as it is now. ``FileNotFoundError`` if there is none."""
-        return self._wait(self._ask(self._tries(self.path(key), lambda: self._endpoint.head(key))))
+        return self._wait(self._ask(self._tries(self.path(key), lambda: self._service.head(key))))
 
     def read(self, key: str, pin: Pin, buffers: Sequence[Buffer], start: int, ended: Callable[[], bool] = bool) -> None:
         """Fill the buffers in turn with the object's bytes from ``start`` on.
@@ -150,6 +163,14 @@ class Store:
             Closed: the store was closed, or ``ended`` said true.
         """
         self._wait(self._ask(self._read(key, pin, _Places(buffers), start)), ended)
+
+    def put(self, key: str, file: Path, mode: object) -> None:
+        """Write an object from a file, whole or not at all. ``mode`` is obstore's. Errors are those of its package."""
+        self._wait(self._ask(self._service.put(key, file, mode)))
+
+    def delete(self, key: str) -> None:
+        """Delete an object. Errors are those of its package."""
+        self._wait(self._ask(self._service.delete(key)))
 
     def close(self) -> None:
         """End every request and every wait. May be called twice."""
@@ -168,7 +189,7 @@ class Store:
                 work.close()
                 if self._closed:
                     raise Closed(f"{self.shown} was closed")
-                raise UsageError(f"{self.shown} was opened before this process was forked; open it anew in the child")
+                raise UsageError(_FORKED.format(self.shown))
             self._loop.call_soon_threadsafe(asked.begin)
         return asked
 
@@ -203,11 +224,11 @@ class Store:
     async def _open(self, key: str) -> Opened:
         async def first() -> Opened:
             try:
-                body = await self._endpoint.get(key, 0, HEAD, None)
+                body = await self._service.get(key, 0, HEAD, None)
             except Exception as error:
                 if not package_error(error) or not Refusal.of(error).beyond:
                     raise
-                return Opened(await self._endpoint.head(key), b"")  # An empty object has no range.
+                return Opened(await self._service.head(key), b"")  # An empty object has no range.
             start = b"".join([chunk async for chunk in body.chunks])
             if len(start) != min(HEAD, body.pin.size):
                 raise ValueError(f"{len(start)} bytes, another number than was asked for")
@@ -253,7 +274,7 @@ class Store:
         while start < stop:
             try:
                 async with self._free, asyncio.timeout(tries.patience()) as limit:
-                    body = await self._endpoint.get(key, start, stop, pin)
+                    body = await self._service.get(key, start, stop, pin)
                     if changed := pin.changed(body.pin):
                         raise CheckpointChanged(f"{path}: the object was replaced after it was opened: {changed}")
                     async for chunk in body.chunks:

@@ -1,4 +1,4 @@
-"""Endpoint: one store as its package speaks to it, a request at a time. It neither tries again nor waits for others."""
+"""Service: one store as its package speaks to it, a request at a time. It neither tries again nor waits for others."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from itertools import compress
+from pathlib import Path
 from typing import Any, Protocol
 
 from ...errors import HotweightsError
@@ -41,7 +42,7 @@ class Body:
     chunks: AsyncIterator[bytes]
 
 
-class Endpoint(Protocol):
+class Service(Protocol):
     """What a store is asked. Any exception but those named is an answer: ``Refusal.of`` says what it means."""
 
     async def get(self, key: str, start: int, stop: int, pin: Pin | None) -> Body:
@@ -53,7 +54,14 @@ class Endpoint(Protocol):
     async def names(self, key: str) -> list[str]:
         """The names of what lies directly below this key."""
 
+    async def put(self, key: str, file: Path, mode: object) -> None:
+        """Write an object from a file, whole or not at all; ``mode`` says over what, in obstore's words."""
 
+    async def delete(self, key: str) -> None:
+        """Delete an object."""
+
+
+_UPLOAD_PART = 8 * 1024 * 1024
 _STATUS = re.compile(r"status code: (\d{3})(?: ([A-Za-z][A-Za-z -]*))?")
 _CODE = re.compile(r"<Code>(\w{1,60})</Code>")
 _OF_CREDENTIALS = ("ExpiredToken", "TokenRefreshRequired", "RequestTimeTooSkewed", "InvalidToken")
@@ -95,10 +103,12 @@ class Refusal:
         status, code = _STATUS.search(text), _CODE.search(text)
         answer = " ".join(filter(None, [status[1] if status else "", _reason(status), code[1] if code else ""]))
         number = int(status[1]) if status else 0
-        if kind == "PreconditionError" or number == 412:
+        if kind in ("PreconditionError", "AlreadyExistsError") or isinstance(error, FileExistsError) or number == 412:
             return cls(answer or "412", again=False, replaced=True)
         if "NotPartial" in text or "RangeNotSupported" in text:
             return cls("all of the object instead of a range", again=False, ignores_ranges=True)
+        if isinstance(error, PermissionError):
+            return cls("no permission", again=False, login=True)
         expired = code is not None and code[1] in _OF_CREDENTIALS
         if kind in ("UnauthenticatedError", "PermissionDeniedError") or number in (401, 403) or expired:
             return cls(answer or "no permission", again=False, login=True)
@@ -135,7 +145,7 @@ class Obstore:
         self._lists = type(store).__name__ != "HTTPStore"
 
     async def get(self, key: str, start: int, stop: int, pin: Pin | None) -> Body:
-        """See ``Endpoint``."""
+        """See ``Service``."""
         options: dict[str, object] = {"range": (start, stop)}
         if pin is not None and pin.tag and not pin.tag.startswith("W/"):  # A weak tag matches nothing, by the standard.
             options["if_match"] = pin.tag
@@ -145,17 +155,27 @@ class Obstore:
         return Body(_pin(result.meta), result.stream(min_chunk_size=CHUNK))
 
     async def head(self, key: str) -> Pin:
-        """See ``Endpoint``."""
+        """See ``Service``."""
         return _pin(await self._package.head_async(self._store, key))
 
     async def names(self, key: str) -> list[str]:
-        """See ``Endpoint``. The web has no lists: it is asked for what ``from_pretrained`` looks for."""
+        """See ``Service``. The web has no lists: it is asked for what ``from_pretrained`` looks for."""
         if not self._lists:
             there = await asyncio.gather(*(self._there(f"{key}/{name}".lstrip("/")) for name in USUAL))
             return list(compress(USUAL, there))
         listed = await self._package.list_with_delimiter_async(self._store, prefix=key or None)
         paths = [each["path"] for each in listed["objects"]] + list(listed["common_prefixes"])
         return [path.rstrip("/").rpartition("/")[2] for path in paths]
+
+    async def put(self, key: str, file: Path, mode: object) -> None:
+        """See ``Service``."""
+        part = max(_UPLOAD_PART, file.stat().st_size // 9000)  # S3 takes 10,000 of them.
+        options = {} if mode == "overwrite" else {"use_multipart": False}  # Only then are conditions kept.
+        await self._package.put_async(self._store, key, file, mode=mode, chunk_size=part, max_concurrency=8, **options)
+
+    async def delete(self, key: str) -> None:
+        """See ``Service``."""
+        await self._package.delete_async(self._store, key)
 
     async def _there(self, key: str) -> bool:
         try:
