@@ -184,6 +184,82 @@ def test_what_is_left_to_diffusers(directory, caplog, read):
     assert_equal(ours, diffusers.AutoencoderKL.from_pretrained(directory, **options))
 
 
+class TestLive:
+    def pipeline(self, directory, **options):
+        return diffusers.DiffusionPipeline.from_pretrained(directory, **NONE, dtype=torch.float32, **options)
+
+    def changed(self, directory, where, change):
+        """A copy of the pipeline's directory in which the tensors of each component are changed."""
+        for component in COMPONENTS:
+            shutil.copytree(directory / component, where / component, ignore=shutil.ignore_patterns("*.fp16.*"))
+            (file,) = (where / component).glob("*.safetensors")
+            tensors = {name: tensor + 1 for name, tensor in load_file(file).items() if tensor.is_floating_point()}
+            change(component, tensors)
+            save_file(tensors, file, {"format": "pt"})
+        return where
+
+    def assert_is(self, pipeline, expected):
+        for name in COMPONENTS:
+            assert_equal(getattr(pipeline, name), getattr(expected, name))
+
+    def test_all_components_are_one_version(self, directory, tmp_path):
+        pipeline = self.pipeline(directory)
+        live = engine.live(pipeline)
+        with engine.weights(pipeline, directory) as weights:
+            live.load(weights, version=0)
+        self.assert_is(pipeline, self.pipeline(directory))
+        addresses = [parameter.data_ptr() for parameter in live.model.parameters()]
+        with engine.weights(pipeline, directory, variant="fp16") as weights:
+            live.update(weights, version=1)
+        self.assert_is(pipeline, self.pipeline(directory, variant="fp16"))
+        assert [parameter.data_ptr() for parameter in live.model.parameters()] == addresses
+        with engine.weights(pipeline, directory, components=["vae"]) as weights:
+            live.update(weights, version=2, only="vae.*")
+        assert_equal(pipeline.vae, self.pipeline(directory).vae)
+        assert_equal(pipeline.unet, self.pipeline(directory, variant="fp16").unet)
+
+    def test_what_does_not_fit_in_one_changes_none(self, directory, tmp_path):
+        def cut(component, tensors):
+            if component == "vae":
+                tensors["encoder.conv_in.bias"] = tensors["encoder.conv_in.bias"][:-1].clone()
+
+        pipeline = self.pipeline(directory)
+        live = engine.live(pipeline)
+        with engine.weights(pipeline, directory) as weights:
+            live.load(weights, version=0)
+        other = self.changed(directory, tmp_path, cut)
+        with (
+            pytest.raises(hw.UpdateAborted, match=r"vae\.encoder\.conv_in\.bias"),
+            engine.weights(pipeline, other) as w,
+        ):
+            live.update(w, version=1)
+        assert live.version == 0
+        self.assert_is(pipeline, self.pipeline(directory))
+
+    def test_a_file_that_breaks_in_the_midst_changes_none(self, directory, tmp_path):
+        pipeline = self.pipeline(directory)
+        live = engine.live(pipeline)
+        with engine.weights(pipeline, directory) as weights:
+            live.load(weights, version=0)
+        other = self.changed(directory, tmp_path, lambda component, tensors: None)
+        last = other / COMPONENTS[1] / "diffusion_pytorch_model.safetensors"
+        with engine.weights(pipeline, other) as weights:
+            os.truncate(last, last.stat().st_size // 2)
+            with pytest.raises(hw.UpdateAborted):
+                live.update(weights, version=1)
+        assert live.version == 0
+        self.assert_is(pipeline, self.pipeline(directory))
+
+    def test_wrong_arguments(self, directory, tmp_path):
+        pipeline = self.pipeline(directory)
+        with pytest.raises(hw.UnknownName, match="unet"), engine.weights(pipeline, directory, components=["nothing"]):
+            pass
+        with pytest.raises(hw.CheckpointError), engine.weights(pipeline, tmp_path):
+            pass
+        with pytest.raises(hw.UsageError, match="a pipeline is a DiffusionPipeline"):
+            engine.live(vae())
+
+
 class TestErrors:
     def test_a_wrong_shape(self, directory, tmp_path, read):
         shutil.copytree(directory / "vae", tmp_path, dirs_exist_ok=True)

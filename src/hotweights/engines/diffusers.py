@@ -1,4 +1,4 @@
-"""diffusers: ``from_pretrained`` and ``reading``: it makes pipelines and models; their weights are read as by
+"""diffusers: ``from_pretrained``, ``reading`` and ``live``. It makes pipelines and models; their weights are read as by
 ``hotweights.load``. diffusers is imported when they are called.
 
 As with transformers, one function of its is another one meanwhile: ``ModelMixin._load_pretrained_model``.
@@ -11,23 +11,30 @@ import inspect
 import logging
 import os
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
+from torch import nn
 
-from ..arguments import check_kind
-from ..errors import MissingPackage, PlanError, UsageError
+from ..arguments import check_kind, shown
+from ..errors import MissingPackage, PlanError, UnknownName, UsageError
+from ..live.model import LiveModel
 from ..manifest import Manifest
 from ..model.materialise import dressed
 from ..model.places import places
 from ..notices import log
+from ..plan.patterns import matches
+from ..plan.steps import Copy
 from ..sources.contracts import IOMode
 from ..sources.files.directory import snapshot
 from ..sources.files.source import FileSource
+from ..sources.iterator import IteratorSource, from_iterator
 from ..sources.locating import naming_files
+from ..tracing.frameworks import rules_for
 from ..tracing.replaced import Replaced
 from ..tracing.trace import trace
 from . import transformers
@@ -92,6 +99,92 @@ def reading(*, io: IOMode = "auto", threads: int | None = None, show_progress: b
     """
     with _replaced().meanwhile(), transformers.reading(io=io, threads=threads, show_progress=show_progress):
         yield
+
+
+# A pipeline that serves.
+
+
+def live(pipeline: Any, **options: Any) -> LiveModel:
+    """A live model of all models of a pipeline: a version is all of them. Names begin with the component's: ``unet.``.
+
+    Args:
+        pipeline: keeps its components; they are updated in place.
+        options: those of ``LiveModel``.
+    """
+    return LiveModel(nn.ModuleDict(_components(pipeline)), **options)
+
+
+@contextmanager
+def weights(
+    pipeline: Any,
+    directory: str | os.PathLike[str],
+    *,
+    components: Collection[str] | None = None,
+    variant: str | None = None,
+) -> Iterator[IteratorSource]:
+    """The weights of a pipeline's directory as one source, for the ``load`` and ``update`` of what ``live`` made.
+
+    It streams once, and is closed when the ``with`` ends.
+
+    Args:
+        pipeline: says which components are models, and what their tensors are called.
+        directory: what ``save_pretrained`` of a pipeline wrote, or its snapshot in a hub cache.
+        components: which of them; by default all models. ``update`` then needs ``only=``, such as ``only="unet.*"``.
+        variant: which variant of the weights.
+
+    Raises:
+        CheckpointError: a component's checkpoint is not there, or broken.
+        PlanError: transformers would have to convert a component's tensors.
+        UnknownName: the pipeline has no such component.
+    """
+    models = _components(pipeline)
+    asked = [*models] if components is None else [*components]
+    for name in asked:
+        if name not in models:
+            raise UnknownName("component", name, [*models])
+    where = snapshot(Path(directory))
+    with ExitStack() as stack:
+        parts: list[tuple[FileSource, dict[str, str]]] = []
+        for name in asked:
+            source = stack.enter_context(FileSource(where / name, variant=variant))
+            parts.append((source, _names_in(models[name], name, source)))
+        manifest = Manifest(
+            msgspec.structs.replace(source.manifest[name], name=new)
+            for source, names in parts
+            for name, new in names.items()
+        )
+        pairs = ((names[name], tensor) for source, names in parts for name, tensor in source.tensors() if name in names)
+        yield stack.enter_context(from_iterator(pairs, manifest, borrowed=False))
+
+
+def _components(pipeline: Any) -> dict[str, nn.Module]:
+    components = getattr(pipeline, "components", None)
+    if not isinstance(components, Mapping):
+        raise UsageError(f"a pipeline is a DiffusionPipeline of diffusers; found {shown(pipeline)}")
+    return {name: part for name, part in components.items() if isinstance(part, nn.Module)}
+
+
+def _names_in(model: Any, component: str, source: FileSource) -> dict[str, str]:
+    """The names of a component's tensors in the pipeline, for those of its checkpoint that have a place."""
+    rules = rules_for(model, source.manifest)
+    if rules.steps is None:
+        fixed = getattr(model, "_fix_state_dict_keys_on_load", None)
+        names = {name: name for name in source.manifest} if fixed is None else _renamed(model, source.manifest)
+    else:
+        copies = [step for _, step in rules.steps if isinstance(step, Copy)]
+        names = {step.source: step.destination for step in copies}
+        made = [name for _, step in rules.steps if step not in copies for name in step.destinations]
+        if rules.problems or made:
+            raise PlanError(
+                f"{component}: transformers converts tensors of this model, so it cannot be a part of a live pipeline",
+                rules.problems or made,
+            )
+        skipped = matches(rules.skip)
+        names |= {name: name for name in source.manifest if name not in names and not skipped(name)}
+    return {name: f"{component}.{new}" for name, new in names.items()}
+
+
+# from_pretrained.
 
 
 def _diffusers() -> Any:
