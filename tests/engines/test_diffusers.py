@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 
+import accelerate
 import diffusers
 import pytest
 import torch
@@ -249,6 +250,14 @@ class TestLive:
                 live.update(weights, version=1)
         assert live.version == 0
         self.assert_is(pipeline, self.pipeline(directory))
+
+    def test_models_that_hooks_move(self, directory):
+        pipeline = self.pipeline(directory)
+        accelerate.cpu_offload_with_hook(pipeline.unet, execution_device="cpu")  # As enable_model_cpu_offload does.
+        with pytest.raises(hw.UsageError, match="hooks move unet to the host and back"):
+            engine.live(pipeline)
+        pipeline.remove_all_hooks()  # As the message says.
+        engine.live(pipeline)
 
     def test_wrong_arguments(self, directory, tmp_path):
         pipeline = self.pipeline(directory)

@@ -34,6 +34,7 @@ from ..sources.files.directory import snapshot
 from ..sources.files.source import FileSource
 from ..sources.iterator import IteratorSource, from_iterator
 from ..sources.locating import naming_files
+from ..text import some
 from ..tracing.frameworks import rules_for
 from ..tracing.replaced import Replaced
 from ..tracing.trace import trace
@@ -110,8 +111,17 @@ def live(pipeline: Any, **options: Any) -> LiveModel:
     Args:
         pipeline: keeps its components; they are updated in place.
         options: those of ``LiveModel``.
+
+    Raises:
+        UsageError: a hook moves a model to the host and back (``enable_model_cpu_offload``): its addresses change.
     """
-    return LiveModel(nn.ModuleDict(_components(pipeline)), **options)
+    models = _components(pipeline)
+    if moved := [name for name, model in models.items() if type(vars(model).get("_hf_hook")).__name__ == "CpuOffload"]:
+        raise UsageError(
+            f"hooks move {some(moved)} to the host and back, and a live model keeps its addresses; "
+            "pipeline.remove_all_hooks() takes them off"
+        )
+    return LiveModel(nn.ModuleDict(models), **options)
 
 
 @contextmanager
