@@ -329,12 +329,12 @@ class TestReading:
             assert_equal(model, expected)
 
     def test_a_failure_while_reading_is_told(self, saved, monkeypatch):
-        from hotweights.engines.transformers import pretrained
+        from hotweights.engines import filling
 
         def fail(*arguments, **options):
             raise OSError("the disk is gone")
 
-        monkeypatch.setattr(pretrained, "load", fail)
+        monkeypatch.setattr(filling, "load", fail)
         with pytest.raises(hw.CheckpointError, match="the disk is gone"):
             engine.from_pretrained(saved("llama"))
 

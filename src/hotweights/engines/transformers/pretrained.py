@@ -15,17 +15,14 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from ...arguments import check_kind
-from ...errors import CheckpointError, MissingPackage, PlanError, UsageError
-from ...loading.load import load
+from ...errors import MissingPackage, PlanError, UsageError
 from ...manifest import Manifest
-from ...model.materialise import dressed, materialise
 from ...model.places import Place, places
 from ...notices import log
 from ...plan.plan import LoadPlan
@@ -37,20 +34,12 @@ from ...sources.reading import check_reading
 from ...tracing.replaced import Replaced
 from ...tracing.trace import trace
 from ...tracing.transformers import destinations
+from ..filling import HOW, How, fill, our_errors, read_as, to_meta
 from .blank import class_named, keep_dtypes
 
 Name = str | os.PathLike[str]
 
 
-class _How(NamedTuple):
-    """How the weights of a model are read."""
-
-    io: IOMode
-    threads: int | None
-    show_progress: bool | None
-
-
-_READING: ContextVar[_How | None] = ContextVar("hotweights reading", default=None)
 _ARGUMENTS = ("model", "state_dict", "checkpoint_files", "load_config", "expected_keys")
 
 
@@ -99,7 +88,10 @@ def from_pretrained(
         options["device_map"] = _map_of(device)
     where = str(snapshot(Path(name_or_dir)))
     options["local_files_only"] = local_files_only
-    with reading(io=io, threads=threads, show_progress=show_progress), _our_errors(where, local_files_only):
+    with (
+        reading(io=io, threads=threads, show_progress=show_progress),
+        our_errors("transformers", where, local_files_only=local_files_only),
+    ):
         if cls is None:
             cls = _class_of(transformers, where, options)
         if not callable(getattr(cls, "from_pretrained", None)):
@@ -118,12 +110,8 @@ def reading(*, io: IOMode = "auto", threads: int | None = None, show_progress: b
         MissingPackage: transformers is not installed.
     """
     check_reading(io, threads, None, show_progress)
-    with _replaced().meanwhile():
-        before = _READING.set(_How(io, threads, show_progress))
-        try:
-            yield
-        finally:
-            _READING.reset(before)
+    with _replaced().meanwhile(), read_as(How(io, threads, show_progress)):
+        yield
 
 
 def _transformers() -> Any:
@@ -138,20 +126,6 @@ def _map_of(device: torch.device | str | int) -> dict[str, Any] | None:
     """transformers needs accelerate for any map: where the model would lie anyway, there is none."""
     place = torch.device(device)
     return None if place == torch.get_default_device() else {"": place}
-
-
-@contextmanager
-def _our_errors(where: str, local_files_only: bool) -> Iterator[None]:
-    """Turn what transformers says of a checkpoint into a ``CheckpointError``."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        if isinstance(error, UsageError):
-            raise
-        absent = local_files_only and not os.path.exists(where)
-        cure = f"; if it is a name on the hub: `hf download {where}`" if absent else ""
-        first = str(error).partition("\n")[0]
-        raise CheckpointError(f"{where}: transformers makes no model of it: {first}{cure}") from error
 
 
 # Which class.
@@ -206,7 +180,7 @@ def _fill(
     model: Any, state_dict: Any, checkpoint_files: list[str] | None, load_config: Any, expected_keys: Any = None
 ) -> Any:
     """In place of ``PreTrainedModel._load_pretrained_model``: fill a model that is on meta from these files."""
-    how = _READING.get()
+    how = HOW.get()
     # Without files there is nothing to read; with expected keys, a model that is whole gets an adapter.
     if how is None or not checkpoint_files or state_dict is not None or expected_keys is not None:
         return _replaced().original(model, state_dict, checkpoint_files, load_config, expected_keys)
@@ -233,30 +207,23 @@ def _left_to_transformers(model: Any, files: list[str], config: Any) -> str:
     return ""
 
 
-def _read(model: Any, files: list[str], config: Any, how: _How) -> Any:
+def _read(model: Any, files: list[str], config: Any, how: How) -> Any:
     """Read the files into the model, and say what transformers wants to know to finish it."""
     from transformers.integrations.accelerate import get_device
 
     for place in places(model):
-        # What the class made real itself would stay on its device; transformers replaces that too.
-        if place.persistent and not place.tensor.is_meta:
-            place.put(_on_meta(place.tensor))
+        if place.persistent:
+            to_meta(place)
     given = keep_dtypes(model, config.dtype_plan)
     model._weight_conversions = config.weight_mapping  # Those that the user gave are among them.
     with FileSource(files) as source, naming_files(source):
         plan = _planned(model, source, ignore_mismatched=config.ignore_mismatched_sizes)
-        devices: dict[torch.device, set[str]] = {}
-        for name in {name for step in plan.steps for name in step.destinations}:
-            device = torch.device(get_device(config.device_map, name, valid_torch_device=True))
-            devices.setdefault(device, set()).add(name)
-        for device, names in devices.items():
-            materialise(places(model), names, device)
-        load(model, source, plan=plan, io=how.io, threads=how.threads, show_progress=how.show_progress)
+
+        def device_of(name: str) -> torch.device:
+            return torch.device(get_device(config.device_map, name, valid_torch_device=True))
+
+        fill(model, source, plan, how, device_of)
         return _told(model, source.manifest, plan, config, given)
-
-
-def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
-    return dressed(torch.empty_like(tensor, device="meta"), tensor)
 
 
 def _planned(model: Any, source: FileSource, *, ignore_mismatched: bool) -> LoadPlan:
