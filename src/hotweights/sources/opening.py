@@ -188,7 +188,7 @@ def _refuse_address(path: str) -> None:
     if address is None or os.path.exists(path):
         return
     shown = f"{address[1]}://{address['rest']}"
-    if address[1] == "unix":
+    if address[1] in ("unix", "tcps"):
         raise UsageError(f"{path}: this is the address of a sender; hotweights.Receiver({path!r}) is its source")
     raise UsageError(
         f"{shown}: addresses of object stores and of the web cannot be opened by this version; download the files, and "

@@ -6,6 +6,7 @@ import enum
 import fcntl
 import os
 
+from .. import signals
 from ..errors import ProtocolError, TransferError
 
 
@@ -16,6 +17,7 @@ class Decision(enum.Enum):
     ABORT = fcntl.F_SEAL_SHRINK
 
 
+@signals.held_throughout
 class Ballot:
     """The decision, in memory that all members share: an empty memfd whose seals say which it is.
 
@@ -41,6 +43,7 @@ class Ballot:
             raise ProtocolError("the ballot came so that its receiver cannot write to it")
 
     @classmethod
+    @signals.held  # Else a signal might come before anybody has the descriptor.
     def new(cls) -> Ballot:
         """A ballot with nothing written.
 
