@@ -13,10 +13,10 @@ import torch
 from ends import TIMEOUT, Thread, receiver, sender, tensors
 from hypothesis import given
 from hypothesis import strategies as st
-from processes import Child, Killer, Tiny, context, send_twice, value_of
+from processes import Child, Tiny, context, send_twice, value_of
 
 import hotweights as hw
-from hosts import connected, free_address
+from hosts import connected, follow, free_address, history
 from hotweights.ranges import Range
 from hotweights.testing import TRANSPORT_CONTRACT
 from hotweights.transfer import network as network_module
@@ -80,34 +80,6 @@ def take(address, **options):
 
 
 # Whoever dies.
-
-
-def follow(pipe, address, at=None, atomic="journal"):
-    """Take versions until the third; after each attempt, say what is live and whether it is in doubt."""
-    live = hw.LiveModel(Tiny(), atomic=atomic)
-    with receiver(address) as source, Killer(-1 if at is None else at) as killer:
-        while live.version != 3:
-            doubt = False
-            try:
-                live.load(source) if live.version is None else live.update(source)
-            except hw.UpdateAborted as error:
-                doubt = isinstance(error.__cause__, hw.TransferInDoubt)
-            pipe.send((live.version, value_of(live.model), doubt))
-            killer.arm(at is not None and source.version == 1)
-        killer.arm(False)
-
-
-def history(child):
-    """Which versions it had, and whether it was in doubt ever; never torn."""
-    versions, doubted = [], False
-    while 3 not in versions:
-        heard = child.heard()
-        assert heard is not None, "a survivor died"
-        version, value, doubt = heard
-        assert version == value
-        versions.append(version)
-        doubted |= doubt
-    return versions, doubted
 
 
 @pytest.mark.parametrize("atomic", ["journal", pytest.param("staged", marks=pytest.mark.long)])

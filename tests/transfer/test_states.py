@@ -42,6 +42,7 @@ def moves(sender, receiver, down, up):
 LATE = {
     "filled": (SessionState.REFUSED,),
     "end": (SessionState.REFUSED,),
+    "crew": (SessionState.OFFERED, SessionState.ABORTED),
     "accept": (SessionState.ABORTED,),
     "release": (SessionState.ABORTED,),
     "prepared": (SessionState.ABORTED,),

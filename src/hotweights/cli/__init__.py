@@ -25,6 +25,7 @@ COMMANDS = {
     "load": "load",
     "send": "send",
     "receive": "receive",
+    "relay": "relay",
     "keys": "keys",
     "demo": "demo.demo",
 }

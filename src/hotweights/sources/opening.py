@@ -256,7 +256,7 @@ def _addresses(texts: Sequence[str]) -> list[Parts]:
     parts = [parts_of(text) for text in texts]
     addresses = [each for each in parts if each is not None]
     for text, each in zip(texts, parts, strict=True):
-        if each is not None and each.scheme == "unix":
+        if each is not None and each.scheme in ("unix", "tcps"):
             raise UsageError(f"{text}: this is the address of a sender; hotweights.Receiver({text!r}) is its source")
         if each is not None and each.scheme not in SCHEMES:
             raise UsageError(

@@ -1,8 +1,9 @@
-"""From a trainer to workers on one host: ``Sender`` and ``Receiver``."""
+"""From a trainer to workers: ``Sender``, ``Receiver``, and between hosts ``Relay``."""
 
 from .receiver import Receiver
+from .relay import Relay
 from .report import SendReport
 from .send_handle import SendHandle
 from .sender import Sender
 
-__all__ = ["Receiver", "SendHandle", "SendReport", "Sender"]
+__all__ = ["Receiver", "Relay", "SendHandle", "SendReport", "Sender"]

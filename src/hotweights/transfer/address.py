@@ -11,6 +11,7 @@ import stat
 import struct
 import threading
 
+from .. import signals
 from ..errors import AddressTaken, ProtocolError, TransferError, UsageError
 from .channel import Channel
 from .door import BACKLOG, Door, Guest
@@ -39,6 +40,7 @@ def path_of(address: str) -> str:
     return path
 
 
+@signals.held_throughout
 class UnixEndpoint:
     """A path, for either end.
 

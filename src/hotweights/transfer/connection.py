@@ -12,6 +12,7 @@ from .. import signals
 from ..errors import Closed, PeerLost, ProtocolError, TransferError, TransferTimeout
 from .channel import Channel
 from .door import Endpoint
+from .flow import Inflow
 from .messages import Abort, Done, Filled, Frame, Hello, Message, Offer, Welcome
 from .roll import PLACES
 from .shared_memory import OwnSlots, ReadSlots
@@ -30,10 +31,21 @@ class Connection:
         place: of this receiver in the sender's roll.
     """
 
-    def __init__(self, endpoint: Endpoint, name: str = "", *, reconnect: bool = True) -> None:
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        name: str = "",
+        *,
+        reconnect: bool = True,
+        crew: int = 1,
+        slots: Callable[[Inflow, int, int], OwnSlots] = OwnSlots,
+    ) -> None:
+        """``crew``: 0 for a relay. ``slots`` makes those for what comes from another host."""
         self._endpoint = endpoint
         self._reconnect = reconnect
         self._name = name
+        self._crew = crew
+        self._make_slots = slots
         self._waker = Waker()
         self._channel: Channel | None = None
         self._slots: ReadSlots | OwnSlots | None = None
@@ -164,6 +176,45 @@ class Connection:
                 self._waker.wait(self._awaited(channel), seconds, lambda: self._stopped or stop())
                 channel.flush()
 
+    def greet(self) -> bool:
+        """Connect, if there is no connection. Never waits. Returns whether the sender has said welcome.
+
+        Raises:
+            PeerLost, ProtocolError, TransferError: as ``step``; nobody can connect there.
+        """
+        if self._connect() and self._slots is None:
+            self.step()
+        return self._slots is not None
+
+    def step(self) -> Frame | None:
+        """The next frame but a welcome, if it is there. Never waits: ``awaited`` says what for.
+
+        Raises:
+            PeerLost, ProtocolError: the sender is gone, or broke the protocol. So is the connection.
+            TransferError: there is no memory for the slots.
+        """
+        channel = self._running()
+        try:
+            channel.flush()
+            frame = self._read(channel)
+        except (PeerLost, ProtocolError) as error:
+            self.drop(str(error))
+            raise
+        if frame is not None and isinstance(frame.message, Welcome):
+            self._map(frame.message, frame.descriptors)
+            return None
+        return frame
+
+    def rest(self, seconds: float = 0.0) -> None:
+        """Wait until something may have come; or for so many seconds, by default until it is time to look again."""
+        seconds = seconds or (_LOOK if self.connected else self._endpoint.retry)
+        self._waker.wait(self.awaited(), seconds, lambda: self._stopped)
+        self.check_open()
+
+    def awaited(self) -> list[tuple[socket.socket, bool]]:
+        """The sockets to wait for, and whether until they can be written to."""
+        return [] if self._channel is None else self._awaited(self._channel)
+
     def send(self, message: Message) -> None:
         """Say something, of the running update. Nothing happens if the connection is gone: receiving says so."""
         with self._using:
@@ -221,7 +272,7 @@ class Connection:
         if channel is None:
             return False
         self._channel = channel
-        channel.send(Hello(os.getpid(), self._name))
+        channel.send(Hello(os.getpid(), self._name, self._crew))
         self._last = "the sender offered nothing"
         return True
 
@@ -288,7 +339,8 @@ class Connection:
             if descriptors:
                 self._slots = ReadSlots(descriptors[0], welcome.slots, welcome.slot_nbytes)
             else:
-                self._slots = OwnSlots(self._endpoint.flow(welcome.token), welcome.slots, welcome.slot_nbytes)
+                flow = self._endpoint.flow(welcome.token)
+                self._slots = self._make_slots(flow, welcome.slots, welcome.slot_nbytes)
         except TransferError as error:
             self.drop(str(error))
             raise

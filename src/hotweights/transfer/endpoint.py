@@ -32,7 +32,7 @@ def endpoint_of(address: str, *, keys: str | os.PathLike[str] | None = None, ins
 def endpoints_of(
     addresses: str | Sequence[str], *, keys: str | os.PathLike[str] | None = None, insecure: bool = False
 ) -> list[Endpoint]:
-    """The endpoints of one address or several. Of several, keys are for those on the network.
+    """The endpoints of one address or several. Of several, keys are for those on the network, if there are any.
 
     Raises:
         UsageError: as ``endpoint_of``, or there is no address.
@@ -40,8 +40,14 @@ def endpoints_of(
     listed = [addresses] if isinstance(addresses, str) or not isinstance(addresses, Sequence) else list(addresses)
     if not listed:
         raise UsageError("a sender has an address at least; found none")
-    local = [len(listed) > 1 and str(address).startswith("unix:") for address in listed]
+    if len(listed) == 1:
+        return [endpoint_of(listed[0], keys=keys, insecure=insecure)]
     return [
-        endpoint_of(address) if is_local else endpoint_of(address, keys=keys, insecure=insecure)
-        for address, is_local in zip(listed, local, strict=True)
+        endpoint_of(address) if is_local(address) else endpoint_of(address, keys=keys, insecure=insecure)
+        for address in listed
     ]
+
+
+def is_local(address: object) -> bool:
+    """Whether only this host has such an address."""
+    return isinstance(address, str) and address.startswith("unix:")

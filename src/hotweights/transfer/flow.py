@@ -42,6 +42,7 @@ def _view(memory: torch.Tensor, start: int, stop: int) -> memoryview:
     return memoryview(buffer(memory.data_ptr() + start, stop - start)).cast("B")
 
 
+@signals.held_throughout
 class Outflow:
     """The sender's end of one receiver's flow. It never blocks.
 
@@ -109,6 +110,7 @@ class Outflow:
         self.close()
 
 
+@signals.held_throughout
 class Inflow:
     """A receiver's end of its flow. It never blocks.
 

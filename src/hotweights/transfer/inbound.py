@@ -23,6 +23,7 @@ from .copying import copy_out
 from .member import Member, Standing
 from .messages import Accept, Chunk, End, Filled, Frame, Offer, Wanted, specs_of
 from .pending_leases import PendingLeases, PrivateMemory
+from .register import Register, SharedRecord
 from .states import SessionState
 
 
@@ -51,6 +52,7 @@ class Inbound:
             raise
         try:
             self.manifest = specs_of(offer)
+            record = SharedRecord(Register(offer.register), frame.update, offer.place) if offer.register else None
             roll = connection.slots.roll
             standing = None if roll is None else Standing(roll, connection.place, frame.update)
         except BaseException as error:
@@ -60,7 +62,16 @@ class Inbound:
             raise
         self._connection = connection
         self._pending = PendingLeases(connection, private, timeout)
-        self.member = Member(connection, ballot, standing, self._pending, version=offer.version, timeout=timeout)
+        self.member = Member(
+            connection,
+            ballot,
+            standing,
+            self._pending,
+            version=offer.version,
+            timeout=timeout,
+            record=record,
+            is_elsewhere=offer.relayed or ballot is None or record is not None,
+        )
         self._hashed = offer.digests
         self._copying = "copy and digest" if offer.digests else "copy"  # as the timeline has it
         self._specs = list(self.manifest.values())

@@ -15,6 +15,7 @@ from .ballot import Ballot, Decision
 from .connection import Connection
 from .messages import Abort, Commit, Done, Message, Prepared, Refuse, reasons_of
 from .pending_leases import PendingLeases
+from .register import SharedRecord
 from .roll import Roll
 from .states import SessionState
 from .waits import holding
@@ -59,7 +60,13 @@ class Member:
         *,
         version: str | int,
         timeout: float,
+        record: SharedRecord | None,
+        is_elsewhere: bool,
     ) -> None:
+        """``is_elsewhere``: whether the decision falls in a register, ``record``, or on another host.
+
+        A ballot holds then what was heard of it, if any.
+        """
         self.version = version
         self.decides = False
         self.over = False
@@ -69,6 +76,8 @@ class Member:
         self._standing = standing  # until the version is over: it keeps the slots mapped
         self._pending = pending
         self._timeout = timeout
+        self._is_elsewhere = is_elsewhere
+        self._record = record
         self._cancelled = False
         self._deciding = threading.RLock()  # held by whoever decides, refuses or commits
         self._interrupted: BaseException | None = None  # by what, after the group had decided to commit
@@ -176,11 +185,11 @@ class Member:
         try:
             self._connection.send(Prepared())
             self._hear(lambda: interruption.came or (self._cancelled and not self.decides))
-        except TransferAborted:
+        except (TransferAborted, TransferInDoubt):
             raise
         except BaseException as error:
             # The decision may have fallen without this member having heard of it.
-            if self._ballot is None:
+            if self._is_elsewhere:
                 self._hear_from_afar(error)
                 return
             if not self._was_to_commit():
@@ -192,13 +201,13 @@ class Member:
 
     def _was_to_commit(self) -> bool:
         """Whether the group has decided to commit, this member too. If it had decided nothing, it aborts now."""
-        standing = self._standing
-        assert standing is not None
-        assert self._ballot is not None
+        standing, ballot = self._standing, self._ballot
+        if standing is None or ballot is None:
+            return False
         if standing.struck():  # The others need not hear of it.
             return False
         # In this order: the sender lists its members, and then decides.
-        return self._ballot.decide(Decision.ABORT) is Decision.COMMIT and standing.listed()
+        return ballot.decide(Decision.ABORT) is Decision.COMMIT and standing.listed()
 
     def _hear(self, stop: Callable[[], bool]) -> None:
         """Wait for the sender to say commit. It may be waiting for other receivers first."""
@@ -217,17 +226,30 @@ class Member:
             try:
                 self._hear(bool)
                 return
-            except TransferAborted:
+            except (TransferAborted, TransferInDoubt):
                 raise
             except BaseException as later:  # A second signal does not wait.
                 error = later
-        doubt = TransferInDoubt(
+        reason = str(error) or type(error).__name__
+        try:
+            # In a register; or a relay heard it, and wrote it down before it was lost.
+            is_commit = self._was_to_commit() if self._record is None else self._record.is_commit()
+            is_known = self._record is not None
+        except TransferError as unreachable:
+            is_commit, is_known, reason = False, False, f"{reason}; {unreachable}"
+        if is_commit:
+            self._connection.drop("it waited for the decision in vain, and read it")
+            return
+        failure = TransferAborted("the update was aborted", [reason]) if is_known else self._doubt(reason)
+        self.give_up(failure)
+        raise failure from error
+
+    def _doubt(self, reason: str) -> TransferInDoubt:
+        return TransferInDoubt(
             f"version {self.version!r} was voted for, and whether the group took it is not known here; it is not live "
             "here. The next version ends the doubt",
-            [str(error) or type(error).__name__],
+            [reason],
         )
-        self.give_up(doubt)
-        raise doubt from error
 
     def _hears_late(self) -> bool:
         """Whether the sender says what was read from the ballot, which it does unless it is lost."""
@@ -279,6 +301,8 @@ class Member:
         if isinstance(frame.message, Abort):
             if not self.decides:
                 self._put_back()
+            if frame.message.doubt:
+                raise self._doubt(frame.message.reason)
             raise TransferAborted("the update was aborted", [frame.message.reason])
         return frame.message
 

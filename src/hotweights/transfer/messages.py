@@ -31,10 +31,17 @@ class _Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
 
 
 class Hello(_Message, frozen=True):
-    """A receiver's first word; the name is empty if it has none."""
+    """A receiver's first word; the name is empty if it has none. ``crew`` is 1; of a relay, how many workers it has."""
 
     pid: int
     name: str = ""
+    crew: int = 1
+
+
+class Crew(_Message, frozen=True):
+    """A relay has so many workers now."""
+
+    count: int
 
 
 class Welcome(_Message, frozen=True):
@@ -52,11 +59,18 @@ class Welcome(_Message, frozen=True):
 
 
 class Offer(_Message, frozen=True):
-    """A version and its tensors: name, dtype, shape. On one host the ballot comes with it as a descriptor."""
+    """A version and its tensors: name, dtype, shape. On one host the ballot comes with it as a descriptor.
+
+    If it is ``relayed``, the ballot holds what this host's relay heard of the decision, which falls elsewhere.
+    ``register`` says where the decision stands, if in one; there the receiver, or its relay, has this ``place``.
+    """
 
     version: str | int
     digests: bool
     tensors: tuple[tuple[str, str, tuple[int, ...]], ...]
+    relayed: bool = False
+    register: str = ""
+    place: int = 0
 
 
 class Wanted(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
@@ -67,9 +81,14 @@ class Wanted(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
 
 
 class Accept(_Message, frozen=True):
-    """What of the offer is wanted, each tensor once, in the order that suits best."""
+    """What of the offer is wanted, each tensor once, in the order that suits best.
+
+    Of a relay, what the first of its workers wants, and then the ``others``; ``crew`` names them all.
+    """
 
     wanted: tuple[Wanted, ...]
+    others: tuple[tuple[Wanted, ...], ...] = ()
+    crew: tuple[str, ...] = ()
 
 
 class Refuse(_Message, frozen=True):
@@ -114,15 +133,20 @@ class Commit(_Message, frozen=True):
 
 
 class Abort(_Message, frozen=True):
-    """The group decided not to take the version, and why."""
+    """The group decided not to take the version, and why. In ``doubt``, a relay could not hear what it decided."""
 
     reason: str
+    doubt: bool = False
 
 
 class Done(_Message, frozen=True):
-    """The decision was carried out; the problem, if any, came after that."""
+    """The decision was carried out; the problem, if any, came after that.
+
+    Of a relay, ``lost`` are those of its workers that did not say so, and why.
+    """
 
     problem: str
+    lost: tuple[tuple[str, str], ...] = ()
 
 
 class Broken(_Message, frozen=True):
@@ -131,7 +155,22 @@ class Broken(_Message, frozen=True):
     reason: str
 
 
-Message = Hello | Welcome | Offer | Accept | Refuse | Filled | Release | End | Prepared | Commit | Abort | Done | Broken
+Message = (
+    Hello
+    | Crew
+    | Welcome
+    | Offer
+    | Accept
+    | Refuse
+    | Filled
+    | Release
+    | End
+    | Prepared
+    | Commit
+    | Abort
+    | Done
+    | Broken
+)
 _KINDS = get_args(Message)
 _decoder = msgspec.msgpack.Decoder(Message)
 _encoder = msgspec.msgpack.Encoder()

@@ -13,6 +13,7 @@ import time
 import weakref
 from urllib.parse import urlsplit
 
+from .. import signals
 from ..errors import AddressTaken, TransferError, UsageError
 from ..notices import log
 from .channel import Channel
@@ -28,6 +29,7 @@ _LOGGED = 100  # different complaints that are logged, of one sender
 _AGAIN = (errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET)
 
 
+@signals.held_throughout
 class NetworkEndpoint:
     """An address on the network, for either end.
 
@@ -156,6 +158,7 @@ class _Stranger:
         self.said = bytearray()  # of a greeting with a token
 
 
+@signals.held_throughout
 class _NetworkDoor:
     """Listens. What a connection is for, frames or bytes, shows by its first bytes: until then it waits here."""
 

@@ -7,6 +7,7 @@ import socket
 import struct
 import time
 
+from .. import signals
 from ..errors import PeerLost, ProtocolError
 from .channel import Channel
 from .states import SessionState, Side
@@ -23,6 +24,7 @@ _TCP_INFO = struct.Struct("8B16I")  # linux/tcp.h: struct tcp_info, its beginnin
 _RETRANSMITS, _UNACKED, _LAST_ACK = 2, 12, 20  # fields of it; the last counts milliseconds
 
 
+@signals.held_throughout
 class NetworkChannel(Channel):
     """As every channel; no descriptors go through it, and bytes of slots have a connection of their own."""
 

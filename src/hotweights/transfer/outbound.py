@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+import msgspec
 import torch
 
 from .. import signals
 from ..errors import PeerLost, ProtocolError, TransferAborted, TransferIncomplete
-from ..manifest import Manifest, TensorSpec
+from ..manifest import TensorSpec
 from ..ranges import Range, disjoint
 from ..sources.contracts import InMemory, Source
 from ..text import some
@@ -20,6 +22,7 @@ from .messages import (
     Abort,
     Accept,
     Commit,
+    Crew,
     Done,
     End,
     Frame,
@@ -33,6 +36,7 @@ from .messages import (
 )
 from .packing import Packing, Piece, pieces
 from .peers import Peer, PeerGroup, told
+from .register import Record, Register
 from .report import SendReport
 from .shared_memory import WriteSlots
 from .states import SessionState
@@ -68,10 +72,14 @@ class Outbound:
         timeout: float,
         digests: bool,
         drop: bool,
+        register: Register | None = None,
         advance: Callable[[int], None],
         timeline: Timeline,
     ) -> None:
-        """``drop``: go on without members that are lost. ``advance`` is called with the bytes that were sent."""
+        """``drop``: go on without members that are lost. ``advance`` is called with the bytes that were sent.
+
+        ``register``: where the decision is written; without one it falls in this process.
+        """
         self._group = group
         self._members = list(members)  # those that take part
         self._leaving: list[Peer] = []  # those that refused, and are yet to say that they put everything back
@@ -82,8 +90,10 @@ class Outbound:
         self._filling = "fill slots and digest" if digests else "fill slots"  # as the timeline has it
         self._packing = Packing(slots, hashed=digests)
         self._may_lose = drop
+        self._register = register
         self._ballot = Ballot.new()
         self._agreed = False  # Whether everybody is prepared: from here on the decision may be to commit.
+        self._doubtful = False  # Whether others may take the version although this group does not.
         self._over = False  # Whether it is decided: whoever is lost after that changes nothing.
         self._advance = advance
         self._timeline = timeline
@@ -101,15 +111,35 @@ class Outbound:
             TransferIncomplete: the group took the version, and some members did not say that they have it.
             Exception: the source failed; nobody took the version.
         """
+        register = "" if self._register is None else self._register.url
+        try:
+            return self._run(
+                version,
+                list(source.manifest.values()),
+                lambda: Offer(version, self._hashed, described(source.manifest), register=register),
+                lambda: self._send(source),
+            )
+        finally:
+            self._ballot.close()
+
+    def _run(
+        self,
+        version: str | int,
+        offered: Sequence[TensorSpec],
+        offer: Callable[[], Offer],
+        send: Callable[[], None],
+    ) -> SendReport:
+        """As ``run``. Whoever calls this closes the ballot."""
         for peer in self._members:
             peer.begin()
         try:
             try:
                 with self._timeline.event("wait for answers to the offer"):
-                    self._offer(source.manifest, version)
-                self._send(source)
+                    self._offer(offer(), offered)
+                send()
                 with self._timeline.event("wait until all are prepared"):
                     self._end()
+                self._ask()
                 self._agreed = True
                 if self._decide(Decision.COMMIT) is Decision.ABORT:
                     raise self._outvoted()
@@ -122,30 +152,30 @@ class Outbound:
                 raise
             return self._commit(version)
         finally:
-            self._ballot.close()
             for peer in (*self._members, *self._leaving):  # Some are left only if the steps above were interrupted.
                 if peer.state is not SessionState.IDLE:
                     self._group.part_with(peer, "the sender gave up waiting")
 
     # The steps.
 
-    def _offer(self, manifest: Manifest, version: str | int) -> None:
-        offer = Offer(version, self._hashed, described(manifest))
+    def _offer(self, offer: Offer, offered: Sequence[TensorSpec]) -> None:
         for peer in self._members:
             ballot = (self._ballot.descriptor,) if peer.channel.shares else ()
-            peer.channel.send(offer, update=self._update, descriptors=ballot)
+            own = offer if self._register is None else msgspec.structs.replace(offer, place=peer.place)
+            peer.channel.send(own, update=self._update, descriptors=ballot)
         self._wait(self._in(SessionState.OFFERED), "answer the offer")
         for peer in list(self._members):
-            if problem := _problem(peer.wanted, list(manifest.values())):
+            if problem := next(filter(None, (_problem(wanted, offered) for wanted in peer.wanted)), ""):
                 self._lose(peer, problem)
 
     def _send(self, source: Source) -> None:
-        asking = list(self._members)
+        asking = [peer for peer in self._members for _ in peer.wanted]  # a relay in a place for each of its workers
+        wishes = [wanted for peer in self._members for wanted in peer.wanted]
         requests: dict[int, list[tuple[int, tuple[Range, ...]]]] = {}
-        for place, peer in enumerate(asking):
-            for wanted in peer.wanted:
+        for place, wish in enumerate(wishes):
+            for wanted in wish:
                 requests.setdefault(wanted.tensor, []).append((place, wanted.ranges))
-        order = merged([[wanted.tensor for wanted in peer.wanted] for peer in asking])
+        order = merged([[wanted.tensor for wanted in wish] for wish in wishes])
         tensors = _tensors(source, order, self._group.check_open)
         for number, tensor in self._timeline.each("read", tensors):
             self._tensors += 1
@@ -169,8 +199,11 @@ class Outbound:
         slot, packed, fill = self._packing.take()
         if slot is None:
             return
+        places: dict[Peer, set[int]] = {}
         for place, peer in enumerate(asking):
-            chunks = tuple(chunk for chunk, wanting in packed if place in wanting)
+            places.setdefault(peer, set()).add(place)
+        for peer, own in places.items():
+            chunks = tuple(chunk for chunk, wanting in packed if not own.isdisjoint(wanting))
             if chunks and peer in self._members:
                 peer.hand_over(slot, self._slots.memories[slot], chunks, fill)
         self._advance(sum(chunk.range.size for chunk, _ in packed))
@@ -192,12 +225,19 @@ class Outbound:
         self._wait(self._in(SessionState.ENDED, SessionState.STREAMING), "prepare")
         self._look()
 
+    def _ask(self) -> None:
+        """Everybody is prepared. Whoever does not decide alone asks here; nothing can be aborted after it returns."""
+
     def _decide(self, vote: Decision) -> Decision:
         """What is decided about the members then. Before all are prepared it is to abort, whatever somebody wrote."""
         if self._agreed:
             # First: a member that finds the decision looks then whether it is about it.
             for peer in self._members:
                 self._slots.roll.enlist(peer.place, self._update)
+            if self._register is not None:
+                # First of all: who has lost this process, or does so now, finds it there.
+                places = tuple(peer.place for peer in self._members)
+                vote = self._register.decide(self._update, Record(vote, places)).decision
         decision = self._ballot.decide(vote)
         return decision if self._agreed else Decision.ABORT
 
@@ -217,12 +257,13 @@ class Outbound:
         with self._timeline.event("wait for commits"):
             self._wait(self._in(SessionState.COMMITTED), "say that it has the version")
         self._part()
-        committed = tuple(peer.name for peer in self._members)
-        silent = [peer for peer in members if peer not in self._members]
+        fallen = {f"{name} on {peer.channel.host}": why for peer in self._members for name, why in peer.fallen}
+        committed = tuple(name for peer in self._members for name in peer.names if name not in fallen)
+        silent = {peer.name: self._lost[peer.name] for peer in members if peer not in self._members} | fallen
         if silent:
             raise TransferIncomplete(
                 f"version {version!r} was taken, and not everybody said so; {', '.join(committed) or 'nobody'} did",
-                [f"{peer.name}: {self._lost[peer.name]}" for peer in silent],
+                [f"{name}: {why}" for name, why in silent.items()],
                 committed=committed,
             )
         return SendReport(
@@ -242,7 +283,7 @@ class Outbound:
         self._over = True
         for peer in list(self._members):
             if peer.state in _OPEN:
-                peer.channel.send(Abort(told(error)[:REASON]))
+                peer.channel.send(Abort(told(error)[:REASON], self._doubtful))
         self._part()
 
     def _part(self) -> None:
@@ -274,7 +315,7 @@ class Outbound:
     def _look(self, seconds: float = 0.0) -> None:
         """Wait until something comes, for ``seconds`` at most, and take it."""
         peers = [peer for peer in (*self._members, *self._leaving) if peer.state is not SessionState.IDLE]
-        for peer in self._group.wait(peers, seconds):
+        for peer in self._group.wait(peers, seconds, also=self._also()):
             try:
                 if peer.flow is not None:
                     peer.flow.flush()
@@ -288,6 +329,14 @@ class Outbound:
                 self._lose(peer, str(error))
         if not self._over and self._ballot.read() is not None:
             raise self._outvoted()
+        self._looked()
+
+    def _also(self) -> list[tuple[socket.socket, bool]]:
+        """What else to wait for."""
+        return []
+
+    def _looked(self) -> None:
+        """It waited."""
 
     def _take(self, peer: Peer, frame: Frame) -> None:
         """What a receiver says. Nothing of it can be said without end: a slot is released once, the rest said once.
@@ -296,13 +345,15 @@ class Outbound:
             ProtocolError: it was said before.
         """
         kind = kind_of(frame.message)
-        if kind in peer.said and not isinstance(frame.message, Release):
+        if kind in peer.said and not isinstance(frame.message, (Release, Crew)):
             raise ProtocolError(f"the receiver said {kind!r} twice")
         peer.said.add(kind)
         peer.moved = time.monotonic()
         match frame.message:
-            case Accept(wanted):
-                peer.wanted = wanted
+            case Accept(wanted, others, crew):
+                peer.wanted, peer.crew = (wanted, *others), crew
+                if crew and len(crew) != len(peer.wanted):
+                    raise ProtocolError(f"{len(crew)} workers were named, and {len(peer.wanted)} said what they want")
             case Release(slots):
                 if not slots or len(set(slots)) < len(slots) or not peer.holds.issuperset(slots):
                     raise ProtocolError(
@@ -311,8 +362,10 @@ class Outbound:
                 peer.holds.difference_update(slots)
             case Refuse(reasons) if peer.state is SessionState.REFUSED:
                 self._lose(peer, "; ".join(reasons))
-            case Done(problem):
-                peer.problem = problem
+            case Crew(count):
+                peer.size = count
+            case Done(problem, lost):
+                peer.problem, peer.fallen = problem, lost
 
     def _strike(self, peer: Peer) -> None:
         """Note in the roll that the peer is no member of this update. After the decision nothing is taken back."""

@@ -16,7 +16,7 @@ from ..errors import Closed, PeerLost, ProtocolError, TransferAborted, TransferE
 from .channel import Channel, close_in_children
 from .door import BACKLOG, PATIENCE, SILENT, Door, Endpoint
 from .flow import Outflow
-from .messages import NAME, Chunk, Filled, Hello, Wanted, Welcome
+from .messages import NAME, Chunk, Crew, Filled, Hello, Wanted, Welcome
 from .roll import PLACES
 from .shared_memory import WriteSlots
 from .states import SessionState
@@ -39,7 +39,10 @@ class Peer:
         flow: for bytes, where it does not read them in the sender's memory.
         door: through which it came.
         since: when it connected.
-        wanted: what it wants of the running update.
+        size: how many workers it is: 1, or those behind a relay.
+        crew: their names, of a relay that takes part in the running update.
+        wanted: what each of them wants of the running update.
+        fallen: which of them had not said that they have the version when the relay did, and why.
         holds: slots that it has not released.
         said: kinds of messages that came from it.
         moved: when it last said something of the running update.
@@ -52,7 +55,10 @@ class Peer:
     flow: Outflow | None = None
     door: Door | None = None
     since: float = field(default_factory=time.monotonic)
-    wanted: tuple[Wanted, ...] = ()
+    size: int = 1
+    crew: tuple[str, ...] = ()
+    wanted: tuple[tuple[Wanted, ...], ...] = ()
+    fallen: tuple[tuple[str, str], ...] = ()
     holds: set[int] = field(default_factory=set)
     said: set[str] = field(default_factory=set)
     moved: float = 0.0
@@ -60,7 +66,7 @@ class Peer:
 
     def begin(self) -> None:
         """Forget the version before."""
-        self.wanted, self.problem, self.moved = (), "", 0.0
+        self.wanted, self.crew, self.fallen, self.problem, self.moved = (), (), (), "", 0.0
         if self.flow is not None:
             self.flow.nbytes = 0
         self.holds.clear()
@@ -74,7 +80,12 @@ class Peer:
     @property
     def ready(self) -> bool:
         """Whether a version can be offered to it."""
-        return self.state is SessionState.IDLE and (self.flow is None or self.flow.attached)
+        return self.state is SessionState.IDLE and self.size > 0 and (self.flow is None or self.flow.attached)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the workers that it is, as people read them; those behind a relay are on the relay's host."""
+        return tuple(f"{name} on {self.channel.host}" for name in self.crew) or (self.name,)
 
     @property
     def waiting(self) -> socket.socket | None:
@@ -144,17 +155,18 @@ class PeerGroup:
             self.check_open()
             ready = self._ready()
             # Whoever was waiting at the beginning has been taken after so many turns, even if others come without end.
-            if len(ready) >= count and (not more or turns * _AT_ONCE > BACKLOG):
+            there = sum(peer.size for peer in ready)
+            if there >= count and (not more or turns * _AT_ONCE > BACKLOG):
                 self._died.clear()
                 return ready
             if self._died and not more and not drop:
                 died, self._died = self._died, []
                 raise TransferAborted(
-                    f"nothing was offered; {len(ready)} of {count} receivers are there. Send again to wait for another",
+                    f"nothing was offered; {there} of {count} receivers are there. Send again to wait for another",
                     died,
                 )
             if not left(deadline):
-                raise TransferTimeout(f"{len(ready)} of {count} receivers were there after {self._timeout:g} s", gone)
+                raise TransferTimeout(f"{there} of {count} receivers were there after {self._timeout:g} s", gone)
             self.wait(self.peers, left(deadline), listen=True)
 
     def connected(self) -> list[Peer]:
@@ -174,19 +186,27 @@ class PeerGroup:
         self._limit_silent(gone)
         return any(waiting)
 
-    def wait(self, peers: Iterable[Peer], seconds: float, *, listen: bool = False) -> list[Peer]:
+    def wait(
+        self,
+        peers: Iterable[Peer],
+        seconds: float,
+        *,
+        listen: bool = False,
+        also: Iterable[tuple[socket.socket, bool]] = (),
+    ) -> list[Peer]:
         """Wait until something comes from some of ``peers``, and return those. What is unsent goes out.
 
         Args:
             peers: who is waited for.
             seconds: how long at most.
             listen: whether the wait also ends when somebody connects.
+            also: it ends, too, when one of these can be read from, or written to where it comes with ``True``.
 
         Raises:
             Closed: ``stop`` was called.
         """
         listed = list(peers)
-        sockets = [(peer.channel.socket, peer.channel.unsent) for peer in listed]
+        sockets = [*also, *((peer.channel.socket, peer.channel.unsent) for peer in listed)]
         flows = {peer: flow for peer in listed if (flow := peer.waiting) is not None}
         sockets += [(flow, True) for flow in flows.values()]
         sockets += [(waiting, False) for door in self._doors for waiting in door.sockets()] if listen else []
@@ -290,7 +310,11 @@ class PeerGroup:
         """Answer a hello, the only message that may come between updates. Who is gone is noted."""
         try:
             while (frame := peer.channel.read()) is not None:
+                if isinstance(frame.message, Crew):
+                    peer.size = _counted(frame.message.count)
+                    continue
                 assert isinstance(frame.message, Hello), "the table lets nothing else pass"
+                peer.size = _counted(frame.message.crew)
                 if not peer.channel.shares:
                     peer.name = self._unique(f"process {frame.message.pid} on {peer.channel.host}")
                 if name := frame.message.name:
@@ -308,6 +332,12 @@ class PeerGroup:
             if peer.state is SessionState.IDLE and isinstance(error, PeerLost) and not peer.channel.goodbye:
                 self._died.append(gone[-1])
             self.part_with(peer, str(error))
+
+
+def _counted(crew: int) -> int:
+    if not 0 <= crew <= PLACES:
+        raise ProtocolError(f"a relay has {PLACES} workers at most; this one said {crew}")
+    return crew
 
 
 def told(error: BaseException) -> str:

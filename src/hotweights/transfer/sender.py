@@ -34,6 +34,7 @@ from .copying import wrapped
 from .endpoint import endpoints_of
 from .outbound import Outbound
 from .peers import PeerGroup
+from .register import Register
 from .report import SendReport
 from .send_handle import LAST_LINES, SendHandle
 from .shared_memory import WriteSlots
@@ -64,6 +65,7 @@ class Sender:
         on_lost: OnLost = "abort",
         keys: str | os.PathLike[str] | None = None,
         insecure: bool = False,
+        decision: str | None = None,
     ) -> None:
         """Take the address. Nobody is waited for yet.
 
@@ -79,6 +81,8 @@ class Sender:
             on_lost: what happens to an update when a receiver dies, fails or does not answer, see ``OnLost``.
             keys: the directory of the job's keys, which ``hotweights keys`` makes; for ``tcps:``.
             insecure: go without keys in a network where anybody may send and take weights.
+            decision: where decisions are written once, ``file:///DIRECTORY``, which all hosts see at that path. Members
+                that lose this process read it there. Without it those on other hosts are in doubt then.
 
         Raises:
             AddressTaken: another sender is there; the message says which process.
@@ -89,6 +93,9 @@ class Sender:
         check_flags(digests=digests)
         check_seconds(timeout=timeout)
         check_flags(insecure=insecure)
+        self._register = None if decision is None else Register(decision)
+        if self._register is not None:
+            self._register.probe()
         endpoints = endpoints_of(address, keys=keys, insecure=insecure)
         self._receivers, self._timeout, self._digests = receivers, timeout, digests
         self._drop = on_lost == "drop"
@@ -228,6 +235,7 @@ class Sender:
                 timeout=self._timeout,
                 digests=self._digests,
                 drop=self._drop,
+                register=self._register,
                 advance=advance,
                 timeline=timeline,
             ).run(source, version)

@@ -167,13 +167,16 @@ class OwnSlots:
         try:
             if slots < 1 or slot_nbytes < 1 or slot_nbytes % PAGE:
                 raise ProtocolError(f"{slots} slots of {slot_nbytes} bytes were promised")
-            self.memories = tuple(host_empty((slot_nbytes,), torch.uint8) for _ in range(slots))
-        except ProtocolError:
+            self.memories = self._made(slots, slot_nbytes)
+        except TransferError:
             flow.close()
             raise
         except (MemoryError, RuntimeError) as error:
             flow.close()
             raise TransferError(f"no memory for {slots} slots of {slot_nbytes} bytes: {error}") from error
+
+    def _made(self, slots: int, slot_nbytes: int) -> tuple[torch.Tensor, ...]:
+        return tuple(host_empty((slot_nbytes,), torch.uint8) for _ in range(slots))
 
     @property
     def flow(self) -> Inflow:
@@ -201,3 +204,17 @@ class OwnSlots:
         """Let go. May be called twice."""
         self._flow.close()
         self.memories = ()
+
+
+class RelaySlots(OwnSlots):
+    """A relay's slots: a flow fills them, and the workers on its host read them, as they read a sender's.
+
+    Attributes:
+        shared: the same, for those workers. The relay closes them.
+    """
+
+    shared: WriteSlots
+
+    def _made(self, slots: int, slot_nbytes: int) -> tuple[torch.Tensor, ...]:
+        self.shared = WriteSlots(slots, slot_nbytes)
+        return self.shared.memories

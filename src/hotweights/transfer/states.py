@@ -50,7 +50,9 @@ _S, _R = Side.SENDER, Side.RECEIVER
 TABLE: tuple[Row, ...] = (
     Row(SessionState.CONNECTED, _R, "hello", SessionState.GREETED),
     Row(SessionState.GREETED, _S, "welcome", SessionState.IDLE),
+    Row(SessionState.IDLE, _R, "crew", SessionState.IDLE),
     Row(SessionState.IDLE, _S, "offer", SessionState.OFFERED),
+    Row(SessionState.OFFERED, _R, "crew", SessionState.OFFERED),
     Row(SessionState.OFFERED, _R, "accept", SessionState.STREAMING),
     Row(SessionState.OFFERED, _R, "refuse", SessionState.REFUSED),
     Row(SessionState.OFFERED, _S, "abort", SessionState.ABORTED),
@@ -68,6 +70,7 @@ TABLE: tuple[Row, ...] = (
     Row(SessionState.REFUSED, _S, "filled", SessionState.REFUSED),
     Row(SessionState.REFUSED, _S, "end", SessionState.REFUSED),
     Row(SessionState.REFUSED, _S, "abort", SessionState.ABORTED),
+    Row(SessionState.ABORTED, _R, "crew", SessionState.ABORTED),
     Row(SessionState.ABORTED, _R, "accept", SessionState.ABORTED),
     Row(SessionState.ABORTED, _R, "release", SessionState.ABORTED),
     Row(SessionState.ABORTED, _R, "prepared", SessionState.ABORTED),
@@ -122,6 +125,8 @@ class Session:
         following = _NEXT.get((self.state, by, kind))
         if following is None:
             raise ProtocolError(f"the {by.value} may not say {kind!r} when the state is {self.state.value!r}")
+        if kind == "crew":  # It belongs to no update, and may have been under way when one began.
+            return
         if kind == "offer" and update <= self.update:
             raise ProtocolError(f"the offer of update {update} is stale; update {self.update} came before it")
         if kind != "offer" and update != self.update:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ssl
 
+from .. import signals
 from ..errors import ProtocolError
 
 _MOST = 256 * 1024  # bytes decrypted at once
 
 
+@signals.held_throughout
 class Tls:
     """TLS over memory: its owner moves the bytes. Mutual: each end proves that it has a certificate of the same job.
 

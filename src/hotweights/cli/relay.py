@@ -1,0 +1,31 @@
+"""``hotweights relay``: hand on to this host's workers what a sender on another host sends, each byte once."""
+
+from __future__ import annotations
+
+import logging
+from typing import Annotated
+
+import typer
+
+from ..transfer.relay import Relay
+from . import flags
+from .outcome import ending
+
+
+def relay(
+    sender: Annotated[
+        str, typer.Option("--from", help="Where the sender, or another relay, listens: tcps://HOST:PORT.")
+    ],
+    to: Annotated[
+        list[str], typer.Option(help="Where workers connect: unix:PATH. Several times: for other relays too.")
+    ],
+    keys: flags.Keys = None,
+    insecure: flags.Insecure = False,
+    name: Annotated[str, typer.Option(help="For people: it stands in the sender's errors.")] = "relay",
+    timeout: Annotated[float, typer.Option(help="Seconds that a single wait for the sender may take.")] = 60.0,
+) -> None:
+    """Run a relay, one for each host, until it is interrupted. Senders and workers may come and go."""
+    logging.basicConfig(format="%(message)s")
+    with ending(as_json=False), Relay(sender, to, keys=keys, insecure=insecure, name=name, timeout=timeout) as running:
+        typer.echo(f"relay from {sender} to {', '.join(to)}; Ctrl-C ends it", err=True)
+        running.run()

@@ -1,0 +1,151 @@
+"""A decision that is written where all hosts see it: who loses the sender reads it there, and nobody is in doubt."""
+
+import contextlib
+import os
+import signal
+
+import pytest
+from ends import TIMEOUT, Thread, receiver, sender
+from processes import Child, Killer, Tiny, context, value_of
+
+import hotweights as hw
+from hosts import follow, free_address, history, relay_process
+from hotweights.transfer.ballot import Decision
+from hotweights.transfer.outbound import Outbound
+from hotweights.transfer.register import Record, Register, SharedRecord
+
+COMMIT, ABORT = Decision.COMMIT, Decision.ABORT
+
+
+@pytest.fixture
+def register(tmp_path):
+    (tmp_path / "shared run").mkdir()
+    return f"file://{tmp_path}/shared%20run"
+
+
+@pytest.mark.parametrize("first", Decision)
+def test_a_record_is_written_once_by_whoever_is_first(first, register):
+    written = Record(first, (1, 5))
+    assert Register(register).decide(7, written) == written
+    for other in Decision:
+        assert Register(register).decide(7, Record(other, ())) == written
+    assert Register(register).decide(8, Record(ABORT, ())) == Record(ABORT, ())
+
+
+def test_racing_processes_read_one_record(register):
+    start = context.Barrier(4)
+
+    def vote(pipe, number):
+        start.wait(TIMEOUT)
+        for update in range(20):
+            record = Register(register).decide(update, Record(list(Decision)[number % 2], (number,)))
+            pipe.send((record.decision.name, record.places))
+
+    with contextlib.ExitStack() as stack:
+        voters = [stack.enter_context(Child(vote, number)) for number in range(4)]
+        for _ in range(20):
+            assert len({voter.heard() for voter in voters}) == 1
+
+
+def test_a_commit_is_for_those_who_are_listed(register):
+    Register(register).decide(7, Record(COMMIT, (1, 5)))
+    assert [SharedRecord(Register(register), 7, place).is_commit() for place in (1, 2, 5)] == [True, False, True]
+
+
+@pytest.mark.parametrize("url", ["/shared", "file://host/shared", "file:shared", "etcd://x", "", 7])
+def test_what_is_no_register_is_refused(url):
+    with pytest.raises(hw.UsageError, match="decision= is a directory that all hosts see"):
+        hw.Sender(free_address(), decision=url)
+
+
+def test_a_register_is_probed_before_it_is_trusted(tmp_path, register, monkeypatch):
+    with pytest.raises(hw.UsageError, match=r"cannot hold decisions: .*No such file"):
+        hw.Sender(free_address(), decision=f"file://{tmp_path}/absent")
+    hw.Sender(free_address(), decision=register).close()
+    assert not os.listdir(tmp_path / "shared run")
+    monkeypatch.setattr(os, "link", os.replace)
+    with pytest.raises(hw.UsageError, match="it let two writers write one file"):
+        hw.Sender(free_address(), decision=register)
+
+
+def test_a_register_out_of_reach_or_damaged_leaves_doubt(tmp_path, register):
+    os.rmdir(tmp_path / "shared run")
+    with pytest.raises(hw.TransferError, match="cannot be had from file://"):
+        Register(register).decide(7, Record(ABORT, ()))
+    os.mkdir(tmp_path / "shared run")
+    for content in ("", "{}", '{"decision": "MAYBE", "places": []}', '{"decision": "COMMIT", "places": ["x"]}'):
+        (tmp_path / "shared run" / "hotweights-0000000000000007.json").write_text(content)
+        with pytest.raises(hw.TransferError, match="cannot be had from file://"):
+            Register(register).decide(7, Record(ABORT, ()))
+
+
+def send_twice(pipe, addresses, register, at):
+    """Send version 1, then version 2 with a killer."""
+    with sender(addresses, receivers=4, decision=register) as sending, Killer(at) as killer:
+        sending.send(Tiny(1), version=1)
+        killer.arm()
+        sending.send(Tiny(2), version=2)
+        killer.arm(False)
+        pipe.send("all points passed")
+        pipe.recv()
+
+
+@pytest.mark.parametrize("every", [9, pytest.param(1, marks=pytest.mark.long)])
+def test_a_sender_killed_at_any_moment_leaves_all_hosts_at_one_version(every, register, tmp_path):
+    """A worker on its own host, one on another, and two behind a relay. Nobody is in doubt."""
+    local, trainer, behind = (
+        f"unix:{tmp_path / 'run' / 'socket'}",
+        free_address(),
+        f"unix:{tmp_path / 'relay' / 'socket'}",
+    )
+    seen = set()
+    for at in range(0, 300, every):
+        with contextlib.ExitStack() as stack:
+            relay = stack.enter_context(Child(relay_process, trainer, behind))
+            workers = [stack.enter_context(Child(follow, to)) for to in (local, trainer, behind, behind)]
+            with Child(send_twice, [local, trainer], register, at) as killed:
+                if survived := killed.heard(3 * TIMEOUT) is not None:
+                    killed.say("end")
+            assert killed.exitcode == (0 if survived else -signal.SIGKILL)
+            with sender([local, trainer], receivers=4, timeout=3 * TIMEOUT) as after:
+                assert len(after.send(Tiny(3), version=3).committed) == 4
+            relay.say("end")
+            relay.heard()
+            found = [history(worker) for worker in workers]
+            assert not any(doubted for _, doubted in found), f"at point {at}"
+            assert len({2 in versions for versions, _ in found}) == 1, f"at point {at}"
+            seen.add(2 in found[0][0])
+        if survived:
+            break
+    assert seen == {False, True}
+    assert at > 20
+
+
+def test_a_sender_that_decides_too_late_finds_the_record(register, monkeypatch):
+    """A member that lost it wrote that nobody takes the version; the others are told so."""
+    address = free_address()
+    live = hw.LiveModel(Tiny())
+    ask, lost = Outbound._ask, []
+
+    def late(outbound):
+        ask(outbound)
+        lost.append(Register(register).decide(outbound._update, Record(ABORT, ())))
+
+    def work():
+        with receiver(address) as source:
+            live.load(source)
+            monkeypatch.setattr(Outbound, "_ask", late)
+            with pytest.raises(hw.UpdateAborted):
+                live.update(source)
+            monkeypatch.setattr(Outbound, "_ask", ask)
+            live.update(source)
+
+    thread = Thread(work)
+    with sender(address, decision=register) as sending:
+        sending.send(Tiny(1), version=1)
+        with pytest.raises(hw.TransferAborted, match="wrote the decision"):
+            sending.send(Tiny(2), version=2)
+        sending.send(Tiny(3), version=3)
+    thread.result()
+    assert lost
+    assert (live.version, value_of(live.model)) == (3, 3)

@@ -1,0 +1,283 @@
+"""Through a relay it is as without one: the contract, the decision, whoever dies; and each byte comes once."""
+
+import contextlib
+import os
+import signal
+
+import pytest
+import torch
+from ends import TIMEOUT, Thread, receiver, sender, tensors
+from processes import Child, Tiny, context, send_twice, value_of
+
+import hotweights as hw
+from hosts import follow, free_address, history, relay_process
+from hotweights.ranges import Range
+from hotweights.sources.contracts import Request
+from hotweights.testing import TRANSPORT_CONTRACT, assert_same_bits
+from hotweights.transfer.ballot import Decision
+from hotweights.transfer.relay import Relay
+
+
+@pytest.fixture
+def trainer():
+    """The trainer's address."""
+    return free_address()
+
+
+@pytest.fixture
+def worker(tmp_path):
+    """The address of the relay, for workers."""
+    return f"unix:{tmp_path / 'run' / 'socket'}"
+
+
+@contextlib.contextmanager
+def relaying(source, to, **options):
+    """A relay in a thread."""
+    with Relay(source, to, timeout=TIMEOUT, **options) as relay:
+        thread = Thread(relay.run)
+        try:
+            yield relay
+        finally:
+            relay.close()
+            thread.result()
+
+
+class Relayed:
+    """A group whose receivers are all behind a relay; or behind two, one after the other."""
+
+    def __init__(self, stack, trainer, worker, options):
+        self._trainer, self._worker, self._options = trainer, worker, options
+        stack.enter_context(relaying(trainer, worker))
+
+    def sender(self, receivers):
+        return sender(self._trainer, receivers=receivers, **self._options)
+
+    def receiver(self):
+        return receiver(self._worker)
+
+
+@pytest.mark.parametrize("check", TRANSPORT_CONTRACT, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("options", [{}, {"digests": False, "slots": 4, "slot_nbytes": 1 << 20}], ids=str)
+def test_a_relay_is_a_transport(check, options, trainer, worker):
+    with contextlib.ExitStack() as stack:
+        group = Relayed(stack, trainer, worker, options)
+        check(lambda: group, tensors())
+
+
+@pytest.mark.parametrize("chain", [False, True])
+def test_the_keys_of_a_relay_are_for_other_hosts(chain, trainer, worker, tmp_path):
+    pytest.importorskip("cryptography")
+    from hotweights.transfer.keys import make_keys
+
+    make_keys(tmp_path / "keys", ["127.0.0.1"])
+    keys, between = tmp_path / "keys", free_address()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(relaying(trainer, [worker, between] if chain else worker, keys=keys))
+        sending = stack.enter_context(sender(trainer, receivers=1 + chain, keys=keys))
+        threads = [Thread(take, worker)]
+        if chain:
+            threads.append(Thread(lambda: take(between, keys=keys)))
+        sending.send(tensors(), version=1)
+        for thread in threads:
+            assert_same_bits(thread.result(), tensors())
+
+
+def test_a_relay_is_for_what_comes_from_another_host(trainer, worker):
+    with pytest.raises(hw.UsageError, match=f"workers on this one connect to {worker}"):
+        Relay(worker, "unix:/tmp/x/y")
+
+
+def take(address, **options):
+    with receiver(address, **options) as source:
+        return dict(source.tensors())
+
+
+def test_each_byte_crosses_the_network_once(trainer, worker):
+    """Three workers on one host: two want all, one has a slice; and one on this host, beside the relay."""
+    content = {"w": torch.arange(40_000.0).view(200, 200), "v": torch.arange(7)}
+
+    def cut():
+        room = torch.zeros(200 * 100 * 4, dtype=torch.uint8)
+        with receiver(worker, name="cut") as source:
+            parts = (Range(400, 400, 200, 800),)
+            source.wanted([Request("w", parts, lambda: room)])
+            with source.leases() as stream:
+                assert [lease.name for lease in stream] == ["w"]
+            with source.decision():
+                return room.view(torch.float32).view(200, 100)
+
+    with relaying(trainer, worker), sender(trainer, receivers=4, slot_nbytes=1 << 16) as sending:
+        threads = [Thread(take, worker), Thread(take, worker), Thread(cut), Thread(take, trainer)]
+        report = sending.send(content, version=1)
+        for thread in (threads[0], threads[1], threads[3]):
+            assert_same_bits(thread.result(), content)
+        assert torch.equal(threads[2].result(), content["w"][:, 100:])
+    nbytes = sum(tensor.nbytes for tensor in content.values())
+    assert 2 * nbytes <= report.network_nbytes < 2 * nbytes + 16_000  # to the relay, and to the one without
+    assert len(report.committed) == 4
+    assert any(name.startswith(f"cut (process {os.getpid()}") for name in report.committed)
+
+
+def test_relays_follow_one_another(trainer, worker, tmp_path):
+    """A chain: what the first hands to its own worker goes on to the second, whose workers the trainer counts."""
+    between, local = free_address(), f"unix:{tmp_path / 'other' / 'socket'}"
+    lives = [hw.LiveModel(Tiny()) for _ in range(3)]
+
+    def follow(live, address):
+        with receiver(address) as source:
+            live.load(source)
+            while live.version == 1:
+                assert value_of(live.model) == 1
+                with contextlib.suppress(hw.UpdateAborted):  # Who is late does not see a version that was given up.
+                    live.update(source)
+
+    with (
+        relaying(trainer, [worker, between]),
+        relaying(between, local),
+        sender(trainer, receivers=3) as sending,
+    ):
+        threads = [Thread(follow, live, to) for live, to in zip(lives, (worker, local, local), strict=True)]
+        report = sending.send(Tiny(1), version=1)
+        assert len(report.committed) == 3
+        assert report.network_nbytes < report.nbytes + 4096
+        with pytest.raises(hw.TransferAborted, match="relay"):
+            sending.send({**Tiny(2).state_dict(), "one": torch.zeros(7)}, version=2)
+        sending.send(Tiny(3), version=3)
+        for thread in threads:
+            thread.result()
+    assert {(live.version, value_of(live.model)) for live in lives} == {(3, 3.0)}
+
+
+# Whoever fails or dies.
+
+
+def test_a_worker_that_fails_is_named_through_its_relay(trainer, worker):
+    def fail():
+        with receiver(worker, name="rank3") as source, source.leases() as stream:
+            for _ in stream:
+                raise ValueError("no room")
+
+    def go_on():
+        with receiver(worker) as source:
+            with pytest.raises(hw.TransferAborted, match="no room"):
+                dict(source.tensors())
+            return dict(source.tensors())
+
+    content = tensors()
+    with relaying(trainer, worker), sender(trainer, receivers=2) as sending:
+        threads = [Thread(go_on), Thread(lambda: raised(fail))]
+        name = (
+            rf"relay \(process {os.getpid()} on 127.0.0.1\): rank3 \(process {os.getpid()}( #2)?\): ValueError: no room"
+        )
+        with pytest.raises(hw.TransferAborted, match=name):
+            sending.send(content, version=1)
+        threads[1].result()
+        sending.send(content, version=2, receivers=1)
+        assert_same_bits(threads[0].result(), content)
+
+
+def raised(work):
+    with pytest.raises(ValueError, match="no room"):
+        work()
+
+
+@pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.long)])
+def test_a_relay_killed_at_any_moment_takes_its_host_out(every, trainer, worker):
+    """Its workers hold one version, together; the others are not torn from them but by name."""
+    seen = set()
+    for at in range(0, 200, every):
+        with contextlib.ExitStack() as stack:
+            behind = [stack.enter_context(Child(follow, worker)) for _ in range(2)]
+            other = stack.enter_context(Child(follow, trainer))
+            sending = stack.enter_context(sender(trainer, receivers=3))
+            with Child(relay_process, trainer, worker, at) as killed:
+                sending.send(Tiny(1), version=1)
+                try:
+                    committed = sending.send(Tiny(2), version=2).committed
+                    told = str(committed)
+                except (hw.TransferAborted, hw.TransferIncomplete) as error:
+                    committed, told = getattr(error, "committed", ()), str(error)
+                assert "on 127.0.0.1" in told
+                killed.process.join(0 if len(committed) == 3 else TIMEOUT)
+                if survived := killed.process.exitcode is None:
+                    killed.say("end")
+                    assert killed.heard() == [1, 2]
+            assert killed.exitcode == (0 if survived else -signal.SIGKILL)
+            with Child(relay_process, trainer, worker) as after:
+                assert len(sending.send(Tiny(3), version=3).committed) == 3
+                after.say("end")
+                after.heard()
+            (first, doubt), (second, other_doubt) = map(history, behind)
+            took, _ = history(other)
+            assert (2 in took) == bool(committed), f"at point {at}"
+            assert not (2 in first and 2 not in took), f"at point {at}"
+            for versions, doubted in ((first, doubt), (second, other_doubt)):
+                assert doubted or (2 in versions) == (2 in took), f"at point {at}"
+            seen.add((2 in took, 2 in first, 2 in second))
+        if survived:
+            break
+    assert at > 20
+    possible = {(False, False, False), (True, True, True), (True, False, False)}
+    assert seen == possible if every == 1 else seen <= possible
+
+
+def test_a_sender_killed_at_any_moment_leaves_the_hosts_workers_at_one_version(trainer, worker):
+    seen = set()
+    for at in range(100):
+        decided = context.Value("i", 0)
+        with contextlib.ExitStack() as stack:
+            relay = stack.enter_context(Child(relay_process, trainer, worker))
+            workers = [stack.enter_context(Child(follow, worker)) for _ in range(2)]
+            with Child(send_twice, trainer, at, decided) as killed:
+                if survived := killed.heard() is not None:
+                    killed.say("end")
+            assert killed.exitcode == (0 if survived else -signal.SIGKILL)
+            with sender(trainer, receivers=2) as after:
+                assert len(after.send(Tiny(3), version=3).committed) == 2
+            relay.say("end")
+            relay.heard()
+            (first, doubt), (second, other_doubt) = map(history, workers)
+            took = 2 in first
+            assert (2 in second) == took, f"at point {at}"
+            if decided.value != Decision.COMMIT.value:
+                assert not took, f"at point {at}"
+            elif not took:
+                assert doubt
+                assert other_doubt, f"at point {at}"
+            seen.add((took, doubt))
+        if survived:
+            break
+    assert seen == {(True, False), (False, False), (False, True)}
+    assert at > 15
+
+
+@pytest.mark.parametrize("on_lost", ["abort", "drop"])
+def test_a_worker_killed_at_any_moment_is_named(on_lost, trainer, worker):
+    seen = set()
+    for at in range(100):
+        with contextlib.ExitStack() as stack:
+            relay = stack.enter_context(Child(relay_process, trainer, worker))
+            other = stack.enter_context(Child(follow, worker))
+            victim = stack.enter_context(Child(follow, worker, at))
+            sending = stack.enter_context(sender(trainer, receivers=2, on_lost=on_lost))
+            sending.send(Tiny(1), version=1)
+            try:
+                report = sending.send(Tiny(2), version=2)
+                committed, told = report.committed, str(report)
+            except (hw.TransferAborted, hw.TransferIncomplete) as error:
+                committed, told = getattr(error, "committed", ()), str(error)
+            assert victim.name in told
+            victim.heard()
+            survived = victim.heard() is not None
+            assert f"{other.name} on 127.0.0.1" in sending.send(Tiny(3), version=3, receivers=1).committed
+            versions, doubted = history(other)
+            assert (2 in versions) == (f"{other.name} on 127.0.0.1" in committed), f"at point {at}"
+            assert not doubted
+            seen.add(2 in versions)
+            relay.say("end")
+            relay.heard()
+        assert victim.exitcode == (0 if survived else -signal.SIGKILL)
+        if survived:
+            break
+    assert seen == {False, True}  # Also with "drop": a host takes a version as one.
+    assert at > 10
