@@ -27,7 +27,7 @@ test: $(VENV)/.installed
 test-all: $(VENV)/.installed
 	HOTWEIGHTS_EXAMPLES=4 $(PYTEST) --timeout 600
 
-# With a real vLLM engine on the CPU, in an environment of its own: some ten minutes, 2 GB. The part: three minutes.
+# With a real vLLM engine on the CPU, in an environment of its own: some twenty minutes, 2 GB. The part: five minutes.
 test-vllm: $(VLLM_VENV)/.installed
 	$(VLLM_BIN)/python -m pytest tests/vllm
 

@@ -126,6 +126,31 @@ CASES = {
 }
 
 MORE = {
+    "olmoe": Case("OlmoeConfig", {**_BASE, "intermediate_size": 128, "num_experts": 8, "num_experts_per_tok": 2}),
+    "qwen2-moe": Case(
+        "Qwen2MoeConfig",
+        {**_MOE, "decoder_sparse_step": 1, "shared_expert_intermediate_size": 128, "norm_topk_prob": True},
+    ),
+    "gemma2": Case("Gemma2Config", {**_QWEN, "sliding_window": 64, "tie_word_embeddings": True}, embedding=0.05),
+    "olmo2": Case("Olmo2Config", _BASE),
+    "granite": Case("GraniteConfig", _BASE),
+    "phi3": Case("Phi3Config", {**_BASE, "pad_token_id": 0}),
+    "starcoder2": Case("Starcoder2Config", _BASE),
+    "gpt-neox": Case("GPTNeoXConfig", _BASE),
+    "gpt2": Case("GPT2Config", {"vocab_size": 1000, "n_embd": 256, "n_layer": 2, "n_head": 4, "n_positions": 512}),
+    "opt": Case(
+        "OPTConfig",
+        {
+            "vocab_size": 1000,
+            "hidden_size": 256,
+            "ffn_dim": 512,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 512,
+            "word_embed_proj_dim": 256,
+        },
+    ),
+    "bloom": Case("BloomConfig", {"vocab_size": 1000, "hidden_size": 256, "n_layer": 2, "n_head": 4}),
     "deepseek-v3": Case(
         "DeepseekV3Config",
         {

@@ -19,7 +19,7 @@ def join():
 
 
 def load(path, options):
-    """The model, as an engine's worker would have it loaded."""
+    """The model, as an engine's worker would have it loaded, and vLLM's config of it."""
     from vllm.config import set_current_vllm_config
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader import get_model
@@ -28,7 +28,7 @@ def load(path, options):
         model=path, skip_tokenizer_init=True, dtype="bfloat16", enforce_eager=True, max_model_len=256, **options
     ).create_engine_config()
     with set_current_vllm_config(config):
-        return get_model(vllm_config=config)
+        return get_model(vllm_config=config), config
 
 
 def compared(path, options, plain):
@@ -46,7 +46,7 @@ def compared(path, options, plain):
     found = []
     for one in OPTIONS:
         torch.manual_seed(len(found))
-        found.append(digest_of(load(path, {**options, **one})).tensors)
+        found.append(digest_of(load(path, {**options, **one})[0]).tensors)
     theirs, ours = found
     return sorted(name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)), len(theirs)
 
