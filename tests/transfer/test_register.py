@@ -12,7 +12,7 @@ import hotweights as hw
 from hosts import follow, free_address, history, relay_process
 from hotweights.transfer.ballot import Decision
 from hotweights.transfer.outbound import Outbound
-from hotweights.transfer.register import Record, Register, SharedRecord
+from hotweights.transfer.register import DecisionRecord, Register, SharedRecord
 
 COMMIT, ABORT = Decision.COMMIT, Decision.ABORT
 
@@ -25,11 +25,11 @@ def register(tmp_path):
 
 @pytest.mark.parametrize("first", Decision)
 def test_a_record_is_written_once_by_whoever_is_first(first, register):
-    written = Record(first, (1, 5))
+    written = DecisionRecord(first, (1, 5))
     assert Register(register).decide(7, written) == written
     for other in Decision:
-        assert Register(register).decide(7, Record(other, ())) == written
-    assert Register(register).decide(8, Record(ABORT, ())) == Record(ABORT, ())
+        assert Register(register).decide(7, DecisionRecord(other, ())) == written
+    assert Register(register).decide(8, DecisionRecord(ABORT, ())) == DecisionRecord(ABORT, ())
 
 
 def test_racing_processes_read_one_record(register):
@@ -38,7 +38,7 @@ def test_racing_processes_read_one_record(register):
     def vote(pipe, number):
         start.wait(TIMEOUT)
         for update in range(20):
-            record = Register(register).decide(update, Record(list(Decision)[number % 2], (number,)))
+            record = Register(register).decide(update, DecisionRecord(list(Decision)[number % 2], (number,)))
             pipe.send((record.decision.name, record.places))
 
     with contextlib.ExitStack() as stack:
@@ -48,7 +48,7 @@ def test_racing_processes_read_one_record(register):
 
 
 def test_a_commit_is_for_those_who_are_listed(register):
-    Register(register).decide(7, Record(COMMIT, (1, 5)))
+    Register(register).decide(7, DecisionRecord(COMMIT, (1, 5)))
     assert [SharedRecord(Register(register), 7, place).is_commit() for place in (1, 2, 5)] == [True, False, True]
 
 
@@ -71,12 +71,12 @@ def test_a_register_is_probed_before_it_is_trusted(tmp_path, register, monkeypat
 def test_a_register_out_of_reach_or_damaged_leaves_doubt(tmp_path, register):
     os.rmdir(tmp_path / "shared run")
     with pytest.raises(hw.TransferError, match="cannot be had from file://"):
-        Register(register).decide(7, Record(ABORT, ()))
+        Register(register).decide(7, DecisionRecord(ABORT, ()))
     os.mkdir(tmp_path / "shared run")
     for content in ("", "{}", '{"decision": "MAYBE", "places": []}', '{"decision": "COMMIT", "places": ["x"]}'):
         (tmp_path / "shared run" / "hotweights-0000000000000007.json").write_text(content)
         with pytest.raises(hw.TransferError, match="cannot be had from file://"):
-            Register(register).decide(7, Record(ABORT, ()))
+            Register(register).decide(7, DecisionRecord(ABORT, ()))
 
 
 def send_twice(pipe, addresses, register, at):
@@ -129,7 +129,7 @@ def test_a_sender_that_decides_too_late_finds_the_record(register, monkeypatch):
 
     def late(outbound):
         ask(outbound)
-        lost.append(Register(register).decide(outbound._update, Record(ABORT, ())))
+        lost.append(Register(register).decide(outbound._update, DecisionRecord(ABORT, ())))
 
     def work():
         with receiver(address) as source:

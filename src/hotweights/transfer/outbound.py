@@ -36,7 +36,7 @@ from .messages import (
 )
 from .packing import Packing, Piece, pieces
 from .peers import Peer, PeerGroup, told
-from .register import Record, Register
+from .register import DecisionRecord, Register
 from .report import SendReport
 from .shared_memory import WriteSlots
 from .states import SessionState
@@ -237,7 +237,7 @@ class Outbound:
             if self._register is not None:
                 # First of all: who has lost this process, or does so now, finds it there.
                 places = tuple(peer.place for peer in self._members)
-                vote = self._register.decide(self._update, Record(vote, places)).decision
+                vote = self._register.decide(self._update, DecisionRecord(vote, places)).decision
         decision = self._ballot.decide(vote)
         return decision if self._agreed else Decision.ABORT
 

@@ -17,7 +17,7 @@ from .ballot import Decision
 _NAME = "hotweights-{:016x}.json"  # by update
 
 
-class Record(NamedTuple):
+class DecisionRecord(NamedTuple):
     """What was decided about an update, and for which places of the sender's."""
 
     decision: Decision
@@ -62,7 +62,7 @@ class Register:
         if (first, second) != (b"first", b"first"):
             raise UsageError(f"{self.url} cannot hold decisions: it let two writers write one file")
 
-    def decide(self, update: int, record: Record) -> Record:
+    def decide(self, update: int, record: DecisionRecord) -> DecisionRecord:
         """Write ``record`` if nothing is written about this update. Returns what is written then.
 
         Raises:
@@ -72,7 +72,7 @@ class Register:
         try:
             raw = self._written(os.path.join(self._directory, _NAME.format(update)), content)
             found = msgspec.json.decode(raw, type=_Content)
-            return Record(Decision[found.decision], found.places)
+            return DecisionRecord(Decision[found.decision], found.places)
         except (OSError, msgspec.MsgspecError, KeyError) as error:
             raise TransferError(f"the decision about update {update} cannot be had from {self.url}: {error}") from error
 
@@ -111,5 +111,5 @@ class SharedRecord(NamedTuple):
         Raises:
             TransferError: the register cannot be reached.
         """
-        record = self.register.decide(self.update, Record(Decision.ABORT, ()))
+        record = self.register.decide(self.update, DecisionRecord(Decision.ABORT, ()))
         return record.decision is Decision.COMMIT and self.place in record.places
