@@ -170,6 +170,8 @@ def test_every_public_word_is_in_the_reference():
     assert said - public == {
         "hotweights.errors",
         "hotweights.sources.contracts",
+        "hotweights.engines.diffusers",
+        "hotweights.engines.peft",
         "hotweights.engines.transformers",
         "hotweights.engines.torchao",
     }
