@@ -16,6 +16,12 @@ def log(level: int, message: str, *parts: object) -> None:
         _LOGGER.log(level, message, *parts, stacklevel=2)
 
 
+def log_if_heard(level: int, message: str, *parts: object) -> None:
+    """Log what is raised, too. Where nobody has set up logging, Python would print it beside the exception."""
+    if _LOGGER.hasHandlers():
+        log(level, message, *parts)
+
+
 def forgotten(message: str, what: object) -> None:
     """Warn that ``what`` was not closed. For its ``__del__``, which closes it whatever happens here.
 

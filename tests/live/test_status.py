@@ -2,6 +2,8 @@
 
 import json
 import logging
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -102,3 +104,17 @@ def test_a_hook_that_fails_is_the_last_error_of_a_version_that_is_live(caplog):
     assert numbers(live) == (2, "serving", 2, 0)
     assert "ZeroDivisionError" in live.status()["last_error"]
     assert [record.levelno for record in caplog.records] == [logging.INFO, logging.WARNING]
+
+
+def test_a_failure_is_not_said_twice_where_nobody_has_set_up_logging():
+    code = """
+import hotweights as hw, torch
+live = hw.LiveModel(torch.nn.Linear(2, 2))
+live.load({"weight": torch.ones(2, 2), "bias": torch.ones(2)})
+try:
+    live.update({"weight": torch.ones(2, 2)})
+except hw.UpdateAborted:
+    pass
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 
-from ..notices import log
+from ..notices import log, log_if_heard
 from ..text import size
 from .report import UpdateReport
 
@@ -44,7 +44,7 @@ class Record:
     def note_error(self, error: BaseException) -> None:
         """Take note of what went wrong, be it that the version is live, and say so."""
         self.error, self._error_since = _in_a_line(error), time.monotonic()
-        log(logging.WARNING, "%s", self.error)
+        log_if_heard(logging.WARNING, "%s", self.error)
 
     def status(self) -> dict[str, object]:
         """All of it as plain data."""

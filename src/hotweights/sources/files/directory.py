@@ -27,6 +27,7 @@ _BESIDE = (
     "optim|scheduler|scaler|sampler|random_states|rng_state",
 )
 _PART_OF_DOWNLOAD = re.compile(r".+\.(incomplete|tmp|temp|part|partial|crdownload|download|aria2)")
+_SHOWN = 8  # folders that an error offers by name
 _COMPONENTS = 200  # folders that are looked into, to name those with weights
 
 
@@ -171,7 +172,13 @@ def _nothing(directory: Place, names: Sequence[str], layout: Layout, variant: st
 
 def _choose_folder(directory: Place, names: Sequence[str], layout: Layout) -> str:
     folders = _components(directory, names, layout)
-    return f"; choose one: {' or '.join(f'subfolder={json.dumps(name)}' for name in folders)}" if folders else ""
+    if not folders:
+        return ""
+    if len(folders) > _SHOWN:
+        return (
+            f"; {len(folders)} folders in it are checkpoints; open one of them, such as {folders[0]!r}, by its own path"
+        )
+    return f"; choose one: {' or '.join(f'subfolder={json.dumps(name)}' for name in folders)}"
 
 
 def _holds_weights(folder: Place, layout: Layout) -> bool:
