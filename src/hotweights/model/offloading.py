@@ -1,6 +1,7 @@
 """Offloading: weights that a hook keeps elsewhere and brings back before each forward. Whatever is loaded is lost then.
 
-Hooks that move or cast a module's own tensors lose nothing, but leave no tensor at its address. No framework is asked for: accelerate's hooks and their like are known by what they hold.
+Hooks that move or cast a module's own tensors lose nothing, but leave no tensor at its address. No framework is asked
+for: accelerate's hooks and their like are known by what they hold, and those that move by their class.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _NEAR = 2  # Where such a walk begins, of ``walk.DEPTH`` steps
 
 
 def refuse_offloaded(model: nn.Module, surveyed: Survey) -> None:
-    """Raise ``PlanError`` if hooks of the model keep its weights elsewhere, or move them: for who needs addresses."""
+    """Raise ``PlanError`` if hooks of the model keep its weights elsewhere, or move them."""
     _refuse(model, surveyed, set())
     _refuse_moved(model, surveyed)
 
