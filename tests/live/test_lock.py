@@ -12,7 +12,7 @@ import zoo
 from torch import nn
 
 import hotweights as hw
-from hotweights.live.lock import ReadWriteLock
+from hotweights.live.lock import ReadWriteLock, WriteTurn
 
 WAYS = ("journal", "staged", False)
 WAIT = 30  # seconds after which a test is wrong, not slow
@@ -271,3 +271,17 @@ def test_a_timeout_ends_the_wait_for_a_writer():
     assert time.monotonic() - began < WAIT
     serving.end_writing(hold)
     Thread(read).result()
+
+
+def test_who_is_interrupted_when_the_lock_was_just_taken_lets_readers_in():
+    """Ctrl-C while the wait is noted: an update that had not begun kept the lock for ever."""
+
+    def note(*event):
+        raise KeyboardInterrupt
+
+    lock = ReadWriteLock()
+    turn = WriteTurn(lock, None, note)
+    with pytest.raises(KeyboardInterrupt), turn.briefly():
+        pass
+    assert not turn.held
+    lock.end_reading(lock.begin_reading(10))

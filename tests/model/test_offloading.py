@@ -185,6 +185,57 @@ def test_a_live_model_that_was_offloaded_takes_no_update(offload):
         live.update(NEW)
 
 
+def moved_whole(model):
+    accelerate.cpu_offload_with_hook(model, "cpu")
+
+
+def moved_among_other_hooks(model):
+    accelerate.hooks.add_hook_to_module(model, accelerate.hooks.ModelHook())
+    moved_whole(model)
+    assert isinstance(model._hf_hook, accelerate.hooks.SequentialHook)
+
+
+def cast_layer_by_layer(model):
+    for module in model.children():
+        hook = accelerate.hooks.LayerwiseCastingHook(torch.bfloat16, torch.float32, non_blocking=False)
+        accelerate.hooks.add_hook_to_module(module, hook)
+
+
+@pytest.mark.parametrize("hook", [moved_whole, moved_among_other_hooks, cast_layer_by_layer])
+def test_a_live_model_does_not_take_one_that_hooks_move(hook):
+    model = Net()
+    hook(model)
+    with pytest.raises(hw.PlanError, match="moves or casts these weights at each forward") as refused:
+        hw.LiveModel(model).load(NEW, cast="floats")
+    hw.load(model, NEW, cast="floats")  # What is moved is what was loaded.
+    assert model(torch.ones(1, 2)).item() == 6
+    advice = "accelerate.hooks.remove_hook_from_submodules(model)"
+    assert advice in str(refused.value)
+    eval(advice)
+    hw.LiveModel(model).load(NEW, cast="floats")
+
+
+def test_a_live_model_that_hooks_move_takes_no_update():
+    model = Net()
+    live = hw.LiveModel(model)
+    live.load(NEW)
+    moved_whole(model)
+    with pytest.raises(hw.UpdateAborted, match="Net: CpuOffload moves or casts"):
+        live.update(NEW)
+
+
+@pytest.mark.parametrize("kind", ["LayerwiseCastingHook", "GroupOffloadingHook"])
+def test_hooks_of_diffusers_that_move_are_known_too(kind):
+    hooks = pytest.importorskip("diffusers.hooks")
+    model = Net()
+    if kind == "LayerwiseCastingHook":
+        hooks.apply_layerwise_casting(model, torch.bfloat16, torch.float32)
+    else:
+        hooks.apply_group_offloading(model, HERE, offload_type="leaf_level")
+    with pytest.raises(hw.PlanError, match=f"body, head: {kind} moves or casts"):
+        hw.LiveModel(model).load(NEW, cast="floats")
+
+
 def only_moved(module):
     Aligning(module, offload=False).attach(module)
 

@@ -113,12 +113,21 @@ def by_checked(live, number):
     live.update(version_of(number), version=number, check=check)
 
 
+def by_rollback(live, number):
+    live.update(version_of(number), version=number)
+    try:
+        live.rollback()
+    except hw.LiveModelError as error:  # Not every model keeps the version before.
+        if "not kept" not in str(error) and live._atomic is not False:
+            raise
+
+
 def while_serving(live, number):
     with live.serving() as version:
         assert numbers_in(live.model) == {float(version)}
 
 
-ACTS = (by_mapping, by_mapping, by_stream, by_pushes, by_nobody, by_checked, while_serving)
+ACTS = (by_mapping, by_mapping, by_stream, by_pushes, by_nobody, by_checked, by_rollback, while_serving)
 
 
 def run(tally, draw, until, folder):
@@ -129,24 +138,24 @@ def run(tally, draw, until, folder):
         while time.monotonic() < until:
             if striker.poll() is not None:
                 raise KeyboardInterrupt
-            atomic, budget = draw.choice(WAYS), draw.choice((1, 1, 1, 2, 5))
-            live = models.pop(atomic, None)
+            atomic, keeps, budget = draw.choice(WAYS), draw.choice((False, True)), draw.choice((1, 1, 1, 2, 5))
+            live = models.pop((atomic, keeps), None)
             if live is None or draw.random() < 0.01:
-                live = _loaded(tally, blows, atomic, budget, numbers)
+                live = _loaded(tally, blows, live_model(atomic, keep_previous=keeps), budget, numbers)
             elif not _updated(tally, blows, live, draw.choice(ACTS), budget, numbers):
                 continue
             if live is None or not _goes_on(tally, live, numbers, draw.random() < 0.2):
                 continue  # After a fault there is a new model: one fault is one.
-            models[atomic] = live
+            models[atomic, keeps] = live
     tally.add("dropped by Python", blows.swallowed)
 
 
-def _loaded(tally, blows, atomic, budget, numbers):
-    live, number = live_model(atomic), next(numbers)
+def _loaded(tally, blows, live, budget, numbers):
+    number = next(numbers)
     if not _struck(
         tally,
         blows,
-        f"load, {atomic}, at most {budget} times",
+        f"load, {live._atomic}, at most {budget} times",
         lambda: live.load(version_of(number), version=number),
         budget,
     ):

@@ -33,8 +33,8 @@ def streamed(number):
     return hw.from_iterator(iter(tensors.items()), hw.open(tensors).manifest)
 
 
-def live_model(atomic):
-    return hw.LiveModel(Layers(), process=process, layers="processed", atomic=atomic)
+def live_model(atomic, **options):
+    return hw.LiveModel(Layers(), process=process, layers="processed", atomic=atomic, **options)
 
 
 def numbers_in(model):

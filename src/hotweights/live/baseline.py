@@ -17,10 +17,12 @@ from ..model.materialise import dressed
 from ..model.merged import refuse_merged
 from ..model.offloading import refuse_offloaded
 from ..model.places import places
+from ..model.processed import note
 from ..model.reachable import attributes, reachable
 from ..model.survey import survey
 from ..model.walk import modules_of
 from ..plan.plan import LoadPlan
+from . import explain
 from .attributes import held_by, state_of
 from .groups import LayerGroup, coverage, elements, groups_of
 from .job import Job
@@ -82,6 +84,7 @@ class Baseline:
         self.plans = Plans(model, plan, options, self._layers, self._layout, unknown)
         self._initial = {name: self.live[name].detach().to("cpu", copy=True) for name in self.plans.initial()}
         self._acted: set[str] = set()
+        self._formats: list[explain.Formats] = []
         self._where: dict[str, tuple[object, ...]] = {}
         self._mirror: Mirror | None = None
 
@@ -159,6 +162,7 @@ class Baseline:
         self.plans.committed(job.plan, job.restored)
         if job.first:
             self.live = self._tensors(self.plans.first)
+            self._note_formats()
             free = {layer.full(key) for layer in self._layers for key in layer.free()} - self._acted
             written = {name for step in self.plans.first.steps for name in step.destinations}
             # A tensor that no step writes and no layer has may be replaced by whoever uses it: a table that is cast.
@@ -166,6 +170,20 @@ class Baseline:
             free |= alone.difference(*(layer.tensors() for layer in self._layers))
             self._where = {name: _where(tensor) for name, tensor in self.live.items() if name not in free - written}
         self.written(job)
+
+    def _note_formats(self) -> None:
+        layers = [layer for layer in self._layers if layer.module in self._processed]
+        note(layer.module for layer in layers)
+        self._formats = [
+            explain.Formats(layer.name, layer.deferred, frozenset(layer.captured()), tuple(layer.tensors()))
+            for layer in layers
+        ]
+
+    def explain(self, names: Sequence[str]) -> str:
+        """What becomes of a tensor, by the first of its ``names`` that is known, see ``LiveModel.explain``."""
+        plan = self.plans.last
+        name = next((name for name in names if explain.knows(plan, self.live, name)), names[0])
+        return explain.explain(plan, self._formats, self.live, name)
 
     def torn(self, job: Job) -> None:
         """Take note that the model holds some of what came by this job."""

@@ -286,8 +286,8 @@ class WriteTurn:
     def briefly(self) -> Iterator[None]:
         """Inside, readers are kept out; afterwards it is as before."""
         was_held = self.held
-        self.take()
         try:
+            self.take()  # An interruption may come when it was taken: nobody else would give it back.
             yield
         finally:
             if not was_held:

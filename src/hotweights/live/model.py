@@ -44,6 +44,7 @@ from ..model.survey import By, own_loader, survey
 from ..model.unprocessed import unprocessed
 from ..names import outer_prefix, unwrapped
 from ..plan.patterns import Patterns, widened
+from ..plan.plan import LoadPlan
 from ..rename import Rename, renamer
 from ..sources.contracts import IOMode, refusing
 from ..sources.iterator import IteratorSource
@@ -160,6 +161,33 @@ class LiveModel:
         each of these is ``None`` where there was none.
         """
         return {"version": self.version, "state": self.state.value, **self._current.record.status()}
+
+    @property
+    def plan(self) -> LoadPlan | None:
+        """The plan by which the live version came, of the model in checkpoint format; ``None`` before the first load.
+
+        It is of the unwrapped model, and has the names that ``rename=`` gave. Of the versions that partial updates
+        brought it is the plan of the last whole one.
+        """
+        baseline = self._baseline
+        return None if baseline is None or self.version is None else baseline.plans.last
+
+    def explain(self, name: str) -> str:
+        """In words: what becomes of a tensor of the checkpoint or the model, through loading and processing.
+
+        Of a tensor of a processed layer it says also of which tensors processing makes it. Waits for nobody.
+
+        Raises:
+            UsageError: nothing was loaded yet; ``hotweights.trace(model, source).explain(name)`` tells of the loading.
+            UnknownName: neither model nor source has this name; the message lists similar ones.
+        """
+        baseline = self._baseline
+        if baseline is None or self.version is None:
+            raise UsageError(
+                "nothing was loaded yet; hotweights.trace(model, source).explain(name) tells what a load would do"
+            )
+        others = (own for own, several in self._others.items() if name in several)
+        return baseline.explain([name, self._current.names.get(name, name), *others])
 
     def on_commit(self, hook: Callable[[str | int], object]) -> None:
         """Call ``hook(version)`` after each commit, never after an abort: to drop caches that hold the old weights.

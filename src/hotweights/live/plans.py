@@ -19,6 +19,7 @@ from ..memory.aliases import has_bytes
 from ..memory.digest import digests
 from ..model.materialise import dressed
 from ..model.places import places
+from ..model.processed import forget, note
 from ..model.reachable import reachable
 from ..model.survey import By, own_loader, survey
 from ..plan.patterns import Patterns, both, matches
@@ -261,6 +262,7 @@ class Plans:
             return live[name].detach() if self._layout.of(name) in as_before else twins[name]
 
         dressing: Dressing = {}
+        processed = forget(layer.module for layer in self._layers)
         try:
             for place in places(self._model):
                 if place.name not in own and place.name in self._layout and self._layout.of(place.name) in spans:
@@ -270,6 +272,7 @@ class Plans:
             yield
         finally:
             put_back(before)
+            note(processed)
 
     def _is_as_before(self, span: int, live: Mapping[str, torch.Tensor]) -> bool:
         """Whether the tensors of a span lie in live memory as they did before the first load."""

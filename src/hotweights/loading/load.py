@@ -24,6 +24,7 @@ from ..model.materialise import materialise, put_back
 from ..model.merged import refuse_merged
 from ..model.offloading import refuse_own_code, refuse_unwritable
 from ..model.places import places
+from ..model.processed import in_words, processed
 from ..model.reachable import attributes, reachable
 from ..model.survey import By, Survey, survey
 from ..model.unprocessed import unprocessed
@@ -225,7 +226,10 @@ def load(
             # Not before everything is loaded and proven: from here on the group counts on this member.
             if isinstance(source, Participant):
                 stack.enter_context(source.decision())
+        kernels = processed(model)
         warnings = (*warnings_of(source), *told(model, left, init_missing), *_unprocessed(model))
+        if kernels:
+            warnings = (*warnings, in_words(kernels))
         return _report(plan, done, pool, time.perf_counter() - began, warnings)
 
 

@@ -1,6 +1,7 @@
 """Offloading: weights that a hook keeps elsewhere and brings back before each forward. Whatever is loaded is lost then.
 
-No framework is asked for: accelerate's hooks and their like are known by what they hold.
+Hooks that move or cast a module's own tensors lose nothing, but leave no tensor at its address. No framework is asked
+for: accelerate's hooks and their like are known by what they hold, and those that move by their class.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ _NEAR = 2  # Where such a walk begins, of ``walk.DEPTH`` steps
 
 
 def refuse_offloaded(model: nn.Module, surveyed: Survey) -> None:
-    """Raise ``PlanError`` if hooks of the model keep its weights elsewhere."""
+    """Raise ``PlanError`` if hooks of the model keep its weights elsewhere, or move them."""
     _refuse(model, surveyed, set())
+    _refuse_moved(model, surveyed)
 
 
 def refuse_unwritable(model: nn.Module, surveyed: Survey) -> None:
@@ -71,6 +73,34 @@ def _refuse(model: nn.Module, surveyed: Survey, known: set[int]) -> None:
                 for keeper, names in keepers.items()
             ),
         )
+
+
+_MOVING = {"CpuOffload", "LayerwiseCastingHook", "GroupOffloadingHook"}  # accelerate's and diffusers', by class
+
+
+def _refuse_moved(model: nn.Module, surveyed: Survey) -> None:
+    own = {id(module) for module in model.modules()} | {*map(id, surveyed.tensors.values())}
+    moved: dict[str, list[str]] = {}
+    for name, module in surveyed.hooked:
+        seen = set(own)  # Several modules may have one hook.
+        hooks = (value for hook in _hooks(module, on_meta=False) for _, value in walk("", hook, seen, _NEAR))
+        if kind := next(filter(None, map(_mover, itertools.islice(hooks, _VISITED))), None):
+            moved.setdefault(kind, []).append(name or type(model).__name__)
+    if moved:
+        raise PlanError(
+            "a live model keeps the addresses of its tensors; nothing was read or written",
+            (
+                f"{some(names)}: {kind} moves or casts these weights at each forward; make the live model of one "
+                "without such hooks (accelerate's are taken off by accelerate.hooks.remove_hook_from_submodules(model))"
+                for kind, names in moved.items()
+            ),
+        )
+
+
+def _mover(value: object) -> str | None:
+    """The name of its class, if it is a hook that puts a module's tensors elsewhere."""
+    names = {kind.__name__ for kind in type(value).__mro__}
+    return type(value).__name__ if names & _MOVING else None
 
 
 def _keeper(module: nn.Module, tensors: Mapping[str, torch.Tensor], seen: set[int]) -> str | None:

@@ -36,7 +36,7 @@ def explain(plan: LoadPlan, name: str) -> str:
     if not lines and name in plan.manifest:
         return _explain_source(plan, name)
     if not lines:
-        raise UnknownName("tensor", name, [some(_alike(name, [*plan.targets, *plan.transient]))])
+        raise UnknownName("tensor", name, [some(alike(name, [*plan.targets, *plan.transient]))])
     return "\n".join([_titled(plan, name), *lines])
 
 
@@ -71,6 +71,11 @@ def summarise(plan: LoadPlan) -> str:
     if plan.state_read:
         rows.append(("reads", f"{summary(plan.state_read, {})} of the model: the plan holds for their values"))
     rows += [("changes", effect) for effect in plan.side_effects]
+    if plan.processed:
+        rows.append(
+            ("processed", f"{summary(plan.processed, {})} by a LiveModel: this plan is for what their kernels use;")
+        )
+        rows.append(("", "see live.plan, live.explain(name)"))
     return table(rows)
 
 
@@ -185,7 +190,7 @@ def _named(op: Op) -> str:
     return str(op.func).removeprefix("aten.").partition(".")[0]
 
 
-def _alike(name: str, known: Iterable[str]) -> list[str]:
+def alike(name: str, known: Iterable[str]) -> list[str]:
     """Names that hold this one, or end as it does; all where there are none."""
     last = name.rpartition(".")[2]
     return sorted(

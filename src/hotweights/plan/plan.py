@@ -44,6 +44,7 @@ class LoadPlan:
         digests: of the values of ``state_read``, by name.
         by_layer: whether each layer is done before the next begins, as far as levels allow.
         transient: by name of each non-persistent buffer, the tensor with whose memory it shares bytes; empty if none.
+        processed: layers that a live model had processed by then, so that their tensors are not those of a checkpoint.
     """
 
     steps: tuple[Step, ...]
@@ -63,6 +64,7 @@ class LoadPlan:
     by_layer: bool = False
     mismatched: Mapping[str, str] = field(default_factory=dict)
     transient: Mapping[str, str] = field(default_factory=dict)
+    processed: tuple[str, ...] = ()
 
     def names(self, fate: Fate) -> tuple[str, ...]:
         """The names with this fate, sorted."""

@@ -20,6 +20,7 @@ from ..model.matching import other_names
 from ..model.merged import refuse_merged
 from ..model.offloading import refuse_own_code, refuse_unwritable
 from ..model.places import targets_of
+from ..model.processed import processed, telling
 from ..model.survey import By, LoadingCode, Survey, counters, extra_states, loader_of, own_loader, survey
 from ..names import outer_prefix, unwrapped
 from ..plan.draft import Allowed, Traced, draft
@@ -55,7 +56,8 @@ def trace(
 
     A model with ``load_weights`` is asked by that; a transformers model by transformers' own conversions; any other is
     planned by name, or by its ``load_state_dict`` where that runs code of its own. Moves nothing, changes nothing: no
-    tensor of the model is written, and attributes that its code changes are put back.
+    tensor of the model is written, and attributes that its code changes are put back. Layers that a ``LiveModel`` has
+    processed are no longer as a checkpoint has them: plan and error name them, and ``live.plan`` is what is meant.
 
     Args:
         model: whose loading is planned.
@@ -99,7 +101,14 @@ def trace(
             mismatched=widened(mismatched, others),
             cast=cast,
         )
-        return _trace(model, seen, promised, where, allowed, by)
+        layers = processed(model)
+        try:
+            plan = _trace(model, seen, promised, where, allowed, by)
+        except PlanError as error:
+            if layers:
+                raise telling(error, layers) from error
+            raise
+        return replace(plan, processed=layers) if layers else plan
 
 
 def _promised(source: Manifest | AnySource) -> Manifest:

@@ -93,6 +93,7 @@ class Document(msgspec.Struct, forbid_unknown_fields=True):
     warnings: list[str] = msgspec.field(default_factory=list)  # always empty; files of this version have it
     mismatched: dict[str, str] = msgspec.field(default_factory=dict)
     transient: dict[str, str] = msgspec.field(default_factory=dict)
+    processed: list[str] = msgspec.field(default_factory=list)
     origins: dict[str, str] = msgspec.field(default_factory=dict)  # where ``rename=`` gave other names
 
 
@@ -144,7 +145,7 @@ class _Writer:
         specs = [*(target.spec for target in plan["targets"].values()), *plan["manifest"].values()]
         if wrapped := {spec.shell.outer(spec.name): None for spec in specs if spec.shell}:
             _refuse(self._path, f"it is for what lies in wrapper tensors: {some(list(wrapped))}")
-        lists = ("fallback", "graph_breaks", "unproven", "side_effects", "state_read", "levels")
+        lists = ("fallback", "graph_breaks", "unproven", "side_effects", "state_read", "levels", "processed")
         return Document(
             version=VERSION,
             manifest=[(spec.name, _dtype_name(spec.dtype), spec.shape) for spec in plan["manifest"].values()],

@@ -84,7 +84,15 @@ class _Validator:
             "transient": document.transient,
             **{
                 name: tuple(getattr(document, name))
-                for name in ("levels", "fallback", "graph_breaks", "unproven", "side_effects", "state_read")
+                for name in (
+                    "levels",
+                    "fallback",
+                    "graph_breaks",
+                    "unproven",
+                    "side_effects",
+                    "state_read",
+                    "processed",
+                )
             },
         }
 
