@@ -14,17 +14,17 @@ from typing import NamedTuple, Protocol, TypeVar
 import torch
 
 from ...arguments import check_choices
-from ...errors import CheckpointError, Closed
+from ...errors import CheckpointError
 from ...manifest import Manifest, TensorSpec
 from ...memory.digest import Digest
 from ...memory.guards import Guard
 from ...memory.host import ALIGNMENT, host_empty
 from ...memory.lease import Lease, Slot
 from ...memory.pool import Pool
-from ...notices import forgotten
 from ...ranges import Range
 from ...text import some
 from ..checksums import Proof
+from ..closing import ClosedByOwner
 from ..contracts import IOMode, Read
 from ..files.file import File
 from ..files.reading import Segment
@@ -49,14 +49,13 @@ class _Home(NamedTuple):
     position: tuple[int, int]
 
 
-class DcpSource:
+class DcpSource(ClosedByOwner):
     """The tensors of one DCP directory. Made by ``hotweights.open``; closing it closes the files.
 
     The manifest lists tensors in the order in which their first parts lie in the files. What is no tensor is not read.
     """
 
     def __init__(self, place: DcpPlace, digests: str | os.PathLike[str] | None = None) -> None:
-        self._closed = True  # Until the files are open there is nothing to close.
         self.path = str(place.directory)
         self._proof: Proof | None = None
         with ExitStack() as undo:
@@ -193,19 +192,6 @@ class DcpSource:
         for file in (self._said, *self._files.values()):
             file.close()
 
-    def __enter__(self) -> DcpSource:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        if not getattr(self, "_closed", True):
-            try:
-                forgotten(f"the source {self.path!r} was not closed; use it in a with", self)
-            finally:
-                self.close()
-
     def __repr__(self) -> str:
         return f"<DcpSource {self.path!r}: {len(self._manifest)} tensors in {len(self._files)} files>"
 
@@ -220,10 +206,6 @@ class DcpSource:
         leases = self._lease_all(pool, True, "off", stopped, last=lambda: None)
         with LeaseStream(leases, stop=partial(_stop, stopped, pool)) as stream:
             return digest_of_leases(stream, stopped)
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise Closed(f"the source {self.path!r} was closed")
 
     def _home(self, name: str, tensor: SavedTensor) -> _Home:
         mosaic = Mosaic(tensor)

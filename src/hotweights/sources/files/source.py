@@ -13,7 +13,7 @@ import torch
 
 from ...arguments import check_choices
 from ...dtypes import OpaqueDtype
-from ...errors import Closed, UsageError
+from ...errors import UsageError
 from ...gc_pause import without_collection
 from ...manifest import Manifest
 from ...memory.addresses import PAGE
@@ -22,7 +22,7 @@ from ...memory.guards import Guard
 from ...memory.host import host_empty
 from ...memory.lease import Lease, Slot
 from ...memory.pool import Pool
-from ...notices import forgotten
+from ..closing import ClosedByOwner
 from ..contracts import IOMode, Read
 from ..owned import owned_tensors
 from ..streams import LeaseStream, ahead, digest_of_leases
@@ -40,7 +40,7 @@ class _Run(NamedTuple):
     nbytes: int
 
 
-class FileSource:
+class FileSource(ClosedByOwner):
     """The tensors of one checkpoint on disk. Made by ``hotweights.open``; closing it closes the files.
 
     The manifest lists tensors file by file, in the order in which they lie there.
@@ -56,7 +56,6 @@ class FileSource:
         subfolder: str | None = None,
         digests: str | os.PathLike[str] | None = None,
     ) -> None:
-        self._closed = True  # Until the files are open there is nothing to close.
         self.path = path_of(what)
         with without_collection():
             checkpoint = open_checkpoint(what, variant=variant, subfolder=subfolder)
@@ -170,25 +169,8 @@ class FileSource:
         self._closed = True
         self._checkpoint.close()
 
-    def __enter__(self) -> FileSource:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        if not getattr(self, "_closed", True):
-            try:
-                forgotten(f"the source {self.path!r} was not closed; use it in a with", self)
-            finally:
-                self.close()
-
     def __repr__(self) -> str:
         return f"<FileSource {self.path!r}: {len(self._manifest)} tensors in {len(self._shards)} files>"
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise Closed(f"the source {self.path!r} was closed")
 
     def _segment(self, read: Read) -> Segment:
         (number, entry), into = self._homes[read.name], read.into

@@ -9,11 +9,11 @@ from contextlib import ExitStack
 from typing import NamedTuple
 
 from ...dtypes import format_name
-from ...errors import CheckpointError, Closed, HotweightsError, MissingPackage, SourceError, UnknownName
+from ...errors import CheckpointError, HotweightsError, MissingPackage, SourceError, UnknownName
 from ...manifest import Manifest
 from ...memory.guards import Guard
-from ...notices import forgotten
 from ...text import some
+from ..closing import ClosedByOwner
 from ..files.layout import SAFETENSORS
 from ..files.shards import Checkpoint, Paths, open_checkpoint, path_of
 from ..files.source import FileSource
@@ -38,7 +38,7 @@ READERS = tuple(_PACKAGES)
 """The names that ``hotweights.open(path, reader=...)`` knows besides its own, ``"hotweights"``."""
 
 
-class ReaderSource:
+class ReaderSource(ClosedByOwner):
     """The tensors of a checkpoint on disk, read by another package, in its order. Made by ``hotweights.open``.
 
     The manifest is read by hotweights from validated headers, and every tensor is checked against it. The files stay
@@ -54,7 +54,6 @@ class ReaderSource:
         subfolder: str | None = None,
         digests: str | os.PathLike[str] | None = None,
     ) -> None:
-        self._closed = True  # Until the files are open there is nothing to close.
         package = _import(reader)
         self.path = path_of(what)
         self.reader = reader
@@ -123,25 +122,8 @@ class ReaderSource:
             stack.callback(self._owned.close)
             stack.callback(self._lent.close)
 
-    def __enter__(self) -> ReaderSource:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        if not getattr(self, "_closed", True):
-            try:
-                forgotten(f"the source {self.path!r} was not closed; use it in a with", self)
-            finally:
-                self.close()
-
     def __repr__(self) -> str:
         return f"<ReaderSource {self.path!r} by {self.reader}: {len(self.manifest)} tensors in {len(self.files)} files>"
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise Closed(f"the source {self.path!r} was closed")
 
 
 def _strange(reader: Reader, checkpoint: Checkpoint) -> dict[str, list[str]]:
