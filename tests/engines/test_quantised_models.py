@@ -120,7 +120,8 @@ def by_group(*shape):
 def of_compressed_tensors(form, bits, kind, strategy, group=None):
     weights = {"num_bits": bits, "type": kind, "strategy": strategy, "group_size": group, "symmetric": True}
     groups = {"group_0": {"targets": ["Linear"], "weights": weights, "format": form}}
-    return {"quant_method": "compressed-tensors", "format": form, "ignore": ["lm_head"], "config_groups": groups}
+    said = {"quant_method": "compressed-tensors", "format": form, "quantization_status": "compressed"}
+    return said | {"ignore": ["lm_head"], "config_groups": groups}
 
 
 def nf4():
