@@ -174,7 +174,11 @@ def draft(
     # Also where allow_unexpected= names them: "*" is meant for an extra head, not for weights without their scales.
     wrong.update(lost)
     if wrong:
-        advice = [f"Allow names with {' and '.join(sorted(arguments))}, if that is meant."] if arguments else []
+        advice = (
+            [f"Allow names with {' and '.join(sorted(arguments))}, if that is meant."]
+            if arguments and not quantised
+            else []
+        )
         if misfits:
             # With those that are allowed already: whoever types it types it in their place.
             pattern = narrowest([*shapes_of, *misfits])
