@@ -83,16 +83,25 @@ def lossy_cast_in_an_update(_):
     return lambda: live.update(state()), lambda: live.update(state(), cast="floats")
 
 
-@advice(hw.UpdateAborted, 'begin(cast="loader") allows it')
-def lossy_cast_of_a_pushed_tensor(_):
-    live = live_of(linear(HALF), state(HALF))
-
+def pushing(live, tensors):
     def push(**options):
         with live.begin(**options) as update:
-            update.feed(state())
+            update.feed(tensors)
             update.commit()
 
-    return lambda: push(cast="error"), lambda: push(cast="loader")
+    return push
+
+
+@advice(hw.UpdateAborted, 'begin(cast="floats") allows it')
+def lossy_cast_of_a_pushed_tensor(_):
+    push = pushing(live_of(linear(HALF), state(HALF)), state())
+    return lambda: push(cast="error"), lambda: push(cast="floats")
+
+
+@advice(hw.UpdateAborted, 'begin(cast="loader") allows it')
+def lossy_cast_of_a_pushed_tensor_to_a_byte(_):
+    push = pushing(live_of(linear(torch.float8_e4m3fn), state(torch.float8_e4m3fn)), state())
+    return push, lambda: push(cast="loader")
 
 
 @advice(hw.PlanError, 'cast="floats" allows it')

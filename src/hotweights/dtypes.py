@@ -74,6 +74,11 @@ def may_cast(source: torch.dtype, target: torch.dtype, cast: Cast) -> bool:
     return cast == "loader" or (cast == "floats" and _is_wide(source) and _is_wide(target))
 
 
+def narrowest_cast(source: torch.dtype, target: torch.dtype) -> Cast:
+    """The choice of ``cast=`` that allows it and does least besides, where a cast loses information."""
+    return "floats" if may_cast(source, target, "floats") else "loader"
+
+
 def _is_wide(dtype: torch.dtype) -> bool:
     # Floats of fewer bits come with a scale: a cast alone would put most weights out of their range.
     return dtype.is_floating_point and dtype.itemsize >= 2

@@ -52,6 +52,25 @@ def test_a_wrapped_live_model_is_updated_and_fed_under_every_name():
     assert bare.digest() == live.digest()
 
 
+@pytest.mark.parametrize("before", [None, {"a.": "b.", "b.": "a."}], ids=["as they are", "swapped"])
+def test_what_is_fed_under_new_names_means_the_same_whatever_the_last_version_was_called(before):
+    peft = pytest.importorskip("peft")
+    model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=1, target_modules=["a", "b"]))
+    live = hw.LiveModel(adapted)
+    weights = {f"{part}.{name}": tensor for part in "ab" for name, tensor in state(0).items()}
+    live.load(weights, rename=before, allow_missing="*lora_*")
+    with live.begin(rename={"a.": "b.", "b.": "a."}) as update:
+        update.feed({name: torch.full_like(tensor, ord(name[0])) for name, tensor in weights.items()})
+        update.commit()
+    assert holds(model["a"].base_layer, ord("b"))
+    assert holds(model["b"].base_layer, ord("a"))
+    with live.begin(rename={"trainer.": ""}) as update:
+        update.feed({f"trainer.{name}": torch.full_like(tensor, ord(name[0])) for name, tensor in weights.items()})
+        update.commit()
+    assert holds(model["a"].base_layer, ord("a"))
+
+
 def test_an_adapters_file_goes_into_a_live_model(tmp_path):
     peft = pytest.importorskip("peft")
 

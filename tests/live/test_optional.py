@@ -205,7 +205,7 @@ def test_what_is_kept_is_bounded(monkeypatch):
     live.load(version(1, scale=True), allow_missing="*")
     live.update(version(2, scale=False))  # the smaller one was kept
     assert float(model.scale) == 0.25
-    with pytest.raises(hw.UpdateAborted, match=r"weight: .*was not kept.* let it match fewer names"):
+    with pytest.raises(hw.UpdateAborted, match=r"weight: .*was not kept.* Let them match fewer names"):
         live.update({"scale": torch.tensor(1.0)})
     live = hw.LiveModel(Loading())  # as the error says
     live.load(version(1, scale=True), allow_missing="scale")
@@ -278,3 +278,70 @@ def test_an_untied_head_that_does_not_come_is_named():
     live.load({name: torch.ones(2, 2) for name in ("embed.weight", "head.weight")})
     with pytest.raises(hw.UpdateAborted, match=r"head\.weight: missing"):
         live.update({"embed.weight": torch.zeros(2, 2)})
+
+
+class Heads(nn.Module):
+    def __init__(self, labels):
+        super().__init__()
+        self.body, self.head = nn.Linear(3, 3), nn.Linear(3, labels)
+
+
+def doubled(layer):
+    """Keeps another thing than it was given, under the same name."""
+    layer.weight = nn.Parameter(layer.weight * 2, requires_grad=False)
+
+
+@pytest.mark.parametrize("process", [None, doubled], ids=["in place", "processed"])
+@pytest.mark.parametrize("atomic", WAYS)
+@pytest.mark.parametrize("road", [by_update, by_feed])
+@pytest.mark.parametrize("first", [5, 2], ids=["first fits", "first does not"])
+def test_another_head_and_the_models_own_in_turn(first, road, atomic, process):
+    model = Heads(5)
+    before = {name: tensor.clone() for name, tensor in model.head.state_dict().items()}
+    live = hw.LiveModel(model, process=process, atomic=atomic)
+    live.load(Heads(first).state_dict(), allow_mismatched="head.*")
+    addresses = [tensor.data_ptr() for tensor in model.parameters()]
+    fitted = first == 5
+    for labels in (7 - first, 7 - first, first, 3, 5, 5, 2):
+        source = Heads(labels).state_dict()
+        report = road(live, source)
+        factor = 2 if process else 1
+        weight, bias = (
+            (source["head.weight"], source["head.bias"]) if labels == 5 else (before["weight"], before["bias"])
+        )
+        assert torch.equal(model.head.weight, weight * factor)
+        assert torch.equal(model.head.bias, bias)
+        assert torch.equal(model.body.weight, source["body.weight"] * factor)
+        assert report.restored == (("head.bias", "head.weight") if fitted and labels != 5 else ())
+        assert sorted(report.mismatched) == ([] if labels == 5 else ["head.bias", "head.weight"])
+        fitted = labels == 5
+    assert [tensor.data_ptr() for tensor in model.parameters()] == addresses
+
+
+@pytest.mark.parametrize("process", [None, doubled], ids=["in place", "processed"])
+@pytest.mark.parametrize("atomic", ["staged", "journal"])
+def test_an_abort_leaves_the_head_that_was_kept(atomic, process):
+    model = Heads(5)
+    live = hw.LiveModel(model, process=process, atomic=atomic)
+    live.load(Heads(2).state_dict(), allow_mismatched="head.*")
+    digest = live.digest()
+    with pytest.raises(hw.UpdateAborted, match="returned False"):
+        live.update(Heads(5).state_dict(), check=lambda model: False)
+    assert live.digest() == digest
+    source = Heads(5).state_dict()
+    live.update(source)
+    assert torch.equal(model.head.bias, source["head.bias"])
+
+
+def test_a_head_too_large_to_keep_is_refused_and_the_advice_works(monkeypatch):
+    monkeypatch.setattr(optional, "_KEPT_NBYTES", 16)
+    model, source = Heads(50), Heads(50).state_dict()
+    live = hw.LiveModel(model)
+    live.load(Heads(2).state_dict(), allow_mismatched="head.*")
+    before = live.digest()
+    with pytest.raises(hw.UpdateAborted, match=r"head\.weight: .*was not kept.* or make a new live model for versions"):
+        live.update(source)
+    assert live.digest() == before
+    live = hw.LiveModel(model)
+    live.load(source)
+    assert torch.equal(model.head.weight, source["head.weight"])

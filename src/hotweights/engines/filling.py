@@ -45,10 +45,10 @@ def read_as(how: How) -> Iterator[None]:
 
 @contextmanager
 def our_errors(package: str, where: str, *, local_files_only: bool) -> Iterator[None]:
-    """Turn what a package says of a checkpoint into a ``CheckpointError``."""
+    """Turn what a package says of a checkpoint into a ``CheckpointError``; also that it needs one that is not there."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         if isinstance(error, UsageError):
             raise
         absent = local_files_only and not os.path.exists(where)

@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 
 from .. import signals
-from ..dtypes import DType, format_name, may_cast
+from ..dtypes import DType, format_name, may_cast, narrowest_cast
 from ..errors import LiveModelError, SourceError
 from ..loading.apart import held_apart
 from ..loading.requests import bytes_to_read, request_nbytes
@@ -219,7 +219,8 @@ class Attempt:
                 "what will come: hw.open(tensors).manifest"
             )
         if not may_cast(tensor.dtype, spec.dtype, cast):
-            raise SourceError(f'{spec.name}: {change} loses information; begin(cast="loader") allows it')
+            needed = narrowest_cast(tensor.dtype, spec.dtype)
+            raise SourceError(f'{spec.name}: {change} loses information; begin(cast="{needed}") allows it')
         self._casts[spec.name] = change
         made = tensor.to(spec.dtype)
         return made, lambda: made

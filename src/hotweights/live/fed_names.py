@@ -17,10 +17,12 @@ class FedNames:
     Attributes:
         new: the names of those that the model calls otherwise.
         rename: what is done to a name before that.
+        meant: where there is a ``rename``, the model's names for those that wrapping modules make of them.
     """
 
     new: Mapping[str, str] = field(default_factory=dict)
     rename: Callable[[str], str] | None = None
+    meant: Mapping[str, str] = field(default_factory=dict)
 
     def of(self, name: str, manifest: Manifest) -> str:
         """The name that the plan, which is made for ``manifest``, has for what is fed as ``name``.
@@ -34,7 +36,10 @@ class FedNames:
         if why := unusable(name, fresh):
             raise SourceError(f"rename= gives no name: {why}")
         # A name that is the plan's already would be renamed twice by a rename that swaps names, or counts them up.
-        return fresh if fresh in manifest else self.new.get(fresh, fresh)
+        if fresh in manifest:
+            return fresh
+        # So would be one that the last version was called by, where that came by a rename of its own.
+        return self.meant.get(fresh) or self.new.get(fresh, fresh)
 
     def called(self, name: str) -> str:
         """The plan's ``name`` for messages, with the one by which it must be fed."""

@@ -35,7 +35,7 @@ from ..manifest import Manifest
 from ..memory.digest import Digest
 from ..memory.pool import Pool
 from ..model.digests import digest_of
-from ..model.matching import KnownNames, other_names
+from ..model.matching import KnownNames, meant_by, other_names
 from ..model.materialise import materialise, put_back
 from ..model.offloading import refuse_offloaded
 from ..model.places import Place, places
@@ -492,7 +492,9 @@ class LiveModel:
         check_kind("manifest", manifest, Manifest, "a Manifest, such as hotweights.open(tensors).manifest")
         asked = self._asked(atomic, only, cast, timeout, check)
         if manifest is None:
-            fed = FedNames(self._current.names, None if rename is None else renamer(rename))
+            fed = FedNames(self._current.names)
+            if rename is not None:
+                fed = replace(fed, rename=renamer(rename), meant=meant_by(self._others))
             return self._begin(None, asked, fed)
         try:
             fed = FedNames(names_for(manifest, rename, self._match))

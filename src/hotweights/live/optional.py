@@ -27,9 +27,10 @@ class _Candidate(NamedTuple):
 class OptionalTensors:
     """Tensors whose values from before the first load are kept, so that versions may come with and without them.
 
-    They are those that ``allow_missing=`` matches, those that the first load lacked, and persistent buffers: code may
-    compute these, and a framework may let them be missing. The smallest are kept first, and never more than 64 MiB or a
-    sixteenth of the model: ``allow_missing="*"`` would keep a second model.
+    They are those that ``allow_missing=`` or ``allow_mismatched=`` matches, those that the first load lacked or had in
+    another shape, and persistent buffers: code may compute these, and a framework may let them be missing. The smallest
+    are kept first, and never more than 64 MiB or a sixteenth of the model: ``allow_missing="*"`` would keep a second
+    model.
 
     Attributes:
         names: all their names.
@@ -59,7 +60,10 @@ class OptionalTensors:
         self.brought: set[str] = set()
 
     def may_differ(self, name: str, plan: LoadPlan) -> bool:
-        """Whether the plan may bring the tensor that the first load lacked, or lack it where that brought it."""
+        """Whether the plan may bring the tensor that the first load lacked, or lack it where that brought it.
+
+        One of another shape is lacking too: the model cannot hold it.
+        """
         return name in self._names and self._allows(name, plan)
 
     def refusal(self, name: str, plan: LoadPlan) -> str:
@@ -69,16 +73,17 @@ class OptionalTensors:
         if name in self._unknown:
             return "; it was on meta before the first load, so it has no value to go back to: build it on a device"
         return (
-            f"; its value from before the first load was not kept: what allow_missing= matches takes more than "
-            f"{size(self._bound)}, so let it match fewer names"
+            f"; its value from before the first load was not kept, and a version without it would need that: what "
+            f"allow_missing= and allow_mismatched= match takes more than {size(self._bound)}. Let them match fewer "
+            "names, or make a new live model for versions like this one"
         )
 
     def _allows(self, name: str, plan: LoadPlan) -> bool:
         return any(self._may_lack(other, plan) for other in self._names.get(name, [name]))
 
     def _may_lack(self, name: str, plan: LoadPlan | None = None) -> bool:
-        missing = Fate.MISSING in (self._first.fates.get(name), None if plan is None else plan.fates.get(name))
-        return missing or self._match(name)
+        fates = {self._first.fates.get(name), None if plan is None else plan.fates.get(name)}
+        return not fates.isdisjoint((Fate.MISSING, Fate.MISMATCHED)) or self._match(name)
 
     def absent(self, plan: LoadPlan, covers: Coverage) -> frozenset[str]:
         """Names of those that hold what an earlier version brought and that this plan does not write."""

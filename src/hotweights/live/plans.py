@@ -120,7 +120,8 @@ class Plans:
         self._kept: list[tuple[LoadPlan, Cast]] = [
             (first, options.cast or ("error" if own_loader(model, options.by) is None else "loader"))
         ]
-        self.optional = OptionalTensors(model, first, options.allow_missing, layout, unknown)
+        may_lack = both(options.allow_missing, options.allow_mismatched)
+        self.optional = OptionalTensors(model, first, may_lack, layout, unknown)
 
     @property
     def last(self) -> LoadPlan:

@@ -126,6 +126,12 @@ def _insertion(name: str, target: str) -> tuple[str, str]:
     return f"{stem}{end}", f"{'.'.join([stem, *more])}{end}"
 
 
+def meant_by(others: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
+    """The model's name for each of its ``other_names`` that means one tensor alone."""
+    count = Counter(other for several in others.values() for other in dict.fromkeys(several))
+    return {other: name for name, several in others.items() for other in several if count[other] == 1}
+
+
 def other_names(
     model: nn.Module, outer: str, names: Iterable[str], others: Mapping[str, tuple[str, ...]]
 ) -> dict[str, tuple[str, ...]]:

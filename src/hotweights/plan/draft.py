@@ -19,7 +19,7 @@ from .local import Local, whole_manifest, whole_targets
 from .misnamed import misnamed, of_adapter, parametrised, shortened
 from .patterns import Patterns, both, matches, narrowest
 from .plan import LoadPlan
-from .quantised import quantised_by, unscaled
+from .quantised import in_layers_of, quantised_by, refusal, unscaled
 from .rules import Rules
 from .steps import Copy, Fate, GraphBreak, Op, Program, Step, Target
 from .writes import Gap, Writes, fits
@@ -153,20 +153,36 @@ def draft(
         explained = {missing.get(name) for name in other.targets}  # A tied parameter is one problem with several names.
         unexpected = [name for name in unexpected if name not in other.sources]
         missing = {name: line for name, line in missing.items() if line not in explained}
+    homeless = [name for name, fate in fates.items() if fate is Fate.UNEXPECTED]
+    lost = sorted(unscaled(whole, writes.casts, homeless))
+    quantised = quantised_by(homeless) if unexpected or lost else None
+    misfits = list(writes.misfits)
+    if quantised is not None:
+        # One line instead of several for each layer. To allow their names would drop the scales, and leave the rest
+        # wrong.
+        of_these = in_layers_of(homeless)
+        lost = [] if unexpected else lost[:1]
+        unexpected = [name for name in unexpected if not of_these(name)]
+        missing = {name: line for name, line in missing.items() if not of_these(name)}
+        misfits = [name for name in misfits if not of_these(name)]
+        wrong = {line for line in wrong if not of_these(line.partition(": ")[0])}
+        wrong.add(refusal(*quantised))
     arguments |= {"allow_unexpected="} if unexpected else set()
     arguments |= {"allow_missing="} if missing else set()
     wrong.update(shortened({name: _no_place(whole, name) for name in unexpected}, "unexpected"))
     wrong.update(shortened(missing, "missing"))
-    homeless = [name for name, fate in fates.items() if fate is Fate.UNEXPECTED]
     # Also where allow_unexpected= names them: "*" is meant for an extra head, not for weights without their scales.
-    wrong.update(lost := set(unscaled(whole, writes.casts, homeless)))
+    wrong.update(lost)
     if wrong:
-        quantised = quantised_by(homeless) if unexpected or lost else None
-        advice = [f"Allow names with {' and '.join(sorted(arguments))}, if that is meant."] if arguments else []
-        if writes.misfits:
+        advice = (
+            [f"Allow names with {' and '.join(sorted(arguments))}, if that is meant."]
+            if arguments and not quantised
+            else []
+        )
+        if misfits:
             # With those that are allowed already: whoever types it types it in their place.
-            pattern = narrowest([*shapes_of, *writes.misfits])
-            if all(map(of_adapter, writes.misfits)):
+            pattern = narrowest([*shapes_of, *misfits])
+            if all(map(of_adapter, misfits)):
                 advice.append(
                     "The adapter in the source has another rank: give the model one of that rank, the r of its "
                     "adapter_config.json."
@@ -174,13 +190,6 @@ def draft(
             else:
                 advice.append(f'If another head is meant, allow_mismatched="{pattern}" keeps what the model has there.')
         advice += filter(None, [parametrised([*unexpected, *missing])])
-        if quantised is not None:  # Instead: to allow its names would drop the scales, and leave the rest wrong.
-            method, name = quantised
-            advice = [
-                f"The checkpoint is quantised by {method} ({name}; quantization_config in config.json says how), and "
-                "the model is not. hotweights does not dequantise: load a checkpoint with plain weights, or use "
-                "from_pretrained for this one."
-            ]
         raise PlanError("source and model do not fit; nothing was read or written", wrong, advice="\n".join(advice))
     return LoadPlan(
         steps=tuple(step for _, step in levelled),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -10,11 +11,17 @@ from ..manifest import Manifest
 
 _SUFFIXES = (
     ("bitsandbytes", (".absmax", ".quant_map", ".SCB", ".bitsandbytes__nf4", ".bitsandbytes__fp4")),
-    ("compressed-tensors", (".weight_packed", ".weight_shape", ".weight_global_scale", ".weight_zero_point")),
+    ("compressed-tensors", (".weight_packed", ".weight_shape", ".weight_global_scale")),
+    ("compressed-tensors or quark", (".weight_zero_point",)),
     ("mxfp4", ("_proj_blocks", "_proj_scales")),
     ("gptq", (".g_idx",)),
     ("awq or gptq", (".qweight", ".qzeros")),
     ("fp8, block by block", (".weight_scale_inv", "_proj_scale_inv")),
+    ("vptq", (".centroids.weight", ".res_centroids.weight")),
+    ("aqlm", (".codebooks",)),
+    ("hqq", (".W_q",)),
+    ("eetq", (".weight_scales",)),
+    ("quanto", (".weight._data",)),
     ("compressed-tensors or fp8", (".weight_scale",)),
 )
 """What transformers' quantisation methods add to a weight's name; the first that is there tells most."""
@@ -28,6 +35,26 @@ def quantised_by(names: Iterable[str]) -> tuple[str, str] | None:
             if name.endswith(suffixes):
                 return method, name
     return None
+
+
+def refusal(method: str, name: str) -> str:
+    """What is said where a model has no place for what the method wrote, this name among it."""
+    return (
+        f"the checkpoint is quantised by {method} ({name}; quantization_config in config.json says how), and the "
+        "model is not. hotweights does not dequantise: load a checkpoint with plain weights, or use from_pretrained "
+        "for this one"
+    )
+
+
+def in_layers_of(names: Iterable[str]) -> Callable[[str], bool]:
+    """Whether a tensor lies in a layer for which there is a quantised one among these names."""
+    layers = {_layer(name) for name in names if quantised_by([name]) is not None}
+    return lambda name: _layer(name) in layers
+
+
+def _layer(name: str) -> str:
+    # bitsandbytes writes what belongs to a weight below its name: weight.absmax, weight.quant_state.bitsandbytes__nf4.
+    return re.sub(r"(\.weight)?(\.quant_state)?\.[^.]*$", "", name)
 
 
 def unscaled(manifest: Manifest, casts: Iterable[str], homeless: Iterable[str]) -> Iterator[str]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from ..boxes import Box, Region, covered, extent, meets, whole
-from ..dtypes import Cast, DType, OpaqueDtype, format_name, is_float, may_cast
+from ..dtypes import Cast, DType, OpaqueDtype, format_name, is_float, may_cast, narrowest_cast
 from ..manifest import Manifest, TensorSpec
 from .sharing import Sharing
 from .steps import Copy, Fate, Op, Program, Step, Target
@@ -203,10 +203,8 @@ class Writes:
         elif is_float(found) and not is_float(expected):
             self.problems.append(f"{name}: {change} cuts off fractions{_from(source, name)}")
         elif not may_cast(found, expected, self._cast):
-            narrowest = "floats" if may_cast(found, expected, "floats") else "loader"
-            self.problems.append(
-                f'{name}: {change} loses information{_from(source, name)}; cast="{narrowest}" allows it'
-            )
+            needed = narrowest_cast(found, expected)
+            self.problems.append(f'{name}: {change} loses information{_from(source, name)}; cast="{needed}" allows it')
         else:
             self.fates[source] = Fate.CAST
             self.casts[source] = change

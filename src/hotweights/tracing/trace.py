@@ -139,6 +139,9 @@ def _trace(
         )
     own_code = own_loader(model, by) is not None
     rules = rules_for(model, outer_manifest(manifest))
+    if rules.problems and rules.steps is None:
+        # The framework says why no name can be matched. What is missing then would only bury it.
+        raise PlanError("source and model do not fit; nothing was read or written", rules.problems)
     if not own_code:
         # Names of the source are others where a framework's rules rename them.
         written = {name for _, step in rules.steps or () for name in step.destinations}

@@ -30,6 +30,20 @@ def owns(model: nn.Module) -> bool:
     return modeling is not None and isinstance(model, modeling.PreTrainedModel)
 
 
+def _method(quantisation: Any) -> str | None:
+    """The name that a ``quantization_config``, a dict or an object of transformers, gives its method."""
+    facts = quantisation if isinstance(quantisation, dict) else vars(quantisation)
+    method = facts.get("quant_method")
+    return getattr(method, "value", method)
+
+
+def _is_known(method: str | None) -> bool:
+    """Whether transformers quantises by this method. Of one that it does not know it says so, and loads by name."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    return method in (None, "bitsandbytes", *AUTO_QUANTIZATION_CONFIG_MAPPING)
+
+
 def rules(model: Any, manifest: Manifest) -> Rules:
     """What ``from_pretrained`` would do with these names: what ``save_pretrained`` wrote is what loads.
 
@@ -44,13 +58,12 @@ def rules(model: Any, manifest: Manifest) -> Rules:
             )
         )
     quantisation = getattr(model.config, "quantization_config", None)
-    if quantisation is not None:
-        facts = quantisation if isinstance(quantisation, dict) else vars(quantisation)
-        method = getattr(facts.get("quant_method"), "value", facts.get("quant_method"))
+    if quantisation is not None and _is_known(method := _method(quantisation)):
         return Rules(
             problems=(
                 f"the model's configuration has a quantization_config ({method}), so transformers would quantise it; "
-                "by name that cannot be done. If the checkpoint holds plain weights, remove it from the configuration",
+                "by name that cannot be done. hotweights.engines.transformers.from_pretrained gives what transformers "
+                "makes of it. If the checkpoint holds plain weights, remove it from the configuration",
             )
         )
     names = _Names(model)
