@@ -25,7 +25,10 @@ def unprocessed(model: nn.Module, processed: Callable[[str, nn.Module], bool] | 
         kind = type(module)
         if kind not in own:
             own[kind] = hasattr(kind, _WORD)
-        method = module.__dict__.get("quant_method") or module.__dict__.get("_modules", {}).get("quant_method")
+        own_modules = module.__dict__.get("_modules")  # A part made by TorchScript has no dictionary there.
+        method = module.__dict__.get("quant_method")
+        if method is None and isinstance(own_modules, dict):
+            method = own_modules.get("quant_method")
         if not (own[kind] or hasattr(method, _WORD)):
             continue
         if processed is not None and processed(prefix[:-1], module):
