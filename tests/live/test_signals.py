@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from interrupting import at_every, at_every_place
+from interrupting import OURS, at_every, at_every_place
 from torch import nn
 from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
 
@@ -286,3 +286,33 @@ def test_signals_in_a_row_while_watching_begins_leave_the_handlers_as_they_were(
         if not raised:
             break
     assert first > 20
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.parametrize("atomic", WAYS)
+def test_an_update_that_is_dropped_is_aborted_whatever_line_of_that_is_interrupted(atomic, monkeypatch):
+    """Python drops what is raised in a ``__del__``; a soak found handlers that nobody put back."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr(sys, "unraisablehook", lambda what: None)
+    live = model_of(atomic)
+    live.load(version_of(1), version=1)
+    for at in itertools.count():
+        lines = itertools.count()
+
+        def trace(frame, event, argument, at=at, lines=lines):
+            if frame.f_code.co_filename.startswith(OURS) and event == "line" and next(lines) == at:
+                signal.raise_signal(signal.SIGINT)
+            return trace
+
+        update = live.begin()
+        sys.settrace(trace)
+        try:
+            with contextlib.suppress(KeyboardInterrupt):
+                del update
+        finally:
+            sys.settrace(None)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, at
+        live.update(version_of(at + 2), version=at + 2, timeout=10)
+        if next(lines) <= at:
+            break
+    assert at > 10

@@ -54,6 +54,7 @@ class Serving:
     async def __aexit__(self, *error: object) -> None:
         self._leave_watched()
 
+    @signals.held
     def __del__(self) -> None:
         if getattr(self, "_hold", None) is not None:  # Ctrl-C came at the first instruction of ``__aexit__``.
             self._leave()

@@ -388,6 +388,7 @@ class Update:
         if error is not None and not was_over:
             self._current.record.note_failure(error)
 
+    @signals.whole  # A signal at its first line would leave the lock taken, and signals watched, for ever.
     def __del__(self) -> None:
         if hasattr(self, "_attempt") and not self._is_over():  # Its making may have been interrupted.
             try:
