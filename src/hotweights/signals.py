@@ -65,6 +65,8 @@ def whole(function: _Function) -> _Function:
             if not _watch.watchers:  # The function ended the watching: nobody else will deliver.
                 _deliver_signals()  # No ``Stop``: its caller may hold what it does not know of yet.
 
+    # Who reads a traceback, and who looks for a ``__del__`` in one, knows it by the function's name.
+    run.__code__ = run.__code__.replace(co_name=function.__name__)  # type: ignore[attr-defined]
     _WHOLE.add(function.__code__)
     _HELD.add(run.__code__)  # type: ignore[attr-defined]
     return run  # type: ignore[return-value]

@@ -66,7 +66,7 @@ def test_none_is_done_where_none_may_be(road, options):
     _, live = loaded()
     live.update(masters(1))
     digest = live.digest()
-    with pytest.raises(hw.UpdateAborted, match=r'a\.weight: F32 -> BF16 loses information.*cast="loader"'):
+    with pytest.raises(hw.UpdateAborted, match=r'a\.weight: F32 -> BF16 loses information.*cast="floats"'):
         road(live, masters(1), **options)
     assert live.digest() == digest
     road(live, masters(2), **options | {"cast": "loader"})  # as the error says

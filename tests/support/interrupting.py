@@ -13,8 +13,15 @@ OURS = os.path.dirname(hw.__file__) + os.sep
 
 def is_ours(frame):
     """Whether its lines count. What raises in a ``__del__`` is swallowed, by Python."""
-    names = {caller.f_code.co_name for caller in (frame, frame.f_back) if caller is not None}
-    return frame.f_code.co_filename.startswith(OURS) and "__del__" not in names
+    if not frame.f_code.co_filename.startswith(OURS):
+        return False
+    for _ in range(8):
+        if frame is None:
+            return True
+        if frame.f_code.co_name == "__del__":
+            return False
+        frame = frame.f_back
+    return True
 
 
 def place_of(frame):

@@ -370,6 +370,7 @@ class Update:
         self._current.end()
         signals.unwatch(self._watcher)
 
+    @signals.held  # Else a signal in it would keep ``__exit__`` from the abort.
     def _is_over(self) -> bool:
         return self._current.running is not self._attempt
 
