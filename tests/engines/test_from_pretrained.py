@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import shutil
-import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -313,20 +312,6 @@ class TestReading:
             thread.join()
         assert len(models) == 1
         assert read == []
-
-    def test_threads_at_once(self, saved, read):
-        gate, models = threading.Barrier(3), []
-
-        def load():
-            gate.wait(30)
-            models.append(engine.from_pretrained(saved("llama")))
-
-        for thread in [Thread(load) for _ in range(3)]:
-            thread.join()
-        assert len(models) == len(read) == 3
-        expected = tf.LlamaForCausalLM.from_pretrained(saved("llama"))
-        for model in models:
-            assert_equal(model, expected)
 
     def test_a_failure_while_reading_is_told(self, saved, monkeypatch):
         from hotweights.engines import filling

@@ -55,7 +55,7 @@ def test_in_inference_mode_and_with_gradients():
 
 def test_large_tensors_take_threads_that_have_ended(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    seen, move, barrier = set(), copies.move, threading.Barrier(4)
+    seen, move, barrier, before = set(), copies.move, threading.Barrier(4), threading.active_count()
 
     def meeting(*piece):
         seen.add(threading.get_ident())
@@ -67,7 +67,7 @@ def test_large_tensors_take_threads_that_have_ended(monkeypatch):
     copy_all([(target, value)])
     assert torch.equal(target, value)
     assert len(seen) == 4
-    assert threading.active_count() == 1
+    assert threading.active_count() <= before
 
 
 def test_where_no_thread_can_be_had_the_caller_copies(monkeypatch):

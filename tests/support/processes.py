@@ -94,7 +94,7 @@ class Child:
         assert ready, "it waits for ever"
         try:
             said = self._pipe.recv() if self._pipe.poll() else None
-        except EOFError:
+        except (EOFError, ConnectionResetError):  # The latter if it was killed with something unread.
             return None
         if isinstance(said, Exception):
             raise said

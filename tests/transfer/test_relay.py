@@ -200,8 +200,11 @@ def test_a_relay_killed_at_any_moment_takes_its_host_out(every, trainer, worker)
                 assert "on 127.0.0.1" in told
                 killed.process.join(0 if len(committed) == 3 else TIMEOUT)
                 if survived := killed.process.exitcode is None:
-                    killed.say("end")
-                    assert killed.heard() == [1, 2]
+                    with contextlib.suppress(BrokenPipeError):
+                        killed.say("end")
+                    last = killed.heard()
+                    survived = last is not None  # It may have come to that moment only now.
+                    assert last in (None, [1, 2])
             assert killed.exitcode == (0 if survived else -signal.SIGKILL)
             with Child(relay_process, trainer, worker) as after:
                 assert len(sending.send(Tiny(3), version=3).committed) == 3

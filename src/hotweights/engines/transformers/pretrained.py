@@ -63,6 +63,9 @@ def from_pretrained(
     Checkpoints that transformers quantises, offloads to disk or shards, and those that are no safetensors, are read by
     transformers itself; the logger ``hotweights`` says so.
 
+    Call it in one thread at a time: transformers replaces methods of its classes meanwhile, such as ``tie_weights``,
+    and of two threads that load at once the last one may put back what the first had put there.
+
     Args:
         name_or_dir: a directory, or a name in the cache of the hub.
         cls: ``AutoModelForCausalLM``, its like, or a model's class; by default what ``config.json`` says.
