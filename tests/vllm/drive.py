@@ -63,8 +63,17 @@ def _work(script: Script, path: str | None, options: Mapping[str, Any], given: t
         raise
 
 
-def _serve(script: Script, path: str, options: Mapping[str, Any], pipe: Any, started: Any) -> None:
+def _serve(
+    script: Script,
+    path: str,
+    options: Mapping[str, Any],
+    before: Callable[[], None] | None,
+    pipe: Any,
+    started: Any,
+) -> None:
     try:
+        if before is not None:
+            before()
         talker = Talker(path, options)
     except BaseException:
         started.send(traceback.format_exc())
@@ -132,11 +141,22 @@ class Zoo:
         return result
 
     @contextmanager
-    def serving(self, script: Script, path: Path, *, options: Mapping[str, Any], seconds: float = 600) -> Iterator[Any]:
-        """An engine in a process of its own, where ``script`` does what comes by the pipe that this yields."""
+    def serving(
+        self,
+        script: Script,
+        path: Path,
+        *,
+        options: Mapping[str, Any],
+        before: Callable[[], None] | None = None,
+        seconds: float = 600,
+    ) -> Iterator[Any]:
+        """An engine in a process of its own, where ``script`` does what comes by the pipe that this yields.
+
+        ``before`` is called there before the engine is made.
+        """
         ours, theirs = self._context.Pipe()
         started, start = self._context.Pipe()
-        process = self._context.Process(target=_serve, args=(script, str(path), options, theirs, start))
+        process = self._context.Process(target=_serve, args=(script, str(path), options, before, theirs, start))
         process.start()
         theirs.close()
         start.close()

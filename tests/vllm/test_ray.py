@@ -64,6 +64,6 @@ def test_engines_in_actors_take_versions_together(zoo):
     assert "lm_head.weight: missing" in refused[0]
     assert refused[1:] == ([said["B"]] * 2, ["one"] * 2)
     assert two == (2, [said["A"]] * 2, ["two"] * 2)
-    assert re.search("ActorDiedError|TransferAborted.*the connection is gone", lost[0])
+    assert re.match("ActorDiedError|TransferAborted", lost[0]), lost[0]  # Whoever notices first.
     assert lost[1:] == ([said["A"]], ["two"])
     assert three == (1, [said["B"]], ["three"])

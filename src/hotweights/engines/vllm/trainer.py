@@ -278,8 +278,13 @@ def _stream(source: Any) -> tuple[Manifest, Iterator[Pair]]:
         return Manifest(specs), ((name, materialize_full_tensor(tensor)) for name, tensor in state.items())
     promised = source.metadata() if callable(source.metadata) else source.metadata
     held = source.held_names() if hasattr(source, "held_names") else None
-    elsewhere = [meta.name for meta in promised if (getattr(meta, "owners", None) or (0,))[0] != 0]
+    elsewhere = [meta.name for meta in promised if 0 not in (getattr(meta, "owners", None) or (0,))]
     elsewhere += [] if held is None else [meta.name for meta in promised if meta.name not in held]
+    if hasattr(source, "implements_iter_full") and not source.implements_iter_full():
+        raise UsageError(
+            f"rank 0 sends whole tensors, and {type(source).__name__} has pieces of them only (iter_local); use one that "
+            "has iter_full, such as ModuleSource"
+        )
     if elsewhere:
         raise UsageError(
             f"rank 0 sends whole tensors, and this source does not gather all of them there: {some(elsewhere)}; use "
