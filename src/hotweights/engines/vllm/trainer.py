@@ -282,8 +282,8 @@ def _stream(source: Any) -> tuple[Manifest, Iterator[Pair]]:
     elsewhere += [] if held is None else [meta.name for meta in promised if meta.name not in held]
     if hasattr(source, "implements_iter_full") and not source.implements_iter_full():
         raise UsageError(
-            f"rank 0 sends whole tensors, and {type(source).__name__} has pieces of them only (iter_local); use one that "
-            "has iter_full, such as ModuleSource"
+            f"rank 0 sends whole tensors, and {type(source).__name__} has pieces of them only (iter_local); use one "
+            "that has iter_full, such as ModuleSource"
         )
     if elsewhere:
         raise UsageError(
