@@ -34,7 +34,7 @@ test-vllm: $(VLLM_VENV)/.installed
 	$(VLLM_BIN)/python -m pytest tests/vllm
 
 test-vllm-part: $(VLLM_VENV)/.installed
-	$(VLLM_BIN)/python -m pytest tests/vllm -k "says and (llama or tied or mamba2) or caches or ranks or test_trainer or refits_of"
+	$(VLLM_BIN)/python -m pytest tests/vllm -k "says and (llama or tied or mamba2) or caches or (ranks and not killed) or (worker_is_killed and commit) or test_trainer or refits_of"
 
 # SGLang's own updater, manager and hooks around a toy model: its server needs CUDA. A minute; 4 GB, most of it triton.
 test-sglang: $(SGLANG_VENV)/.installed

@@ -277,10 +277,8 @@ class Front(front.TokenizerControlMixin):
     """What SGLang's front end notes; its calls reach nobody."""
 
     def __init__(self, load_format, answers):
-        self.values, self.answers = {"load_format": load_format, "weight_version": "default"}, answers
-
-    def config_value(self, name):
-        return self.values[name]
+        self.server_args = types.SimpleNamespace(load_format=load_format)
+        self.values, self.answers = {"weight_version": "default"}, answers
 
     def record_config_updates(self, _, **values):
         self.values.update(values)

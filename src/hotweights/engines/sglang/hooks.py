@@ -239,7 +239,7 @@ _NOTE = "_hotweights_weight_version"
 async def front_begin_weight_update(original: Callable[..., Any], front: Any, *given: Any, **named: Any) -> Answer:
     """Keep names back from here on, where the models are ours."""
     answer: Answer = await original(front, *given, **named)
-    if answer[0] and front.config_value("load_format") == "hotweights":
+    if answer[0] and front.server_args.load_format == "hotweights":
         setattr(front, _NOTE, [])
     return answer
 

@@ -5,6 +5,7 @@ What goes wrong is kept, and said in the answer to each later call.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any
@@ -17,6 +18,8 @@ from ...live.model import LiveModel
 from ...live.update import Update
 from ..vllm.ranks import Ranks, words_of
 from .loader import as_loaded
+
+_LOG = logging.getLogger("hotweights")
 
 Pairs = Iterable[tuple[str, torch.Tensor]]
 
@@ -60,7 +63,7 @@ class WeightSession:
     def end(self, problem: str | None) -> str | None:
         """Make the version live, or leave the one before, if there is a problem anywhere. Returns what failed.
 
-        After ``prepare`` nothing can fail but hooks of the live model, and those come after the commit.
+        After ``prepare`` nothing can fail but hooks of the live model, which come after the commit: they are logged.
         """
         update, self._update = self._update, None
         if update is None or problem is not None or self.problem is not None:
@@ -71,8 +74,8 @@ class WeightSession:
         try:
             with as_loaded(self._dtype):
                 update.commit(self.weight_version)
-        except CommitHookError as error:
-            return f"the new version is live; {words_of(error)}"
+        except CommitHookError:
+            _LOG.exception("hotweights: the new version is live, and a hook failed")
         except Exception as error:
             self.problem = words_of(error)
         return self.problem
