@@ -11,7 +11,7 @@ import typer
 from ..errors import CheckpointError
 from ..sources.versions import follow as versions_in
 from . import flags
-from .outcome import ending
+from .outcome import ending, shown
 
 
 def follow(
@@ -26,7 +26,7 @@ def follow(
 ) -> None:
     """Print the name and the path of each checkpoint that appears in a directory, when it is whole."""
     with (
-        ending(as_json=as_json),
+        ending(as_json=as_json, json_lines=True, about={"path": str(directory)}),
         versions_in(
             directory, interval=interval, timeout=timeout, latest=latest, marker=marker, pattern=pattern
         ) as arriving,
@@ -34,7 +34,7 @@ def follow(
         count = 0
         for count, version in enumerate(arriving, 1):
             found = {"name": version.name, "path": str(version.path)}
-            typer.echo(json.dumps(found) if as_json else "\t".join(found.values()))
+            typer.echo(json.dumps(found) if as_json else "\t".join(map(shown, found.values())))
             if count == versions:
                 return
         if versions is not None:

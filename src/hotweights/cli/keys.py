@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from ..transfer.keys import make_keys
 from .outcome import ending
 
 
@@ -18,5 +17,7 @@ def keys(
 ) -> None:
     """Make a key and a certificate for each host of a job. Run again for hosts that join it later."""
     with ending(as_json=False):
+        from ..transfer.keys import make_keys
+
         for path in make_keys(directory, [host for host in hosts.split(",") if host], days=days):
             typer.echo(str(path))

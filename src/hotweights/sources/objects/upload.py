@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ...errors import CheckpointError, Closed, SaveError
+from ..files.place import text_of
 from ..files.staging import INDEX, WHOLE, Draft, replaced_by
 from .address import Address
 from .service import Refusal, package_error
@@ -83,6 +84,13 @@ class Upload(Draft):
         shutil.rmtree(self.folder, ignore_errors=True)
         for name in self._moved if not self._published else ():
             self._afterwards(name, lambda name: self._address.store.delete((self._address / name).key))
+
+    def _keep(self, name: str) -> None:
+        place = self._address / name
+        if self._into and place.exists() and text_of(place) != (self.folder / name).read_bytes():
+            raise SaveError(
+                f"{place}: is there with other content, and nothing was saved; remove it, or save to another address"
+            )
 
     def _exists(self, name: str) -> bool:
         return name in self._there
