@@ -74,7 +74,7 @@ def test_what_became_0(tmp_path):
     report, read = saved({"x": torch.tensor([1e-9, 0.0]), "y": torch.full((4,), 1e-9)}, tmp_path / "a", torch.float16)
     assert not read["x"].any()
     (warning,) = report.warnings
-    assert warning == "5 of 6 values that were not 0 are 0 now, too small for F16; most, 4, in 'y'"
+    assert warning == "5 of 6 values became 0, too small for F16; most, 4, in 'y'"
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -90,6 +90,10 @@ def test_8_bits_without_scales_are_said(dtype, tmp_path):
 
 def test_nothing_is_lost_is_not_said(tmp_path):
     state = {"w": torch.tensor([1.0, torch.inf]).half(), "n": torch.tensor([3])}
+    assert (
+        saved({"empty": torch.zeros(0, 3), "scalar": torch.tensor(1.0)}, tmp_path / "c", torch.float16)[0].warnings
+        == ()
+    )
     assert saved(state, tmp_path / "a", torch.float32)[0].warnings == ()
     assert saved({"q": torch.ones(2).to(torch.float8_e5m2)}, tmp_path / "b", torch.float8_e4m3fn)[0].warnings == ()
 
@@ -112,3 +116,10 @@ def test_dtypes_that_nothing_is_cast_to(name, tmp_path):
 def test_unknown_overflow(tmp_path):
     with pytest.raises(hw.UnknownName, match="error, saturate"):
         hw.save({"w": torch.ones(2)}, tmp_path / "a", overflow="inf")
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_zeros_of_both_signs_and_nan_did_not_become_0(dtype, tmp_path):
+    report, read = saved([0.0, -0.0, torch.nan, 1e-300, -1e-300, 1.0], tmp_path / "a", dtype)
+    assert any(warning.startswith("2 of 6 values became 0") for warning in report.warnings)
+    assert read["w"].isnan().tolist() == [False, False, True, False, False, False]

@@ -13,7 +13,7 @@ from ..manifest import TensorSpec
 Overflow = Literal["error", "saturate"]
 """What becomes of values beyond the largest of the new dtype: an error, or that largest value."""
 
-_ELEMENTS = 4 * 1024 * 1024  # that are looked at once: what is counted with takes several times their memory
+_ELEMENTS = 1024 * 1024  # that are looked at once: they stay in the processor's cache
 
 
 class Narrowing:
@@ -40,12 +40,12 @@ class Narrowing:
         """The values of ``tensor`` as ``dtype``, as bytes on the host."""
         tensor = tensor.detach().cpu().contiguous()
         self._tensors += 1
-        if self._dtype.is_complex or is_lossless(tensor.dtype, self._dtype):
+        if tensor.numel() == 0 or self._dtype.is_complex or is_lossless(tensor.dtype, self._dtype):
             return tensor.to(self._dtype).reshape(-1).view(torch.uint8)
         cast = torch.empty(tensor.numel(), dtype=self._dtype)
         beyond, zeroed, largest = 0, 0, 0.0
         for values, into in zip(*(torch.split(flat, _ELEMENTS) for flat in (tensor.reshape(-1), cast)), strict=True):
-            found = self._cast(values.to(torch.float64), into)
+            found = self._cast(values if values.dtype == torch.float64 else values.to(torch.float32), into)
             beyond, zeroed, largest = beyond + found[0], zeroed + found[1], max(largest, found[2])
         self._of += tensor.numel()
         self._zeroed += zeroed
@@ -62,14 +62,19 @@ class Narrowing:
     def _cast(self, values: torch.Tensor, into: torch.Tensor) -> tuple[int, int, float]:
         """Cast some values. Returns how many are out of range, how many became 0, and the largest out of range."""
         into.copy_(values)
-        wide = into.to(torch.float64)
         size = values.abs()
+        zeroed = int(torch.count_nonzero(size)) - _count_nonzero(into)
+        if bool(size.max() < self._max + self._half_step):  # False if there is a NaN.
+            return 0, zeroed, 0.0
         # By hand: some versions of torch make NaN of what 8 bits cannot hold, others the largest value.
+        wide = into.to(torch.float64)
         beyond = (size > self._max + self._half_step) | (size.isfinite() & ~wide.isfinite())
         beyond &= ~(size.isinf() & wide.isinf())
-        if (count := int(beyond.sum())) and self._saturates:
+        if not (count := int(beyond.sum())):
+            return 0, zeroed, 0.0
+        if self._saturates:
             into.copy_(torch.where(beyond, values.clamp(-self._max, self._max), values))
-        return count, int(((wide == 0) & (size > 0)).sum()), float(size[beyond].max()) if count else 0.0
+        return count, zeroed, float(size[beyond].max())
 
     @property
     def _max(self) -> float:
@@ -109,11 +114,19 @@ class Narrowing:
         if self._zeroed:
             count, name = self._most_zeroed
             found.append(
-                f"{self._zeroed} of {self._of} values that were not 0 are 0 now, too small for {self._name}; most, "
-                f"{count}, in {name!r}"
+                f"{self._zeroed} of {self._of} values became 0, too small for {self._name}; most, {count}, in {name!r}"
             )
         return found
 
     @property
     def _significant(self) -> int:
         return 1 - round(math.log2(torch.finfo(self._dtype).eps))
+
+
+def _count_nonzero(values: torch.Tensor) -> int:
+    if values.element_size() > 1:
+        return int(torch.count_nonzero(values))
+    raw = values.view(torch.uint8)  # torch compares no floats of 8 bits.
+    if values.dtype in (torch.float8_e4m3fnuz, torch.float8_e5m2fnuz):  # They have one zero; -0 would be their NaN.
+        return int(torch.count_nonzero(raw))
+    return int(torch.count_nonzero(raw & 0x7F))
