@@ -8,6 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 from hotweights.cli import app
+from hotweights.cli.outcome import typed
 from hotweights.testing import write_checkpoint
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 12345\n"
@@ -155,3 +156,52 @@ class TestVerifyOfMany:
         told = run(["verify", zoo / "good", zoo / "good", "--write", tmp_path / "digests"])
         assert (told.exit_code, os.listdir(tmp_path)) == (2, [])
         assert "--write is for one path, and there are 2" in told.stderr
+
+
+class TestWhatCannotBe:
+    @pytest.mark.parametrize("command", ["inspect", "verify", "plan --model m", "load --model m", "send --to unix:a"])
+    def test_an_empty_path(self, command, zoo, tmp_path, monkeypatch):
+        """A variable of the shell that is not set is not the directory where one is."""
+        monkeypatch.chdir(zoo / "good")
+        told = run([*command.split(), ""])
+        assert (told.exit_code, told.stdout) == (2, "")
+        assert "the path is empty" in told.stderr
+
+    @pytest.mark.parametrize(
+        "line", [["copy", "good", ""], ["copy", "", "to"], ["convert", "good", ""], ["diff", "", ""]]
+    )
+    def test_an_empty_path_of_two(self, line, zoo, monkeypatch):
+        monkeypatch.chdir(zoo)
+        before = sorted(os.listdir())
+        assert run(line).exit_code == 2
+        assert sorted(os.listdir()) == before
+
+    def test_files_that_cannot_be_written(self, zoo, tmp_path):
+        (tmp_path / "file").write_text("")
+        for line in (
+            ["verify", zoo / "good", "--write", tmp_path / "none" / "digests"],
+            ["plan", zoo / "good", "--model", "torch.nn:Identity", "--allow-unexpected", "*"],
+            ["copy", zoo / "good", tmp_path / "file" / "to"],
+        ):
+            told = run([*line, "--save", tmp_path / "none" / "plan"] if line[0] == "plan" else line)
+            assert (told.exit_code, told.stdout) == (1, "")
+            assert told.stderr.count("\n") == 1, told.stderr
+        told = run(["keys", tmp_path / "file", "--hosts", "a"])
+        assert told.exit_code == 2
+        assert f"{tmp_path / 'file'}: cannot be written: " in told.stderr
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ('choose one: variant="fp16" or variant="b c"', "choose one: --variant fp16 or --variant 'b c'"),
+        ("interval= is a number of seconds", "--interval is a number of seconds"),
+        ("with shard_size= name a directory", "with --shard-size name a directory"),
+        ("give keys=DIR to both ends", "give --keys DIR to both ends"),
+        ("insecure=True goes without", "--insecure goes without"),
+        ("device='cuda' is no device", "--device cuda is no device"),
+        ("hotweights.open(path, digests=...)", "hotweights.open(path, digests=...)"),
+    ],
+)
+def test_options_are_as_they_are_typed(said, shown):
+    assert typed(said) == shown

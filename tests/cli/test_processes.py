@@ -135,3 +135,13 @@ cli.main()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     assert done.returncode == 3
     assert "Traceback" in done.stderr
+
+
+def test_no_noise_of_other_packages(tmp_path):
+    """transformers imports torchao, which logs what it lacks."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    transformers.BertModel(transformers.BertConfig(vocab_size=32, **sizes)).save_pretrained(tmp_path)
+    code, out, err = ended(start("load", tmp_path, "--model", tmp_path, "--json"))
+    assert (code, err) == (0, b"")
+    assert json.loads(out)["path"] == str(tmp_path)

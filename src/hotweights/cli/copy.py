@@ -17,7 +17,12 @@ if TYPE_CHECKING:
     from ..sources.save import SaveReport
 
 # No Path: it would make one slash of the two in an address.
-Target = Annotated[str, typer.Argument(help="A directory, a file that ends in .safetensors, or an address of a store.")]
+Target = Annotated[
+    str,
+    typer.Argument(
+        help="A directory, a file that ends in .safetensors, or an address of a store.", callback=flags.named
+    ),
+]
 ShardSize = Annotated[str | None, typer.Option(help="Bytes of one file at most, such as 5GB.")]
 
 

@@ -13,10 +13,26 @@ from ..dtypes import Cast
 _READERS = "hotweights, fastsafetensors, runai, safetensors, torch"
 
 # No Path: it would make one slash of the two in an address.
-Checkpoint = Annotated[str, typer.Argument(help="A safetensors file, a checkpoint directory, an index, a hub cache.")]
+
+
+def named(path: str) -> str:
+    """The path, which names something: to the library an empty one is the directory where one is."""
+    if not path:
+        raise typer.BadParameter("the path is empty; is a variable of the shell not set?")
+    return path
+
+
+Checkpoint = Annotated[
+    str,
+    typer.Argument(help="A safetensors file, a checkpoint directory, an index, a hub cache.", callback=named),
+]
 Checkpoints = Annotated[
     list[str] | None,
-    typer.Argument(help="Safetensors files, checkpoint directories, indexes, hub caches.", metavar="PATH..."),
+    typer.Argument(
+        help="Safetensors files, checkpoint directories, indexes, hub caches.",
+        metavar="PATH...",
+        callback=lambda paths: paths and [named(path) for path in paths],
+    ),
 ]
 FilesFrom = Annotated[
     Path | None,

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from .outcome import ending
+from ..errors import UsageError
+from .outcome import ending, shown
 
 
 def keys(
@@ -19,5 +20,9 @@ def keys(
     with ending(as_json=False):
         from ..transfer.keys import make_keys
 
-        for path in make_keys(directory, [host for host in hosts.split(",") if host], days=days):
-            typer.echo(str(path))
+        try:
+            made = make_keys(directory, [host for host in hosts.split(",") if host], days=days)
+        except OSError as error:
+            raise UsageError(f"{error.filename or directory}: cannot be written: {error.strerror}") from error
+        for path in made:
+            typer.echo(shown(path))

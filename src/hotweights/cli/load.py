@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from . import flags
+from .noise import hide_noise
 from .outcome import ending, print_json, shown
 
 
@@ -32,6 +33,7 @@ def load(
 ) -> None:
     """Build a model from its config, load a checkpoint into it, and report. The model is thrown away."""
     with ending(as_json=as_json, about={"path": path}):
+        hide_noise()
         from ..engines import transformers  # They wait for torch, which wrong usage need not.
         from ..loading.load import load as load_weights
         from ..sources.opening import open as open_source

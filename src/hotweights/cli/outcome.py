@@ -22,7 +22,11 @@ FAILED = 3
 NOBODY_READS = 141  # what a shell says of a program that SIGPIPE ended
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-_ARGUMENT = re.compile(r"\b(variant|subfolder|reader|cast|overflow)=([\"'])([^\"']+)\2")
+_OPTIONS = (
+    "variant|subfolder|reader|cast|overflow|shard_size|dtype|digests|device|threads|io|interval|timeout|offer_timeout|"
+    "marker|pattern|latest|on_lost|receivers|keys|insecure|allow_missing|allow_unexpected"
+)
+_ARGUMENT = re.compile(rf"\b({_OPTIONS})=(?:([\"'])([^\"']+)\2|True\b|torch\.(\w+)|(?=[\s;,:]|\.(?!\.)|DIR\b|$))")
 
 
 def print_json(content: object) -> None:
@@ -115,7 +119,11 @@ def typed(text: str) -> str:
 
 def _as_option(match: re.Match[str]) -> str:
     whose = " of inspect, load and convert" if match[1] == "reader" else ""  # Others do not have it.
-    return f"--{match[1]} {shlex.quote(match[3])}{whose}"
+    value = match[3] or match[4]
+    option = f"--{match[1].replace('_', '-')}"
+    if value is None:
+        return option if match.string[match.end() :][:3] != "DIR" else f"{option} "
+    return f"{option} {shlex.quote(value)}{whose}"
 
 
 def _print_error(error: BaseException, as_json: bool, json_lines: bool, about: Mapping[str, object] | None) -> None:

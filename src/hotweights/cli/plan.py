@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from ..errors import PlanFileError
 from ..text import columns
 from . import flags
+from .noise import hide_noise
 from .outcome import ending, print_json
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ def plan(
 ) -> None:
     """Plan the loading of a checkpoint into a model from a config or a factory. No weight is read or written."""
     with ending(as_json=as_json, about={"path": path}):
+        hide_noise()
         from ..sources.opening import open as open_source  # They wait for torch, which wrong usage need not.
         from ..tracing.trace import trace
         from .model import model_from
@@ -49,13 +52,20 @@ def plan(
                 cast=cast,
             ).ordered(order, source.position)
             if save is not None:
-                load_plan.save(save)
+                _save(load_plan, save)
             if as_json:
                 print_json({"path": path, **_as_dict(load_plan, explain)})
             elif explain is not None:
                 typer.echo(load_plan.explain(explain))
             else:
                 _print(load_plan, limit)
+
+
+def _save(load_plan: LoadPlan, to: Path) -> None:
+    try:
+        load_plan.save(to)
+    except OSError as error:
+        raise PlanFileError(f"{to}: cannot be written: {error.strerror}") from error
 
 
 def _as_dict(load_plan: LoadPlan, explain: str | None) -> dict[str, object]:

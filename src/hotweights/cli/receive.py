@@ -9,6 +9,7 @@ import msgspec
 import typer
 
 from . import flags
+from .noise import hide_noise
 from .outcome import ending, print_json
 
 
@@ -28,6 +29,7 @@ def receive(
 ) -> None:
     """Build a model from its config and take versions into it, in place, all or nothing. The model is thrown away."""
     with ending(as_json=as_json):
+        hide_noise()
         from ..engines import transformers  # They wait for torch, which wrong usage need not.
         from ..live.model import LiveModel
         from ..transfer.receiver import Receiver
