@@ -118,12 +118,12 @@ def lossy_cast_of_a_component(_):
     return route, advised
 
 
-@advice(hw.PlanError, "Allow names with allow_missing= and allow_unexpected=")
+@advice(hw.PlanError, 'allow it: allow_missing="bias", allow_unexpected="strange"')
 def missing_and_unexpected(_):
     return one_of(), one_of(allow_missing="bias", allow_unexpected="strange")
 
 
-@advice(hw.UpdateAborted, "allow_missing=", "first load, LiveModel.load()")
+@advice(hw.UpdateAborted, 'allow_missing="bias"', "first load, LiveModel.load()")
 def missing_in_an_update(_):
     lacking = {"weight": torch.zeros(2, 2)}
     return lambda: live_of().update(lacking), lambda: live_of(allow_missing="bias").update(lacking)
