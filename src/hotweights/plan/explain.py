@@ -224,7 +224,7 @@ def _named(op: Op) -> str:
 
 def alike(name: str, known: Iterable[str]) -> list[str]:
     """Names that hold this one, or end as it does; all where there are none."""
-    last = name.rpartition(".")[2]
+    last, known = name.rpartition(".")[2], dict.fromkeys(known)
     return sorted(
         [other for other in known if name in other] or [other for other in known if other.endswith(last)] or known
     )
