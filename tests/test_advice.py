@@ -432,3 +432,15 @@ def a_directory_that_is_not_there(path):
 def a_directory_of_everybody(path):
     os.chmod(path, 0o755)
     return lambda: hw.Sender(f"unix:{path}/socket").close(), lambda: hw.Sender(f"unix:{path}/new/socket").close()
+
+
+@advice(hw.UsageError, "live.update(source) loads it", "live.plan and live.explain(name) tell of it")
+def a_live_model_in_place_of_a_module(_):
+    live = live_of()
+
+    def advised():
+        live.update(state())
+        assert "weight" in live.explain("weight")
+        assert live.plan is not None
+
+    return lambda: hw.load(live, state()), advised
