@@ -73,7 +73,9 @@ def follow(
         directory: where to look. It must be there.
         interval: seconds between two looks, and for which no file may have changed.
         timeout: seconds to wait for the next version; the iteration ends after that. ``None`` waits until ``close``.
-        latest: of several that are ready give the newest only, and none that is older than one that was given.
+        latest: give the newest of those that are ready, by the time of its writing, and none of the others, now or
+            later: a server that comes back after a night takes the last version, not each of the night's. Without it
+            every version is given, the oldest first.
         marker: name of a file that the writer writes last into each version, such as ``"DONE"``.
         pattern: which directories within this one are versions: ``"step-*"``.
 
@@ -119,11 +121,24 @@ class Versions:
         self._newest = 0  # when the newest version that was given was written
         self._ready: deque[Version] = deque()
         self._absent = False
+        self._passed_over: dict[Path, str] = {}
+
+    @property
+    def passed_over(self) -> dict[str, str]:
+        """What lies there and is not given because it is broken: by name, and why. For a health endpoint, say.
+
+        A version is among them until it changes or is gone.
+        """
+        passed_over = dict(self._passed_over)  # Whoever asks is in another thread, often.
+        return {place.name: why for place, why in sorted(passed_over.items())}
 
     def look(self) -> list[Version]:
         """Look once, without waiting: the versions that are ready since the last look, by the time of their writing."""
         now = self._clock()
-        found = [ready for place in self._places() if (ready := self._settled(place, now)) is not None]
+        places = self._places()
+        for gone in self._passed_over.keys() - places:
+            del self._passed_over[gone]
+        found = [ready for place in places if (ready := self._settled(place, now)) is not None]
         found.sort(key=lambda ready: (ready[0], _natural(ready[1].name)))
         if self._latest:
             found = [ready for ready in found[-1:] if ready[0] >= self._newest]
@@ -181,6 +196,7 @@ class Versions:
         seen = self._seen.get(place)
         if seen is None or seen.files != files:
             self._seen[place] = seen = _Seen(files, now)
+            self._passed_over.pop(place, None)
         if seen.judged or now - seen.since < self._interval or not any(name.endswith(_WEIGHTS) for name in files):
             return None
         if self._marker is not None and self._marker not in files:
@@ -191,6 +207,7 @@ class Versions:
             self._check_order(place, files, weights)
         except HotweightsError as error:
             log(logging.WARNING, "%s is passed over until it changes: %s", place, error)
+            self._passed_over[place] = str(error)
             return None
         if self._files(place) != files:  # While its headers were read.
             del self._seen[place]

@@ -28,6 +28,7 @@ class SendReport:
         waited: seconds of those, by receiver that was waited for; several may be waited for at once.
         warnings: what a person should read.
         events: what the time of ``send`` was spent on, the wait for receivers before the offer too.
+        since_epoch: when that began, in seconds since 1970; ``events`` count from there.
     """
 
     version: str | int
@@ -41,6 +42,7 @@ class SendReport:
     warnings: tuple[str, ...] = ()
     events: tuple[TimelineEvent, ...] = ()
     network_nbytes: int = 0
+    since_epoch: float = 0.0
 
     def as_dict(self) -> dict[str, object]:
         """The attributes as numbers, text, lists and dicts: what JSON can hold."""
@@ -48,8 +50,11 @@ class SendReport:
         return {**msgspec.to_builtins(self), **facts, "events": [event._asdict() for event in self.events]}
 
     def save_timeline(self, path: str | os.PathLike[str]) -> None:
-        """Write what the time was spent on in the Chrome trace format, for ``chrome://tracing`` or ui.perfetto.dev."""
-        save_events(path, self.events)
+        """Write what the time was spent on in the Chrome trace format, for ``chrome://tracing`` or ui.perfetto.dev.
+
+        It lines up with those of the workers of the host, by the clock that they share.
+        """
+        save_events(path, self.events, of=f"send of {self.version}", since_epoch=self.since_epoch)
 
     def __repr__(self) -> str:
         sent = f"{size(self.nbytes)} in {self.tensors} tensors in {self.seconds:.3f} s"
