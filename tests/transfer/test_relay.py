@@ -87,6 +87,34 @@ def test_a_relay_is_for_what_comes_from_another_host(trainer, worker):
         Relay(worker, "unix:/tmp/x/y")
 
 
+def test_receivers_connect_before_an_offer_also_behind_a_relay(trainer, worker):
+    """Two of them behind a relay and one without: the trainer counts each, and then sends to all."""
+    with (
+        relaying(trainer, worker),
+        sender(trainer, receivers=3) as sending,
+        receiver(worker) as first,
+        receiver(worker) as second,
+        receiver(trainer, name="apart") as third,
+    ):
+        connecting = [Thread(lambda each=each: each.connect(TIMEOUT)) for each in (first, second, third)]
+        while any(thread.is_alive() for thread in connecting):
+            assert len(sending.connected) <= 3
+        assert [thread.result() for thread in connecting] == [True] * 3
+        names = poll(lambda: len(names := sending.connected) == 3 and names)
+        assert len([name for name in names if name.startswith("relay")]) == 2
+        assert len([name for name in names if name.startswith("apart")]) == 1
+        threads = [Thread(lambda each=each: dict(each.tensors())) for each in (first, second, third)]
+        sending.send(tensors(), version=1)
+        for thread in threads:
+            assert_same_bits(thread.result(), tensors())
+
+
+def poll(what):
+    while not (found := what()):
+        pass
+    return found
+
+
 def take(address, **options):
     with receiver(address, **options) as source:
         return dict(source.tensors())

@@ -5,7 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -60,6 +61,25 @@ def _work(script: Script, path: str | None, options: Mapping[str, Any], given: t
     except BaseException:
         pipe.send((None, traceback.format_exc()))
         raise
+
+
+def _serve(
+    script: Script,
+    path: str,
+    options: Mapping[str, Any],
+    before: Callable[[], None] | None,
+    pipe: Any,
+    started: Any,
+) -> None:
+    try:
+        if before is not None:
+            before()
+        talker = Talker(path, options)
+    except BaseException:
+        started.send(traceback.format_exc())
+        raise
+    started.send(None)
+    script(talker, pipe)
 
 
 def say(talker: Talker) -> list[list[int]]:
@@ -119,6 +139,39 @@ class Zoo:
             ours.close()
         assert error is None, error
         return result
+
+    @contextmanager
+    def serving(
+        self,
+        script: Script,
+        path: Path,
+        *,
+        options: Mapping[str, Any],
+        before: Callable[[], None] | None = None,
+        seconds: float = 600,
+    ) -> Iterator[Any]:
+        """An engine in a process of its own, where ``script`` does what comes by the pipe that this yields.
+
+        ``before`` is called there before the engine is made.
+        """
+        ours, theirs = self._context.Pipe()
+        started, start = self._context.Pipe()
+        process = self._context.Process(target=_serve, args=(script, str(path), options, before, theirs, start))
+        process.start()
+        theirs.close()
+        start.close()
+        try:
+            assert started.poll(seconds), "the engine did not start"
+            error = started.recv()
+            assert error is None, error
+            yield ours
+        finally:
+            ours.close()
+            started.close()
+            process.join(10)
+            process.kill()
+            process.join()
+            process.close()
 
     def fresh(self, name: str, weights: str, **options: Any) -> list[list[int]]:
         """What a fresh engine says, loaded by vLLM's own default."""

@@ -120,7 +120,18 @@ class OnlyWeight(Source):
         return super().metadata()[:1]
 
 
-@pytest.mark.parametrize("source", [OnlyWeight(), Newer()])
+class OfTwo(Newer):
+    """Two ranks of the trainer have it, and rank 0 is the second of them."""
+
+    owners = (1, 0)
+
+
+class Pieces(Newer):
+    def implements_iter_full(self):
+        return False
+
+
+@pytest.mark.parametrize("source", [OnlyWeight(), Newer(), OfTwo()])
 def test_sources_of_both_versions_of_vllm(zoo, source):
     assert zoo.run(life, None, source) == (1, ["start", "finish 1"], 1, 1)
 
@@ -146,6 +157,12 @@ def test_a_source_that_does_not_gather_is_refused(zoo):
         sent, calls, version, read = zoo.run(life, None, source)
         assert sent.startswith("UsageError rank 0 sends whole tensors")
         assert (calls, version, read) == ([], "zero", 0)
+
+
+def test_a_source_that_has_pieces_only_is_refused(zoo):
+    sent, calls, version, read = zoo.run(life, None, Pieces())
+    assert sent.startswith("UsageError rank 0 sends whole tensors, and Pieces has pieces of them only")
+    assert (calls, version, read) == ([], "zero", 0)
 
 
 @pytest.mark.parametrize("group", [False, True])

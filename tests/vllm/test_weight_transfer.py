@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import os
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -66,6 +67,8 @@ def round_of_refits(talker: Talker, paths):
         note("asleep", caught(trainer.send_weights))
     found["without pausing"] = trainer_of(engine.LLMClient(llm, mode=None), ModuleSource(models["A"])).send_weights(9)
     found["without pausing"] = found["without pausing"].version
+    note("slow", slow(llm, models["B"]))
+    note("stuck", stuck(llm, models["A"]))
     trainer.source = None
     found["no source"] = caught(lambda: trainer_of(engine.LLMClient(llm), None))
     found["receivers"] = caught(lambda: trainer_of(llm, ModuleSource(models["A"])))
@@ -88,6 +91,54 @@ def round_of_refits(talker: Talker, paths):
     note("last", None)
     trainer.shutdown()
     return found
+
+
+def slow(llm, model):
+    """Whether the engine stands while the source is read: by default, and when all is collected before."""
+    from vllm.distributed.weight_transfer.base import ModuleSource
+
+    from hotweights.engines import vllm as engine
+
+    class Looking(ModuleSource):
+        def __iter__(self):
+            for pair in super().__iter__():
+                stands.add(llm.llm_engine.is_sleeping())
+                yield pair
+
+    found = []
+    for collect in (False, True):
+        stands = set()
+        trainer = trainer_of(engine.LLMClient(llm), Looking(model), collect=collect)
+        trainer.send_weights(f"collect={collect}")
+        trainer.shutdown()
+        found.append(stands)
+    return found
+
+
+def stuck(llm, model):
+    """A source that does not go on before the engine has given up waiting: it must, and nothing is lost."""
+    from vllm.distributed.weight_transfer.base import ModuleSource
+
+    from hotweights.engines import vllm as engine
+
+    gave_up = threading.Event()
+
+    class Noting(engine.LLMClient):
+        def update_weights(self, update_info):
+            super().update_weights(update_info)
+            gave_up.set()
+
+    class Stuck(ModuleSource):
+        def __iter__(self):
+            for number, pair in enumerate(super().__iter__()):
+                if number == 5:
+                    assert gave_up.wait(300)
+                yield pair
+
+    trainer = trainer_of(Noting(llm), Stuck(model), timeout=1)
+    failure = caught(lambda: trainer.send_weights("never"))
+    trainer.shutdown()
+    return failure
 
 
 @contextlib.contextmanager
@@ -123,6 +174,9 @@ def test_refits_of_an_engine_in_this_process(zoo):
     assert "this engine sleeps" in found["asleep"][0]
     assert found["asleep"][1:] == (said["B"], ("step-8", "step-8", False, False))
     assert found["without pausing"] == 9
+    assert found["slow"] == ([{True}, {False}], said["B"], ("collect=True", "collect=True", False, False))
+    assert "TransferAborted" in found["stuck"][0]
+    assert found["stuck"][1:] == (said["B"], ("collect=True", "collect=True", False, False))
     assert "a trainer needs a source" in found["no source"]
     assert "receivers= is missing" in found["receivers"]
     assert "1 of 2 workers connected" in found["too many"]

@@ -186,6 +186,26 @@ class Connection:
             self.step()
         return self._slots is not None
 
+    def welcomed(self, seconds: float) -> bool:
+        """Connect, and wait until the sender has said welcome. Returns whether it did in time.
+
+        Raises:
+            ProtocolError, TransferError: as ``offer``, but for ``PeerLost``.
+            Closed: ``stop`` was called.
+        """
+        deadline = time.monotonic() + seconds
+        with self._using:
+            while True:
+                self.check_open()
+                try:
+                    if self.greet() and (not isinstance(self._slots, OwnSlots) or self._slots.flow.greet()):
+                        return True
+                except PeerLost:  # Another may come there.
+                    pass
+                if not left(deadline):
+                    return False
+                self.rest(min(left(deadline), _LOOK if self.connected else self._endpoint.retry))
+
     def step(self) -> Frame | None:
         """The next frame but a welcome, if it is there. Never waits: ``awaited`` says what for.
 

@@ -110,6 +110,20 @@ class Receiver:
         frame = self._connection.poll()
         return None if frame is None else self._came(frame)
 
+    def connect(self, seconds: float) -> bool:
+        """Connect before a version is offered. Returns whether the sender has said welcome within these seconds.
+
+        It says so while it sends, and when it is asked who is ``connected``. A relay says so at any time. Nothing needs
+        this: whoever waits for a version connects too.
+
+        Raises:
+            TransferError: as ``poll``.
+            Closed: it was closed.
+        """
+        check_seconds(seconds=seconds)
+        self._check_open()
+        return self._connection.welcomed(seconds)
+
     def leases(self, *, guard: Guard = "off") -> LeaseStream:
         """Stream the version that is offered, or the next one, in the sender's order.
 

@@ -246,12 +246,14 @@ class Sender:
     def connected(self) -> tuple[str, ...]:
         """The names of the receivers that are connected now; one that has died is not among them. Never waits.
 
+        A relay stands there once for each of its workers.
+
         Raises:
             UsageError: this sender is sending, or is another process's.
             Closed: it was closed.
         """
         with self._alone():
-            return tuple(peer.name for peer in self._group.connected())
+            return tuple(peer.name for peer in self._group.connected() for _ in range(peer.size))
 
     def close(self) -> None:
         """Let go of the address and the memory. May be called twice, and by any thread.

@@ -23,11 +23,12 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.logger import init_logger
 
-from ...errors import UsageError
+from ...errors import TransferTimeout, UsageError
 from ...sources.contracts import refusing
 from ...transfer.receiver import Receiver
 from .attached import as_loaded, attached, updatable
 from .ranks import Ranks, words_of
+from .receiving import receiver_of
 
 _LOG = init_logger("vllm.hotweights")
 
@@ -46,13 +47,19 @@ class InitInfo(WeightTransferInitInfo):  # type: ignore[misc]  # vLLM is not ins
     """Where the trainer is.
 
     Attributes:
-        address: of its ``hotweights.Sender``.
+        address: of its ``hotweights.Sender``, or several.
         timeout: seconds that each single wait for it may take.
+        keys: the directory of the job's keys, unless the engine's own options say where it has them.
+        insecure: go without keys in a network.
+        answers: whether the sender says welcome while the workers are told of it, as a ``Trainer`` sees to.
         problem: what was wrong with what the trainer said.
     """
 
-    address: str
+    address: str | list[str]
     timeout: float = 60.0
+    keys: str | None = None
+    insecure: bool = False
+    answers: bool = False
     problem: str = ""
 
 
@@ -105,14 +112,19 @@ class Backend(WeightTransferEngine):  # type: ignore[misc]
             # The trainer reads in the name that it has a session to finish: one that died may have left it.
             name = f"rank {self._rank}" + (f" {OPEN}" if self.is_open else "")
             # A trainer that is not there any more will not come back: a new one calls this again.
-            receiver = self._receiver = Receiver(
+            receiver = self._receiver = receiver_of(
+                self.vllm_config,
                 init_info.address,
                 name=name,
                 timeout=init_info.timeout,
-                offer_timeout=init_info.timeout,
+                keys=init_info.keys,
+                insecure=init_info.insecure,
                 reconnect=False,
             )
-            receiver.poll()
+            if not init_info.answers:
+                receiver.poll()
+            elif not receiver.connect(init_info.timeout):
+                raise TransferTimeout(f"{receiver.address} did not answer within {init_info.timeout:g} s")
 
     def start_weight_update(self) -> None:
         """Begin a session. The model is not touched before all of a version has come."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeVar, cast
 
-from ...arguments import check_choices
+from ...arguments import check_choices, check_flags
 from ...errors import CommitHookError, HotweightsError, UpdateAborted, UsageError
 
 Mode = Literal["wait", "abort", "keep"]
@@ -55,17 +55,22 @@ def update(
     version: str | int | None = None,
     mode: Mode = "wait",
     timeout: float = 60.0,
+    keys: str | os.PathLike[str] | None = None,
+    insecure: bool = False,
 ) -> Outcome:
     """Give a ``vllm.LLM`` new weights, all ranks or none, and empty the caches that hold what the old ones made.
 
     Args:
         llm: was started with ``load_format="hotweights"`` and
             ``worker_extension_cls="hotweights.engines.vllm.Worker"``.
-        source: path of a checkpoint, or ``unix:PATH`` of a ``hotweights.Sender`` that has a receiver for each rank.
+        source: path of a checkpoint, or address of a ``hotweights.Sender`` that has a receiver for each rank.
         version: its name.
         mode: what becomes of requests in flight. ``"wait"`` needs somebody who steps the engine meanwhile; an engine
             in this process has nobody.
         timeout: seconds that each single wait for a sender may take.
+        keys: the directory where the engine's host has the job's keys, for ``tcps:``; ``keys`` in
+            ``model_loader_extra_config`` goes before it.
+        insecure: go without keys in a network where anybody may send and take weights.
 
     Raises:
         UpdateAborted: a rank could not take it; the message names each with its cause. All ranks have the version
@@ -77,7 +82,7 @@ def update(
             stale. The engine stays paused; ``status`` asks, ``llm.wake_up(["scheduling"])`` resumes.
     """
     check_choices(mode=(mode, Mode))
-    return done(_update(OfflineEngine(llm), mode, (os.fspath(source), version, timeout)))
+    return done(_update(OfflineEngine(llm), mode, _given(source, version, timeout, keys, insecure)))
 
 
 async def update_async(
@@ -87,6 +92,8 @@ async def update_async(
     version: str | int | None = None,
     mode: Mode = "wait",
     timeout: float = 60.0,
+    keys: str | os.PathLike[str] | None = None,
+    insecure: bool = False,
 ) -> Outcome:
     """As ``update``, of an ``AsyncLLM``. New requests wait meanwhile.
 
@@ -94,7 +101,7 @@ async def update_async(
     asks ``status_async`` and calls ``engine.resume_generation()``.
     """
     check_choices(mode=(mode, Mode))
-    return await _awaited(_update(AsyncEngine(engine), mode, (os.fspath(source), version, timeout)))
+    return await _awaited(_update(AsyncEngine(engine), mode, _given(source, version, timeout, keys, insecure)))
 
 
 def status(llm: Any, *, digest: bool = True) -> list[dict[str, Any]]:
@@ -159,6 +166,14 @@ def _update(engine: OfflineEngine | AsyncEngine, mode: Mode, given: tuple[Any, .
     if paused:
         yield engine.resume
     return Outcome(version, tuple(answers), tuple(caches))
+
+
+def _given(
+    source: Address, version: str | int | None, timeout: float, keys: Address | None, insecure: bool
+) -> tuple[Any, ...]:
+    """What ``Worker.hotweights_update`` is given."""
+    check_flags(insecure=insecure)
+    return os.fspath(source), version, timeout, None if keys is None else os.fspath(keys), insecure
 
 
 def _ask(holder: Any, method: str, given: tuple[Any, ...]) -> Generator[Call, Any, Any]:

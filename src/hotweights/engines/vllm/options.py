@@ -22,6 +22,7 @@ class LoaderOptions:
         allow_missing: names of the model that may stay as they are, beside those for which vLLM has defaults.
         allow_unexpected: names of the checkpoint that may have no place.
         dummy: read no weights, only what the checkpoint's headers say: the first update brings the values.
+        keys: the directory where this host has the keys of the job, for updates from senders on other hosts.
     """
 
     memory_limit: int | None = None
@@ -30,6 +31,7 @@ class LoaderOptions:
     allow_missing: tuple[str, ...] = ()
     allow_unexpected: tuple[str, ...] = ()
     dummy: bool = False
+    keys: str | None = None
 
 
 def options_from(config: object) -> LoaderOptions:
@@ -54,6 +56,10 @@ def _checked(key: str, value: Any) -> Any:
     if key in ("memory_limit", "threads"):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise UsageError(f"{key} in model_loader_extra_config is a positive whole number; found {value!r}")
+        return value
+    if key == "keys":
+        if value is not None and (not isinstance(value, str) or not value):
+            raise UsageError(f"keys in model_loader_extra_config is the path of a directory; found {value!r}")
         return value
     if key == "dummy":
         check_flags(**{"dummy in model_loader_extra_config": value})

@@ -47,6 +47,15 @@ class Ranks:
         self.size: int = group.world_size
         self._group: Any = group.cpu_group
 
+    @classmethod
+    def of(cls, group: Any) -> Ranks:
+        """Those of a process group of torch's, which can gather objects: one of gloo."""
+        ranks = cls.__new__(cls)
+        ranks.rank = torch.distributed.get_rank(group)
+        ranks.size = torch.distributed.get_world_size(group)
+        ranks._group = group
+        return ranks
+
     def gather(self, word: str | None) -> list[str | None]:
         """What each rank says. Every rank must call this: it waits for all of them."""
         if self.size == 1:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,9 +30,15 @@ from ...manifest import Manifest, TensorSpec
 from ...model.as_saved import as_saved
 from ...sources.pairs import Pair
 from ...text import some
+from ...transfer.endpoint import is_local
 from ...transfer.report import SendReport
 from ...transfer.sender import Sender
 from .backend import OPEN
+
+_LOOK = 0.02
+"""Seconds between two looks at who has connected."""
+_LATE = 5.0
+"""Seconds that what engines on other hosts have begun may take: a connection for bytes, and a relay's word."""
 
 
 def register_trainer() -> None:
@@ -46,17 +55,24 @@ class TrainerInit(TrainerInitInfo):  # type: ignore[misc]  # vLLM is not install
         rank: of this process among the trainer's; rank 0 sends.
         receivers: how many workers take part, of all engines together: ``GET /get_world_size`` of each. By default the
             client is asked, which must be one of ours then.
-        address: ``unix:PATH``; by default in a new folder in the directory for temporary files.
+        address: ``unix:PATH``, or ``tcps://HOST:PORT`` for engines on other hosts; by default a path in a new folder in
+            the directory for temporary files. Of several, workers use a path that is there on their host, of this
+            trainer or of a relay.
         timeout: seconds that each single wait of either end may take.
         collect: whether all tensors are read before an engine is asked, and kept on the host. A source that is slow,
             because it gathers from many ranks, does not hold up the engines then.
+        keys: the directory of the job's keys, for ``tcps:``. Engines use the same path, unless their
+            ``model_loader_extra_config`` has ``keys``.
+        insecure: go without keys in a network where anybody may send and take weights.
     """
 
     backend: ClassVar[str] = "hotweights"
     receivers: int | None = None
-    address: str | None = None
+    address: str | Sequence[str] | None = None
     timeout: float = 60.0
     collect: bool = False
+    keys: str | os.PathLike[str] | None = None
+    insecure: bool = False
 
 
 class Trainer(TrainerWeightTransferEngine):  # type: ignore[misc]
@@ -148,17 +164,28 @@ class Trainer(TrainerWeightTransferEngine):  # type: ignore[misc]
         if address is None:
             self._folder = tempfile.mkdtemp(prefix="hotweights-")
             address = f"unix:{Path(self._folder) / 'trainer'}"
-        sender = self._sender = Sender(address, receivers=receivers, timeout=init_info.timeout)
+        keys, insecure = init_info.keys, init_info.insecure
+        sender = self._sender = Sender(
+            address, receivers=receivers, timeout=init_info.timeout, keys=keys, insecure=insecure
+        )
+        listening = sender.address if isinstance(address, str) else sender.address.split(", ")
+        told: dict[str, Any] = {"address": listening, "timeout": init_info.timeout, "answers": True}
+        if keys is not None or insecure:
+            told |= {"keys": None if keys is None else os.path.abspath(keys), "insecure": insecure}
         for client in getattr(self.client, "clients", [self.client]):
             before = {*sender.connected}
-            client.init_weight_transfer_engine({"address": address, "timeout": init_info.timeout})
+            _answering(sender, _Call(partial(client.init_weight_transfer_engine, told)))
             # A trainer that died in an update could not finish it, and vLLM begins no other before that.
             if any(OPEN in name for name in {*sender.connected} - before):
                 client.finish_weight_update()
+        late = 0.0 if is_local(listening) else time.monotonic() + min(_LATE, init_info.timeout)
+        while len(sender.connected) < receivers and time.monotonic() < late:
+            time.sleep(_LOOK)
         if len(sender.connected) < receivers:
             raise TransferError(
-                f"{len(sender.connected)} of {receivers} workers connected to {address}: {list(sender.connected)}; "
-                "engines must run on this host, as this user, and their logs say what else failed"
+                f"{len(sender.connected)} of {receivers} workers connected to {sender.address}: "
+                f"{list(sender.connected)}; a unix: address is for engines on this host that run as this user, tcps: "
+                "for others; the engines' logs say what else failed"
             )
 
     @contextmanager
@@ -205,6 +232,18 @@ class Trainer(TrainerWeightTransferEngine):  # type: ignore[misc]
         return report
 
 
+def _answering(sender: Sender, call: _Call) -> None:
+    """Have the sender welcome whoever connects, until the call has returned.
+
+    Raises:
+        Exception: what the call raised.
+    """
+    while call.runs(_LOOK):
+        _ = sender.connected
+    if (failure := call.failure(0)) is not None:
+        raise failure
+
+
 class _Call:
     """A call that another thread makes."""
 
@@ -220,10 +259,14 @@ class _Call:
         except BaseException as error:
             self._failure = error
 
+    def runs(self, seconds: float) -> bool:
+        """Whether it has not ended within these seconds."""
+        self._thread.join(seconds)
+        return self._thread.is_alive()
+
     def failure(self, seconds: float) -> BaseException | None:
         """How it failed, if it did. It has ended when this returns, or did not within these seconds."""
-        self._thread.join(seconds)
-        return TimeoutError(f"it did not return within {seconds:g} s") if self._thread.is_alive() else self._failure
+        return TimeoutError(f"it did not return within {seconds:g} s") if self.runs(seconds) else self._failure
 
 
 def _stream(source: Any) -> tuple[Manifest, Iterator[Pair]]:
@@ -235,8 +278,13 @@ def _stream(source: Any) -> tuple[Manifest, Iterator[Pair]]:
         return Manifest(specs), ((name, materialize_full_tensor(tensor)) for name, tensor in state.items())
     promised = source.metadata() if callable(source.metadata) else source.metadata
     held = source.held_names() if hasattr(source, "held_names") else None
-    elsewhere = [meta.name for meta in promised if (getattr(meta, "owners", None) or (0,))[0] != 0]
+    elsewhere = [meta.name for meta in promised if 0 not in (getattr(meta, "owners", None) or (0,))]
     elsewhere += [] if held is None else [meta.name for meta in promised if meta.name not in held]
+    if hasattr(source, "implements_iter_full") and not source.implements_iter_full():
+        raise UsageError(
+            f"rank 0 sends whole tensors, and {type(source).__name__} has pieces of them only (iter_local); use one "
+            "that has iter_full, such as ModuleSource"
+        )
     if elsewhere:
         raise UsageError(
             f"rank 0 sends whole tensors, and this source does not gather all of them there: {some(elsewhere)}; use "

@@ -12,9 +12,9 @@ from typing import Any
 from ...errors import UsageError
 from ...live.model import LiveModel
 from ...live.report import UpdateReport
-from ...transfer.receiver import Receiver
 from .attached import as_loaded, attached, loaded_by_us, updatable
 from .ranks import Ranks, together, words_of
+from .receiving import is_address, receiver_of
 
 _LOG = logging.getLogger("vllm.hotweights")
 
@@ -29,16 +29,25 @@ class Worker:
     parallel_config: Any
     vllm_config: Any
 
-    def hotweights_update(self, source: str, version: str | int | None = None, timeout: float = 60.0) -> dict[str, Any]:
+    def hotweights_update(
+        self,
+        source: str,
+        version: str | int | None = None,
+        timeout: float = 60.0,
+        keys: str | None = None,
+        insecure: bool = False,
+    ) -> dict[str, Any]:
         """Take new weights, if every rank can. Call it on all workers, while no step runs.
 
         Whoever calls it resets the engine's caches afterwards: ``hotweights.engines.vllm.update`` does both.
 
         Args:
-            source: path of a checkpoint, or ``unix:PATH`` of a ``hotweights.Sender``, which has as many receivers as
-                there are ranks.
+            source: path of a checkpoint, or address of a ``hotweights.Sender``, which has as many receivers as there
+                are ranks.
             version: its name; by default the one that the sender gave, or the number of commits.
             timeout: seconds that each single wait for a sender may take.
+            keys: the directory of the job's keys, for ``tcps:``, unless the engine's options say where it has them.
+            insecure: go without keys in a network.
 
         Returns:
             ``rank``, and the ``version`` and ``state`` that it has now. ``error`` is ``None`` if every rank has taken
@@ -47,7 +56,7 @@ class Worker:
         """
         ranks = Ranks()
         try:
-            report = _updated(self, ranks, source, version, float(timeout))
+            report = _updated(self, ranks, source, version, timeout=float(timeout), keys=keys, insecure=insecure)
         except Exception as error:
             _LOG.warning("hotweights: rank %d did not take %s: %s", ranks.rank, source, error)
             return {**_state(self, ranks), "error": ranks.own_words(error), "report": None}
@@ -97,12 +106,12 @@ def _session(worker: Worker) -> dict[str, Any]:
     }
 
 
-def _updated(worker: Worker, ranks: Ranks, source: str, version: str | int | None, timeout: float) -> UpdateReport:
+def _updated(worker: Worker, ranks: Ranks, source: str, version: str | int | None, **how: Any) -> UpdateReport:
     with ExitStack() as stack:
         problem = None
         try:
             live = updatable(worker.get_model(), worker.vllm_config)
-            opened = stack.enter_context(_opened(source, ranks, timeout))
+            opened = stack.enter_context(_opened(worker, source, ranks, **how))
         except Exception as error:
             problem = words_of(error)
         ranks.agree(problem)
@@ -110,12 +119,12 @@ def _updated(worker: Worker, ranks: Ranks, source: str, version: str | int | Non
         return live.update(opened, version=version, show_progress=False)
 
 
-def _opened(source: str, ranks: Ranks, timeout: float) -> Any:
+def _opened(worker: Worker, source: str, ranks: Ranks, **how: Any) -> Any:
     """The source, opened. Ranks that read files decide among each other; with a sender, the sender sees to that."""
     if not isinstance(source, str) or not source:
-        raise UsageError(f"a source is a path, or unix:PATH of a sender; found {source!r}")
-    if source.startswith("unix:"):
-        return Receiver(source, name=f"rank {ranks.rank}", timeout=timeout, offer_timeout=timeout)
+        raise UsageError(f"a source is a path, or the address of a sender; found {source!r}")
+    if is_address(source):
+        return receiver_of(worker.vllm_config, source, name=f"rank {ranks.rank}", **how)
     from .loader import checkpoint
 
     return together(checkpoint(source), ranks)
