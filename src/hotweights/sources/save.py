@@ -197,6 +197,9 @@ def _is_utf8(text: str) -> bool:
 
 @contextmanager
 def _placed(where: str | os.PathLike[str], store: object) -> Iterator[Path | Address]:
+    if isinstance(where, Address):  # Its store is the caller's.
+        yield where
+        return
     if not isinstance(where, (str, os.PathLike, bytes)) or "\0" in os.fsdecode(where):
         raise UsageError(f"where= is the path of a directory, or of a file that ends in .safetensors; found {where!r}")
     text = os.fsdecode(where)

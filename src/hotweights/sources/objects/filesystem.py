@@ -42,7 +42,7 @@ class Filesystem:
             return []
         return [str(path).rstrip("/").rpartition("/")[2] for path in listed]
 
-    async def put(self, key: str, file: Path, mode: object) -> None:
+    async def put(self, key: str, content: Path | bytes, mode: object) -> dict[str, str]:
         """See ``Service``."""
         raise NotImplementedError
 

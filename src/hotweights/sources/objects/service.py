@@ -23,6 +23,12 @@ class Pin:
     size: int
     tag: str | None
     modified: object
+    number: str | None = None  # of this version, in stores that count them: Google's conditions are about it
+
+    @property
+    def only_over(self) -> dict[str, str]:
+        """The mode of a ``put`` that writes over this object only. Empty where nothing tells it from others."""
+        return {name: said for name, said in (("e_tag", self.tag), ("version", self.number)) if said}
 
     def changed(self, now: Pin) -> str | None:
         """What shows that ``now`` is another object; ``None`` if nothing does."""
@@ -54,8 +60,11 @@ class Service(Protocol):
     async def names(self, key: str) -> list[str]:
         """The names of what lies directly below this key."""
 
-    async def put(self, key: str, file: Path, mode: object) -> None:
-        """Write an object from a file, whole or not at all; ``mode`` says over what, in obstore's words."""
+    async def put(self, key: str, content: Path | bytes, mode: object) -> dict[str, str]:
+        """Write an object from a file, whole or not at all; ``mode`` says over what, in obstore's words.
+
+        Returns the mode of the ``put`` that writes over what was written.
+        """
 
     async def delete(self, key: str) -> None:
         """Delete an object."""
@@ -167,11 +176,14 @@ class Obstore:
         paths = [each["path"] for each in listed["objects"]] + list(listed["common_prefixes"])
         return [path.rstrip("/").rpartition("/")[2] for path in paths]
 
-    async def put(self, key: str, file: Path, mode: object) -> None:
+    async def put(self, key: str, content: Path | bytes, mode: object) -> dict[str, str]:
         """See ``Service``."""
-        part = max(_UPLOAD_PART, file.stat().st_size // 9000)  # S3 takes 10,000 of them.
-        options = {} if mode == "overwrite" else {"use_multipart": False}  # Only then are conditions kept.
-        await self._package.put_async(self._store, key, file, mode=mode, chunk_size=part, max_concurrency=8, **options)
+        size = len(content) if isinstance(content, bytes) else content.stat().st_size
+        options: dict[str, Any] = {"chunk_size": max(_UPLOAD_PART, size // 9000)}  # S3 takes 10,000 of them.
+        if mode != "overwrite":
+            options["use_multipart"] = False  # Only then are conditions kept.
+        said = await self._package.put_async(self._store, key, content, mode=mode, max_concurrency=8, **options)
+        return Pin(size, said.get("e_tag"), None, said.get("version")).only_over
 
     async def delete(self, key: str) -> None:
         """See ``Service``."""
@@ -198,4 +210,4 @@ USUAL = (
 
 
 def _pin(meta: Any) -> Pin:
-    return Pin(int(meta["size"]), meta.get("e_tag"), meta.get("last_modified"))
+    return Pin(int(meta["size"]), meta.get("e_tag"), meta.get("last_modified"), meta.get("version"))

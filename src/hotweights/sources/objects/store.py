@@ -164,9 +164,21 @@ class Store:
         """
         self._wait(self._ask(self._read(key, pin, _Places(buffers), start)), ended)
 
-    def put(self, key: str, file: Path, mode: object) -> None:
-        """Write an object from a file, whole or not at all. ``mode`` is obstore's. Errors are those of its package."""
-        self._wait(self._ask(self._service.put(key, file, mode)))
+    def content(self, key: str) -> tuple[bytes, Pin] | None:
+        """All of a small object, and which it is; ``None`` if there is none."""
+        try:
+            opened = self._wait(self._ask(self._open(key)))
+        except FileNotFoundError:
+            return None
+        content = bytearray(opened.pin.size)
+        content[: len(opened.start)] = opened.start
+        if len(content) > len(opened.start):
+            self.read(key, opened.pin, [memoryview(content)[len(opened.start) :]], len(opened.start))
+        return bytes(content), opened.pin
+
+    def put(self, key: str, content: Path | bytes, mode: object) -> dict[str, str]:
+        """Write an object, whole or not at all, see ``Service.put``. Errors are those of its package."""
+        return self._wait(self._ask(self._service.put(key, content, mode)))
 
     def delete(self, key: str) -> None:
         """Delete an object. Errors are those of its package."""

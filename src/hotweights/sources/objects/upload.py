@@ -25,7 +25,7 @@ class Upload(Draft):
         is_file = not where.is_dir()
         self._there = set() if is_file else set(where.names())
         self._into = bool(self._there)
-        self._found = where.store.head((where / INDEX).key).tag if INDEX in self._there else None
+        self._found = where.store.head((where / INDEX).key).only_over if INDEX in self._there else {}
         self._old = replaced_by(where, self._there)
         super().__init__(where, Path(tempfile.mkdtemp(prefix="hotweights-")), is_file=is_file)
 
@@ -57,7 +57,7 @@ class Upload(Draft):
     def _only_over_what_was_found(self) -> object:
         if INDEX not in self._there:
             return "create"
-        return {"e_tag": self._found} if self._found else "overwrite"
+        return self._found or "overwrite"
 
     def _put(self, name: str, to: Address | None = None, *, mode: object = "overwrite") -> None:
         place = to or self._address / name
