@@ -284,9 +284,7 @@ class Sender:
         """
         with self._alone():
             if self._publication is not None:
-                raise UsageError(
-                    f"nobody connects to {self.address}: workers look there, and are not seen"
-                )
+                raise UsageError(f"nobody connects to {self.address}: workers look there, and are not seen")
             return tuple(peer.name for peer in self._group.connected())
 
     def close(self) -> None:

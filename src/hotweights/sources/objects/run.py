@@ -113,7 +113,7 @@ def open_run(address: str | os.PathLike[str], store: object, deadline: float, *,
     if parts is None or parts.scheme not in SCHEMES:
         if store is not None:
             raise UsageError("store= is for addresses, such as s3://bucket/run; leave it out")
-        return Run(_InDirectory(_directory(text)), None, None)
+        return Run.of(_directory(text))
     if writes and parts.scheme not in WRITTEN:
         raise UsageError(
             f"{parts.shown}/...: versions can be published at {', '.join(f'{name}://' for name in WRITTEN)} and "
@@ -137,8 +137,15 @@ class Run:
 
     def __init__(self, place: _InStore | _InDirectory, address: str | None, store: object) -> None:
         self._place = place
-        self._address, self._store = address, store
+        self._store = store
+        self.where = place.where
         self.path = str(place.where)
+        self.address = self.path if address is None else address  # as it was given
+
+    @classmethod
+    def of(cls, directory: Path) -> Run:
+        """Of a directory."""
+        return cls(_InDirectory(directory), None, None)
 
     def read(self) -> tuple[Pointer | None, Tag]:
         """The pointer as it is now, and what writes over it. ``None`` if nothing was published here.
@@ -187,9 +194,7 @@ class Run:
 
     def source(self, version: Published) -> tuple[str, dict[str, Any]]:
         """What ``hotweights.open`` is given for a version: a path or an address, and options."""
-        if self._address is None:
-            return str(self._place.where / version.folder), {}
-        return f"{self._address}/{version.folder}", {"store": self._store}
+        return f"{self.address}/{version.folder}", {} if self._store is None else {"store": self._store}
 
     def remove(self, folder: str) -> None:
         """Delete the folder of a version. Its readers get a ``CheckpointChanged``.

@@ -10,7 +10,7 @@ from itertools import compress
 from pathlib import Path
 from typing import Any, Protocol
 
-from ...errors import HotweightsError
+from ...errors import HotweightsError, UsageError
 
 CHUNK = 512 * 1024
 """Bytes that a body is given in, at least: each is a step in Python, and what a failed try may lose."""
@@ -59,6 +59,9 @@ class Service(Protocol):
 
     async def names(self, key: str) -> list[str]:
         """The names of what lies directly below this key."""
+
+    async def below(self, key: str) -> dict[str, Pin]:
+        """Every object below this key, by what its key has after that."""
 
     async def put(self, key: str, content: Path | bytes, mode: object) -> dict[str, str]:
         """Write an object from a file, whole or not at all; ``mode`` says over what, in obstore's words.
@@ -175,6 +178,15 @@ class Obstore:
         listed = await self._package.list_with_delimiter_async(self._store, prefix=key or None)
         paths = [each["path"] for each in listed["objects"]] + list(listed["common_prefixes"])
         return [path.rstrip("/").rpartition("/")[2] for path in paths]
+
+    async def below(self, key: str) -> dict[str, Pin]:
+        """See ``Service``."""
+        if not self._lists:
+            raise UsageError("the web has no lists; name the checkpoint itself, or a place where a sender publishes")
+        found = {}
+        async for batch in self._package.list(self._store, prefix=key or None):
+            found.update({each["path"][len(key) :].lstrip("/"): _pin(each) for each in batch})
+        return found
 
     async def put(self, key: str, content: Path | bytes, mode: object) -> dict[str, str]:
         """See ``Service``."""

@@ -122,6 +122,11 @@ class Store:
                 if key not in self._soon:
                     self._soon[key] = self._ask(self._open(key))
 
+    def forget(self) -> None:
+        """Forget what was begun to open, and not taken."""
+        with self._lock:
+            self._soon.clear()
+
     def there(self, key: str) -> bool:
         """Whether there is such an object. It is opened for that, and ``opened`` takes it."""
         self.open_soon([key])
@@ -149,6 +154,10 @@ class Store:
     def names(self, key: str) -> list[str]:
         """The names of what lies directly below a key."""
         return self._wait(self._ask(self._tries(f"{self.path(key)}: its list", lambda: self._service.names(key))))
+
+    def below(self, key: str) -> dict[str, Pin]:
+        """Every object below a key, by what its key has after that."""
+        return self._wait(self._ask(self._tries(f"{self.path(key)}: its list", lambda: self._service.below(key))))
 
     def head(self, key: str) -> Pin:
         """The object as it is now. ``FileNotFoundError`` if there is none."""
