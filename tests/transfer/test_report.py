@@ -44,6 +44,7 @@ def test_for_programs_it_is_what_json_can_hold():
         "warnings": ["the file is new"],
         "events": [],
         "network_nbytes": 0,
+        "published": None,
     }
 
 

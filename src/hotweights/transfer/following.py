@@ -69,7 +69,7 @@ class Following:
         interval = INTERVAL if interval is None else interval
         check_seconds(timeout=timeout, offer_timeout=offer_timeout, interval=interval)
         self._run = open_run(address, store, timeout)
-        self.address, self.name = self._run.path, name
+        self.address, self.name = self._run.address, name
         self._offer_timeout, self._reconnect, self._interval = offer_timeout, reconnect, interval
         self._offer: _Offer | None = None  # the version that came last
         self._taken: Published | None = None

@@ -39,7 +39,7 @@ class Publication:
         self._keep = KEEP if keep is None else keep
         self._sender = secrets.token_hex(8)
         self._run = open_run(address, store, timeout, writes=True)
-        self.address = self._run.path
+        self.address = self._run.address
         try:
             found, tag = self._run.read()
             self._pointer = pointer(self._sender, found.versions if found else ())

@@ -62,6 +62,23 @@ def test_checkpoints_are_given_once_when_they_are_whole(store):
         assert [version.name for version in looked(versions)] == ["step-11"]
 
 
+def test_a_checkpoint_whose_index_came_first_is_given_when_its_shards_are_there(store, caplog):
+    import obstore
+
+    hw.save({**TENSORS, "c": torch.arange(200)}, "s3://bucket/elsewhere", shard_size=800)
+    names = sorted(each["path"] for each in obstore.list(store).collect())
+    contents = {name.replace("elsewhere", "runs/step-1"): bytes(obstore.get(store, name).bytes()) for name in names}
+    first, *others, index = contents
+    for name in (index, first):
+        obstore.put(store, name, contents[name])
+    with followed() as versions:
+        assert looked(versions) == []
+        assert "passed over until it changes" in caplog.text
+        for name in others:
+            obstore.put(store, name, contents[name])
+        assert [version.name for version in looked(versions)] == ["step-1"]
+
+
 def test_the_folder_itself_that_is_written_anew(store):
     hw.save(TENSORS, "s3://bucket/runs")
     with followed() as versions:
@@ -124,20 +141,23 @@ def test_the_web_has_no_lists():
 def test_what_a_sender_has_published_is_given_and_nothing_else(store, where, tmp_path):
     """Not a version that lies there whole and was never published, and not a folder twice."""
     place = tmp_path / "runs" if where == "directory" else where
-    with hw.Sender(place, keep=2) as sender:
-        with followed(str(place)) as versions, followed(str(place), latest=True) as newest:
-            hw.save(TENSORS, f"{place}/00000009-never-0123abcd")
-            assert looked(versions) == []
-            for version in ("one", 2, "three"):
-                report = sender.send(TENSORS, version=version)
-            found = looked(versions)
-            assert [each.name for each in found] == ["2", "three"]
-            assert str(found[-1].path) == report.published
-            assert [each.name for each in looked(newest)] == ["three"]
-            with hw.open(found[-1].path) as source:
-                assert_same_bits(dict(source.tensors()), TENSORS)
-            sender.send(TENSORS, version="four")
-            assert [each.name for each in looked(versions)] == ["four"]
+    with (
+        hw.Sender(place, keep=2) as sender,
+        followed(str(place)) as versions,
+        followed(str(place), latest=True) as newest,
+    ):
+        hw.save(TENSORS, f"{place}/00000009-never-0123abcd")
+        assert looked(versions) == []
+        for version in ("one", 2, "three"):
+            report = sender.send(TENSORS, version=version)
+        found = looked(versions)
+        assert [each.name for each in found] == ["2", "three"]
+        assert str(found[-1].path) == report.published
+        assert [each.name for each in looked(newest)] == ["three"]
+        with hw.open(found[-1].path) as source:
+            assert_same_bits(dict(source.tensors()), TENSORS)
+        sender.send(TENSORS, version="four")
+        assert [each.name for each in looked(versions)] == ["four"]
 
 
 def test_the_pointer_of_somebody_else_says_nothing(store):

@@ -140,7 +140,8 @@ class Run:
         self._store = store
         self.where = place.where
         self.path = str(place.where)
-        self.address = self.path if address is None else address  # as it was given
+        self._given = self.path if address is None else address  # perhaps with a name and a password in it
+        self.address = self._given if is_store(store) else self.path
 
     @classmethod
     def of(cls, directory: Path) -> Run:
@@ -194,7 +195,7 @@ class Run:
 
     def source(self, version: Published) -> tuple[str, dict[str, Any]]:
         """What ``hotweights.open`` is given for a version: a path or an address, and options."""
-        return f"{self.address}/{version.folder}", {} if self._store is None else {"store": self._store}
+        return f"{self._given}/{version.folder}", {} if self._store is None else {"store": self._store}
 
     def remove(self, folder: str) -> None:
         """Delete the folder of a version. Its readers get a ``CheckpointChanged``.
