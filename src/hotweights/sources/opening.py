@@ -147,7 +147,7 @@ def open(
             takes, or one that ``torch.distributed.checkpoint`` has written; an index file; a snapshot in a hub cache,
             or its ``models--org--name`` directory; a mapping from names to tensors; or an ``nn.Module``, whose
             ``state_dict()`` is taken. A path may be an address in an object store or of the web,
-            ``s3://bucket/model``: docs/objects.md.
+            ``s3://bucket/model``, or on a hub, ``hf://org/name``: docs/objects.md.
         reader: which package reads the files. Ours gives any bytes in any order; ``"runai"``, ``"fastsafetensors"``,
             ``"safetensors"`` and ``"torch"`` (.bin, .pt, .pth) only stream.
         rename: new names for the tensors, see ``hotweights.load``.
@@ -276,5 +276,5 @@ def _refuse_hub_name(path: str) -> None:
     if _HUB_NAME.fullmatch(path) and not os.path.exists(path) and not os.path.isdir(os.path.dirname(path)):
         raise CheckpointError(
             f"{path}: there is no such file or directory. If it is a hub name: `hf download {path}`, then give the "
-            "folder that it prints"
+            f"folder that it prints; or read it from the hub: hf://{path}"
         )

@@ -13,11 +13,13 @@ from ...arguments import check_count, check_seconds, shown
 from ...errors import MissingPackage, UsageError
 from ..files.place import Remote
 from .filesystem import Filesystem
+from .hub import OPTIONS as HUB_OPTIONS
+from .hub import Hub, repository
 from .object import Object
-from .service import Obstore
+from .service import Obstore, Service
 from .store import Store
 
-SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "abfss", "http", "https")
+SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "abfss", "http", "https", "hf")
 """What addresses of stores begin with."""
 WRITTEN = ("s3", "s3a", "gs", "az", "abfs", "abfss")
 """Those of them that can be written to."""
@@ -51,8 +53,12 @@ def parts_of(text: str) -> Parts | None:
     match = _ADDRESS.fullmatch(text)
     if match is None or os.path.exists(text):
         return None
+    scheme = match[1].lower()
+    if scheme == "hf":
+        which, key = repository(match["rest"])
+        return Parts(scheme, which.shown.removeprefix("hf://"), key)
     host, _, key = match["rest"].partition("/")
-    return Parts(match[1].lower(), host, key)
+    return Parts(scheme, host, key)
 
 
 def connect(addresses: Sequence[Parts], options: object, *, writes: bool = False) -> list[Address]:
@@ -70,9 +76,28 @@ def connect(addresses: Sequence[Parts], options: object, *, writes: bool = False
     check_seconds(**{f'store={{"{name}"}}': value for name, value in ours.items() if name == "deadline"})
     check_count(1, **{f'store={{"{name}"}}': value for name, value in ours.items() if name == "requests"})
     keys = [_key(parts) for parts in addresses]
-    service = Obstore(_package_store(addresses[0], options, ours.get("deadline", 60.0) if writes else None))
+    service: Service
+    if addresses[0].scheme == "hf":
+        service = _hub(addresses[0], options)
+        ours["login"] = "set HF_TOKEN, or run `hf auth login`; gated models are granted on their pages"
+    else:
+        service = Obstore(_package_store(addresses[0], options, ours.get("deadline", 60.0) if writes else None))
     store = Store(service, addresses[0].shown, **ours)
     return [Address(store, key) for key in keys]
+
+
+def _hub(parts: Parts, options: dict[str, Any]) -> Hub:
+    of_hub = {name: options.pop(name) for name in HUB_OPTIONS if name in options}
+
+    def open_store(base: str, headers: dict[str, str]) -> Any:
+        given = {**headers, **options.get("default_headers", {})}
+        scheme, _, host = base.partition("://")
+        headed = {**options, "default_headers": given} if given else dict(options)
+        return _package_store(Parts(scheme, host, ""), headed, None)
+
+    if unknown := options.keys() - {*_OF_CLIENT}:
+        raise UsageError(f"{parts.shown}: store= has options that a hub does not know: {', '.join(sorted(unknown))}")
+    return Hub(repository(parts.host)[0], of_hub, open_store)
 
 
 def _key(parts: Parts) -> str:

@@ -110,6 +110,8 @@ def open_run(address: str | os.PathLike[str], store: object, deadline: float, *,
         (place,) = within(store, [text], writes=writes)
         return Run(_InStore(place), text, store)
     parts = None if isinstance(address, os.PathLike) else parts_of(text)
+    if parts is not None and parts.scheme == "hf":
+        raise UsageError(f"{text}: a commit on a hub never changes; open each revision by its address")
     if parts is None or parts.scheme not in SCHEMES:
         if store is not None:
             raise UsageError("store= is for addresses, such as s3://bucket/run; leave it out")

@@ -166,6 +166,11 @@ class Obstore:
             raise ValueError("another range than was asked for")
         return Body(_pin(result.meta), result.stream(min_chunk_size=CHUNK))
 
+    async def whole(self, key: str) -> bytes:
+        """All of what is small. ``FileNotFoundError`` if there is none."""
+        result = await self._package.get_async(self._store, key)
+        return bytes(await result.bytes_async())
+
     async def head(self, key: str) -> Pin:
         """See ``Service``."""
         return _pin(await self._package.head_async(self._store, key))

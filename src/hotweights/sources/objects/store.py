@@ -31,6 +31,7 @@ HEAD = 64 * 1024
 """Bytes that are read when an object is opened: the header of most files lies in them."""
 _ASK = 0.1  # seconds after which a wait asks whether it has ended
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 5.0  # seconds between two tries; each is about twice the one before
+_LOGIN = "set those of this store, or give store={...}"
 _LOGINS = 3  # tries after which credentials that worked before count as expired
 
 
@@ -89,10 +90,14 @@ class Store:
         deadline: seconds in which something of each range must come, all tries together. A range that comes bit by bit
             gets them anew with each.
         requests: how many at once.
+        login: what to do where credentials are refused.
     """
 
-    def __init__(self, service: Service, shown: str, *, deadline: float = 60.0, requests: int = 16) -> None:
+    def __init__(
+        self, service: Service, shown: str, *, deadline: float = 60.0, requests: int = 16, login: str = _LOGIN
+    ) -> None:
         self.shown = shown
+        self.login = login
         self.deadline = deadline
         self.requests = requests
         self._service = service
@@ -321,7 +326,7 @@ class _Tries:
 
     def __init__(self, store: Store, what: str) -> None:
         self._deadline = store.deadline
-        self._shown = store.shown
+        self._login = store.login
         self._what = what
         self._count = 0
         self._answer = ""
@@ -350,7 +355,7 @@ class _Tries:
                 f"{what}: this store sends {said}, so parts cannot be read; download it, and give the folder"
             )
         if refusal.login and not (answered and self._count < _LOGINS):
-            cure = "they have expired, perhaps" if answered else "set those of this store, or give store={...}"
+            cure = "they have expired, perhaps" if answered else self._login
             raise StoreError(f"{what}: the store refused the credentials, or asks for some: {said}; {cure}")
         if not refusal.again and not refusal.login:
             raise StoreError(f"{what}: the store refused: {said}")
