@@ -67,22 +67,22 @@ class Hub:
         self._headers = {"authorization": f"Bearer {token}"} if token else {}
         self._which, self._open_store = which, open_store
         self._lock = asyncio.Lock()
-        self._commit: tuple[Obstore, frozenset[str]] | None = None  # Set once, in the loop's thread.
+        self._commit: tuple[str, Obstore, frozenset[str]] | None = None  # Set once, in the loop's thread.
 
     async def get(self, key: str, start: int, stop: int, pin: Pin | None) -> Body:
-        """See ``Service``. What a commit holds never changes: so no tag is asked for, which each mirror makes anew."""
+        """See ``Service``. The tags of mirrors differ, and what a commit holds never does."""
         files, names = await self._files()
         if key not in names:
             raise FileNotFoundError(key)
         body = await files.get(key, start, stop, None)
-        return Body(Pin(body.pin.size, None, None), body.chunks)
+        return Body(self._pin(body.pin), body.chunks)
 
     async def head(self, key: str) -> Pin:
         """See ``Service``."""
         files, names = await self._files()
         if key not in names:
             raise FileNotFoundError(key)
-        return Pin((await files.head(key)).size, None, None)
+        return self._pin(await files.head(key))
 
     async def names(self, key: str) -> list[str]:
         """See ``Service``."""
@@ -115,8 +115,12 @@ class Hub:
                 commit, names = _commit_of(said)
                 prefix = "" if kind == "models" else f"{kind}/"
                 base = f"{self._endpoint}/{prefix}{name}/resolve/{commit}"
-                self._commit = Obstore(self._open_store(base, self._headers)), names
-        return self._commit
+                self._commit = commit, Obstore(self._open_store(base, self._headers)), names
+            return self._commit[1:]
+
+    def _pin(self, found: Pin) -> Pin:
+        assert self._commit is not None, "it was looked up"
+        return Pin(found.size, self._commit[0], None)
 
 
 def _commit_of(said: bytes) -> tuple[str, frozenset[str]]:

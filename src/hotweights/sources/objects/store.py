@@ -21,6 +21,7 @@ from typing import Any, Generic, TypeVar
 from ... import signals
 from ...errors import CheckpointChanged, CheckpointError, Closed, StoreError, UsageError
 from ..files.file import Buffer
+from .cache import BLOCK, Cache
 from .service import NOTHING, Pin, Refusal, Service, package_error
 
 T = TypeVar("T")
@@ -100,6 +101,7 @@ class Store:
         self.login = login
         self.deadline = deadline
         self.requests = requests
+        self.cache: Cache | None = None  # Whoever makes the store may give it one, before it is asked.
         self._service = service
         global _process
         _process = _process or os.getpid()
@@ -113,6 +115,7 @@ class Store:
         self._soon: dict[str, _Asked[Opened]] = {}
         self._loop = asyncio.new_event_loop()
         self._free = asyncio.Semaphore(requests)
+        self._blocks = asyncio.Semaphore(requests)
         self._thread = threading.Thread(target=self._run, name="hotweights-objects", daemon=True)
         self._thread.start()
 
@@ -281,17 +284,35 @@ class Store:
 
     async def _read(self, key: str, pin: Pin, places: _Places, start: int) -> None:
         stop = start + places.nbytes
-        parts = [(first, min(first + PART, stop)) for first in range(start, stop, PART)]
+        cache = self.cache if self.cache is not None and self.cache.holds(pin) else None
         try:
             async with asyncio.TaskGroup() as group:
-                for first, last in parts:
-                    group.create_task(self._part(key, pin, places, start, first, last))
+                if cache is None:
+                    for first in range(start, stop, PART):
+                        group.create_task(self._part(key, pin, places, start, first, min(first + PART, stop)))
+                else:
+                    for number in range(start // BLOCK, -(-stop // BLOCK)):
+                        group.create_task(self._block(cache, key, pin, places, start, number))
         except BaseExceptionGroup as errors:
             error = errors.exceptions[0]
         else:
             self._answered = True
             return
         raise error
+
+    async def _block(self, cache: Cache, key: str, pin: Pin, places: _Places, base: int, number: int) -> None:
+        """Take what is wanted of one block of the cache."""
+        first, last = number * BLOCK, min((number + 1) * BLOCK, pin.size)
+
+        async def read() -> bytearray:
+            block = bytearray(last - first)
+            await self._part(key, pin, _Places([block]), first, first, last)
+            return block
+
+        async with self._blocks:  # Each is in memory whole.
+            block = memoryview(await cache.block(self.path(key), pin, number, read, self.deadline))
+            start, stop = max(first, base), min(last, base + places.nbytes)
+            places.put(start - base, block[start - first : stop - first])
 
     async def _part(self, key: str, pin: Pin, places: _Places, base: int, start: int, stop: int) -> None:
         """Read one range, each try from where the last one ended."""
@@ -383,7 +404,7 @@ class _Places:
         self._ends = list(accumulate(len(view) for view in self._views))
         self.nbytes = self._ends[-1] if self._ends else 0
 
-    def put(self, position: int, chunk: bytes) -> None:
+    def put(self, position: int, chunk: bytes | memoryview) -> None:
         """Write ``chunk``, whose first byte has this position among all of them."""
         rest = memoryview(chunk)
         place = bisect_right(self._ends, position)
