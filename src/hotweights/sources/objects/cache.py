@@ -64,7 +64,7 @@ class Cache:
 
     async def block(
         self, path: str, pin: Pin, number: int, read: Callable[[], Awaitable[bytearray]], patience: float
-    ) -> bytes | bytearray:
+    ) -> memoryview:
         """A block of an object: from the directory, or by ``read``, which one process calls for all.
 
         Args:
@@ -91,7 +91,7 @@ class Cache:
                 return content
             fresh = await read()
             await asyncio.to_thread(self._keep, folder / str(number), fresh)
-            return fresh
+            return memoryview(fresh)
         finally:
             if lock is not None and lock >= 0:
                 os.close(lock)
@@ -142,7 +142,7 @@ def _files(folder: Path) -> list[Path]:
     return files
 
 
-def _load(place: Path, nbytes: int) -> bytes | None:
+def _load(place: Path, nbytes: int) -> memoryview | None:
     """A block, if it is there and whole. One that is damaged is removed."""
     try:
         with open(place, "rb") as file:
@@ -150,7 +150,7 @@ def _load(place: Path, nbytes: int) -> bytes | None:
             os.utime(file.fileno())  # It was read now.
     except OSError:
         return None
-    block = content[:nbytes]
+    block = memoryview(content)[:nbytes]  # No copy: many blocks are in memory at once.
     if len(content) != nbytes + _DIGEST or xxhash.xxh3_128_digest(block) != content[nbytes:]:
         with contextlib.suppress(OSError):
             os.unlink(place)

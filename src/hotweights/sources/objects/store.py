@@ -310,7 +310,7 @@ class Store:
             return block
 
         async with self._blocks:  # Each is in memory whole.
-            block = memoryview(await cache.block(self.path(key), pin, number, read, self.deadline))
+            block = await cache.block(self.path(key), pin, number, read, self.deadline)
             start, stop = max(first, base), min(last, base + places.nbytes)
             places.put(start - base, block[start - first : stop - first])
 
