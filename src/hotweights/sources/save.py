@@ -174,8 +174,10 @@ def _write(
                 home[lease.name].put(lease.name, buffer(raw.data_ptr(), raw.numel()))
         for writer in writers:
             writer.finish()
+        drafts, names = names, staging.settle(names) if index is not None else names
         if index is not None:
-            weight_map = {name: writer.path.name for name, writer in home.items()}
+            settled = dict(zip(drafts, names, strict=True))
+            weight_map = {name: settled[writer.path.name] for name, writer in home.items()}
             staging.write_index(index, weight_map, sum(spec.nbytes for spec in specs))
         staging.publish(names, index)
     files = (*names, index) if index is not None else tuple(names)
