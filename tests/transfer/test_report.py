@@ -46,6 +46,7 @@ def test_for_programs_it_is_what_json_can_hold():
         "events": [],
         "network_nbytes": 0,
         "since_epoch": 0.0,
+        "published": None,
     }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,7 +14,9 @@ from .outcome import ending, shown
 
 
 def follow(
-    directory: Annotated[Path, typer.Argument(help="Where checkpoints appear, or one that is written anew.")],
+    directory: Annotated[
+        str, typer.Argument(help="Where checkpoints appear, or one that is written anew: a directory or an address.")
+    ],
     versions: Annotated[int | None, typer.Option(help="End after so many; fewer are exit code 1.", min=1)] = None,
     interval: Annotated[float, typer.Option(help="Seconds for which no file of a version may have changed.")] = 1.0,
     timeout: Annotated[float | None, typer.Option(help="Seconds to wait for the next version; else for ever.")] = None,

@@ -183,8 +183,10 @@ def _write(
             raise SaveError(f"{place}: nothing was saved: {narrowing.advice()}", narrowing.problems)
         for writer in writers:
             writer.finish()
+        drafts, names = names, staging.settle(names) if index is not None else names
         if index is not None:
-            weight_map = {name: writer.path.name for name, writer in home.items()}
+            settled = dict(zip(drafts, names, strict=True))
+            weight_map = {name: settled[writer.path.name] for name, writer in home.items()}
             staging.write_index(index, weight_map, sum(spec.nbytes for spec in specs))
         staging.publish(names, index)
     files = (*names, index) if index is not None else tuple(names)
@@ -218,6 +220,9 @@ def _is_utf8(text: str) -> bool:
 
 @contextmanager
 def _placed(where: str | os.PathLike[str], store: object) -> Iterator[Path | Address]:
+    if isinstance(where, Address):  # Its store is the caller's.
+        yield where
+        return
     if not isinstance(where, (str, os.PathLike, bytes)) or "\0" in os.fsdecode(where):
         raise UsageError(f"where= is the path of a directory, or of a file that ends in .safetensors; found {where!r}")
     text = os.fsdecode(where)

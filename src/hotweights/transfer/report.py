@@ -24,6 +24,7 @@ class SendReport:
         tensors: how many were sent; nobody wanted the others.
         nbytes: bytes that were sent, each counted once, however many receivers took it.
         network_nbytes: bytes that went to other hosts, counted for each receiver there.
+        published: the address of the version, where it was published for whoever comes; nobody is asked who has it.
         seconds: from the offer to the last answer.
         waited: seconds of those, by receiver that was waited for; several may be waited for at once.
         warnings: what a person should read.
@@ -43,6 +44,7 @@ class SendReport:
     events: tuple[TimelineEvent, ...] = ()
     network_nbytes: int = 0
     since_epoch: float = 0.0
+    published: str | None = None
 
     def as_dict(self) -> dict[str, object]:
         """The attributes as numbers, text, lists and dicts: what JSON can hold."""
@@ -60,7 +62,7 @@ class SendReport:
         sent = f"{size(self.nbytes)} in {self.tensors} tensors in {self.seconds:.3f} s"
         more = {"lost": len(self.lost), "problems": len(self.problems), "warnings": len(self.warnings)}
         found = counts({"committed": len(self.committed)} | more)
-        return f"<SendReport {short(self.version)}, {sent}: {found or 'nobody'}>"
+        return f"<SendReport {short(self.version)}, {sent}: {found or ('published' if self.published else 'nobody')}>"
 
     def _repr_html_(self) -> str:
         return as_html(self)
@@ -70,7 +72,7 @@ class SendReport:
         rows = (
             ("sent", f"{size(self.nbytes)} in {self.tensors} tensors in {self.seconds:.3f} s ({rate:.2f} GB/s)"),
             *((("network", f"{size(self.network_nbytes)} to other hosts"),) if self.network_nbytes else ()),
-            ("version", f"{self.version!r}, taken by {', '.join(self.committed) or 'nobody'}"),
+            ("version", f"{self.version!r}, {self._whereabouts()}"),
             *breakdown(self.events),
             *(("waited", f"{seconds:.3f} s for {name}") for name, seconds in self.waited.items()),
             *(("lost", f"{name}: {reason}") for name, reason in self.lost.items()),
@@ -78,3 +80,8 @@ class SendReport:
             *(("problem", f"{name}: {reason}") for name, reason in self.problems.items()),
         )
         return table(rows)
+
+    def _whereabouts(self) -> str:
+        return (
+            f"published at {self.published}" if self.published else f"taken by {', '.join(self.committed) or 'nobody'}"
+        )

@@ -53,8 +53,12 @@ class Draft:
         if count == 1 and not self._exists(INDEX):
             return [WHOLE], None
         # Replacing a shard would show readers of the old index a mix of both versions.
-        number = next(n for n in itertools.count(1) if not any(map(self._exists, _shard_names(count, n))))
-        return _shard_names(count, number), INDEX
+        number = next(n for n in itertools.count(1) if not any(map(self._exists, shard_names(count, n))))
+        return shard_names(count, number), INDEX
+
+    def settle(self, names: Sequence[str]) -> list[str]:
+        """The names that the written files are published under, of those that ``names`` gave."""
+        return list(names)
 
     def take(self, files: Beside, weights: Sequence[str]) -> None:
         """Copy files that are to lie beside the weights, whose names are ``weights``."""
@@ -208,7 +212,8 @@ class Staging(Draft):
         return self._into and os.path.lexists(self._where / name)
 
 
-def _shard_names(count: int, number: int) -> list[str]:
+def shard_names(count: int, number: int) -> list[str]:
+    """The names of so many shards. A higher number is for those who find these taken."""
     stem = "model" if number == 1 else f"model-v{number}"
     return [f"{stem}-{shard + 1:05}-of-{count:05}.safetensors" for shard in range(count)]
 
