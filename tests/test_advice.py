@@ -118,12 +118,12 @@ def lossy_cast_of_a_component(_):
     return route, advised
 
 
-@advice(hw.PlanError, "Allow names with allow_missing= and allow_unexpected=")
+@advice(hw.PlanError, 'allow it: allow_missing="bias", allow_unexpected="strange"')
 def missing_and_unexpected(_):
     return one_of(), one_of(allow_missing="bias", allow_unexpected="strange")
 
 
-@advice(hw.UpdateAborted, "allow_missing=", "first load, LiveModel.load()")
+@advice(hw.UpdateAborted, 'allow_missing="bias"', "first load, LiveModel.load()")
 def missing_in_an_update(_):
     lacking = {"weight": torch.zeros(2, 2)}
     return lambda: live_of().update(lacking), lambda: live_of(allow_missing="bias").update(lacking)
@@ -432,3 +432,15 @@ def a_directory_that_is_not_there(path):
 def a_directory_of_everybody(path):
     os.chmod(path, 0o755)
     return lambda: hw.Sender(f"unix:{path}/socket").close(), lambda: hw.Sender(f"unix:{path}/new/socket").close()
+
+
+@advice(hw.UsageError, "live.update(source) loads it", "live.plan and live.explain(name) tell of it")
+def a_live_model_in_place_of_a_module(_):
+    live = live_of()
+
+    def advised():
+        live.update(state())
+        assert "weight" in live.explain("weight")
+        assert live.plan is not None
+
+    return lambda: hw.load(live, state()), advised

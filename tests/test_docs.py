@@ -174,6 +174,7 @@ def test_every_public_word_is_in_the_reference():
         "hotweights.engines.peft",
         "hotweights.engines.transformers",
         "hotweights.engines.torchao",
+        "hotweights.engines.trl",
     }
 
 

@@ -1,5 +1,7 @@
 """What is said of many names in the same words is one line with a count; ``problems`` has all of them."""
 
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -29,3 +31,13 @@ def test_others_stay_apart():
         "  - x: is long",
         "  - y: is long",
     ]
+
+
+def test_a_failure_is_not_said_twice():
+    """A problem may be the text of an error of the same kind, as another process said it."""
+    heard = str(hw.TransferAborted("the update was aborted", ["rank0: no room"]))
+    for problems in ([heard], [f"relay: {heard}"], ["the update was aborted"]):
+        error = hw.TransferAborted("the update was aborted", problems)
+        assert str(error).count("the update was aborted") == 1
+        assert "no room" in str(error) or not error.problems
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)

@@ -2,7 +2,11 @@
 
 import dataclasses
 import json
+import os
 import re
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -88,3 +92,36 @@ def test_reports(tmp_path):
 def test_what_components_return(returned, plain):
     report = hw.RouteReport({"a": ()}, {"a": 0}, {"a": returned}, {}, {}, None, 0, 0.0)
     assert report.as_dict()["returned"] == {"a": plain}
+
+
+SAVES = """
+import sys
+import hotweights as hw
+from torch import nn
+
+live = hw.LiveModel(nn.Linear(2, 2))
+live.load(nn.Linear(2, 2), version="step-1").save_timeline(sys.argv[1])
+"""
+
+
+def test_timelines_of_two_processes_line_up(tmp_path):
+    """Opened together, or merged into one list: each process has its own number and name, and one clock is theirs."""
+    live = hw.LiveModel(nn.Linear(2, 2))
+    before = time.time()
+    live.load(nn.Linear(2, 2), version="step-0").save_timeline(tmp_path / "first.json")
+    between = time.time()
+    subprocess.run([sys.executable, "-c", SAVES, tmp_path / "second.json"], check=True, timeout=120)
+    after = time.time()
+    events = [json.loads((tmp_path / f"{name}.json").read_text())["traceEvents"] for name in ("first", "second")]
+    bounds = ((before, between), (between, after))
+    for number, (several, (first, last)) in enumerate(zip(events, bounds, strict=True)):
+        (process,) = {event["pid"] for event in several}
+        assert several[0]["name"] == "process_name"
+        assert several[0]["args"] == {"name": f"update to step-{number} (process {process})"}
+        spans = [event for event in several if event["ph"] == "X"]
+        rows = {event["tid"]: event["args"]["name"] for event in several if event["name"] == "thread_name"}
+        assert spans
+        for span in spans:
+            assert rows[span["tid"]] == span["cat"]
+            assert first - 0.01 <= span["ts"] / 1e6 <= (span["ts"] + span["dur"]) / 1e6 <= last + 0.01
+    assert events[0][0]["pid"] == os.getpid() != events[1][0]["pid"]

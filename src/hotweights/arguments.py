@@ -23,6 +23,8 @@ def check_model(model: object, source: object = None) -> None:
     if not isinstance(model, nn.Module):
         swapped = isinstance(model, (str, os.PathLike, Mapping)) and isinstance(source, nn.Module)
         cure = "; the model comes first, then the source" if swapped else ""
+        if type(model).__name__ == "LiveModel":
+            cure = ": live.update(source) loads it, live.plan and live.explain(name) tell of it; live.model is a module"
         raise UsageError(f"a model is a torch.nn.Module; found {shown(model)}{cure}")
 
 

@@ -38,7 +38,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 __all__ = [
     "AddressTaken",
@@ -97,7 +97,7 @@ class _Problems(HotweightsError):
 
     def __init__(self, title: str, problems: Iterable[str] = (), *, advice: str = "") -> None:
         self.title = title
-        self.problems: tuple[str, ...] = tuple(sorted(problems))
+        self.problems: tuple[str, ...] = tuple(sorted(_once(title, problems)))
         self.advice = advice
         super().__init__(title, self.problems)
 
@@ -114,7 +114,7 @@ class _Problems(HotweightsError):
             return self.title
         if len(self.problems) == 1:
             return f"{self.title}: {self.problems[0]}"
-        shown = _alike(self.problems)
+        shown = grouped(self.problems)
         if len(shown) == 1:
             return f"{self.title}: {shown[0]}"
         lines = [f"{self.title}: {len(self.problems)} problems"]
@@ -124,7 +124,15 @@ class _Problems(HotweightsError):
         return "\n".join(lines)
 
 
-def _alike(problems: tuple[str, ...]) -> list[str]:
+def _once(title: str, problems: Iterable[str]) -> Iterator[str]:
+    """The problems without the title's words, which a problem brings where it is the text of an error of this kind."""
+    for problem in problems:
+        said = problem.removeprefix(f"{title}: ").replace(f": {title}: ", ": ")
+        if said != title:
+            yield said
+
+
+def grouped(problems: Sequence[str]) -> list[str]:
     """The problems, those of many names in one line with their count: ``a, b, c and 98 more: lies on meta``."""
     names: dict[str, list[str]] = {}
     for problem in problems:

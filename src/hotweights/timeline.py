@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -42,12 +43,13 @@ class Timeline:
     Attributes:
         events: those that have ended.
         began: when it began, by ``time.perf_counter``.
+        since_epoch: the same by the clock that all processes of a host share: seconds since 1970.
         open_nbytes: says how much device memory open layers take now.
     """
 
     def __init__(self) -> None:
         self.events: list[TimelineEvent] = []
-        self.began = time.perf_counter()
+        self.began, self.since_epoch = time.perf_counter(), time.time()
         self.open_nbytes: Callable[[], int] = int
 
     @contextmanager
@@ -75,25 +77,47 @@ class Timeline:
             began = time.perf_counter()
 
 
-def save_events(path: str | os.PathLike[str], events: Iterable[TimelineEvent]) -> None:
-    """Write events in the Chrome trace format, for ``chrome://tracing`` or ui.perfetto.dev."""
-    events = list(events)
+def save_events(
+    path: str | os.PathLike[str], events: Iterable[TimelineEvent], *, of: str = "hotweights", since_epoch: float = 0.0
+) -> None:
+    """Write events in the Chrome trace format, for ``chrome://tracing`` or ui.perfetto.dev.
+
+    Files of several processes of one host line up: their times are those of one clock, and each has its own process.
+
+    Args:
+        path: of the file, which is written anew.
+        events: what to write.
+        of: what the process did, in words; its number is added.
+        since_epoch: when that began, see ``Timeline``.
+    """
+    events, process = list(events), os.getpid()
+    rows = {event.what: zlib.crc32(event.what.encode()) for event in events}  # One row each, the same in every file.
+    titles = [_title("process_name", process, 0, f"{of} (process {process})")]
+    titles += [_title("thread_name", process, row, what) for what, row in rows.items()]
     spans = [
-        {"name": f"{event.what} {event.of}".strip(), "cat": event.what, "ph": "X", "pid": 0, "tid": event.what}
-        | {"ts": event.start * 1e6, "dur": event.seconds * 1e6}
+        {"name": f"{event.what} {event.of}".strip(), "cat": event.what, "ph": "X", "pid": process}
+        | {"tid": rows[event.what], "ts": _microseconds(since_epoch + event.start), "dur": event.seconds * 1e6}
         for event in events
     ]
     counters = [
-        {"name": "open layers, device bytes", "ph": "C", "pid": 0, "args": {"bytes": event.open_nbytes}}
-        | {"ts": (event.start + event.seconds) * 1e6}
+        {"name": "open layers, device bytes", "ph": "C", "pid": process, "args": {"bytes": event.open_nbytes}}
+        | {"ts": _microseconds(since_epoch + _end(event))}
         for event in events
     ]
     try:
         with open(path, "w") as file:
-            json.dump({"traceEvents": [*spans, *counters]}, file)
+            json.dump({"traceEvents": [*titles, *spans, *counters]}, file)
     except OSError as error:
         error.filename = error.filename or os.fspath(path)  # A full disk names no file.
         raise
+
+
+def _title(kind: str, process: int, row: int, name: str) -> dict[str, object]:
+    return {"name": kind, "ph": "M", "pid": process, "tid": row, "args": {"name": name}}
+
+
+def _microseconds(seconds: float) -> float:
+    return round(seconds * 1e6, 1)
 
 
 def breakdown(events: Sequence[TimelineEvent]) -> list[tuple[str, str]]:

@@ -55,10 +55,14 @@ def test_commands_and_flags():
     assert flags("inspect") == {
         *"--json --limit --reader --variant --subfolder --quiet --files-from --help".split(),
     }
-    assert flags("verify") == {"--json", "--digests", "--write", "--variant", "--subfolder", "--help"}
+    assert flags("verify") == {
+        *"--json --digests --write --files-from --quiet --variant --subfolder --help".split(),
+    }
     assert flags("diff") == {"--json", "--variant", "--subfolder", "--help"}
     assert flags("copy") == {"--json", "--shard-size", "--variant", "--subfolder", "--help"}
-    assert flags("convert") == {"--json", "--shard-size", "--dtype", "--reader", "--variant", "--subfolder", "--help"}
+    assert flags("convert") == {
+        *"--json --shard-size --dtype --overflow --reader --variant --subfolder --help".split(),
+    }
     assert flags("follow") == {
         *"--versions --interval --timeout --latest --marker --pattern --json --help".split(),
     }
@@ -319,7 +323,7 @@ class TestCopy:
         for command in ("copy", "convert"):
             refused = run(command, both, tmp_path / command)
             assert refused.exit_code == 1
-            assert 'variant="fp16"' in refused.output + refused.stderr
+            assert "--variant fp16" in refused.stderr
             assert run(command, both, tmp_path / command, "--variant", "fp16").exit_code == 0
             assert run(command, tmp_path, tmp_path / f"{command}2", "--subfolder", command).exit_code == 0
             with hotweights.open(tmp_path / f"{command}2") as source:
@@ -455,7 +459,7 @@ class TestPlan:
         (tmp_path / "config.json").write_text(json.dumps(config))
         refused = run("plan", bert, "--model", tmp_path)
         assert refused.exit_code == 1
-        assert 'cast="floats" allows it' in refused.stderr
+        assert "--cast floats allows it" in refused.stderr
         for cast in ("floats", "loader"):  # as the error says
             assert run("plan", bert, "--model", tmp_path, "--cast", cast).exit_code == 0
 

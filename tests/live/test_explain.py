@@ -66,7 +66,9 @@ def test_a_tensor_that_is_processed():
 
 
 def test_a_tensor_of_the_checkpoint():
-    assert loaded().explain("up") == f"up: F32 [2, 4] (of the source)\n  goes into packed.weight\n{AFTERWARDS}"
+    assert (
+        loaded().explain("up") == f"up: F32 [2, 4] (of the source)\n  all of it -> packed.weight[0:2, :]\n{AFTERWARDS}"
+    )
 
 
 @pytest.mark.parametrize(("name", "spec"), [("packed.scale", "F32 []"), ("packed.tables['packed']", "I8 [4, 4]")])

@@ -117,7 +117,7 @@ def test_an_empty_and_a_torn_model_say_what_mends_them():
 def test_problems_are_those_of_the_cause():
     live = hw.LiveModel(mlp())
     live.load(tensors())
-    with pytest.raises(hw.UpdateAborted, match=r"version 1 is live; nothing was changed: .*2 problems") as caught:
+    with pytest.raises(hw.UpdateAborted, match=r"the update was refused; version 1 is live: .*2 problems") as caught:
         live.update({"0.weight": torch.zeros(4, 4), "0.bias": torch.zeros(4)})
     assert caught.value.problems == caught.value.__cause__.problems
     assert len(caught.value.problems) == 2

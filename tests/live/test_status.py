@@ -118,3 +118,29 @@ except hw.UpdateAborted:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr == ""
+
+
+def test_a_rollback_is_the_last_act():
+    """A health endpoint shows what is live and how it came: not the report of a version that was taken back."""
+    live = live_model(keep_previous=True)
+    first = live.status()["last_report"]
+    assert live.status()["last_act"] == "load"
+    live.update(version_of(2), version="two")
+    live.rollback()
+    status = live.status()
+    assert (status["version"], status["last_act"], status["taken_back"]) == (1, "rollback", "two")
+    assert status["last_report"] == first
+    with pytest.raises(hw.UpdateAborted, match="version 'three' has a source that cannot be opened; version 1 is live"):
+        live.update("/nowhere", version="three")
+    assert (live.status()["last_act"], live.status()["taken_back"]) == ("failure", "two")
+    live.update(version_of(3), version="three")
+    status = live.status()
+    assert (status["last_act"], status["taken_back"], status["last_report"]["version"]) == ("update", None, "three")
+
+
+def test_a_version_that_has_no_name_yet_is_the_update():
+    live = live_model()
+    with pytest.raises(hw.UpdateAborted, match="the update failed; version 1 is live: "), live.begin() as update:
+        update.feed([("strange", torch.zeros(1))])
+    with pytest.raises(hw.UpdateAborted, match="version 'two' failed; version 1 is live: "), live.begin() as update:
+        update.commit("two")

@@ -233,7 +233,7 @@ class TestFused:
         ]
         assert "  [:, 1:4] <- n[:, 1:4]" in plan.explain("norm.weight")
         assert plan.explain("scale") == "scale: F32 [4]\n  all of it <- a program of a: exp, neg, copy_"
-        assert plan.explain("q") == "q: F32 [4, 4] (of the source)\n  goes into qkv_proj.weight"
+        assert plan.explain("q") == "q: F32 [4, 4] (of the source)\n  all of it -> qkv_proj.weight[0:4, :]"
         with pytest.raises(UnknownName, match=r"'weight'; known are: norm\.weight, qkv_proj\.weight"):
             plan.explain("weight")
 
@@ -296,20 +296,21 @@ def test_boxes_as_slices():
 def test_what_would_allow_a_difference_is_said_once():
     with pytest.raises(PlanError) as caught:
         draft(manifest(a=(F32, (1,)), b=(F32, (1,))), targets(c=(F32, (1,)), d=(F32, (1,))))
-    assert (
-        str(caught.value).splitlines()[-1] == "Allow names with allow_missing= and allow_unexpected=, if that is meant."
-    )
+    said = 'If that is meant, allow it: allow_missing=["c", "d"], allow_unexpected=["a", "b"].'
+    assert str(caught.value).splitlines()[-1] == said
     assert len(caught.value.problems) == 4
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
     with pytest.raises(PlanError) as caught:
         draft(manifest(), targets(c=(F32, (1,))))
-    assert str(caught.value).splitlines()[-1] == "Allow names with allow_missing=, if that is meant."
+    assert str(caught.value).splitlines()[-1] == 'If that is meant, allow it: allow_missing="c".'
     with pytest.raises(PlanError) as caught:
         draft(manifest(c=(F32, (2,))), targets(c=(F32, (1,))))
-    assert "Allow" not in str(caught.value)
+    assert "allow it" not in str(caught.value)
     live = hw.LiveModel(nn.Linear(2, 2))
     live.load(nn.Linear(2, 2))
     with pytest.raises(hw.UpdateAborted) as aborted:
         live.update({})
-    assert str(aborted.value).splitlines()[-1].startswith("Allow names with allow_missing=, if that is meant. ")
+    assert (
+        str(aborted.value).splitlines()[-1].startswith('If that is meant, allow it: allow_missing=["bias", "weight"]. ')
+    )
     assert "in the first load" in str(aborted.value), "an update takes no such argument"

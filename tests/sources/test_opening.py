@@ -52,7 +52,10 @@ def test_readers_read_files_only():
 def test_a_hub_name_that_is_no_folder(reader, tmp_path, monkeypatch):
     """A newcomer types it; nothing is ever downloaded here."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(hw.CheckpointError, match=r"`hf download org/name`, then give the folder that it prints$"):
+    with pytest.raises(
+        hw.CheckpointError,
+        match=r"`hf download org/name`, then give the folder that it prints; or .* hf://org/name$",
+    ):
         hw.open("org/name", reader=reader)
     (tmp_path / "org").mkdir()
     for path in ("org/name", "./other/name", tmp_path / "name", "name", "a/b/c", "other/model.safetensors"):

@@ -139,8 +139,22 @@ class TestOnce:
         (record,) = caplog.records
         assert record.levelno == logging.WARNING
         assert "step-1 is passed over until it changes" in record.getMessage()
+        ((name, why),) = follower.versions.passed_over.items()
+        assert name == "step-1"
+        assert why in record.getMessage()
+        (place / "model.safetensors").write_bytes(whole[:-8])
+        assert follower.settle() == [] != follower.versions.passed_over
         (place / "model.safetensors").write_bytes(whole)
         assert follower.settle() == ["step-1"]
+        assert follower.versions.passed_over == {}
+
+    def test_a_broken_one_that_is_removed_is_not_passed_over_any_more(self, follower, tmp_path):
+        place = write_checkpoint(tmp_path / "step-1", TENSORS)
+        (place / "model.safetensors").write_bytes(b"no weights")
+        assert follower.settle() == [] != follower.versions.passed_over
+        shutil.rmtree(place)
+        assert follower.settle() == []
+        assert follower.versions.passed_over == {}
 
     def test_what_makes_no_other_version(self, follower, tmp_path):
         place = write_checkpoint(tmp_path / "step-1", TENSORS, shards=2)

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import http.client
+import json
 import re
 import socket
 import threading
@@ -102,6 +103,61 @@ class _Files(_Quiet):
         self.end_headers()
         if not head:
             self.wfile.write(body)
+
+
+class HubServer(_Server):
+    """A hub with one model, whose weights a second server has: the hub leads there, with a signature.
+
+    ``asked`` lists (path, authorization) of all requests to the hub; ``cdn.asked`` those to the second server.
+    """
+
+    commit = "c0ffee" + "0" * 34
+
+    def __init__(self, files, *, repo="org/name", token=None, renamed=None):
+        self.files, self.repo, self.token, self.renamed = files, repo, token, renamed
+        self.ranges, self.tags, self.needs, self.asked = True, "strong", None, []
+        self.cdn = _Server(_Signed)
+        self.cdn.files, self.cdn.ranges, self.cdn.tags, self.cdn.needs, self.cdn.asked = files, True, "strong", None, []
+        super().__init__(_OfHub)
+
+    def __exit__(self, *error):
+        self.cdn.__exit__()
+        super().__exit__(*error)
+
+
+class _OfHub(_Files):
+    def answer(self, *, head):
+        hub, path = self.server, self.path
+        hub.asked.append((path, self.headers.get("Authorization")))
+        if hub.renamed is not None and (moved := path.replace(f"/{hub.renamed}/", f"/{hub.repo}/", 1)) != path:
+            return self.say(307, {"Location": moved}, b"", head)
+        if hub.token is not None and self.headers.get("Authorization") != f"Bearer {hub.token}":
+            return self.say(401, {"X-Error-Code": "GatedRepo"}, b"Access to this model is restricted", head)
+        revisions = ("main", "refs%2Fpr%2F1", hub.commit)
+        if path in (f"/api/models/{hub.repo}/revision/{each}" for each in revisions):
+            siblings = [{"rfilename": name} for name in hub.files]
+            said = {"id": hub.repo, "sha": hub.commit, "siblings": siblings}
+            return self.say(200, {}, json.dumps(said).encode(), head)
+        match = re.fullmatch(rf"/{hub.repo}/resolve/([^/]+)/(.+)", path)
+        if match is None or match[1] not in revisions or unquote(match[2]) not in hub.files:
+            return self.say(404, {"X-Error-Code": "EntryNotFound"}, b"", head)
+        body = hub.files[unquote(match[2])]
+        if not match[2].endswith(".safetensors"):
+            self.path = f"/{match[2]}"
+            return super().answer(head=head)
+        tag = hashlib.sha256(body).hexdigest()
+        linked = {"X-Linked-Etag": f'"{tag}"', "X-Linked-Size": str(len(body)), "Accept-Ranges": "bytes"}
+        return self.say(302, {**linked, "Location": f"{hub.cdn.url}/{match[2]}?signature=hush"}, b"", head)
+
+    def say(self, status, headers, body, head):
+        super().say(status, {"X-Repo-Commit": self.server.commit, **headers}, body, head)
+
+
+class _Signed(_Files):
+    def answer(self, *, head):
+        self.server.asked.append((self.path, self.headers.get("Authorization"), self.headers.get("Range")))
+        self.path, _, signature = self.path.partition("?")
+        return super().answer(head=head) if signature == "signature=hush" else self.say(403, {}, b"", head)
 
 
 class Proxy(_Server):

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from ends import Thread, receiver, sender
 from processes import Tiny
 
@@ -44,6 +45,8 @@ def test_for_programs_it_is_what_json_can_hold():
         "warnings": ["the file is new"],
         "events": [],
         "network_nbytes": 0,
+        "since_epoch": 0.0,
+        "published": None,
     }
 
 
@@ -116,3 +119,29 @@ def test_both_ends_tell_where_their_time_went(digests, address, tmp_path):
         report.save_timeline(tmp_path / "timeline.json")
         saved = json.loads((tmp_path / "timeline.json").read_text())["traceEvents"]
         assert [event["cat"] for event in saved if event["ph"] == "X"] == [event.what for event in report.events]
+
+
+def test_a_worker_that_refuses_many_tensors_says_few_lines(address):
+    """What is wrong with hundreds of tensors in the same words is one problem with their count, at the trainer too."""
+
+    def layers(width):
+        return torch.nn.ModuleDict({"model": torch.nn.ModuleList(torch.nn.Linear(1, width) for _ in range(100))})
+
+    live = hw.LiveModel(layers(2))
+
+    def work():
+        with receiver(address) as source:
+            live.load(source)
+            with pytest.raises(hw.UpdateAborted, match=r"version 2 was refused; version 1 is live: .*200 problems"):
+                live.update(source)
+
+    with sender(address) as sending:
+        worker = Thread(work)
+        sending.send(layers(2), version=1)
+        with pytest.raises(hw.TransferAborted) as caught:
+            sending.send(layers(3), version=2)
+        worker.result()
+    said = str(caught.value)
+    assert "model.0.bias, model.1.bias, model.10.bias and 97 more: shape [2] expected, [3] found" in said
+    assert said.count("model.") == 6
+    assert said.count("aborted") == 1

@@ -1,16 +1,19 @@
 """The command line: each command has a file of its own, which parses, calls the library and prints.
 
-Exit codes: 0 done; 1 refused (a broken checkpoint, a model that does not fit, two that differ); 2 wrong usage; 130
-interrupted.
+Exit codes: 0 done; 1 refused (a broken checkpoint, a model that does not fit); 2 wrong usage; 3 the output cannot be
+written, or a defect; 130 interrupted; 141 nobody reads the output. Of ``diff``: 0 equal; 1 different; 2 trouble.
 """
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
+
+from .outcome import FAILED, print_any_name, quiet_end
 
 __all__ = ["COMMANDS", "app", "main"]
 
@@ -47,6 +50,11 @@ class Commands(TyperGroup):
         single.command(cmd_name)(getattr(import_module(f".{COMMANDS[cmd_name]}", __package__), cmd_name))
         return typer.main.get_command(single)
 
+    def invoke(self, ctx: Any) -> Any:
+        """Import the command and run it."""
+        with quiet_end():
+            return super().invoke(ctx)
+
 
 app = typer.Typer(
     name="hotweights",
@@ -76,4 +84,9 @@ def _options(
 
 def main() -> None:
     """The entry point of the ``hotweights`` command."""
-    app()
+    print_any_name()
+    try:
+        app()
+    except Exception:  # A defect; Python's own exit code for it, 1, has a meaning here.
+        sys.excepthook(*sys.exc_info())
+        sys.exit(FAILED)

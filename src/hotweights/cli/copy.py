@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import typer
 
 from ..errors import SaveError, UsageError
-from ..sources.opening import open as open_source
-from ..sources.save import SaveReport, save
+from ..text import some
 from . import flags
-from .dtype import dtype_from
-from .outcome import ending, print_json
+from .outcome import ending, print_json, shown
+
+if TYPE_CHECKING:
+    from ..sources.save import SaveReport
 
 # No Path: it would make one slash of the two in an address.
-Target = Annotated[str, typer.Argument(help="A directory, a file that ends in .safetensors, or an address of a store.")]
+Target = Annotated[
+    str,
+    typer.Argument(
+        help="A directory, a file that ends in .safetensors, or an address of a store.", callback=flags.named
+    ),
+]
 ShardSize = Annotated[str | None, typer.Option(help="Bytes of one file at most, such as 5GB.")]
-# What lies beside weights and is none: configurations, tokenizers, texts.
-_BESIDE = (".json", ".txt", ".model", ".md", ".jinja", ".py", ".tiktoken", ".yaml")
 
 
 def copy(
@@ -31,14 +35,18 @@ def copy(
     as_json: flags.Json = False,
 ) -> None:
     """Copy a checkpoint, with the configuration beside it, all or nothing; then read the copy and compare it."""
-    with ending(as_json=as_json):
-        _copy(From(path, "hotweights", variant, subfolder), to, None, shard_size, as_json)
+    with ending(as_json=as_json, about={"from": path, "path": to}):
+        _copy(From(path, "hotweights", variant, subfolder), to, As(None, "error", shard_size), as_json)
 
 
 def convert(
     path: flags.Checkpoint,
     to: Target,
     dtype: Annotated[str | None, typer.Option(help="What floats of 16 bits and more become: BF16, F32, ...")] = None,
+    overflow: Annotated[
+        Literal["error", "saturate"],
+        typer.Option(help="What becomes of values beyond the dtype's largest: an error, or that largest value."),
+    ] = "error",
     shard_size: ShardSize = None,
     reader: flags.Reader = "hotweights",
     variant: flags.Variant = None,
@@ -46,8 +54,8 @@ def convert(
     as_json: flags.Json = False,
 ) -> None:
     """Write a checkpoint anew: another dtype, other shards, or .bin (--reader torch) as safetensors."""
-    with ending(as_json=as_json):
-        _copy(From(path, reader, variant, subfolder), to, dtype, shard_size, as_json)
+    with ending(as_json=as_json, about={"from": path, "path": to}):
+        _copy(From(path, reader, variant, subfolder), to, As(dtype, overflow, shard_size), as_json)
 
 
 class From(NamedTuple):
@@ -59,36 +67,53 @@ class From(NamedTuple):
     subfolder: str | None
 
 
-def _copy(which: From, to: str, dtype: str | None, shard_size: str | None, as_json: bool) -> None:
+class As(NamedTuple):
+    """How weights are written."""
+
+    dtype: str | None
+    overflow: Literal["error", "saturate"]
+    shard_size: str | None
+
+
+def _copy(which: From, to: str, how: As, as_json: bool) -> None:
+    from ..sources.files.belongings import Belongings, belongings
+    from ..sources.opening import open as open_source  # They wait for torch, which wrong usage need not.
+    from ..sources.save import save
+    from .dtype import dtype_from
+
     path, reader, variant, subfolder = which
     if os.path.realpath(path) == os.path.realpath(to):
         raise UsageError(f"{to}: is what is read; name another place")
     with open_source(path, reader=reader, variant=variant, subfolder=subfolder) as source:
-        beside = (
-            _beside(Path(source.files[0]).parent) if os.path.isdir(path) and not to.endswith(".safetensors") else []
+        along = Belongings()
+        if os.path.isdir(path) and (os.path.isdir(to) or not to.endswith(".safetensors")):
+            along = belongings(Path(source.files[0]).parent, source.files)
+        report = save(
+            source,
+            to,
+            shard_size=how.shard_size,
+            dtype=dtype_from(how.dtype),
+            overflow=how.overflow,
+            beside=along.files,
         )
-        report = save(source, to, shard_size=shard_size, dtype=dtype_from(dtype), beside=beside)
     _compare(report)
     if as_json:
-        print_json(report.as_dict())
-    else:
-        typer.echo(f"{to} from {path}")
-        typer.echo(str(report))
+        print_json({"from": path, **report.as_dict(), "beside": list(along.files), "left": along.left})
+        return
+    typer.echo(f"{shown(to)} from {shown(path)}")
+    typer.echo(str(report))
+    if along.files:
+        typer.echo(f"    beside  {len(along.files)} files: {shown(some(list(along.files), 5))}")
+    for name, why in along.left.items():
+        typer.echo(f"      left  {shown(name)}: {why}")
 
 
 def _compare(report: SaveReport) -> None:
+    from ..sources.opening import open as open_source
+
     with open_source(report.path) as written:
         if (digest := written.digest()) != report.digest:
             wrong = [name for name, known in report.digest.tensors.items() if digest.tensors.get(name) != known]
             raise SaveError(
                 f"{report.path}: what was written reads back otherwise; the disk is not to be trusted", wrong
             )
-
-
-def _beside(directory: Path) -> list[Path]:
-    return [
-        file
-        for file in sorted(directory.iterdir())
-        if file.is_file() and file.suffix in _BESIDE and not file.name.startswith(".")
-        if not file.name.endswith(".index.json")
-    ]

@@ -13,7 +13,33 @@ from ..dtypes import Cast
 _READERS = "hotweights, fastsafetensors, runai, safetensors, torch"
 
 # No Path: it would make one slash of the two in an address.
-Checkpoint = Annotated[str, typer.Argument(help="A safetensors file, a checkpoint directory, an index, a hub cache.")]
+
+
+def named(path: str) -> str:
+    """The path, which names something: to the library an empty one is the directory where one is."""
+    if not path:
+        raise typer.BadParameter("the path is empty; is a variable of the shell not set?")
+    return path
+
+
+Checkpoint = Annotated[
+    str,
+    typer.Argument(help="A safetensors file, a checkpoint directory, an index, a hub cache.", callback=named),
+]
+Checkpoints = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="Safetensors files, checkpoint directories, indexes, hub caches.",
+        metavar="PATH...",
+        callback=lambda paths: paths and [named(path) for path in paths],
+    ),
+]
+FilesFrom = Annotated[
+    Path | None,
+    typer.Option(
+        help="A file that names one path a line, or ends each with a zero byte; - is standard input.", allow_dash=True
+    ),
+]
 Model = Annotated[Path, typer.Option(help="A directory with the config.json of a transformers model.")]
 Reader = Annotated[str, typer.Option(help=f"Which package reads the files: {_READERS}.")]
 Variant = Annotated[str | None, typer.Option(help="Which variant of the weights in the directory, such as fp16.")]
@@ -38,3 +64,6 @@ Insecure = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 JsonLines = Annotated[bool, typer.Option("--json", help="Print one JSON document in each line.")]
+JsonOfSeveral = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document; for several paths, one in each line.")
+]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,11 +10,13 @@ import typer
 from ..errors import CheckpointError
 from ..sources.versions import follow as versions_in
 from . import flags
-from .outcome import ending
+from .outcome import ending, shown
 
 
 def follow(
-    directory: Annotated[Path, typer.Argument(help="Where checkpoints appear, or one that is written anew.")],
+    directory: Annotated[
+        str, typer.Argument(help="Where checkpoints appear, or one that is written anew: a directory or an address.")
+    ],
     versions: Annotated[int | None, typer.Option(help="End after so many; fewer are exit code 1.", min=1)] = None,
     interval: Annotated[float, typer.Option(help="Seconds for which no file of a version may have changed.")] = 1.0,
     timeout: Annotated[float | None, typer.Option(help="Seconds to wait for the next version; else for ever.")] = None,
@@ -26,7 +27,7 @@ def follow(
 ) -> None:
     """Print the name and the path of each checkpoint that appears in a directory, when it is whole."""
     with (
-        ending(as_json=as_json),
+        ending(as_json=as_json, json_lines=True, about={"path": str(directory)}),
         versions_in(
             directory, interval=interval, timeout=timeout, latest=latest, marker=marker, pattern=pattern
         ) as arriving,
@@ -34,7 +35,7 @@ def follow(
         count = 0
         for count, version in enumerate(arriving, 1):
             found = {"name": version.name, "path": str(version.path)}
-            typer.echo(json.dumps(found) if as_json else "\t".join(found.values()))
+            typer.echo(json.dumps(found) if as_json else "\t".join(map(shown, found.values())))
             if count == versions:
                 return
         if versions is not None:

@@ -2,85 +2,53 @@
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import typer
 
 from ..dtypes import format_name
-from ..errors import CheckpointError, HotweightsError, UsageError
 from ..sources.dcp.place import dcp_place
 from ..sources.files.listing import Listed, Listing, list_checkpoint
 from ..text import columns, size
 from . import flags
-from .outcome import as_dict, ending, exit_code, print_json
+from .outcome import ending, print_json, shown
+from .several import for_each, paths_from
 
 
 def inspect(
-    paths: Annotated[
-        list[str] | None,
-        typer.Argument(help="Safetensors files, checkpoint directories, indexes, hub caches.", metavar="PATH..."),
-    ] = None,
-    files_from: Annotated[
-        Path | None, typer.Option(help="A file that names one path a line; - is standard input.", allow_dash=True)
-    ] = None,
+    paths: flags.Checkpoints = None,
+    files_from: flags.FilesFrom = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print only what is wrong.")] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON document; for several paths, one in each line.")
-    ] = False,
+    as_json: flags.JsonOfSeveral = False,
     limit: flags.Limit = 40,
     reader: flags.Reader = "hotweights",
     variant: flags.Variant = None,
     subfolder: flags.Subfolder = None,
 ) -> None:
     """List the tensors of a checkpoint and check its files; of several, say a line for each. No weight is read."""
+    which = Which(reader, variant, subfolder)
     with ending(as_json=as_json):
-        everything = [*(paths or []), *_named_in(files_from)]
-        if not everything:
-            if files_from is not None:
-                return  # A hook that found no file has nothing to check.
-            raise UsageError("name a path: hotweights inspect PATH, or --files-from FILE")
-        if len(everything) > 1 or files_from is not None:
-            raise typer.Exit(_inspect_each(everything, Which(reader, variant, subfolder), quiet, as_json))
-        listing = _list(everything[0], Which(reader, variant, subfolder))
+        everything = paths_from(paths, files_from, "inspect")
+    if len(everything) != 1 or files_from is not None:
+        with ending(as_json=as_json):
+            raise typer.Exit(for_each(everything, lambda path: _of_several(path, which, quiet), as_json=as_json))
+    (path,) = everything
+    with ending(as_json=as_json, about={"path": path}):
+        listing = _list(path, which)
         if as_json and not quiet:
-            print_json(_as_dict(listing))
+            print_json({"path": path, **_as_dict(listing)})
         elif not quiet:
             _print(listing, limit)
 
 
-def _named_in(files_from: Path | None) -> list[str]:
-    if files_from is None:
-        return []
-    try:
-        text = sys.stdin.read() if str(files_from) == "-" else files_from.read_text()
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{files_from}: cannot be read: {getattr(error, 'strerror', error)}") from error
-    return [line for line in text.splitlines() if line.strip()]
-
-
-def _inspect_each(paths: Iterable[str], which: Which, quiet: bool, as_json: bool) -> int:
-    """A line for each path. Returns the worst exit code."""
-    worst = 0
-    for path in paths:
-        try:
-            listing = _list(path, which)
-        except HotweightsError as error:
-            worst = max(worst, exit_code(error))
-            line = (
-                {"path": str(path), **as_dict(error)} if as_json else f"{path}: {type(error).__name__}: {_line(error)}"
-            )
-        else:
-            if quiet and not listing.warnings:
-                continue
-            line = {"path": str(path), **_totals(listing)} if as_json else f"{path}: {_in_words(listing)}"
-        typer.echo(json.dumps(line) if as_json else line)
-    return worst
+def _of_several(path: str, which: Which, quiet: bool) -> tuple[str, dict[str, object]] | None:
+    listing = _list(path, which)
+    if quiet and not listing.warnings:
+        return None
+    return f"{shown(path)}: {_in_words(listing)}", _totals(listing)
 
 
 class Which(NamedTuple):
@@ -93,17 +61,15 @@ class Which(NamedTuple):
 
 def _list(path: str, which: Which) -> Listing:
     reader, variant, subfolder = which
-    if reader == "hotweights" and os.path.exists(path) and dcp_place(path, subfolder) is None:
+    # Neither an address nor a hub's name: what is not there is said without torch, too.
+    local = os.path.exists(path) or (":" not in path and os.path.isdir(os.path.dirname(path) or "."))
+    if reader == "hotweights" and local and dcp_place(path, subfolder) is None:
         return list_checkpoint(path, variant=variant, subfolder=subfolder)
     from ..sources.opening import open as open_source  # Waits for torch, and says what a path that is none may be.
 
     with open_source(path, reader=reader, variant=variant, subfolder=subfolder) as source:
         tensors = tuple(Listed(spec, source.file_of(spec.name), None) for spec in source.manifest.values())
         return Listing(source.files, source.metadata, source.warnings, tensors)
-
-
-def _line(error: HotweightsError) -> str:
-    return "; ".join(line.strip() for line in str(error).splitlines())
 
 
 def _totals(listing: Listing) -> dict[str, object]:
@@ -145,7 +111,13 @@ def _as_dict(listing: Listing) -> dict[str, object]:
 
 def _print(listing: Listing, limit: int) -> None:
     rows = [
-        (spec.name, format_name(spec.dtype), str(list(spec.shape)), size(spec.nbytes), Path(tensor.file).name)
+        (
+            shown(spec.name),
+            format_name(spec.dtype),
+            str(list(spec.shape)),
+            size(spec.nbytes),
+            shown(Path(tensor.file).name),
+        )
         for tensor in listing.tensors[: limit or None]
         for spec in (tensor.spec,)
     ]

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ..transfer.keys import make_keys
-from .outcome import ending
+from ..errors import UsageError
+from .outcome import ending, shown
 
 
 def keys(
@@ -18,5 +18,11 @@ def keys(
 ) -> None:
     """Make a key and a certificate for each host of a job. Run again for hosts that join it later."""
     with ending(as_json=False):
-        for path in make_keys(directory, [host for host in hosts.split(",") if host], days=days):
-            typer.echo(str(path))
+        from ..transfer.keys import make_keys
+
+        try:
+            made = make_keys(directory, [host for host in hosts.split(",") if host], days=days)
+        except OSError as error:
+            raise UsageError(f"{error.filename or directory}: cannot be written: {error.strerror}") from error
+        for path in made:
+            typer.echo(shown(path))

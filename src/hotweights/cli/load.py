@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from ..engines import transformers
-from ..loading.load import load as load_weights
-from ..sources.contracts import IOMode
-from ..sources.opening import open as open_source
 from . import flags
-from .dtype import dtype_from
-from .outcome import ending, print_json
+from .noise import hide_noise
+from .outcome import ending, print_json, shown
 
 
 def load(
@@ -24,7 +20,10 @@ def load(
         str | None, typer.Option(help="Dtype of the parameters (BF16, F32, ...); else the config's.")
     ] = None,
     cast: flags.Casts = None,
-    io: Annotated[IOMode, typer.Option(help="buffered reads through the page cache, direct around it.")] = "auto",
+    io: Annotated[
+        Literal["auto", "buffered", "direct"],
+        typer.Option(help="buffered reads through the page cache, direct around it."),
+    ] = "auto",
     threads: Annotated[int | None, typer.Option(help="How many threads read.", min=1)] = None,
     allow_missing: flags.AllowMissing = None,
     allow_unexpected: flags.AllowUnexpected = None,
@@ -33,23 +32,27 @@ def load(
     as_json: flags.Json = False,
 ) -> None:
     """Build a model from its config, load a checkpoint into it, and report. The model is thrown away."""
-    with (
-        ending(as_json=as_json),
-        open_source(path, reader=reader, variant=variant, subfolder=subfolder) as source,
-    ):
-        built = transformers.build(model, dtype=dtype_from(dtype))
-        report = load_weights(
-            built,
-            source,
-            device=device,
-            allow_missing=allow_missing or (),
-            allow_unexpected=allow_unexpected or (),
-            cast=cast,
-            io=io,
-            threads=threads,
-        )
-        if as_json:
-            print_json(report.as_dict())
-        else:
-            typer.echo(f"{type(built).__name__} from {path}")
-            typer.echo(str(report))
+    with ending(as_json=as_json, about={"path": path}):
+        hide_noise()
+        from ..engines import transformers  # They wait for torch, which wrong usage need not.
+        from ..loading.load import load as load_weights
+        from ..sources.opening import open as open_source
+        from .dtype import dtype_from
+
+        with open_source(path, reader=reader, variant=variant, subfolder=subfolder) as source:
+            built = transformers.build(model, dtype=dtype_from(dtype))
+            report = load_weights(
+                built,
+                source,
+                device=device,
+                allow_missing=allow_missing or (),
+                allow_unexpected=allow_unexpected or (),
+                cast=cast,
+                io=io,
+                threads=threads,
+            )
+            if as_json:
+                print_json({"path": path, **report.as_dict()})
+            else:
+                typer.echo(f"{type(built).__name__} from {shown(path)}")
+                typer.echo(str(report))

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
-from collections.abc import Iterator
+import os
+import re
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import typer
@@ -13,6 +18,15 @@ from ..errors import HotweightsError, UsageError
 REFUSED = 1
 WRONG_USAGE = 2
 INTERRUPTED = 130
+FAILED = 3
+NOBODY_READS = 141  # what a shell says of a program that SIGPIPE ended
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+_OPTIONS = (
+    "variant|subfolder|reader|cast|overflow|shard_size|dtype|digests|device|threads|io|interval|timeout|offer_timeout|"
+    "marker|pattern|latest|on_lost|receivers|keys|insecure|allow_missing|allow_unexpected"
+)
+_ARGUMENT = re.compile(rf"\b({_OPTIONS})=(?:([\"'])([^\"']+)\2|True\b|torch\.(\w+)|(?=[\s;,:]|\.(?!\.)|DIR\b|$))")
 
 
 def print_json(content: object) -> None:
@@ -20,17 +34,65 @@ def print_json(content: object) -> None:
     typer.echo(json.dumps(content, indent=2))
 
 
+def shown(text: object) -> str:
+    """A name of somebody's as part of a line: one that holds line ends or tabs is written as Python writes them."""
+    return "".join(
+        letter if letter.isprintable() or "\udc80" <= letter <= "\udcff" else repr(letter)[1:-1] for letter in str(text)
+    )
+
+
 @contextmanager
-def ending(*, as_json: bool) -> Iterator[None]:
-    """Print our errors, and Ctrl-C, as a message or as JSON, and exit with their code."""
+def ending(
+    *, as_json: bool, json_lines: bool = False, code: int | None = None, about: Mapping[str, object] | None = None
+) -> Iterator[None]:
+    """Print our errors, and Ctrl-C, as a message or as JSON, and exit with their code.
+
+    Args:
+        as_json: whether as JSON.
+        json_lines: whether each line of the output is a document, so that an error must be one line, too.
+        code: the exit code of all errors, where 1 means something else.
+        about: what the command was to read, for JSON.
+    """
     try:
         yield
     except HotweightsError as error:
-        _print_error(error, as_json)
-        raise typer.Exit(exit_code(error)) from None
+        _print_error(error, as_json, json_lines, about)
+        raise typer.Exit(exit_code(error) if code is None else code) from None
     except KeyboardInterrupt as error:
-        _print_error(error, as_json)
+        _print_error(error, as_json, json_lines, about)
         raise typer.Exit(INTERRUPTED) from None
+
+
+@contextmanager
+def quiet_end() -> Iterator[None]:
+    """See that Ctrl-C during an import, and output that nobody takes, leave no traceback."""
+    try:
+        yield
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        typer.echo("KeyboardInterrupt: stopped", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    except BrokenPipeError:
+        _forget_output()
+        raise typer.Exit(NOBODY_READS) from None
+    except OSError as error:
+        if error.errno not in _FULL or error.filename is not None:
+            raise
+        _forget_output()
+        typer.echo(f"the output cannot be written: {error.strerror}", err=True)
+        raise typer.Exit(FAILED) from None
+
+
+def _forget_output() -> None:
+    # Python flushes once more at its end, and would complain then.
+    os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), sys.__stdout__.fileno())  # type: ignore[union-attr]
+
+
+def print_any_name() -> None:
+    """See that a file's name can be printed that is no text, or none in the terminal's encoding."""
+    for stream in (sys.stdout, sys.stderr):
+        # By surrogateescape the bytes of a name come out as they are on the disk.
+        stream.reconfigure(errors="surrogateescape" if stream.encoding.lower() == "utf-8" else "backslashreplace")  # type: ignore[union-attr]
 
 
 def exit_code(error: HotweightsError) -> int:
@@ -43,18 +105,36 @@ def as_dict(error: BaseException) -> dict[str, object]:
     return {
         "error": {
             "kind": type(error).__name__,
-            "message": str(error),
-            "problems": list(getattr(error, "problems", ())),
+            "message": typed(str(error)),
+            "problems": [typed(problem) for problem in getattr(error, "problems", ())],
             "notes": list(getattr(error, "__notes__", ())),
         }
     }
 
 
-def _print_error(error: BaseException, as_json: bool) -> None:
+def typed(text: str) -> str:
+    """An error's advice as it is typed in a shell: ``--variant fp16`` for ``variant="fp16"``."""
+    return _ARGUMENT.sub(_as_option, text)
+
+
+def _as_option(match: re.Match[str]) -> str:
+    whose = " of inspect, load and convert" if match[1] == "reader" else ""  # Others do not have it.
+    value = match[3] or match[4]
+    option = f"--{match[1].replace('_', '-')}"
+    if value is None:
+        return option if match.string[match.end() :][:3] != "DIR" else f"{option} "
+    return f"{option} {shlex.quote(value)}{whose}"
+
+
+def _print_error(error: BaseException, as_json: bool, json_lines: bool, about: Mapping[str, object] | None) -> None:
     if as_json:
-        print_json(as_dict(error))
+        typer.echo(json.dumps({**(about or {}), **as_dict(error)}, indent=None if json_lines else 2))
         return
+    text = typed(str(error))
+    for name in map(str, (about or {}).values()):
+        text = text.replace(name, shown(name)) if name else text
     typer.secho(f"{type(error).__name__}:", fg="red", bold=True, err=True, nl=False)
-    typer.echo(f" {error}" if str(error) else " stopped", err=True)  # Not wrapped: whoever searches it finds names.
+    # Not wrapped: whoever searches it finds names.
+    typer.echo(f" {text}" if text else " stopped", err=True)
     for note in getattr(error, "__notes__", ()):
         typer.echo(note, err=True)

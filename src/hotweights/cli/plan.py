@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ..plan.plan import LoadPlan, Order
-from ..sources.opening import open as open_source
+from ..errors import PlanFileError
 from ..text import columns
-from ..tracing.trace import trace
 from . import flags
-from .model import model_from
+from .noise import hide_noise
 from .outcome import ending, print_json
+
+if TYPE_CHECKING:
+    from ..plan.plan import LoadPlan
 
 
 def plan(
@@ -21,7 +22,9 @@ def plan(
     model: Annotated[
         str, typer.Option(help="A directory with the config.json of a transformers model, or package.module:factory.")
     ],
-    order: Annotated[Order, typer.Option(help="Read layer by layer, as in the files, or as traced.")] = "file",
+    order: Annotated[
+        Literal["layer", "file", "given"], typer.Option(help="Read layer by layer, as in the files, or as traced.")
+    ] = "file",
     explain: Annotated[str | None, typer.Option(help="Explain one tensor instead.")] = None,
     save: Annotated[Path | None, typer.Option(help="Write the plan to a file.")] = None,
     limit: flags.Limit = 40,
@@ -33,23 +36,36 @@ def plan(
     as_json: flags.Json = False,
 ) -> None:
     """Plan the loading of a checkpoint into a model from a config or a factory. No weight is read or written."""
-    with ending(as_json=as_json), open_source(path, variant=variant, subfolder=subfolder) as source:
-        load_plan = trace(
-            model_from(model),
-            source.manifest,
-            device="cpu",
-            allow_missing=allow_missing or (),
-            allow_unexpected=allow_unexpected or (),
-            cast=cast,
-        ).ordered(order, source.position)
-        if save is not None:
-            load_plan.save(save)
-        if as_json:
-            print_json(_as_dict(load_plan, explain))
-        elif explain is not None:
-            typer.echo(load_plan.explain(explain))
-        else:
-            _print(load_plan, limit)
+    with ending(as_json=as_json, about={"path": path}):
+        hide_noise()
+        from ..sources.opening import open as open_source  # They wait for torch, which wrong usage need not.
+        from ..tracing.trace import trace
+        from .model import model_from
+
+        with open_source(path, variant=variant, subfolder=subfolder) as source:
+            load_plan = trace(
+                model_from(model),
+                source.manifest,
+                device="cpu",
+                allow_missing=allow_missing or (),
+                allow_unexpected=allow_unexpected or (),
+                cast=cast,
+            ).ordered(order, source.position)
+            if save is not None:
+                _save(load_plan, save)
+            if as_json:
+                print_json({"path": path, **_as_dict(load_plan, explain)})
+            elif explain is not None:
+                typer.echo(load_plan.explain(explain))
+            else:
+                _print(load_plan, limit)
+
+
+def _save(load_plan: LoadPlan, to: Path) -> None:
+    try:
+        load_plan.save(to)
+    except OSError as error:
+        raise PlanFileError(f"{to}: cannot be written: {error.strerror}") from error
 
 
 def _as_dict(load_plan: LoadPlan, explain: str | None) -> dict[str, object]:
@@ -69,6 +85,10 @@ def _as_dict(load_plan: LoadPlan, explain: str | None) -> dict[str, object]:
         "casts": dict(load_plan.casts),
         "fallback": list(load_plan.fallback),
         "graph_breaks": [str(note) for note in load_plan.graph_breaks],
+        "mismatched": dict(load_plan.mismatched),
+        "unproven": list(load_plan.unproven),
+        "side_effects": list(load_plan.side_effects),
+        "processed": list(load_plan.processed),
     }
 
 

@@ -8,10 +8,8 @@ from typing import Annotated
 import msgspec
 import typer
 
-from ..engines import transformers
-from ..live.model import LiveModel
-from ..transfer.receiver import Receiver
 from . import flags
+from .noise import hide_noise
 from .outcome import ending, print_json
 
 
@@ -30,33 +28,38 @@ def receive(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document for each version.")] = False,
 ) -> None:
     """Build a model from its config and take versions into it, in place, all or nothing. The model is thrown away."""
-    with (
-        ending(as_json=as_json),
-        Receiver(sender, timeout=timeout, offer_timeout=offer_timeout, keys=keys, insecure=insecure) as source,
-    ):
-        built = transformers.build(model)
-        live = LiveModel(built)
-        for number in range(versions):
-            if _on_terminal():
-                said = f"waiting for version {number + 1} of {versions} from {sender}, for {offer_timeout:g} s at most"
-                typer.echo(said, err=True)
-            if number:
-                report = live.update(source, cast=cast)
-            else:
-                report = live.load(
-                    source,
-                    device=device,
-                    allow_missing=allow_missing or (),
-                    allow_unexpected=allow_unexpected or (),
-                    cast=cast,
-                )
-            if as_json:
-                facts = msgspec.to_builtins(report)
-                del facts["events"]  # One for each layer: they are for a trace viewer.
-                print_json(facts)
-            else:
-                typer.echo(f"{type(built).__name__} from {sender}")
-                typer.echo(str(report))
+    with ending(as_json=as_json):
+        hide_noise()
+        from ..engines import transformers  # They wait for torch, which wrong usage need not.
+        from ..live.model import LiveModel
+        from ..transfer.receiver import Receiver
+
+        with Receiver(sender, timeout=timeout, offer_timeout=offer_timeout, keys=keys, insecure=insecure) as source:
+            built = transformers.build(model)
+            live = LiveModel(built)
+            for number in range(versions):
+                if _on_terminal():
+                    said = (
+                        f"waiting for version {number + 1} of {versions} from {sender}, for {offer_timeout:g} s at most"
+                    )
+                    typer.echo(said, err=True)
+                if number:
+                    report = live.update(source, cast=cast)
+                else:
+                    report = live.load(
+                        source,
+                        device=device,
+                        allow_missing=allow_missing or (),
+                        allow_unexpected=allow_unexpected or (),
+                        cast=cast,
+                    )
+                if as_json:
+                    facts = msgspec.to_builtins(report)
+                    del facts["events"]  # One for each layer: they are for a trace viewer.
+                    print_json(facts)
+                else:
+                    typer.echo(f"{type(built).__name__} from {sender}")
+                    typer.echo(str(report))
 
 
 def _on_terminal() -> bool:

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from ..transfer.relay import Relay
 from . import flags
 from .outcome import ending
 
@@ -26,6 +25,9 @@ def relay(
 ) -> None:
     """Run a relay, one for each host, until it is interrupted. Senders and workers may come and go."""
     logging.basicConfig(format="%(message)s")
-    with ending(as_json=False), Relay(sender, to, keys=keys, insecure=insecure, name=name, timeout=timeout) as running:
-        typer.echo(f"relay from {sender} to {', '.join(to)}; Ctrl-C ends it", err=True)
-        running.run()
+    with ending(as_json=False):
+        from ..transfer.relay import Relay  # It waits for torch, which wrong usage need not.
+
+        with Relay(sender, to, keys=keys, insecure=insecure, name=name, timeout=timeout) as running:
+            typer.echo(f"relay from {sender} to {', '.join(to)}; Ctrl-C ends it", err=True)
+            running.run()

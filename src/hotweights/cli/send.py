@@ -6,8 +6,6 @@ from typing import Annotated, Literal
 
 import typer
 
-from ..sources.opening import open as open_source
-from ..transfer.sender import Sender
 from . import flags
 from .outcome import ending, print_json
 
@@ -27,21 +25,24 @@ def send(
     as_json: flags.Json = False,
 ) -> None:
     """Send a checkpoint to the receivers that connect: all of them take it, or none. Report what was sent."""
-    with (
-        ending(as_json=as_json),
-        open_source(path) as source,
-        Sender(
-            to,
-            receivers=receivers,
-            timeout=timeout,
-            on_lost=on_lost,
-            digests=digests,
-            keys=keys,
-            insecure=insecure,
-        ) as sender,
-    ):
-        report = sender.send(source, version=str(path) if version is None else version)
-        if as_json:
-            print_json(report.as_dict())
-        else:
-            typer.echo(str(report))
+    with ending(as_json=as_json, about={"path": path}):
+        from ..sources.opening import open as open_source  # They wait for torch, which wrong usage need not.
+        from ..transfer.sender import Sender
+
+        with (
+            open_source(path) as source,
+            Sender(
+                to,
+                receivers=receivers,
+                timeout=timeout,
+                on_lost=on_lost,
+                digests=digests,
+                keys=keys,
+                insecure=insecure,
+            ) as sender,
+        ):
+            report = sender.send(source, version=str(path) if version is None else version)
+            if as_json:
+                print_json({"path": path, **report.as_dict()})
+            else:
+                typer.echo(str(report))

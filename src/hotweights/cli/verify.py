@@ -1,4 +1,4 @@
-"""``hotweights verify``: read every byte of a checkpoint, say its digest, and compare it with what it should be."""
+"""``hotweights verify``: read every byte of checkpoints, say their digests, and compare them."""
 
 from __future__ import annotations
 
@@ -7,31 +7,49 @@ from typing import Annotated
 
 import typer
 
-from ..sources.checksums import write_digests
-from ..sources.opening import open as open_source
+from ..errors import UsageError
 from . import flags
-from .outcome import ending, print_json
+from .outcome import ending, print_json, shown
+from .several import for_each, paths_from
 
 
 def verify(
-    path: flags.Checkpoint,
+    paths: flags.Checkpoints = None,
     digests: Annotated[
         Path | None, typer.Option(help="What it must hold: lines of sha256sum, or a file that --write made.")
     ] = None,
-    write: Annotated[Path | None, typer.Option(help="Write the digest of every tensor to a file.")] = None,
+    write: Annotated[Path | None, typer.Option(help="Write the digest of every tensor of one path to a file.")] = None,
+    files_from: flags.FilesFrom = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print only what is wrong.")] = False,
     variant: flags.Variant = None,
     subfolder: flags.Subfolder = None,
-    as_json: flags.Json = False,
+    as_json: flags.JsonOfSeveral = False,
 ) -> None:
-    """Read every byte of a checkpoint, compare it with its digests, and print the digest of all tensors."""
-    with (
-        ending(as_json=as_json),
-        open_source(path, variant=variant, subfolder=subfolder, digests=digests) as source,
-    ):
-        digest = source.digest()
+    """Read every byte of checkpoints, compare them with their digests, and print the digest of all tensors of each."""
+
+    def read(path: str) -> tuple[str, dict[str, object]] | None:
+        from ..sources.checksums import write_digests  # They wait for torch, which wrong usage need not.
+        from ..sources.opening import open as open_source
+
+        with open_source(path, variant=variant, subfolder=subfolder, digests=digests) as source:
+            digest = source.digest()
         if write is not None:
             write_digests(digest, write)
-        if as_json:
-            print_json({"path": str(path), **digest.as_dict()})
-        else:
-            typer.echo(f"{digest.whole}  {path}")
+        return None if quiet else (f"{digest.whole}  {shown(path)}", digest.as_dict())
+
+    with ending(as_json=as_json):
+        everything = paths_from(paths, files_from, "verify")
+        if write is not None and len(everything) > 1:
+            raise UsageError(
+                f"--write is for one path, and there are {len(everything)}; --json prints the same of each"
+            )
+        if len(everything) != 1 or files_from is not None:
+            raise typer.Exit(for_each(everything, read, as_json=as_json))
+    (path,) = everything
+    with ending(as_json=as_json, about={"path": path}):
+        if (found := read(path)) is not None:
+            words, facts = found
+            if as_json:
+                print_json({"path": path, **facts})
+            else:
+                typer.echo(words)

@@ -231,6 +231,13 @@ def _compared(names: Mapping[str, str], manifest: Collection[str], adapter_name:
     found = {name.removeprefix(_PREFIX): name for name in manifest}
     problems = [f"{name}: missing" for name in names.keys() - found.keys()]
     problems += [f"{found[name]}: unexpected; the model's adapter has none" for name in found.keys() - names.keys()]
+    if problems and any("base_layer" in name.split(".") or f".{adapter_name}." in name for name in found):
+        # Each of its names would be a problem: a model's own have the adapter's name in them.
+        raise PlanError(
+            f"the source is a whole model with adapters, not the adapter {adapter_name!r} alone; nothing was read or "
+            f"written: {len(found)} names, as {some(list(found.values()), 3)}",
+            advice=f"Give peft.get_peft_model_state_dict(model, adapter_name={adapter_name!r}) in place of the model.",
+        )
     if problems:
         raise PlanError(f"the source is not the adapter {adapter_name!r}; nothing was read or written", problems)
     return {found[name]: target for name, target in names.items()}

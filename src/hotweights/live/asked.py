@@ -21,6 +21,7 @@ class Asked:
     cast: Cast | None
     timeout: float | None
     check: Callable[[], object] | None
+    version: str | int | None = None
 
     def __post_init__(self) -> None:
         check_atomic(self.atomic)

@@ -21,7 +21,9 @@ from ..memory.devices import record_events
 from ..memory.extents import Extents
 from ..memory.pool import Pool
 from ..model.reachable import reachable
+from ..model.survey import own_loader
 from ..plan.steps import Fate, Program, Step
+from ..plan.unused import unused
 from ..sources.contracts import Addressed, InMemory, Request, Source
 from ..text import size, some
 from ..timeline import Timeline
@@ -90,6 +92,11 @@ class Attempt:
     def warned(self) -> bool:
         """Whether the one warning of open layers was given."""
         return self._layers.warned
+
+    @property
+    def open_warning(self) -> str:
+        """The one warning of open layers, which was logged at once; empty if this attempt gave none."""
+        return self._layers.warning
 
     def requests(self) -> list[Request]:
         """What to ask of a source that can choose: layer by layer, deferred layers last."""
@@ -333,10 +340,19 @@ class Attempt:
             fell_back=tuple(map(str, plan.graph_breaks)),
             replaced=tuple(self._assembly.processing.replaced),
             bytes_by_io=dict(done.bytes_by_io),
-            warnings=(self._layers.warning,) if self._layers.warning else (),
+            warnings=self._warnings(),
             events=tuple(self.timeline.events),
             mismatched=plan.mismatched,
+            since_epoch=self.timeline.since_epoch,
         )
+
+    def _warnings(self) -> tuple[str, ...]:
+        job = self.job
+        open_layers = (self.open_warning,) if self.open_warning else ()
+        # Of an update of a part, what was not asked for is not used either.
+        if job.kept or own_loader(job.model, job.by) is None:
+            return open_layers
+        return (*open_layers, *unused(job.plan, f"{type(job.model).__name__}.load_weights"))
 
     def _fates(self) -> dict[Fate, tuple[str, ...]]:
         fates = self.job.plan.fates

@@ -156,9 +156,11 @@ class LiveModel:
     def status(self) -> dict[str, object]:
         """How it is, as plain data for a health endpoint: ``json.dumps`` takes it. Waits for nobody.
 
-        Keys: ``version``, ``state``; how many loads and updates were ``committed`` and ``failed``; ``last_report`` as a
-        dictionary, ``last_error`` in a line, ``seconds_since_commit`` (of a rollback too) and ``seconds_since_error``;
-        each of these is ``None`` where there was none.
+        Keys: ``version``, ``state``; how many loads and updates were ``committed`` and ``failed``; ``last_act``, which
+        is ``"load"``, ``"update"``, ``"rollback"`` or ``"failure"``; ``taken_back``, the version that a rollback took
+        back, until another one is live; ``last_report``, as a dictionary, of what brought the live version;
+        ``last_error`` in a line; ``seconds_since_commit`` (of a rollback too) and ``seconds_since_error``. Each of
+        these is ``None`` where there was none.
         """
         return {"version": self.version, "state": self.state.value, **self._current.record.status()}
 
@@ -403,10 +405,11 @@ class LiveModel:
         asked = self._asked(atomic, only, cast, timeout, check)
         with alone_in_a_fork(), without_collection(), ExitStack() as stack:
             stack.enter_context(refusing(source))
-            with self._beginning(source, "the source cannot be opened"):
+            with self._beginning(source, version, "has a source that cannot be opened"):
                 origin = stack.enter_context(opened(source, variant=variant, subfolder=subfolder, digests=digests))
             manifest = origin.manifest  # A receiver waits here. That no version came in time is no failed update.
-            with self._beginning(source, "nothing was changed"):
+            asked = replace(asked, version=version_of(origin, version))
+            with self._beginning(source, asked.version, "was refused"):
                 fed = FedNames(names_for(manifest, rename, self._match))
                 origin = renamed(origin, fed.new)
                 stack.enter_context(naming_files(origin))
@@ -414,7 +417,7 @@ class LiveModel:
             update = stack.enter_context(self._begin(origin.manifest, asked, fed))
             return update.run(
                 weights,
-                version_of(origin, version),
+                asked.version,
                 io=io,
                 threads=threads,
                 pool=pool,
@@ -441,7 +444,7 @@ class LiveModel:
 
     @contextmanager
     @signals.held
-    def _beginning(self, source: AnySource, failed: str) -> Iterator[None]:
+    def _beginning(self, source: AnySource, version: str | int | None, what: str) -> Iterator[None]:
         """What fails inside ends the update; a program that is wrong is told so itself."""
         try:
             yield
@@ -449,7 +452,7 @@ class LiveModel:
             # What an iterator raises while it is read ends the update, whatever it is.
             if isinstance(error, UsageError) and not isinstance(source, IteratorSource):
                 raise
-            raise aborted(self._current, failed, error) from error
+            raise aborted(self._current, version, what, error) from error
 
     @takes_what(update)
     async def update_async(self, source: AnySource, **options: Any) -> UpdateReport:
@@ -501,7 +504,7 @@ class LiveModel:
         except UsageError:
             raise
         except Exception as error:
-            raise aborted(self._current, "nothing was changed", error) from error
+            raise aborted(self._current, None, "was refused", error) from error
         return self._begin(manifest.renamed(fed.new), asked, fed)
 
     def _asked(

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import nn
 
 from ..model.survey import survey
+from ..names import bare_names
 from ..plan.patterns import Patterns, matches
 from ..plan.plan import LoadPlan
 from ..plan.steps import Fate
@@ -51,6 +52,7 @@ class OptionalTensors:
         found = {candidate.owner: candidate for candidate in _candidates(model, first, self._may_lack, layout)}
         self._bound = max(_KEPT_NBYTES, sum(layout.nbytes) // 16)
         self._names: dict[str, list[str]] = {}
+        self._adapters = {name for name, (bare, filed) in bare_names(model).items() if bare != filed}
         left = self._bound
         for nbytes, owner, names in sorted(found.values()):
             left -= nbytes
@@ -86,8 +88,11 @@ class OptionalTensors:
         return not fates.isdisjoint((Fate.MISSING, Fate.MISMATCHED)) or self._match(name)
 
     def absent(self, plan: LoadPlan, covers: Coverage) -> frozenset[str]:
-        """Names of those that hold what an earlier version brought and that this plan does not write."""
-        owners = self.brought - set(plan.unproven) - covers.keys()
+        """Names of those that hold what an earlier version brought and that this plan does not write.
+
+        Adapters are not among them: they come apart from the model under them, and stay.
+        """
+        owners = self.brought - set(plan.unproven) - covers.keys() - self._adapters
         return frozenset(name for owner in owners for name in self._names[owner])
 
     def is_needed(self, name: str) -> bool:

@@ -12,7 +12,7 @@ from torch import nn
 
 from .. import signals
 from ..boxes import covered
-from ..dtypes import Cast
+from ..dtypes import Cast, format_name
 from ..errors import PlanError
 from ..manifest import Manifest
 from ..memory.aliases import has_bytes
@@ -22,9 +22,11 @@ from ..model.places import places
 from ..model.processed import forget, note
 from ..model.reachable import reachable
 from ..model.survey import By, own_loader, survey
+from ..plan.draft import LACKS
 from ..plan.patterns import Patterns, both, matches
 from ..plan.plan import LoadPlan
 from ..plan.steps import Fate
+from ..text import some
 from ..tracing.trace import trace
 from .groups import Coverage, LayerGroup, coverage, elements, groups_of, needs_initial
 from .layers import Dressing, Layer, contents, modules_held, put_back
@@ -193,7 +195,7 @@ class Plans:
         if only is not None:
             chosen = _chosen(self.first, only)
             may = [name for name in self.first.targets if not chosen(name)]
-        with self._in_checkpoint_format(live):
+        with self._in_checkpoint_format(live), _telling_what_was(self.last, manifest):
             meta = {name for name, tensor in survey(self._model).tensors.items() if tensor.is_meta}
             unloaded = meta - {name for name in self.first.targets if elements(self.covers, self.first, name)}
             plan = self._options.traced(self._model, manifest, torch.device("cpu"), [*may, *unloaded], cast)
@@ -287,6 +289,33 @@ class Plans:
             == (box.offset, box.dtype, box.shape, box.stride)
             for tensor, box in boxes
         )
+
+
+@contextmanager
+@signals.held
+def _telling_what_was(last: LoadPlan, manifest: Manifest) -> Iterator[None]:
+    """Inside, a problem says what the live version had: which tensors a source lacks, and in what shape one came."""
+    try:
+        yield
+    except PlanError as error:
+        filled_by: dict[str, dict[str, None]] = {}
+        for step in last.steps:
+            for name in step.destinations:
+                filled_by.setdefault(name, {}).update(dict.fromkeys(step.sources))
+
+        def known(problem: str) -> str:
+            name, _, why = problem.partition(": ")
+            name = name.partition(" (")[0]
+            if why.startswith(("missing;", "partial;")) and name not in last.manifest:
+                lacking = [source for source in filled_by.get(name, ()) if source not in manifest]
+                return problem.partition(LACKS)[0] + (f"{LACKS}{some(lacking, 3)}" if lacking else "")
+            before, now = last.manifest.get(name), manifest.get(name)
+            if before is not None and now is not None and before != now and str(list(before.shape)) not in problem:
+                return f"{problem}; in the live version it is {format_name(before.dtype)} {list(before.shape)}"
+            return problem
+
+        error.explain(known)
+        raise
 
 
 def _same(first: Coverage, second: Coverage, name: str, plan: LoadPlan) -> bool:

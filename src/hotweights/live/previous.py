@@ -13,6 +13,7 @@ from .baseline import Baseline
 from .compiled import refuse_frozen
 from .job import Job
 from .lock import WriteTurn
+from .report import UpdateReport
 from .state import Current, State
 from .strategy import Strategy
 
@@ -22,10 +23,12 @@ class Previous:
 
     Attributes:
         version: the name of version N.
+        report: of what brought it.
     """
 
     def __init__(self, current: Current, baseline: Baseline, strategy: Strategy, job: Job) -> None:
         self.version: str | int | None = current.version
+        self.report: UpdateReport | None = current.record.report
         self._names: Mapping[str, str] = current.names
         self._forget_plan: Callable[[], None] = baseline.plans.kept()
         self._baseline, self._strategy, self._job = baseline, strategy, job
@@ -88,7 +91,7 @@ def _kept(current: Current) -> Previous:
 @signals.whole
 def _put_back(current: Current, previous: Previous) -> str | int:
     current.previous = None
-    current.record.note_rollback()
+    current.record.note_rollback(current.version, previous.report)
     try:
         previous.put_back(current)
     except BaseException:

@@ -16,7 +16,10 @@ class Record:
     Attributes:
         committed: how many loads and updates made their version live.
         failed: how many did not.
-        report: of the last that did.
+        report: of the load or update that brought the live version.
+        act: what happened last: ``"load"``, ``"update"``, ``"rollback"`` or ``"failure"``.
+        taken_back: the version that a rollback took back, until another one is live.
+        warned: the warnings that were logged.
         error: what went wrong last, in a line; in a hook, too.
     """
 
@@ -24,6 +27,9 @@ class Record:
         self.committed = self.failed = 0
         self.report: UpdateReport | None = None
         self.error: str | None = None
+        self.act: str | None = None
+        self.taken_back: str | int | None = None
+        self.warned: set[str] = set()
         self._live_since: float | None = None
         self._error_since: float | None = None
 
@@ -31,14 +37,17 @@ class Record:
         """Take note of a version that is live now."""
         self.committed += 1
         self.report, self._live_since = report, time.monotonic()
+        self.act, self.taken_back = "load" if report.atomic is None else "update", None
 
-    def note_rollback(self) -> None:
-        """Take note that the version before is live again."""
-        self._live_since = time.monotonic()
+    def note_rollback(self, taken_back: str | int | None, report: UpdateReport | None) -> None:
+        """Take note that the version before, which came by this report, is live again."""
+        self.report, self._live_since = report, time.monotonic()
+        self.act, self.taken_back = "rollback", taken_back
 
     def note_failure(self, error: BaseException) -> None:
         """Take note of a load or update that failed, and say so."""
         self.failed += 1
+        self.act = "failure"
         self.note_error(error)
 
     def note_error(self, error: BaseException) -> None:
@@ -52,6 +61,8 @@ class Record:
         return {
             "committed": self.committed,
             "failed": self.failed,
+            "last_act": self.act,
+            "taken_back": self.taken_back,
             "seconds_since_commit": _since(self._live_since),
             "seconds_since_error": _since(self._error_since),
             "last_error": self.error,
@@ -59,8 +70,12 @@ class Record:
         }
 
 
-def tell_commit(report: UpdateReport) -> None:
-    """Log that a version is live."""
+def tell_commit(report: UpdateReport, known: set[str]) -> None:
+    """Log that a version is live; and its warnings, but for those that are ``known`` from versions before."""
+    for warning in report.warnings:
+        if warning not in known:
+            known.add(warning)
+            log(logging.WARNING, "version %r: %s", report.version, warning)
     log(
         logging.INFO,
         "version %r is live, it was %r: %s read, %.3f seconds, readers were kept out for %.3f",

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from ..loading.report import proven
+from ..loading.report import fates, proven
 from ..plan.steps import Fate
-from ..text import as_html, counts, short, size, some, summary, table
+from ..text import as_html, counts, short, size, some, table
 from ..timeline import TimelineEvent, breakdown, save_events
 
 
@@ -47,6 +47,7 @@ class UpdateReport:
         events: what the time was spent on.
         mismatched: by name of the model, both shapes, of what was not loaded because they differ.
         proven: how many tensors of the model ``verify="loader"`` found to be what the model's own loading code makes.
+        since_epoch: when it began, in seconds since 1970; ``events`` count from there.
     """
 
     version: str | int
@@ -75,6 +76,7 @@ class UpdateReport:
     events: tuple[TimelineEvent, ...]
     mismatched: Mapping[str, str] = field(default_factory=dict)
     proven: int = 0
+    since_epoch: float = 0.0
 
     def as_dict(self) -> dict[str, object]:
         """The same facts for machines: only names, numbers, lists and dictionaries."""
@@ -82,13 +84,16 @@ class UpdateReport:
         return facts | {"events": [event._asdict() for event in self.events]}
 
     def save_timeline(self, path: str | os.PathLike[str]) -> None:
-        """Write what the time was spent on in the Chrome trace format, for ``chrome://tracing`` or ui.perfetto.dev."""
-        save_events(path, self.events)
+        """Write what the time was spent on in the Chrome trace format, for ``chrome://tracing`` or ui.perfetto.dev.
+
+        It lines up with those of other processes of the host, as the trainer's, by the clock that they share.
+        """
+        save_events(path, self.events, of=f"update to {self.version}", since_epoch=self.since_epoch)
 
     def __repr__(self) -> str:
-        fates = {fate.value: len(names) for fate, names in self.tensors.items()}
+        numbers = {fate.value: len(names) for fate, names in self.tensors.items()}
         more = {"fell back": len(self.fell_back), "replaced": len(self.replaced), "warnings": len(self.warnings)}
-        found = counts(fates | more)
+        found = counts(numbers | more)
         versions = f"{short(self.previous)} -> {short(self.version)}"
         return f"<UpdateReport {versions}, {size(self.bytes_read)} in {self.seconds:.3f} s: {found or 'no tensors'}>"
 
@@ -108,7 +113,7 @@ class UpdateReport:
         rows += breakdown(self.events)
         if self.open_bytes:
             rows.append(("open", f"{self.open_layers} layers, {size(self.open_bytes)} of device memory at peak"))
-        rows += [(fate.value, summary(names, self.casts)) for fate, names in self.tensors.items() if names]
+        rows += fates(self.tensors, self.casts)
         rows += proven(self.proven)
         rows += [("not loaded", f"{name}: {shapes}") for name, shapes in self.mismatched.items()]
         if self.kept:

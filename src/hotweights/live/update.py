@@ -59,14 +59,15 @@ class Update:
         turn: WriteTurn,
         limit: int | None,
         fed: FedNames,
-        check: Callable[[], object] | None = None,
+        asked: Asked | None = None,
     ) -> None:
         """For ``begin`` and ``begin_first``, while the live model is reserved; the end of the update lets go of it."""
         self._current = current
         self._baseline = baseline
         self._strategy = strategy
         self._fed = fed
-        self._check_by = check
+        self._check_by = None if asked is None else asked.check
+        self._named = None if asked is None else asked.version  # the new version, for messages
         self._attempt = Attempt(job, strategy, OpenLayers(limit, warned=current.warned), turn, fed, timeline)
         self._watcher = signals.watch()
         current.begin(self._attempt)
@@ -115,8 +116,8 @@ class Update:
         except UsageError:
             raise
         except Exception as error:
-            raise aborted(current, "nothing was changed", error) from error
-        return cls(current, baseline, job, strategy, timeline, turn, limit, fed, asked.check)
+            raise aborted(current, asked.version, "was refused", error) from error
+        return cls(current, baseline, job, strategy, timeline, turn, limit, fed, asked)
 
     @property
     def manifest(self) -> Manifest:
@@ -267,6 +268,7 @@ class Update:
         """
         self._check("commit")
         check_version(version)
+        self._named = self._named if version is None else version
         self.prepare()
         with self._failing():
             self._attempt.turn.take()
@@ -282,7 +284,8 @@ class Update:
         finally:
             self._end()
             if report is not None:
-                tell_commit(report)
+                self._current.record.warned.add(self._attempt.open_warning)
+                tell_commit(report, self._current.record.warned)
             if failures:
                 self._current.record.note_error(failures[0])
             failures.clear()  # Their tracebacks hold this frame.
@@ -360,7 +363,7 @@ class Update:
             if self._attempt.job.first or not isinstance(error, Exception):
                 self._current.record.note_failure(error)
                 raise
-            raise aborted(self._current, "the update failed", error) from error
+            raise aborted(self._current, self._named, "failed", error) from error
 
     # Its end.
 
@@ -401,14 +404,25 @@ class Update:
 _SAID_FIRST = ("allow_", "by=")  # Options of advice that updates do not have.
 
 
-def aborted(current: Current, left: str, error: Exception) -> UpdateAborted:
-    """What tells that ``error`` ended an update, and what it left. It is recorded."""
+def aborted(current: Current, version: str | int | None, what: str, error: Exception) -> UpdateAborted:
+    """What tells that ``error`` ended an update, and what is live. It is recorded.
+
+    Args:
+        current: of the live model, after the abort.
+        version: the name of the version that does not become live; ``None`` if it has none yet.
+        what: became of it: ``"was refused"``, before anything was changed, or ``"failed"``.
+        error: says why.
+    """
     said = str(error) if isinstance(error, HotweightsError) else f"{type(error).__name__}: {error}"
-    advice = getattr(error, "advice", "")
-    if any(option in advice for option in _SAID_FIRST):
-        advice += " It is said in the first load, LiveModel.load(), and holds for all updates."
+    advice = "\n".join(
+        f"{line} It is said in the first load, LiveModel.load(), and holds for all updates."
+        if any(option in line for option in _SAID_FIRST)
+        else line
+        for line in getattr(error, "advice", "").splitlines()
+    )
+    new = "the update" if version is None else f"version {version!r}"
     told = UpdateAborted(
-        f"{current}; {left}: {getattr(error, 'title', said)}", getattr(error, "problems", ()), advice=advice
+        f"{new} {what}; {current}: {getattr(error, 'title', said)}", getattr(error, "problems", ()), advice=advice
     )
     current.record.note_failure(told)
     return told

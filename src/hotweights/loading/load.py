@@ -26,13 +26,14 @@ from ..model.offloading import refuse_own_code, refuse_unwritable
 from ..model.places import places
 from ..model.processed import in_words, processed
 from ..model.reachable import attributes, reachable
-from ..model.survey import By, Survey, survey
+from ..model.survey import By, Survey, own_loader, survey
 from ..model.unprocessed import unprocessed
 from ..model.walk import modules_of
 from ..names import outer_prefix, unwrapped
 from ..plan.patterns import Patterns
 from ..plan.plan import LoadPlan, Order
 from ..plan.steps import Copy, Fate, Program
+from ..plan.unused import unused
 from ..progress import progress
 from ..rename import Rename
 from ..sharding import reshard
@@ -228,6 +229,8 @@ def load(
                 stack.enter_context(source.decision())
         kernels = processed(model)
         warnings = (*warnings_of(source), *told(model, left, init_missing), *_unprocessed(model))
+        if own_loader(model, by) is not None:
+            warnings = (*warnings, *unused(plan, f"{type(model).__name__}.load_weights"))
         if kernels:
             warnings = (*warnings, in_words(kernels))
         return _report(plan, done, pool, time.perf_counter() - began, warnings)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from ..plan.steps import Fate
-from ..text import as_html, counts, size, summary, table
+from ..text import as_html, counts, size, some, summary, table
 
 
 @dataclass(slots=True)
@@ -41,6 +41,15 @@ class Tally:
         with self.lock:
             self.scratch += nbytes
             self.peak_scratch = max(self.peak_scratch, self.scratch)
+
+
+def fates(tensors: Mapping[Fate, tuple[str, ...]], casts: Mapping[str, str]) -> list[tuple[str, str]]:
+    """The rows of a report that say what became of the tensors. Those that were not used are named."""
+    return [
+        (fate.value, f"{len(names)}: {some(names, 3)}" if fate is Fate.SKIPPED else summary(names, casts))
+        for fate, names in tensors.items()
+        if names
+    ]
 
 
 def proven(tensors: int) -> list[tuple[str, str]]:
@@ -92,9 +101,9 @@ class LoadReport:
         return facts
 
     def __repr__(self) -> str:
-        fates = {fate.value: len(names) for fate, names in self.tensors.items()}
+        numbers = {fate.value: len(names) for fate, names in self.tensors.items()}
         more = {"fell back": len(self.fell_back), "warnings": len(self.warnings)}
-        found = counts(fates | more)
+        found = counts(numbers | more)
         return f"<LoadReport {size(self.bytes_read)} in {self.seconds:.3f} s: {found or 'no tensors'}>"
 
     def _repr_html_(self) -> str:
@@ -111,7 +120,7 @@ class LoadReport:
             ),
             ("memory", f"buffers {size(self.peak_buffer_bytes)}, scratch {size(self.peak_scratch_bytes)} at peak"),
         ]
-        rows += [(fate.value, summary(names, self.casts)) for fate, names in self.tensors.items() if names]
+        rows += fates(self.tensors, self.casts)
         rows += proven(self.proven)
         rows += [("not loaded", f"{name}: {shapes}") for name, shapes in self.mismatched.items()]
         rows += [("fell back", reason) for reason in self.fell_back]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,14 +14,17 @@ from ..dtypes import Cast, format_name
 from ..errors import PlanError
 from ..manifest import Manifest
 from ..text import some
+from .absent import absent_from
+from .adapters import by_parts, homeless_adapter, of_adapter, of_ranks
 from .inside import Insides, outer_manifest, outer_targets
 from .local import Local, whole_manifest, whole_targets
-from .misnamed import misnamed, of_adapter, parametrised, shortened
-from .patterns import Patterns, both, matches, narrowest
+from .misnamed import misnamed, parametrised, shortened
+from .patterns import Patterns, both, matches, narrowest, typed
 from .plan import LoadPlan
 from .quantised import in_layers_of, quantised_by, refusal, unscaled
 from .rules import Rules
 from .steps import Copy, Fate, GraphBreak, Op, Program, Step, Target
+from .unused import not_used
 from .writes import Gap, Writes, fits
 
 
@@ -67,6 +70,10 @@ class Traced:
     graph_breaks: Sequence[GraphBreak] = ()
 
 
+LACKS = "; the source lacks "
+"""What a problem says before the names of the tensors that it is about and the source does not have."""
+
+_OWN_CODE = "the model's own loading code"
 _NO_RULES, _NOTHING_ALLOWED = Rules(), Allowed()
 
 
@@ -129,7 +136,8 @@ def draft(
     missing: dict[str, str] = {}
     absent: list[str] = []  # missing, or allowed to be
     may_miss, may_be_partial = matches(both(allowed.missing, rules.allow_missing)), matches(allowed.partial)
-    arguments = set()  # that would allow some of what is wrong
+    partial: dict[str, str] = {}
+    absent_for = absent_from(whole, writes.steps)
     unproven: list[str] = []
     kept = {name for step in (*mismatched, *unlike) for name in step.destinations}
     for gap in writes.gaps():
@@ -144,10 +152,9 @@ def draft(
         elif tolerated:
             fates.update(dict.fromkeys(gap.names, fate))
         elif gap.written:
-            wrong.add(_in_words(gap))
-            arguments.add("allow_partial=")
+            partial[gap.names[0]] = _in_words(gap, absent_for(gap.names), writes.sources_of(gap.names))
         else:
-            missing.update(dict.fromkeys(gap.names, _in_words(gap)))
+            missing.update(dict.fromkeys(gap.names, _in_words(gap, absent_for(gap.names))))
     if (other := misnamed(whole, unexpected, absent)) is not None:
         wrong.add(other.problem)
         explained = {missing.get(name) for name in other.targets}  # A tied parameter is one problem with several names.
@@ -167,28 +174,40 @@ def draft(
         misfits = [name for name in misfits if not of_these(name)]
         wrong = {line for line in wrong if not of_these(line.partition(": ")[0])}
         wrong.add(refusal(*quantised))
-    arguments |= {"allow_unexpected="} if unexpected else set()
-    arguments |= {"allow_missing="} if missing else set()
+    advice: list[str] = []
+    unused = [name for name, fate in fates.items() if own_code and fate is Fate.SKIPPED]
+    # Loading code that passes over an adapter would load the model under it, as if that were all.
+    passed_over = [] if any(map(of_adapter, wide)) else _not_allowed(unused, allowed.unexpected)
+    if homeless_parts := [name for name in (*unexpected, *passed_over) if of_adapter(name)]:
+        # To allow them would load the model under the adapter, and drop what was trained.
+        alone = all(map(of_adapter, whole))
+        problem, cure = homeless_adapter(list(map(whole.called, homeless_parts)), wide, alone=alone)
+        wrong.add(problem)
+        advice.append(cure)
+        unexpected = [name for name in unexpected if not of_adapter(name)]
+        missing = {} if alone else missing
+    if other_part := by_parts(whole, wide, missing):
+        advice.append(other_part)
+    elif not quantised and not homeless_parts:
+        advice += _allowing(missing, partial, unexpected, whole, wide)
     wrong.update(shortened({name: _no_place(whole, name) for name in unexpected}, "unexpected"))
     wrong.update(shortened(missing, "missing"))
+    wrong.update(partial.values())
     # Also where allow_unexpected= names them: "*" is meant for an extra head, not for weights without their scales.
     wrong.update(lost)
     if wrong:
-        advice = (
-            [f"Allow names with {' and '.join(sorted(arguments))}, if that is meant."]
-            if arguments and not quantised
-            else []
-        )
         if misfits:
             # With those that are allowed already: whoever types it types it in their place.
             pattern = narrowest([*shapes_of, *misfits])
-            if all(map(of_adapter, misfits)):
+            if all(map(of_ranks, misfits)):
                 advice.append(
                     "The adapter in the source has another rank: give the model one of that rank, the r of its "
                     "adapter_config.json."
                 )
             else:
                 advice.append(f'If another head is meant, allow_mismatched="{pattern}" keeps what the model has there.')
+        if (others := [name for name in unused if not of_adapter(name)]) and (missing or partial):
+            advice.append(f"{not_used(list(map(whole.called, others)), _OWN_CODE)}.")
         advice += filter(None, [parametrised([*unexpected, *missing])])
         raise PlanError("source and model do not fit; nothing was read or written", wrong, advice="\n".join(advice))
     return LoadPlan(
@@ -254,13 +273,40 @@ def _unexpected(fates: Mapping[str, Fate], allowed: Callable[[str], bool]) -> It
             yield name
 
 
+def _not_allowed(names: Iterable[str], allowed: Patterns) -> list[str]:
+    match = matches(allowed)
+    return [name for name in names if not match(name)]
+
+
 def _no_place(manifest: Manifest, name: str) -> str:
     return f"{manifest.called(name)}: unexpected; the model has no such name"
 
 
-def _in_words(gap: Gap) -> str:
+def _in_words(gap: Gap, absent: Sequence[str], by: Sequence[str] = ()) -> str:
     shape = gap.spec.shape
     words = f"missing; {format_name(gap.spec.dtype)} {list(shape)} expected"
     if gap.written:
-        words = f"partial; {gap.written} of {math.prod(shape)} elements would be written"
-    return f"{gap.names[0]}: {words}" + (f" (tied with {some(gap.names[1:], 3)})" if len(gap.names) > 1 else "")
+        words = f"partial; {gap.written} of {math.prod(shape)} elements would be written, from {some(by, 3)}"
+    lacking = f"{LACKS}{some(absent, 3)}" if absent else ""
+    tied = f" (tied with {some(gap.names[1:], 3)})" if len(gap.names) > 1 else ""
+    return f"{gap.names[0]}: {words}{tied}{lacking}"
+
+
+def _allowing(
+    missing: Collection[str],
+    partial: Collection[str],
+    unexpected: Collection[str],
+    manifest: Manifest,
+    targets: Mapping[str, Target],
+) -> Iterator[str]:
+    """The arguments that would allow these names, as they are typed."""
+    arguments = {
+        "allow_missing": typed(missing, targets) if missing else None,
+        "allow_partial": typed(partial, targets) if partial else None,
+        "allow_unexpected": typed(unexpected, manifest) if unexpected else None,
+    }
+    given = [
+        f"{name}={pattern or '[...] with their names'}" for name, pattern in arguments.items() if pattern is not None
+    ]
+    if given:
+        yield f"If that is meant, allow it: {', '.join(given)}."

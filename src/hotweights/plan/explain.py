@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from .plan import LoadPlan
 
 _ALL = "all of it"
+_WHY = {
+    Fate.SKIPPED: "skipped: loading code was given it, and did not use it",
+    Fate.UNEXPECTED: "unexpected: the model has no place for it, and allow_unexpected= allows that",
+    Fate.MISMATCHED: "mismatched: the model's tensor has another shape, and allow_mismatched= allows that",
+}
 
 
 def explain(plan: LoadPlan, name: str) -> str:
@@ -129,10 +134,37 @@ def _explain_source(plan: LoadPlan, name: str) -> str:
     title = f"{plan.manifest[name]} (of the source)"
     if name in plan.fallback:
         return f"{title}\n  is given to the model's own loading code"
-    into = dict.fromkeys(target for step in plan.steps if name in step.sources for target in step.destinations)
-    fate = plan.fates.get(name)
-    lines = [f"  goes into {target}" for target in into] or [f"  goes nowhere ({fate.value if fate else 'unused'})"]
-    return "\n".join([title, *lines])
+    lines = [line for step in plan.steps if name in step.sources for line in _uses_of(plan, step, name)]
+    lines += [
+        f"  is compared with {first.source}: they are one tensor in the model"
+        for first, second in plan.ties
+        if second.source == name
+    ]
+    if not lines:
+        fate = plan.fates.get(name)
+        lines = [f"  goes nowhere ({'unused' if fate is None else _WHY.get(fate, fate.value)})"]
+    return "\n".join([title, *dict.fromkeys(lines)])
+
+
+def _uses_of(plan: LoadPlan, step: Step, name: str) -> Iterator[str]:
+    """Which part of the source tensor goes into which part of the model's; a rank reads no more than that."""
+    if isinstance(step, Copy):
+        part = _part_of_source(plan, step.of, name)
+        into = step.destination + _part_of_target(plan, step.into, step.destination).removeprefix(_ALL)
+        cast = f", cast {plan.casts[name]}" if name in plan.casts else ""
+        yield f"  {part or _ALL} -> {into}{cast}"
+        return
+    read = dict.fromkeys(
+        _part_of_source(plan, region.box, name) or _ALL
+        for op in step.ops
+        for region in op.reads
+        if region.memory.kind == "source" and region.memory.name == name
+    )
+    for written, box in dict.fromkeys(step.written):
+        into = written + _part_of_target(plan, box, written).removeprefix(_ALL)
+        beside = [other for other in step.sources if other != name]
+        others = f", together with {some(beside, 3)}" if beside else ""
+        yield f"  {' and '.join(read) or _ALL} -> {into} by a program: {', '.join(map(_named, step.ops))}{others}"
 
 
 def _titled(plan: LoadPlan, name: str) -> str:
@@ -192,7 +224,7 @@ def _named(op: Op) -> str:
 
 def alike(name: str, known: Iterable[str]) -> list[str]:
     """Names that hold this one, or end as it does; all where there are none."""
-    last = name.rpartition(".")[2]
+    last, known = name.rpartition(".")[2], dict.fromkeys(known)
     return sorted(
         [other for other in known if name in other] or [other for other in known if other.endswith(last)] or known
     )

@@ -159,10 +159,5 @@ def parametrised(names: Iterable[str]) -> str:
     )
 
 
-def of_adapter(name: str) -> bool:
-    """Whether it is the name of a tensor whose shape is the rank of a LoRA adapter's."""
-    return any(part.startswith(("lora_A", "lora_B", "lora_embedding_")) for part in name.split("."))
-
-
 def _of_weight_norm(name: str, every: Collection[str]) -> bool:
     return name.endswith("_g") and {name[:-2], f"{name[:-2]}_v"} <= set(every)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import fnmatch
+import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import takewhile
 
 Patterns = str | re.Pattern[str] | Iterable[str | re.Pattern[str]]
 """Names of tensors: a string is a shell pattern over the whole name (``*.inv_freq``), an expression is searched for."""
+
+
+_TYPED = 3  # Longer lists are no advice that people would type.
 
 
 def matches(patterns: Patterns) -> Callable[[str], bool]:
@@ -42,6 +46,24 @@ def narrowest(names: Sequence[str]) -> str:
     first, last = min(names).split("."), max(names).split(".")
     common = list(takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))
     return ".".join([*(part for part, _ in common), "*"])
+
+
+def typed(names: Collection[str], others: Iterable[str]) -> str:
+    """These names as somebody would type them for an argument that takes patterns: ``"*.scale"``, or a few as they are.
+
+    A pattern matches none of the ``others``; empty where these names are many and have no such pattern.
+    """
+    if len(names) == 1:
+        return json.dumps(min(names))
+    if len(names) <= _TYPED:
+        return json.dumps(sorted(names))
+    others = [name for name in others if name not in names]
+    reversed_names = [".".join(reversed(name.split("."))) for name in names]
+    ending = ".".join(reversed(narrowest(reversed_names).split(".")))
+    for pattern in (ending, narrowest(sorted(names))):
+        if pattern != "*" and not any(map(matches(pattern), others)):
+            return json.dumps(pattern)
+    return ""
 
 
 def _several(patterns: Patterns) -> list[str | re.Pattern[str]]:

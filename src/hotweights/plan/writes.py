@@ -174,6 +174,7 @@ class Writes:
         if source.box.numel != region.box.numel:
             self.problems.append(
                 f"{name}: {list(source.box.shape)} would be broadcast, silently, into {list(region.box.shape)}"
+                + (_from(step.sources[0], name) if len(step.sources) == 1 else "")
             )
 
     def _check_whole(self, step: Copy, found: TensorSpec, target: Target) -> None:
@@ -223,6 +224,12 @@ class Writes:
             count = covered(boxes, self._targets[owner].box) if boxes else 0
             if not boxes or count < self._targets[owner].box.numel:
                 yield Gap(self._targets[names[0]].spec, tuple(names), count)
+
+    def sources_of(self, names: Iterable[str]) -> list[str]:
+        """The source tensors that are written to one tensor of the model, which has these names; sorted."""
+        owners = {self._targets[name].owner for name in names}
+        steps = [step for owner in owners for _, step in self._parts.get(owner, ())]
+        return sorted({source for step in steps for source in step.sources})
 
     def _boxes_by_owner(self) -> Callable[[str], list[Box]]:
         """A function that gives what is written to the bytes of an owner, under whatever name."""

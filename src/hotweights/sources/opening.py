@@ -139,6 +139,7 @@ def open(
     gather: bool = False,
     digests: str | os.PathLike[str] | None = None,
     store: object = None,
+    cache_dir: str | os.PathLike[str] | None = None,
 ) -> Source:
     """Open a source of weights. The caller closes it; use it in a ``with``.
 
@@ -147,7 +148,7 @@ def open(
             takes, or one that ``torch.distributed.checkpoint`` has written; an index file; a snapshot in a hub cache,
             or its ``models--org--name`` directory; a mapping from names to tensors; or an ``nn.Module``, whose
             ``state_dict()`` is taken. A path may be an address in an object store or of the web,
-            ``s3://bucket/model``: docs/objects.md.
+            ``s3://bucket/model``, or on a hub, ``hf://org/name``: docs/objects.md.
         reader: which package reads the files. Ours gives any bytes in any order; ``"runai"``, ``"fastsafetensors"``,
             ``"safetensors"`` and ``"torch"`` (.bin, .pt, .pth) only stream.
         rename: new names for the tensors, see ``hotweights.load``.
@@ -164,6 +165,8 @@ def open(
         store: of an address: options of the store, such as ``{"endpoint": "http://localhost:9000"}``, of its client,
             and ``"deadline"`` and ``"requests"``. By default the variables that the cloud's own tools read. Or a store
             of obstore, or a file system of fsspec, in which the path lies; it stays yours, and open.
+        cache_dir: of an address: a directory of this host in which processes share what they read, so that each byte
+            comes once; 100 GB at most, or ``store={"cache_nbytes": …}``.
 
     Raises:
         PlanError: ``rename`` gives two tensors one name.
@@ -171,7 +174,7 @@ def open(
         MissingPackage: the reader's package is not installed.
         UsageError: ``what`` is nothing of these; or ``variant`` or ``subfolder`` is given where no directory is.
     """
-    source = _opened(what, reader, variant, subfolder, gather, digests, store)
+    source = _opened(what, reader, variant, subfolder, gather, digests, store, cache_dir)
     try:
         outer = outer_names(source.manifest)
         return renamed(source, renamed_inside(outer, new_names(dict.fromkeys(outer.values()), rename)))
@@ -188,6 +191,7 @@ def _opened(
     gather: bool,
     digests: str | os.PathLike[str] | None,
     store: object,
+    cache_dir: str | os.PathLike[str] | None,
 ) -> FileSource | DcpSource | ReaderSource | StateSource:
     if reader not in ("hotweights", *READERS):
         raise UnknownName("reader", reader, ("hotweights", *READERS))
@@ -203,9 +207,10 @@ def _opened(
         if is_store(store) or (addresses := _addresses(paths)):
             if reader != "hotweights":
                 raise UsageError(f"the reader {reader!r} reads files, no stores; leave reader= out for {paths[0]}")
-            places = within(store, paths) if is_store(store) else connect(addresses, store)
+            cache = None if cache_dir is None else {"cache_dir": cache_dir}
+            places = within(store, paths, cache) if is_store(store) else connect(addresses, _with(store, cache))
             return ObjectSource(places, variant=variant, subfolder=subfolder, digests=digests)
-        _no_store(store)
+        _no_store(store, cache_dir)
         if isinstance(what, (str, os.PathLike)):
             _refuse_hub_name(os.fsdecode(what))
         if reader == "hotweights":
@@ -217,7 +222,7 @@ def _opened(
                 return DcpSource(place, digests)
             return FileSource(what, variant=variant, subfolder=subfolder, digests=digests)
         return ReaderSource(what, reader, variant=variant, subfolder=subfolder, digests=digests)
-    _no_store(store)
+    _no_store(store, cache_dir)
     if (variant, subfolder) != (None, None):
         raise _no_directory(what)
     if digests is not None:
@@ -234,6 +239,11 @@ def _opened(
     )
 
 
+def _with(options: object, more: Mapping[str, object] | None) -> object:
+    assert options is None or isinstance(options, Mapping)  # by ``check_store``
+    return options if more is None else {**(options or {}), **more}
+
+
 def _no_directory(what: object) -> UsageError:
     return UsageError(
         f"variant= and subfolder= choose among the files of a directory; this is a {type(what).__name__}; leave them "
@@ -246,7 +256,9 @@ def _no_files(what: object) -> UsageError:
     return UsageError(f"digests= says what files hold; this is a {type(what).__name__}; {cure}")
 
 
-def _no_store(store: object) -> None:
+def _no_store(store: object, cache_dir: object) -> None:
+    if cache_dir is not None:
+        raise UsageError("cache_dir= is for addresses, such as s3://bucket/model; leave it out")
     if store is not None:
         raise UsageError("store= is for addresses, such as s3://bucket/model; leave it out")
 
@@ -276,5 +288,5 @@ def _refuse_hub_name(path: str) -> None:
     if _HUB_NAME.fullmatch(path) and not os.path.exists(path) and not os.path.isdir(os.path.dirname(path)):
         raise CheckpointError(
             f"{path}: there is no such file or directory. If it is a hub name: `hf download {path}`, then give the "
-            "folder that it prints"
+            f"folder that it prints; or read it from the hub: hf://{path}"
         )

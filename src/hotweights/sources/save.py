@@ -6,7 +6,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..arguments import check_kind
-from ..dtypes import OpaqueDtype, format_name, is_float
+from ..arguments import check_choices, check_kind
+from ..dtypes import format_name, is_float
 from ..errors import SaveError, UsageError
 from ..manifest import TensorSpec
 from ..memory.addresses import buffer
@@ -23,9 +23,10 @@ from ..memory.aliases import owners
 from ..memory.digest import Digest, digest_of_bytes
 from ..text import as_html, counts, size, table
 from .contracts import Source
-from .files.staging import Staging
+from .files.staging import Beside, Staging
 from .files.writer import Writer, unwritable
 from .iterator import from_iterator
+from .narrowing import Narrowing, Overflow
 from .objects.address import WRITTEN, Address, check_store, connect, is_store, parts_of, within
 from .objects.upload import Upload
 from .opening import AnySource, is_pairs, opened
@@ -45,7 +46,7 @@ class SaveReport:
         tied: of a module, the names that were left out, and the name of the same tensor that was written.
         digest: of what was written, as it was in memory. ``hotweights verify`` reads the files and says theirs.
         seconds: how long it took.
-        warnings: what failed when the new version was in its place: an old file could not be removed, say.
+        warnings: what a person should read: what a cast lost, or what failed when the new version was in its place.
     """
 
     path: str
@@ -85,8 +86,9 @@ def save(
     *,
     shard_size: int | str | None = None,
     dtype: torch.dtype | None = None,
+    overflow: Overflow = "error",
     metadata: Mapping[str, str] | None = None,
-    beside: Sequence[str | os.PathLike[str]] = (),
+    beside: Beside = (),
     store: object = None,
 ) -> SaveReport:
     """Save tensors as safetensors: all of them, or nothing. One tensor is in memory at a time besides the source's own.
@@ -101,10 +103,13 @@ def save(
         where: a directory, or a file by a name that ends in ``.safetensors``. A checkpoint in the directory is
             replaced; its other files stay. An address in an object store is taken too: docs/objects.md.
         shard_size: bytes of one file at most, such as ``"5GB"``, the default; a larger tensor has a file of its own.
-        dtype: what floats of 16 bits and more become. Values that would become infinite are a ``SaveError``.
+        dtype: what floats of 16 bits and more become. What a cast lost is counted in the report's warnings.
+        overflow: what becomes of values beyond the largest of ``dtype``: ``"error"``, a ``SaveError`` with the number
+            in each tensor, or ``"saturate"``, that largest value.
         metadata: free text for each file besides ``{"format": "pt"}``.
-        beside: files that are copied into the directory, such as a ``config.json``. A new directory appears with them;
-            in one that exists they follow the weights.
+        beside: files that are copied into the directory, such as a ``config.json``; or a mapping from their names
+            there, which may be ``"folder/name"``, to files. A new directory appears with them; in one that exists they
+            follow the weights, and no other content of a file in a folder is replaced.
         store: of an address: options, or a store of obstore, see ``hotweights.open``.
 
     Raises:
@@ -113,28 +118,26 @@ def save(
     """
     began = time.perf_counter()
     with _placed(where, store) as place:
-        return _save(what, place, shard_size, dtype, metadata, beside, began)
+        return _save(what, place, shard_size, _narrowing(dtype, overflow), metadata, beside, began)
 
 
 def _save(
     what: AnySource | Iterable[Pair],
     place: Path | Address,
     shard_size: int | str | None,
-    dtype: torch.dtype | None,
+    narrowing: Narrowing | None,
     metadata: Mapping[str, str] | None,
-    beside: Sequence[str | os.PathLike[str]],
+    beside: Beside,
     began: float,
 ) -> SaveReport:
     limit = _limit(shard_size, place)
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and is_float(dtype)):
-        raise UsageError(f"dtype= is what floats become, such as torch.bfloat16; found {dtype!r}")
     free_text = {"format": "pt", **_free_text(metadata or {})}
     with _opened(what) as (source, tied):
-        specs = [_converted(spec, dtype) for spec in source.manifest.values()]
+        specs = [spec if narrowing is None else narrowing.spec(spec) for spec in source.manifest.values()]
         if problems := [problem for spec in specs if (problem := unwritable(spec))]:
             raise SaveError(f"{place}: nothing was saved", problems)
         try:
-            files, each, warnings = _write(source, specs, place, limit, free_text, beside)
+            files, each, warnings = _write(source, specs, place, limit, free_text, beside, narrowing)
         except OSError as error:
             raise SaveError(f"{place}: nothing was saved: {error.strerror or error}") from error
     return SaveReport(
@@ -154,7 +157,8 @@ def _write(
     place: Path | Address,
     limit: int,
     metadata: Mapping[str, str],
-    beside: Sequence[str | os.PathLike[str]],
+    beside: Beside,
+    narrowing: Narrowing | None,
 ) -> tuple[tuple[str, ...], dict[str, str], tuple[str, ...]]:
     """Write all files. Returns their paths, the digest of each tensor, and warnings."""
     by_name = {spec.name: spec for spec in specs}
@@ -169,17 +173,36 @@ def _write(
         for lease in stream:
             with lease:
                 spec = by_name[lease.name]
-                raw = _bytes(lease.raw) if lease.spec == spec else _cast(lease.tensor, spec)
+                if narrowing is None or lease.spec == spec:
+                    raw = lease.raw.cpu().contiguous()
+                else:
+                    raw = narrowing.cast(lease.tensor, spec)
                 digests[lease.name] = digest_of_bytes(spec, raw)
                 home[lease.name].put(lease.name, buffer(raw.data_ptr(), raw.numel()))
+        if narrowing is not None and narrowing.problems:  # Told together: a cast of a large model takes long.
+            raise SaveError(f"{place}: nothing was saved: {narrowing.advice()}", narrowing.problems)
         for writer in writers:
             writer.finish()
+        drafts, names = names, staging.settle(names) if index is not None else names
         if index is not None:
-            weight_map = {name: writer.path.name for name, writer in home.items()}
+            settled = dict(zip(drafts, names, strict=True))
+            weight_map = {name: settled[writer.path.name] for name, writer in home.items()}
             staging.write_index(index, weight_map, sum(spec.nbytes for spec in specs))
         staging.publish(names, index)
     files = (*names, index) if index is not None else tuple(names)
-    return tuple(str(place if staging.is_file else place / name) for name in files), digests, tuple(staging.warnings)
+    warnings = (*(narrowing.warnings() if narrowing else ()), *staging.warnings)
+    return tuple(str(place if staging.is_file else place / name) for name in files), digests, warnings
+
+
+def _narrowing(dtype: torch.dtype | None, overflow: Overflow) -> Narrowing | None:
+    check_choices(overflow=(overflow, Overflow))
+    if dtype is None:
+        return None
+    if not (isinstance(dtype, torch.dtype) and is_float(dtype)):
+        raise UsageError(f"dtype= is what floats become, such as torch.bfloat16; found {dtype!r}")
+    if format_name(dtype) in ("F8_E8M0", "F4"):
+        raise UsageError(f"dtype={dtype} is no dtype that weights are cast to; a tool that quantises writes it")
+    return Narrowing(dtype, overflow)
 
 
 def _free_text(metadata: Mapping[str, str]) -> Mapping[str, str]:
@@ -197,6 +220,9 @@ def _is_utf8(text: str) -> bool:
 
 @contextmanager
 def _placed(where: str | os.PathLike[str], store: object) -> Iterator[Path | Address]:
+    if isinstance(where, Address):  # Its store is the caller's.
+        yield where
+        return
     if not isinstance(where, (str, os.PathLike, bytes)) or "\0" in os.fsdecode(where):
         raise UsageError(f"where= is the path of a directory, or of a file that ends in .safetensors; found {where!r}")
     text = os.fsdecode(where)
@@ -270,26 +296,3 @@ def _dealt(specs: list[TensorSpec], limit: int) -> list[list[TensorSpec]]:
         shards[-1].append(spec)
         nbytes += spec.nbytes
     return shards
-
-
-def _converted(spec: TensorSpec, dtype: torch.dtype | None) -> TensorSpec:
-    """The spec after the cast. Floats of 8 bits and less stay: without their scales they are not the weights."""
-    if dtype is None or isinstance(spec.dtype, OpaqueDtype) or not spec.dtype.is_floating_point:
-        return spec
-    return spec if spec.dtype.itemsize < 2 else TensorSpec(spec.name, dtype, spec.shape)
-
-
-def _bytes(raw: torch.Tensor) -> torch.Tensor:
-    return raw.cpu().contiguous()
-
-
-def _cast(tensor: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
-    assert isinstance(spec.dtype, torch.dtype)
-    tensor = tensor.detach().cpu()
-    cast = tensor.to(spec.dtype).contiguous()
-    if not torch.equal(tensor.isfinite(), cast.float().isfinite() if cast.element_size() < 2 else cast.isfinite()):
-        raise SaveError(
-            f"nothing was saved: tensor {spec.name!r} holds values that {format_name(spec.dtype)} cannot; leave the "
-            "cast out, or choose a dtype with a wider range such as BF16"
-        )
-    return cast.reshape(-1).view(torch.uint8)

@@ -14,22 +14,26 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from ..errors import CheckpointError, HotweightsError, UsageError
+from ..errors import CheckpointError, Closed, HotweightsError, StoreError, UsageError
 from ..notices import log
 from ..text import some
 from .files.listing import list_checkpoint
+from .objects.address import Address
+from .objects.run import Pointer, Published, Run, is_run, open_run
+from .objects.service import Pin
 
 _WEIGHTS = ".safetensors"
 _INDEX = ".safetensors.index.json"
+_DEADLINE = 60.0  # seconds, for a store that does not answer; ``store=`` may say otherwise
 
 
 class Version(NamedTuple):
     """A checkpoint whose writer is done with it: its name, and where it lies."""
 
     name: str
-    path: Path
+    path: Path | str  # a str is an address
 
 
 class _Status(NamedTuple):
@@ -61,21 +65,25 @@ def follow(
     latest: bool = False,
     marker: str | None = None,
     pattern: str = "*",
+    store: object = None,
 ) -> Versions:
-    """Iterate over the checkpoints that appear in a directory, each when its writer is done with it.
+    """Iterate over the checkpoints that appear in a directory, or in a store, each when its writer is done with it.
 
     A version is a directory within this one, or this one itself when its files are written anew. It is given when all
     of its files are there and none has changed for one interval; one that is there already is given first. It is
     never given twice. What is broken is logged once and passed over until it changes.
-    docs/ci.md says what cannot be seen.
+    docs/ci.md says what cannot be seen. Where a ``Sender`` publishes, it is what that has published.
 
     Args:
-        directory: where to look. It must be there.
+        directory: where to look. It must be there. Or an address in a store, such as ``s3://bucket/runs``.
         interval: seconds between two looks, and for which no file may have changed.
         timeout: seconds to wait for the next version; the iteration ends after that. ``None`` waits until ``close``.
-        latest: of several that are ready give the newest only, and none that is older than one that was given.
+        latest: give the newest of those that are ready, by the time of its writing, and none of the others, now or
+            later: a server that comes back after a night takes the last version, not each of the night's. Without it
+            every version is given, the oldest first.
         marker: name of a file that the writer writes last into each version, such as ``"DONE"``.
         pattern: which directories within this one are versions: ``"step-*"``.
+        store: of an address: options, or a store of obstore, or a file system of fsspec, see ``hotweights.open``.
 
     Raises:
         UsageError: there is no such directory, or the arguments make no sense.
@@ -89,12 +97,21 @@ def follow(
             raise UsageError(f"{name}= is a number of seconds above zero; found {seconds!r}")
     if marker is not None and (not marker or os.path.basename(marker) != marker):
         raise UsageError(f"marker= is the name of a file within each version, such as 'DONE'; found {marker!r}")
-    place = Path(directory).expanduser()
+    options = (interval, timeout, latest, marker, pattern)
+    if store is not None or is_run(os.fsdecode(directory)):
+        run = open_run(os.fsdecode(directory), store, _DEADLINE)
+        if isinstance(run.where, Path):
+            return Versions(_there(run.where), *options)
+        return RemoteVersions(run, *options)
+    return Versions(_there(Path(directory).expanduser()), *options)
+
+
+def _there(place: Path) -> Path:
     if not os.path.isdir(place):
         is_file = os.path.exists(place)
         cure = "name the directory that it lies in" if is_file else f"make it first: mkdir -p {place}"
         raise UsageError(f"{place}: there is {'a file' if is_file else 'no such directory'}; {cure}")
-    return Versions(place, interval, timeout, latest, marker, pattern)
+    return place
 
 
 class Versions:
@@ -110,25 +127,60 @@ class Versions:
         pattern: str,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._directory, self._marker, self._pattern = directory, marker, pattern
+        self._marker, self._pattern = marker, pattern
+        self._directory: Any = directory
+        self._run = Run.of(directory)
         self._interval, self._timeout, self._latest = interval, timeout, latest
         self._clock = clock
         self._closed = threading.Event()
-        self._seen: dict[Path, _Seen] = {}
-        self._given: dict[Path, set[tuple[_Status, ...]]] = {}
+        self._seen: dict[Any, _Seen] = {}
+        self._given: dict[Any, set[tuple[_Status, ...]]] = {}
+        self._published: set[str] = set()  # folders that were given because a sender had published them
         self._newest = 0  # when the newest version that was given was written
         self._ready: deque[Version] = deque()
         self._absent = False
+        self._passed_over: dict[Path, str] = {}
+
+    @property
+    def passed_over(self) -> dict[str, str]:
+        """What lies there and is not given because it is broken: by name, and why. For a health endpoint, say.
+
+        A version is among them until it changes or is gone.
+        """
+        passed_over = dict(self._passed_over)  # Whoever asks is in another thread, often.
+        return {place.name: why for place, why in sorted(passed_over.items())}
 
     def look(self) -> list[Version]:
         """Look once, without waiting: the versions that are ready since the last look, by the time of their writing."""
+        if (pointer := self._pointer()) is not None:
+            return self._newly(pointer.versions)
         now = self._clock()
-        found = [ready for place in self._places() if (ready := self._settled(place, now)) is not None]
+        places = self._places()
+        for gone in self._passed_over.keys() - places:
+            del self._passed_over[gone]
+        found = [ready for place in places if (ready := self._settled(place, now)) is not None]
         found.sort(key=lambda ready: (ready[0], _natural(ready[1].name)))
         if self._latest:
             found = [ready for ready in found[-1:] if ready[0] >= self._newest]
             self._newest = max([self._newest, *(written for written, _ in found)])
         return [version for _, version in found]
+
+    def _pointer(self) -> Pointer | None:
+        """What a sender has published here. A file of the same name that is another's is nobody's business."""
+        try:
+            return self._run.read()[0]
+        except CheckpointError:
+            return None
+
+    def _newly(self, versions: tuple[Published, ...]) -> list[Version]:
+        new = [each for each in versions if each.folder not in self._published]
+        self._published.update(each.folder for each in versions)
+        new = [each for each in new if fnmatch.fnmatch(str(each.version), self._pattern)]
+        return [Version(str(each.version), self._path(each.folder)) for each in new[-1 if self._latest else 0 :]]
+
+    def _path(self, folder: str) -> Path | str:
+        path: Path = self._directory / folder
+        return path
 
     def close(self) -> None:
         """End the iteration, also one that waits in another thread. May be called twice."""
@@ -175,29 +227,31 @@ class Versions:
         """A link such as ``latest`` to a version beside it, which would be given twice."""
         return place.is_symlink() and place.resolve().parent == self._directory.resolve()
 
-    def _settled(self, place: Path, now: float) -> tuple[int, Version] | None:
+    def _settled(self, place: Any, now: float) -> tuple[int, Version] | None:
         """The version in this place, if it is ready and was not given, and when it was written."""
         files = self._files(place)
         seen = self._seen.get(place)
         if seen is None or seen.files != files:
             self._seen[place] = seen = _Seen(files, now)
+            self._passed_over.pop(place, None)
         if seen.judged or now - seen.since < self._interval or not any(name.endswith(_WEIGHTS) for name in files):
             return None
         if self._marker is not None and self._marker not in files:
             return None
         seen.judged = True
         try:
-            weights = _weights(place)
+            weights = self._weights(place)
             self._check_order(place, files, weights)
         except HotweightsError as error:
             log(logging.WARNING, "%s is passed over until it changes: %s", place, error)
+            self._passed_over[place] = str(error)
             return None
         if self._files(place) != files:  # While its headers were read.
             del self._seen[place]
             return None
         return self._unless_given(place, weights)
 
-    def _unless_given(self, place: Path, weights: _Files) -> tuple[int, Version] | None:
+    def _unless_given(self, place: Any, weights: _Files) -> tuple[int, Version] | None:
         # Without the change time: a hard link to a file, or another mode, makes no other version of it.
         content = tuple(status._replace(changed=0) for _, status in sorted(weights.items()))
         given = self._given.setdefault(place, set())
@@ -205,8 +259,13 @@ class Versions:
             return None
         given.add(content)
         written = max(status.modified for status in weights.values())
-        is_own = place == self._directory
-        return written, Version(f"{place.resolve().name}@{_moment(written)}" if is_own else place.name, place)
+        if place == self._directory:
+            return written, Version(f"{self._name()}@{_moment(written)}", self._path(""))
+        return written, Version(place.name, self._path(place.name))
+
+    def _name(self) -> str:
+        """What the directory itself is called."""
+        return str(self._directory.resolve().name)
 
     def _check_order(self, place: Path, files: _Files, weights: _Files) -> None:
         """Raise ``CheckpointError`` if a file of weights is newer than what is written last."""
@@ -246,14 +305,92 @@ class Versions:
                     files[name] = _status(status)
         return files
 
+    def _weights(self, place: Any) -> _Files:
+        """The files of weights of the version in this place. Raises ``CheckpointError`` if one is absent, or broken."""
+        paths = list_checkpoint(place).files
+        try:
+            return {os.path.relpath(path, place): _status(os.stat(path)) for path in paths}
+        except OSError as error:
+            raise CheckpointError(f"{place}: a file went away: {error.strerror}") from error
 
-def _weights(place: Path) -> _Files:
-    """The files of weights of the version in this place. Raises ``CheckpointError`` if one is absent, or broken."""
-    paths = list_checkpoint(place).files
-    try:
-        return {os.path.relpath(path, place): _status(os.stat(path)) for path in paths}
-    except OSError as error:
-        raise CheckpointError(f"{place}: a file went away: {error.strerror}") from error
+
+class RemoteVersions(Versions):
+    """What ``follow`` gives for an address. All objects are listed at once, with their sizes, times and tags."""
+
+    def __init__(self, run: Run, *options: Any) -> None:
+        super().__init__(run.where, *options)  # type: ignore[arg-type]
+        self._run = run
+        self._listed: dict[Address, _Files] = {}
+        self._answered = False
+
+    def look(self) -> list[Version]:
+        """See ``Versions``.
+
+        Raises:
+            StoreError: the store refused the first time. Later it is logged, and waited for.
+        """
+        try:
+            found = super().look()
+        except Closed:
+            if not self._closed.is_set():
+                raise
+            return []
+        except StoreError as error:
+            if not self._answered:
+                raise
+            if not self._absent:
+                log(logging.WARNING, "%s cannot be listed; waiting for it: %s", self._directory, error)
+            self._absent = True
+            return []
+        self._absent, self._answered = False, True
+        return found
+
+    def close(self) -> None:
+        """See ``Versions``."""
+        super().close()
+        self._run.close()
+
+    def _pointer(self) -> Pointer | None:
+        try:
+            return self._run.read()[0]
+        except StoreError:
+            raise
+        except CheckpointError:
+            return None
+
+    def _path(self, folder: str) -> Path | str:
+        return f"{self._run.address}/{folder}".rstrip("/")
+
+    def _name(self) -> str:
+        return str(self._directory.name)
+
+    def _places(self) -> list[Any]:
+        """Where versions may lie. What lies there is listed for all of them."""
+        self._listed = {self._directory: {}}
+        for path, pin in sorted(self._directory.store.below(self._directory.key).items()):
+            folder, _, name = path.rpartition("/")
+            within = fnmatch.fnmatch(folder, self._pattern) and not folder.startswith(".") and "/" not in folder
+            if (within or not folder) and (name.endswith((_WEIGHTS, _INDEX)) or name == self._marker):
+                self._listed.setdefault(self._directory / folder, {})[name] = _remote_status(pin)
+        return list(self._listed)
+
+    def _files(self, place: Address) -> _Files:  # type: ignore[override]
+        return self._listed.get(place, {})
+
+    def _weights(self, place: Address) -> _Files:
+        place.store.forget()  # What was opened at an earlier look and not taken may be another version by now.
+        paths = list_checkpoint(place).files
+        return {name: status for name, status in self._files(place).items() if str(place / name) in paths}
+
+    def _check_order(self, place: Any, files: _Files, weights: _Files) -> None:
+        # An object is there when it is whole, and those that upload many bring them in any order.
+        if self._marker is not None:
+            super()._check_order(place, files, weights)
+
+
+def _remote_status(pin: Pin) -> _Status:
+    modified = pin.modified.timestamp() if isinstance(pin.modified, datetime) else 0.0
+    return _Status(hash(pin.tag), pin.size, int(modified * 1e9), 0)
 
 
 def _status(status: os.stat_result) -> _Status:

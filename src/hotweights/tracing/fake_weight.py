@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import traceback
 import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
@@ -207,8 +208,20 @@ def line_of_the_model() -> str:
     """The innermost line that is neither torch's nor ours: the model's."""
     frame: types.FrameType | None = sys._getframe(1)
     while frame is not None:
-        path = frame.f_code.co_filename
-        if not path.startswith((_OURS, _TORCH)) and "importlib" not in path:
-            return f"{path}:{frame.f_lineno}"
+        if _of_the_model(frame):
+            return f"{frame.f_code.co_filename}:{frame.f_lineno}"
         frame = frame.f_back
     return "?"
+
+
+def line_of_the_error(error: BaseException) -> str:
+    """The innermost line that the error came through and that is neither torch's nor ours."""
+    found = "?"
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        found = f"{frame.f_code.co_filename}:{line}" if _of_the_model(frame) else found
+    return found
+
+
+def _of_the_model(frame: types.FrameType) -> bool:
+    path = frame.f_code.co_filename
+    return not path.startswith((_OURS, _TORCH)) and "importlib" not in path

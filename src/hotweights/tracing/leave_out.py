@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 from ..boxes import Box, Region, meets
+from ..dtypes import format_name
 from ..errors import PlanError
 from ..manifest import Manifest
 from ..model.survey import LoadingCode, survey
 from ..plan.draft import Traced
 from ..plan.steps import GraphBreak, Step, read_too_early
+from .fake_weight import line_of_the_error
 from .lower import lower
 from .record import Recording, record
 
@@ -42,8 +44,8 @@ def trace_code(model: nn.Module, manifest: Manifest, load: LoadingCode) -> Trace
         error = recording.error
         if error is not None and not recording.graph_breaks and not left_out:
             raise PlanError(
-                "the model's own loading code refuses this manifest",
-                [f"{type(error).__name__}: {error}"],
+                "the model's own loading code refuses this manifest; nothing was read or written",
+                [_refusal(model, manifest, recording, error)],
                 advice="" if recording.taken else _UNTOUCHED,
             ) from error
         steps = lower(recording.ops)
@@ -68,6 +70,24 @@ def trace_code(model: nn.Module, manifest: Manifest, load: LoadingCode) -> Trace
         fallback=tuple(name for name in manifest if name in left_out),
         graph_breaks=tuple(graph_breaks.told()),
     )
+
+
+def _refusal(model: nn.Module, manifest: Manifest, recording: Recording, error: Exception) -> str:
+    """What the code raised, of which tensor, and what it found and expected, as far as that is known."""
+    # A KeyError shows its key alone, which says as little as a line of code does without the other.
+    said = f"{type(error).__name__}: {error} (at {line_of_the_error(error)})"
+    if recording.refused is None or recording.refused[0] not in manifest:
+        return said
+    name, failed = recording.refused
+    spec, own = manifest[name], survey(model).tensors.get(name)
+    found = f"{format_name(spec.dtype)} {list(spec.shape)} found"
+    if failed is not None and failed.into is not None:
+        shape, destination = failed.into
+        part = "" if failed.shape == list(spec.shape) else f", of which the code takes {failed.shape}"
+        found = f"{shape} expected for {destination}, {found}{part}"
+    elif own is not None and tuple(own.shape) != spec.shape:
+        found = f"{format_name(own.dtype)} {list(own.shape)} expected, {found}"
+    return f"{manifest.called(name)}: {found}; {said}"
 
 
 class _ByLine:

@@ -27,7 +27,7 @@ from ..model.walk import DEPTH
 from ..plan.steps import GraphBreak, Op
 from .bypasses import Bypasses, no_swaps
 from .fake_weight import FakeWeight, Scalar
-from .recorder import Recorder
+from .recorder import FailedOp, Recorder
 from .threads import in_every_thread
 
 _NONE: Mapping[str, torch.Tensor] = {}
@@ -45,6 +45,7 @@ class Recording(NamedTuple):
         state_read: names of the model's tensors whose values it asked for.
         side_effects: attributes that it changed, and that were put back.
         error: what it raised, if it did.
+        refused: the source tensor at which it failed, and the operation that did, as far as they are known.
     """
 
     ops: list[Op]
@@ -54,6 +55,7 @@ class Recording(NamedTuple):
     state_read: frozenset[str]
     side_effects: list[str]
     error: Exception | None
+    refused: tuple[str, FailedOp | None] | None = None
 
 
 @signals.held  # Else a signal might leave autograd off, or a mode of torch on.
@@ -80,6 +82,7 @@ def record(
     """
     recorder = Recorder({**{name: tensor for name, tensor in reachable(model).items() if plain(tensor)}, **stand_ins})
     taken: set[str] = set()
+    at: list[str] = []  # The tensor that the loading code was given last, while it has not asked for the next one.
 
     def stream() -> Iterator[tuple[str, torch.Tensor]]:
         wanted = (
@@ -88,7 +91,9 @@ def record(
         while specs := list(itertools.islice(wanted, _AT_ONCE)):
             for spec, fake in zip(specs, recorder.fake_weights(specs, device), strict=True):
                 taken.add(spec.name)
+                at[:] = [spec.name]
                 yield spec.name, fake
+        at.clear()
 
     error: Exception | None = None
     random = torch.get_rng_state()
@@ -119,7 +124,19 @@ def record(
         frozenset(recorder.state_read),
         [change.where for change in changes],
         error,
+        None if error is None else _refused(error, recorder, at),
     )
+
+
+def _refused(error: Exception, recorder: Recorder, at: list[str]) -> tuple[str, FailedOp | None] | None:
+    """Which source tensor the loading code failed at: an operand of what raised, or else the last that it was given."""
+    raised: BaseException | None = error
+    while raised is not None:
+        for failed in recorder.failed:
+            if failed.error is raised and failed.sources:
+                return failed.sources[0], failed
+        raised = raised.__cause__ or raised.__context__
+    return (at[0], None) if at else None
 
 
 class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]

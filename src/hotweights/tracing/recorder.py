@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -57,6 +57,22 @@ _FACTORIES = {
 }
 
 
+class FailedOp(NamedTuple):
+    """An operation on fake tensors that cannot be done.
+
+    Attributes:
+        error: what it raised into the loading code.
+        sources: names of the source tensors that went into it.
+        into: the shape that it writes, and the name of the model's tensor; ``None`` if it writes none.
+        shape: of the operand that is, or is made of, source tensors.
+    """
+
+    error: Exception
+    sources: tuple[str, ...]
+    into: tuple[list[int], str] | None
+    shape: list[int]
+
+
 class Recorder:
     """Everything one trace knows. Used from the thread that traces and from those that the loading code starts.
 
@@ -65,6 +81,7 @@ class Recorder:
         graph_breaks: what the loading code did that no plan can repeat.
         constants: tensors that operations use, by the names of their memory.
         state_read: names of the model's tensors whose values the loading code asked for.
+        failed: operations that raised what they would raise on real tensors, too.
         active: whether the trace goes on; threads of the loading code may outlive it, with its modes.
     """
 
@@ -73,6 +90,7 @@ class Recorder:
         self.graph_breaks: list[GraphBreak] = []
         self.constants: dict[str, torch.Tensor] = {}
         self.state_read: set[str] = set()
+        self.failed: list[FailedOp] = []
         self.active = True
         self._lock = threading.RLock()
         self._memories: dict[int, Memory] = {}  # by the address of the storage object
@@ -248,7 +266,11 @@ class Recorder:
             out = self._dispatch(_CONJUGATES[func], args, kwargs)
             self._copied.add(self._memory(meta_of(out)))
             return out
-        out = func(meta_of(base), *args[1:], **kwargs)
+        try:
+            out = func(meta_of(base), *args[1:], **kwargs)
+        except Exception as error:
+            self._note_failed(error, [base], [])
+            raise
         if isinstance(out, torch.Tensor):
             return FakeWeight(out, self, base.device)
         return type(out)(FakeWeight(value, self, base.device) for value in out)
@@ -281,7 +303,7 @@ class Recorder:
         if any(isinstance(value, torch.Tensor) and (value.is_conj() or value.is_neg()) for value in operands):
             raise self.refuse("a conjugate", tensors)
         metas = [self._on_meta(value) for value in operands]
-        out = self._try(func, spec, metas, tensors)
+        out = self._try(func, spec, metas, tensors, written)
         known = {id(meta): value for meta, value in zip(metas, flat, strict=True) if isinstance(meta, torch.Tensor)}
         returned, results = self._faked(out, known, _device_of(flat, tensors))
         encoded = [self.region(value) if isinstance(value, torch.Tensor) else value for value in operands]
@@ -313,7 +335,9 @@ class Recorder:
         self.state_read.add(self._memory(tensor).name)  # The plan holds only for this value of it.
         return self._constant(tensor)
 
-    def _try(self, func: Any, spec: Any, metas: list[Any], tensors: list[torch.Tensor]) -> Any:
+    def _try(
+        self, func: Any, spec: Any, metas: list[Any], tensors: list[torch.Tensor], written: list[torch.Tensor]
+    ) -> Any:
         """What the operation gives without data: the shapes and dtypes of its results."""
         args, kwargs = spec.unflatten(metas)
         if func in _FACTORIES:
@@ -322,8 +346,21 @@ class Recorder:
             return func(*args, **kwargs)  # The mode that called is off meanwhile, so this is not recorded again.
         except Exception as error:
             if fails_really(func, args, kwargs):
+                self._note_failed(error, tensors, written)
                 raise
             raise self.refuse(f"{func}, which depends on values", tensors) from error
+
+    def _note_failed(self, error: Exception, tensors: Sequence[torch.Tensor], written: Sequence[torch.Tensor]) -> None:
+        into = next(
+            ((list(tensor.shape), name) for tensor in written if (name := self._name_in_the_model(tensor))), None
+        )
+        fakes = [tensor for tensor in tensors if isinstance(tensor, FakeWeight)]
+        sources = sorted({name for fake in fakes for name in self.sources_of(self._memory(meta_of(fake)))})
+        self.failed.append(FailedOp(error, tuple(sources), into, list(fakes[0].shape) if fakes else []))
+
+    def _name_in_the_model(self, tensor: torch.Tensor) -> str:
+        memory = self._memory(meta_of(tensor)) if self._is_ours(tensor) else None
+        return memory.name if memory is not None and memory.kind == "model" else ""
 
     def _faked(self, out: Any, known: Mapping[int, Any], device: torch.device) -> tuple[Any, tuple[Region, ...]]:
         """The results as the loading code gets them: operands by their ids on meta, fake tensors for all others."""

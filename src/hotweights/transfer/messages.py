@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple, get_args
 
 import msgspec
 import torch
 
 from ..dtypes import OpaqueDtype
-from ..errors import ProtocolError, UsageError
+from ..errors import HotweightsError, ProtocolError, UpdateAborted, UsageError, grouped
 from ..manifest import Manifest, TensorSpec
 from ..ranges import Range
 from ..text import some
@@ -297,7 +297,13 @@ def words_of(part: Range) -> str:
 
 
 def reasons_of(error: BaseException) -> tuple[str, ...]:
-    """What the other side is told of an error: its problems, or its text; as much as fits."""
-    problems: Iterable[str] = getattr(error, "problems", ()) or (f"{type(error).__name__}: {error}",)
+    """What the other side is told of an error: its problems, those of many names in one line, or its text.
+
+    As much as fits. Of a live model's update it is what ended that: which version is live here is no news there.
+    """
+    if isinstance(error, UpdateAborted) and not error.problems and error.__cause__ is not None:
+        error = error.__cause__
+    text = str(error) if isinstance(error, HotweightsError) else f"{type(error).__name__}: {error}"
+    problems = grouped(getattr(error, "problems", ())) or [text]
     reasons = [str(problem)[:REASON] for problem in problems]
     return tuple(reasons[:_REASONS]) + ((f"... and {len(reasons) - _REASONS} more",) if len(reasons) > _REASONS else ())

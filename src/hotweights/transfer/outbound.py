@@ -277,6 +277,7 @@ class Outbound:
             waited=dict(self._waited),
             events=tuple(self._timeline.events),
             network_nbytes=sum(peer.flow.nbytes for peer in self._members if peer.flow is not None),
+            since_epoch=self._timeline.since_epoch,
         )
 
     def _abort(self, error: BaseException) -> None:

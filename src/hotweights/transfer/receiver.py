@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 
@@ -14,13 +15,16 @@ from ..errors import Closed, UsageError
 from ..manifest import Manifest
 from ..memory.guards import Guard
 from ..sources.contracts import Request
+from ..sources.objects.run import is_run
 from ..sources.streams import LeaseStream
 from ..timeline import Timeline
 from .connection import Connection
 from .endpoint import endpoint_of
+from .following import Following
 from .inbound import Inbound
 from .messages import NAME, Frame
 from .pending_leases import PrivateMemory
+from .publication import check_none_connects
 
 
 class Receiver:
@@ -35,6 +39,10 @@ class Receiver:
     ``with`` of the stream or of the receiver, and the sender gets its text.
     """
 
+    def __new__(cls, address: str | os.PathLike[str], **options: Any) -> Receiver:
+        """One that connects, or one that looks for what was published."""
+        return object.__new__(StoreReceiver if cls is Receiver and is_run(address, options.get("store")) else cls)
+
     def __init__(
         self,
         address: str,
@@ -45,11 +53,15 @@ class Receiver:
         keys: str | os.PathLike[str] | None = None,
         insecure: bool = False,
         reconnect: bool = True,
+        interval: float | None = None,
+        store: object = None,
     ) -> None:
         """Nothing is connected yet: the sender may start later, and be replaced by another.
 
         Args:
-            address: the sender's, ``unix:PATH`` or ``tcps://HOST:PORT``.
+            address: the sender's, ``unix:PATH`` or ``tcps://HOST:PORT``. Or where a sender publishes, docs/objects.md:
+                ``s3://BUCKET/RUN``, another store or web server, ``file:///DIRECTORY``, or a ``Path``. Only what a plan
+                needs of a version is read then.
             name: for people, such as ``"rank0"``: it stands in the sender's errors and reports.
             timeout: seconds that each single wait within an update may take.
             offer_timeout: seconds to wait for the next version.
@@ -57,12 +69,15 @@ class Receiver:
             insecure: go without keys in a network where anybody may send and take weights.
             reconnect: whether that wait goes on when no sender is there, for one that is yet to come. If not, it ends
                 with ``PeerLost`` at once.
+            interval: where versions are published: seconds between two looks, 1 by default.
+            store: of an address in a store: options, or a store of its package, see ``hotweights.open``.
         """
+        if interval is not None:
+            raise UsageError(f"interval= is for places where versions are published; {address!r} is none; leave it out")
         check_flags(insecure=insecure)
         check_seconds(timeout=timeout, offer_timeout=offer_timeout)
         check_flags(reconnect=reconnect)
-        if not isinstance(name, str) or len(name) > NAME or not name.isprintable():
-            raise UsageError(f"name= is at most {NAME} printable characters; found {str(name)[:NAME]!r}")
+        _check_name(name)
         self.address = address
         self.name = name
         endpoint = endpoint_of(address, keys=keys, insecure=insecure)
@@ -237,6 +252,42 @@ class Receiver:
             )
         if self._closed:
             raise Closed("this receiver was closed")
+
+
+class StoreReceiver(Following, Receiver):
+    """What ``Receiver`` makes for an address at which a sender publishes."""
+
+    def __init__(
+        self,
+        address: str | os.PathLike[str],
+        *,
+        name: str = "",
+        timeout: float = 60.0,
+        offer_timeout: float = 3600.0,
+        keys: str | os.PathLike[str] | None = None,
+        insecure: bool = False,
+        reconnect: bool = True,
+        interval: float | None = None,
+        store: object = None,
+    ) -> None:
+        """See ``Receiver``."""
+        check_none_connects(address, keys=(keys, None), insecure=(insecure, False))
+        check_flags(reconnect=reconnect)
+        _check_name(name)
+        self._follow(
+            address,
+            name=name,
+            timeout=timeout,
+            offer_timeout=offer_timeout,
+            reconnect=reconnect,
+            interval=interval,
+            store=store,
+        )
+
+
+def _check_name(name: object) -> None:
+    if not isinstance(name, str) or len(name) > NAME or not name.isprintable():
+        raise UsageError(f"name= is at most {NAME} printable characters; found {str(name)[:NAME]!r}")
 
 
 class _VersionStream(LeaseStream):

@@ -24,10 +24,12 @@ class SendReport:
         tensors: how many were sent; nobody wanted the others.
         nbytes: bytes that were sent, each counted once, however many receivers took it.
         network_nbytes: bytes that went to other hosts, counted for each receiver there.
+        published: the address of the version, where it was published for whoever comes; nobody is asked who has it.
         seconds: from the offer to the last answer.
         waited: seconds of those, by receiver that was waited for; several may be waited for at once.
         warnings: what a person should read.
         events: what the time of ``send`` was spent on, the wait for receivers before the offer too.
+        since_epoch: when that began, in seconds since 1970; ``events`` count from there.
     """
 
     version: str | int
@@ -41,6 +43,8 @@ class SendReport:
     warnings: tuple[str, ...] = ()
     events: tuple[TimelineEvent, ...] = ()
     network_nbytes: int = 0
+    since_epoch: float = 0.0
+    published: str | None = None
 
     def as_dict(self) -> dict[str, object]:
         """The attributes as numbers, text, lists and dicts: what JSON can hold."""
@@ -48,14 +52,17 @@ class SendReport:
         return {**msgspec.to_builtins(self), **facts, "events": [event._asdict() for event in self.events]}
 
     def save_timeline(self, path: str | os.PathLike[str]) -> None:
-        """Write what the time was spent on in the Chrome trace format, for ``chrome://tracing`` or ui.perfetto.dev."""
-        save_events(path, self.events)
+        """Write what the time was spent on in the Chrome trace format, for ``chrome://tracing`` or ui.perfetto.dev.
+
+        It lines up with those of the workers of the host, by the clock that they share.
+        """
+        save_events(path, self.events, of=f"send of {self.version}", since_epoch=self.since_epoch)
 
     def __repr__(self) -> str:
         sent = f"{size(self.nbytes)} in {self.tensors} tensors in {self.seconds:.3f} s"
         more = {"lost": len(self.lost), "problems": len(self.problems), "warnings": len(self.warnings)}
         found = counts({"committed": len(self.committed)} | more)
-        return f"<SendReport {short(self.version)}, {sent}: {found or 'nobody'}>"
+        return f"<SendReport {short(self.version)}, {sent}: {found or ('published' if self.published else 'nobody')}>"
 
     def _repr_html_(self) -> str:
         return as_html(self)
@@ -65,7 +72,7 @@ class SendReport:
         rows = (
             ("sent", f"{size(self.nbytes)} in {self.tensors} tensors in {self.seconds:.3f} s ({rate:.2f} GB/s)"),
             *((("network", f"{size(self.network_nbytes)} to other hosts"),) if self.network_nbytes else ()),
-            ("version", f"{self.version!r}, taken by {', '.join(self.committed) or 'nobody'}"),
+            ("version", f"{self.version!r}, {self._whereabouts()}"),
             *breakdown(self.events),
             *(("waited", f"{seconds:.3f} s for {name}") for name, seconds in self.waited.items()),
             *(("lost", f"{name}: {reason}") for name, reason in self.lost.items()),
@@ -73,3 +80,8 @@ class SendReport:
             *(("problem", f"{name}: {reason}") for name, reason in self.problems.items()),
         )
         return table(rows)
+
+    def _whereabouts(self) -> str:
+        return (
+            f"published at {self.published}" if self.published else f"taken by {', '.join(self.committed) or 'nobody'}"
+        )

@@ -25,6 +25,7 @@ from ..model.as_saved import as_saved
 from ..progress import progress
 from ..sources.contracts import InMemory, Source, warnings_of
 from ..sources.iterator import from_iterator
+from ..sources.objects.run import is_run
 from ..sources.opening import AnySource, is_pairs, opened
 from ..sources.pairs import pairs_of
 from ..sources.state_dict import StateSource, check_whole
@@ -34,6 +35,7 @@ from .copying import wrapped
 from .endpoint import endpoints_of
 from .outbound import Outbound
 from .peers import PeerGroup
+from .publication import Publication, check_none_connects
 from .register import Register
 from .report import SendReport
 from .send_handle import LAST_LINES, SendHandle
@@ -55,7 +57,7 @@ class Sender:
 
     def __init__(
         self,
-        address: str | Sequence[str],
+        address: str | os.PathLike[str] | Sequence[str],
         *,
         receivers: int = 1,
         slots: int = 4,
@@ -66,6 +68,8 @@ class Sender:
         keys: str | os.PathLike[str] | None = None,
         insecure: bool = False,
         decision: str | None = None,
+        keep: int | None = None,
+        store: object = None,
     ) -> None:
         """Take the address. Nobody is waited for yet.
 
@@ -73,6 +77,8 @@ class Sender:
             address: ``unix:PATH``. The directory must be this user's alone; one that does not exist is made so. Or
                 ``tcps://HOST:PORT``, for receivers on other hosts; port 0 is one that is free, see ``self.address``.
                 Several: one group of receivers comes to all of them.
+                Or where versions are published for whoever looks, docs/objects.md: ``s3://BUCKET/RUN``, another store
+                that can be written to, ``file:///DIRECTORY``, or a ``Path``. Whoever published there is replaced.
             receivers: how many must be connected before anything is sent. All that are connected take part.
             slots: pieces of shared memory; two are enough for filling one while another is read.
             slot_nbytes: bytes of each; best when all of them fit into the CPU's last cache. Larger tensors are split.
@@ -83,6 +89,8 @@ class Sender:
             insecure: go without keys in a network where anybody may send and take weights.
             decision: where decisions are written once, ``file:///DIRECTORY``, which all hosts see at that path. Members
                 that lose this process read it there. Without it those on other hosts are in doubt then.
+            keep: where versions are published: how many stay there, 3 by default; older ones are deleted.
+            store: of an address in a store: options, or a store of obstore, see ``hotweights.open``.
 
         Raises:
             AddressTaken: another sender is there; the message says which process.
@@ -93,19 +101,37 @@ class Sender:
         check_flags(digests=digests)
         check_seconds(timeout=timeout)
         check_flags(insecure=insecure)
-        self._register = None if decision is None else Register(decision)
-        if self._register is not None:
-            self._register.probe()
-        endpoints = endpoints_of(address, keys=keys, insecure=insecure)
         self._receivers, self._timeout, self._digests = receivers, timeout, digests
         self._drop = on_lost == "drop"
-        self._slots = WriteSlots(slots, slot_nbytes)
-        try:
-            self._group = PeerGroup(endpoints, self._slots, timeout)
-        except BaseException:
-            self._slots.close()
-            raise
-        self.address = ", ".join(self._group.addresses)
+        self._publication: Publication | None = None
+        if is_run(address, store):
+            check_none_connects(
+                address,
+                receivers=(receivers, 1),
+                slots=(slots, 4),
+                slot_nbytes=(slot_nbytes, 4 * 1024 * 1024),
+                digests=(digests, True),
+                on_lost=(on_lost, "abort"),
+                keys=(keys, None),
+                insecure=(insecure, False),
+                decision=(decision, None),
+            )
+            self._publication = Publication(address, keep=keep, store=store, timeout=timeout)  # type: ignore[arg-type]
+            self.address = self._publication.address
+        else:
+            if keep is not None:
+                raise UsageError(f"keep= is for places where versions are published; {address!r} is none; leave it out")
+            self._register = None if decision is None else Register(decision)
+            if self._register is not None:
+                self._register.probe()
+            endpoints = endpoints_of(address, keys=keys, insecure=insecure)  # type: ignore[arg-type]
+            self._slots = WriteSlots(slots, slot_nbytes)
+            try:
+                self._group = PeerGroup(endpoints, self._slots, timeout)
+            except BaseException:
+                self._slots.close()
+                raise
+            self.address = ", ".join(self._group.addresses)
         # Random, so that a late message of a sender that was here before is not taken for one of this sender's.
         # Receivers take the first id that they see, and after that only larger ones.
         self._update = secrets.randbits(62)
@@ -151,7 +177,7 @@ class Sender:
         show_progress: bool | None = None,
         wait: bool = True,
     ) -> SendReport | SendHandle:
-        """Send one version; return when every receiver has it.
+        """Send one version; return when every receiver has it, or when it is published.
 
         Tensors are read only while this runs: nobody may change them before it returns. With ``wait=False`` it returns
         at once, and nobody may change them before ``SendHandle.done``.
@@ -172,6 +198,8 @@ class Sender:
                 the last version, and too few are left: the next ``send`` waits for another in its place.
             TransferIncomplete: the group took it, and some receivers were lost after that.
             TransferTimeout: not enough receivers came.
+            AddressTaken: another sender publishes there now. Workers have its versions.
+            SaveError, StoreError: the version could not be published. Workers have the one before.
             UsageError: the tensors cannot be sent: two have one name, for example. Or the version before is being sent.
                 Nobody was told of the version.
             Exception: the source failed. Nobody has the version.
@@ -182,6 +210,8 @@ class Sender:
         check_flags(wait=wait, show_progress=show_progress)
         if receivers is not None:
             check_count(1, receivers=receivers)
+        if self._publication is not None:
+            check_none_connects(self.address, receivers=(receivers, None))
         with ExitStack() as stack:
             stack.enter_context(self._alone())
             source = stack.enter_context(_opened(tensors, manifest))
@@ -222,6 +252,8 @@ class Sender:
     ) -> SendReport:
         self._thread = threading.get_ident()
         timeline = Timeline()
+        if self._publication is not None:
+            return self._publication.send(source, version, timeline)
         with timeline.event("wait for receivers"):
             count = self._receivers if receivers is None else receivers
             members = self._group.gather(count, drop=self._drop)
@@ -253,6 +285,8 @@ class Sender:
             Closed: it was closed.
         """
         with self._alone():
+            if self._publication is not None:
+                raise UsageError(f"nobody connects to {self.address}: workers look there, and are not seen")
             return tuple(peer.name for peer in self._group.connected() for _ in range(peer.size))
 
     def close(self) -> None:
@@ -264,12 +298,14 @@ class Sender:
         if self._process != os.getpid():  # A forked child owns nothing of it, and a lock may never be let go there.
             return
         self._closed = True
-        self._group.stop()
+        way = self._publication or self._group
+        way.stop()
         if self._thread == threading.get_ident():  # It would wait for itself.
             return
         with self._sending:  # Not for long: every wait of the running send has ended.
-            self._group.close()
-            self._slots.close()
+            way.close()
+            if self._publication is None:
+                self._slots.close()
         beside = self._beside
         if beside is not None and beside is not threading.current_thread():
             beside.join(LAST_LINES)
@@ -281,7 +317,8 @@ class Sender:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<Sender at {self.address}: {'closed' if self._closed else f'{len(self._group.peers)} receivers'}>"
+        state = "publishes" if self._publication is not None else f"{len(self._group.peers)} receivers"
+        return f"<Sender at {self.address}: {'closed' if self._closed else state}>"
 
     @contextmanager
     @signals.held

@@ -10,6 +10,7 @@ from torch import nn
 
 import hotweights as hw
 from hotweights.sources.contracts import Addressed, OnDisk, Read
+from hotweights.sources.objects.service import Body, Obstore
 from hotweights.testing import SOURCE_CONTRACT, write_checkpoint
 from hotweights.testing.checkpoints import write_safetensors
 from hotweights.testing.checks import assert_same_bits
@@ -180,6 +181,33 @@ def test_a_large_tensor_comes_in_parts_at_once(serve, tmp_path):
         assert torch.equal(dict(source.tensors())["large"], tensor)
     sizes = [int(last) - int(first) + 1 for first, last in (re.findall(r"\d+", span) for span in proxy.ranges[1:])]
     assert max(sizes) <= 8 * 1024 * 1024
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_no_more_is_on_its_way_than_so_many_requests_of_so_many_bytes(serve, tmp_path, monkeypatch, cached):
+    """What is on its way, and not in its place, is all that reading holds in memory."""
+    proxy = serve(write_checkpoint(tmp_path, {"a": torch.zeros(100_000_000, dtype=torch.uint8)}))
+    under_way, most, get = [0, 0], [0, 0], Obstore.get
+
+    async def counting(self, key, start, stop, pin):
+        under_way[0], under_way[1] = under_way[0] + 1, under_way[1] + stop - start
+        most[:] = map(max, most, under_way)
+        body = await get(self, key, start, stop, pin)
+
+        async def chunks():
+            async for chunk in body.chunks:
+                yield chunk
+            under_way[0], under_way[1] = under_way[0] - 1, under_way[1] - (stop - start)
+
+        return Body(body.pin, chunks())
+
+    options = {"cache_dir": tmp_path / "cache"} if cached else {}
+    with hw.open(f"{proxy.url}/m", store={"requests": 3}, **options) as source:
+        monkeypatch.setattr(Obstore, "get", counting)
+        dict(source.tensors())
+    assert most[0] == 3
+    assert most[1] <= 3 * 8 * 1024 * 1024
+    assert under_way == [0, 0]
 
 
 def test_a_load_is_stopped_while_a_server_says_nothing(serve, tmp_path):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import os
+
+from ..noise import hide_noise
 
 
 def quiet() -> None:
-    """Let nothing be fetched, and hide what torchao and torch log about each other when transformers imports them."""
+    """Let nothing be fetched, and hide log lines of other packages."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # Without this transformers would look for newer files at the hub.
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    hide_noise()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import filecmp
 import itertools
 import json
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 from ...errors import CheckpointError, SaveError, UsageError
 from .directory import named_by_config
@@ -20,6 +22,8 @@ from .writer import sync, write_text
 
 WHOLE = "model.safetensors"
 INDEX = f"{WHOLE}.index.json"
+Beside: TypeAlias = "Sequence[str | os.PathLike[str]] | Mapping[str, str | os.PathLike[str]]"
+"""Files that are to lie beside weights; a mapping says by what names, which may be in folders."""
 _OURS = re.compile(r"model(-v\d+)?-\d{5}-of-\d{5}\.safetensors")
 
 
@@ -49,25 +53,51 @@ class Draft:
         if count == 1 and not self._exists(INDEX):
             return [WHOLE], None
         # Replacing a shard would show readers of the old index a mix of both versions.
-        number = next(n for n in itertools.count(1) if not any(map(self._exists, _shard_names(count, n))))
-        return _shard_names(count, number), INDEX
+        number = next(n for n in itertools.count(1) if not any(map(self._exists, shard_names(count, n))))
+        return shard_names(count, number), INDEX
 
-    def take(self, files: Sequence[str | os.PathLike[str]], weights: Sequence[str]) -> None:
+    def settle(self, names: Sequence[str]) -> list[str]:
+        """The names that the written files are published under, of those that ``names`` gave."""
+        return list(names)
+
+    def take(self, files: Beside, weights: Sequence[str]) -> None:
         """Copy files that are to lie beside the weights, whose names are ``weights``."""
-        for file in map(Path, files):
-            if self.is_file or file.name in weights or file.name == INDEX:
-                found = "one file has nothing beside it" if self.is_file else "the weights take this name"
-                raise UsageError(f"beside={str(file)!r}: {found}")
+        named = files if isinstance(files, Mapping) else {Path(file).name: file for file in files}
+        for name, file in named.items():
+            if (problem := self._unfit(name, weights)) is not None:
+                raise UsageError(f"beside={str(file if name == Path(file).name else name)!r}: {problem}")
+        folders: set[Path] = set()
+        for name, file in named.items():
+            copy = self.folder / name
             try:
-                shutil.copyfile(file, self.folder / file.name)
-                sync(self.folder / file.name)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, copy)
+                sync(copy)
             except OSError as error:
                 raise SaveError(
                     f"{file}: cannot be copied, and nothing was saved: {error.strerror or error}"
                 ) from error
-            self._beside.append(file.name)
+            if "/" in name:
+                self._keep(name)
+                folders.update(self.folder / folder for folder in Path(name).parents[:-1])
+            self._beside.append(name)
+        for folder in folders:
+            sync(folder)
         if not self.is_file:
             self._check_config(weights)
+
+    def _unfit(self, name: str, weights: Sequence[str]) -> str | None:
+        """Why no file may lie beside the weights by this name."""
+        if self.is_file:
+            return "one file has nothing beside it"
+        if name in weights or name == INDEX:
+            return "the weights take this name"
+        if name.startswith("/") or any(part in ("", ".", "..") for part in name.split("/")):
+            return "is no name in the directory, such as config.json or 1_Pooling/config.json"
+        return None
+
+    def _keep(self, name: str) -> None:
+        """See that no other file of the target is replaced by the one of this name in ``folder``."""
 
     def _check_config(self, weights: Sequence[str]) -> None:
         """See that no ``config.json`` leads readers of the directory past the new weights."""
@@ -123,7 +153,7 @@ class Staging(Draft):
         self._published = True
         self._afterwards(self._where if self._into else self._where.parent, sync)
         for name in self._beside if self._into else ():
-            self._afterwards(self._where / name, lambda path: os.rename(self.folder / path.name, path))
+            self._afterwards(self._where / name, self._put_beside)
         for name in self._old:
             self._afterwards(self._where / name, os.unlink)
 
@@ -142,6 +172,11 @@ class Staging(Draft):
             os.unlink(self._where / WHOLE)  # Readers take it before an index: until now they see the old version.
             self._old.discard(WHOLE)
 
+    def _put_beside(self, path: Path) -> None:
+        name = path.relative_to(self._where)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(self.folder / name, path)
+
     def _afterwards(self, path: Path, do: Callable[[Path], None]) -> None:
         try:
             do(path)
@@ -159,11 +194,26 @@ class Staging(Draft):
             with contextlib.suppress(OSError):
                 os.unlink(self._where / name)
 
+    def _keep(self, name: str) -> None:
+        if not self._into:
+            return
+        for folder in map(self._where.__truediv__, Path(name).parents[:-1]):
+            if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir()):
+                raise SaveError(f"{folder}: is a link or a file, not a folder, and nothing was saved; remove it")
+        there = self._where / name
+        if not os.path.lexists(there):
+            return
+        if there.is_symlink() or not there.is_file() or not filecmp.cmp(self.folder / name, there, shallow=False):
+            raise SaveError(
+                f"{there}: is there with other content, and nothing was saved; remove it, or save to another directory"
+            )
+
     def _exists(self, name: str) -> bool:
         return self._into and os.path.lexists(self._where / name)
 
 
-def _shard_names(count: int, number: int) -> list[str]:
+def shard_names(count: int, number: int) -> list[str]:
+    """The names of so many shards. A higher number is for those who find these taken."""
     stem = "model" if number == 1 else f"model-v{number}"
     return [f"{stem}-{shard + 1:05}-of-{count:05}.safetensors" for shard in range(count)]
 

@@ -9,22 +9,25 @@ from datetime import timedelta
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from ...arguments import check_count, check_seconds, shown
+from ...arguments import check_count, check_kind, check_seconds, shown
 from ...errors import MissingPackage, UsageError
 from ..files.place import Remote
+from .cache import LIMIT, Cache
 from .filesystem import Filesystem
+from .hub import OPTIONS as HUB_OPTIONS
+from .hub import Hub, repository
 from .object import Object
-from .service import Obstore
+from .service import Obstore, Service
 from .store import Store
 
-SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "abfss", "http", "https")
+SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "abfss", "http", "https", "hf")
 """What addresses of stores begin with."""
 WRITTEN = ("s3", "s3a", "gs", "az", "abfs", "abfss")
 """Those of them that can be written to."""
 # Two letters at least: one is a drive of Windows. Path() makes one slash of two.
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/{1,2}(?P<rest>[^/].*)", re.DOTALL)
 _OBJECTS = (".safetensors", ".json", ".bin", ".pt", ".pth")  # How the names of objects end; others are directories.
-_OURS = ("deadline", "requests")
+_OURS = ("deadline", "requests", "cache_dir", "cache_nbytes")
 _OF_CLIENT = """
 allow_http allow_invalid_certificates connect_timeout default_headers http1_only http2_only pool_idle_timeout
 pool_max_idle_per_host proxy_url timeout read_timeout http2_keep_alive_interval http2_keep_alive_timeout
@@ -51,8 +54,12 @@ def parts_of(text: str) -> Parts | None:
     match = _ADDRESS.fullmatch(text)
     if match is None or os.path.exists(text):
         return None
+    scheme = match[1].lower()
+    if scheme == "hf":
+        which, key = repository(match["rest"])
+        return Parts(scheme, which.shown.removeprefix("hf://"), key)
     host, _, key = match["rest"].partition("/")
-    return Parts(match[1].lower(), host, key)
+    return Parts(scheme, host, key)
 
 
 def connect(addresses: Sequence[Parts], options: object, *, writes: bool = False) -> list[Address]:
@@ -70,9 +77,43 @@ def connect(addresses: Sequence[Parts], options: object, *, writes: bool = False
     check_seconds(**{f'store={{"{name}"}}': value for name, value in ours.items() if name == "deadline"})
     check_count(1, **{f'store={{"{name}"}}': value for name, value in ours.items() if name == "requests"})
     keys = [_key(parts) for parts in addresses]
-    service = Obstore(_package_store(addresses[0], options, ours.get("deadline", 60.0) if writes else None))
+    cache = cache_of(ours.pop("cache_dir", None), ours.pop("cache_nbytes", None))
+    service: Service
+    if addresses[0].scheme == "hf":
+        service = _hub(addresses[0], options)
+        ours["login"] = "set HF_TOKEN, or run `hf auth login`; gated models are granted on their pages"
+    else:
+        service = Obstore(_package_store(addresses[0], options, ours.get("deadline", 60.0) if writes else None))
     store = Store(service, addresses[0].shown, **ours)
+    store.cache = cache
     return [Address(store, key) for key in keys]
+
+
+def cache_of(folder: Any, nbytes: Any) -> Cache | None:
+    """The cache that options ask for.
+
+    Raises:
+        UsageError: they make no sense, or the directory is others', too.
+    """
+    if folder is None and nbytes is not None:
+        raise UsageError("cache_nbytes= is the size of a cache; name its directory with cache_dir=")
+    check_kind("cache_dir", folder, (str, os.PathLike), "the path of a directory")
+    check_count(1, **{} if nbytes is None else {"cache_nbytes": nbytes})
+    return None if folder is None else Cache(folder, LIMIT if nbytes is None else nbytes)
+
+
+def _hub(parts: Parts, options: dict[str, Any]) -> Hub:
+    of_hub = {name: options.pop(name) for name in HUB_OPTIONS if name in options}
+
+    def open_store(base: str, headers: dict[str, str]) -> Any:
+        given = {**headers, **options.get("default_headers", {})}
+        scheme, _, host = base.partition("://")
+        headed = {**options, "default_headers": given} if given else dict(options)
+        return _package_store(Parts(scheme, host, ""), headed, None)
+
+    if unknown := options.keys() - {*_OF_CLIENT}:
+        raise UsageError(f"{parts.shown}: store= has options that a hub does not know: {', '.join(sorted(unknown))}")
+    return Hub(repository(parts.host)[0], of_hub, open_store)
 
 
 def _key(parts: Parts) -> str:
@@ -192,7 +233,9 @@ def is_store(store: object) -> bool:
     return _of(store, "obstore") or _of(store, "fsspec")
 
 
-def within(store: object, paths: Iterable[str], *, writes: bool = False) -> list[Address]:
+def within(
+    store: object, paths: Iterable[str], options: Mapping[str, object] | None = None, *, writes: bool = False
+) -> list[Address]:
     """Places in a store of the caller's, which stays open. The caller closes their ``store``.
 
     Raises:
@@ -206,6 +249,7 @@ def within(store: object, paths: Iterable[str], *, writes: bool = False) -> list
         mine = Store(Filesystem(store), f"{name}:/")
     else:
         mine = Store(Obstore(store), type(store).__name__)
+    mine.cache = cache_of((options or {}).get("cache_dir"), None)
     return [Address(mine, path.strip("/")) for path in paths]
 
 

@@ -30,9 +30,7 @@ class Filesystem:
 
     async def head(self, key: str) -> Pin:
         """See ``Service``."""
-        said = await asyncio.to_thread(self._files.info, key)
-        tag = next((str(said[name]) for name in _TAGS if said.get(name)), None)
-        return Pin(int(said["size"]), tag, next((said[name] for name in _TIMES if said.get(name)), None))
+        return _pin_of(await asyncio.to_thread(self._files.info, key))
 
     async def names(self, key: str) -> list[str]:
         """See ``Service``. None where there is no such directory."""
@@ -42,13 +40,27 @@ class Filesystem:
             return []
         return [str(path).rstrip("/").rpartition("/")[2] for path in listed]
 
-    async def put(self, key: str, file: Path, mode: object) -> None:
+    async def below(self, key: str) -> dict[str, Pin]:
+        """See ``Service``."""
+        try:
+            found = await asyncio.to_thread(self._files.find, key, detail=True)
+        except FileNotFoundError:
+            return {}
+        start = str(self._files._strip_protocol(key)).rstrip("/")
+        return {path[len(start) :].lstrip("/"): _pin_of(said) for path, said in found.items()}
+
+    async def put(self, key: str, content: Path | bytes, mode: object) -> dict[str, str]:
         """See ``Service``."""
         raise NotImplementedError
 
     async def delete(self, key: str) -> None:
         """See ``Service``."""
         raise NotImplementedError
+
+
+def _pin_of(said: Any) -> Pin:
+    tag = next((str(said[name]) for name in _TAGS if said.get(name)), None)
+    return Pin(int(said["size"]), tag, next((said[name] for name in _TIMES if said.get(name)), None))
 
 
 async def _chunks(raw: bytes) -> AsyncIterator[bytes]:

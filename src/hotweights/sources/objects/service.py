@@ -10,7 +10,7 @@ from itertools import compress
 from pathlib import Path
 from typing import Any, Protocol
 
-from ...errors import HotweightsError
+from ...errors import HotweightsError, UsageError
 
 CHUNK = 512 * 1024
 """Bytes that a body is given in, at least: each is a step in Python, and what a failed try may lose."""
@@ -23,6 +23,12 @@ class Pin:
     size: int
     tag: str | None
     modified: object
+    number: str | None = None  # of this version, in stores that count them: Google's conditions are about it
+
+    @property
+    def only_over(self) -> dict[str, str]:
+        """The mode of a ``put`` that writes over this object only. Empty where nothing tells it from others."""
+        return {name: said for name, said in (("e_tag", self.tag), ("version", self.number)) if said}
 
     def changed(self, now: Pin) -> str | None:
         """What shows that ``now`` is another object; ``None`` if nothing does."""
@@ -54,8 +60,14 @@ class Service(Protocol):
     async def names(self, key: str) -> list[str]:
         """The names of what lies directly below this key."""
 
-    async def put(self, key: str, file: Path, mode: object) -> None:
-        """Write an object from a file, whole or not at all; ``mode`` says over what, in obstore's words."""
+    async def below(self, key: str) -> dict[str, Pin]:
+        """Every object below this key, by what its key has after that."""
+
+    async def put(self, key: str, content: Path | bytes, mode: object) -> dict[str, str]:
+        """Write an object from a file, whole or not at all; ``mode`` says over what, in obstore's words.
+
+        Returns the mode of the ``put`` that writes over what was written.
+        """
 
     async def delete(self, key: str) -> None:
         """Delete an object."""
@@ -154,6 +166,11 @@ class Obstore:
             raise ValueError("another range than was asked for")
         return Body(_pin(result.meta), result.stream(min_chunk_size=CHUNK))
 
+    async def whole(self, key: str) -> bytes:
+        """All of what is small. ``FileNotFoundError`` if there is none."""
+        result = await self._package.get_async(self._store, key)
+        return bytes(await result.bytes_async())
+
     async def head(self, key: str) -> Pin:
         """See ``Service``."""
         return _pin(await self._package.head_async(self._store, key))
@@ -167,11 +184,23 @@ class Obstore:
         paths = [each["path"] for each in listed["objects"]] + list(listed["common_prefixes"])
         return [path.rstrip("/").rpartition("/")[2] for path in paths]
 
-    async def put(self, key: str, file: Path, mode: object) -> None:
+    async def below(self, key: str) -> dict[str, Pin]:
         """See ``Service``."""
-        part = max(_UPLOAD_PART, file.stat().st_size // 9000)  # S3 takes 10,000 of them.
-        options = {} if mode == "overwrite" else {"use_multipart": False}  # Only then are conditions kept.
-        await self._package.put_async(self._store, key, file, mode=mode, chunk_size=part, max_concurrency=8, **options)
+        if not self._lists:
+            raise UsageError("the web has no lists; name the checkpoint itself, or a place where a sender publishes")
+        found = {}
+        async for batch in self._package.list(self._store, prefix=key or None):
+            found.update({each["path"][len(key) :].lstrip("/"): _pin(each) for each in batch})
+        return found
+
+    async def put(self, key: str, content: Path | bytes, mode: object) -> dict[str, str]:
+        """See ``Service``."""
+        size = len(content) if isinstance(content, bytes) else content.stat().st_size
+        options: dict[str, Any] = {"chunk_size": max(_UPLOAD_PART, size // 9000)}  # S3 takes 10,000 of them.
+        if mode != "overwrite":
+            options["use_multipart"] = False  # Only then are conditions kept.
+        said = await self._package.put_async(self._store, key, content, mode=mode, max_concurrency=8, **options)
+        return Pin(size, said.get("e_tag"), None, said.get("version")).only_over
 
     async def delete(self, key: str) -> None:
         """See ``Service``."""
@@ -198,4 +227,4 @@ USUAL = (
 
 
 def _pin(meta: Any) -> Pin:
-    return Pin(int(meta["size"]), meta.get("e_tag"), meta.get("last_modified"))
+    return Pin(int(meta["size"]), meta.get("e_tag"), meta.get("last_modified"), meta.get("version"))

@@ -21,6 +21,7 @@ from typing import Any, Generic, TypeVar
 from ... import signals
 from ...errors import CheckpointChanged, CheckpointError, Closed, StoreError, UsageError
 from ..files.file import Buffer
+from .cache import BLOCK, Cache
 from .service import NOTHING, Pin, Refusal, Service, package_error
 
 T = TypeVar("T")
@@ -31,6 +32,7 @@ HEAD = 64 * 1024
 """Bytes that are read when an object is opened: the header of most files lies in them."""
 _ASK = 0.1  # seconds after which a wait asks whether it has ended
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 5.0  # seconds between two tries; each is about twice the one before
+_LOGIN = "set those of this store, or give store={...}"
 _LOGINS = 3  # tries after which credentials that worked before count as expired
 
 
@@ -89,12 +91,17 @@ class Store:
         deadline: seconds in which something of each range must come, all tries together. A range that comes bit by bit
             gets them anew with each.
         requests: how many at once.
+        login: what to do where credentials are refused.
     """
 
-    def __init__(self, service: Service, shown: str, *, deadline: float = 60.0, requests: int = 16) -> None:
+    def __init__(
+        self, service: Service, shown: str, *, deadline: float = 60.0, requests: int = 16, login: str = _LOGIN
+    ) -> None:
         self.shown = shown
+        self.login = login
         self.deadline = deadline
         self.requests = requests
+        self.cache: Cache | None = None  # Whoever makes the store may give it one, before it is asked.
         self._service = service
         global _process
         _process = _process or os.getpid()
@@ -108,6 +115,7 @@ class Store:
         self._soon: dict[str, _Asked[Opened]] = {}
         self._loop = asyncio.new_event_loop()
         self._free = asyncio.Semaphore(requests)
+        self._blocks = asyncio.Semaphore(requests)
         self._thread = threading.Thread(target=self._run, name="hotweights-objects", daemon=True)
         self._thread.start()
 
@@ -121,6 +129,11 @@ class Store:
             for key in keys:
                 if key not in self._soon:
                     self._soon[key] = self._ask(self._open(key))
+
+    def forget(self) -> None:
+        """Forget what was begun to open, and not taken."""
+        with self._lock:
+            self._soon.clear()
 
     def there(self, key: str) -> bool:
         """Whether there is such an object. It is opened for that, and ``opened`` takes it."""
@@ -150,6 +163,10 @@ class Store:
         """The names of what lies directly below a key."""
         return self._wait(self._ask(self._tries(f"{self.path(key)}: its list", lambda: self._service.names(key))))
 
+    def below(self, key: str) -> dict[str, Pin]:
+        """Every object below a key, by what its key has after that."""
+        return self._wait(self._ask(self._tries(f"{self.path(key)}: its list", lambda: self._service.below(key))))
+
     def head(self, key: str) -> Pin:
         """The object as it is now. ``FileNotFoundError`` if there is none."""
         return self._wait(self._ask(self._tries(self.path(key), lambda: self._service.head(key))))
@@ -164,9 +181,21 @@ class Store:
         """
         self._wait(self._ask(self._read(key, pin, _Places(buffers), start)), ended)
 
-    def put(self, key: str, file: Path, mode: object) -> None:
-        """Write an object from a file, whole or not at all. ``mode`` is obstore's. Errors are those of its package."""
-        self._wait(self._ask(self._service.put(key, file, mode)))
+    def content(self, key: str) -> tuple[bytes, Pin] | None:
+        """All of a small object, and which it is; ``None`` if there is none."""
+        try:
+            opened = self._wait(self._ask(self._open(key)))
+        except FileNotFoundError:
+            return None
+        content = bytearray(opened.pin.size)
+        content[: len(opened.start)] = opened.start
+        if len(content) > len(opened.start):
+            self.read(key, opened.pin, [memoryview(content)[len(opened.start) :]], len(opened.start))
+        return bytes(content), opened.pin
+
+    def put(self, key: str, content: Path | bytes, mode: object) -> dict[str, str]:
+        """Write an object, whole or not at all, see ``Service.put``. Errors are those of its package."""
+        return self._wait(self._ask(self._service.put(key, content, mode)))
 
     def delete(self, key: str) -> None:
         """Delete an object. Errors are those of its package."""
@@ -255,17 +284,35 @@ class Store:
 
     async def _read(self, key: str, pin: Pin, places: _Places, start: int) -> None:
         stop = start + places.nbytes
-        parts = [(first, min(first + PART, stop)) for first in range(start, stop, PART)]
+        cache = self.cache if self.cache is not None and self.cache.holds(pin) else None
         try:
             async with asyncio.TaskGroup() as group:
-                for first, last in parts:
-                    group.create_task(self._part(key, pin, places, start, first, last))
+                if cache is None:
+                    for first in range(start, stop, PART):
+                        group.create_task(self._part(key, pin, places, start, first, min(first + PART, stop)))
+                else:
+                    for number in range(start // BLOCK, -(-stop // BLOCK)):
+                        group.create_task(self._block(cache, key, pin, places, start, number))
         except BaseExceptionGroup as errors:
             error = errors.exceptions[0]
         else:
             self._answered = True
             return
         raise error
+
+    async def _block(self, cache: Cache, key: str, pin: Pin, places: _Places, base: int, number: int) -> None:
+        """Take what is wanted of one block of the cache."""
+        first, last = number * BLOCK, min((number + 1) * BLOCK, pin.size)
+
+        async def read() -> bytearray:
+            block = bytearray(last - first)
+            await self._part(key, pin, _Places([block]), first, first, last)
+            return block
+
+        async with self._blocks:  # Each is in memory whole.
+            block = await cache.block(self.path(key), pin, number, read, self.deadline)
+            start, stop = max(first, base), min(last, base + places.nbytes)
+            places.put(start - base, block[start - first : stop - first])
 
     async def _part(self, key: str, pin: Pin, places: _Places, base: int, start: int, stop: int) -> None:
         """Read one range, each try from where the last one ended."""
@@ -300,7 +347,7 @@ class _Tries:
 
     def __init__(self, store: Store, what: str) -> None:
         self._deadline = store.deadline
-        self._shown = store.shown
+        self._login = store.login
         self._what = what
         self._count = 0
         self._answer = ""
@@ -329,7 +376,7 @@ class _Tries:
                 f"{what}: this store sends {said}, so parts cannot be read; download it, and give the folder"
             )
         if refusal.login and not (answered and self._count < _LOGINS):
-            cure = "they have expired, perhaps" if answered else "set those of this store, or give store={...}"
+            cure = "they have expired, perhaps" if answered else self._login
             raise StoreError(f"{what}: the store refused the credentials, or asks for some: {said}; {cure}")
         if not refusal.again and not refusal.login:
             raise StoreError(f"{what}: the store refused: {said}")
@@ -357,7 +404,7 @@ class _Places:
         self._ends = list(accumulate(len(view) for view in self._views))
         self.nbytes = self._ends[-1] if self._ends else 0
 
-    def put(self, position: int, chunk: bytes) -> None:
+    def put(self, position: int, chunk: bytes | memoryview) -> None:
         """Write ``chunk``, whose first byte has this position among all of them."""
         rest = memoryview(chunk)
         place = bisect_right(self._ends, position)

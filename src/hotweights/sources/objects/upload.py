@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import xxhash
+
 from ...errors import CheckpointError, Closed, SaveError
-from ..files.staging import INDEX, WHOLE, Draft, replaced_by
+from ..files.place import text_of
+from ..files.staging import INDEX, WHOLE, Draft, replaced_by, shard_names
 from .address import Address
 from .service import Refusal, package_error
 
+_JOURNAL = re.compile(r"model(-v\d+)?\.saving\.json")
+_PIECE = 8 * 1024 * 1024
+
 
 class Upload(Draft):
-    """Where one checkpoint for a store is written. As a context manager it removes what was not published.
+    """Where one checkpoint for a store is written. As a context manager it removes the temporary folder.
 
     An object appears whole or not at all. In a folder that holds a checkpoint new shards get names that no object has,
     and the index is replaced last, if it still is the one that was found: readers see the old version or the new one.
+
+    Before the first shard a journal says what all of them will hold. Their names are theirs alone from then on: whoever
+    saves the same again, after a death or a failure, finds them and goes on; whoever saves something else takes others.
     """
 
     def __init__(self, where: Address) -> None:
@@ -25,19 +38,55 @@ class Upload(Draft):
         is_file = not where.is_dir()
         self._there = set() if is_file else set(where.names())
         self._into = bool(self._there)
-        self._found = where.store.head((where / INDEX).key).tag if INDEX in self._there else None
-        self._old = replaced_by(where, self._there)
+        self._found = where.store.head((where / INDEX).key).only_over if INDEX in self._there else {}
+        self._old = replaced_by(where, self._there) | {name for name in self._there if _JOURNAL.fullmatch(name)}
+        self._journal: str | None = None
+        self._said = b""  # in the journal
         super().__init__(where, Path(tempfile.mkdtemp(prefix="hotweights-")), is_file=is_file)
 
     def __enter__(self) -> Upload:
         return self
 
+    def names(self, count: int) -> tuple[list[str], str | None]:
+        """See ``Draft``. Those of shards are the files' only; ``settle`` says what the objects are called."""
+        names, index = super().names(count)
+        return (names, None) if index is None else (shard_names(count, 1), index)
+
+    def settle(self, names: Sequence[str]) -> list[str]:
+        """See ``Draft``. The files of shards are renamed, too."""
+        journal = json.dumps([_described(self.folder / name) for name in names]).encode()
+        for number in itertools.count(1):
+            settled = shard_names(len(names), number)
+            self._journal, self._said = f"model{'' if number == 1 else f'-v{number}'}.saving.json", journal
+            free = not any(name in self._there for name in settled)
+            if (free or self._journal in self._there) and self._claim(self._journal, journal):
+                break
+        for name, new in reversed(list(zip(names, settled, strict=True))):
+            os.rename(self.folder / name, self.folder / new)
+        return settled
+
+    def _claim(self, name: str, journal: bytes) -> bool:
+        """Whether the names that go with this journal are for what it says."""
+        place = self._address / name
+        found = self._address.store.content(place.key)
+        if found is None:
+            refusal = self._put_content(place, journal, "create")
+            if refusal is None:
+                return True
+            if not refusal.replaced:
+                raise SaveError(f"{place}: nothing was saved: the store said: {refusal.answer}")
+            found = self._address.store.content(place.key)  # Somebody else's, or that of a first try.
+        return found is not None and found[0] == journal
+
     def publish(self, names: Sequence[str], index: str | None) -> None:
         """Upload the files, the index last. After that nothing raises: ``warnings`` says what failed."""
         last = names[0] if index is None else index
+        found = [name for name in names if index is not None and self._is_there(name)]
         for name in [] if index is None else names:
-            self._moved.append(name)
-            self._put(name)
+            if name not in found:
+                self._put(name)
+        if found:
+            self._check_found(found)
         if not self._into:  # Nobody opens the folder yet.
             for name in self._beside:
                 self._put(name)
@@ -47,30 +96,56 @@ class Upload(Draft):
             self._put(last)
         else:
             self._put(last, mode=self._only_over_what_was_found())
-        self._published = True
         for name in self._beside if self._into else ():
             self._afterwards(name, self._put)
+        old = self._old | ({self._journal} if self._journal else set())
         # First what readers take before an index: until then they see the old version.
-        for name in sorted(self._old - {*names}, key=lambda name: name != WHOLE):
+        for name in sorted(old - {*names}, key=lambda name: (name != WHOLE, not _JOURNAL.fullmatch(name))):
             self._afterwards(name, lambda name: self._address.store.delete((self._address / name).key))
+
+    def _is_there(self, name: str) -> bool:
+        """Whether a save that was cut short has uploaded it: nothing else gets a name that a journal has taken."""
+        if name not in self._there:
+            return False
+        try:
+            found = self._address.store.head((self._address / name).key)
+        except FileNotFoundError:
+            return False
+        return found.size == (self.folder / name).stat().st_size
+
+    def _check_found(self, names: Sequence[str]) -> None:
+        """Raise ``SaveError`` if another save has published since, and removes what it did not write."""
+        assert self._journal is not None, "only shards are found"
+        journal = self._address.store.content((self._address / self._journal).key)
+        if journal is None or journal[0] != self._said or not all(map(self._is_there, names)):
+            raise SaveError(f"{self._address}: nothing was saved: somebody else saved there meanwhile")
 
     def _only_over_what_was_found(self) -> object:
         if INDEX not in self._there:
             return "create"
-        return {"e_tag": self._found} if self._found else "overwrite"
+        return self._found or "overwrite"
 
     def _put(self, name: str, to: Address | None = None, *, mode: object = "overwrite") -> None:
-        place = to or self._address / name
+        place, file = to or self._address / name, self.folder / name
+        refusal = self._put_content(place, file, mode)
+        if refusal is None:
+            return
+        if refusal.replaced:  # By another save of the same, or by a first try whose answer was lost.
+            found = self._address.store.content(place.key)
+            if found is not None and found[0] == file.read_bytes():
+                return
+        said = "somebody else saved there meanwhile" if refusal.replaced else f"the store said: {refusal.answer}"
+        kept = "; what was uploaded stays, and the same save again goes on with it" if self._journal else ""
+        raise SaveError(f"{place}: nothing was saved: {said}{kept}")
+
+    def _put_content(self, place: Address, content: Path | bytes, mode: object) -> Refusal | None:
         try:
-            self._address.store.put(place.key, self.folder / name, mode)
+            self._address.store.put(place.key, content, mode)
         except Exception as error:
             if isinstance(error, Closed) or not package_error(error):
                 raise
-            refusal = Refusal.of(error)
-            said = "somebody else saved there meanwhile" if refusal.replaced else f"the store said: {refusal.answer}"
-        else:
-            return
-        raise SaveError(f"{place}: nothing was saved: {said}")
+            return Refusal.of(error)
+        return None
 
     def _afterwards(self, name: str, do: Callable[[str], object]) -> None:
         try:
@@ -81,8 +156,22 @@ class Upload(Draft):
 
     def __exit__(self, *error: object) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
-        for name in self._moved if not self._published else ():
-            self._afterwards(name, lambda name: self._address.store.delete((self._address / name).key))
+
+    def _keep(self, name: str) -> None:
+        place = self._address / name
+        if self._into and place.exists() and text_of(place) != (self.folder / name).read_bytes():
+            raise SaveError(
+                f"{place}: is there with other content, and nothing was saved; remove it, or save to another address"
+            )
 
     def _exists(self, name: str) -> bool:
         return name in self._there
+
+
+def _described(file: Path) -> list[object]:
+    """The size and the digest of a file."""
+    digest = xxhash.xxh3_128()
+    with open(file, "rb") as content:
+        while piece := content.read(_PIECE):
+            digest.update(piece)
+    return [file.stat().st_size, digest.hexdigest()]

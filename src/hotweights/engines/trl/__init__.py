@@ -1,0 +1,43 @@
+"""TRL: its trainers give vLLM new weights, all or nothing. Importing this imports neither TRL nor vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ...arguments import check_callable, check_seconds
+from ...errors import MissingPackage
+from .sync import Options, Sync
+
+__all__ = ["Sync", "enable"]
+
+
+def enable(
+    *, address: str | None = None, timeout: float = 60.0, on_sync: Callable[[Sync], object] | None = None
+) -> None:
+    """Let every trainer of TRL that generates with vLLM sync its weights by hotweights. Call it before one is made.
+
+    It replaces methods of TRL's classes in this process. In server mode, on any device, versions go to a server of vLLM
+    that was started with ``--load-format hotweights --weight-transfer-config '{"backend": "hotweights"}'``. In colocate
+    mode vLLM loads by the load format ``hotweights``, and processes take each version together. What fails is raised
+    from the trainer's ``train()``, and vLLM has the weights from before. A second call replaces the options, for
+    trainers that are made after it.
+
+    Args:
+        address: ``unix:PATH`` where a server's workers find this trainer; by default in a new folder in the directory
+            for temporary files.
+        timeout: seconds that each single wait for a server's workers may take.
+        on_sync: called with each version that was taken, in the process that sent it.
+
+    Raises:
+        MissingPackage: TRL or vLLM is not installed.
+    """
+    check_seconds(timeout=timeout)
+    check_callable(on_sync=on_sync)
+    try:
+        from .classes import replace_methods
+    except ImportError as error:
+        package = (error.name or "").split(".")[0]
+        if package not in ("trl", "vllm"):
+            raise
+        raise MissingPackage(package, f"hotweights[{package}]") from error
+    replace_methods(Options(address, timeout, on_sync))

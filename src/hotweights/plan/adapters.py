@@ -1,0 +1,79 @@
+"""Adapters: names that PEFT gives to tensors, and what to do with them where a model has no adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+from ..text import some
+
+# What begins the parts of a name that only an adapter brings, by PEFT's kinds of adapters.
+_KINDS = (
+    "lora_",
+    "hada_",
+    "lokr_",
+    "ia3_",
+    "oft_",
+    "boft_",
+    "vera_",
+    "vblora_",
+    "fourierft_",
+    "hra_",
+    "bone_",
+    "randlora_",
+    "adalora_",
+    "ln_tuning_",
+    "trainable_tokens_",
+    "modules_to_save",
+)
+
+
+def of_adapter(name: str) -> bool:
+    """Whether it is the name of a tensor that PEFT adds to a model: of LoRA, or of another kind of adapter."""
+    return any(part.startswith(_KINDS) for part in name.split("."))
+
+
+def of_ranks(name: str) -> bool:
+    """Whether it is the name of a tensor whose shape is the rank of a LoRA adapter's."""
+    return any(part.startswith(("lora_A", "lora_B", "lora_embedding_")) for part in name.split("."))
+
+
+def homeless_adapter(names: Collection[str], targets: Iterable[str], *, alone: bool) -> tuple[str, str]:
+    """What is wrong, and what to do, where ``names`` of an adapter have no place among ``targets``.
+
+    Args:
+        names: of tensors of the source.
+        targets: names of the model's tensors.
+        alone: whether the source has nothing but an adapter.
+    """
+    has_one = any(map(of_adapter, targets))
+    count = f"{len(names)} names of the source are" if len(names) > 1 else "one name of the source is"
+    problem = f"{count} of a PEFT adapter, and the model has {'not that one' if has_one else 'none'}: " + some(
+        sorted(names), 3
+    )
+    if has_one:
+        return problem, (
+            "The model has an adapter of another name or shape. hotweights.engines.peft.load_adapter(model, source, "
+            "adapter_name=) fills one by the names that peft.get_peft_model_state_dict gives."
+        )
+    merge = "Merge it before saving or sending, which is copy.deepcopy(peft_model).merge_and_unload()"
+    give = (
+        "or give the model the adapter before its first load, peft.get_peft_model(model, config), and fill it by "
+        "hotweights.engines.peft.load_base and load_adapter"
+    )
+    if alone:
+        return problem, f"The source is an adapter without the model under it. {merge}; {give}."
+    return problem, f"Without its adapter the model would compute as its base does. {merge}; {give}."
+
+
+def by_parts(manifest: Collection[str], targets: Iterable[str], missing: Collection[str]) -> str:
+    """What to do where a model has adapters, and a source is one of them alone or the model under them; or nothing."""
+    if not any(map(of_adapter, targets)) or not missing:
+        return ""
+    if all(map(of_adapter, missing)):
+        return (
+            "This source is the model under the adapters: hotweights.engines.peft.load_base(model, source) loads it, "
+            "and they stay."
+        )
+    if manifest and all(map(of_adapter, manifest)) and not any(map(of_adapter, missing)):
+        return "This source is an adapter alone: hotweights.engines.peft.load_adapter(model, source) takes it."
+    return ""

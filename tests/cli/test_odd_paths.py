@@ -1,0 +1,207 @@
+"""Every command over what people name by mistake, and what broken downloads leave: a line, a code, no traceback."""
+
+import json
+import os
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from hotweights.cli import app
+from hotweights.cli.outcome import typed
+from hotweights.testing import write_checkpoint
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 12345\n"
+# What lies there, and what the error says.
+ODD = {
+    "nothing": "there is no such file or directory",
+    "dangling": "a link that leads nowhere",
+    "loop": "a link that leads nowhere",
+    "empty": "it is empty",
+    "only.bin": "opens .bin files",
+    "dangling.d": "model.safetensors: cannot be opened",
+    "stale.d": "model-00002-of-00002.safetensors: named by the index",
+    "moved.d": "which does not hold it",
+    "page.d": "not a JSON object",
+    "a.gguf": "GGUF file",
+    "page.safetensors": "a web page",
+    "pointer.safetensors": "git lfs pull",
+    "zip.safetensors": "zip archive",
+    "empty.safetensors": "the file is empty",
+    "short.safetensors": "is it truncated?",
+    "long.safetensors": "trailing bytes",
+    "text.txt": "this is text",
+    "pipe.safetensors": "a pipe, a socket or a device",
+}
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory):
+    place = tmp_path_factory.mktemp("zoo")
+    tensors = {"a": torch.zeros(2, 3), "b": torch.ones(4)}
+    good = (write_checkpoint(place / "good", tensors) / "model.safetensors").read_bytes()
+    (place / "dangling").symlink_to("nowhere")
+    (place / "loop").symlink_to("loop")
+    for folder in ("empty", "only.bin", "dangling.d"):
+        (place / folder).mkdir()
+    torch.save(tensors, place / "only.bin" / "pytorch_model.bin")
+    (place / "dangling.d" / "model.safetensors").symlink_to("../blobs/1")
+    (write_checkpoint(place / "stale.d", tensors, shards=2) / "model-00002-of-00002.safetensors").unlink()
+    moved = write_checkpoint(place / "moved.d", tensors, shards=2)
+    for name in ("moved.d", "page.d"):
+        index = write_checkpoint(place / name, tensors, shards=2) / "model.safetensors.index.json"
+        shard = "model-00001-of-00002.safetensors"
+        index.write_text("<html>" if name == "page.d" else json.dumps({"weight_map": {"a": shard, "b": shard}}))
+    (moved / "model-00002-of-00002.safetensors").unlink()
+    for name, content in {
+        "a.gguf": b"GGUF\3\0\0\0" + bytes(100),
+        "page.safetensors": b"<!DOCTYPE html><html>404</html>",
+        "pointer.safetensors": POINTER.encode(),
+        "zip.safetensors": b"PK\3\4" + bytes(100),
+        "empty.safetensors": b"",
+        "short.safetensors": good[:-5],
+        "long.safetensors": good + b"more",
+        "text.txt": b"hello",
+    }.items():
+        (place / name).write_bytes(content)
+    os.mkfifo(place / "pipe.safetensors")
+    return place
+
+
+def lines(path, zoo, tmp_path):
+    """Each command that reads a checkpoint, and its exit code."""
+    return [
+        (["inspect", path], 1),
+        (["verify", path], 1),
+        (["diff", zoo / "good", path], 2),
+        (["diff", path, zoo / "good"], 2),
+        (["copy", path, tmp_path / "to"], 1),
+        (["convert", path, tmp_path / "to", "--dtype", "F16"], 1),
+        (["plan", path, "--model", "torch.nn:Identity"], 1),
+        (["load", path, "--model", zoo / "good"], 1),
+        (["send", path, "--to", f"unix:{tmp_path / 'socket'}", "--timeout", "0.01"], 1),
+    ]
+
+
+def run(line):
+    result = CliRunner().invoke(app, [str(word) for word in line])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_one_path(name, zoo, tmp_path):
+    for line, code in lines(zoo / name, zoo, tmp_path):
+        told = run(line)
+        assert (told.exit_code, told.stdout) == (code, ""), line
+        assert told.stderr.startswith("CheckpointError: "), line
+        assert told.stderr.count("\n") == 1, told.stderr
+        assert ODD[name] in told.stderr
+        document = run([*line, "--json"])
+        assert (document.exit_code, document.stderr) == (code, "")
+        assert ODD[name] in json.loads(document.stdout)["error"]["message"]
+    assert os.listdir(tmp_path) in ([], ["socket"])
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_many_paths(command, zoo):
+    names = ["good", *ODD]
+    told = run([command, *(zoo / name for name in names)])
+    assert (told.exit_code, told.stderr) == (1, "")
+    for name, line in zip(names, told.stdout.splitlines(), strict=True):
+        assert str(zoo / name) in line
+        assert ODD.get(name, "") in line
+    documents = run([command, "--json", *(zoo / name for name in names)]).stdout.splitlines()
+    assert ["error" in json.loads(line) for line in documents] == [False] + [True] * len(ODD)
+    quiet = run([command, "--quiet", *(zoo / name for name in names)])
+    assert quiet.stdout.splitlines() == told.stdout.splitlines()[1:]
+
+
+def test_weights_of_two_formats_beside_each_other(zoo, tmp_path):
+    place = write_checkpoint(tmp_path / "both", {"a": torch.zeros(2, 3), "b": torch.ones(4)})
+    torch.save({"other": torch.zeros(1)}, place / "pytorch_model.bin")
+    for line in (["inspect", place], ["verify", place], ["diff", place, zoo / "good"]):
+        assert run(line).exit_code == 0
+    copied = run(["copy", place, tmp_path / "to"])
+    assert "left  pytorch_model.bin: weights of another format, or of a trainer" in copied.stdout
+    assert os.listdir(tmp_path / "to") == ["model.safetensors"]
+
+
+def test_the_advice_for_bin_files_can_be_typed(zoo, tmp_path):
+    told = run(["verify", zoo / "only.bin"]).stderr
+    assert "--reader torch of inspect, load and convert opens .bin files" in told
+    assert run(["inspect", zoo / "only.bin", "--reader", "torch"]).exit_code == 0
+    assert run(["convert", zoo / "only.bin", tmp_path / "to", "--reader", "torch"]).exit_code == 0
+
+
+class TestVerifyOfMany:
+    def test_a_line_for_each(self, zoo, tmp_path):
+        one = run(["verify", zoo / "good"]).stdout
+        assert run(["verify", zoo / "good", zoo / "good"]).stdout == one * 2
+        (tmp_path / "list").write_text(f"{zoo / 'good'}\n")
+        assert run(["verify", "--files-from", tmp_path / "list"]).stdout == one
+        (tmp_path / "list").write_text("")
+        assert (run(["verify", "--files-from", tmp_path / "list"]).exit_code, run(["verify"]).exit_code) == (0, 2)
+
+    def test_one_list_of_digests_for_all(self, zoo, tmp_path):
+        other = write_checkpoint(tmp_path / "other", {"a": torch.zeros(2, 3), "b": torch.zeros(4)})
+        run(["verify", zoo / "good", "--write", tmp_path / "digests"])
+        told = run(["verify", zoo / "good", other, "--digests", tmp_path / "digests"])
+        first, second = told.stdout.splitlines()
+        assert (told.exit_code, first.endswith("good")) == (1, True)
+        assert second.startswith(f"{other}: CheckpointError: ")
+        assert "tensor 'b'" in second
+
+    def test_what_is_written_is_of_one(self, zoo, tmp_path):
+        told = run(["verify", zoo / "good", zoo / "good", "--write", tmp_path / "digests"])
+        assert (told.exit_code, os.listdir(tmp_path)) == (2, [])
+        assert "--write is for one path, and there are 2" in told.stderr
+
+
+class TestWhatCannotBe:
+    @pytest.mark.parametrize("command", ["inspect", "verify", "plan --model m", "load --model m", "send --to unix:a"])
+    def test_an_empty_path(self, command, zoo, tmp_path, monkeypatch):
+        """A variable of the shell that is not set is not the directory where one is."""
+        monkeypatch.chdir(zoo / "good")
+        told = run([*command.split(), ""])
+        assert (told.exit_code, told.stdout) == (2, "")
+        assert "the path is empty" in told.stderr
+
+    @pytest.mark.parametrize(
+        "line", [["copy", "good", ""], ["copy", "", "to"], ["convert", "good", ""], ["diff", "", ""]]
+    )
+    def test_an_empty_path_of_two(self, line, zoo, monkeypatch):
+        monkeypatch.chdir(zoo)
+        before = sorted(os.listdir())
+        assert run(line).exit_code == 2
+        assert sorted(os.listdir()) == before
+
+    def test_files_that_cannot_be_written(self, zoo, tmp_path):
+        (tmp_path / "file").write_text("")
+        for line in (
+            ["verify", zoo / "good", "--write", tmp_path / "none" / "digests"],
+            ["plan", zoo / "good", "--model", "torch.nn:Identity", "--allow-unexpected", "*"],
+            ["copy", zoo / "good", tmp_path / "file" / "to"],
+        ):
+            told = run([*line, "--save", tmp_path / "none" / "plan"] if line[0] == "plan" else line)
+            assert (told.exit_code, told.stdout) == (1, "")
+            assert told.stderr.count("\n") == 1, told.stderr
+        told = run(["keys", tmp_path / "file", "--hosts", "a"])
+        assert told.exit_code == 2
+        assert f"{tmp_path / 'file'}: cannot be written: " in told.stderr
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ('choose one: variant="fp16" or variant="b c"', "choose one: --variant fp16 or --variant 'b c'"),
+        ("interval= is a number of seconds", "--interval is a number of seconds"),
+        ("with shard_size= name a directory", "with --shard-size name a directory"),
+        ("give keys=DIR to both ends", "give --keys DIR to both ends"),
+        ("insecure=True goes without", "--insecure goes without"),
+        ("device='cuda' is no device", "--device cuda is no device"),
+        ("hotweights.open(path, digests=...)", "hotweights.open(path, digests=...)"),
+    ],
+)
+def test_options_are_as_they_are_typed(said, shown):
+    assert typed(said) == shown

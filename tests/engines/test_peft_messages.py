@@ -1,0 +1,121 @@
+"""What is said to a worker that is offered names of PEFT, and that each advice works."""
+
+import copy
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+import hotweights as hw
+from hotweights.engines.peft import load_adapter, load_base
+
+CONFIG = {"r": 2, "target_modules": ["0"], "init_lora_weights": False}
+
+
+def plain():
+    return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+
+
+def adapted(base=None):
+    return peft.get_peft_model(copy.deepcopy(base or plain()), peft.LoraConfig(**CONFIG))
+
+
+class Engine(nn.Module):
+    """It passes over names that it does not know."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = plain()
+
+    def load_weights(self, pairs):
+        own = dict(self.layers.named_parameters())
+        for name, tensor in pairs:
+            if name in own:
+                own[name].data.copy_(tensor)
+
+
+def served(model):
+    live = hw.LiveModel(model)
+    live.load(plain() if isinstance(model, Engine) else model, version="day-1")
+    return live
+
+
+def whole(trained):
+    return trained.state_dict()
+
+
+def alone(trained):
+    return peft.get_peft_model_state_dict(trained)
+
+
+@pytest.mark.parametrize("source", [whole, alone, lambda trained: trained])
+@pytest.mark.parametrize("model", [plain, Engine])
+def test_a_worker_without_adapters_is_told_what_these_names_are(model, source):
+    live, trained = served(model()), adapted()
+    with pytest.raises(hw.UpdateAborted) as caught:
+        live.update(source(trained), version="day-2")
+    said = str(caught.value)
+    assert "2 names of the source are of a PEFT adapter, and the model has none: " in said
+    assert "allow_" not in said, "it would serve the base alone"
+    assert "copy.deepcopy(peft_model).merge_and_unload()" in said
+    live.update(copy.deepcopy(trained).merge_and_unload(), version="day-2")
+    inputs = torch.randn(3, 4)
+    torch.testing.assert_close((live.model.layers if model is Engine else live.model)(inputs), trained(inputs))
+
+
+def test_who_means_the_model_under_an_adapter_may_say_so():
+    live = hw.LiveModel(Engine())
+    report = live.load(adapted(), allow_unexpected="*lora_*")
+    assert "of a PEFT adapter" in report.warnings[0]
+
+
+@pytest.mark.parametrize("source", [whole, alone])
+def test_or_the_model_is_given_the_adapter(source):
+    base = plain()
+    trained = adapted(base)
+    with pytest.raises(hw.PlanError, match=r"fill it by hotweights.engines.peft.load_base and load_adapter"):
+        hw.load(plain(), source(trained))
+    live = hw.LiveModel(adapted())
+    load_base(live, base)
+    load_adapter(live, alone(trained))
+    inputs = torch.randn(3, 4)
+    assert torch.equal(live.model(inputs), trained(inputs))
+
+
+def test_a_part_for_a_model_with_adapters():
+    base = plain()
+    trained = adapted(base)
+    live = served(adapted())
+    with pytest.raises(hw.UpdateAborted, match=r"hotweights.engines.peft.load_base\(model, source\)"):
+        live.update(base)
+    load_base(live, base)
+    with pytest.raises(hw.UpdateAborted, match=r"hotweights.engines.peft.load_adapter\(model, source\)"):
+        live.update(alone(trained))
+    load_adapter(live, alone(trained))
+    inputs = torch.randn(3, 4)
+    assert torch.equal(live.model(inputs), trained(inputs))
+
+
+@pytest.mark.parametrize("source", [whole, lambda trained: trained])
+def test_a_whole_model_in_place_of_an_adapter(source):
+    live, trained = served(adapted()), adapted()
+    with pytest.raises(hw.PlanError, match=r"a whole model with adapters, not the adapter 'default' alone") as caught:
+        load_adapter(live, source(trained))
+    assert "peft.get_peft_model_state_dict(model, adapter_name='default')" in str(caught.value)
+    load_adapter(live, peft.get_peft_model_state_dict(trained, adapter_name="default"))
+
+
+def test_adapters_stay_when_the_model_under_them_is_updated():
+    """They were allowed to be missing, and are no values of the model under them to go back to."""
+    model, trained = adapted(), adapted()
+    live = hw.LiveModel(model)
+    live.load(plain(), allow_missing="*lora_*")
+    load_adapter(live, alone(trained))
+    base = plain()
+    report = live.update(base)
+    assert report.restored == ()
+    inputs = torch.randn(3, 4)
+    trained.base_model.model[0].base_layer.load_state_dict(base[0].state_dict())
+    trained.base_model.model[1].load_state_dict(base[1].state_dict())
+    assert torch.equal(model(inputs), trained(inputs))

@@ -1,0 +1,96 @@
+"""What a model's own loading code refuses is told with the tensor, what was expected, what was found, and the file."""
+
+import contextlib
+
+import pytest
+import torch
+from torch import nn
+
+import hotweights as hw
+
+
+class Model(nn.Module):
+    """Loads in the ways that engines do, each with a check of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.fused, self.checked = nn.Parameter(torch.zeros(4, 2)), nn.Parameter(torch.zeros(2, 2))
+
+    def load_weights(self, pairs):
+        for name, tensor in pairs:
+            self.take(name, tensor)
+
+    def take(self, name, tensor):
+        if name == "checked":
+            assert self.checked.shape == tensor.shape, "another shape"
+            self.checked.data.copy_(tensor)
+        else:
+            start = {"upper": 0, "lower": 2}[name]
+            self.fused.data.narrow(0, start, 2).copy_(tensor)
+
+
+class Slicing(Model):
+    def take(self, name, tensor):
+        super().take(name, tensor if name == "checked" else tensor.narrow(0, 0, 2))
+
+
+class AllAtOnce(Model):
+    def load_weights(self, pairs):
+        for name, tensor in sorted(dict(pairs).items()):
+            self.take(name, tensor)
+
+
+def tensors(**other):
+    return {"upper": torch.ones(2, 2), "lower": torch.ones(2, 2), "checked": torch.ones(2, 2), **other}
+
+
+CASES = [
+    (Model, {"lower": torch.ones(2, 3)}, "lower: [2, 2] expected for fused, F32 [2, 3] found; RuntimeError: "),
+    (Model, {"lower": torch.ones(3, 2)}, "lower: [2, 2] expected for fused, F32 [3, 2] found; RuntimeError: "),
+    (AllAtOnce, {"lower": torch.ones(2, 3)}, "lower: [2, 2] expected for fused, F32 [2, 3] found; RuntimeError: "),
+    (
+        Slicing,
+        {"lower": torch.ones(4, 3)},
+        "lower: [2, 2] expected for fused, F32 [4, 3] found, of which the code takes",
+    ),
+    (Slicing, {"lower": torch.ones(1, 2)}, "lower: F32 [1, 2] found; RuntimeError: start"),
+    (Model, {"checked": torch.ones(2, 3)}, "checked: F32 [2, 2] expected, F32 [2, 3] found; AssertionError: another"),
+    (Model, {"strange": torch.ones(1)}, "strange: F32 [1] found; KeyError: 'strange'"),
+    (Model, {"lower": torch.ones(1, 2)}, "fused: [1, 2] would be broadcast, silently, into [2, 2] (from lower"),
+]
+
+
+@pytest.mark.parametrize(("model", "other", "problem"), CASES)
+def test_the_tensor_is_named(model, other, problem, tmp_path):
+    for source, file in ((tensors(**other), ""), (tmp_path, " in model.safetensors")):
+        hw.save(tensors(**other), tmp_path)
+        with pytest.raises(hw.PlanError) as caught:
+            hw.load(model(), source)
+        (said,) = caught.value.problems
+        assert said.startswith(problem)
+        assert file.strip() in said
+        assert "broadcast" in said or f"{__file__}:" in said
+
+
+def test_an_update_says_what_the_live_version_had():
+    live = hw.LiveModel(Slicing())
+    live.load(tensors(), version="day-1")
+    with pytest.raises(hw.UpdateAborted) as caught:
+        live.update(tensors(lower=torch.ones(1, 2)), version="day-2")
+    assert caught.value.problems[0].endswith("; in the live version it is F32 [2, 2]")
+
+
+def test_what_the_code_catches_is_not_blamed():
+    """An operation that failed and was survived is not what the error is about."""
+
+    class Trying(Model):
+        def load_weights(self, pairs):
+            for name, tensor in pairs:
+                with contextlib.suppress(RuntimeError):
+                    self.fused.data.copy_(tensor)
+                if name == "checked":
+                    raise ValueError("of its own")
+
+    with pytest.raises(hw.PlanError) as caught:
+        hw.load(Trying(), tensors(lower=torch.ones(3, 3)))
+    assert caught.value.problems[0].startswith("checked: F32 [2, 2] found; ValueError: of its own")
