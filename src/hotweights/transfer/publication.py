@@ -24,7 +24,13 @@ class Publication:
 
     A version is written to a folder of its own first; then the pointer is put over the one that this sender wrote
     last. Whatever is cut short before that leaves the version before, and whatever comes after it the new one.
+
+    Attributes:
+        address: of the place.
+        state: what it does, in words.
     """
+
+    state = "publishes"
 
     def __init__(self, address: str | os.PathLike[str], *, keep: int | None, store: object, timeout: float) -> None:
         """Take the place over.

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import secrets
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -23,7 +21,6 @@ from ..manifest import Manifest
 from ..memory import devices
 from ..memory.wrappers import is_wrapper
 from ..model.as_saved import as_saved
-from ..progress import progress
 from ..sources.contracts import InMemory, Source, warnings_of
 from ..sources.iterator import from_iterator
 from ..sources.objects.run import is_run
@@ -32,22 +29,18 @@ from ..sources.pairs import pairs_of
 from ..sources.state_dict import StateSource, check_whole
 from ..text import some
 from ..timeline import Timeline
+from .audience import Audience
 from .copying import wrapped
-from .doubts import Decided, tell
 from .endpoint import endpoints_of
 from .outbound import Outbound
-from .peers import Peer, PeerGroup
 from .publication import Publication, check_none_connects
-from .register import Register, register_of
+from .register import register_of
 from .report import SendReport
 from .send_handle import LAST_LINES, SendHandle
 from .shared_memory import WriteSlots
-from .waits import left
 
 OnLost = Literal["abort", "drop"]
 """When a receiver is lost during an update: nobody takes the version, or all others do."""
-
-_REMEMBERED = 16  # updates whose decision is kept
 
 Sendable = AnySource | Iterable[tuple[str, torch.Tensor]]
 
@@ -56,8 +49,7 @@ class Sender:
     """Sends versions to the receivers that connect to an address. A context manager.
 
     Bytes go through a few slots of shared memory, filled once for all receivers; those on other hosts are sent what
-    they want of each. One version is sent at a time. Between
-    two of them nothing runs, and receivers that connect wait.
+    they want of each. One version is sent at a time. Between two of them nothing runs, and receivers that connect wait.
     """
 
     def __init__(
@@ -106,9 +98,6 @@ class Sender:
         check_flags(digests=digests)
         check_seconds(timeout=timeout)
         check_flags(insecure=insecure)
-        self._receivers, self._timeout, self._digests = receivers, timeout, digests
-        self._drop = on_lost == "drop"
-        self._publication: Publication | None = None
         if is_run(address, store):
             check_none_connects(
                 address,
@@ -121,27 +110,24 @@ class Sender:
                 insecure=(insecure, False),
                 decision=(decision, None),
             )
-            self._publication = Publication(address, keep=keep, store=store, timeout=timeout)  # type: ignore[arg-type]
-            self.address = self._publication.address
+            self._way: Publication | Audience = Publication(address, keep=keep, store=store, timeout=timeout)  # type: ignore[arg-type]
         else:
             if keep is not None:
                 raise UsageError(f"keep= is for places where versions are published; {address!r} is none; leave it out")
-            self._register: Register | None = None if decision is None else register_of(decision)
-            if self._register is not None:
-                self._register.probe()
+            register = None if decision is None else register_of(decision)
+            if register is not None:
+                register.probe()
             endpoints = endpoints_of(address, keys=keys, insecure=insecure)  # type: ignore[arg-type]
-            self._slots = WriteSlots(slots, slot_nbytes)
-            try:
-                self._group = PeerGroup(endpoints, self._slots, timeout)
-            except BaseException:
-                self._slots.close()
-                raise
-            self.address = ", ".join(self._group.addresses)
-        # Random, so that a late message of a sender that was here before is not taken for one of this sender's.
-        # Receivers take the first id that they see, and after that only larger ones.
-        self._update = secrets.randbits(62)
-        self._epoch = 0  # before the first version
-        self._decided: dict[int, Decided] = {}  # by update, of the last ones
+            self._way = Audience(
+                endpoints,
+                WriteSlots(slots, slot_nbytes),
+                receivers=receivers,
+                timeout=timeout,
+                digests=digests,
+                drop=on_lost == "drop",
+                register=register,
+            )
+        self.address = self._way.address
         self._sending = threading.Lock()
         self._process = os.getpid()
         self._thread: int | None = None  # the one that sends; only it changes this
@@ -217,7 +203,7 @@ class Sender:
         check_flags(wait=wait, show_progress=show_progress)
         if receivers is not None:
             check_count(1, receivers=receivers)
-        if self._publication is not None:
+        if isinstance(self._way, Publication):
             check_none_connects(self.address, receivers=(receivers, None))
         with ExitStack() as stack:
             stack.enter_context(self._alone())
@@ -258,59 +244,16 @@ class Sender:
         self, source: Source, version: str | int, receivers: int | None, show_progress: bool | None
     ) -> SendReport:
         self._thread = threading.get_ident()
-        timeline = Timeline()
-        if self._publication is not None:
-            return self._publication.send(source, version, timeline)
-        with timeline.event("wait for receivers"):
-            count = self._receivers if receivers is None else receivers
-            self._group.gather(count, drop=self._drop, meanwhile=self._tell)
-            doubts = self._settle()
-            members = self._group.gather(count, drop=self._drop)
-        # Larger than that of any lead that somebody here has had.
-        self._epoch = max(self._epoch, 1, *(peer.epoch + (peer.epoch > self._epoch) for peer in members))
-        self._update += 1
-        with progress("sending", source.manifest.nbytes, show=show_progress) as advance:
-            outbound = Outbound(
-                self._group,
-                members,
-                self._slots,
-                update=self._update,
-                timeout=self._timeout,
-                digests=self._digests,
-                drop=self._drop,
-                register=self._register,
-                epoch=self._epoch,
-                advance=advance,
-                timeline=timeline,
-            )
-            try:
-                report = outbound.run(source, version)
-            finally:
-                self._remember(outbound)
-        return replace(report, warnings=(*doubts, *warnings_of(source)))
+        if isinstance(self._way, Publication):
+            return self._way.send(source, version, Timeline())
 
-    def _settle(self) -> tuple[str, ...]:
-        """Say to those in doubt about an update what became of it, when somebody who knows is there.
+        def run(outbound: Outbound) -> SendReport:
+            return outbound.run(source, version)
 
-        Returns warnings about those updates of which nobody knows it.
-        """
-        deadline = time.monotonic() + self._timeout
-        while True:
-            late = not left(deadline)
-            still = tell(self._group.connected(), self._decided, last=late)
-            if late or not still:
-                return tuple(f"nobody knows whether it was taken: {doubt}" for doubt in still)
-            self._group.wait(self._group.peers, left(deadline), listen=True)
-
-    def _tell(self, ready: list[Peer]) -> None:
-        tell(ready, self._decided)
-
-    def _remember(self, outbound: Outbound) -> None:
-        """For who comes back in doubt."""
-        if outbound.decided is not None:
-            self._decided[self._update] = outbound.decided
-        while len(self._decided) > _REMEMBERED:
-            del self._decided[min(self._decided)]
+        report = self._way.offer(
+            Outbound, run, nbytes=source.manifest.nbytes, receivers=receivers, show_progress=show_progress
+        )
+        return replace(report, warnings=(*report.warnings, *warnings_of(source)))
 
     @property
     @signals.watched
@@ -324,11 +267,9 @@ class Sender:
             Closed: it was closed.
         """
         with self._alone():
-            if self._publication is not None:
+            if isinstance(self._way, Publication):
                 raise UsageError(f"nobody connects to {self.address}: workers look there, and are not seen")
-            connected = self._group.connected()
-            tell(connected, self._decided)
-            return tuple(peer.name for peer in connected for _ in range(peer.size))
+            return self._way.connected()
 
     def close(self) -> None:
         """Let go of the address and the memory. May be called twice, and by any thread.
@@ -339,14 +280,11 @@ class Sender:
         if self._process != os.getpid():  # A forked child owns nothing of it, and a lock may never be let go there.
             return
         self._closed = True
-        way = self._publication or self._group
-        way.stop()
+        self._way.stop()
         if self._thread == threading.get_ident():  # It would wait for itself.
             return
         with self._sending:  # Not for long: every wait of the running send has ended.
-            way.close()
-            if self._publication is None:
-                self._slots.close()
+            self._way.close()
         beside = self._beside
         if beside is not None and beside is not threading.current_thread():
             beside.join(LAST_LINES)
@@ -358,8 +296,7 @@ class Sender:
         self.close()
 
     def __repr__(self) -> str:
-        state = "publishes" if self._publication is not None else f"{len(self._group.peers)} receivers"
-        return f"<Sender at {self.address}: {'closed' if self._closed else state}>"
+        return f"<Sender at {self.address}: {'closed' if self._closed else self._way.state}>"
 
     @contextmanager
     @signals.held
