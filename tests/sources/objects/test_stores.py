@@ -163,3 +163,22 @@ def test_a_checkpoint_is_saved_to_s3_and_replaced(moto, bucket):
     with hw.open(address) as source:
         assert_same_bits(dict(source.tensors()), {name: tensor + 1 for name, tensor in TENSORS.items()})
         assert all("/run/model-v2-0000" in file for file in source.files)
+
+
+def test_versions_go_from_a_trainer_to_a_worker_through_s3(moto, bucket):
+    address = f"s3://{bucket}/run"
+    live = hw.LiveModel(nn.Linear(300, 200))
+    live.load(nn.Linear(300, 200))
+    with hw.Sender(address, keep=1) as first, hw.Receiver(address, interval=0.01) as receiver:
+        for step in range(2):
+            model = nn.Linear(300, 200)
+            first.send(model, version=step)
+            live.update(receiver)
+            assert live.version == step
+            assert torch.equal(live.model.weight, model.weight)
+        with hw.Sender(address) as second:
+            with pytest.raises(hw.AddressTaken):
+                first.send(model, version=2)
+            second.send(model, version=3)
+    with hw.follow(address, timeout=5, latest=True) as versions:
+        assert next(versions).name == "3"

@@ -63,10 +63,12 @@ def read_segments(
     advance: Callable[[int], None] | None,
     stop: threading.Event | None,
     gap: int = 0,
+    piece: int = _PIECE,
 ) -> dict[str, int]:
     """Read all segments with a few threads. The arguments and errors are those of ``contracts.Addressed.read``.
 
-    Segments of one file that lie at most ``gap`` bytes apart share a read; what lies between them is read, too.
+    Segments of one file that lie at most ``gap`` bytes apart share a read; what lies between them is read, too. Reads
+    have at most ``piece`` bytes. Where there is a gap, each read costs: they are filled to the last byte then.
     """
     check_choices(io=(io, IOMode))
     if pool.slot_nbytes < 3 * PAGE:
@@ -74,7 +76,7 @@ def read_segments(
             f"slots of {pool.slot_nbytes} bytes are too small to read into; Pool(slot_nbytes={3 * PAGE}) is the least"
         )
     segments = list(segments)
-    jobs = _plan_jobs(segments, min(_PIECE, pool.slot_nbytes - 2 * PAGE), gap)
+    jobs = _plan_jobs(segments, min(piece, pool.slot_nbytes - 2 * PAGE), gap)
     crew = _Crew(jobs, pool, io, advance, stop or threading.Event())
     bytes_by_io = crew.run(max(1, min(threads or _default_threads(), len(jobs))))
     for segment in segments:
@@ -105,7 +107,6 @@ def _plan_jobs(segments: Sequence[Segment], limit: int, gap: int = 0) -> list[_J
         by_slot = not isinstance(into, torch.Tensor)
         if by_slot and nbytes > limit:
             raise UsageError(f"a sink's read of {nbytes} bytes does not fit into a slot; at most {limit} do")
-        # A segment that would be cut begins a job of its own: a cut costs more than a shorter job before it.
         between = offset - end
         joins = file is last and by_slot is slot and 0 <= between <= gap and len(shares) < _IOV_MAX - 1
         if joins and 0 < nbytes <= room - between:
@@ -116,7 +117,13 @@ def _plan_jobs(segments: Sequence[Segment], limit: int, gap: int = 0) -> list[_J
             end += nbytes
             room -= nbytes
             continue
-        for done in range(0, nbytes, limit):
+        # A segment that would be cut begins a job of its own: a cut costs more than a shorter job before it. Not where
+        # each job is a request.
+        begun = room - between if joins and gap and not by_slot and nbytes > room - between > 0 else 0
+        if begun:
+            shares += [(between, 0, waste[:between]), (begun, 0, into)] if between else [(begun, 0, into)]
+            end, unwanted = offset + begun, unwanted + between
+        for done in range(begun, nbytes, limit):
             finish()
             size = min(limit, nbytes - done)
             last, begin, end, slot, unwanted = file, offset + done, offset + done + size, by_slot, 0

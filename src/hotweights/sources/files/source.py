@@ -46,6 +46,7 @@ class FileSource(ClosedByOwner):
     The manifest lists tensors file by file, in the order in which they lie there.
     """
 
+    _piece = 16 * 1024 * 1024  # bytes of one read at most
     _gap = 0  # bytes between two ranges that are read with them, rather than by two reads
 
     def __init__(
@@ -140,7 +141,8 @@ class FileSource(ClosedByOwner):
         self._check_open()
         io = self._begin(io)
         segments = [self._segment(read) for read in reads]
-        return read_segments(segments, pool=pool, io=io, threads=threads, advance=advance, stop=stop, gap=self._gap)
+        how = {"gap": self._gap, "piece": self._piece}
+        return read_segments(segments, pool=pool, io=io, threads=threads, advance=advance, stop=stop, **how)
 
     def check(self) -> None:
         """See that all files are those that were opened, and hold what ``digests`` says, see ``contracts.OnDisk``."""

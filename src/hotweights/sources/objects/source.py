@@ -11,6 +11,7 @@ from ..contracts import IOMode, Read
 from ..files.source import FileSource
 from .address import Address
 from .object import Object
+from .store import PART
 
 
 class ObjectSource(FileSource):
@@ -19,6 +20,7 @@ class ObjectSource(FileSource):
     The index and the objects are those that were found when it was opened: an answer of another object is an error.
     """
 
+    _piece = PART
     _gap = 512 * 1024  # cost less to read than a second request does
 
     def __init__(

@@ -115,7 +115,8 @@ class Store:
         self._soon: dict[str, _Asked[Opened]] = {}
         self._loop = asyncio.new_event_loop()
         self._free = asyncio.Semaphore(requests)
-        self._blocks = asyncio.Semaphore(requests)
+        self._free_blocks = asyncio.Semaphore(requests)
+        self._blocks: dict[tuple[str, Pin, int], asyncio.Task[memoryview]] = {}  # under way; in the loop's thread
         self._thread = threading.Thread(target=self._run, name="hotweights-objects", daemon=True)
         self._thread.start()
 
@@ -301,7 +302,22 @@ class Store:
         raise error
 
     async def _block(self, cache: Cache, key: str, pin: Pin, places: _Places, base: int, number: int) -> None:
-        """Take what is wanted of one block of the cache."""
+        """Take what is wanted of one block of the cache. Two who want it at once ask once."""
+        which = key, pin, number
+        if which not in self._blocks:
+            self._blocks[which] = task = self._loop.create_task(self._whole_block(cache, key, pin, number))
+            task.add_done_callback(lambda task: self._got_block(which, task))
+        block = await asyncio.shield(self._blocks[which])
+        first = number * BLOCK
+        start, stop = max(first, base), min(first + len(block), base + places.nbytes)
+        places.put(start - base, block[start - first : stop - first])
+
+    def _got_block(self, which: tuple[str, Pin, int], task: asyncio.Task[memoryview]) -> None:
+        del self._blocks[which]
+        if not task.cancelled():
+            task.exception()  # Whoever waited was told, if somebody still does.
+
+    async def _whole_block(self, cache: Cache, key: str, pin: Pin, number: int) -> memoryview:
         first, last = number * BLOCK, min((number + 1) * BLOCK, pin.size)
 
         async def read() -> bytearray:
@@ -309,10 +325,8 @@ class Store:
             await self._part(key, pin, _Places([block]), first, first, last)
             return block
 
-        async with self._blocks:  # Each is in memory whole.
-            block = await cache.block(self.path(key), pin, number, read, self.deadline)
-            start, stop = max(first, base), min(last, base + places.nbytes)
-            places.put(start - base, block[start - first : stop - first])
+        async with self._free_blocks:  # Each is in memory whole.
+            return await cache.block(self.path(key), pin, number, read, self.deadline)
 
     async def _part(self, key: str, pin: Pin, places: _Places, base: int, start: int, stop: int) -> None:
         """Read one range, each try from where the last one ended."""
