@@ -40,7 +40,7 @@ test-vllm-part: $(VLLM_VENV)/.installed
 refit-vllm: $(VLLM_VENV)/.installed
 	$(VLLM_BIN)/python examples/refit_vllm.py
 
-# With real trainers of TRL, and vLLM on the CPU, in an environment of its own: 2 GB.
+# With real trainers of TRL, and vLLM on the CPU, in an environment of its own: 2 GB. The part: without the tests marked long.
 test-trl: $(TRL_VENV)/.installed
 	$(TRL_BIN)/python -m pytest tests/trl
 
