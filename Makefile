@@ -48,7 +48,7 @@ test-sglang: $(SGLANG_VENV)/.installed
 refit-vllm: $(VLLM_VENV)/.installed
 	$(VLLM_BIN)/python examples/refit_vllm.py
 
-# With real trainers of TRL, and vLLM on the CPU, in an environment of its own: 2 GB.
+# With real trainers of TRL, and vLLM on the CPU, in an environment of its own: 2 GB. The part: without the tests marked long.
 test-trl: $(TRL_VENV)/.installed
 	$(TRL_BIN)/python -m pytest tests/trl
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from ...arguments import check_callable, check_seconds
 from ...errors import MissingPackage
-from .sync import Options, Sync
+from .sync import Sync, SyncOptions
 
 __all__ = ["Sync", "enable"]
 
@@ -40,4 +40,4 @@ def enable(
         if package not in ("trl", "vllm"):
             raise
         raise MissingPackage(package, f"hotweights[{package}]") from error
-    replace_methods(Options(address, timeout, on_sync))
+    replace_methods(SyncOptions(address, timeout, on_sync))

@@ -19,14 +19,14 @@ from ...errors import UsageError
 from ...sources.pairs import Pair
 from .colocated import Colocated
 from .server import Communicator
-from .sync import Options
+from .sync import SyncOptions
 from .walk import as_saved, buffers
 
-_OPTIONS = [Options()]
+_OPTIONS = [SyncOptions()]
 """What the last ``enable`` was given."""
 
 
-def replace_methods(options: Options) -> None:
+def replace_methods(options: SyncOptions) -> None:
     """Replace them; the second time only the options."""
     _OPTIONS[0] = options
     client, generation = vllm_client.VLLMClient, vllm_generation.VLLMGeneration

@@ -17,7 +17,7 @@ from ...sources.pairs import Pair
 from ..vllm.attached import as_loaded, attached, updatable
 from ..vllm.engine import OfflineEngine, done, emptied
 from ..vllm.ranks import Ranks, Refused, words_of
-from .sync import Options, Sync
+from .sync import Sync, SyncOptions
 
 Feed = Callable[[Iterable[tuple[str, Tensor]]], object]
 
@@ -25,7 +25,7 @@ Feed = Callable[[Iterable[tuple[str, Tensor]]], object]
 class Colocated:
     """A ``vllm.LLM`` whose model hotweights has loaded."""
 
-    def __init__(self, llm: Any, options: Options) -> None:
+    def __init__(self, llm: Any, options: SyncOptions) -> None:
         self._engine = OfflineEngine(llm)
         self._options = options
         self._config = llm.llm_engine.vllm_config

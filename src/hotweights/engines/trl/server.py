@@ -16,7 +16,7 @@ from ...sources.pairs import Pair
 from ..vllm.clients import HTTPClient
 from ..vllm.engine import Mode
 from ..vllm.trainer import Trainer, TrainerInit, register_trainer
-from .sync import Options, Sync
+from .sync import Sync, SyncOptions
 
 Told = tuple[str, str, Sequence[int]]
 """What TRL says of a tensor before it comes: its name, the name of its dtype, and its shape."""
@@ -51,7 +51,9 @@ class _Given:
 class Communicator:
     """Sends versions to all workers of a server: all take one, or none does."""
 
-    def __init__(self, url: str, config: Mapping[str, Any], options: Options, *, mode: Mode | None = "keep") -> None:
+    def __init__(
+        self, url: str, config: Mapping[str, Any], options: SyncOptions, *, mode: Mode | None = "keep"
+    ) -> None:
         """Connect to the workers.
 
         Args:

@@ -29,7 +29,7 @@ class Sync:
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class SyncOptions:
     """What ``enable`` was given, see there."""
 
     address: str | None = None
