@@ -5,19 +5,8 @@ import multiprocessing
 import sys
 
 import torch
-from checkpoint_engine import worker
-from parameter_server import CPU, serve
+from parameter_server import serve
 from stack import checkpoint
-
-from hotweights.engines.checkpoint_engine import CheckpointEngineWorker
-
-worker.DeviceManager = CPU
-
-
-class WorkerOnCPU(CheckpointEngineWorker):
-    """The same, on a device that checkpoint-engine knows no name for."""
-
-    _device_uuid = "cpu"
 
 
 def main(folder, start, rounds):
@@ -29,7 +18,7 @@ def main(folder, start, rounds):
     llm = LLM(
         paths[start],
         load_format="hotweights" if rounds else "auto",
-        worker_extension_cls="engine.WorkerOnCPU",
+        worker_extension_cls="worker_on_cpu.WorkerOnCPU",
         skip_tokenizer_init=True,
         enforce_eager=True,
         max_model_len=256,
@@ -46,7 +35,7 @@ def main(folder, start, rounds):
         return [*out.outputs[0].token_ids]
 
     found = [(None, says(), None)]
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")  # In a fork torch.distributed would be the engine's.
     for name, wrong, dies_at in rounds:
         state = transformers.AutoModelForCausalLM.from_pretrained(paths[name], dtype=torch.bfloat16).state_dict()
         if wrong == "missing":
@@ -72,5 +61,4 @@ def main(folder, start, rounds):
 
 
 if __name__ == "__main__":
-    sys.modules["engine"] = sys.modules["__main__"]  # vLLM imports the extension by this name.
     print(json.dumps(main(**json.loads(sys.argv[1]))), flush=True)
