@@ -170,6 +170,7 @@ def test_every_public_word_is_in_the_reference():
     assert said - public == {
         "hotweights.errors",
         "hotweights.sources.contracts",
+        "hotweights.engines.checkpoint_engine.Callbacks",
         "hotweights.engines.diffusers",
         "hotweights.engines.peft",
         "hotweights.engines.transformers",

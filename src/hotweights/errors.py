@@ -236,7 +236,8 @@ class TransferIncomplete(TransferError):
 class TransferInDoubt(TransferError):
     """This member voted for the version, and lost its sender on another host before it heard the decision.
 
-    It does not take the version; others may have it. The next version that is sent ends the doubt.
+    It waited for the next sender, and nobody told it. It does not take the version; others may have it. The next
+    version that is sent ends the doubt.
     """
 
 

@@ -41,7 +41,9 @@ def flags(command):
 
 
 def test_commands_and_flags():
-    assert set(COMMANDS) == {*"inspect verify diff copy convert follow plan load send receive relay keys demo".split()}
+    assert set(COMMANDS) == {
+        *"inspect verify diff copy convert follow plan load send receive relay keys resolve demo".split()
+    }
     assert flags("--help") == {"--version", "--help"}
     shared, allowing = {"--json", "--timeout", "--help"}, {"--allow-missing", "--allow-unexpected", "--cast"}
     assert flags("send") == shared | {
@@ -50,6 +52,7 @@ def test_commands_and_flags():
     assert flags("receive") == shared | allowing | {
         *"--from --model --device --versions --offer-timeout --keys --insecure".split()
     }
+    assert flags("resolve") == {*"--keys --insecure --wait --commit --abort --json --help".split()}
     assert flags("relay") == {*"--from --to --keys --insecure --name --timeout --help".split()}
     assert flags("keys") == {"--hosts", "--days", "--help"}
     assert flags("inspect") == {

@@ -13,9 +13,10 @@ from processes import Child, Tiny, context, follow, send_twice, value_of
 import hotweights as hw
 from hotweights.testing import assert_same_bits
 from hotweights.transfer import connection as connection_module
-from hotweights.transfer.ballot import Ballot, Decision
+from hotweights.transfer.ballot import Ballot
 from hotweights.transfer.channel import Channel
 from hotweights.transfer.connection import Connection
+from hotweights.transfer.decision import Decision
 from hotweights.transfer.messages import Abort, Filled
 from hotweights.transfer.outbound import Outbound
 from hotweights.transfer.states import SessionState

@@ -19,8 +19,8 @@ from processes import Child, Tiny, value_of
 import hotweights as hw
 from hotweights import signals
 from hotweights.transfer.address import Listener, path_of
-from hotweights.transfer.ballot import Decision
 from hotweights.transfer.channel import Channel
+from hotweights.transfer.decision import Decision
 from hotweights.transfer.endpoint import endpoint_of
 from hotweights.transfer.messages import (
     HEADER,

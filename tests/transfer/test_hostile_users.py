@@ -15,7 +15,8 @@ import hotweights as hw
 from hotweights.ranges import Range
 from hotweights.sources.contracts import Request
 from hotweights.transfer import member
-from hotweights.transfer.ballot import Ballot, Decision
+from hotweights.transfer.ballot import Ballot
+from hotweights.transfer.decision import Decision
 
 
 def taken(address, **options):

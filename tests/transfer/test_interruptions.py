@@ -14,7 +14,8 @@ from processes import Tiny, value_of
 
 import hotweights as hw
 from hotweights.signals import first_waits, watched
-from hotweights.transfer.ballot import Ballot, Decision
+from hotweights.transfer.ballot import Ballot
+from hotweights.transfer.decision import Decision
 from hotweights.transfer.outbound import Outbound
 from hotweights.transfer.receiver import Receiver
 

@@ -10,7 +10,7 @@ from processes import Child, Killer, Tiny, context, value_of
 
 import hotweights as hw
 from hosts import follow, free_address, history, relay_process
-from hotweights.transfer.ballot import Decision
+from hotweights.transfer.decision import Decision
 from hotweights.transfer.outbound import Outbound
 from hotweights.transfer.register import DecisionRecord, Register, SharedRecord
 

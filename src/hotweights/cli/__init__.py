@@ -30,6 +30,7 @@ COMMANDS = {
     "receive": "receive",
     "relay": "relay",
     "keys": "keys",
+    "resolve": "resolve",
     "demo": "demo.demo",
 }
 """The commands, and the file in which each lies. It is imported when the command is typed: most wait for torch."""

@@ -21,6 +21,7 @@ class State(enum.Enum):
     SERVING = "serving"  # all of one version
     UPDATING = "updating"  # an update runs; version N is what an abort leaves
     PREPARED = "prepared"  # it can be committed; version N still
+    IN_DOUBT = "in doubt"  # version N, and the group may have M: this member voted, and could not hear the decision
     TORN = "torn"  # tensors of two versions: an update with atomic=False failed
 
 
@@ -33,6 +34,8 @@ class Current:
         commits: how many versions were committed.
         running: what identifies the update that runs; ``None`` where none does.
         prepared: whether that update is prepared.
+        deciding: the source whose group decides about that update, once it is prepared.
+        doubted: whether the last update ended in doubt; until the next commit.
         previous: what makes the version before live again; ``None`` where it is not kept.
         keeps_previous: whether commits keep the version before.
         checking: whether a check looks at its version now, and nobody else at the model.
@@ -49,6 +52,8 @@ class Current:
         self.commits = 0
         self.running: object = None
         self.prepared = False
+        self.deciding: object = None
+        self.doubted = False
         self.checking = False
         self.previous: object = None
         self.keeps_previous = False
@@ -63,7 +68,9 @@ class Current:
     def state(self) -> State:
         """See ``State``."""
         if self.running is None:
-            return self.holds
+            return State.IN_DOUBT if self.doubted and self.holds is State.SERVING else self.holds
+        if getattr(self.deciding, "in_doubt", False):
+            return State.IN_DOUBT
         return State.PREPARED if self.prepared else State.UPDATING
 
     @property
@@ -95,10 +102,10 @@ class Current:
     @signals.held
     def begin(self, running: object) -> None:
         """An update runs from now on. Only while the model is reserved."""
-        self.running, self.prepared = running, False
+        self.running, self.prepared, self.deciding = running, False, None
 
     @signals.whole
     def end(self) -> None:
         """The update that ran is over; the next may begin."""
-        self.running = None
+        self.running = self.deciding = None
         self._reserved.release()

@@ -11,7 +11,7 @@ from torch import nn
 
 from .. import signals
 from ..arguments import check_version
-from ..errors import HotweightsError, UpdateAborted, UsageError
+from ..errors import HotweightsError, TransferInDoubt, UpdateAborted, UsageError
 from ..forked import alone_in_a_fork
 from ..loading.verify import Verifier
 from ..manifest import Manifest
@@ -196,6 +196,7 @@ class Update:
                 if isinstance(source, Participant):
                     if attempt.turn.has_limit:  # When the group has decided it is too late to give up.
                         attempt.turn.take()
+                    self._current.deciding = source
                     stack.enter_context(source.decision())
             report = self.commit(version)
             return replace(report, warnings=(*warnings_of(source), *report.warnings))
@@ -302,6 +303,7 @@ class Update:
         current.commits += 1
         previous, current.version = current.version, current.default_name if version is None else version
         current.holds, current.running, current.warned = State.SERVING, None, attempt.warned
+        current.doubted = False
         self._baseline.committed(attempt.job)
         if self._baseline.plans.last is attempt.job.plan:  # A partial update is not what the next one repeats.
             current.names = self._fed.new
@@ -360,6 +362,7 @@ class Update:
             yield
         except BaseException as error:
             self.abort()
+            self._current.doubted |= isinstance(error, TransferInDoubt)
             if self._attempt.job.first or not isinstance(error, Exception):
                 self._current.record.note_failure(error)
                 raise

@@ -160,6 +160,11 @@ class _RenamedParticipant(RenamedSource):
         decision: AbstractContextManager[None] = self._source.decision()
         return decision
 
+    @property
+    def in_doubt(self) -> bool:
+        """Whether it has voted, and waits for somebody who knows the decision."""
+        return bool(getattr(self._source, "in_doubt", False))
+
     def refuse(self, error: BaseException) -> None:
         """Tell the group that this version cannot be taken."""
         self._source.refuse(error)

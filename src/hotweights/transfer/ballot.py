@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import enum
 import fcntl
 import os
 
 from .. import signals
 from ..errors import ProtocolError, TransferError
+from .decision import Decision
 
-
-class Decision(enum.Enum):
-    """What becomes of an update. Each is a seal that a file can bear."""
-
-    COMMIT = fcntl.F_SEAL_GROW
-    ABORT = fcntl.F_SEAL_SHRINK
+_SEALS = {Decision.COMMIT: fcntl.F_SEAL_GROW, Decision.ABORT: fcntl.F_SEAL_SHRINK}
 
 
 @signals.held_throughout
@@ -58,7 +53,7 @@ class Ballot:
     def decide(self, vote: Decision) -> Decision:
         """Write ``vote`` if nothing is written yet. Returns what is written then."""
         try:
-            fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SEAL | vote.value)
+            fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SEAL | _SEALS[vote])
         except PermissionError:  # Somebody was first.
             written = self.read()
             assert written is not None
@@ -70,7 +65,7 @@ class Ballot:
         seals = fcntl.fcntl(self.descriptor, fcntl.F_GET_SEALS)
         if not seals & fcntl.F_SEAL_SEAL:
             return None
-        return Decision.COMMIT if seals & Decision.COMMIT.value else Decision.ABORT
+        return Decision.COMMIT if seals & _SEALS[Decision.COMMIT] else Decision.ABORT
 
     def close(self) -> None:
         """Let go. May be called twice."""

@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 from .. import signals
 from ..errors import Closed, PeerLost, ProtocolError, TransferError, TransferTimeout
 from .channel import Channel
+from .decision import Decision
 from .door import Endpoint
 from .flow import Inflow
-from .messages import Abort, Done, Filled, Frame, Hello, Message, Offer, Welcome
+from .messages import Abort, Account, Done, Filled, Frame, Hello, Message, Offer, Past, Verdict, Welcome
 from .roll import PLACES
 from .shared_memory import OwnSlots, ReadSlots
 from .states import Session
@@ -51,6 +52,8 @@ class Connection:
         self._slots: ReadSlots | OwnSlots | None = None
         self._filling: Frame | None = None  # what was said of a slot whose bytes are still on their way
         self._stopped = False
+        self._account: Account | None = None  # what became of the last update here
+        self._epoch = 0  # of the last lead
         self._last = ""  # what came instead of an offer, for the message when none comes in time
         self._using = threading.RLock()
         self.patience = 0.0
@@ -176,6 +179,48 @@ class Connection:
                 self._waker.wait(self._awaited(channel), seconds, lambda: self._stopped or stop())
                 channel.flush()
 
+    def note(self, account: Account) -> None:
+        """What became of the last update here, for the next lead."""
+        self._account = account
+
+    def verdict(self, update: int, deadline: float, stop: Callable[[], bool] = bool) -> Decision | None:
+        """What the next lead says about an update of which this process has noted that it is in doubt.
+
+        Connects as often as it takes. Returns ``None`` if nobody came in time who knows it.
+
+        Raises:
+            Closed: the wait was ended.
+        """
+        with self._using:
+            while left(deadline):
+                self.check_open(stop)
+                try:
+                    if self._connect():
+                        message = (frame := self.receive(deadline, stop=stop)).message
+                        if isinstance(message, Welcome):
+                            self._map(message, frame.descriptors)
+                        elif isinstance(message, Verdict):
+                            if message.about == update:
+                                return message.decision
+                        else:
+                            _close(frame.descriptors)
+                            self.drop("a version was offered to who is in doubt about the one before")
+                            return None
+                        continue
+                except TransferError:  # Whoever comes next may know.
+                    pass
+                self._waker.wait((), min(self._endpoint.retry, left(deadline)), lambda: self._stopped or stop())
+        return None
+
+    def pause(self, seconds: float, stop: Callable[[], bool] = bool) -> None:
+        """Wait for nothing but the end of the wait.
+
+        Raises:
+            Closed: the wait was ended.
+        """
+        self._waker.wait((), seconds, lambda: self._stopped or stop())
+        self.check_open(stop)
+
     def greet(self) -> bool:
         """Connect, if there is no connection. Never waits. Returns whether the sender has said welcome.
 
@@ -292,7 +337,7 @@ class Connection:
         if channel is None:
             return False
         self._channel = channel
-        channel.send(Hello(os.getpid(), self._name, self._crew))
+        channel.send(Hello(os.getpid(), self._name, self._crew, bool(self._account or self._epoch)))
         self._last = "the sender offered nothing"
         return True
 
@@ -332,7 +377,22 @@ class Connection:
         if isinstance(frame.message, Welcome):
             self._map(frame.message, frame.descriptors)
             return None
-        return self._standing(frame) if isinstance(frame.message, Offer) else None
+        if isinstance(frame.message, Offer):
+            self._check_epoch(frame)
+            return self._standing(frame)
+        return None  # A verdict on what is in doubt no more.
+
+    def _check_epoch(self, offer: Frame) -> None:
+        assert isinstance(offer.message, Offer)
+        if offer.message.epoch < self._epoch:
+            _close(offer.descriptors)
+            reason = (
+                f"a sender of epoch {offer.message.epoch} offered something, and one of epoch {self._epoch} came after "
+                "it; a sender that was replaced sends no more"
+            )
+            self.drop(reason)
+            raise ProtocolError(reason)
+        self._epoch = offer.message.epoch
 
     def _standing(self, offer: Frame) -> Frame | None:
         """The offer, unless the sender aborted it before anybody looked."""
@@ -361,6 +421,8 @@ class Connection:
             else:
                 flow = self._endpoint.flow(welcome.token)
                 self._slots = self._make_slots(flow, welcome.slots, welcome.slot_nbytes)
+            if self._account or self._epoch:
+                self.send(Past(self._epoch, () if self._account is None else (self._account,)))
         except TransferError as error:
             self.drop(str(error))
             raise

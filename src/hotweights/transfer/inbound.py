@@ -23,7 +23,7 @@ from .copying import copy_out
 from .member import Member, Standing
 from .messages import Accept, Chunk, End, Filled, Frame, Offer, Wanted, specs_of
 from .pending_leases import PendingLeases, PrivateMemory
-from .register import Register, SharedRecord
+from .register import SharedRecord, register_of
 from .states import SessionState
 
 
@@ -52,7 +52,7 @@ class Inbound:
             raise
         try:
             self.manifest = specs_of(offer)
-            record = SharedRecord(Register(offer.register), frame.update, offer.place) if offer.register else None
+            record = SharedRecord(register_of(offer.register), frame.update, offer.place) if offer.register else None
             roll = connection.slots.roll
             standing = None if roll is None else Standing(roll, connection.place, frame.update)
         except BaseException as error:
@@ -70,6 +70,8 @@ class Inbound:
             version=offer.version,
             timeout=timeout,
             record=record,
+            update=frame.update,
+            place=offer.place,
             is_elsewhere=offer.relayed or ballot is None or record is not None,
         )
         self._hashed = offer.digests
@@ -125,6 +127,7 @@ class Inbound:
             while not isinstance(message := member.next_message(), End):
                 assert isinstance(message, Filled), "the table lets nothing else pass"
                 yield from self._slot(message, guard)
+            member.electors = message.members
             self._pending.settle()
             self._check_complete()
         except (PeerLost, ProtocolError, TransferTimeout) as error:

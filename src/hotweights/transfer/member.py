@@ -11,15 +11,18 @@ from typing import NamedTuple
 from .. import signals
 from ..errors import Closed, CommitHookError, TransferAborted, TransferError, TransferInDoubt, UsageError
 from ..timeline import Timeline
-from .ballot import Ballot, Decision
+from .ballot import Ballot
 from .connection import Connection
-from .messages import Abort, Commit, Done, Message, Prepared, Refuse, reasons_of
+from .decision import Decision, Known, of_member
+from .messages import Abort, Account, Commit, Done, Message, Prepared, Refuse, Seat, reasons_of
 from .pending_leases import PendingLeases
 from .register import SharedRecord
 from .roll import Roll
 from .states import SessionState
-from .waits import holding
+from .waits import holding, left
 
+_LOOK = 1.0  # seconds between two looks into a register that was out of reach
+_SHOWN = 200  # characters of a version's name
 _BEFORE_VOTING = (SessionState.OFFERED, SessionState.STREAMING, SessionState.ENDED)
 
 
@@ -46,6 +49,8 @@ class Member:
     Attributes:
         version: its name.
         over: whether it was decided, or the sender lost.
+        in_doubt: whether it has voted and lost its sender, and waits for somebody who knows the decision.
+        electors: those that vote with it, of which the sender has told it.
         decides: whether the consumer takes part by ``decision``. If not, the end of the stream is its consent. Set
             before the stream, by what the consumer says that it wants.
         timeline: what the time of this version is spent on.
@@ -61,15 +66,19 @@ class Member:
         version: str | int,
         timeout: float,
         record: SharedRecord | None,
+        update: int,
+        place: int,
         is_elsewhere: bool,
     ) -> None:
         """``is_elsewhere``: whether the decision falls in a register, ``record``, or on another host.
 
-        A ballot holds then what was heard of it, if any.
+        A ballot holds then what was heard of it, if any. ``place`` is that at the lead, also behind a relay.
         """
         self.version = version
         self.decides = False
         self.over = False
+        self.in_doubt = False
+        self.electors: tuple[Seat, ...] = ()
         self.timeline = Timeline()
         self._connection = connection
         self._ballot = ballot
@@ -78,9 +87,12 @@ class Member:
         self._timeout = timeout
         self._is_elsewhere = is_elsewhere
         self._record = record
+        self._update, self._place = update, place
+        self._resolved = False  # Whether the decision came from somebody who does not wait for what follows.
         self._cancelled = False
         self._deciding = threading.RLock()  # held by whoever decides, refuses or commits
         self._interrupted: BaseException | None = None  # by what, after the group had decided to commit
+        self._note(Known.KEPT)  # Until it votes.
 
     @property
     def _longest(self) -> float:
@@ -185,64 +197,110 @@ class Member:
         try:
             self._connection.send(Prepared())
             self._hear(lambda: interruption.came or (self._cancelled and not self.decides))
-        except (TransferAborted, TransferInDoubt):
+            self._note(Known.COMMITTED)
+        except TransferAborted:
             raise
         except BaseException as error:
             # The decision may have fallen without this member having heard of it.
             if self._is_elsewhere:
-                self._hear_from_afar(error)
+                self._hear_from_afar(error, interruption)
                 return
-            if not self._was_to_commit():
+            is_commit = of_member(voted=True, record=self._sealed()) is Decision.COMMIT
+            self._note(Known.COMMITTED if is_commit else Known.KEPT)
+            if not is_commit:
                 self.give_up(TransferError("it was interrupted") if interruption.came else error)
                 raise
             self._interrupted = None if isinstance(error, Exception) else error
             if isinstance(error, TransferError) or not self._hears_late():
                 self._connection.drop("it waited for the decision in vain, and read it")
 
-    def _was_to_commit(self) -> bool:
-        """Whether the group has decided to commit, this member too. If it had decided nothing, it aborts now."""
+    def _sealed(self) -> Decision | None:
+        """What the group has decided about this member. If it had decided nothing, it aborts now.
+
+        Where the decision falls elsewhere, only a commit is known here: whoever heard of it, a relay, has noted it.
+        """
         standing, ballot = self._standing, self._ballot
-        if standing is None or ballot is None:
-            return False
-        if standing.struck():  # The others need not hear of it.
-            return False
+        otherwise = None if self._is_elsewhere else Decision.ABORT
+        # The others need not hear of it if it was struck.
+        if standing is None or ballot is None or standing.struck():
+            return otherwise
         # In this order: the sender lists its members, and then decides.
-        return ballot.decide(Decision.ABORT) is Decision.COMMIT and standing.listed()
+        committed = ballot.decide(Decision.ABORT) is Decision.COMMIT and standing.listed()
+        return Decision.COMMIT if committed else otherwise
 
     def _hear(self, stop: Callable[[], bool]) -> None:
         """Wait for the sender to say commit. It may be waiting for other receivers first."""
         message = self._next(stop)
         assert isinstance(message, Commit), "the table lets nothing else pass"
 
-    def _hear_from_afar(self, error: BaseException) -> None:
+    def _hear_from_afar(self, error: BaseException, interruption: signals.Interruption) -> None:
         """Wait on after ``error``: who has voted to take the version can only hear what its sender decided.
 
         Raises:
             TransferAborted: it decided to abort.
             TransferInDoubt: nobody says what it decided.
         """
+        heard = None
         if not isinstance(error, TransferError) and not self._connection.stopped:
             self._interrupted = None if isinstance(error, Exception) else error
             try:
                 self._hear(bool)
-                return
-            except (TransferAborted, TransferInDoubt):
-                raise
+                heard = Decision.COMMIT
+            except TransferAborted as aborted:
+                heard, error = Decision.ABORT, aborted
             except BaseException as later:  # A second signal does not wait.
                 error = later
-        reason = str(error) or type(error).__name__
-        try:
-            # In a register; or a relay heard it, and wrote it down before it was lost.
-            is_commit = self._was_to_commit() if self._record is None else self._record.is_commit()
-            is_known = self._record is not None
-        except TransferError as unreachable:
-            is_commit, is_known, reason = False, False, f"{reason}; {unreachable}"
-        if is_commit:
-            self._connection.drop("it waited for the decision in vain, and read it")
+        if heard is None:
+            # From here on no word of the lead before can be heard: the next one relies on that.
+            self._connection.drop(str(error) or type(error).__name__)
+        decision = of_member(voted=True, heard=heard, record=None if heard else self._read())
+        self._resolved = heard is None
+        if decision is None:
+            decision = self._doubted(error, interruption)
+        if decision is Decision.COMMIT:
+            self._note(Known.COMMITTED)
             return
-        failure = TransferAborted("the update was aborted", [reason]) if is_known else self._doubt(reason)
-        self.give_up(failure)
+        self._note(Known.IN_DOUBT if decision is None else Known.KEPT)
+        reason = str(error) or type(error).__name__
+        failure = self._doubt(reason) if decision is None else TransferAborted("the update was aborted", [reason])
+        self._finish()
         raise failure from error
+
+    def _read(self) -> Decision | None:
+        """What is written about this member, in a register or by its relay; ``None`` if it cannot be read."""
+        if self._record is None:
+            return self._sealed()
+        try:
+            return Decision.COMMIT if self._record.is_commit() else Decision.ABORT
+        except TransferError:
+            return None
+
+    def _doubted(self, error: BaseException, interruption: signals.Interruption) -> Decision | None:
+        """Wait for the next lead, or for the register, as long as for anything else. The version before is live."""
+        self._note(Known.IN_DOUBT)
+        self.in_doubt = True
+        # Who was interrupted already waits no longer.
+        deadline = time.monotonic() + (0 if self._interrupted or interruption.came else self._timeout)
+        try:
+            with self.timeline.event("in doubt"):
+                return self._asked(deadline, lambda: interruption.came)
+        except (TransferError, Closed):
+            return None
+        finally:
+            self.in_doubt = False
+
+    def _asked(self, deadline: float, stop: Callable[[], bool]) -> Decision | None:
+        if self._record is None:
+            return self._connection.verdict(self._update, deadline, stop)
+        while left(deadline):  # No lead can know better than the register.
+            self._connection.pause(min(_LOOK, left(deadline)), stop)
+            if (written := self._read()) is not None:
+                return written
+        return None
+
+    def _note(self, outcome: Known) -> None:
+        members = self.electors if outcome is Known.IN_DOUBT else ()
+        self._connection.note(Account(self._update, self._place, outcome, _short(self.version), members))
 
     def _doubt(self, reason: str) -> TransferInDoubt:
         return TransferInDoubt(
@@ -266,7 +324,9 @@ class Member:
         """Say that the commit was carried out, and what went wrong after it."""
         if self.over:
             return
-        if error is not None and not isinstance(error, CommitHookError):
+        if self._resolved:  # Nobody waits for it.
+            pass
+        elif error is not None and not isinstance(error, CommitHookError):
             self._connection.drop(f"the version was to be taken, and was not: {' '.join(reasons_of(error))}")
         elif self._connection.connected:
             self._connection.send(Done("" if error is None else "; ".join(reasons_of(error))))
@@ -299,10 +359,10 @@ class Member:
     def _next(self, stop: Callable[[], bool]) -> Message:
         frame = self._connection.receive(time.monotonic() + self._longest, stop=stop, meanwhile=self._pending.give_back)
         if isinstance(frame.message, Abort):
-            if not self.decides:
-                self._put_back()
             if frame.message.doubt:
                 raise self._doubt(frame.message.reason)
+            if not self.decides:
+                self._put_back()
             raise TransferAborted("the update was aborted", [frame.message.reason])
         return frame.message
 
@@ -312,3 +372,8 @@ class Member:
         self._pending.forget()
         if self._ballot is not None:
             self._ballot.close()
+
+
+def _short(version: str | int) -> str | int:
+    """The version's name for people: what is said between two versions is short."""
+    return version if isinstance(version, int) else version[:_SHOWN]

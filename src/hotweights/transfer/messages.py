@@ -14,13 +14,16 @@ from ..errors import HotweightsError, ProtocolError, UpdateAborted, UsageError, 
 from ..manifest import Manifest, TensorSpec
 from ..ranges import Range
 from ..text import some
+from .decision import Decision, Known
 
-PROTOCOL = 3  # another number for every change of what messages hold
+PROTOCOL = 4  # another number for every change of what messages hold
 MAX_SMALL = 16 * 1024  # bytes of a frame where only short messages may come: the longest of them is a reason
 MAX_FRAME = 32 * 1024 * 1024  # bytes; a manifest of 100,000 tensors takes about 10
 _MAGIC = b"hotw"
 _ADDRESSES = 2**48  # bytes that a process can address
 _REASONS = 50  # An error of 20,000 tensors must not outgrow a frame; whoever raised it has all of it.
+SEATS_NAMED = 100  # members that are named to all others, each by ``SEAT_NAME`` characters at most
+SEAT_NAME = 60
 REASON = 2000  # characters of a reason that are sent
 NAME = 100  # characters of a receiver's name
 HEADER = struct.Struct("<4sHHQI")  # magic, protocol, number of descriptors, update, bytes that follow
@@ -31,11 +34,55 @@ class _Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
 
 
 class Hello(_Message, frozen=True):
-    """A receiver's first word; the name is empty if it has none. ``crew`` is 1; of a relay, how many workers it has."""
+    """A receiver's first word; the name is empty if it has none. ``crew`` is 1; of a relay, how many workers it has.
+
+    ``past``: whether its ``Past`` follows the welcome; it takes no offer before that.
+    """
 
     pid: int
     name: str = ""
     crew: int = 1
+    past: bool = False
+
+
+class Seat(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
+    """A member of an update that is to vote: its place at the lead, how many processes it is, its name for people.
+
+    Not all have a name: see ``SEATS_NAMED``.
+    """
+
+    place: int
+    size: int
+    name: str
+
+
+class Account(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
+    """What became of an update at a process, which was the member with this place, or stands behind it.
+
+    Where it is in doubt, ``members`` are those that the lead had named when all were to prepare. A relay says only
+    ``count`` times what several of its workers say. So a ``Past`` is short.
+    """
+
+    update: int
+    place: int
+    outcome: Known
+    version: str | int
+    members: tuple[Seat, ...] = ()
+    count: int = 1
+
+
+class Past(_Message, frozen=True):
+    """What a receiver, or those behind a relay, know of the last update; and the last lead's epoch."""
+
+    epoch: int
+    accounts: tuple[Account, ...]
+
+
+class Verdict(_Message, frozen=True):
+    """What the next lead says to who is in doubt about an update. Without a decision: nobody comes who knows it."""
+
+    about: int
+    decision: Decision | None
 
 
 class Crew(_Message, frozen=True):
@@ -62,7 +109,8 @@ class Offer(_Message, frozen=True):
     """A version and its tensors: name, dtype, shape. On one host the ballot comes with it as a descriptor.
 
     If it is ``relayed``, the ballot holds what this host's relay heard of the decision, which falls elsewhere.
-    ``register`` says where the decision stands, if in one; there the receiver, or its relay, has this ``place``.
+    ``register`` says where the decision stands, if in one. The receiver, or the first relay before it, has this
+    ``place`` at the lead. Of two leads the one with the larger ``epoch`` is the present one.
     """
 
     version: str | int
@@ -71,6 +119,7 @@ class Offer(_Message, frozen=True):
     relayed: bool = False
     register: str = ""
     place: int = 0
+    epoch: int = 0
 
 
 class Wanted(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
@@ -121,7 +170,9 @@ class Release(_Message, frozen=True):
 
 
 class End(_Message, frozen=True):
-    """Everything wanted was sent."""
+    """Everything wanted was sent. ``members``: those that are to vote, for who may be in doubt later."""
+
+    members: tuple[Seat, ...] = ()
 
 
 class Prepared(_Message, frozen=True):
@@ -157,6 +208,8 @@ class Broken(_Message, frozen=True):
 
 Message = (
     Hello
+    | Past
+    | Verdict
     | Crew
     | Welcome
     | Offer
@@ -204,7 +257,7 @@ DESCRIPTORS: Mapping[str, int] = {"welcome": 1, "offer": 1}
 """How many descriptors come with a message of this kind; none with the others."""
 
 
-LARGE = frozenset({"offer", "accept", "refuse", "filled", "release", "done"})
+LARGE = frozenset({"offer", "accept", "refuse", "filled", "release", "end", "done"})
 """Kinds that may be longer than ``MAX_SMALL``."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,9 +17,13 @@ from ..ranges import Range, disjoint
 from ..sources.contracts import InMemory, Source
 from ..text import some
 from ..timeline import Timeline
-from .ballot import Ballot, Decision
+from .ballot import Ballot
+from .decision import Decision, Vote, of_lead
+from .doubts import Decided
 from .messages import (
     REASON,
+    SEAT_NAME,
+    SEATS_NAMED,
     Abort,
     Accept,
     Commit,
@@ -27,8 +32,10 @@ from .messages import (
     End,
     Frame,
     Offer,
+    Past,
     Refuse,
     Release,
+    Seat,
     Wanted,
     described,
     kind_of,
@@ -60,7 +67,13 @@ def merged(orders: Sequence[Sequence[int]]) -> list[int]:
 
 @signals.held_throughout
 class Outbound:
-    """One update of a group. ``run`` it once."""
+    """One update of a group. ``run`` it once.
+
+    Attributes:
+        decided: what was decided, and about whom; ``None`` where that is not known here.
+    """
+
+    _is_relayed = False
 
     def __init__(
         self,
@@ -73,6 +86,7 @@ class Outbound:
         digests: bool,
         drop: bool,
         register: Register | None = None,
+        epoch: int = 0,
         advance: Callable[[int], None],
         timeline: Timeline,
     ) -> None:
@@ -91,7 +105,9 @@ class Outbound:
         self._packing = Packing(slots, hashed=digests)
         self._may_lose = drop
         self._register = register
+        self._epoch = epoch
         self._ballot = Ballot.new()
+        self.decided: Decided | None = None
         self._agreed = False  # Whether everybody is prepared: from here on the decision may be to commit.
         self._doubtful = False  # Whether others may take the version although this group does not.
         self._over = False  # Whether it is decided: whoever is lost after that changes nothing.
@@ -116,7 +132,7 @@ class Outbound:
             return self._run(
                 version,
                 list(source.manifest.values()),
-                lambda: Offer(version, self._hashed, described(source.manifest), register=register),
+                lambda: Offer(version, self._hashed, described(source.manifest), register=register, epoch=self._epoch),
                 lambda: self._send(source),
             )
         finally:
@@ -140,7 +156,7 @@ class Outbound:
                 with self._timeline.event("wait until all are prepared"):
                     self._end()
                 self._ask()
-                self._agreed = True
+                self._agreed = of_lead(self._votes(), drop=self._may_lose) is Decision.COMMIT
                 if self._decide(Decision.COMMIT) is Decision.ABORT:
                     raise self._outvoted()
             except BaseException as error:
@@ -161,12 +177,15 @@ class Outbound:
     def _offer(self, offer: Offer, offered: Sequence[TensorSpec]) -> None:
         for peer in self._members:
             ballot = (self._ballot.descriptor,) if peer.channel.shares else ()
-            own = offer if self._register is None else msgspec.structs.replace(offer, place=peer.place)
-            peer.channel.send(own, update=self._update, descriptors=ballot)
+            peer.channel.send(self._own(offer, peer), update=self._update, descriptors=ballot)
         self._wait(self._in(SessionState.OFFERED), "answer the offer")
         for peer in list(self._members):
             if problem := next(filter(None, (_problem(wanted, offered) for wanted in peer.wanted)), ""):
                 self._lose(peer, problem)
+
+    def _own(self, offer: Offer, peer: Peer) -> Offer:
+        """The offer to one receiver."""
+        return msgspec.structs.replace(offer, place=peer.place)
 
     def _send(self, source: Source) -> None:
         asking = [peer for peer in self._members for _ in peer.wanted]  # a relay in a place for each of its workers
@@ -220,10 +239,17 @@ class Outbound:
         return [slot for slot in range(len(self._slots.memories)) if slot not in held]
 
     def _end(self) -> None:
-        for peer in self._members:
-            peer.channel.send(End())
+        electors = self._electors()
+        for peer in self._members:  # Who shares the ballot is never in doubt.
+            peer.channel.send(End(() if peer.channel.shares and not self._is_relayed else electors))
         self._wait(self._in(SessionState.ENDED, SessionState.STREAMING), "prepare")
         self._look()
+
+    def _electors(self) -> tuple[Seat, ...]:
+        """All who are to vote, for those that may be in doubt later."""
+        named = [peer.name[:SEAT_NAME] for peer in self._members[:SEATS_NAMED]]
+        names = itertools.chain(named, itertools.repeat(""))
+        return tuple(Seat(peer.place, len(peer.wanted), name) for peer, name in zip(self._members, names, strict=False))
 
     def _ask(self) -> None:
         """Everybody is prepared. Whoever does not decide alone asks here; nothing can be aborted after it returns."""
@@ -249,9 +275,14 @@ class Outbound:
         unasked = f"{' or '.join(holders)}: it wrote the decision without being asked"
         return TransferAborted("the update was aborted", reasons or [unasked])
 
+    def _votes(self) -> list[Vote]:
+        votes = [Vote.PREPARED if peer.state is SessionState.PREPARED else Vote.OPEN for peer in self._members]
+        return votes + [Vote.LOST] * len(self._lost)
+
     def _commit(self, version: str | int) -> SendReport:
         self._over = True
         members = list(self._members)
+        self.decided = Decided(Decision.COMMIT, frozenset(peer.place for peer in members))
         for peer in members:
             peer.channel.send(Commit())
         with self._timeline.event("wait for commits"):
@@ -282,6 +313,8 @@ class Outbound:
 
     def _abort(self, error: BaseException) -> None:
         self._over = True
+        if not self._doubtful:
+            self.decided = Decided(Decision.ABORT, frozenset())
         for peer in list(self._members):
             if peer.state in _OPEN:
                 peer.channel.send(Abort(told(error)[:REASON], self._doubtful))
@@ -346,7 +379,7 @@ class Outbound:
             ProtocolError: it was said before.
         """
         kind = kind_of(frame.message)
-        if kind in peer.said and not isinstance(frame.message, (Release, Crew)):
+        if kind in peer.said and not isinstance(frame.message, (Release, Crew, Past)):
             raise ProtocolError(f"the receiver said {kind!r} twice")
         peer.said.add(kind)
         peer.moved = time.monotonic()
@@ -365,6 +398,8 @@ class Outbound:
                 self._lose(peer, "; ".join(reasons))
             case Crew(count):
                 peer.size = count
+            case Past():
+                peer.recall(frame.message)
             case Done(problem, lost):
                 peer.problem, peer.fallen = problem, lost
 
@@ -392,7 +427,7 @@ class Outbound:
             self._leaving.append(peer)
         else:
             self._group.part_with(peer, reason)
-        if not self._over and not (self._may_lose and self._members):
+        if not self._over and of_lead(self._votes(), drop=self._may_lose) is Decision.ABORT:
             reasons = [f"{name}: {reason}" for name, reason in self._lost.items()]
             raise TransferAborted("the update was aborted", reasons)
 

@@ -6,7 +6,7 @@ import itertools
 import socket
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +16,7 @@ from ..errors import Closed, PeerLost, ProtocolError, TransferAborted, TransferE
 from .channel import Channel, close_in_children
 from .door import BACKLOG, PATIENCE, SILENT, Door, Endpoint
 from .flow import Outflow
-from .messages import NAME, Chunk, Crew, Filled, Hello, Wanted, Welcome
+from .messages import NAME, Account, Chunk, Crew, Filled, Hello, Past, Wanted, Welcome
 from .roll import PLACES
 from .shared_memory import WriteSlots
 from .states import SessionState
@@ -47,6 +47,9 @@ class Peer:
         said: kinds of messages that came from it.
         moved: when it last said something of the running update.
         problem: what it said was wrong when it was done.
+        accounts: what it has said of the last updates, and what it was not answered yet.
+        epoch: of the lead that it had before.
+        telling: whether it has yet to say that.
     """
 
     channel: Channel
@@ -63,6 +66,9 @@ class Peer:
     said: set[str] = field(default_factory=set)
     moved: float = 0.0
     problem: str = ""
+    accounts: tuple[Account, ...] = ()
+    epoch: int = 0
+    telling: bool = False
 
     def begin(self) -> None:
         """Forget the version before."""
@@ -80,7 +86,12 @@ class Peer:
     @property
     def ready(self) -> bool:
         """Whether a version can be offered to it."""
-        return self.state is SessionState.IDLE and self.size > 0 and (self.flow is None or self.flow.attached)
+        attached = self.flow is None or self.flow.attached
+        return self.state is SessionState.IDLE and self.size > 0 and attached and not self.telling
+
+    def recall(self, past: Past) -> None:
+        """It told of the updates before."""
+        self.accounts, self.epoch, self.telling = past.accounts, past.epoch, False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -134,13 +145,14 @@ class PeerGroup:
         """Where it listens."""
         return tuple(door.address for door in self._doors)
 
-    def gather(self, count: int, *, drop: bool = False) -> list[Peer]:
+    def gather(self, count: int, *, drop: bool = False, meanwhile: Callable[[list[Peer]], object] = bool) -> list[Peer]:
         """Wait until at least ``count`` receivers are there; returns all that are there, and all that wait to be taken.
 
         Args:
             count: how many.
             drop: wait for others where one has died since the last update. If not, the caller is told at once; the next
                 call waits for another in its place.
+            meanwhile: is called before each wait, with those that are there.
 
         Raises:
             TransferAborted: one that was there has died, without a goodbye, and too few are left.
@@ -154,6 +166,7 @@ class PeerGroup:
             more, turns = self._meet(gone), turns + 1
             self.check_open()
             ready = self._ready()
+            meanwhile(ready)
             # Whoever was waiting at the beginning has been taken after so many turns, even if others come without end.
             there = sum(peer.size for peer in ready)
             if there >= count and (not more or turns * _AT_ONCE > BACKLOG):
@@ -313,8 +326,12 @@ class PeerGroup:
                 if isinstance(frame.message, Crew):
                     peer.size = _counted(frame.message.count)
                     continue
+                if isinstance(frame.message, Past):
+                    peer.recall(frame.message)
+                    continue
                 assert isinstance(frame.message, Hello), "the table lets nothing else pass"
                 peer.size = _counted(frame.message.crew)
+                peer.telling = frame.message.past
                 if not peer.channel.shares:
                     peer.name = self._unique(f"process {frame.message.pid} on {peer.channel.host}")
                 if name := frame.message.name:

@@ -63,7 +63,8 @@ class Receiver:
                 ``s3://BUCKET/RUN``, another store or web server, ``file:///DIRECTORY``, or a ``Path``. Only what a plan
                 needs of a version is read then.
             name: for people, such as ``"rank0"``: it stands in the sender's errors and reports.
-            timeout: seconds that each single wait within an update may take.
+            timeout: seconds that each single wait within an update may take: also that for the next sender, when this
+                one is lost and nobody here knows what it decided.
             offer_timeout: seconds to wait for the next version.
             keys: the directory of the job's keys, which ``hotweights keys`` makes; for ``tcps:``.
             insecure: go without keys in a network where anybody may send and take weights.
@@ -103,6 +104,11 @@ class Receiver:
     def version(self) -> str | int | None:
         """The name of the version that came last; ``None`` before the first. Never waits."""
         return None if self._inbound is None else self._inbound.member.version
+
+    @property
+    def in_doubt(self) -> bool:
+        """Whether it has voted for a version, lost its sender, and waits for somebody who knows the decision."""
+        return self._inbound is not None and self._inbound.member.in_doubt
 
     def poll(self) -> str | int | None:
         """The name of the version that is offered or under way, if one is. Never waits.

@@ -12,7 +12,7 @@ import msgspec
 
 from .. import signals
 from ..errors import TransferError, UsageError
-from .ballot import Decision
+from .decision import Decision
 
 _NAME = "hotweights-{:016x}.json"  # by update
 
@@ -96,6 +96,15 @@ class Register:
 class _Content(msgspec.Struct, forbid_unknown_fields=True):
     decision: str
     places: tuple[int, ...]
+
+
+def register_of(url: str) -> Register:
+    """The register at a URL.
+
+    Raises:
+        UsageError: there is no such kind of register.
+    """
+    return Register(url)
 
 
 class SharedRecord(NamedTuple):

@@ -30,6 +30,8 @@ from ..notices import log
 from ..ranges import within
 from ..timeline import Timeline
 from .connection import Connection
+from .decision import Decision, of_member
+from .doubts import forward, is_in_doubt, past_of
 from .endpoint import endpoint_of, endpoints_of, is_local
 from .messages import (
     Abort,
@@ -43,16 +45,19 @@ from .messages import (
     Frame,
     Message,
     Offer,
+    Past,
     Prepared,
     Refuse,
     Release,
+    Seat,
+    Verdict,
     Wanted,
     reasons_of,
     specs_of,
 )
 from .outbound import Outbound
 from .peers import Peer, PeerGroup
-from .register import Register, SharedRecord
+from .register import SharedRecord, register_of
 from .shared_memory import RelaySlots
 from .states import SessionState
 from .waits import left
@@ -161,7 +166,7 @@ class Relay:
     @signals.held
     def _serve(self) -> None:
         """One connection to a sender, to its end."""
-        connection, said = self._connection, 0
+        connection, said, told = self._connection, 0, Past(0, ())
         while not connection.greet():
             connection.rest()
         slots = self._made[0].shared
@@ -170,10 +175,21 @@ class Relay:
         while True:
             self._connection.check_open()
             workers = group.connected()
+            if (
+                past := past_of(workers)
+            ) != told:  # Before the number of workers: nothing is offered to a relay without any.
+                connection.send(past)
+                told = past
             if (count := sum(peer.size for peer in workers)) != said:
                 connection.send(Crew(count))
                 said = count
             if (frame := connection.step()) is not None:
+                if isinstance(frame.message, Verdict):
+                    forward(workers, frame.message)
+                    told = past_of(workers)  # Another worker may have the same to tell: it was not answered yet.
+                    continue
+                # Who came after the sender had asked is in doubt still, and takes part in nothing.
+                workers = [peer for peer in workers if not is_in_doubt(peer)]
                 self._hand_on(group, workers, frame)
                 continue
             group.wait(group.peers, _LOOK, listen=True, also=connection.awaited())
@@ -211,6 +227,8 @@ class Relay:
 class Onward(Outbound):
     """One version on its way through a relay: as from a sender, but that bytes and the decision come from elsewhere."""
 
+    _is_relayed = True
+
     def __init__(
         self,
         group: PeerGroup,
@@ -239,6 +257,7 @@ class Onward(Outbound):
         self._heard: deque[Message] = deque()
         self._passed: set[int] = set()  # slots that some worker holds
         self._voted = False
+        self._named: tuple[Seat, ...] = ()  # those that vote, as the sender has named them
 
     def hand_on(self) -> None:
         """Offer, hand on, and do what the sender decides.
@@ -279,6 +298,13 @@ class Onward(Outbound):
         while not isinstance(message := self._next(), End):
             assert isinstance(message, Filled), "the table lets nothing else pass"
             self._pass(message, list(zip(members, by_tensor, strict=True)))
+        self._named = message.members
+
+    def _own(self, offer: Offer, peer: Peer) -> Offer:
+        return offer  # The place is the relay's: its host is one member.
+
+    def _electors(self) -> tuple[Seat, ...]:
+        return self._named
 
     def _pass(self, filled: Filled, wishes: Sequence[tuple[Peer, dict[int, Wanted]]]) -> None:
         """Have workers read a slot. They hold it, and when nobody does any more the sender may fill it again."""
@@ -310,28 +336,30 @@ class Onward(Outbound):
         except (TransferAborted, TransferInDoubt):
             raise
         except (TransferError, Closed) as error:
-            if self._offered.register:
-                self._read(str(error))
-                return
-            raise TransferInDoubt("the relay lost the sender before it heard the decision", [str(error)]) from error
+            self._read(str(error))
+            return
         assert isinstance(message, Commit), "the table lets nothing else pass"
 
     def _read(self, reason: str) -> None:
-        """Read the decision where it stands.
+        """Do what is written about this host, now that the sender is lost.
 
         Raises:
             TransferAborted: it is to abort.
-            TransferInDoubt: it cannot be read.
+            TransferInDoubt: nothing is, or it cannot be read. Each worker asks the next lead, or goes on trying.
         """
-        offer = self._offered
-        try:
-            record = SharedRecord(Register(offer.register), self._update, offer.place)
-            is_commit = record.is_commit()
-        except TransferError as error:
-            raise TransferInDoubt("the relay lost the sender", [reason, str(error)]) from error
-        if not is_commit:
+        written, reasons = None, [reason]
+        if self._offered.register:
+            try:
+                record = SharedRecord(register_of(self._offered.register), self._update, self._offered.place)
+                written = Decision.COMMIT if record.is_commit() else Decision.ABORT
+            except TransferError as error:
+                reasons.append(str(error))
+        decision = of_member(voted=True, record=written)
+        if decision is None:
+            raise TransferInDoubt("the relay lost the sender before it heard the decision", reasons)
+        if decision is Decision.ABORT:
             self._doubtful = False
-            raise TransferAborted("the update was aborted", [reason])
+            raise TransferAborted("the update was aborted", reasons)
 
     def _end_aborted(self, error: TransferError) -> None:
         """The workers hold the version before; now the sender is told, and may use its slots again."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -32,17 +33,21 @@ from ..sources.state_dict import StateSource, check_whole
 from ..text import some
 from ..timeline import Timeline
 from .copying import wrapped
+from .doubts import Decided, tell
 from .endpoint import endpoints_of
 from .outbound import Outbound
-from .peers import PeerGroup
+from .peers import Peer, PeerGroup
 from .publication import Publication, check_none_connects
-from .register import Register
+from .register import Register, register_of
 from .report import SendReport
 from .send_handle import LAST_LINES, SendHandle
 from .shared_memory import WriteSlots
+from .waits import left
 
 OnLost = Literal["abort", "drop"]
 """When a receiver is lost during an update: nobody takes the version, or all others do."""
+
+_REMEMBERED = 16  # updates whose decision is kept
 
 Sendable = AnySource | Iterable[tuple[str, torch.Tensor]]
 
@@ -121,7 +126,7 @@ class Sender:
         else:
             if keep is not None:
                 raise UsageError(f"keep= is for places where versions are published; {address!r} is none; leave it out")
-            self._register = None if decision is None else Register(decision)
+            self._register: Register | None = None if decision is None else register_of(decision)
             if self._register is not None:
                 self._register.probe()
             endpoints = endpoints_of(address, keys=keys, insecure=insecure)  # type: ignore[arg-type]
@@ -135,6 +140,8 @@ class Sender:
         # Random, so that a late message of a sender that was here before is not taken for one of this sender's.
         # Receivers take the first id that they see, and after that only larger ones.
         self._update = secrets.randbits(62)
+        self._epoch = 0  # before the first version
+        self._decided: dict[int, Decided] = {}  # by update, of the last ones
         self._sending = threading.Lock()
         self._process = os.getpid()
         self._thread: int | None = None  # the one that sends; only it changes this
@@ -256,10 +263,14 @@ class Sender:
             return self._publication.send(source, version, timeline)
         with timeline.event("wait for receivers"):
             count = self._receivers if receivers is None else receivers
+            self._group.gather(count, drop=self._drop, meanwhile=self._tell)
+            doubts = self._settle()
             members = self._group.gather(count, drop=self._drop)
+        # Larger than that of any lead that somebody here has had.
+        self._epoch = max(self._epoch, 1, *(peer.epoch + (peer.epoch > self._epoch) for peer in members))
         self._update += 1
         with progress("sending", source.manifest.nbytes, show=show_progress) as advance:
-            report = Outbound(
+            outbound = Outbound(
                 self._group,
                 members,
                 self._slots,
@@ -268,10 +279,38 @@ class Sender:
                 digests=self._digests,
                 drop=self._drop,
                 register=self._register,
+                epoch=self._epoch,
                 advance=advance,
                 timeline=timeline,
-            ).run(source, version)
-        return replace(report, warnings=warnings_of(source))
+            )
+            try:
+                report = outbound.run(source, version)
+            finally:
+                self._remember(outbound)
+        return replace(report, warnings=(*doubts, *warnings_of(source)))
+
+    def _settle(self) -> tuple[str, ...]:
+        """Say to those in doubt about an update what became of it, when somebody who knows is there.
+
+        Returns warnings about those updates of which nobody knows it.
+        """
+        deadline = time.monotonic() + self._timeout
+        while True:
+            late = not left(deadline)
+            still = tell(self._group.connected(), self._decided, last=late)
+            if late or not still:
+                return tuple(f"nobody knows whether it was taken: {doubt}" for doubt in still)
+            self._group.wait(self._group.peers, left(deadline), listen=True)
+
+    def _tell(self, ready: list[Peer]) -> None:
+        tell(ready, self._decided)
+
+    def _remember(self, outbound: Outbound) -> None:
+        """For who comes back in doubt."""
+        if outbound.decided is not None:
+            self._decided[self._update] = outbound.decided
+        while len(self._decided) > _REMEMBERED:
+            del self._decided[min(self._decided)]
 
     @property
     @signals.watched
@@ -287,7 +326,9 @@ class Sender:
         with self._alone():
             if self._publication is not None:
                 raise UsageError(f"nobody connects to {self.address}: workers look there, and are not seen")
-            return tuple(peer.name for peer in self._group.connected() for _ in range(peer.size))
+            connected = self._group.connected()
+            tell(connected, self._decided)
+            return tuple(peer.name for peer in connected for _ in range(peer.size))
 
     def close(self) -> None:
         """Let go of the address and the memory. May be called twice, and by any thread.

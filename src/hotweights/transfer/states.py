@@ -51,8 +51,11 @@ TABLE: tuple[Row, ...] = (
     Row(SessionState.CONNECTED, _R, "hello", SessionState.GREETED),
     Row(SessionState.GREETED, _S, "welcome", SessionState.IDLE),
     Row(SessionState.IDLE, _R, "crew", SessionState.IDLE),
+    Row(SessionState.IDLE, _R, "past", SessionState.IDLE),
+    Row(SessionState.IDLE, _S, "verdict", SessionState.IDLE),
     Row(SessionState.IDLE, _S, "offer", SessionState.OFFERED),
     Row(SessionState.OFFERED, _R, "crew", SessionState.OFFERED),
+    Row(SessionState.OFFERED, _R, "past", SessionState.OFFERED),
     Row(SessionState.OFFERED, _R, "accept", SessionState.STREAMING),
     Row(SessionState.OFFERED, _R, "refuse", SessionState.REFUSED),
     Row(SessionState.OFFERED, _S, "abort", SessionState.ABORTED),
@@ -71,6 +74,7 @@ TABLE: tuple[Row, ...] = (
     Row(SessionState.REFUSED, _S, "end", SessionState.REFUSED),
     Row(SessionState.REFUSED, _S, "abort", SessionState.ABORTED),
     Row(SessionState.ABORTED, _R, "crew", SessionState.ABORTED),
+    Row(SessionState.ABORTED, _R, "past", SessionState.ABORTED),
     Row(SessionState.ABORTED, _R, "accept", SessionState.ABORTED),
     Row(SessionState.ABORTED, _R, "release", SessionState.ABORTED),
     Row(SessionState.ABORTED, _R, "prepared", SessionState.ABORTED),
@@ -78,6 +82,8 @@ TABLE: tuple[Row, ...] = (
     Row(SessionState.ABORTED, _R, "done", SessionState.IDLE),
     Row(SessionState.COMMITTED, _R, "done", SessionState.IDLE),
 )
+
+_BETWEEN = frozenset({"crew", "past", "verdict"})  # They belong to no update that runs.
 
 _COMING = {
     (state, side): frozenset(row.kind for row in TABLE if row.state is state and row.by is side)
@@ -125,7 +131,7 @@ class Session:
         following = _NEXT.get((self.state, by, kind))
         if following is None:
             raise ProtocolError(f"the {by.value} may not say {kind!r} when the state is {self.state.value!r}")
-        if kind == "crew":  # It belongs to no update, and may have been under way when one began.
+        if kind in _BETWEEN:
             return
         if kind == "offer" and update <= self.update:
             raise ProtocolError(f"the offer of update {update} is stale; update {self.update} came before it")

@@ -69,7 +69,7 @@ def updatable(model: nn.Module, vllm_config: Any) -> LiveModel:
             f"{type(live.model).__name__} processes itself as a whole after loading, not layer by layer; start a new "
             "engine with the new weights"
         )
-    if live.state is not State.SERVING:
+    if live.state not in (State.SERVING, State.IN_DOUBT):
         raise UsageError(f"the model is {live.state.value}; only a model that is {State.SERVING.value} can be updated")
     if _sleeps():
         raise UsageError("this engine sleeps, so its weights have no memory; first: wake_up(tags=['weights'])")

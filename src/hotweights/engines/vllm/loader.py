@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -72,6 +73,11 @@ class ModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not install
             if processes_itself(model):
                 model.process_weights_after_loading()  # type: ignore[operator]
         attach(model, live)
+        # Of the worker, whose class is made by now: verl's pushes weights in a way that could serve half of them.
+        if "verl.workers.rollout.vllm_rollout.utils" in sys.modules:
+            from ..verl_colocated import take_over
+
+            take_over()
         logger.info("hotweights: %s", _told(report))
         for warning in report.warnings:
             logger.warning("hotweights: %s", warning)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...manifest import Manifest
+
 Pairs = Iterable[tuple[str, torch.Tensor]]
 
 _HEAD = "lm_head.weight"
@@ -26,6 +28,14 @@ def reconcile_head(model: nn.Module, model_config: Any) -> None:
     if (tied or untied) and any(name.rpartition(".")[2] == "lm_head" for name, _ in model.named_modules()):
         load: Callable[[Pairs], object] = model.load_weights  # type: ignore[assignment]
         model.load_weights = lambda weights: load(_untied(weights) if untied else _tied(weights))  # type: ignore[assignment]
+
+
+def twin_of_head(model_config: Any, manifest: Manifest) -> dict[str, str]:
+    """How the head's name ends and what the embedding is called, where both are one tensor and the head is left out."""
+    tied = getattr(model_config.hf_config.get_text_config(), "tie_word_embeddings", False)
+    embeddings = [name for name in manifest if name.endswith(_EMBEDDINGS)]
+    has_head = any(name.endswith(_HEAD) for name in manifest)
+    return {_HEAD: embeddings[0]} if tied and not has_head and len(embeddings) == 1 else {}
 
 
 def _untied(weights: Pairs) -> Iterator[tuple[str, torch.Tensor]]:

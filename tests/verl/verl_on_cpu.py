@@ -1,0 +1,46 @@
+"""A platform for verl without an accelerator. ``VERL_PLATFORM=cpu VERL_USE_EXTERNAL_MODULES=verl_on_cpu``."""
+
+import types
+from contextlib import nullcontext
+
+import torch
+from verl.plugin.platform.platform_base import PlatformBase
+from verl.plugin.platform.platform_manager import PlatformRegistry
+
+
+def gives(value):
+    return lambda *_, **__: value
+
+
+nothing = gives(None)
+module = types.ModuleType("device_of_verl")
+vars(module).update({name: getattr(torch.cpu, name) for name in dir(torch.cpu)})
+vars(module).update(dict.fromkeys(("empty_cache", "synchronize", "ipc_collect", "set_device"), nothing))
+vars(module).update(dict.fromkeys(("memory_allocated", "memory_reserved", "max_memory_allocated"), gives(0)))
+vars(module).update(max_memory_reserved=gives(0), mem_get_info=gives((0, 0)), device_count=gives(1))
+
+ANSWERS = {
+    **dict.fromkeys(("is_available", "is_platform_available"), True),
+    **dict.fromkeys(("set_device", "synchronize", "set_allocator_settings", "empty_cache", "cudart"), None),
+    **dict.fromkeys(("profiler_start", "profiler_stop", "manual_seed", "manual_seed_all"), None),
+    "current_device": 0,
+    "device_count": 1,
+    "get_device_capability": (None, None),
+    "communication_backend_name": "gloo",
+    "visible_devices_envvar": "NO_VISIBLE_DEVICES",
+    "nvtx_range": nullcontext(),
+    "ray_resource_name": "CPU",
+    "ray_resource_options": {},
+    "ray_noset_envvars": [],
+    "is_ipc_supported": False,
+}
+properties = {"device_name": "cpu", "vendor_name": "cpu", "device_module": module}
+
+PlatformRegistry.register(platform="cpu")(
+    type(
+        "CPUPlatform",
+        (PlatformBase,),
+        {name: gives(answer) for name, answer in ANSWERS.items()}
+        | {name: property(gives(value)) for name, value in properties.items()},
+    )
+)
