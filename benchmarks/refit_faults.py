@@ -98,13 +98,13 @@ def serve(talker: Talker, pipe: Any) -> None:
 
     while True:
         try:
-            what, given = pipe.recv()
+            number, what, given = pipe.recv()
         except EOFError:
             return
         try:
-            pipe.send(tokens() if what == "tokens" else getattr(client, what)(*given))
+            pipe.send((number, tokens() if what == "tokens" else getattr(client, what)(*given)))
         except Exception as error:
-            pipe.send(RuntimeError(f"{type(error).__name__}: {error}"))
+            pipe.send((number, RuntimeError(f"{type(error).__name__}: {error}")))
 
 
 class Remote:
@@ -114,10 +114,13 @@ class Remote:
         self.pipe, self.stalls, self._began = pipe, [], 0.0
 
     def ask(self, what: str, *given: Any) -> Any:
-        self.pipe.send((what, given))
-        if not self.pipe.poll(PATIENCE):
-            raise TimeoutError(f"the engine did not answer {what} in {PATIENCE:g} s")
-        answer = self.pipe.recv()
+        number = time.monotonic_ns()
+        self.pipe.send((number, what, given))
+        answered, answer = 0, None
+        while answered != number:  # Those before it are of a trainer that was killed.
+            if not self.pipe.poll(PATIENCE):
+                raise TimeoutError(f"the engine did not answer {what} in {PATIENCE:g} s")
+            answered, answer = self.pipe.recv()
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -191,14 +194,14 @@ def trainer(path: str, fault: str, is_ours: bool, pipe: Any, rounds: int = 1) ->
     return told, client.stalls, totals
 
 
-def ended(zoo: Zoo, script: Callable[..., Any], *given: Any) -> Any:
+def ended(zoo: Zoo, script: Callable[..., Any], *given: Any, seconds: float = 3 * PATIENCE) -> Any:
     """What a process returned, or how it ended."""
     try:
-        return zoo.run(script, None, *given, seconds=3 * PATIENCE)
+        return zoo.run(script, None, *given, seconds=seconds)
     except EOFError:
         return "killed", [], []
     except AssertionError as error:
-        return str(error).strip().splitlines()[-1], [], []
+        return str(error).strip().splitlines()[-1].replace("the engine", "the trainer"), [], []
 
 
 def engine(zoo: Zoo, name: str, is_ours: bool) -> Any:
@@ -257,7 +260,7 @@ def main() -> None:
             for is_ours in (False, True):
                 with engine(zoo, "llama-200MB", is_ours) as pipe:
                     path = str(zoo.checkpoint("llama-200MB", "B"))
-                    told, stalls, totals = ended(zoo, trainer, path, "nothing", is_ours, pipe, ROUNDS)
+                    told, stalls, totals = ended(zoo, trainer, path, "nothing", is_ours, pipe, ROUNDS, seconds=900)
                     numbers = [
                         f"{statistics.median(each[1:]) * 1000:.0f}" if each else told for each in (stalls, totals)
                     ]

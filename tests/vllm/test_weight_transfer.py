@@ -71,6 +71,7 @@ def round_of_refits(talker: Talker, paths):
     note("stuck", stuck(llm, models["A"]))
     trainer.source = None
     found["no source"] = caught(lambda: trainer_of(engine.LLMClient(llm), None))
+    found["a store"] = caught(lambda: trainer_of(engine.LLMClient(llm), ModuleSource(models["A"]), address="s3://b/c"))
     found["receivers"] = caught(lambda: trainer_of(llm, ModuleSource(models["A"])))
     found["too many"] = caught(lambda: trainer_of(engine.LLMClient(llm), ModuleSource(models["A"]), receivers=2))
 
@@ -178,6 +179,7 @@ def test_refits_of_an_engine_in_this_process(zoo):
     assert "TransferAborted" in found["stuck"][0]
     assert found["stuck"][1:] == (said["B"], ("collect=True", "collect=True", False, False))
     assert "a trainer needs a source" in found["no source"]
+    assert "engines connect to unix:PATH or tcps://HOST:PORT" in found["a store"]
     assert "receivers= is missing" in found["receivers"]
     assert "1 of 2 workers connected" in found["too many"]
     assert "the draft model keeps its weights" in found["drafts"][0]

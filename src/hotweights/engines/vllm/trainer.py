@@ -34,6 +34,7 @@ from ...transfer.endpoint import is_local
 from ...transfer.report import SendReport
 from ...transfer.sender import Sender
 from .backend import OPEN
+from .receiving import is_address
 
 _LOOK = 0.02
 """Seconds between two looks at who has connected."""
@@ -164,6 +165,8 @@ class Trainer(TrainerWeightTransferEngine):  # type: ignore[misc]
         if address is None:
             self._folder = tempfile.mkdtemp(prefix="hotweights-")
             address = f"unix:{Path(self._folder) / 'trainer'}"
+        if not all(map(is_address, [address] if isinstance(address, str) else address)):
+            raise UsageError(f"engines connect to unix:PATH or tcps://HOST:PORT; address= is {address!r}")
         keys, insecure = init_info.keys, init_info.insecure
         sender = self._sender = Sender(
             address, receivers=receivers, timeout=init_info.timeout, keys=keys, insecure=insecure
