@@ -197,6 +197,7 @@ CASES = [(drop, register) for drop in (False, True) for register in (False, True
 
 
 @pytest.mark.parametrize(("drop", "register"), CASES)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("count", [1, 2, *(pytest.param(count, marks=pytest.mark.long) for count in (3, 4))])
 def test_no_order_of_messages_deaths_and_cuts_tears_a_group(count, drop, register):
     worlds, found = explore(count, drop=drop, register=register)

@@ -36,7 +36,8 @@ from .doubts import Decided, tell
 from .endpoint import endpoints_of
 from .outbound import Outbound
 from .peers import Peer, PeerGroup
-from .register import Register, register_of
+from .register import Register
+from .register_table import register_of
 from .report import SendReport
 from .send_handle import LAST_LINES, SendHandle
 from .shared_memory import WriteSlots
@@ -86,8 +87,9 @@ class Sender:
             on_lost: what happens to an update when a receiver dies, fails or does not answer, see ``OnLost``.
             keys: the directory of the job's keys, which ``hotweights keys`` makes; for ``tcps:``.
             insecure: go without keys in a network where anybody may send and take weights.
-            decision: where decisions are written once, ``file:///DIRECTORY``, which all hosts see at that path. Members
-                that lose this process read it there. Without it those on other hosts are in doubt then.
+            decision: where decisions are written once: ``file:///DIRECTORY``, which all hosts see at that path,
+                ``s3://BUCKET/FOLDER`` or ``etcd://HOST:PORT/PREFIX``. Members that lose this process read it there.
+                Without it those on other hosts are in doubt then.
 
         Raises:
             AddressTaken: another sender is there; the message says which process.
