@@ -260,6 +260,7 @@ def test_four_hosts_in_random_orders(data, drop, register):
 
 def test_when_all_are_back_nobody_is_in_doubt():
     """Whatever each of them knows, and also where a member is several processes."""
+    assert decision.of_next_lead({}, [(1, Known.IN_DOUBT)]) is None  # Who the others are was not said.
     members = {1: 1, 2: 2}
     for first in Known:
         for second in Known:
