@@ -27,3 +27,10 @@ def test_quantised():
     command = [sys.executable, ROOT / "benchmarks" / "quantised.py", *flags]
     done = subprocess.run(command, check=True, timeout=100, capture_output=True, text=True)
     assert "journal" in done.stdout
+
+
+def test_decision():
+    """It fails where anything else than the decision of the rule comes out."""
+    command = [sys.executable, ROOT / "benchmarks" / "decision.py", "--members", "20", "--repeats", "1"]
+    done = subprocess.run(command, check=True, timeout=100, capture_output=True, text=True)
+    assert "20 members" in done.stdout

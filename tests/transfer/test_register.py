@@ -12,7 +12,8 @@ import hotweights as hw
 from hosts import follow, free_address, history, relay_process
 from hotweights.transfer.decision import Decision
 from hotweights.transfer.outbound import Outbound
-from hotweights.transfer.register import DecisionRecord, Register, SharedRecord
+from hotweights.transfer.register import DecisionRecord, SharedRecord
+from hotweights.transfer.register_table import register_of
 
 COMMIT, ABORT = Decision.COMMIT, Decision.ABORT
 
@@ -26,10 +27,10 @@ def register(tmp_path):
 @pytest.mark.parametrize("first", Decision)
 def test_a_record_is_written_once_by_whoever_is_first(first, register):
     written = DecisionRecord(first, (1, 5))
-    assert Register(register).decide(7, written) == written
+    assert register_of(register).decide(7, written) == written
     for other in Decision:
-        assert Register(register).decide(7, DecisionRecord(other, ())) == written
-    assert Register(register).decide(8, DecisionRecord(ABORT, ())) == DecisionRecord(ABORT, ())
+        assert register_of(register).decide(7, DecisionRecord(other, ())) == written
+    assert register_of(register).decide(8, DecisionRecord(ABORT, ())) == DecisionRecord(ABORT, ())
 
 
 def test_racing_processes_read_one_record(register):
@@ -38,7 +39,7 @@ def test_racing_processes_read_one_record(register):
     def vote(pipe, number):
         start.wait(TIMEOUT)
         for update in range(20):
-            record = Register(register).decide(update, DecisionRecord(list(Decision)[number % 2], (number,)))
+            record = register_of(register).decide(update, DecisionRecord(list(Decision)[number % 2], (number,)))
             pipe.send((record.decision.name, record.places))
 
     with contextlib.ExitStack() as stack:
@@ -48,13 +49,22 @@ def test_racing_processes_read_one_record(register):
 
 
 def test_a_commit_is_for_those_who_are_listed(register):
-    Register(register).decide(7, DecisionRecord(COMMIT, (1, 5)))
-    assert [SharedRecord(Register(register), 7, place).is_commit() for place in (1, 2, 5)] == [True, False, True]
+    register_of(register).decide(7, DecisionRecord(COMMIT, (1, 5)))
+    assert [SharedRecord(register_of(register), 7, place).is_commit() for place in (1, 2, 5)] == [True, False, True]
 
 
-@pytest.mark.parametrize("url", ["/shared", "file://host/shared", "file:shared", "etcd://x", "", 7])
+@pytest.mark.parametrize("url", ["/shared", "redis://x", "", 7])
 def test_what_is_no_register_is_refused(url):
-    with pytest.raises(hw.UsageError, match="decision= is a directory that all hosts see"):
+    with pytest.raises(hw.UsageError, match="decision= is a place that all hosts see"):
+        hw.Sender(free_address(), decision=url)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["file://host/shared", "file:shared", "s3:///run", "s3://key:hush@bucket", "etcd:///run", "etcd://host:x/run"],
+)
+def test_a_register_s_address_says_where_it_is(url):
+    with pytest.raises(hw.UsageError, match=r"that holds decisions looks like (file|s3|etcd)://"):
         hw.Sender(free_address(), decision=url)
 
 
@@ -64,19 +74,19 @@ def test_a_register_is_probed_before_it_is_trusted(tmp_path, register, monkeypat
     hw.Sender(free_address(), decision=register).close()
     assert not os.listdir(tmp_path / "shared run")
     monkeypatch.setattr(os, "link", os.replace)
-    with pytest.raises(hw.UsageError, match="it let two writers write one file"):
+    with pytest.raises(hw.UsageError, match="it let two writers write one of them"):
         hw.Sender(free_address(), decision=register)
 
 
 def test_a_register_out_of_reach_or_damaged_leaves_doubt(tmp_path, register):
     os.rmdir(tmp_path / "shared run")
     with pytest.raises(hw.TransferError, match="cannot be had from file://"):
-        Register(register).decide(7, DecisionRecord(ABORT, ()))
+        register_of(register).decide(7, DecisionRecord(ABORT, ()))
     os.mkdir(tmp_path / "shared run")
     for content in ("", "{}", '{"decision": "MAYBE", "places": []}', '{"decision": "COMMIT", "places": ["x"]}'):
         (tmp_path / "shared run" / "hotweights-0000000000000007.json").write_text(content)
         with pytest.raises(hw.TransferError, match="cannot be had from file://"):
-            Register(register).decide(7, DecisionRecord(ABORT, ()))
+            register_of(register).decide(7, DecisionRecord(ABORT, ()))
 
 
 def send_twice(pipe, addresses, register, at):
@@ -129,7 +139,7 @@ def test_a_sender_that_decides_too_late_finds_the_record(register, monkeypatch):
 
     def late(outbound):
         ask(outbound)
-        lost.append(Register(register).decide(outbound._update, DecisionRecord(ABORT, ())))
+        lost.append(register_of(register).decide(outbound._update, DecisionRecord(ABORT, ())))
 
     def work():
         with receiver(address) as source:

@@ -70,4 +70,5 @@ def of_next_lead(members: Mapping[int, int], told: Iterable[tuple[int, Known]]) 
     if any(outcome is Known.COMMITTED for _, outcome in listed):
         return Decision.COMMIT
     counts = Counter(place for place, _ in listed)
-    return Decision.ABORT if all(counts[place] >= size for place, size in members.items()) else None
+    is_back = members and all(counts[place] >= size for place, size in members.items())
+    return Decision.ABORT if is_back else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -43,14 +44,13 @@ class Doubt(NamedTuple):
     @property
     def absent(self) -> tuple[str, ...]:
         """The names of the members that have not come back, or not with all of their processes."""
-        places = [place for place, _ in self.told]
-        return tuple(
-            seat.name or f"place {seat.place}" for seat in self.members if places.count(seat.place) < seat.size
-        )
+        counts = Counter(place for place, _ in self.told)
+        missing = [seat for seat in self.members if counts[seat.place] < seat.size]
+        return tuple(seat.name or f"place {seat.place}" for seat in missing)
 
     def __str__(self) -> str:
-        counts = {outcome: [said for _, said in self.told].count(outcome) for outcome in Known}
-        said = ", ".join(f"{count} {outcome.value}" for outcome, count in counts.items() if count)
+        counts = Counter(outcome for _, outcome in self.told)
+        said = ", ".join(f"{counts[outcome]} {outcome.value}" for outcome in Known if counts[outcome])
         waits = f"; waiting for {', '.join(self.absent)}" if self.absent and self.decision is None else ""
         return f"version {self.version!r}: {said}{waits}"
 

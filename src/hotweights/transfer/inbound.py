@@ -23,7 +23,8 @@ from .copying import copy_out
 from .member import Member, Standing
 from .messages import Accept, Chunk, End, Filled, Frame, Offer, Wanted, specs_of
 from .pending_leases import PendingLeases, PrivateMemory
-from .register import SharedRecord, register_of
+from .register import SharedRecord
+from .register_table import register_of
 from .states import SessionState
 
 

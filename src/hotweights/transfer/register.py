@@ -1,12 +1,12 @@
-"""Register: where the decision about an update is written once, in a directory that all hosts see."""
+"""Register: where the decision about an update is written once, so that all hosts can read it."""
 
 from __future__ import annotations
 
+import abc
 import contextlib
-import os
 import secrets
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
-from urllib.parse import unquote, urlsplit
 
 import msgspec
 
@@ -14,7 +14,10 @@ from .. import signals
 from ..errors import TransferError, UsageError
 from .decision import Decision
 
-_NAME = "hotweights-{:016x}.json"  # by update
+NAME = "hotweights-{:016x}.json"
+"""Under what a decision lies, by the number of its update."""
+
+_RACERS = 8  # writers at a time that a probe lets try
 
 
 class DecisionRecord(NamedTuple):
@@ -25,86 +28,73 @@ class DecisionRecord(NamedTuple):
 
 
 @signals.held_throughout
-class Register:
-    """A directory in which a file is made once for each update: whoever is first decides, and all others read that.
+class Register(abc.ABC):
+    """Where something is written once for each update: whoever is first decides, and all others read that.
 
-    By ``link``, which fails if there is such a file, on NFS too. Nothing is removed: a member that stood still for an
-    hour must find what was decided.
+    Nothing is removed: a member that stood still for an hour must find what was decided.
+
+    Attributes:
+        url: as its user wrote it.
     """
 
     def __init__(self, url: str) -> None:
-        """Nothing is looked up yet.
+        """Nothing is looked up yet."""
+        self.url = url
+
+    @abc.abstractmethod
+    def written(self, name: str, content: bytes) -> bytes:
+        """What lies under the name, which is ``content`` if nothing lay there before.
 
         Raises:
-            UsageError: it is no ``file:///DIRECTORY``.
+            OSError: it cannot be reached; the text says why, and holds no secret.
         """
-        parts = urlsplit(url) if isinstance(url, str) else None
-        if parts is None or parts.scheme != "file" or parts.netloc or not os.path.isabs(parts.path):
-            raise UsageError(f"decision= is a directory that all hosts see, as file:///shared/run; found {url!r}")
-        self.url = url
-        self._directory = unquote(parts.path)
+
+    @abc.abstractmethod
+    def remove(self, name: str) -> None:
+        """Take away what a probe wrote.
+
+        Raises:
+            OSError: it cannot be reached.
+        """
 
     def probe(self) -> None:
-        """See that the second of two writers is refused.
+        """See that of several writers one wins, one after the other and at the same time.
 
         Raises:
-            UsageError: the directory is not there, or not writable, or lets both write.
+            UsageError: it cannot be reached, or nobody may write there, or it lets several write.
         """
-        path = os.path.join(self._directory, f"hotweights-probe-{secrets.token_hex(8)}")
+        names = [f"hotweights-probe-{secrets.token_hex(8)}" for _ in range(2)]
         try:
-            first = self._written(path, b"first")
-            second = self._written(path, b"second")
+            in_turn = [self.written(names[0], content) for content in (b"first", b"second")]
+            with ThreadPoolExecutor(_RACERS) as pool:
+                wanted = [str(number).encode() for number in range(_RACERS)]
+                at_once = list(pool.map(lambda content: self.written(names[1], content), wanted))
         except OSError as error:
             raise UsageError(f"{self.url} cannot hold decisions: {error}") from error
         finally:
-            with contextlib.suppress(OSError):
-                os.unlink(path)
-        if (first, second) != (b"first", b"first"):
-            raise UsageError(f"{self.url} cannot hold decisions: it let two writers write one file")
+            for name in names:
+                with contextlib.suppress(OSError):
+                    self.remove(name)
+        if in_turn != [b"first", b"first"] or len(set(at_once)) != 1:
+            raise UsageError(f"{self.url} cannot hold decisions: it let two writers write one of them")
 
     def decide(self, update: int, record: DecisionRecord) -> DecisionRecord:
         """Write ``record`` if nothing is written about this update. Returns what is written then.
 
         Raises:
-            TransferError: the directory cannot be reached, or what is there is no record.
+            TransferError: it cannot be reached, or what is there is no record.
         """
         content = msgspec.json.encode({"decision": record.decision.name, "places": record.places})
         try:
-            raw = self._written(os.path.join(self._directory, _NAME.format(update)), content)
-            found = msgspec.json.decode(raw, type=_Content)
+            found = msgspec.json.decode(self.written(NAME.format(update), content), type=_Content)
             return DecisionRecord(Decision[found.decision], found.places)
         except (OSError, msgspec.MsgspecError, KeyError) as error:
             raise TransferError(f"the decision about update {update} cannot be had from {self.url}: {error}") from error
-
-    def _written(self, path: str, content: bytes) -> bytes:
-        """What lies at the path, which is ``content`` if nothing lay there before."""
-        beside = f"{path}.{secrets.token_hex(8)}"
-        try:
-            with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())  # Else a host that loses power might forget what others have done.
-            with contextlib.suppress(OSError):  # Lost answers of NFS, too: what lies there counts.
-                os.link(beside, path)
-        finally:
-            with contextlib.suppress(OSError):
-                os.unlink(beside)
-        with open(path, "rb") as file:
-            return file.read()
 
 
 class _Content(msgspec.Struct, forbid_unknown_fields=True):
     decision: str
     places: tuple[int, ...]
-
-
-def register_of(url: str) -> Register:
-    """The register at a URL.
-
-    Raises:
-        UsageError: there is no such kind of register.
-    """
-    return Register(url)
 
 
 class SharedRecord(NamedTuple):

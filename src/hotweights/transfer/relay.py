@@ -57,7 +57,8 @@ from .messages import (
 )
 from .outbound import Outbound
 from .peers import Peer, PeerGroup
-from .register import SharedRecord, register_of
+from .register import SharedRecord
+from .register_table import register_of
 from .shared_memory import RelaySlots
 from .states import SessionState
 from .waits import left

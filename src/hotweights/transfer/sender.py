@@ -34,7 +34,7 @@ from .copying import wrapped
 from .endpoint import endpoints_of
 from .outbound import Outbound
 from .publication import Publication, check_none_connects
-from .register import register_of
+from .register_table import register_of
 from .report import SendReport
 from .send_handle import LAST_LINES, SendHandle
 from .shared_memory import WriteSlots
@@ -84,8 +84,9 @@ class Sender:
             on_lost: what happens to an update when a receiver dies, fails or does not answer, see ``OnLost``.
             keys: the directory of the job's keys, which ``hotweights keys`` makes; for ``tcps:``.
             insecure: go without keys in a network where anybody may send and take weights.
-            decision: where decisions are written once, ``file:///DIRECTORY``, which all hosts see at that path. Members
-                that lose this process read it there. Without it those on other hosts are in doubt then.
+            decision: where decisions are written once: ``file:///DIRECTORY``, which all hosts see at that path,
+                ``s3://BUCKET/FOLDER`` or ``etcd://HOST:PORT/PREFIX``. Members that lose this process read it there.
+                Without it those on other hosts are in doubt then.
             keep: where versions are published: how many stay there, 3 by default; older ones are deleted.
             store: of an address in a store: options, or a store of obstore, see ``hotweights.open``.
 

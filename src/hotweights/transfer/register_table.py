@@ -1,0 +1,33 @@
+"""The table of registers: what is made of which URL."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from ..errors import UsageError
+from .directory_register import DirectoryRegister
+from .etcd_register import EtcdRegister
+from .object_register import ObjectRegister
+from .register import Register
+
+REGISTERS: Mapping[str, Callable[[str], Register]] = {
+    "file": DirectoryRegister,
+    "s3": ObjectRegister,
+    "etcd": EtcdRegister,
+}
+"""What a URL may begin with."""
+
+
+def register_of(url: str) -> Register:
+    """The register at a URL. Nothing is looked up yet.
+
+    Raises:
+        UsageError: there is no such kind of register.
+    """
+    scheme = url.partition(":")[0] if isinstance(url, str) else ""
+    if scheme not in REGISTERS:
+        raise UsageError(
+            "decision= is a place that all hosts see: file:///shared/run, s3://bucket/run or etcd://host:2379/run; "
+            f"found {url!r}"
+        )
+    return REGISTERS[scheme](url)
