@@ -9,24 +9,26 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Literal, overload
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import nn
 
 from .. import signals
 from ..arguments import check_choices, check_count, check_flags, check_seconds, check_version
-from ..errors import Closed, TransferError, UsageError
+from ..errors import Closed, HotweightsError, TransferError, UsageError
 from ..forked import alone_in_a_fork
 from ..manifest import Manifest
 from ..memory import devices
 from ..memory.wrappers import is_wrapper
 from ..model.as_saved import as_saved
 from ..progress import progress
+from ..rename import Rename, new_names
 from ..sources.contracts import InMemory, Source, warnings_of
 from ..sources.iterator import from_iterator
 from ..sources.opening import AnySource, is_pairs, opened
 from ..sources.pairs import pairs_of
+from ..sources.renamed import renamed
 from ..sources.state_dict import StateSource, check_whole
 from ..text import some
 from ..timeline import Timeline
@@ -37,12 +39,19 @@ from .peers import PeerGroup
 from .register import Register
 from .report import SendReport
 from .send_handle import LAST_LINES, SendHandle
+from .sharded.holding import Holding, Sharded, holding
+from .sharded.lead import Lead
+from .sharded.meeting import ranks_in
+from .sharded.rank import Rank
+from .sharded.sharded_outbound import ShardedOutbound
+from .sharded.tiling import Tiling
 from .shared_memory import WriteSlots
 
 OnLost = Literal["abort", "drop"]
 """When a receiver is lost during an update: nobody takes the version, or all others do."""
 
-Sendable = AnySource | Iterable[tuple[str, torch.Tensor]]
+Sendable = AnySource | Iterable[tuple[str, torch.Tensor]] | Sharded
+_Outbound = TypeVar("_Outbound", bound=Outbound)
 
 
 class Sender:
@@ -66,8 +75,9 @@ class Sender:
         keys: str | os.PathLike[str] | None = None,
         insecure: bool = False,
         decision: str | None = None,
+        group: Any = None,
     ) -> None:
-        """Take the address. Nobody is waited for yet.
+        """Take the address. Nobody is waited for yet, but for the other ranks of ``group``.
 
         Args:
             address: ``unix:PATH``. The directory must be this user's alone; one that does not exist is made so. Or
@@ -87,6 +97,7 @@ class Sender:
         Raises:
             AddressTaken: another sender is there; the message says which process.
             UsageError: the address or an option is wrong.
+            TransferTimeout: not all ranks of ``group`` came.
         """
         check_choices(on_lost=(on_lost, OnLost))
         check_count(1, receivers=receivers, slots=slots, slot_nbytes=slot_nbytes)
@@ -99,13 +110,28 @@ class Sender:
         endpoints = endpoints_of(address, keys=keys, insecure=insecure)
         self._receivers, self._timeout, self._digests = receivers, timeout, digests
         self._drop = on_lost == "drop"
-        self._slots = WriteSlots(slots, slot_nbytes)
+        self._ranks = None if group is None else ranks_in(group, address, timeout)
+        if isinstance(self._ranks, Rank):  # Receivers come to rank 0.
+            endpoints, slots, slot_nbytes = [], 1, 1
         try:
-            self._group = PeerGroup(endpoints, self._slots, timeout)
-        except BaseException:
-            self._slots.close()
+            self._slots = WriteSlots(slots, slot_nbytes, sealed=self._ranks is None)
+            try:
+                self._group = PeerGroup(endpoints, self._slots, timeout)
+                if isinstance(self._ranks, Lead):
+                    self._ranks.meet(self._slots)
+                    self._slots.seal()
+            except BaseException:
+                self._slots.close()
+                raise
+        except BaseException as error:
+            if hasattr(self, "_group"):
+                self._group.close()
+            elif isinstance(self._ranks, Lead) and isinstance(error, HotweightsError):
+                self._ranks.refuse(error)
+            if self._ranks is not None:
+                self._ranks.close()
             raise
-        self.address = ", ".join(self._group.addresses)
+        self.address = ", ".join(self._group.addresses or ([address] if isinstance(address, str) else address))
         # Random, so that a late message of a sender that was here before is not taken for one of this sender's.
         # Receivers take the first id that they see, and after that only larger ones.
         self._update = secrets.randbits(62)
@@ -122,6 +148,7 @@ class Sender:
         *,
         version: str | int,
         manifest: Manifest | None = None,
+        rename: Rename | None = None,
         receivers: int | None = None,
         show_progress: bool | None = None,
         wait: Literal[True] = True,
@@ -134,6 +161,7 @@ class Sender:
         *,
         version: str | int,
         manifest: Manifest | None = None,
+        rename: Rename | None = None,
         receivers: int | None = None,
         show_progress: bool | None = None,
         wait: Literal[False],
@@ -147,6 +175,7 @@ class Sender:
         *,
         version: str | int,
         manifest: Manifest | None = None,
+        rename: Rename | None = None,
         receivers: int | None = None,
         show_progress: bool | None = None,
         wait: bool = True,
@@ -159,10 +188,12 @@ class Sender:
         Args:
             tensors: a mapping, a module, a source or a path; or pairs of name and tensor. With ``manifest`` pairs are
                 sent as they come. Without it they are read to the end first, and all tensors are kept until the return.
-                Of a transformers model what ``save_pretrained`` would write is sent.
-            version: its name.
+                Of a transformers model what ``save_pretrained`` would write is sent. With ``group=`` every rank gives
+                what it holds: DTensors, ``Shard``s, and whole tensors, which lie on one rank or on several.
+            version: its name; with ``group=`` the same on all ranks.
             manifest: what the pairs will be.
-            receivers: how many must be connected this time.
+            rename: new names for the tensors, see ``hotweights.load``.
+            receivers: how many must be connected this time; with ``group=`` rank 0 says it.
             show_progress: whether to draw a progress bar; by default on a terminal or in a notebook.
             wait: whether to wait for the receivers. If not, a thread does, and ``SendHandle.result`` says how it ended.
                 What is sent is opened before this returns; only pairs with ``manifest`` are iterated in the thread.
@@ -173,7 +204,8 @@ class Sender:
             TransferIncomplete: the group took it, and some receivers were lost after that.
             TransferTimeout: not enough receivers came.
             UsageError: the tensors cannot be sent: two have one name, for example. Or the version before is being sent.
-                Nobody was told of the version.
+                Nobody was told of the version. With ``group=`` also: the ranks do not hold all of a tensor, or hold
+                some of it twice and differently. Every rank raises what any rank met, in the same words.
             Exception: the source failed. Nobody has the version.
         """
         if version is None:
@@ -184,12 +216,18 @@ class Sender:
             check_count(1, receivers=receivers)
         with ExitStack() as stack:
             stack.enter_context(self._alone())
-            source = stack.enter_context(_opened(tensors, manifest))
-            _check_bare(source)
-            send = partial(self._send, source, version, receivers, show_progress)
+            if self._ranks is None:
+                source = stack.enter_context(_opened(tensors, manifest, rename))
+                _check_bare(source)
+                send = partial(self._send, source, version, receivers, show_progress)
+                given: Sequence[torch.Tensor] = _lying(source)
+            else:
+                held = self._held(stack, tensors, manifest, rename, version)
+                send = partial(self._send_held, held, version, receivers, show_progress)
+                given = held.tensors if isinstance(held, Holding) else ()
             if wait is not False:
                 return send()
-            queued = _queued(source)
+            queued = devices.record_events({tensor.device for tensor in given})
             return self._begin(send, stack.pop_all(), version, queued)
 
     @signals.held
@@ -221,13 +259,31 @@ class Sender:
         self, source: Source, version: str | int, receivers: int | None, show_progress: bool | None
     ) -> SendReport:
         self._thread = threading.get_ident()
+
+        def run(outbound: Outbound) -> SendReport:
+            return outbound.run(source, version)
+
+        report = self._offer(Outbound, run, source.manifest.nbytes, receivers, show_progress)
+        return replace(report, warnings=warnings_of(source))
+
+    @signals.held
+    def _offer(
+        self,
+        kind: Callable[..., _Outbound],
+        run: Callable[[_Outbound], SendReport],
+        nbytes: int,
+        receivers: int | None,
+        show_progress: bool | None,
+    ) -> SendReport:
+        """Wait for receivers, and run an update of this kind for them."""
         timeline = Timeline()
         with timeline.event("wait for receivers"):
             count = self._receivers if receivers is None else receivers
-            members = self._group.gather(count, drop=self._drop)
+            beside = self._ranks if isinstance(self._ranks, Lead) else None
+            members = self._group.gather(count, drop=self._drop, beside=beside)
         self._update += 1
-        with progress("sending", source.manifest.nbytes, show=show_progress) as advance:
-            report = Outbound(
+        with progress("sending", nbytes, show=show_progress) as advance:
+            outbound = kind(
                 self._group,
                 members,
                 self._slots,
@@ -238,8 +294,45 @@ class Sender:
                 register=self._register,
                 advance=advance,
                 timeline=timeline,
-            ).run(source, version)
-        return replace(report, warnings=warnings_of(source))
+            )
+            return run(outbound)
+
+    # With a group.
+
+    @signals.held
+    def _held(
+        self, stack: ExitStack, tensors: Sendable, manifest: Manifest | None, rename: Rename | None, version: str | int
+    ) -> Holding | UsageError:
+        """What this rank holds. What is wrong with it all ranks hear of, so it is not raised here."""
+        assert self._ranks is not None
+        try:
+            if manifest is not None:
+                raise UsageError("manifest= promises pairs that come one by one; with group= leave it out")
+            return stack.enter_context(holding(tensors, rename, self._ranks.place.ranks))
+        except HotweightsError as error:
+            return UsageError(str(error))
+        except BaseException as error:
+            self._ranks.fail(version, error)
+            raise
+
+    @alone_in_a_fork()
+    @signals.held
+    def _send_held(
+        self, held: Holding | UsageError, version: str | int, receivers: int | None, show_progress: bool | None
+    ) -> SendReport:
+        self._thread = threading.get_ident()
+        lead = self._ranks
+        if not isinstance(lead, Lead):
+            assert lead is not None
+            return lead.send(version, held)
+
+        def sending(tiling: Tiling) -> SendReport:
+            assert isinstance(held, Holding)
+            kind = partial(ShardedOutbound, lead=lead, tiling=tiling, tensors=held.tensors)
+            nbytes = sum(spec.nbytes for spec in tiling.specs())
+            return self._offer(kind, lambda assembly: assembly.give(version), nbytes, receivers, show_progress)
+
+        return lead.send(version, held, sending)
 
     @property
     @signals.watched
@@ -263,10 +356,14 @@ class Sender:
             return
         self._closed = True
         self._group.stop()
+        if self._ranks is not None:
+            self._ranks.stop()
         if self._thread == threading.get_ident():  # It would wait for itself.
             return
         with self._sending:  # Not for long: every wait of the running send has ended.
             self._group.close()
+            if self._ranks is not None:
+                self._ranks.close()
             self._slots.close()
         beside = self._beside
         if beside is not None and beside is not threading.current_thread():
@@ -304,9 +401,12 @@ class Sender:
 
 @contextmanager
 @signals.held
-def _opened(tensors: Sendable, manifest: Manifest | None) -> Iterator[Source]:
+def _opened(tensors: Any, manifest: Manifest | None, rename: Rename | None) -> Iterator[Source]:
     """What is to be sent, as a source; one that is made here is closed here."""
-    if not is_pairs(tensors):
+    if rename is not None:
+        with _opened(tensors, manifest, None) as source:
+            yield renamed(source, new_names(source.manifest, rename))
+    elif not is_pairs(tensors):
         with opened(as_saved(tensors) if isinstance(tensors, nn.Module) else tensors) as source:
             yield source
     elif manifest is not None:
@@ -317,11 +417,9 @@ def _opened(tensors: Sendable, manifest: Manifest | None) -> Iterator[Source]:
             yield state
 
 
-def _queued(source: Source) -> devices.Event | None:
-    """What computes the tensors may be queued still, on a stream of this thread. Other threads do not wait for that."""
-    if not isinstance(source, InMemory):
-        return None
-    return devices.record_events({source.borrow(name).device for name in source.manifest})
+def _lying(source: Source) -> list[torch.Tensor]:
+    """Those that lie in memory. What computes them may be queued still, on a stream of this thread."""
+    return [source.borrow(name) for name in source.manifest] if isinstance(source, InMemory) else []
 
 
 def _collected(pairs: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
