@@ -20,6 +20,7 @@ from .holding import BLOCKS, WHOLE, Table, TableRow
 from .words import Patch
 
 _LONG = 64 * 1024  # bytes of one rank that are worth a chunk of their own; shorter ones are put together in the slot
+_KEPT = 500_000  # chunks that are kept, of tensors that others are like
 _MANY = 64  # ranges of several runs that are compared with each other
 
 
@@ -77,6 +78,14 @@ class ChunkJob(NamedTuple):
     patches: Mapping[int, tuple[Patch, ...]]
 
 
+class Cut(NamedTuple):
+    """A chunk of a tensor, of any that lies in the same tiles; and its boxes."""
+
+    range: Range
+    asking: frozenset[int]
+    boxes: tuple[PartBox, ...]
+
+
 class Tiling:
     """All tensors of a version. The same for every version of a trainer that does not change.
 
@@ -93,6 +102,8 @@ class Tiling:
         self._numbers = numbers
         self._known: dict[object, Tiles] = {}
         self._loads = [0] * len(numbers)
+        self._cuts: dict[object, list[Cut]] = {}  # Most layers are alike, and so is what is wanted of them.
+        self._kept = 0
         rows: dict[str, list[tuple[int, int, TableRow]]] = {}
         for number in dict.fromkeys(numbers):
             for place, row in enumerate(tables[number].rows):
@@ -118,38 +129,28 @@ class Tiling:
         Long boxes of one rank are chunks of their own, of several ranks in turn; what is short is put together.
         """
         tile = self.tensors[number]
-        everything = (Range(0, tile.spec.nbytes),)
-        ranges = [ranges or everything for _, ranges in requests]
-        wanted = [
-            (part, frozenset(requests[place][0] for place in places), [ranges[place] for place in places])
-            for part, places in shared(ranges)
-        ]
-        mosaic = tile.tiles.mosaic
-        boxes = [list(mosaic.cut(part)) for part, _, _ in wanted]
-        if (own := _apart(mosaic, wanted, boxes)) is not None:
-            by_owner: dict[int, list[ChunkJob]] = {}
-            for (_, asking, _), cut, parts in zip(wanted, boxes, own, strict=True):
-                for box, whole in zip(cut, parts, strict=True):
-                    for part in pieces_of(whole, limit):
-                        job = self._job(tile, number, part, asking)
-                        by_owner.setdefault(box.number, []).append(job)
-            yield from _in_turn(list(by_owner.values()))
-            return
-        for part, asking, _ in wanted:
-            for piece in pieces_of(part, limit):
-                yield self._job(tile, number, piece, asking)
+        key = (id(tile.tiles), tuple(requests), limit)  # The tiles live as long as this.
+        cuts = self._cuts.get(key)
+        if cuts is None:
+            cuts = list(_cuts(tile, requests, limit))
+            if self._kept + len(cuts) > _KEPT:
+                self._cuts, self._kept = {}, 0
+            self._cuts[key], self._kept = cuts, self._kept + len(cuts)
+        for cut in cuts:
+            yield ChunkJob(number, cut.range, cut.asking, self._patches(tile, cut.boxes))
 
-    def _job(self, tile: TiledTensor, number: int, part: Range, asking: frozenset[int]) -> ChunkJob:
-        patches: dict[int, list[Patch]] = {}
-        mosaic, holders = tile.tiles.mosaic, tile.tiles.holders
-        for box in mosaic.cut(part) if part.size else ():
-            holder = min(holders[box.number], key=lambda holder: self._loads[holder.rank])
-            self._loads[holder.rank] += math.prod(box.lengths)
+    def _patches(self, tile: TiledTensor, boxes: Sequence[PartBox]) -> dict[int, tuple[Patch, ...]]:
+        patches: dict[int, tuple[Patch, ...]] = {}
+        mosaic, holders, loads = tile.tiles.mosaic, tile.tiles.holders, self._loads
+        for box in boxes:
+            able = holders[box.number]
+            holder = able[0] if len(able) == 1 else min(able, key=lambda holder: loads[holder.rank])
+            loads[holder.rank] += math.prod(box.lengths)
             offsets = mosaic.parts[box.number].offsets
-            local = (*(at + b - o for at, b, o in zip(holder.at, box.begin[:-1], offsets, strict=True)), box.begin[-1])
+            local = (*(at + b - o for at, b, o in zip(holder.at, box.begin, offsets, strict=False)), box.begin[-1])
             patch = Patch(tile.rows[holder.place], local, box.lengths, box.into, box.strides)
-            patches.setdefault(holder.rank, []).append(patch)
-        return ChunkJob(number, part, asking, {rank: tuple(own) for rank, own in patches.items()})
+            patches[holder.rank] = (*patches.get(holder.rank, ()), patch)
+        return patches
 
     def _tile(self, name: str, own: Sequence[tuple[int, int, TableRow]], problems: list[str]) -> TiledTensor | None:
         kinds: dict[tuple[str, tuple[int, ...]], int] = {}
@@ -198,6 +199,28 @@ class Tiling:
 _NAME = "\0"  # stands for a tensor's name
 
 
+def _cuts(tile: TiledTensor, requests: Sequence[tuple[int, tuple[Range, ...]]], limit: int) -> Iterator[Cut]:
+    everything = (Range(0, tile.spec.nbytes),)
+    ranges = [ranges or everything for _, ranges in requests]
+    wanted = [
+        (part, frozenset(requests[place][0] for place in places), [ranges[place] for place in places])
+        for part, places in shared(ranges)
+    ]
+    mosaic = tile.tiles.mosaic
+    boxes = [list(mosaic.cut(part)) if part.size else [] for part, _, _ in wanted]
+    if (own := _apart(mosaic, wanted, boxes)) is None:
+        for part, asking, _ in wanted:
+            for piece in pieces_of(part, limit):
+                yield Cut(piece, asking, tuple(mosaic.cut(piece)) if piece.size else ())
+        return
+    by_owner: dict[int, list[Cut]] = {}
+    for (_, asking, _), cut, parts in zip(wanted, boxes, own, strict=True):
+        for box, whole in zip(cut, parts, strict=True):
+            pieces = (Cut(part, asking, tuple(mosaic.cut(part))) for part in pieces_of(whole, limit))
+            by_owner.setdefault(box.number, []).extend(pieces)
+    yield from _in_turn(list(by_owner.values()))
+
+
 def _apart(
     mosaic: Mosaic, wanted: Sequence[tuple[Range, frozenset[int], list[tuple[Range, ...]]]], cut: list[list[PartBox]]
 ) -> list[list[Range]] | None:
@@ -226,13 +249,13 @@ def _range(mosaic: Mosaic, box: PartBox) -> Range | None:
     return range_of(Box(torch.uint8, box.lengths, row_major(mosaic.shape), first))
 
 
-def _in_turn(queues: Sequence[Iterable[ChunkJob]]) -> Iterator[ChunkJob]:
+def _in_turn(queues: Sequence[Iterable[Cut]]) -> Iterator[Cut]:
     """The first of each, the second of each, and so on."""
     waiting = [iter(queue) for queue in queues]
     while waiting:
         for queue in list(waiting):
-            job = next(queue, None)
-            if job is None:
+            cut = next(queue, None)
+            if cut is None:
                 waiting.remove(queue)
             else:
-                yield job
+                yield cut
