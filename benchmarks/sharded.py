@@ -10,7 +10,8 @@ Every worker compares its parameters with what was sent, outside the timing.
 * *one rank*: a ``Sender`` in one process that holds whole tensors.
 * *sharded*: four ranks hold DTensors with ``Shard(0)``, as FSDP2 makes them, and all send.
 * *full_tensor, then one rank*: the same DTensors are gathered by ``full_tensor()`` through gloo, and rank 0 sends.
-* *memory*: how much more than before its send a rank had resident at most, slots included (``VmHWM``).
+* *memory*: how much more than before its send a rank other than 0 had resident at most, slots included (``VmHWM``); the
+  most of all rounds, since memory that was freed may stay resident.
 """
 
 from __future__ import annotations
@@ -137,7 +138,7 @@ def measure(options: argparse.Namespace, console: Console) -> None:
     )
     medians = {way: statistics.median(found[1:]) for way, found in seconds.items()}
     for way, median in medians.items():
-        peak = "" if way == ONE else f"{max(memory[way][1:]) / 1e6:.1f} MB"
+        peak = "" if way == ONE else f"{max(memory[way]) / 1e6:.1f} MB"
         table.add_row(way, f"{median:.3f}", f"{median / medians[ONE]:.2f}", peak)
     console.print(table)
     console.print(
@@ -216,6 +217,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=100, help="count the chunks of one tensor in so many")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    options.size -= options.size % (options.tensors * RANKS * 2 * 1024)  # whole rows of 1024 on every rank
     (plan if options.plan else measure)(options, Console())
 
 

@@ -43,15 +43,15 @@ def failing():
 
 
 class LinkKiller:
-    """Kills this process before or after its ``at``-th word, said or heard, once it is armed."""
+    """Kills or stops this process before or after its ``at``-th word, said or heard, once it is armed."""
 
     def __init__(self, at):
-        self.left, self.armed = at, False
+        self.left, self.armed, self.signal = at, False, signal.SIGKILL
 
     def point(self):
         if self.armed:
             if self.left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), self.signal)
             self.left -= 1
 
     def __enter__(self):
@@ -100,8 +100,9 @@ def rank_of(pipe, rank, size, store, address, options):
             if kind == "destroy":
                 dist.destroy_process_group()
                 continue
-            if kind == "arm":
+            if kind in ("kill", "stop"):
                 killer.left, killer.armed = value, True
+                killer.signal = signal.SIGKILL if kind == "kill" else signal.SIGSTOP
                 continue
             report = tried(lambda: made.send(content(kind, rank, size, value), version=version))  # noqa: B023
             pipe.send(report if isinstance(report, tuple) else ("sent", str(report.version)))

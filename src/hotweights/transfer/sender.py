@@ -39,7 +39,7 @@ from .peers import PeerGroup
 from .register import Register
 from .report import SendReport
 from .send_handle import LAST_LINES, SendHandle
-from .sharded.holding import Holding, Sharded, holding
+from .sharded.holding import CastTo, Holding, Sharded, holding
 from .sharded.lead import Lead
 from .sharded.meeting import ranks_in
 from .sharded.rank import Rank
@@ -149,6 +149,7 @@ class Sender:
         version: str | int,
         manifest: Manifest | None = None,
         rename: Rename | None = None,
+        dtype: CastTo | None = None,
         receivers: int | None = None,
         show_progress: bool | None = None,
         wait: Literal[True] = True,
@@ -162,6 +163,7 @@ class Sender:
         version: str | int,
         manifest: Manifest | None = None,
         rename: Rename | None = None,
+        dtype: CastTo | None = None,
         receivers: int | None = None,
         show_progress: bool | None = None,
         wait: Literal[False],
@@ -176,6 +178,7 @@ class Sender:
         version: str | int,
         manifest: Manifest | None = None,
         rename: Rename | None = None,
+        dtype: CastTo | None = None,
         receivers: int | None = None,
         show_progress: bool | None = None,
         wait: bool = True,
@@ -193,6 +196,8 @@ class Sender:
             version: its name; with ``group=`` the same on all ranks.
             manifest: what the pairs will be.
             rename: new names for the tensors, see ``hotweights.load``.
+            dtype: with ``group=``: as what floating-point tensors of two bytes or more are sent. Each rank casts what
+                it fills a slot with: half the bytes of float32 masters travel, and a worker's own cast gives the same.
             receivers: how many must be connected this time; with ``group=`` rank 0 says it.
             show_progress: whether to draw a progress bar; by default on a terminal or in a notebook.
             wait: whether to wait for the receivers. If not, a thread does, and ``SendHandle.result`` says how it ended.
@@ -217,12 +222,14 @@ class Sender:
         with ExitStack() as stack:
             stack.enter_context(self._alone())
             if self._ranks is None:
+                if dtype is not None:
+                    raise UsageError("dtype= is for a Sender with group=; leave it out: workers cast by themselves")
                 source = stack.enter_context(_opened(tensors, manifest, rename))
                 _check_bare(source)
                 send = partial(self._send, source, version, receivers, show_progress)
                 given: Sequence[torch.Tensor] = _lying(source)
             else:
-                held = self._held(stack, tensors, manifest, rename, version)
+                held = self._held(stack, tensors, manifest, rename, dtype, version)
                 send = partial(self._send_held, held, version, receivers, show_progress)
                 given = held.tensors if isinstance(held, Holding) else ()
             if wait is not False:
@@ -301,14 +308,20 @@ class Sender:
 
     @signals.held
     def _held(
-        self, stack: ExitStack, tensors: Sendable, manifest: Manifest | None, rename: Rename | None, version: str | int
+        self,
+        stack: ExitStack,
+        tensors: Sendable,
+        manifest: Manifest | None,
+        rename: Rename | None,
+        dtype: CastTo | None,
+        version: str | int,
     ) -> Holding | UsageError:
         """What this rank holds. What is wrong with it all ranks hear of, so it is not raised here."""
         assert self._ranks is not None
         try:
             if manifest is not None:
                 raise UsageError("manifest= promises pairs that come one by one; with group= leave it out")
-            return stack.enter_context(holding(tensors, rename, self._ranks.place.ranks))
+            return stack.enter_context(holding(tensors, rename, self._ranks.place.ranks, dtype))
         except HotweightsError as error:
             return UsageError(str(error))
         except BaseException as error:
@@ -328,7 +341,7 @@ class Sender:
 
         def sending(tiling: Tiling) -> SendReport:
             assert isinstance(held, Holding)
-            kind = partial(ShardedOutbound, lead=lead, tiling=tiling, tensors=held.tensors)
+            kind = partial(ShardedOutbound, lead=lead, tiling=tiling, held=held)
             nbytes = sum(spec.nbytes for spec in tiling.specs())
             return self._offer(kind, lambda assembly: assembly.give(version), nbytes, receivers, show_progress)
 

@@ -1,6 +1,9 @@
 """Rounds: what one rank meets, every rank raises in the same words, and the next version goes through."""
 
 import itertools
+import os
+import signal
+import socket
 
 import pytest
 from ends import Thread, receiver
@@ -135,7 +138,7 @@ def _kill_at(folder, address, victim, at):
             ranks.heard()
             assert ranks.send("well", 1, 1) == [("sent", "1")] * 2
             assert [worker.heard() for worker in (one, other)] == [(1, 1.0, "")] * 2
-            ranks.order("arm", 0, at, [victim])
+            ranks.order("kill", 0, at, [victim])
             said = ranks.send("well", 2, 2)
             passed = said[victim] is not None
             if victim == 1 and not passed:
@@ -156,6 +159,41 @@ def _kill_at(folder, address, victim, at):
 @pytest.mark.parametrize(("victim", "at"), [(1, 1), (1, 6), (0, 9)])
 def test_a_rank_that_dies_takes_no_version_apart(folder, address, victim, at):
     _kill_at(folder, address, victim, at)
+
+
+def test_a_rank_that_stands_still_is_given_up(folder, address):
+    """It wakes up when its slot may be another's: what it does then it does alone."""
+    with trainer(folder, address, 2, timeout=2) as ranks:
+        ranks.heard()
+        worker = Worker(address)
+        assert ranks.send("well", 1, 1) == [("sent", "1")] * 2
+        ranks.order("stop", 0, 3, [1])  # at the order to fill a slot, or a word before it
+        ranks.order("well", 2, 2)
+        kind, words = ranks.heard([0])[0]
+        assert kind in ("TransferAborted", "TransferTimeout")
+        assert "rank 1" in words
+        os.kill(ranks.ranks[1].process.pid, signal.SIGCONT)
+        kind, words = ranks.heard([1])[0]
+        assert kind in ("PeerLost", "TransferTimeout")
+        assert ranks.send("well", 3, 3, [0])[0][0] in ("TransferAborted", "TransferTimeout")
+    with trainer(folder, address, 1, timeout=20) as ranks:
+        ranks.heard()
+        assert ranks.send("well", "last", 4) == [("sent", "last")]
+        assert worker.taken() == [(1, 1), ("last", 4)]
+
+
+def test_workers_may_be_on_other_hosts(folder, address):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        away = f"tcps://127.0.0.1:{free.getsockname()[1]}"
+    with trainer(folder, [address, away], 2, timeout=20, receivers=2) as ranks:
+        assert ranks.heard() == ["ready"] * 2
+        near, far = Worker(address), Worker(away)
+        assert ranks.send("well", "last", 5) == [("sent", "last")] * 2
+        assert near.taken() == far.taken() == [("last", 5)]
+    with trainer(folder, away, 1, timeout=2) as ranks:
+        kind, words = ranks.heard()[0]
+        assert kind == "UsageError"
+        assert f"meet at a unix: address, all on one host; give one too: Sender(['unix:run/hw', '{away}']" in words
 
 
 @pytest.mark.long

@@ -35,12 +35,12 @@ def as_rank():
         dist.destroy_process_group()
 
 
-def held_by(as_rank, size, make):
+def held_by(as_rank, size, make, dtype=None):
     """What each of so many ranks holds, of what ``make(rank)`` gives."""
     holdings = []
     for rank in range(size):
         as_rank(rank, size)
-        with holding(make(rank), None, range(size)) as held:
+        with holding(make(rank), None, range(size), dtype) as held:
             holdings.append(held)
     return holdings
 
@@ -65,7 +65,7 @@ def sent(tiling, holdings, number, requests, limit):
                 patch.__class__(patch.row, patch.begin, patch.lengths, 64 + patch.into, patch.strides)
                 for patch in patches
             )
-            digests = fill(slot, [Task(moved, alone)], holdings[rank].tensors)
+            digests = fill(slot, [Task(moved, alone)], holdings[rank])
             content = slot[64 : 64 + job.range.size]
             assert not alone or digests == (xxh3_64_intdigest(content.numpy()),)
             assert digest_of(slot, 64, job.range.size) == xxh3_64_intdigest(content.numpy())
@@ -165,6 +165,38 @@ def test_long_boxes_are_chunks_of_their_owners_in_turn(as_rank):
     arrived = sent(tiling, holdings, 0, columns, 128 * 1024)
     for place, (part,) in columns:
         assert torch.equal(bytes_of(arrived[place], part), bytes_of(raw(full), part))
+
+
+@pytest.mark.parametrize("limit", [64, 4096])
+@pytest.mark.parametrize("placement", [Shard(0), Shard(1), Replicate()])
+def test_masters_are_cast_where_they_lie(as_rank, placement, limit):
+    full = torch.randn(9, 34) * 1e3
+    full[0, :3] = torch.tensor([float("inf"), float("nan"), 1 + 2**-9])
+    kept, counts = torch.randn(4), torch.arange(5)
+
+    def make(rank):
+        lying = distribute_tensor(full, init_device_mesh("cpu", (2,)), [placement], src_data_rank=None)
+        return {"w": lying, "router": kept, "counts": counts, "fp8": full.to(torch.float8_e4m3fn)}
+
+    holdings = held_by(as_rank, 2, make, lambda name: None if name == "router" else torch.bfloat16)
+    tiling = tiling_of(holdings)
+    kinds = [spec.dtype for spec in tiling.specs()]
+    assert kinds == [torch.bfloat16, torch.float32, torch.int64, torch.float8_e4m3fn]
+    wanted = full.bfloat16()
+    odd = (Range(3, 67),)  # from the middle of an element to the middle of another
+    arrived = sent(tiling, holdings, 0, [(0, ()), (1, odd)], limit)
+    assert torch.equal(arrived[0], raw(wanted))
+    assert torch.equal(arrived[1][3:70], raw(wanted)[3:70])
+    assert torch.equal(sent(tiling, holdings, 1, [(0, ())], limit)[0], raw(kept))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, "bfloat16", torch.float8_e4m3fn, lambda name: torch.int8])
+def test_a_cast_is_to_floating_point_numbers(dtype):
+    with (
+        pytest.raises(hw.UsageError, match="dtype= is float32, bfloat16 or the like"),
+        holding({"w": torch.ones(2)}, None, (0,), dtype),
+    ):
+        pass
 
 
 def test_replicas_share_the_work(as_rank):

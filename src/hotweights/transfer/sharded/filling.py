@@ -11,24 +11,25 @@ from xxhash import xxh3_64_intdigest
 from ...boxes import Box, row_major, view
 from ...memory.addresses import buffer
 from ..copying import flat, put
+from .holding import Holding
 from .words import Patch, Task
 
 _SAME_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
 
-def fill(memory: torch.Tensor, tasks: Sequence[Task], tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
+def fill(memory: torch.Tensor, tasks: Sequence[Task], held: Holding) -> tuple[int, ...]:
     """Do the tasks; the digests of those that are hashed, in their order.
 
     Args:
         memory: the slot, ``uint8``.
         tasks: what to do.
-        tensors: of this rank, by the number of the row.
+        held: what this rank holds.
     """
     digests = []
     for task in tasks:
         digest = None
         for patch in task.patches:
-            digest = _copy(memory, patch, tensors[patch.row], hashed=task.hashed)
+            digest = _copy(memory, *_cast(patch, held), hashed=task.hashed)
         if task.hashed:
             assert digest is not None, "of a task that is hashed there is one patch"
             digests.append(digest)
@@ -38,6 +39,16 @@ def fill(memory: torch.Tensor, tasks: Sequence[Task], tensors: Sequence[torch.Te
 def digest_of(memory: torch.Tensor, start: int, nbytes: int) -> int:
     """The digest of what lies in a slot."""
     return xxh3_64_intdigest(buffer(memory.data_ptr() + start, nbytes))
+
+
+def _cast(patch: Patch, held: Holding) -> tuple[Patch, torch.Tensor]:
+    """The patch, and the tensor that it is of; where another dtype is sent, the box alone, as that."""
+    tensor, dtype = held.tensors[patch.row], held.dtypes[patch.row]
+    if tensor.dtype == dtype:
+        return patch, tensor
+    box = tuple(slice(at, at + length) for at, length in zip(patch.begin, patch.lengths[:-1], strict=False))
+    begin = (*(0 for _ in box), patch.begin[-1])
+    return Patch(patch.row, begin, patch.lengths, patch.into, patch.strides), tensor[box].to(dtype)
 
 
 def _copy(memory: torch.Tensor, patch: Patch, tensor: torch.Tensor, *, hashed: bool) -> int | None:

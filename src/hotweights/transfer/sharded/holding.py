@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from xxhash import xxh3_128_digest
 
+from ...arguments import shown
 from ...errors import UsageError
 from ...model.as_saved import as_saved
 from ...rename import Rename, new_names
@@ -26,6 +27,9 @@ from .group_place import NEW, GroupPlace, place_in
 from .shard import Shard
 
 WHOLE, BLOCKS = -1, -2
+
+CastTo = torch.dtype | Callable[[str], torch.dtype | None]
+"""As what floating-point tensors are sent: a dtype, or a function from a tensor's name to one, or to ``None``."""
 
 Sharded = AnySource | Iterable[tuple[str, torch.Tensor] | Shard]
 
@@ -65,10 +69,12 @@ class Holding(NamedTuple):
     Attributes:
         table: what it is; a row for each tensor.
         tensors: this rank's own, in the order of the rows. They are their owner's.
+        dtypes: as which they are sent.
     """
 
     table: Table
     tensors: Sequence[torch.Tensor]
+    dtypes: Sequence[torch.dtype]
 
 
 def said_of(held: Holding | UsageError, group: Any, place: GroupPlace) -> tuple[bytes, str]:
@@ -82,13 +88,16 @@ def said_of(held: Holding | UsageError, group: Any, place: GroupPlace) -> tuple[
 
 
 @contextmanager
-def holding(tensors: object, rename: Rename | None, ranks: Sequence[int]) -> Iterator[Holding]:
+def holding(
+    tensors: object, rename: Rename | None, ranks: Sequence[int], dtype: CastTo | None = None
+) -> Iterator[Holding]:
     """What a rank holds of these.
 
     Args:
         tensors: a mapping, a module, or pairs and ``Shard``s.
         rename: new names.
         ranks: the group's, as the meshes of DTensors number them.
+        dtype: as what floating-point tensors are sent.
 
     Raises:
         UsageError: they cannot be sent.
@@ -100,7 +109,35 @@ def holding(tensors: object, rename: Rename | None, ranks: Sequence[int]) -> Ite
                 f"with group= each rank sends tensors that lie in its memory; this is a {type(source).__name__}. Leave "
                 "group= out, and send it from one process"
             )
-        yield _listed(source, shards, rename, ranks)
+        yield _listed(source, shards, rename, ranks, cast_by(dtype))
+
+
+def cast_by(dtype: CastTo | None) -> Callable[[str, torch.dtype], torch.dtype]:
+    """As which dtype the tensor of a name is sent. Numbers that are no floats, or that are of one byte, stay.
+
+    Raises:
+        UsageError: it is no dtype of floating-point numbers, nor a function that gives some.
+    """
+    if dtype is not None and not callable(dtype):
+        _check_float(dtype)
+
+    def sent(name: str, own: torch.dtype) -> torch.dtype:
+        if not own.is_floating_point or own.itemsize == 1:
+            return own
+        asked = dtype(name) if callable(dtype) else dtype
+        if asked is None:
+            return own
+        _check_float(asked)
+        return asked
+
+    return sent
+
+
+def _check_float(dtype: object) -> None:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize == 1:
+        raise UsageError(
+            f"dtype= is float32, bfloat16 or the like, or a function from a name to one or None; found {shown(dtype)}"
+        )
 
 
 def _split(tensors: object) -> tuple[Mapping[str, torch.Tensor] | nn.Module | Source, list[Shard]]:
@@ -157,7 +194,13 @@ def _refuse_fsdp1(model: nn.Module) -> None:
     )
 
 
-def _listed(source: Source, shards: Sequence[Shard], rename: Rename | None, ranks: Sequence[int]) -> Holding:
+def _listed(
+    source: Source,
+    shards: Sequence[Shard],
+    rename: Rename | None,
+    ranks: Sequence[int],
+    cast: Callable[[str, torch.dtype], torch.dtype],
+) -> Holding:
     assert isinstance(source, InMemory)
     here = {rank: number for number, rank in enumerate(ranks)}
     manifest = source.manifest
@@ -170,8 +213,13 @@ def _listed(source: Source, shards: Sequence[Shard], rename: Rename | None, rank
     layouts: dict[MeshLayout, int] = {}
     names = new_names(dict.fromkeys((*manifest, *(shard.name for shard in shards))), rename)
     rows: list[TableRow] = []
-    for (name, dtype, shape), spec in zip(described(manifest), manifest.values(), strict=True):
-        part = spec.part
+    described(manifest)  # It refuses what torch has no type for.
+    dtypes: list[torch.dtype] = []
+    for name, spec in manifest.items():
+        part, shape = spec.part, spec.shape
+        assert isinstance(spec.dtype, torch.dtype)
+        dtypes.append(cast(names[name], spec.dtype))
+        dtype = _word(dtypes[-1])
         if part is None:
             rows.append(TableRow(names[name], dtype, shape))
             continue
@@ -183,11 +231,16 @@ def _listed(source: Source, shards: Sequence[Shard], rename: Rename | None, rank
         number = layouts.setdefault(part.layout, len(layouts))
         rows.append(TableRow(names[name], dtype, part.shape, number))
     for shard in shards:
-        dtype = str(shard.tensor.dtype).removeprefix("torch.")
+        dtypes.append(cast(names[shard.name], shard.tensor.dtype))
+        dtype = _word(dtypes[-1])
         blocks = (shard.block,) if shard.tensor.numel() else ()
         rows.append(TableRow(names[shard.name], dtype, shard.shape, BLOCKS, blocks))
     if problems:
         raise UsageError(f"these cannot be sent: {some(sorted(problems), 50)}")
     ours = (msgspec.structs.replace(layout, ranks=tuple(here[rank] for rank in layout.ranks)) for layout in layouts)
     held = [source.borrow(name) for name in manifest] + [shard.tensor.detach() for shard in shards]
-    return Holding(Table(tuple(ours), tuple(rows)), held)
+    return Holding(Table(tuple(ours), tuple(rows)), held, dtypes)
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

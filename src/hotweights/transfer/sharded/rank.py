@@ -221,7 +221,7 @@ class Rank:
             case Describe():
                 self._link.send(Described(self._round, held.table))  # type: ignore[union-attr]
             case Fill(_, slot, tasks):
-                digests = fill(self.slots.memories[slot], tasks, held.tensors)  # type: ignore[union-attr]
+                digests = fill(self.slots.memories[slot], tasks, held)  # type: ignore[arg-type]
                 self._link.send(Packed(self._round, slot, digests))
 
     def _wait(self, sockets: list[tuple[Any, bool]], seconds: float) -> None:

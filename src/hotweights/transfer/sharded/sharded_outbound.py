@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from msgspec.structs import replace
 
 from ... import signals
@@ -22,6 +21,7 @@ from ..register import Register
 from ..report import SendReport
 from ..shared_memory import WriteSlots, aligned
 from .filling import digest_of, fill
+from .holding import Holding
 from .lead import TICK, Lead, left_by
 from .tiling import ChunkJob, Tiling
 from .words import Fill, Leave, Packed, Task
@@ -65,9 +65,9 @@ class ShardedOutbound(Outbound):
         timeline: Timeline,
         lead: Lead,
         tiling: Tiling,
-        tensors: Sequence[torch.Tensor],
+        held: Holding,
     ) -> None:
-        """``tensors``: of this rank, which leads, by the number of their row."""
+        """``held``: what this rank holds, which leads."""
         super().__init__(
             group,
             members,
@@ -82,7 +82,7 @@ class ShardedOutbound(Outbound):
         )
         self._lead = lead
         self._tiling = tiling
-        self._own = tensors
+        self._own = held
         self._next: SlotInWork | None = None  # what the ranks are told to fill next
         self._offset = 0
         self._in_work: deque[SlotInWork] = deque()  # in the order in which they are handed over
