@@ -42,8 +42,11 @@ def failing():
     raise ValueError("no more")
 
 
+SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "ctrl-c": signal.SIGINT}
+
+
 class LinkKiller:
-    """Kills or stops this process before or after its ``at``-th word, said or heard, once it is armed."""
+    """Kills, stops or interrupts this process before or after its ``at``-th word, said or heard, once it is armed."""
 
     def __init__(self, at):
         self.left, self.armed, self.signal = at, False, signal.SIGKILL
@@ -51,6 +54,7 @@ class LinkKiller:
     def point(self):
         if self.armed:
             if self.left == 0:
+                self.armed = False
                 os.kill(os.getpid(), self.signal)
             self.left -= 1
 
@@ -82,7 +86,7 @@ def tried(work):
     """What it returned, or the kind and the words of what it raised."""
     try:
         return work()
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         return type(error).__name__, str(error)
 
 
@@ -100,9 +104,8 @@ def rank_of(pipe, rank, size, store, address, options):
             if kind == "destroy":
                 dist.destroy_process_group()
                 continue
-            if kind in ("kill", "stop"):
-                killer.left, killer.armed = value, True
-                killer.signal = signal.SIGKILL if kind == "kill" else signal.SIGSTOP
+            if kind in SIGNALS:
+                killer.left, killer.armed, killer.signal = value, True, SIGNALS[kind]
                 continue
             report = tried(lambda: made.send(content(kind, rank, size, value), version=version))  # noqa: B023
             pipe.send(report if isinstance(report, tuple) else ("sent", str(report.version)))

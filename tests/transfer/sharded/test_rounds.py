@@ -182,6 +182,23 @@ def test_a_rank_that_stands_still_is_given_up(folder, address):
         assert worker.taken() == [(1, 1), ("last", 4)]
 
 
+@pytest.mark.parametrize(("rank", "at"), [(1, 1), (1, 3), (0, 1), (0, 5)])
+def test_ctrl_c_on_one_rank_ends_the_version_on_all(folder, address, rank, at):
+    with trainer(folder, address, 2, timeout=20) as ranks:
+        ranks.heard()
+        worker = Worker(address)
+        assert ranks.send("well", 1, 1) == [("sent", "1")] * 2
+        ranks.order("ctrl-c", 0, at, [rank])
+        said = ranks.send("well", 2, 2)
+        assert said[rank][0] == "KeyboardInterrupt"
+        other = said[1 - rank]
+        assert other[0] == "TransferAborted"
+        assert f"rank {rank}" in other[1]
+        assert "KeyboardInterrupt" in other[1]
+        assert ranks.send("well", "last", 3) == [("sent", "last")] * 2
+        assert worker.taken() == [(1, 1), ("last", 3)]
+
+
 def test_workers_may_be_on_other_hosts(folder, address):
     with socket.create_server(("127.0.0.1", 0)) as free:
         away = f"tcps://127.0.0.1:{free.getsockname()[1]}"

@@ -74,6 +74,7 @@ class Rank:
         """
         self._group, self.place, self._timeout = group, place, timeout
         self._round = 0
+        self._heard = False  # whether the lead said something since this rank said that it is here
         self._stopped = False
         self._lost = ""
         self._waker = Waker()
@@ -153,6 +154,7 @@ class Rank:
         if self._lost:
             raise PeerLost(f"version {version!r} was not sent: {self._lost}; {NEW}")
         self._round += 1
+        self._heard = False
         try:
             self._catch_up(version)
             digest, problem = said_of(held, self._group, self.place)
@@ -166,6 +168,13 @@ class Rank:
             raise PeerLost(
                 f"{self._lost}. The receivers took version {version!r}, or all of them hold the one before; {NEW}"
             ) from error
+        except BaseException as error:  # Ctrl-C, or a tensor that cannot be read: the others are not left waiting.
+            late = isinstance(error, TransferTimeout)
+            self._link.send(Leave(self._round, told(error), late))
+            if late and self._heard:
+                self._lost = "rank 0, which leads, stands still"
+                self._link.close()
+            raise
 
     def _catch_up(self, version: str | int) -> None:
         """Hear how rounds ended for which this rank did not come. One of this version is the one of this call."""
@@ -177,32 +186,22 @@ class Rank:
                 self._round += 1
 
     def _serve(self, version: str | int, held: Holding | UsageError) -> SendReport:
-        heard, limit = False, time.monotonic() + self._timeout
-        try:
-            while True:
-                while (word := self._link.read()) is not None:
-                    heard, limit = True, time.monotonic() + self._timeout + _GRACE
-                    if getattr(word, "round", -1) != self._round:
-                        continue
-                    if isinstance(word, RoundEnd):
-                        return self._end(word)
-                    self._do(word, held)
-                if not left(limit):
-                    raise TransferTimeout(self._silence(version, heard))
-                self._wait([(self._link.socket, self._link.unsent)], left(limit))
-                self._link.flush()
-        except (_Ended, PeerLost, ProtocolError):
-            raise
-        except BaseException as error:
-            late = isinstance(error, TransferTimeout)
-            self._link.send(Leave(self._round, told(error), late))
-            if late and heard:
-                self._lost = "rank 0, which leads, stands still"
-                self._link.close()
-            raise
+        limit = time.monotonic() + self._timeout
+        while True:
+            while (word := self._link.read()) is not None:
+                self._heard, limit = True, time.monotonic() + self._timeout + _GRACE
+                if getattr(word, "round", -1) != self._round:
+                    continue
+                if isinstance(word, RoundEnd):
+                    return self._end(word)
+                self._do(word, held)
+            if not left(limit):
+                raise TransferTimeout(self._silence(version))
+            self._wait([(self._link.socket, self._link.unsent)], left(limit))
+            self._link.flush()
 
-    def _silence(self, version: str | int, heard: bool) -> str:
-        if heard:
+    def _silence(self, version: str | int) -> str:
+        if self._heard:
             return f"rank 0, which leads, stood still for {self._timeout + _GRACE:g} s; {NEW}"
         return (
             f"version {version!r} was not sent, and no receiver was told of it: rank 0 did not call send within "
