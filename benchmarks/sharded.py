@@ -17,6 +17,7 @@ Every worker compares its parameters with what was sent, outside the timing.
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import statistics
 import tempfile
@@ -28,7 +29,6 @@ from typing import Any
 
 import msgspec
 import torch
-import torch._dynamo  # Else each rank imports it by itself.
 import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table as TextTable
@@ -104,6 +104,7 @@ def rank_of(pipe: Connection, rank: int, folder: str, options: argparse.Namespac
 
 def measure(options: argparse.Namespace, console: Console) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    importlib.import_module("torch._dynamo")  # Else each rank imports it by itself.
     seconds: dict[str, list[float]] = {ONE: [], SHARDED: [], GATHERED: []}
     memory: dict[str, list[int]] = {way: [] for way in seconds}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
