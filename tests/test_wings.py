@@ -155,7 +155,7 @@ def test_the_public_words_are_these():
     TiedWeightsDiffer IncompleteLoad PoolTimeout UsageError StaleLease BorrowedTensor Closed UnknownName
     MissingPackage NoManifest SourceError StoreError SaveError SaveReport
     Sender Receiver SendReport TransferError TransferAborted TransferIncomplete TransferTimeout PeerLost ProtocolError
-    TransferInDoubt AddressTaken follow Version Versions
+    TransferInDoubt AddressTaken follow Version Versions Shard
     """
     assert set(hotweights.__all__) == set(words.split())
     assert all(hasattr(hotweights, name) for name in hotweights.__all__)

@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from .transfer.receiver import Receiver
     from .transfer.report import SendReport
     from .transfer.sender import Sender
+    from .transfer.sharded.shard import Shard
 
 __all__ = [
     "AddressTaken",
@@ -101,6 +102,7 @@ __all__ = [
     "SaveReport",
     "SendReport",
     "Sender",
+    "Shard",
     "SourceError",
     "StaleLease",
     "State",
@@ -148,6 +150,7 @@ _HOMES = {
     "SaveReport": "sources.save",
     "SendReport": "transfer.report",
     "Sender": "transfer.sender",
+    "Shard": "transfer.sharded.shard",
     "State": "live.state",
     "Update": "live.update",
     "UpdateReport": "live.report",

@@ -33,6 +33,43 @@ class Block(msgspec.Struct, frozen=True, array_like=True, gc=False):
     shape: tuple[int, ...]
 
 
+class MeshLayout(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """How tensors lie on a mesh of ranks. It is the same on all of them.
+
+    Attributes:
+        ranks: of the mesh, row-major.
+        mesh: its shape.
+        splits: for each dimension of the mesh, which dimension of a tensor is divided along it, counted from 0, and in
+            how many chunks, each of which is divided by itself; ``None`` where all hold the same.
+    """
+
+    ranks: tuple[int, ...]
+    mesh: tuple[int, ...]
+    splits: tuple[tuple[int, int] | None, ...]
+
+    def blocks(self, shape: tuple[int, ...], place: int) -> tuple[Block, ...]:
+        """What the rank at this place in ``ranks`` holds of a tensor of this shape."""
+        runs = self.runs(shape, _coordinate(place, self.mesh))
+        return tuple(_blocks(runs)) if all(runs) else ()
+
+    def runs(self, shape: tuple[int, ...], coordinate: Iterable[int]) -> list[list[Run]]:
+        """The same, for a coordinate in the mesh and as runs in each dimension; there are none where it is empty."""
+        runs = [[(0, length)] if length else [] for length in shape]
+        for split, count, number in zip(self.splits, self.mesh, coordinate, strict=True):
+            if split is not None:
+                dim, chunks = split
+                runs[dim] = _shard(runs[dim], count, number, chunks)
+        return runs
+
+
+def _coordinate(place: int, mesh: tuple[int, ...]) -> list[int]:
+    coordinate = []
+    for length in reversed(mesh):
+        place, at = divmod(place, length)
+        coordinate.append(at)
+    return coordinate[::-1]
+
+
 class Part(msgspec.Struct, frozen=True, gc=False):
     """What this rank holds of a tensor.
 
@@ -41,12 +78,14 @@ class Part(msgspec.Struct, frozen=True, gc=False):
         blocks: the elements that this rank holds, none of them twice.
         placed: how the tensor lies on its mesh, for people.
         problem: why it is not known which elements these are, if it is not.
+        layout: the same for all ranks of the mesh, where it is known.
     """
 
     shape: tuple[int, ...]
     blocks: tuple[Block, ...]
     placed: str
     problem: str = ""
+    layout: MeshLayout | None = None
 
     def same_elements(self, other: Part) -> bool:
         """Whether the other one is the same elements, in the same order."""
@@ -98,17 +137,18 @@ def _part_of(tensor: Any, held: tuple[int, ...]) -> Part:
     coordinate = mesh.get_coordinate()
     if coordinate is None:
         return Part(shape, (), placed, "this rank is not in its mesh")
-    runs = [[(0, length)] if length else [] for length in shape]
-    for placement, count, number in zip(placements, mesh.shape, coordinate, strict=True):
-        if not placement.is_replicate():
-            dim = placement.dim % len(shape)
-            runs[dim] = _shard(runs[dim], count, number, getattr(placement, "split_factor", 1))
+    splits = tuple(
+        None if placement.is_replicate() else (placement.dim % len(shape), getattr(placement, "split_factor", 1))
+        for placement in placements
+    )
+    layout = MeshLayout(tuple(mesh.mesh.flatten().tolist()), tuple(mesh.shape), splits)
+    runs = layout.runs(shape, coordinate)
     lengths = tuple(sum(length for _, length in along) for along in runs)
     if lengths != held:
         return Part(shape, (), placed, f"its placements say {list(lengths)} for this rank, which holds {list(held)}")
     if 0 in held:
-        return Part(shape, (), placed)
-    return Part(shape, tuple(_blocks(runs)), placed)
+        return Part(shape, (), placed, layout=layout)
+    return Part(shape, tuple(_blocks(runs)), placed, layout=layout)
 
 
 def _shard(runs: Sequence[Run], count: int, number: int, factor: int) -> list[Run]:

@@ -199,7 +199,7 @@ def test_workers_behind_a_relay_are_told_by_the_next_lead_through_the_next_relay
     with relaying():
         with sender(address, receivers=3) as first:
             sent(first, 1)
-            relays += [peer.channel for peer in first._group.peers if peer.size == 2]
+            relays += [peer.channel for peer in first._way._group.peers if peer.size == 2]
             cut.armed = True
             assert sent(first, 2) == heard
         cut.armed = False
@@ -318,11 +318,11 @@ def test_an_offer_of_an_older_epoch_is_refused(address, monkeypatch):
         sent(first, 1)
     with sender(address) as second:
         sent(second, 2)
-        second._epoch = 0
-        monkeypatch.setattr(type(second._group.peers[0]), "epoch", property(lambda peer: 0, lambda peer, value: None))
+        second._way._epoch = 0
+        monkeypatch.setattr(type(second._way._group.peers[0]), "epoch", property(lambda peer: 0, lambda peer, value: None))
         with pytest.raises(hw.TransferAborted, match="epoch 1 offered something, and one of epoch 2 came after"):
             second.send(Tiny(3), version=3)
-        second._epoch = 2
+        second._way._epoch = 2
         with contextlib.suppress(hw.ProtocolError):
             worker.thread.join(0)
     assert worker.live.version == 2

@@ -182,7 +182,7 @@ def test_who_connects_and_says_nothing_makes_room_for_others(address):
         worker = Thread(take, address)
         sending.send(CONTENT, version=1)
         assert worker.result().keys() == CONTENT.keys()
-        assert len(sending._group.peers) <= 64 + 1
+        assert len(sending._way._group.peers) <= 64 + 1
 
 
 def test_all_that_wait_take_part_however_few_are_needed(address):

@@ -265,8 +265,8 @@ def refused(address, work, caplog, **options):
         good = Thread(lambda: take(address, keys=options.get("keys")))
         handle.result(TIMEOUT)
         assert good.result().keys() == CONTENT.keys()
-        doors = sending._group._doors
-        assert len(sending._group.peers) + sum(len(door.sockets()) - 1 for door in doors) <= 2 * 64 + 1
+        doors = sending._way._group._doors
+        assert len(sending._way._group.peers) + sum(len(door.sockets()) - 1 for door in doors) <= 2 * 64 + 1
     return [record.getMessage() for record in caplog.records]
 
 
@@ -317,7 +317,7 @@ def test_who_says_half_of_something_does_not_stay(words, address, monkeypatch):
         with contextlib.suppress(ConnectionResetError):
             assert len(slow.recv(4096)) < 4096
             assert slow.recv(4096) == b""
-        assert not sending._group.peers
+        assert not sending._way._group.peers
 
 
 def test_a_token_is_good_once(address):

@@ -14,7 +14,7 @@ from ..timeline import Timeline
 from .door import Endpoint
 from .doubts import Decided, tell
 from .outbound import Outbound
-from .peers import Peer, PeerGroup
+from .peers import Beside, Peer, PeerGroup
 from .register import Register
 from .report import SendReport
 from .shared_memory import WriteSlots
@@ -31,32 +31,47 @@ class Audience:
 
     Attributes:
         address: where it listens.
+        slots: what is sent lies there on its way.
     """
 
     def __init__(
         self,
         endpoints: Sequence[Endpoint],
-        slots: WriteSlots,
         *,
+        slots: int,
+        slot_nbytes: int,
         receivers: int,
         timeout: float,
         digests: bool,
         drop: bool,
         register: Register | None,
+        beside: Beside | None = None,
     ) -> None:
-        """Listen. The slots are its own from now on, also where this raises.
+        """Listen.
+
+        Args:
+            endpoints: where.
+            slots: pieces of shared memory. With ``beside`` their owner seals them, when others have mapped them.
+            slot_nbytes: bytes of each.
+            receivers: how many must be there before anything is sent.
+            timeout: seconds that each single wait may take.
+            digests: whether receivers compare what they copied.
+            drop: whether an update goes on without receivers that were lost.
+            register: where decisions are written.
+            beside: who is heard while receivers are waited for.
 
         Raises:
+            TransferError: there is no memory for the slots.
             AddressTaken: another sender is there.
             UsageError: nobody can listen there.
         """
-        self._slots = slots
+        self.slots = WriteSlots(slots, slot_nbytes, sealed=beside is None)
         self._receivers, self._timeout, self._digests, self._drop = receivers, timeout, digests, drop
-        self._register = register
+        self._register, self._beside = register, beside
         try:
-            self._group = PeerGroup(endpoints, slots, timeout)
+            self._group = PeerGroup(endpoints, self.slots, timeout)
         except BaseException:
-            slots.close()
+            self.slots.close()
             raise
         self.address = ", ".join(self._group.addresses)
         # Random, so that a late message of a sender that was here before is not taken for one of this sender's.
@@ -101,9 +116,9 @@ class Audience:
         timeline = Timeline()
         with timeline.event("wait for receivers"):
             count = self._receivers if receivers is None else receivers
-            self._group.gather(count, drop=self._drop, meanwhile=self._tell)
+            self._group.gather(count, drop=self._drop, meanwhile=self._tell, beside=self._beside)
             doubts = self._settle()
-            members = self._group.gather(count, drop=self._drop)
+            members = self._group.gather(count, drop=self._drop, beside=self._beside)
         # Larger than that of any lead that somebody here has had.
         self._epoch = max(self._epoch, 1, *(peer.epoch + (peer.epoch > self._epoch) for peer in members))
         self._update += 1
@@ -111,7 +126,7 @@ class Audience:
             outbound = kind(
                 self._group,
                 members,
-                self._slots,
+                self.slots,
                 update=self._update,
                 timeout=self._timeout,
                 digests=self._digests,
@@ -134,7 +149,7 @@ class Audience:
     def close(self) -> None:
         """Let go of the address and the memory. May be called twice."""
         self._group.close()
-        self._slots.close()
+        self.slots.close()
 
     def _settle(self) -> tuple[str, ...]:
         """Say to those in doubt about an update what became of it, when somebody who knows is there.
@@ -147,7 +162,7 @@ class Audience:
             still = tell(self._group.connected(), self._decided, last=late)
             if late or not still:
                 return tuple(f"nobody knows whether it was taken: {doubt}" for doubt in still)
-            self._group.wait(self._group.peers, left(deadline), listen=True)
+            self._group.listen(left(deadline), self._beside)
 
     def _tell(self, ready: list[Peer]) -> None:
         tell(ready, self._decided)

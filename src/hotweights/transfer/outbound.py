@@ -26,6 +26,7 @@ from .messages import (
     SEATS_NAMED,
     Abort,
     Accept,
+    Chunk,
     Commit,
     Crew,
     Done,
@@ -187,14 +188,18 @@ class Outbound:
         """The offer to one receiver."""
         return msgspec.structs.replace(offer, place=peer.place)
 
-    def _send(self, source: Source) -> None:
+    def _requests(self) -> tuple[list[Peer], dict[int, list[tuple[int, tuple[Range, ...]]]], list[int]]:
+        """Who asks, by the place of its request; what is wanted of each tensor, by place; and the order of tensors."""
         asking = [peer for peer in self._members for _ in peer.wanted]  # a relay in a place for each of its workers
         wishes = [wanted for peer in self._members for wanted in peer.wanted]
         requests: dict[int, list[tuple[int, tuple[Range, ...]]]] = {}
         for place, wish in enumerate(wishes):
             for wanted in wish:
                 requests.setdefault(wanted.tensor, []).append((place, wanted.ranges))
-        order = merged([[wanted.tensor for wanted in wish] for wish in wishes])
+        return asking, requests, merged([[wanted.tensor for wanted in wish] for wish in wishes])
+
+    def _send(self, source: Source) -> None:
+        asking, requests, order = self._requests()
         tensors = _tensors(source, order, self._group.check_open)
         for number, tensor in self._timeline.each("read", tensors):
             self._tensors += 1
@@ -214,10 +219,15 @@ class Outbound:
 
     def _hand_over(self, asking: Sequence[Peer]) -> None:
         """Tell all who want something of the slot. It is not written again before the last of them has released it."""
-        began = time.perf_counter()
         slot, packed, fill = self._packing.take()
-        if slot is None:
-            return
+        if slot is not None:
+            self._tell(slot, packed, fill, asking)
+            self._look()
+
+    def _tell(
+        self, slot: int, packed: Sequence[tuple[Chunk, frozenset[int]]], fill: int, asking: Sequence[Peer]
+    ) -> None:
+        began = time.perf_counter()
         places: dict[Peer, set[int]] = {}
         for place, peer in enumerate(asking):
             places.setdefault(peer, set()).add(place)
@@ -226,7 +236,6 @@ class Outbound:
             if chunks and peer in self._members:
                 peer.hand_over(slot, self._slots.memories[slot], chunks, fill)
         self._advance(sum(chunk.range.size for chunk, _ in packed))
-        self._look()
         self._timeline.note("hand over slots", "", began)
 
     def _free_slot(self) -> int:

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
@@ -117,6 +118,16 @@ class Peer:
             self.flow.close()
 
 
+class Beside(Protocol):
+    """Others that are heard while receivers are waited for: the ranks of a sharded trainer."""
+
+    def sockets(self) -> list[tuple[socket.socket, bool]]:
+        """What to wait for."""
+
+    def looked(self) -> None:
+        """Hear them. What this raises ends the wait."""
+
+
 @signals.held_throughout
 class PeerGroup:
     """Everybody who connected. One thread uses it; any may ``stop`` it. Owns its sockets; close it."""
@@ -145,7 +156,14 @@ class PeerGroup:
         """Where it listens."""
         return tuple(door.address for door in self._doors)
 
-    def gather(self, count: int, *, drop: bool = False, meanwhile: Callable[[list[Peer]], object] = bool) -> list[Peer]:
+    def gather(
+        self,
+        count: int,
+        *,
+        drop: bool = False,
+        meanwhile: Callable[[list[Peer]], object] = bool,
+        beside: Beside | None = None,
+    ) -> list[Peer]:
         """Wait until at least ``count`` receivers are there; returns all that are there, and all that wait to be taken.
 
         Args:
@@ -153,6 +171,7 @@ class PeerGroup:
             drop: wait for others where one has died since the last update. If not, the caller is told at once; the next
                 call waits for another in its place.
             meanwhile: is called before each wait, with those that are there.
+            beside: who is heard meanwhile.
 
         Raises:
             TransferAborted: one that was there has died, without a goodbye, and too few are left.
@@ -180,7 +199,15 @@ class PeerGroup:
                 )
             if not left(deadline):
                 raise TransferTimeout(f"{there} of {count} receivers were there after {self._timeout:g} s", gone)
-            self.wait(self.peers, left(deadline), listen=True)
+            self.listen(left(deadline), beside)
+
+    def listen(self, seconds: float, beside: Beside | None = None) -> None:
+        """Wait for a word of anybody, or until somebody connects."""
+        if beside is None:
+            self.wait(self.peers, seconds, listen=True)
+        else:
+            self.wait(self.peers, min(_LOOK, seconds), listen=True, also=beside.sockets())
+            beside.looked()
 
     def connected(self) -> list[Peer]:
         """Everybody who is there now: some of those who wait are taken, the dead are forgotten. Never waits."""

@@ -8,24 +8,26 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import nn
 
 from .. import signals
 from ..arguments import check_choices, check_count, check_flags, check_seconds, check_version
-from ..errors import Closed, TransferError, UsageError
+from ..errors import Closed, HotweightsError, TransferError, UsageError
 from ..forked import alone_in_a_fork
 from ..manifest import Manifest
 from ..memory import devices
 from ..memory.wrappers import is_wrapper
 from ..model.as_saved import as_saved
+from ..rename import Rename, new_names
 from ..sources.contracts import InMemory, Source, warnings_of
 from ..sources.iterator import from_iterator
 from ..sources.objects.run import is_run
 from ..sources.opening import AnySource, is_pairs, opened
 from ..sources.pairs import pairs_of
+from ..sources.renamed import renamed
 from ..sources.state_dict import StateSource, check_whole
 from ..text import some
 from ..timeline import Timeline
@@ -37,12 +39,17 @@ from .publication import Publication, check_none_connects
 from .register_table import register_of
 from .report import SendReport
 from .send_handle import LAST_LINES, SendHandle
-from .shared_memory import WriteSlots
+from .sharded.holding import CastTo, Holding, Sharded, holding
+from .sharded.lead import Lead
+from .sharded.meeting import met, ranks_in
+from .sharded.rank import Rank
+from .sharded.sharded_outbound import ShardedOutbound
+from .sharded.tiling import Tiling
 
 OnLost = Literal["abort", "drop"]
 """When a receiver is lost during an update: nobody takes the version, or all others do."""
 
-Sendable = AnySource | Iterable[tuple[str, torch.Tensor]]
+Sendable = AnySource | Iterable[tuple[str, torch.Tensor]] | Sharded
 
 
 class Sender:
@@ -67,8 +74,9 @@ class Sender:
         decision: str | None = None,
         keep: int | None = None,
         store: object = None,
+        group: Any = None,
     ) -> None:
-        """Take the address. Nobody is waited for yet.
+        """Take the address. Nobody is waited for yet, but for the other ranks of ``group``.
 
         Args:
             address: ``unix:PATH``. The directory must be this user's alone; one that does not exist is made so. Or
@@ -93,12 +101,15 @@ class Sender:
         Raises:
             AddressTaken: another sender is there; the message says which process.
             UsageError: the address or an option is wrong.
+            TransferTimeout: not all ranks of ``group`` came.
         """
         check_choices(on_lost=(on_lost, OnLost))
         check_count(1, receivers=receivers, slots=slots, slot_nbytes=slot_nbytes)
         check_flags(digests=digests)
         check_seconds(timeout=timeout)
         check_flags(insecure=insecure)
+        self._ranks: Lead | Rank | None = None
+        self._way: Publication | Audience | Rank
         if is_run(address, store):
             check_none_connects(
                 address,
@@ -110,8 +121,9 @@ class Sender:
                 keys=(keys, None),
                 insecure=(insecure, False),
                 decision=(decision, None),
+                group=(group, None),
             )
-            self._way: Publication | Audience = Publication(address, keep=keep, store=store, timeout=timeout)  # type: ignore[arg-type]
+            self._way = Publication(address, keep=keep, store=store, timeout=timeout)  # type: ignore[arg-type]
         else:
             if keep is not None:
                 raise UsageError(f"keep= is for places where versions are published; {address!r} is none; leave it out")
@@ -119,15 +131,25 @@ class Sender:
             if register is not None:
                 register.probe()
             endpoints = endpoints_of(address, keys=keys, insecure=insecure)  # type: ignore[arg-type]
-            self._way = Audience(
+            audience = partial(
+                Audience,
                 endpoints,
-                WriteSlots(slots, slot_nbytes),
+                slots=slots,
+                slot_nbytes=slot_nbytes,
                 receivers=receivers,
                 timeout=timeout,
                 digests=digests,
                 drop=on_lost == "drop",
                 register=register,
             )
+            self._ranks = None if group is None else ranks_in(group, address, timeout)  # type: ignore[arg-type]
+            match self._ranks:
+                case Rank():  # Receivers come to rank 0.
+                    self._way = self._ranks
+                case Lead():
+                    self._way = met(self._ranks, audience)
+                case None:
+                    self._way = audience()
         self.address = self._way.address
         self._sending = threading.Lock()
         self._process = os.getpid()
@@ -142,6 +164,8 @@ class Sender:
         *,
         version: str | int,
         manifest: Manifest | None = None,
+        rename: Rename | None = None,
+        dtype: CastTo | None = None,
         receivers: int | None = None,
         show_progress: bool | None = None,
         wait: Literal[True] = True,
@@ -154,6 +178,8 @@ class Sender:
         *,
         version: str | int,
         manifest: Manifest | None = None,
+        rename: Rename | None = None,
+        dtype: CastTo | None = None,
         receivers: int | None = None,
         show_progress: bool | None = None,
         wait: Literal[False],
@@ -167,6 +193,8 @@ class Sender:
         *,
         version: str | int,
         manifest: Manifest | None = None,
+        rename: Rename | None = None,
+        dtype: CastTo | None = None,
         receivers: int | None = None,
         show_progress: bool | None = None,
         wait: bool = True,
@@ -179,10 +207,14 @@ class Sender:
         Args:
             tensors: a mapping, a module, a source or a path; or pairs of name and tensor. With ``manifest`` pairs are
                 sent as they come. Without it they are read to the end first, and all tensors are kept until the return.
-                Of a transformers model what ``save_pretrained`` would write is sent.
-            version: its name.
+                Of a transformers model what ``save_pretrained`` would write is sent. With ``group=`` every rank gives
+                what it holds: DTensors, ``Shard``s, and whole tensors, which lie on one rank or on several.
+            version: its name; with ``group=`` the same on all ranks.
             manifest: what the pairs will be.
-            receivers: how many must be connected this time.
+            rename: new names for the tensors, see ``hotweights.load``.
+            dtype: with ``group=``: as what floating-point tensors of two bytes or more are sent. Each rank casts what
+                it fills a slot with: half the bytes of float32 masters travel, and a worker's own cast gives the same.
+            receivers: how many must be connected this time; with ``group=`` rank 0 says it.
             show_progress: whether to draw a progress bar; by default on a terminal or in a notebook.
             wait: whether to wait for the receivers. If not, a thread does, and ``SendHandle.result`` says how it ended.
                 What is sent is opened before this returns; only pairs with ``manifest`` are iterated in the thread.
@@ -195,7 +227,8 @@ class Sender:
             AddressTaken: another sender publishes there now. Workers have its versions.
             SaveError, StoreError: the version could not be published. Workers have the one before.
             UsageError: the tensors cannot be sent: two have one name, for example. Or the version before is being sent.
-                Nobody was told of the version.
+                Nobody was told of the version. With ``group=`` also: the ranks do not hold all of a tensor, or hold
+                some of it twice and differently. Every rank raises what any rank met, in the same words.
             Exception: the source failed. Nobody has the version.
         """
         if version is None:
@@ -208,12 +241,20 @@ class Sender:
             check_none_connects(self.address, receivers=(receivers, None))
         with ExitStack() as stack:
             stack.enter_context(self._alone())
-            source = stack.enter_context(_opened(tensors, manifest))
-            _check_bare(source)
-            send = partial(self._send, source, version, receivers, show_progress)
+            if self._ranks is None:
+                if dtype is not None:
+                    raise UsageError("dtype= is for a Sender with group=; leave it out: workers cast by themselves")
+                source = stack.enter_context(_opened(tensors, manifest, rename))
+                _check_bare(source)
+                send = partial(self._send, source, version, receivers, show_progress)
+                given: Sequence[torch.Tensor] = _lying(source)
+            else:
+                held = self._held(stack, tensors, manifest, rename, dtype, version)
+                send = partial(self._send_held, held, version, receivers, show_progress)
+                given = held.tensors if isinstance(held, Holding) else ()
             if wait is not False:
                 return send()
-            queued = _queued(source)
+            queued = devices.record_events({tensor.device for tensor in given})
             return self._begin(send, stack.pop_all(), version, queued)
 
     @signals.held
@@ -247,6 +288,7 @@ class Sender:
         self._thread = threading.get_ident()
         if isinstance(self._way, Publication):
             return self._way.send(source, version, Timeline())
+        assert isinstance(self._way, Audience)
 
         def run(outbound: Outbound) -> SendReport:
             return outbound.run(source, version)
@@ -255,6 +297,56 @@ class Sender:
             Outbound, run, nbytes=source.manifest.nbytes, receivers=receivers, show_progress=show_progress
         )
         return replace(report, warnings=(*report.warnings, *warnings_of(source)))
+
+    # With a group.
+
+    @signals.held
+    def _held(
+        self,
+        stack: ExitStack,
+        tensors: Sendable,
+        manifest: Manifest | None,
+        rename: Rename | None,
+        dtype: CastTo | None,
+        version: str | int,
+    ) -> Holding | UsageError:
+        """What this rank holds. What is wrong with it all ranks hear of, so it is not raised here."""
+        assert self._ranks is not None
+        try:
+            if manifest is not None:
+                raise UsageError("manifest= promises pairs that come one by one; with group= leave it out")
+            return stack.enter_context(holding(tensors, rename, self._ranks.place.ranks, dtype))
+        except HotweightsError as error:
+            return UsageError(str(error))
+        except BaseException as error:
+            self._ranks.fail(version, error)
+            raise
+
+    @alone_in_a_fork()
+    @signals.held
+    def _send_held(
+        self, held: Holding | UsageError, version: str | int, receivers: int | None, show_progress: bool | None
+    ) -> SendReport:
+        self._thread = threading.get_ident()
+        lead, audience = self._ranks, self._way
+        if isinstance(lead, Rank):
+            return lead.send(version, held)
+        assert lead is not None
+        assert isinstance(audience, Audience)
+
+        def sending(tiling: Tiling) -> SendReport:
+            assert isinstance(held, Holding)
+            kind = partial(ShardedOutbound, lead=lead, tiling=tiling, held=held)
+            nbytes = sum(spec.nbytes for spec in tiling.specs())
+            return audience.offer(
+                kind,
+                lambda assembly: assembly.give(version),
+                nbytes=nbytes,
+                receivers=receivers,
+                show_progress=show_progress,
+            )
+
+        return lead.send(version, held, sending)
 
     @property
     @signals.watched
@@ -270,7 +362,7 @@ class Sender:
         with self._alone():
             if isinstance(self._way, Publication):
                 raise UsageError(f"nobody connects to {self.address}: workers look there, and are not seen")
-            return self._way.connected()
+            return () if isinstance(self._way, Rank) else self._way.connected()
 
     def close(self) -> None:
         """Let go of the address and the memory. May be called twice, and by any thread.
@@ -282,10 +374,14 @@ class Sender:
             return
         self._closed = True
         self._way.stop()
+        if self._ranks is not None:
+            self._ranks.stop()
         if self._thread == threading.get_ident():  # It would wait for itself.
             return
         with self._sending:  # Not for long: every wait of the running send has ended.
             self._way.close()
+            if self._ranks is not None:
+                self._ranks.close()
         beside = self._beside
         if beside is not None and beside is not threading.current_thread():
             beside.join(LAST_LINES)
@@ -322,9 +418,12 @@ class Sender:
 
 @contextmanager
 @signals.held
-def _opened(tensors: Sendable, manifest: Manifest | None) -> Iterator[Source]:
+def _opened(tensors: Any, manifest: Manifest | None, rename: Rename | None) -> Iterator[Source]:
     """What is to be sent, as a source; one that is made here is closed here."""
-    if not is_pairs(tensors):
+    if rename is not None:
+        with _opened(tensors, manifest, None) as source:
+            yield renamed(source, new_names(source.manifest, rename))
+    elif not is_pairs(tensors):
         with opened(as_saved(tensors) if isinstance(tensors, nn.Module) else tensors) as source:
             yield source
     elif manifest is not None:
@@ -335,11 +434,9 @@ def _opened(tensors: Sendable, manifest: Manifest | None) -> Iterator[Source]:
             yield state
 
 
-def _queued(source: Source) -> devices.Event | None:
-    """What computes the tensors may be queued still, on a stream of this thread. Other threads do not wait for that."""
-    if not isinstance(source, InMemory):
-        return None
-    return devices.record_events({source.borrow(name).device for name in source.manifest})
+def _lying(source: Source) -> list[torch.Tensor]:
+    """Those that lie in memory. What computes them may be queued still, on a stream of this thread."""
+    return [source.borrow(name) for name in source.manifest] if isinstance(source, InMemory) else []
 
 
 def _collected(pairs: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -38,8 +38,13 @@ class WriteSlots:
         write_protected: whether the kernel keeps receivers from mapping it writable.
     """
 
-    def __init__(self, slots: int, slot_nbytes: int) -> None:
+    def __init__(self, slots: int, slot_nbytes: int, *, sealed: bool = True) -> None:
         """Allocate all of the memory now.
+
+        Args:
+            slots: how many.
+            slot_nbytes: bytes of each.
+            sealed: if not, others may map it writable until ``seal``.
 
         Raises:
             TransferError: there is not enough.
@@ -55,7 +60,9 @@ class WriteSlots:
             whole = torch.frombuffer(region, dtype=torch.uint8, count=nbytes)
             whole.zero_()  # Touched once: page faults cost more than copies.
             self.roll = Roll(memoryview(region)[nbytes:], slots)
-            self.write_protected = _seal(self.descriptor)
+            self.write_protected = False
+            if sealed:
+                self.seal()
         except BaseException:
             self.close()
             raise
@@ -69,6 +76,10 @@ class WriteSlots:
             return mmap.mmap(self.descriptor, nbytes + behind)
         except (OSError, OverflowError) as error:
             raise TransferError(f"no shared memory of {nbytes} bytes for the slots: {error}") from error
+
+    def seal(self) -> None:
+        """Nobody maps it writable from now on."""
+        self.write_protected = _seal(self.descriptor)
 
     def next_fill(self) -> int:
         """A number that no fill of a slot had before."""

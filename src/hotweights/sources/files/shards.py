@@ -24,7 +24,7 @@ from .place import Place, Readable, Remote, exists, is_dir, names_in, open_place
 _SHOWN = 5  # absent files that are named
 
 
-class Shard:
+class ShardFile:
     """One open file of a checkpoint and its header. The owner closes it."""
 
     __slots__ = ("file", "header")
@@ -54,7 +54,7 @@ class Checkpoint:
         proof: that the files hold what a list of digests says, where there is one.
     """
 
-    shards: tuple[Shard, ...]
+    shards: tuple[ShardFile, ...]
     index: Readable | None = None
     warnings: tuple[str, ...] = ()
     several: tuple[str, ...] = ()
@@ -226,9 +226,9 @@ def _open_all(
     return Checkpoint(shards, warnings=warnings)
 
 
-def _open_each(paths: Iterable[Place], layout: Layout, undo: ExitStack) -> tuple[tuple[Shard, ...], list[str]]:
+def _open_each(paths: Iterable[Place], layout: Layout, undo: ExitStack) -> tuple[tuple[ShardFile, ...], list[str]]:
     """The files that can be opened, and what is wrong with the others. ``undo`` closes them."""
-    shards: list[Shard] = []
+    shards: list[ShardFile] = []
     problems: list[str] = []
     paths = list(paths)
     open_soon(paths)
@@ -236,7 +236,7 @@ def _open_each(paths: Iterable[Place], layout: Layout, undo: ExitStack) -> tuple
         try:
             if isinstance(path, Path) and os.path.exists(f"{path}.aria2"):  # It has its full length from the beginning.
                 raise CheckpointError(f"{path}: aria2 has not downloaded it to its end: {path.name}.aria2 lies there")
-            shards.append(Shard(path, layout))
+            shards.append(ShardFile(path, layout))
             undo.callback(shards[-1].close)
         except StoreError:
             raise  # What could not be asked for may be sound.
@@ -245,7 +245,7 @@ def _open_each(paths: Iterable[Place], layout: Layout, undo: ExitStack) -> tuple
     return tuple(shards), problems
 
 
-def _homes(shards: Sequence[Shard]) -> dict[str, list[str]]:
+def _homes(shards: Sequence[ShardFile]) -> dict[str, list[str]]:
     """The files that hold each tensor."""
     homes: dict[str, list[str]] = {}
     for shard in shards:
@@ -285,7 +285,7 @@ def _open_index(index: Place, layout: Layout, others: Sequence[str] = ()) -> Che
 
 
 def _obey(
-    directory: Place, weight_map: Mapping[str, str], shards: Sequence[Shard], homes: Mapping[str, list[str]]
+    directory: Place, weight_map: Mapping[str, str], shards: Sequence[ShardFile], homes: Mapping[str, list[str]]
 ) -> list[str]:
     """Let each tensor that lies in several shards be in the one that the index names; these tensors' names."""
     several = {name for name, paths in homes.items() if len(paths) > 1}
@@ -313,7 +313,7 @@ def _beyond(index: Place, more: Sequence[str], several: Sequence[str]) -> tuple[
     return tuple(warnings)
 
 
-def _newer(index: Readable, shards: Iterable[Shard]) -> tuple[str, ...]:
+def _newer(index: Readable, shards: Iterable[ShardFile]) -> tuple[str, ...]:
     """A warning if files were written after their index, which savers write last. Uploads come in any order."""
     if not isinstance(index, File):
         return ()
@@ -336,7 +336,7 @@ def _newer(index: Readable, shards: Iterable[Shard]) -> tuple[str, ...]:
 
 def _open_indexed(
     index: Place, weight_map: Mapping[str, str], layout: Layout, undo: ExitStack
-) -> tuple[tuple[Shard, ...], list[str]]:
+) -> tuple[tuple[ShardFile, ...], list[str]]:
     names = sorted(set(weight_map.values()) - {""})
     problems = [f"{index.name}: shard {name!r} lies outside the directory" for name in names if lies_outside(name)]
     # Each file once: "a" and "./a" are one.

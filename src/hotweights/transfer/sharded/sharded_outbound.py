@@ -1,0 +1,226 @@
+"""ShardedOutbound: an ``Outbound`` whose slots several ranks fill, each with what it holds."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from msgspec.structs import replace
+
+from ... import signals
+from ...errors import TransferAborted
+from ...manifest import Manifest
+from ...timeline import Timeline
+from ..messages import Chunk, Offer, described
+from ..outbound import Outbound
+from ..peers import Peer, PeerGroup
+from ..register import Register
+from ..report import SendReport
+from ..shared_memory import WriteSlots, aligned
+from .filling import digest_of, fill
+from .holding import Holding
+from .lead import TICK, Lead, left_by
+from .tiling import ChunkJob, Tiling
+from .words import Fill, Leave, Packed, Task
+
+
+@dataclass(eq=False)
+class SlotInWork:
+    """A slot that ranks fill.
+
+    Attributes:
+        slot: its number.
+        jobs: what it is to hold, and from which byte on each of them lies.
+        waiting: ranks that have not filled their part, and since when each is waited for.
+        hashed: by rank, the jobs of which it says the digest.
+        digests: by the number of the job.
+    """
+
+    slot: int
+    jobs: list[tuple[ChunkJob, int]] = field(default_factory=list)
+    waiting: dict[int, float] = field(default_factory=dict)
+    hashed: dict[int, list[int]] = field(default_factory=dict)
+    digests: dict[int, int] = field(default_factory=dict)
+
+
+@signals.held_throughout
+class ShardedOutbound(Outbound):
+    """One version of a sharded trainer. ``give`` it once."""
+
+    def __init__(
+        self,
+        group: PeerGroup,
+        members: Sequence[Peer],
+        slots: WriteSlots,
+        *,
+        update: int,
+        timeout: float,
+        digests: bool,
+        drop: bool,
+        register: Register | None,
+        epoch: int,
+        advance: Callable[[int], None],
+        timeline: Timeline,
+        lead: Lead,
+        tiling: Tiling,
+        held: Holding,
+    ) -> None:
+        """``held``: what this rank holds, which leads."""
+        super().__init__(
+            group,
+            members,
+            slots,
+            update=update,
+            timeout=timeout,
+            digests=digests,
+            drop=drop,
+            register=register,
+            epoch=epoch,
+            advance=advance,
+            timeline=timeline,
+        )
+        self._lead = lead
+        self._tiling = tiling
+        self._held = held
+        self._next: SlotInWork | None = None  # what the ranks are told to fill next
+        self._offset = 0
+        self._in_work: deque[SlotInWork] = deque()  # in the order in which they are handed over
+        self._asking: list[Peer] = []
+
+    def give(self, version: str | int) -> SendReport:
+        """Offer, send, decide, as ``Outbound.run``.
+
+        Raises:
+            TransferAborted: a rank or a receiver was lost; nobody took the version.
+        """
+        specs = self._tiling.specs()
+        register = "" if self._register is None else self._register.url
+        try:
+            offer = Offer(version, self._hashed, described(Manifest(specs)), register=register, epoch=self._epoch)
+            return self._run(version, specs, lambda: offer, self._send_tiles)
+        finally:
+            self._ballot.close()
+
+    def _send_tiles(self) -> None:
+        self._asking, requests, order = self._requests()
+        self._tiling.begin()
+        for number in order:
+            self._tensors += 1
+            for job in self._tiling.jobs(number, requests[number], self._slots.slot_nbytes):
+                self._add(job)
+        self._start()
+        with self._timeline.event("wait for ranks"):
+            self._await_ranks(lambda: bool(self._in_work))
+
+    def _add(self, job: ChunkJob) -> None:
+        stop = self._offset + job.range.size
+        if self._next is None or stop > self._slots.slot_nbytes:
+            self._start()
+            self._next, self._offset = SlotInWork(self._slot_for_ranks()), 0
+            self._slots.roll.note_fill(self._next.slot, 0)
+            stop = job.range.size
+        self._next.jobs.append((job, self._offset))
+        self._offset = aligned(stop)
+        self._nbytes += job.range.size
+
+    def _start(self) -> None:
+        """Have the ranks fill the slot, this one too."""
+        work, self._next = self._next, None
+        if work is None:
+            return
+        tasks: dict[int, list[Task]] = {}
+        for number, (job, offset) in enumerate(work.jobs):
+            alone = self._hashed and len(job.patches) == 1 and all(len(own) == 1 for own in job.patches.values())
+            for rank, patches in job.patches.items():
+                own = tuple(replace(patch, into=patch.into + offset) for patch in patches)
+                tasks.setdefault(rank, []).append(Task(own, alone))
+                if alone:
+                    work.hashed.setdefault(rank, []).append(number)
+        self._in_work.append(work)
+        now = time.monotonic()
+        for rank in sorted(tasks.keys() - {0}):
+            work.waiting[rank] = now
+            self._lead.ranks[rank].link.send(Fill(self._lead.round, work.slot, tuple(tasks[rank])))
+        if 0 in tasks:
+            with self._timeline.event(self._filling):
+                self._note(work, 0, fill(self._slots.memories[work.slot], tasks[0], self._held))
+        self._look()
+
+    def _slot_for_ranks(self) -> int:
+        while not (free := self._free()):
+            if any(peer.holds for peer in self._members):
+                with self._timeline.event("wait for a free slot"):
+                    self._wait(self._holding_all, "release a slot")
+            else:
+                with self._timeline.event("wait for ranks"):
+                    self._await_ranks(lambda: not self._free() and not any(peer.holds for peer in self._members))
+        return free[0]
+
+    def _holding_all(self) -> list[Peer]:
+        return [] if self._free() else [peer for peer in self._members if peer.holds]
+
+    def _free(self) -> list[int]:
+        in_work = {work.slot for work in self._in_work}
+        return [slot for slot in super()._free() if slot not in in_work]
+
+    def _await_ranks(self, pending: Callable[[], bool]) -> None:
+        while pending():
+            self._look(TICK)
+
+    def _look(self, seconds: float = 0.0) -> None:
+        super()._look(min(seconds, TICK))
+
+    def _also(self) -> list[tuple[socket.socket, bool]]:
+        return self._lead.sockets()
+
+    def _looked(self) -> None:
+        for rank, word in self._lead.heard():
+            if isinstance(word, Leave) and not self._over:
+                raise left_by(rank, word)
+            if isinstance(word, Packed) and not self._over:
+                self._packed(rank.rank, word)
+        if not self._over:
+            self._hand_over_filled()
+            self._check_late()
+
+    def _packed(self, rank: int, word: Packed) -> None:
+        work = next((work for work in self._in_work if work.slot == word.slot), None)
+        if work is None or rank not in work.waiting or len(word.digests) != len(work.hashed.get(rank, ())):
+            raise TransferAborted("the update was aborted", [f"rank {rank}: it filled what it was not asked for"])
+        del work.waiting[rank]
+        now = time.monotonic()
+        for other in self._in_work:  # It works on one after the other.
+            if rank in other.waiting:
+                other.waiting[rank] = now
+        self._note(work, rank, word.digests)
+
+    def _note(self, work: SlotInWork, rank: int, digests: Sequence[int]) -> None:
+        work.digests |= dict(zip(work.hashed.get(rank, ()), digests, strict=True))
+
+    def _hand_over_filled(self) -> None:
+        """Those that are filled, in their order: a receiver is sent one tensor after the other."""
+        while self._in_work and not self._in_work[0].waiting:
+            work = self._in_work.popleft()
+            packed = [(self._chunk(work, number), job.asking) for number, (job, _) in enumerate(work.jobs)]
+            fill_number = self._slots.next_fill()
+            self._slots.roll.note_fill(work.slot, fill_number)
+            self._tell(work.slot, packed, fill_number, self._asking)
+
+    def _chunk(self, work: SlotInWork, number: int) -> Chunk:
+        job, offset = work.jobs[number]
+        digest = work.digests.get(number)
+        if self._hashed and digest is None:  # Several ranks filled it.
+            digest = digest_of(self._slots.memories[work.slot], offset, job.range.size)
+        return Chunk(job.tensor, job.range, offset, digest)
+
+    def _check_late(self) -> None:
+        now = time.monotonic()
+        late = {rank for work in self._in_work for rank, since in work.waiting.items() if now - since > self._timeout}
+        if late:
+            said = [f"rank {rank}: it did not fill a slot within {self._timeout:g} s" for rank in sorted(late)]
+            for rank in late:
+                self._lead.part_with(rank)
+            raise TransferAborted("the update was aborted", said)

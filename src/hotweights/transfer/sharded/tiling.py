@@ -1,0 +1,261 @@
+"""Tiling: which rank holds which box of every tensor, the proof that the boxes are all of it, and who gives what."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+from ...boxes import Box, row_major
+from ...errors import UsageError
+from ...manifest import TensorSpec
+from ...ranges import Range, disjoint, pieces_of, range_of, shared, within
+from ...sharding import Block, MeshLayout
+from ...sources.dcp.pieces import Mosaic, PartBox, faults
+from ...sources.dcp.saved import SavedPart, SavedTensor
+from ...text import some
+from .holding import BLOCKS, WHOLE, Table, TableRow
+from .words import Patch
+
+_LONG = 64 * 1024  # bytes of one rank that are worth a chunk of their own; shorter ones are put together in the slot
+_KEPT = 500_000  # chunks that are kept, of tensors that others are like
+_MANY = 64  # ranges of several runs that are compared with each other
+
+
+class Holder(NamedTuple):
+    """A rank that holds a box.
+
+    Attributes:
+        rank: in the group.
+        place: of the tensor's row, among the rows of all tables that have it.
+        at: the box's first index in the rank's tensor.
+    """
+
+    rank: int
+    place: int
+    at: tuple[int, ...]
+
+
+class Tiles(NamedTuple):
+    """The boxes of all tensors of one shape and one way to lie.
+
+    Attributes:
+        mosaic: the boxes, by their first byte.
+        holders: of each of them.
+        faults: why they are not all of such a tensor, with ``{}`` for its name.
+        present: the ranks that hold some.
+    """
+
+    mosaic: Mosaic
+    holders: tuple[tuple[Holder, ...], ...]
+    faults: tuple[str, ...]
+    present: tuple[int, ...]
+
+
+class TiledTensor(NamedTuple):
+    """A tensor, the tiles that it lies in, and the numbers of its rows by ``Holder.place``."""
+
+    spec: TensorSpec
+    tiles: Tiles
+    rows: tuple[int, ...]
+
+
+class ChunkJob(NamedTuple):
+    """A chunk of a slot, and which rank does what for it.
+
+    Attributes:
+        tensor: its number.
+        range: the bytes.
+        asking: the places of who wants it.
+        patches: by rank; ``into`` counts from the chunk's first byte.
+    """
+
+    tensor: int
+    range: Range
+    asking: frozenset[int]
+    patches: Mapping[int, tuple[Patch, ...]]
+
+
+class Cut(NamedTuple):
+    """A chunk of a tensor, of any that lies in the same tiles; and its boxes."""
+
+    range: Range
+    asking: frozenset[int]
+    boxes: tuple[PartBox, ...]
+
+
+class Tiling:
+    """All tensors of a version. The same for every version of a trainer that does not change.
+
+    Attributes:
+        tensors: in the order in which the lead holds them, and then the other ranks.
+    """
+
+    def __init__(self, tables: Sequence[Table], numbers: Sequence[int]) -> None:
+        """``numbers``: of each rank, which table is its.
+
+        Raises:
+            UsageError: the boxes of all ranks are not all tensors; every problem is listed.
+        """
+        self._numbers = numbers
+        self._known: dict[object, Tiles] = {}
+        self._loads = [0] * len(numbers)
+        self._cuts: dict[object, list[Cut]] = {}  # Most layers are alike, and so is what is wanted of them.
+        self._kept = 0
+        rows: dict[str, list[tuple[int, int, TableRow]]] = {}
+        for number in dict.fromkeys(numbers):
+            for place, row in enumerate(tables[number].rows):
+                rows.setdefault(row.name, []).append((number, place, row))
+        self._layouts = [table.layouts for table in tables]
+        self._ranks = {number: [rank for rank, its in enumerate(numbers) if its == number] for number in set(numbers)}
+        problems: list[str] = []
+        self.tensors = [tile for name, own in rows.items() if (tile := self._tile(name, own, problems)) is not None]
+        if problems:
+            raise UsageError(f"the ranks do not hold whole tensors: {some(sorted(problems), 50)}")
+
+    def specs(self) -> list[TensorSpec]:
+        """What is offered."""
+        return [tile.spec for tile in self.tensors]
+
+    def begin(self) -> None:
+        """Nobody has given anything yet."""
+        self._loads = [0] * len(self._numbers)
+
+    def jobs(self, number: int, requests: Sequence[tuple[int, tuple[Range, ...]]], limit: int) -> Iterator[ChunkJob]:
+        """What is wanted of a tensor, each byte once, in chunks of at most ``limit`` bytes.
+
+        Long boxes of one rank are chunks of their own, of several ranks in turn; what is short is put together.
+        """
+        tile = self.tensors[number]
+        key = (id(tile.tiles), tuple(requests), limit)  # The tiles live as long as this.
+        cuts = self._cuts.get(key)
+        if cuts is None:
+            cuts = list(_cuts(tile, requests, limit))
+            if self._kept + len(cuts) > _KEPT:
+                self._cuts, self._kept = {}, 0
+            self._cuts[key], self._kept = cuts, self._kept + len(cuts)
+        for cut in cuts:
+            yield ChunkJob(number, cut.range, cut.asking, self._patches(tile, cut.boxes))
+
+    def _patches(self, tile: TiledTensor, boxes: Sequence[PartBox]) -> dict[int, tuple[Patch, ...]]:
+        patches: dict[int, tuple[Patch, ...]] = {}
+        mosaic, holders, loads = tile.tiles.mosaic, tile.tiles.holders, self._loads
+        for box in boxes:
+            able = holders[box.number]
+            holder = able[0] if len(able) == 1 else min(able, key=lambda holder: loads[holder.rank])
+            loads[holder.rank] += math.prod(box.lengths)
+            offsets = mosaic.parts[box.number].offsets
+            local = (*(at + b - o for at, b, o in zip(holder.at, box.begin, offsets, strict=False)), box.begin[-1])
+            patch = Patch(tile.rows[holder.place], local, box.lengths, box.into, box.strides)
+            patches[holder.rank] = (*patches.get(holder.rank, ()), patch)
+        return patches
+
+    def _tile(self, name: str, own: Sequence[tuple[int, int, TableRow]], problems: list[str]) -> TiledTensor | None:
+        kinds: dict[tuple[str, tuple[int, ...]], int] = {}
+        for number, _, row in own:
+            kinds.setdefault((row.dtype, row.shape), self._ranks[number][0])
+        if len(kinds) > 1:
+            said = [f"{dtype} {list(shape)} on rank {rank}" for (dtype, shape), rank in kinds.items()]
+            problems.append(f"{name!r} is {' and '.join(said)}")
+            return None
+        dtype = getattr(torch, own[0][2].dtype)
+        shape = own[0][2].shape
+        key = (shape, dtype.itemsize, tuple((number, row.layout, row.blocks) for number, _, row in own))
+        tiles = self._known.get(key)
+        if tiles is None:
+            tiles = self._known[key] = self._tiles(dtype, shape, [(number, row) for number, _, row in own])
+        for fault in tiles.faults:
+            ranks = some([str(rank) for rank in tiles.present]) or "no rank"
+            problems.append(f"{fault.format(repr(name))}; of {len(self._numbers)} ranks it lies on {ranks}")
+        return TiledTensor(TensorSpec(name, dtype, shape), tiles, tuple(place for _, place, _ in own))
+
+    def _tiles(self, dtype: torch.dtype, shape: tuple[int, ...], own: Sequence[tuple[int, TableRow]]) -> Tiles:
+        boxes: dict[SavedPart, list[Holder]] = {}
+        present: dict[int, None] = {}
+        for place, (number, row) in enumerate(own):
+            for rank in self._ranks[number]:
+                for block in self._blocks(number, row, rank, shape):
+                    part = SavedPart(block.start, block.shape, None)
+                    boxes.setdefault(part, []).append(Holder(rank, place, block.at))
+                    present[rank] = None
+        tensor = SavedTensor(dtype, shape, tuple(boxes))
+        found = [fault.replace("{", "{{").replace("}", "}}") for fault in faults(_NAME, tensor)]
+        wrong = tuple(fault.replace(repr(_NAME), "{}").replace("; was it saved by all ranks?", "") for fault in found)
+        mosaic = Mosaic(tensor)
+        return Tiles(mosaic, tuple(tuple(boxes[part]) for part in mosaic.parts), wrong, tuple(sorted(present)))
+
+    def _blocks(self, number: int, row: TableRow, rank: int, shape: tuple[int, ...]) -> tuple[Block, ...]:
+        if row.layout == BLOCKS:
+            return row.blocks
+        if row.layout == WHOLE:
+            zeros = (0,) * len(shape)
+            return () if 0 in shape else (Block(zeros, zeros, shape),)
+        layout: MeshLayout = self._layouts[number][row.layout]
+        return layout.blocks(shape, layout.ranks.index(rank)) if rank in layout.ranks else ()
+
+
+_NAME = "\0"  # stands for a tensor's name
+
+
+def _cuts(tile: TiledTensor, requests: Sequence[tuple[int, tuple[Range, ...]]], limit: int) -> Iterator[Cut]:
+    everything = (Range(0, tile.spec.nbytes),)
+    ranges = [ranges or everything for _, ranges in requests]
+    wanted = [
+        (part, frozenset(requests[place][0] for place in places), [ranges[place] for place in places])
+        for part, places in shared(ranges)
+    ]
+    mosaic = tile.tiles.mosaic
+    boxes = [list(mosaic.cut(part)) if part.size else [] for part, _, _ in wanted]
+    if (own := _apart(mosaic, wanted, boxes)) is None:
+        for part, asking, _ in wanted:
+            for piece in pieces_of(part, limit):
+                yield Cut(piece, asking, tuple(mosaic.cut(piece)) if piece.size else ())
+        return
+    by_owner: dict[int, list[Cut]] = {}
+    for (_, asking, _), cut, parts in zip(wanted, boxes, own, strict=True):
+        for box, whole in zip(cut, parts, strict=True):
+            pieces = (Cut(part, asking, tuple(mosaic.cut(part))) for part in pieces_of(whole, limit))
+            by_owner.setdefault(box.number, []).extend(pieces)
+    yield from _in_turn(list(by_owner.values()))
+
+
+def _apart(
+    mosaic: Mosaic, wanted: Sequence[tuple[Range, frozenset[int], list[tuple[Range, ...]]]], cut: list[list[PartBox]]
+) -> list[list[Range]] | None:
+    """The boxes of what is wanted as ranges, if each of them is one, and long, and receivers can tell them apart."""
+    if all(len(boxes) <= 1 for boxes in cut):
+        return None
+    ranges = []
+    for (_, _, requests), boxes in zip(wanted, cut, strict=True):
+        if any(math.prod(box.lengths) < _LONG for box in boxes):
+            return None
+        own = [_range(mosaic, box) for box in boxes]
+        fits = all(
+            part is not None and all(any(within(part, asked) is not None for asked in request) for request in requests)
+            for part in own
+        )
+        if not fits:
+            return None
+        ranges.append([part for part in own if part is not None])
+    flat = [part for own in ranges for part in own]
+    few = len(flat) <= _MANY or all(part.count == 1 for part in flat)
+    return ranges if few and disjoint(flat) else None
+
+
+def _range(mosaic: Mosaic, box: PartBox) -> Range | None:
+    first = sum(at * stride for at, stride in zip(box.begin, mosaic.strides, strict=True))
+    return range_of(Box(torch.uint8, box.lengths, row_major(mosaic.shape), first))
+
+
+def _in_turn(queues: Sequence[Iterable[Cut]]) -> Iterator[Cut]:
+    """The first of each, the second of each, and so on."""
+    waiting = [iter(queue) for queue in queues]
+    while waiting:
+        for queue in list(waiting):
+            cut = next(queue, None)
+            if cut is None:
+                waiting.remove(queue)
+            else:
+                yield cut

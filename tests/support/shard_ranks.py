@@ -1,0 +1,149 @@
+"""Trainer ranks for tests: processes with a group that sends nothing, which do what a test says, one by one."""
+
+from __future__ import annotations
+
+import os
+import signal
+from contextlib import ExitStack, contextmanager, suppress
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import torch.testing._internal.distributed.fake_pg  # it registers the backend
+from processes import Child, Tiny
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial
+
+import hotweights as hw
+from hotweights.transfer.sharded.link import Link
+
+
+def content(kind, rank, size, value):
+    """What a rank sends of a ``Tiny``: some rows of one tensor, and all of the other."""
+    full = Tiny(value).state_dict()
+    rows = full["one"].chunk(size)
+    start = sum(len(part) for part in rows[:rank])
+    own = [hw.Shard("one", rows[rank], offset=(start, 0), shape=(300, 10))]
+    if kind == "partly" and rank == 1:
+        own = []
+    if kind == "twice" and rank == 1:
+        own = [hw.Shard("one", full["one"][: start + 1], offset=(0, 0), shape=(300, 10))]
+    if kind == "summand" and rank == 1:
+        mesh = init_device_mesh("cpu", (size,))
+        partial = DTensor.from_local(full["one"], mesh, [Partial()], run_check=False)
+        return {"one": partial, "two": full["two"]}
+    if kind == "fails" and rank == 1:
+        return failing()
+    return [*own, ("two", full["two"])]
+
+
+def failing():
+    yield "two", torch.ones(7).bfloat16()
+    raise ValueError("no more")
+
+
+SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "ctrl-c": signal.SIGINT}
+
+
+class LinkKiller:
+    """Kills, stops or interrupts this process before or after its ``at``-th word, said or heard, once it is armed."""
+
+    def __init__(self, at):
+        self.left, self.armed, self.signal = at, False, signal.SIGKILL
+
+    def point(self):
+        if self.armed:
+            if self.left == 0:
+                self.armed = False
+                os.kill(os.getpid(), self.signal)
+            self.left -= 1
+
+    def __enter__(self):
+        send, read = Link.send, Link.read
+
+        def sending(link, word, **options):
+            self.point()
+            send(link, word, **options)
+            self.point()
+
+        def reading(link):
+            word = read(link)
+            if word is not None:
+                self.point()
+            return word
+
+        self._patches = [mock.patch.object(Link, "send", sending), mock.patch.object(Link, "read", reading)]
+        for patch in self._patches:
+            patch.start()
+        return self
+
+    def __exit__(self, *error):
+        for patch in self._patches:
+            patch.stop()
+
+
+def tried(work):
+    """What it returned, or the kind and the words of what it raised."""
+    try:
+        return work()
+    except (Exception, KeyboardInterrupt) as error:
+        return type(error).__name__, str(error)
+
+
+def rank_of(pipe, rank, size, store, address, options):
+    """A rank: it makes its sender, and sends what it is told."""
+    dist.init_process_group("fake", store=dist.FileStore(store, 99), rank=rank, world_size=size)
+    made = tried(lambda: hw.Sender(address, group=dist.group.WORLD, **{"slots": 2, "slot_nbytes": 4096, **options}))
+    if isinstance(made, tuple):
+        pipe.send(made)
+        return
+    pipe.send("ready")
+    with made, LinkKiller(-1) as killer:
+        while (order := pipe.recv()) is not None:
+            kind, version, value = order
+            if kind == "destroy":
+                dist.destroy_process_group()
+                continue
+            if kind in SIGNALS:
+                killer.left, killer.armed, killer.signal = value, True, SIGNALS[kind]
+                continue
+            report = tried(lambda: made.send(content(kind, rank, size, value), version=version))  # noqa: B023
+            pipe.send(report if isinstance(report, tuple) else ("sent", str(report.version)))
+
+
+class Trainer:
+    """Some ranks of one group."""
+
+    def __init__(self, ranks):
+        self.ranks = ranks
+
+    def order(self, kind, version, value=0, ranks=None):
+        for rank in self.ranks if ranks is None else [self.ranks[number] for number in ranks]:
+            rank.say((kind, version, value))
+
+    def heard(self, ranks=None):
+        return [
+            rank.heard(60.0) for rank in (self.ranks if ranks is None else [self.ranks[number] for number in ranks])
+        ]
+
+    def send(self, kind, version, value=0, ranks=None):
+        """What all these ranks say when they have sent."""
+        self.order(kind, version, value, ranks)
+        return self.heard(ranks)
+
+
+@contextmanager
+def trainer(folder, address, size, *, ranks=None, **options):
+    """A trainer of so many ranks, which end with the ``with``; ``ranks`` are those that come."""
+    store = str(folder / f"store-{len(list(folder.iterdir()))}")
+    open(store, "w").close()
+    with ExitStack() as stack:
+        own = [
+            stack.enter_context(Child(rank_of, rank, size, store, address, options))
+            for rank in (range(size) if ranks is None else ranks)
+        ]
+        yield Trainer(own)
+        for rank in own:
+            if rank.process.is_alive():
+                with suppress(BrokenPipeError):
+                    rank.say(None)
