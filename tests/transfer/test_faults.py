@@ -288,7 +288,7 @@ def test_a_slot_changed_after_it_was_handed_over_is_caught_by_the_digest(address
 
         def corrupting(channel, message, **options):
             if isinstance(message, Filled):
-                sending._slots.memories[message.slot][message.chunks[0].offset] ^= 1
+                sending._way.slots.memories[message.slot][message.chunks[0].offset] ^= 1
             say(channel, message, **options)
 
         with monkeypatch.context() as patch:
@@ -319,7 +319,7 @@ def test_what_was_copied_is_private_when_there_are_digests(address):
     one = {"only": content["large"]}
     taking = Thread(consume)
     with sender(address, slot_nbytes=65536) as sending:
-        ends["rogue"] = sending._slots.memories
+        ends["rogue"] = sending._way.slots.memories
         sending.send(one, version=1)
     assert_same_bits(taking.result(), one)
 

@@ -180,7 +180,7 @@ def test_a_changed_byte_of_any_slice_is_caught_before_it_counts(name, atomic, ad
             if isinstance(message, Filled) and not changed:
                 for chunk in message.chunks:
                     if chunk.tensor == number:
-                        sending._slots.memories[message.slot][chunk.offset + chunk.range.size - 1] ^= 1
+                        sending._way.slots.memories[message.slot][chunk.offset + chunk.range.size - 1] ^= 1
                         changed.append(chunk)
                         break
             say(channel, message, **options)
