@@ -319,7 +319,8 @@ def test_an_offer_of_an_older_epoch_is_refused(address, monkeypatch):
     with sender(address) as second:
         sent(second, 2)
         second._way._epoch = 0
-        monkeypatch.setattr(type(second._way._group.peers[0]), "epoch", property(lambda peer: 0, lambda peer, value: None))
+        peer = type(second._way._group.peers[0])
+        monkeypatch.setattr(peer, "epoch", property(lambda peer: 0, lambda peer, value: None))
         with pytest.raises(hw.TransferAborted, match="epoch 1 offered something, and one of epoch 2 came after"):
             second.send(Tiny(3), version=3)
         second._way._epoch = 2
