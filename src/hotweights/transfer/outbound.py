@@ -119,8 +119,8 @@ class Outbound:
         self._gave_up: list[str] = []  # the names of those that were lost when they were prepared
         self._tensors = self._nbytes = 0
 
-    def run(self, source: Source, version: str | int) -> SendReport:
-        """Offer, send, decide.
+    def run(self, source: Source, version: str | int, check: Callable[[], object] = bool) -> SendReport:
+        """Offer, send, decide. ``check`` is called when everything was read; if it raises, nobody takes the version.
 
         Raises:
             TransferAborted: nobody took the version.
@@ -133,7 +133,7 @@ class Outbound:
                 version,
                 list(source.manifest.values()),
                 lambda: Offer(version, self._hashed, described(source.manifest), register=register, epoch=self._epoch),
-                lambda: self._send(source),
+                lambda: self._send(source, check),
             )
         finally:
             self._ballot.close()
@@ -187,7 +187,7 @@ class Outbound:
         """The offer to one receiver."""
         return msgspec.structs.replace(offer, place=peer.place)
 
-    def _send(self, source: Source) -> None:
+    def _send(self, source: Source, check: Callable[[], object]) -> None:
         asking = [peer for peer in self._members for _ in peer.wanted]  # a relay in a place for each of its workers
         wishes = [wanted for peer in self._members for wanted in peer.wanted]
         requests: dict[int, list[tuple[int, tuple[Range, ...]]]] = {}
@@ -200,6 +200,7 @@ class Outbound:
             self._tensors += 1
             for piece in pieces(tensor, requests[number], self._slots.slot_nbytes):
                 self._put(number, piece, asking)
+        check()
         self._hand_over(asking)
 
     def _put(self, number: int, piece: Piece, asking: Sequence[Peer]) -> None:

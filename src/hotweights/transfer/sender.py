@@ -194,7 +194,7 @@ class Sender:
             AddressTaken: another sender publishes there now. Workers have its versions.
             SaveError, StoreError: the version could not be published. Workers have the one before.
             UsageError: the tensors cannot be sent: two have one name, for example. Or the version before is being sent.
-                Nobody was told of the version.
+                Nobody was told of the version. Or tensors were written meanwhile, and nobody has it.
             Exception: the source failed. Nobody has the version.
         """
         if version is None:
@@ -209,7 +209,7 @@ class Sender:
             stack.enter_context(self._alone())
             source = stack.enter_context(_opened(tensors, manifest))
             _check_bare(source)
-            send = partial(self._send, source, version, receivers, show_progress)
+            send = partial(self._send, source, version, receivers, show_progress, _unwritten(source))
             if wait is not False:
                 return send()
             queued = _queued(source)
@@ -241,14 +241,19 @@ class Sender:
     @alone_in_a_fork()
     @signals.held
     def _send(
-        self, source: Source, version: str | int, receivers: int | None, show_progress: bool | None
+        self,
+        source: Source,
+        version: str | int,
+        receivers: int | None,
+        show_progress: bool | None,
+        check: Callable[[], object],
     ) -> SendReport:
         self._thread = threading.get_ident()
         if isinstance(self._way, Publication):
-            return self._way.send(source, version, Timeline())
+            return self._way.send(source, version, Timeline(), check)
 
         def run(outbound: Outbound) -> SendReport:
-            return outbound.run(source, version)
+            return outbound.run(source, version, check)
 
         report = self._way.offer(
             Outbound, run, nbytes=source.manifest.nbytes, receivers=receivers, show_progress=show_progress
@@ -332,6 +337,30 @@ def _opened(tensors: Sendable, manifest: Manifest | None) -> Iterator[Source]:
     else:
         with StateSource(_collected(tensors)) as state:
             yield state
+
+
+def _unwritten(source: Source) -> Callable[[], object]:
+    """What raises ``UsageError`` if a tensor in memory was written after this call, as far as torch counts writes.
+
+    Digests are of what was read, so they fit also where some tensors are of the next step by then.
+    """
+    if not isinstance(source, InMemory):
+        return bool
+
+    def counts() -> dict[str, int]:
+        tensors = ((name, source.borrow(name)) for name in source.manifest)
+        return {name: tensor._version for name, tensor in tensors if not tensor.is_inference()}
+
+    before = counts()
+
+    def check() -> None:
+        if written := [name for name, count in counts().items() if count != before[name]]:
+            raise UsageError(
+                f"{some(written, 3)}: written while the version was sent, so it would be of two steps; nobody has it. "
+                "Train on when result() has returned, or send a copy of the tensors"
+            )
+
+    return check
 
 
 def _queued(source: Source) -> devices.Event | None:
