@@ -206,7 +206,7 @@ def test_the_scripts_of_an_rl_loop_run(tmp_path, monkeypatch, capsys):
         for worker in workers:
             live = worker.result(60)["live"]
             assert live.version == "step-3"
-            assert torch.equal(live.model.weight, snapshot["weight"])
+            assert torch.equal(live.model.weight, snapshot.weight)
     assert "taken by rank0 (process" in capsys.readouterr().out
 
 

@@ -114,10 +114,10 @@ def test_timelines_of_two_processes_line_up(tmp_path):
     after = time.time()
     events = [json.loads((tmp_path / f"{name}.json").read_text())["traceEvents"] for name in ("first", "second")]
     bounds = ((before, between), (between, after))
-    for number, (several, (first, last)) in enumerate(zip(events, bounds, strict=True)):
+    for several, (first, last) in zip(events, bounds, strict=True):
         (process,) = {event["pid"] for event in several}
         assert several[0]["name"] == "process_name"
-        assert several[0]["args"] == {"name": f"update to step-{number} (process {process})"}
+        assert several[0]["args"] == {"name": f"hotweights (process {process})"}
         spans = [event for event in several if event["ph"] == "X"]
         rows = {event["tid"]: event["args"]["name"] for event in several if event["name"] == "thread_name"}
         assert spans

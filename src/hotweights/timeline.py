@@ -45,12 +45,14 @@ class Timeline:
         began: when it began, by ``time.perf_counter``.
         since_epoch: the same by the clock that all processes of a host share: seconds since 1970.
         open_nbytes: says how much device memory open layers take now.
+        receiver: the name of the receiver that takes part, if one does.
     """
 
     def __init__(self) -> None:
         self.events: list[TimelineEvent] = []
         self.began, self.since_epoch = time.perf_counter(), time.time()
         self.open_nbytes: Callable[[], int] = int
+        self.receiver = ""
 
     @contextmanager
     @held
@@ -78,26 +80,36 @@ class Timeline:
 
 
 def save_events(
-    path: str | os.PathLike[str], events: Iterable[TimelineEvent], *, of: str = "hotweights", since_epoch: float = 0.0
+    path: str | os.PathLike[str],
+    events: Iterable[TimelineEvent],
+    *,
+    deed: str,
+    of: str,
+    who: str = "",
+    since_epoch: float = 0.0,
 ) -> None:
     """Write events in the Chrome trace format, for ``chrome://tracing`` or ui.perfetto.dev.
 
-    Files of several processes of one host line up: their times are those of one clock, and each has its own process.
+    Files of several processes of one host line up: their times are those of one clock, and each has its own process,
+    with one name in all its files. A row of its own says which version each is of.
 
     Args:
         path: of the file, which is written anew.
         events: what to write.
-        of: what the process did, in words; its number is added.
+        deed: what was done, such as ``"update"``: a span of its own, around all others.
+        of: the version.
+        who: did it; the number of the process is added.
         since_epoch: when that began, see ``Timeline``.
     """
     events, process = list(events), os.getpid()
-    rows = {event.what: zlib.crc32(event.what.encode()) for event in events}  # One row each, the same in every file.
-    titles = [_title("process_name", process, 0, f"{of} (process {process})")]
+    shown = [TimelineEvent(deed, of, 0.0, max(map(_end, events), default=0.0)), *events]
+    rows = {event.what: zlib.crc32(event.what.encode()) for event in shown}  # One row each, the same in every file.
+    titles = [_title("process_name", process, 0, f"{who or 'hotweights'} (process {process})")]
     titles += [_title("thread_name", process, row, what) for what, row in rows.items()]
     spans = [
         {"name": f"{event.what} {event.of}".strip(), "cat": event.what, "ph": "X", "pid": process}
         | {"tid": rows[event.what], "ts": _microseconds(since_epoch + event.start), "dur": event.seconds * 1e6}
-        for event in events
+        for event in shown
     ]
     counters = [
         {"name": "open layers, device bytes", "ph": "C", "pid": process, "args": {"bytes": event.open_nbytes}}

@@ -5,6 +5,7 @@ import copy
 import peft
 import pytest
 import torch
+from ends import Thread, receiver, sender
 from torch import nn
 
 import hotweights as hw
@@ -119,3 +120,71 @@ def test_adapters_stay_when_the_model_under_them_is_updated():
     trained.base_model.model[0].base_layer.load_state_dict(base[0].state_dict())
     trained.base_model.model[1].load_state_dict(base[1].state_dict())
     assert torch.equal(model(inputs), trained(inputs))
+
+
+def test_what_was_offered_and_does_not_fit_is_refused_as_an_update_refuses_it(tmp_path):
+    """A loop that catches ``UpdateAborted`` goes on, and the trainer is told why at once."""
+    address = f"unix:{tmp_path}/own/socket"
+    other = peft.get_peft_model(plain(), peft.LoraConfig(r=2, target_modules=["1"]))
+    live, trained = served(adapted()), adapted()
+
+    def work():
+        with receiver(address) as source:
+            while source.poll() is None:
+                source.connect(0.1)
+            with pytest.raises(hw.UpdateAborted, match=r"version 'other' was refused; version 'day-1' is live") as told:
+                load_adapter(live, source)
+            assert "other" in live.status()["last_error"]
+            report = load_adapter(live, source)
+            assert {"wait for the sender", "wait for the group"} <= {event.what for event in report.events}
+            return told.value
+
+    with sender(address) as sending:
+        worker = Thread(work)
+        with pytest.raises(hw.TransferAborted) as caught:
+            sending.send(alone(other), version="other")
+        sending.send(alone(trained), version="day-2")
+        said = worker.result()
+    assert said.problems
+    assert all(problem in str(caught.value) for problem in said.problems)
+    assert live.version == "day-2"
+
+
+def test_an_adapter_before_the_model_under_it_is_told_what_can_be_done():
+    base = plain()
+    live, trained = hw.LiveModel(adapted()), adapted(base)
+    with pytest.raises(hw.UsageError, match=r"nothing was loaded yet: load the model under the adapters first") as told:
+        load_adapter(live, alone(trained))
+    assert "base=" not in str(told.value), "it is for an adapter in files"
+    load_base(live, base)
+    load_adapter(live, alone(trained))
+
+
+def test_the_trainer_is_told_to_merge(tmp_path):
+    address = f"unix:{tmp_path}/own/socket"
+    live = served(plain())
+
+    def work():
+        with receiver(address) as source, pytest.raises(hw.UpdateAborted):
+            live.update(source)
+
+    with sender(address) as sending:
+        worker = Thread(work)
+        with pytest.raises(hw.TransferAborted, match=r"Merge it before saving or sending"):
+            sending.send(alone(adapted()), version="day-2")
+        worker.result()
+
+
+def test_half_of_a_base_is_warned_of():
+    live, base = served(adapted()), plain()
+    (warning,) = live.update(base, only="*base_layer*").warnings
+    assert "left out 2 tensors of the source: " in warning
+    assert "1.weight" in warning
+    assert load_base(live, base).warnings == ()  # As it says.
+
+
+def test_merged_weights_for_a_model_with_adapters():
+    live = served(adapted())
+    merged = copy.deepcopy(adapted()).merge_and_unload()
+    with pytest.raises(hw.UpdateAborted, match=r"If adapters are merged into it they would count twice"):
+        live.update(merged)

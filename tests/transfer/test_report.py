@@ -1,5 +1,6 @@
 """What a sender reports, for programs and for people."""
 
+import dataclasses
 import json
 
 import pytest
@@ -61,6 +62,11 @@ def test_for_people_it_is_a_table():
     ]
 
 
+def test_what_was_waited_for_before_the_offer_is_beside_the_seconds_that_leave_it_out():
+    report = dataclasses.replace(REPORT, events=EVENTS)
+    assert "in 0.500 s (0.00 GB/s), after 1.000 s of waiting for receivers" in str(report).splitlines()[0]
+
+
 def test_five_lines_say_where_the_time_went_and_nothing_is_counted_twice():
     assert breakdown(EVENTS) == [
         ("time", "1.000 s (25%) wait for receivers"),
@@ -94,18 +100,20 @@ def test_each_wait_for_the_next_item_is_an_event(monkeypatch):
 
 
 @pytest.mark.parametrize("digests", [True, False])
-def test_both_ends_tell_where_their_time_went(digests, address, tmp_path):
+@pytest.mark.parametrize("renamed", [None, {"new.": ""}])  # Other names hide no waits.
+def test_both_ends_tell_where_their_time_went(digests, renamed, address, tmp_path):
     live = hw.LiveModel(Tiny())
 
     def work():
-        with receiver(address) as source:
+        with receiver(address, name="rank0") as source:
             live.load(source)
-            return live.update(source)
+            return live.update(source, rename=renamed)
 
     with sender(address, digests=digests) as sending:
         worker = Thread(work)
         sending.send(Tiny(1), version=1)
-        sent = sending.send(((name, tensor) for name, tensor in Tiny(2).state_dict().items()), version=2)
+        new = {("new." if renamed else "") + name: tensor for name, tensor in Tiny(2).state_dict().items()}
+        sent = sending.send(((name, tensor) for name, tensor in new.items()), version=2)
         took = worker.result()
     ending = " and digest" if digests else ""
     waits = {"wait for receivers", "wait for answers to the offer", "wait until all are prepared", "wait for commits"}
@@ -118,7 +126,9 @@ def test_both_ends_tell_where_their_time_went(digests, address, tmp_path):
         assert sum("%) " in line for line in str(report).splitlines()) == 5
         report.save_timeline(tmp_path / "timeline.json")
         saved = json.loads((tmp_path / "timeline.json").read_text())["traceEvents"]
-        assert [event["cat"] for event in saved if event["ph"] == "X"] == [event.what for event in report.events]
+        deed = "update" if report is took else "send"
+        assert [event["cat"] for event in saved if event["ph"] == "X"] == [deed, *(e.what for e in report.events)]
+    assert (saved[0]["name"], saved[0]["args"]["name"].split()[0]) == ("process_name", "rank0")
 
 
 def test_a_worker_that_refuses_many_tensors_says_few_lines(address):

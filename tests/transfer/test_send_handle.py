@@ -237,3 +237,28 @@ def test_the_thread_waits_for_what_is_queued_on_a_device(address, monkeypatch):
         happened.set()
         assert dict(source.tensors()).keys() == CONTENT.keys()
         assert sent.result().version == 1
+
+
+def test_who_trains_on_while_a_version_is_sent_has_not_sent_a_mixture(address):
+    """Digests are of what was read, so they fit a version of two steps as well."""
+    model = torch.nn.Linear(2, 2)
+    with sender(address) as sending:
+        sent = sending.send(model, version=1, wait=False)  # Nobody is connected, so nothing is read yet.
+        with torch.no_grad():
+            model.weight.add_(1)
+        worker = Thread(take, address)
+        with pytest.raises(hw.UsageError, match=r"weight: written while the version was sent.*send a copy"):
+            sent.result(timeout=TIMEOUT)
+        with pytest.raises(hw.TransferAborted, match="weight: written while the version was sent"):
+            worker.result()
+        copied = {name: tensor.clone() for name, tensor in model.state_dict().items()}  # As it says.
+        sent = sending.send(copied, version=2, wait=False)
+        with torch.no_grad():
+            model.weight.add_(1)
+        worker = Thread(take, address)
+        sent.result(timeout=TIMEOUT)
+        assert torch.equal(worker.result()["weight"], copied["weight"])
+        worker = Thread(take, address)
+        with torch.inference_mode():
+            sending.send({"w": torch.ones(2)}, version=3)  # Writes to these are not counted.
+        worker.result()

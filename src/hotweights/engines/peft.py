@@ -7,8 +7,9 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from ..loading.load import load
 from ..loading.report import LoadReport
 from ..model.places import places
 from ..names import inside, unwrapped
-from ..sources.contracts import Source
+from ..sources.contracts import Participant, Source, refusing
 from ..sources.files.directory import snapshot
 from ..sources.files.shards import Paths
 from ..sources.files.source import FileSource
@@ -69,24 +70,28 @@ def load_adapter(
     Raises:
         PlanError: the adapter is another than the model's; nothing was read or written.
         CheckpointError: a file is broken.
-        UpdateAborted: see ``LiveModel.update``.
+        UpdateAborted: see ``LiveModel.update``. So for what does not fit of a ``Receiver``, whose sender is told.
         UsageError: the model has no such adapter, or the live model is empty and there is no ``base``.
         MissingPackage: peft is not installed.
     """
-    module = _module(model)
-    holder = _holder(module)
-    names = _names(module, holder, adapter_name)
-    if is_paths(adapter):
-        adapter = _checked(adapter, holder.peft_config[adapter_name])
-    with opened(adapter) as source:
-        renamed = _compared(names, source.manifest, adapter_name)
-        if base is None:
-            return _put(model, source, renamed, {*names.values()}, options)
-        if not isinstance(source, FileSource):
-            raise UsageError("base= goes with an adapter that is a path; this one is none")
-        others = _all_but(module, holder, adapter_name)
-        with _together(base, source) as both:
-            return _put(model, both, renamed, {*_tensors(module)} - others, options)
+    with refusing(adapter):
+        module = _module(model)
+        holder = _holder(module)
+        names = _names(module, holder, adapter_name)
+        if is_paths(adapter):
+            adapter = _checked(adapter, holder.peft_config[adapter_name])
+        with opened(adapter) as source:
+            renamed = cache(lambda: _compared(names, source.manifest, adapter_name))
+            if not isinstance(source, Participant):
+                renamed()  # What a group is offered is compared within the update, which aborts if it does not fit.
+            if base is None:
+                _check_loaded(model, source)
+                return _put(model, source, renamed, {*names.values()}, options)
+            if not isinstance(source, FileSource):
+                raise UsageError("base= goes with an adapter that is a path; this one is none")
+            others = _all_but(module, holder, adapter_name)
+            with _together(base, source) as both:
+                return _put(model, both, renamed, {*_tensors(module)} - others, options)
 
 
 def load_base(model: LiveModel | nn.Module, base: AnySource, **options: Any) -> UpdateReport | LoadReport:
@@ -102,32 +107,40 @@ def load_base(model: LiveModel | nn.Module, base: AnySource, **options: Any) -> 
         UsageError: the model has no adapters.
         MissingPackage: peft is not installed.
     """
-    module = _module(model)
-    return _put(model, base, {}, {*_tensors(module)} - _all_but(module, _holder(module), None), options)
+    with refusing(base):
+        module = _module(model)
+        written = {*_tensors(module)} - _all_but(module, _holder(module), None)
+        return _put(model, base, dict, written, options)
 
 
 def _put(
     model: LiveModel | nn.Module,
     source: AnySource,
-    names: Mapping[str, str],
+    names: Callable[[], Mapping[str, str]],
     written: Collection[str],
     options: Mapping[str, Any],
 ) -> UpdateReport | LoadReport:
-    """Load or update these tensors of the model. ``names`` are the model's for an adapter's in the source."""
+    """Load or update these tensors of the model. ``names()`` are the model's for an adapter's in the source."""
 
     def rename(name: str) -> str:
-        return names.get(name, name)
+        return names().get(name, name)
 
     stay = _tensors(_module(model)) - {*written}
     if not isinstance(model, LiveModel):
         return load(model, source, rename=rename, allow_missing=_exactly(stay), **options)
     if model.state is not State.EMPTY:
         return model.update(source, rename=rename, only=_exactly(written) if stay else None, **options)
-    if names and len(names) == len(written):
-        raise UsageError(
-            "nothing was loaded yet: give base= as well, or load the model under the adapters by load_base"
-        )
     return model.load(source, rename=rename, allow_missing=_exactly(stay), **options)
+
+
+def _check_loaded(model: LiveModel | nn.Module, source: Source) -> None:
+    """Refuse an adapter alone as the first version: what it computes with would be undefined."""
+    if isinstance(model, LiveModel) and model.state is State.EMPTY:
+        both = "give base= as well, or " if isinstance(source, FileSource) else ""
+        raise UsageError(
+            f"nothing was loaded yet: {both}load the model under the adapters first, by load_base(live, source); then "
+            "this adapter"
+        )
 
 
 def _exactly(names: Collection[str]) -> list[re.Pattern[str]]:

@@ -22,6 +22,7 @@ from ..memory.extents import Extents
 from ..memory.pool import Pool
 from ..model.reachable import reachable
 from ..model.survey import own_loader
+from ..plan.adapters import left_under
 from ..plan.steps import Fate, Program, Step
 from ..plan.unused import unused
 from ..sources.contracts import Addressed, InMemory, Request, Source
@@ -344,13 +345,16 @@ class Attempt:
             events=tuple(self.timeline.events),
             mismatched=plan.mismatched,
             since_epoch=self.timeline.since_epoch,
+            receiver=self.timeline.receiver,
         )
 
     def _warnings(self) -> tuple[str, ...]:
         job = self.job
         open_layers = (self.open_warning,) if self.open_warning else ()
-        # Of an update of a part, what was not asked for is not used either.
-        if job.kept or own_loader(job.model, job.by) is None:
+        if job.kept:
+            written = (name for step in job.plan.steps for name in step.destinations)
+            return (*open_layers, *left_under(written, job.plan.names(Fate.SKIPPED)))
+        if own_loader(job.model, job.by) is None:
             return open_layers
         return (*open_layers, *unused(job.plan, f"{type(job.model).__name__}.load_weights"))
 

@@ -48,6 +48,7 @@ class UpdateReport:
         mismatched: by name of the model, both shapes, of what was not loaded because they differ.
         proven: how many tensors of the model ``verify="loader"`` found to be what the model's own loading code makes.
         since_epoch: when it began, in seconds since 1970; ``events`` count from there.
+        receiver: the ``name=`` of the ``Receiver`` that it came by.
     """
 
     version: str | int
@@ -77,6 +78,7 @@ class UpdateReport:
     mismatched: Mapping[str, str] = field(default_factory=dict)
     proven: int = 0
     since_epoch: float = 0.0
+    receiver: str = ""
 
     def as_dict(self) -> dict[str, object]:
         """The same facts for machines: only names, numbers, lists and dictionaries."""
@@ -88,7 +90,8 @@ class UpdateReport:
 
         It lines up with those of other processes of the host, as the trainer's, by the clock that they share.
         """
-        save_events(path, self.events, of=f"update to {self.version}", since_epoch=self.since_epoch)
+        version = str(self.version)
+        save_events(path, self.events, deed="update", of=version, who=self.receiver, since_epoch=self.since_epoch)
 
     def __repr__(self) -> str:
         numbers = {fate.value: len(names) for fate, names in self.tensors.items()}

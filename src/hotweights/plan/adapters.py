@@ -72,8 +72,20 @@ def by_parts(manifest: Collection[str], targets: Iterable[str], missing: Collect
     if all(map(of_adapter, missing)):
         return (
             "This source is the model under the adapters: hotweights.engines.peft.load_base(model, source) loads it, "
-            "and they stay."
+            "and they stay. If adapters are merged into it they would count twice: load it into a model without them, "
+            "or send peft.get_peft_model_state_dict(model)."
         )
     if manifest and all(map(of_adapter, manifest)) and not any(map(of_adapter, missing)):
         return "This source is an adapter alone: hotweights.engines.peft.load_adapter(model, source) takes it."
     return ""
+
+
+def left_under(written: Iterable[str], skipped: Iterable[str]) -> tuple[str, ...]:
+    """A warning where weights under adapters were ``written``, and others of the source ``skipped``: half of a base."""
+    others = [name for name in skipped if not of_adapter(name)]
+    if not others or not any("base_layer" in name.split(".") for name in written):
+        return ()
+    return (
+        f"only= wrote layers that have an adapter, and left out {len(others)} tensors of the source: {some(others, 3)}"
+        "; hotweights.engines.peft.load_base(model, source) takes all of the model under the adapters",
+    )

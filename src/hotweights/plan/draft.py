@@ -188,6 +188,12 @@ def draft(
         missing = {} if alone else missing
     if other_part := by_parts(whole, wide, missing):
         advice.append(other_part)
+    elif missing and len(unexpected) == len(whole):
+        # To allow all of it would load nothing.
+        advice.append(
+            f"Nothing of the source fits the model: it has {some(list(map(whole.called, unexpected)), 3)}; the model "
+            f"has {some(list(missing), 3)}. Give the weights of this model; rename= translates names."
+        )
     elif not quantised and not homeless_parts:
         advice += _allowing(missing, partial, unexpected, whole, wide)
     wrong.update(shortened({name: _no_place(whole, name) for name in unexpected}, "unexpected"))

@@ -15,7 +15,8 @@ from ..manifest import Manifest
 from ..memory.guards import Guard
 from ..memory.lease import Lease
 from ..memory.pool import Pool
-from .contracts import Addressed, InMemory, IOMode, OnDisk, Participant, Read, Request, Source, Stream
+from ..timeline import Timeline
+from .contracts import Addressed, InMemory, IOMode, OnDisk, Participant, Read, Request, Source, Stream, Timed
 
 
 def renamed(source: Source, names: Mapping[str, str]) -> Source:
@@ -170,11 +171,18 @@ class _RenamedParticipant(RenamedSource):
         self._source.refuse(error)
 
 
+class _RenamedTimed(RenamedSource):
+    def time_into(self, timeline: Timeline) -> None:
+        """Note what takes time, see ``contracts.Timed``."""
+        self._source.time_into(timeline)
+
+
 _ABILITIES: tuple[tuple[type, type[RenamedSource]], ...] = (
     (Addressed, _RenamedAddressed),
     (InMemory, _RenamedInMemory),
     (OnDisk, _RenamedOnDisk),
     (Participant, _RenamedParticipant),
+    (Timed, _RenamedTimed),
 )
 
 

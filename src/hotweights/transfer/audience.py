@@ -16,7 +16,7 @@ from .doubts import Decided, tell
 from .outbound import Outbound
 from .peers import Beside, Peer, PeerGroup
 from .register import Register
-from .report import SendReport
+from .report import WAIT, SendReport
 from .shared_memory import WriteSlots
 from .waits import left
 
@@ -114,7 +114,7 @@ class Audience:
             Exception: what ``run`` raises.
         """
         timeline = Timeline()
-        with timeline.event("wait for receivers"):
+        with timeline.event(WAIT):
             count = self._receivers if receivers is None else receivers
             self._group.gather(count, drop=self._drop, meanwhile=self._tell, beside=self._beside)
             doubts = self._settle()

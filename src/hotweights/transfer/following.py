@@ -165,7 +165,8 @@ class Following:
         """Nothing: any bytes can be asked for."""
 
     def time_into(self, timeline: Timeline) -> None:
-        """Nothing: who reads knows what its time is spent on."""
+        """Who reads knows what its time is spent on, but not its name."""
+        timeline.receiver = self.name
 
     @contextmanager
     def decision(self) -> Iterator[None]:

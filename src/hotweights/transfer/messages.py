@@ -352,11 +352,15 @@ def words_of(part: Range) -> str:
 def reasons_of(error: BaseException) -> tuple[str, ...]:
     """What the other side is told of an error: its problems, those of many names in one line, or its text.
 
-    As much as fits. Of a live model's update it is what ended that: which version is live here is no news there.
+    As much as fits. Of a live model's update it is what ended that: which version is live here is no news there. What
+    is advised about the weights comes last: often only the sender can follow it.
     """
     if isinstance(error, UpdateAborted) and not error.problems and error.__cause__ is not None:
         error = error.__cause__
     text = str(error) if isinstance(error, HotweightsError) else f"{type(error).__name__}: {error}"
-    problems = grouped(getattr(error, "problems", ())) or [text]
-    reasons = [str(problem)[:REASON] for problem in problems]
-    return tuple(reasons[:_REASONS]) + ((f"... and {len(reasons) - _REASONS} more",) if len(reasons) > _REASONS else ())
+    problems = grouped(getattr(error, "problems", ()))
+    reasons = [str(problem)[:REASON] for problem in problems or [text]]
+    more = [f"... and {len(reasons) - _REASONS} more"] if len(reasons) > _REASONS else []
+    lines = getattr(error, "advice", "")[:REASON].splitlines() if problems else []
+    advice = [line for line in lines if "allow_" not in line]  # That is an argument of this side's load.
+    return (*reasons[:_REASONS], *more, *advice)

@@ -120,8 +120,8 @@ class Outbound:
         self._gave_up: list[str] = []  # the names of those that were lost when they were prepared
         self._tensors = self._nbytes = 0
 
-    def run(self, source: Source, version: str | int) -> SendReport:
-        """Offer, send, decide.
+    def run(self, source: Source, version: str | int, check: Callable[[], object] = bool) -> SendReport:
+        """Offer, send, decide. ``check`` is called when everything was read; if it raises, nobody takes the version.
 
         Raises:
             TransferAborted: nobody took the version.
@@ -134,7 +134,7 @@ class Outbound:
                 version,
                 list(source.manifest.values()),
                 lambda: Offer(version, self._hashed, described(source.manifest), register=register, epoch=self._epoch),
-                lambda: self._send(source),
+                lambda: self._send(source, check),
             )
         finally:
             self._ballot.close()
@@ -198,13 +198,14 @@ class Outbound:
                 requests.setdefault(wanted.tensor, []).append((place, wanted.ranges))
         return asking, requests, merged([[wanted.tensor for wanted in wish] for wish in wishes])
 
-    def _send(self, source: Source) -> None:
+    def _send(self, source: Source, check: Callable[[], object]) -> None:
         asking, requests, order = self._requests()
         tensors = _tensors(source, order, self._group.check_open)
         for number, tensor in self._timeline.each("read", tensors):
             self._tensors += 1
             for piece in pieces(tensor, requests[number], self._slots.slot_nbytes):
                 self._put(number, piece, asking)
+        check()
         self._hand_over(asking)
 
     def _put(self, number: int, piece: Piece, asking: Sequence[Peer]) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from .. import signals
 from ..errors import Closed, PeerLost, ProtocolError, TransferAborted, TransferError, TransferTimeout
+from ..text import some
 from .channel import Channel, close_in_children
 from .door import BACKLOG, PATIENCE, SILENT, Door, Endpoint
 from .flow import Outflow
@@ -198,7 +199,8 @@ class PeerGroup:
                     died,
                 )
             if not left(deadline):
-                raise TransferTimeout(f"{there} of {count} receivers were there after {self._timeout:g} s", gone)
+                names = f"; connected: {some([peer.name for peer in ready])}" if ready else ""
+                raise TransferTimeout(f"{there} of {count} receivers were there after {self._timeout:g} s{names}", gone)
             self.listen(left(deadline), beside)
 
     def listen(self, seconds: float, beside: Beside | None = None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Callable
 
 from .. import signals
 from ..arguments import check_count
@@ -56,8 +57,8 @@ class Publication:
             self._run.close()
             raise
 
-    def send(self, source: Source, version: str | int, timeline: Timeline) -> SendReport:
-        """Publish one version.
+    def send(self, source: Source, version: str | int, timeline: Timeline, check: Callable[[], object]) -> SendReport:
+        """Publish one version. ``check`` is called when it was read; if it raises, workers have the version before.
 
         Raises:
             AddressTaken: another sender has taken the place over. Workers have its versions.
@@ -70,6 +71,7 @@ class Publication:
         try:
             with timeline.event("save"):
                 saved = save(source, self._run.target(new))
+                check()
             with timeline.event("publish"):
                 kept = (*self._pointer.versions, new)[-self._keep :]
                 after = pointer(self._sender, kept)

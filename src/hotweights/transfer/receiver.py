@@ -181,6 +181,7 @@ class Receiver:
 
     def time_into(self, timeline: Timeline) -> None:
         """Note in ``timeline`` what the version that is offered takes: waits and copies. ``LiveModel`` calls it."""
+        timeline.receiver = self.name
         self._offered().member.timeline = timeline
 
     def decision(self) -> AbstractContextManager[None]:

@@ -11,6 +11,11 @@ import msgspec
 from ..text import as_html, counts, short, size, table
 from ..timeline import TimelineEvent, breakdown, save_events
 
+WAIT = "wait for receivers"
+"""The event before the offer, which the report's ``seconds`` leave out."""
+
+_SHORT = 0.1  # seconds of waiting that need no word
+
 
 @dataclass(frozen=True, slots=True)
 class SendReport:
@@ -56,7 +61,7 @@ class SendReport:
 
         It lines up with those of the workers of the host, by the clock that they share.
         """
-        save_events(path, self.events, of=f"send of {self.version}", since_epoch=self.since_epoch)
+        save_events(path, self.events, deed="send", of=str(self.version), who="sender", since_epoch=self.since_epoch)
 
     def __repr__(self) -> str:
         sent = f"{size(self.nbytes)} in {self.tensors} tensors in {self.seconds:.3f} s"
@@ -69,8 +74,11 @@ class SendReport:
 
     def __str__(self) -> str:
         rate = self.nbytes / max(self.seconds, 1e-9) / 1e9
+        waited = sum(event.seconds for event in self.events if event.what == WAIT)
+        after = f", after {waited:.3f} s of waiting for receivers" if waited >= _SHORT else ""
+        sent = f"{size(self.nbytes)} in {self.tensors} tensors in {self.seconds:.3f} s ({rate:.2f} GB/s){after}"
         rows = (
-            ("sent", f"{size(self.nbytes)} in {self.tensors} tensors in {self.seconds:.3f} s ({rate:.2f} GB/s)"),
+            ("sent", sent),
             *((("network", f"{size(self.network_nbytes)} to other hosts"),) if self.network_nbytes else ()),
             ("version", f"{self.version!r}, {self._whereabouts()}"),
             *breakdown(self.events),

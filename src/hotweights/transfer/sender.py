@@ -229,6 +229,7 @@ class Sender:
             UsageError: the tensors cannot be sent: two have one name, for example. Or the version before is being sent.
                 Nobody was told of the version. With ``group=`` also: the ranks do not hold all of a tensor, or hold
                 some of it twice and differently. Every rank raises what any rank met, in the same words.
+            UsageError: tensors were written while they were sent, as far as torch counts writes; nobody has the version.
             Exception: the source failed. Nobody has the version.
         """
         if version is None:
@@ -246,7 +247,7 @@ class Sender:
                     raise UsageError("dtype= is for a Sender with group=; leave it out: workers cast by themselves")
                 source = stack.enter_context(_opened(tensors, manifest, rename))
                 _check_bare(source)
-                send = partial(self._send, source, version, receivers, show_progress)
+                send = partial(self._send, source, version, receivers, show_progress, _unwritten(source))
                 given: Sequence[torch.Tensor] = _lying(source)
             else:
                 held = self._held(stack, tensors, manifest, rename, dtype, version)
@@ -283,15 +284,20 @@ class Sender:
     @alone_in_a_fork()
     @signals.held
     def _send(
-        self, source: Source, version: str | int, receivers: int | None, show_progress: bool | None
+        self,
+        source: Source,
+        version: str | int,
+        receivers: int | None,
+        show_progress: bool | None,
+        check: Callable[[], object],
     ) -> SendReport:
         self._thread = threading.get_ident()
         if isinstance(self._way, Publication):
-            return self._way.send(source, version, Timeline())
+            return self._way.send(source, version, Timeline(), check)
         assert isinstance(self._way, Audience)
 
         def run(outbound: Outbound) -> SendReport:
-            return outbound.run(source, version)
+            return outbound.run(source, version, check)
 
         report = self._way.offer(
             Outbound, run, nbytes=source.manifest.nbytes, receivers=receivers, show_progress=show_progress
@@ -437,6 +443,30 @@ def _opened(tensors: Any, manifest: Manifest | None, rename: Rename | None) -> I
 def _lying(source: Source) -> list[torch.Tensor]:
     """Those that lie in memory. What computes them may be queued still, on a stream of this thread."""
     return [source.borrow(name) for name in source.manifest] if isinstance(source, InMemory) else []
+
+
+def _unwritten(source: Source) -> Callable[[], object]:
+    """What raises ``UsageError`` if a tensor in memory was written after this call, as far as torch counts writes.
+
+    Digests are of what was read, so they fit also where some tensors are of the next step by then.
+    """
+    if not isinstance(source, InMemory):
+        return bool
+
+    def counts() -> dict[str, int]:
+        tensors = ((name, source.borrow(name)) for name in source.manifest)
+        return {name: tensor._version for name, tensor in tensors if not tensor.is_inference()}
+
+    before = counts()
+
+    def check() -> None:
+        if written := [name for name, count in counts().items() if count != before[name]]:
+            raise UsageError(
+                f"{some(written, 3)}: written while the version was sent, so it would be of two steps; nobody has it. "
+                "Train on when result() has returned, or send a copy of the tensors"
+            )
+
+    return check
 
 
 def _collected(pairs: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
