@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import hotweights as hw
-from hotweights.testing import ReusedBuffer, write_safetensors
+from hotweights.testing import ReusedBuffer, assert_same_bits, write_checkpoint, write_safetensors
 
 
 def mlp():
@@ -76,6 +76,63 @@ def test_a_first_load_is_proven_before_it_is_processed():
     assert torch.equal(model[0].weight, weights["0.weight"].t() * 2)
     live.update(tensors(2))
     assert torch.equal(model[0].weight, tensors(2)["0.weight"].t() * 2)
+
+
+class Doubling:
+    """Processes a layer in place, or puts another parameter in its place."""
+
+    def __init__(self, replaces):
+        self.replaces = replaces
+
+    def process_weights_after_loading(self, layer):
+        if self.replaces:
+            layer.weight = nn.Parameter(layer.weight.data * 2, requires_grad=False)
+        else:
+            layer.weight.data.mul_(2)
+
+
+class SharedSource(nn.Module):
+    """Two layers are the halves of one source tensor, a third has its own, and a fourth is tied to that."""
+
+    item = False
+
+    def __init__(self, replaces):
+        super().__init__()
+        for name in "abcd":
+            layer = nn.Linear(4, 2, bias=False)
+            layer.weight.weight_loader = lambda parameter, tensor: parameter.data.copy_(tensor)
+            layer.quant_method = Doubling(replaces) if name != "d" else None
+            self.add_module(name, layer)
+        self.d.weight = self.c.weight
+
+    def load_weights(self, pairs):
+        for name, tensor in pairs:
+            if self.item:
+                float(tensor.sum())
+            for layer, part in zip((self.a, self.b), tensor.chunk(2), strict=True) if name == "ab" else ():
+                layer.weight.weight_loader(layer.weight, part)
+            if name == "c":
+                self.c.weight.weight_loader(self.c.weight, tensor)
+
+
+@pytest.mark.parametrize("deferred", [(), "a", "b"])
+@pytest.mark.parametrize("replaces", [False, True])
+@pytest.mark.parametrize("item", [False, True])
+def test_what_a_proven_load_leaves_is_what_it_leaves_without_proof(replaces, deferred, item, tmp_path):
+    first, second = ({"ab": torch.randn(4, 4), "c": torch.randn(2, 4)} for _ in range(2))
+    for source in (first, write_checkpoint(tmp_path, first)):
+        held = []
+        for verify in ("off", "loader"):
+            model = SharedSource(replaces)
+            model.item = item
+            live = hw.LiveModel(model, deferred=deferred)
+            report = live.load(source, verify=verify)
+            held.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+            live.update(second)
+            held[-1] |= {f"then {name}": tensor.clone() for name, tensor in model.state_dict().items()}
+        assert report.proven == (0 if item else 3)
+        assert_same_bits(*held)
+        assert torch.equal(held[0]["a.weight"], first["ab"][:2] * 2)
 
 
 def test_what_only_streams_cannot_be_proven():

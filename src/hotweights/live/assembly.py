@@ -79,17 +79,24 @@ class Assembly:
     # Fill.
 
     @signals.held
-    def read(
-        self, group: LayerGroup, source: Addressed | InMemory, verify: Verifier | None, *, pool: Pool, **options: object
-    ) -> None:
-        """Open a group, fill it from a source that can be asked, and close it."""
+    def read(self, group: LayerGroup, source: Addressed | InMemory, *, close: bool = True, **options: object) -> None:
+        """Open a group and fill it from a source that can be asked. It is closed now, or when ``finish`` is called."""
         signals.deliver()
         opened = self._opened(group)
         with self._reading(group):
-            execute(group.plan, source, opened.destinations, self.done, pool=pool, **options)  # type: ignore[arg-type]
-        if verify is not None:  # Before it is processed: the model's own code makes checkpoint format.
-            verify(group.plan, opened.destinations, pool)
-        self._close(opened)
+            execute(group.plan, source, opened.destinations, self.done, **options)  # type: ignore[arg-type]
+        if close:
+            self._close(opened)
+        else:
+            self._late.append(opened)
+
+    def prove(self, verify: Verifier, pool: Pool) -> None:
+        """Prove all that was read at the first load, before any of it is processed.
+
+        The model's own code writes checkpoint format, and what shares a source tensor it writes together: it would
+        write that over layers that are processed already.
+        """
+        verify(self._job.plan, self._job.live, pool)
 
     @contextmanager
     @signals.held
@@ -148,9 +155,9 @@ class Assembly:
         """Close the groups that are left, when everything has come."""
         for group in list(self.todo):  # What takes no tensor is filled and processed all the same.
             self._complete(self._opened(group))
-        for opened in sorted(self._late, key=lambda late: late.group.deferred):
-            self._close(opened)
-        self._late.clear()
+        self._late.sort(key=lambda late: late.group.deferred)
+        while self._late:  # What processing replaces must not be held until the last layer.
+            self._close(self._late.pop(0))
         self._fall_back()
         self.processing.settle()
 

@@ -128,7 +128,9 @@ class Attempt:
         self._arrived |= set(self.manifest)
         for group in self._assembly.in_order():
             # Nothing of it outlives the call: scratch of the layer before would be held beside the next one's.
-            self._assembly.read(group, source, verify, pool=pool, advance=advance, **options)
+            self._assembly.read(group, source, close=verify is None, pool=pool, advance=advance, **options)
+        if verify is not None:
+            self._assembly.prove(verify, pool)
 
     def _stream(self, source: Source, advance: Callable[[int], None]) -> None:
         with source.leases() as stream:

@@ -249,7 +249,7 @@ class LiveModel:
         """Load for the first time, layer by layer; each is processed when it is complete.
 
         The arguments are those of ``hotweights.load``; what is allowed here is allowed to every update too. With
-        ``verify="loader"`` each layer is proven before it is processed.
+        ``verify="loader"`` all is proven before the first layer is processed.
 
         Raises:
             PlanError, CheckpointError, PlanDiffers: as ``hotweights.load``; except for the last, nothing was changed.
