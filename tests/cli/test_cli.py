@@ -380,7 +380,10 @@ class TestFollow:
         result = run("follow", steps, "--interval", "0.001", "--timeout", "0.01", "--marker", "DONE", "--versions", 1)
         assert result.exit_code == 1
         assert "0 of 1 versions came; the next did not within 0.01 s" in result.stderr
-        assert run("follow", steps, "--timeout", "0.001").exit_code == 0
+        assert "passed over step-1: waits for DONE" in result.stderr
+        result = run("follow", steps, "--timeout", "0.001", "--pattern", "run-*")
+        assert (result.exit_code, result.stdout) == (0, "")
+        assert "no version came within 0.001 s; versions are folders like run-*" in result.stderr
 
     def test_no_directory(self, tmp_path):
         assert run("follow", tmp_path / "runs").exit_code == 2

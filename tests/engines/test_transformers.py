@@ -501,8 +501,9 @@ class TestScratch:
 
 class TestBuild:
     def test_no_directory_and_no_config(self, tmp_path):
-        for directory in (tmp_path, tmp_path / "absent", "bert-base-uncased"):
-            with pytest.raises(hw.CheckpointError, match=r"has no config\.json"):
+        why = r"has no config\.json of transformers, which says"
+        for directory, told in ((tmp_path, why), (tmp_path / "absent", "no such dir"), ("bert-base", "no such dir")):
+            with pytest.raises(hw.CheckpointError, match=told):
                 engine.build(directory)
 
     @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ def version_of(number):
 
 
 def live_model(atomic="staged"):
-    live = hw.LiveModel(nn.Linear(4, 4), atomic=atomic)
+    live = hw.LiveModel(nn.Linear(4, 4), atomic=atomic, keep_previous=atomic is not False)
     live.load(version_of(1), version=1)
     return live
 
@@ -171,14 +171,49 @@ def test_with_in_coroutines_is_held_by_several_and_let_go_in_any_order():
     run(main())
 
 
+def test_a_coroutine_rolls_back_while_another_one_reads():
+    live = live_model()
+    live.update(version_of(2), version=2)
+
+    async def main():
+        entered, leave = asyncio.Event(), asyncio.Event()
+
+        async def reader():
+            async with live.serving() as version:
+                entered.set()
+                await leave.wait()
+                return version
+
+        reads = asyncio.create_task(reader())
+        await entered.wait()
+        with pytest.raises(
+            hw.UsageError, match=r"another task of this thread reads the model; .*await rollback_async\(\)"
+        ):
+            live.rollback()
+        back = asyncio.create_task(live.rollback_async(timeout=WAIT))
+        await waits_to_write(live)
+        leave.set()
+        assert (await reads, await back) == (2, 1)
+        with pytest.raises(hw.LiveModelError, match="taken back already"):
+            await live.rollback_async()
+
+    run(main())
+    assert values(live) == {1.0}
+    assert inspect.signature(hw.LiveModel.rollback_async) == inspect.signature(hw.LiveModel.rollback)
+
+
 def test_who_would_wait_for_itself_is_told():
     live = live_model("journal")
+    live.update(version_of(2))
 
     async def main():
         async with live.serving():
             refused(lambda: live.update(version_of(2)))  # a task
-            with pytest.raises(hw.UsageError, match="it cannot"):
-                await live.update_async(version_of(2))  # what a task waits for
+            for work in (live.update_async(version_of(2)), live.rollback_async()):
+                with pytest.raises(
+                    hw.UsageError, match=r"it cannot update or roll back there\. Leave serving\(\) first"
+                ):
+                    await work  # what a task waits for
         with live.begin() as update:
             update.feed(version_of(2))
             with pytest.raises(hw.UsageError, match="this thread is writing"):
@@ -248,8 +283,11 @@ def test_an_update_that_waits_too_long_for_readers_is_aborted(atomic):
 
     reader = Thread(read)
     assert inside.wait(WAIT)
-    with pytest.raises(hw.UpdateAborted, match=r"version 1 is live.*waited 0\.01 seconds") as caught:
-        live.update(version_of(2), timeout=0.01)
+    told = (
+        r"version 's2' was not taken; version 1 is live: waited 0\.01 seconds.*Nothing is wrong with the version: try"
+    )
+    with pytest.raises(hw.UpdateAborted, match=told) as caught:
+        live.update(version_of(2), version="s2", timeout=0.01)
     assert isinstance(caught.value.__cause__, TimeoutError)
     assert (live.version, live.state) == (1, hw.State.SERVING)
     assert run(reading(live, 0)) == 1  # Nobody waits any more.

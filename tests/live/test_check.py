@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from served import WAYS, bias, live_model, output, same, state, version_of
+from served import WAYS, bias, live_model, output, runs, same, state, version_of
 from torch import nn
 
 import hotweights as hw
@@ -72,6 +72,10 @@ async def awaits(model):
     return True
 
 
+def finite(model):
+    return torch.stack([tensor.isfinite().all() for tensor in model.parameters()]).all()
+
+
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("atomic", WAYS)
 @pytest.mark.parametrize(
@@ -80,7 +84,12 @@ async def awaits(model):
         (refuses, hw.LiveModelError, r"check=refuses: returned False"),
         (raises, ValueError, "a norm of 1e30"),
         (answers_by_tensor, hw.LiveModelError, r"returned tensor\(False\)"),
-        (awaits, hw.LiveModelError, "give a function that is not async"),
+        (awaits, hw.UsageError, "give a function that is not async"),
+        (lambda model: float("nan"), hw.UsageError, r"returned nan; a check returns True or None where"),
+        (lambda model: "no", hw.UsageError, "returned 'no'; a check returns True or None"),
+        (lambda model: 0.3, hw.UsageError, r"returned 0\.3; .* Of a number return a comparison"),
+        (lambda model: torch.tensor([True, False]), hw.UsageError, "returned Tensor"),
+        (lambda model: torch.tensor(float("nan")), hw.UsageError, "returned Tensor"),
     ],
 )
 def test_a_version_that_is_refused_leaves_no_bit(atomic, act, check, cause, said):
@@ -92,7 +101,7 @@ def test_a_version_that_is_refused_leaves_no_bit(atomic, act, check, cause, said
     assert (live.version, live.state) == (1, hw.State.SERVING)
     same(state(live), before)
     assert output(live.model) == answer
-    live.update(version_of(3), version=3, check=output)  # What is neither False nor None is an answer.
+    live.update(version_of(3), version=3, check=finite)
     assert output(live.model) != answer
 
 
@@ -128,7 +137,7 @@ def test_readers_see_only_what_is_live(atomic):
     live.update(version_of(2), version=2, check=check)
     for thread in threads:
         thread.join()
-    with live.begin(atomic="journal", check=output) as update:  # Afterwards its thread is no reader any more.
+    with live.begin(atomic="journal", check=runs) as update:  # Afterwards its thread is no reader any more.
         update.feed(version_of(3))
         update.prepare()
         with pytest.raises(hw.UsageError, match="writing the model"), live.serving():
@@ -138,7 +147,7 @@ def test_readers_see_only_what_is_live(atomic):
 def test_staged_readers_read_on_between_the_check_and_the_commit():
     live = live_model("staged")
     before = state(live)
-    with live.begin(check=output) as update:
+    with live.begin(check=runs) as update:
         update.feed(version_of(2))
         update.prepare()
         with live.serving() as version:
@@ -155,10 +164,10 @@ def test_without_a_way_back_a_check_is_refused_before_anything_is_read():
         raise AssertionError("it was read")
         yield
 
-    for begin in (lambda: live.update(never(), check=output), lambda: live.begin(check=output)):
+    for begin in (lambda: live.update(never(), check=runs), lambda: live.begin(check=output)):
         with pytest.raises(hw.UsageError, match=r'atomic=False keeps nothing.*use atomic="staged" or "journal"'):
             begin()
-    live.update(version_of(2), atomic="staged", check=output)
+    live.update(version_of(2), atomic="staged", check=runs)
     with pytest.raises(hw.UsageError, match="check= is a function, or None; found 3"):
         live.update(version_of(2), check=3)
 
@@ -199,7 +208,7 @@ def test_caches_keyed_by_version_counters_see_the_check_come_and_go():
 
 
 def test_a_report_names_the_check():
-    report = live_model().update(version_of(2), check=output)
+    report = live_model().update(version_of(2), check=runs)
     assert "check" in [event.what for event in report.events]
     assert json.dumps(report.as_dict())
 

@@ -4,7 +4,7 @@ import signal
 
 import pytest
 import torch
-from served import WAYS, bias, live_model, output, same, state, version_of
+from served import WAYS, bias, live_model, output, runs, same, state, version_of
 from torch import nn
 
 import hotweights as hw
@@ -19,7 +19,7 @@ def keeping(atomic, **options):
 def test_the_version_before_is_live_again(atomic, checked):
     live, called = keeping(atomic), []
     before, answer = state(live), output(live.model)
-    live.update(version_of(2), version=2, check=output if checked else None)
+    live.update(version_of(2), version=2, check=runs if checked else None)
     then = state(live)
     live.on_commit(called.append)
     assert live.rollback() == live.version == 1
@@ -70,35 +70,88 @@ def test_where_none_is_kept_the_error_says_what_to_pass():
     with pytest.raises(hw.LiveModelError, match=r"version 2 is live.*LiveModel\(model, keep_previous=True\)"):
         live.rollback()
     live = keeping("staged")
-    with pytest.raises(hw.LiveModelError, match="version 1 is live, and no version before is kept"):
+    with pytest.raises(hw.LiveModelError, match="version 1 is live, and no version before is kept: only one version"):
         live.rollback()
     live.update(version_of(2), version=2)
     live.rollback()
-    with pytest.raises(hw.LiveModelError, match="no version before"):
+    with pytest.raises(hw.LiveModelError, match="version 2 was taken back already"):
         live.rollback()
     live.update(version_of(2), version=2)
     with pytest.raises(hw.UpdateAborted):
         live.update({"strange": torch.zeros(1)})  # It never began: nothing was written over.
     assert live.rollback() == 1
     live.update(version_of(2), version=2)
-    live.begin().abort()
-    with pytest.raises(hw.LiveModelError, match="no version before"):
-        live.rollback()
     live.update(version_of(3), version=3, atomic=False)
-    with pytest.raises(hw.LiveModelError, match='atomic="staged" or "journal" keeps it'):
+    with pytest.raises(hw.LiveModelError, match='had atomic=False, and a commit with atomic="staged" or "journal"'):
         live.rollback()
     assert live.version == 3
 
 
 @pytest.mark.parametrize("atomic", WAYS)
+def test_an_update_that_wrote_nothing_leaves_the_way_back(atomic):
+    live = keeping(atomic)
+    before = state(live)
+    live.update(version_of(2), version=2)
+    live.begin().abort()
+    live.begin(atomic=False).abort()
+    with live.begin() as update:
+        assert live.status()["can_roll_back_to"] is None
+        with pytest.raises(hw.UpdateAborted, match="strange"):
+            update.feed([("strange", torch.zeros(1))])
+    assert live.status()["can_roll_back_to"] == 1
+    assert live.rollback() == 1
+    same(state(live), before)
+    assert live.status()["can_roll_back_to"] is None
+
+
+@pytest.mark.parametrize("end", ["refused", "Ctrl-C", "fed in part"])
+@pytest.mark.parametrize("atomic", WAYS)
+def test_what_used_up_the_version_before_is_named_and_the_advice_is_followed(atomic, end):
+    def check(model):
+        if end == "Ctrl-C":
+            raise KeyboardInterrupt
+        return False
+
+    live, sources = keeping(atomic), {1: version_of(1)}
+    before = state(live)
+    live.update(version_of(2), version=2)
+    then = state(live)
+    if end == "fed in part":
+        update = live.begin()
+        update.feed([("head.bias", torch.zeros(4))])
+        update.abort()
+    else:
+        with pytest.raises((hw.UpdateAborted, KeyboardInterrupt)):
+            live.update(version_of(3), version=3, check=check)
+    same(state(live), then)
+    assert live.status()["can_roll_back_to"] is None
+    named = "an update that was aborted" if end == "fed in part" else "version 3, which did not become live,"
+    told = rf"version 2 is live.*{named} used up the memory in which 1 was kept\. live\.update\(\) takes 1 again"
+    with pytest.raises(hw.LiveModelError, match=told):
+        live.rollback()
+    live.update(sources[1], version=1)
+    same(state(live), before)
+    assert live.status()["can_roll_back_to"] == 2
+
+
+def test_keeping_and_atomic_false_are_refused_together():
+    with pytest.raises(hw.UsageError, match="Leave one of them out"):
+        hw.LiveModel(nn.Linear(2, 2), keep_previous=True, atomic=False)
+    with pytest.raises(hw.UsageError, match="keep_previous= is"):
+        hw.LiveModel(nn.Linear(2, 2), keep_previous="no")
+
+
+@pytest.mark.parametrize("atomic", WAYS)
 def test_nobody_rolls_back_to_a_torn_model(atomic):
-    live = keeping(False)
-    update = live.begin()
+    live = keeping(atomic)
+    update = live.begin(atomic=False)
     update.feed([("head.bias", torch.zeros(4))])
     with pytest.raises(hw.UpdateAborted):
         update.commit()
-    live.update(version_of(2), version=2, atomic=atomic)
-    with pytest.raises(hw.LiveModelError, match="no version before"):
+    with pytest.raises(hw.LiveModelError, match=r"the model is torn.*call update with a complete source"):
+        live.rollback()
+    live.update(version_of(2), version=2)
+    with pytest.raises(hw.LiveModelError, match="no version before is kept: the model was torn before"):
         live.rollback()
 
 
@@ -107,7 +160,7 @@ def test_readers_are_waited_for_and_updates_come_first():
     live.update(version_of(2), version=2)
     reading = live.serving()
     reading.__enter__()
-    with pytest.raises(hw.UsageError, match="this thread reads"):
+    with pytest.raises(hw.UsageError, match=r"Leave serving\(\) first"):
         live.rollback(timeout=0)
     reading.__exit__(None, None, None)
     with live.begin(), pytest.raises(hw.UsageError, match="another update runs"):

@@ -144,3 +144,39 @@ def test_a_version_that_has_no_name_yet_is_the_update():
         update.feed([("strange", torch.zeros(1))])
     with pytest.raises(hw.UpdateAborted, match="version 'two' failed; version 1 is live: "), live.begin() as update:
         update.commit("two")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3)])
+def test_what_ctrl_c_ended_is_named_with_what_is_live(error, caplog):
+    def check(model):
+        raise error
+
+    live = live_model()
+    with pytest.raises(type(error)):
+        live.update(version_of(2), version="s2", check=check)
+    said = f"version 's2' was ended by {type(error).__name__}; version 1 is live"
+    assert live.status()["last_error"] == said == caplog.records[-1].getMessage()
+    with pytest.raises(type(error)), live.begin():
+        raise error
+    assert live.status()["last_error"] == said.replace("version 's2'", "the update")
+    first = hw.LiveModel(torch.nn.Linear(2, 2))
+    with pytest.raises(type(error)), hw.from_iterator(ended(error), hw.open(first.model).manifest) as source:
+        first.load(source)
+    assert first.status()["last_error"] == f"the first load was ended by {type(error).__name__}; nothing was loaded"
+    live.on_commit(lambda version: check(None))
+    with pytest.raises(type(error)):
+        live.update(version_of(3), version="s3")
+    assert live.status()["last_error"] == f"version 's3' is live; {type(error).__name__} came during its commit"
+
+
+def ended(error):
+    yield "weight", torch.zeros(2, 2)
+    raise error
+
+
+def test_a_version_has_a_name():
+    live = live_model()
+    with pytest.raises(hw.UsageError, match="name is not empty"):
+        live.update(version_of(2), version="")
+    live.update(version_of(2))
+    assert live.version == 2

@@ -148,6 +148,38 @@ class TestOnce:
         assert follower.settle() == ["step-1"]
         assert follower.versions.passed_over == {}
 
+    def test_what_waits_is_said(self, tmp_path):
+        follower = Follower(tmp_path, marker="DONE")
+        write_checkpoint(tmp_path / "late", TENSORS)
+        write_checkpoint(tmp_path / "pipeline" / "unet", TENSORS)
+        (tmp_path / "old").mkdir()
+        (tmp_path / "old" / "pytorch_model.bin").touch()
+        (tmp_path / "logs").mkdir()
+        assert follower.settle() == []
+        assert follower.versions.passed_over == {
+            "late": "waits for DONE, the marker that its writer writes last",
+            "old": "has no safetensors, which is what is followed, but pytorch_model.bin",
+            "pipeline": f"has its weights a level deeper, in unet; follow that folder: {tmp_path / 'pipeline'}",
+        }
+        (tmp_path / "late" / "DONE").touch()
+        assert follower.settle() == ["late"]
+        assert "late" not in follower.versions.passed_over
+        shutil.rmtree(tmp_path / "old")
+        assert follower.settle() == []
+        assert follower.versions.passed_over.keys() == {"pipeline"}
+        (followed,) = Follower(tmp_path / "pipeline").settle()
+        assert followed == "unet"
+
+    def test_one_that_is_written_anew_says_when(self, follower, tmp_path):
+        file = write_checkpoint(tmp_path / "step-1", TENSORS) / "model.safetensors"
+        written = []
+        for when in (100, 200.5):
+            os.utime(file, (when, when))
+            follower.look()
+            follower.now += 1
+            written += follower.versions.look()
+        assert [(version.name, version.written) for version in written] == [("step-1", 100), ("step-1", 200.5)]
+
     def test_a_broken_one_that_is_removed_is_not_passed_over_any_more(self, follower, tmp_path):
         place = write_checkpoint(tmp_path / "step-1", TENSORS)
         (place / "model.safetensors").write_bytes(b"no weights")
@@ -237,12 +269,18 @@ class TestWaiting:
         seen = []
         with hw.follow(tmp_path, interval=0.001) as versions:
             for version in versions:
-                live.update(version.path, version=version.name)
+                live.update(version)
                 seen.append(live.version)
                 if len(seen) == 2:
                     break
         assert seen == ["step-1", "step-2"]
         assert live.model.weight[0, 0] == 2
+        assert live.update(version, version="mine").version == "mine"
+        first = hw.LiveModel(torch.nn.Linear(2, 2))
+        assert first.load(version).version == version.name
+        with hw.open(version) as source:
+            assert source.manifest.keys() == {"weight", "bias"}
+        hw.load(torch.nn.Linear(2, 2), version)
 
     def test_close_ends_a_wait(self, tmp_path):
         versions = hw.follow(tmp_path, interval=3600)
@@ -296,7 +334,8 @@ class TestRefusals:
             hw.follow(tmp_path / "file")
 
     @pytest.mark.parametrize(
-        "arguments", [{"interval": 0}, {"interval": "1"}, {"timeout": -1}, {"timeout": True}, {"marker": "a/b"}]
+        "arguments",
+        [{"interval": 0}, {"interval": "1"}, {"timeout": -1}, {"timeout": True}, {"marker": "a/b"}, {"pattern": 3}],
     )
     def test_arguments(self, arguments, tmp_path):
         with pytest.raises(hw.UsageError, match=f"{next(iter(arguments))}= is "):

@@ -67,5 +67,11 @@ def output(model):
         return model(torch.ones(1, 4)).flatten()[0].item()
 
 
+def runs(model):
+    """A check that lets every version pass for which a forward pass runs."""
+    output(model)
+    return True
+
+
 def bias(model):
     return model.head.bias[0].item()

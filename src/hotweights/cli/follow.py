@@ -38,7 +38,13 @@ def follow(
             typer.echo(json.dumps(found) if as_json else "\t".join(map(shown, found.values())))
             if count == versions:
                 return
+        seen = "".join(f"; passed over {name}: {why}" for name, why in arriving.passed_over.items())
         if versions is not None:
             raise CheckpointError(
-                f"{directory}: {count} of {versions} versions came; the next did not within {timeout:g} s"
+                f"{directory}: {count} of {versions} versions came; the next did not within {timeout:g} s{seen}"
             )
+        if not count:
+            what = (
+                f"no version came within {timeout:g} s; versions are folders like {pattern}, with safetensors in them"
+            )
+            typer.echo(shown(f"{directory}: {what}{seen}"), err=True)

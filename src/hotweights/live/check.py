@@ -5,25 +5,47 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 
+import torch
 from torch import nn
 
-from ..errors import LiveModelError
+from ..arguments import shown
+from ..errors import LiveModelError, UsageError
 
 Check = Callable[[nn.Module], object]
-"""Looks at a model that holds a new version. It raises, or returns ``False``, where that must not be served."""
+"""Looks at a model that holds a new version. It raises, or returns ``False``, where that must not be served.
+
+Else it returns ``True`` or ``None``.
+"""
 
 
 def ask(check: Check, model: nn.Module) -> None:
     """Let the check look at the model.
 
     Raises:
-        LiveModelError: it returned what is false, as the answer of a comparison may be, or what must be awaited.
+        LiveModelError: it returned false, as the answer of a comparison may be too.
+        UsageError: it returned what is no answer: a number, NaN among them, a text, what must be awaited.
         Exception: what it raised.
     """
     name = getattr(check, "__qualname__", repr(check))
     answer = check(model)
     if inspect.isawaitable(answer):
         getattr(answer, "close", bool)()
-        raise LiveModelError(f"check={name}: returned what must be awaited; give a function that is not async")
-    if answer is not None and not answer:
+        raise UsageError(f"check={name}: returned what must be awaited; give a function that is not async")
+    if answer is None:
+        return
+    if not _is_truth(answer):
+        raise UsageError(
+            f"check={name}: returned {shown(answer)}; a check returns True or None where the version may serve, and "
+            "False where not, or raises. Of a number return a comparison"
+        )
+    if not answer:
         raise LiveModelError(f"check={name}: returned {answer!r} for the new version")
+
+
+def _is_truth(answer: object) -> bool:
+    """A bool, or one value of that dtype: a tensor of torch, a value of numpy."""
+    if isinstance(answer, bool):
+        return True
+    if isinstance(answer, torch.Tensor):
+        return answer.dtype == torch.bool and answer.numel() == 1
+    return type(answer).__module__ == "numpy" and type(answer).__name__ in ("bool", "bool_")

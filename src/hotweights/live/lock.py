@@ -15,6 +15,10 @@ from ..errors import UsageError
 _SLICE = 0.1  # seconds; signals that come while a thread waits are delivered this often
 
 
+class StillRead(TimeoutError):
+    """Readers did not leave a model within the time that was given."""
+
+
 class Hold:
     """One reader's or writer's hold on a lock.
 
@@ -111,13 +115,13 @@ class ReadWriteLock:
         """
         with self._changed:
             if self._own() or any(map(_of_this_loop, (*self._readers, self._writer))):
-                raise UsageError(
-                    "this thread reads or writes the model; it cannot update it within that. Where another task of it "
-                    "reads, await update_async"
-                )
+                raise _would_wait_for_itself(within=bool(self._own()))
             self._waiting += 1
             try:
-                self._wait(self._is_free, timeout, "the model is being read")
+                try:
+                    self._wait(self._is_free, timeout, "the model is being read")
+                except TimeoutError as error:
+                    raise StillRead(*error.args) from None
                 self._writer = Hold(self)
             finally:
                 self._waiting -= 1
@@ -206,6 +210,18 @@ def _left(end: float | None, timeout: float | None, why: str) -> float | None:
     if left is not None and left <= 0:
         raise TimeoutError(f"waited {timeout:g} seconds: {why}")
     return left
+
+
+def _would_wait_for_itself(*, within: bool) -> UsageError:
+    if within:
+        return UsageError(
+            "this thread reads the model within serving(), or what has started it does; it cannot update "
+            "or roll back there. Leave serving() first"
+        )
+    return UsageError(
+        "another task of this thread reads the model; it cannot wait for that. In a coroutine use "
+        "await update_async(...) or await rollback_async()"
+    )
 
 
 @signals.whole

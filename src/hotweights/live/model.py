@@ -17,6 +17,7 @@ from ..arguments import (
     check_callable,
     check_choices,
     check_count,
+    check_flags,
     check_kind,
     check_model,
     check_timeout,
@@ -49,7 +50,7 @@ from ..rename import Rename, renamer
 from ..sources.contracts import IOMode, refusing
 from ..sources.iterator import IteratorSource
 from ..sources.locating import naming_files
-from ..sources.opening import AnySource, opened, version_of
+from ..sources.opening import AnySource, name_of, opened, version_of
 from ..sources.reading import check_reading
 from ..sources.renamed import renamed
 from ..text import some
@@ -61,7 +62,7 @@ from .check import Check, ask
 from .fed_names import FedNames
 from .layers import Selection, selected
 from .plans import Options
-from .previous import roll_back
+from .previous import may_roll_back_to, roll_back
 from .report import UpdateReport
 from .serving import Serving
 from .state import Current, State
@@ -121,6 +122,12 @@ class LiveModel:
         check_model(model)
         check_atomic(atomic)
         check_callable(process=process)
+        check_flags(keep_previous=keep_previous)
+        if keep_previous and atomic is False:
+            raise UsageError(
+                'keep_previous=True keeps what atomic="staged" and "journal" keep anyway; atomic=False keeps nothing. '
+                "Leave one of them out"
+            )
         if memory_limit is not None:
             check_count(0, memory_limit=memory_limit)
         self.model = model
@@ -156,13 +163,19 @@ class LiveModel:
     def status(self) -> dict[str, object]:
         """How it is, as plain data for a health endpoint: ``json.dumps`` takes it. Waits for nobody.
 
-        Keys: ``version``, ``state``; how many loads and updates were ``committed`` and ``failed``; ``last_act``, which
+        Keys: ``version``, ``state``; ``can_roll_back_to``, the version that ``rollback`` would make live;
+        how many loads and updates were ``committed`` and ``failed``; ``last_act``, which
         is ``"load"``, ``"update"``, ``"rollback"`` or ``"failure"``; ``taken_back``, the version that a rollback took
         back, until another one is live; ``last_report``, as a dictionary, of what brought the live version;
         ``last_error`` in a line; ``seconds_since_commit`` (of a rollback too) and ``seconds_since_error``. Each of
         these is ``None`` where there was none.
         """
-        return {"version": self.version, "state": self.state.value, **self._current.record.status()}
+        return {
+            "version": self.version,
+            "state": self.state.value,
+            "can_roll_back_to": may_roll_back_to(self._current),
+            **self._current.record.status(),
+        }
 
     @property
     def plan(self) -> LoadPlan | None:
@@ -269,7 +282,7 @@ class LiveModel:
             allow_unexpected=allow_unexpected,
             allow_mismatched=allow_mismatched,
         )
-        where = device_from(device)
+        where, version = device_from(device), name_of(source, version)
         with alone_in_a_fork(), without_collection(), ExitStack() as stack:
             stack.enter_context(refusing(source))
             origin = stack.enter_context(opened(source, variant=variant, subfolder=subfolder, digests=digests))
@@ -388,8 +401,9 @@ class LiveModel:
             timeout: seconds that it may wait for readers to leave ``serving()``, all its waits together; by default as
                 long as they like. Then it aborts, and a ``TimeoutError`` is the cause.
             check: called with the model when the new version is complete, before it is committed and before a group
-                decides: a forward on known input, say. If it raises, or returns ``False``, the update aborts. Nobody
-                else reads the model meanwhile; ``serving()`` lets the check in, and names the version before.
+                decides: a forward on known input, say. If it raises, or returns ``False``, the update aborts; else it
+                returns ``True`` or ``None``. Nobody else reads the model meanwhile; ``serving()`` lets the check in,
+                and names the version before.
             variant: where ``source`` is a path: which variant of the weights there, see ``hotweights.open``.
             subfolder: where ``source`` is a path: which folder there.
             digests: where ``source`` is a path: what the files must hold, see ``hotweights.open``. It is known before
@@ -399,10 +413,13 @@ class LiveModel:
             UpdateAborted: it failed; its cause says why. Version N is live, byte for byte; with ``atomic=False`` the
                 model may be TORN, and says so in ``state``.
             CommitHookError: the new version is live, and a hook failed.
+            UsageError: an argument makes no sense, nothing was loaded yet, another update runs, or this thread reads
+                the model. Version N is live.
         """
         check_version(version)
         check_reading(io, threads, pool, show_progress)
         asked = self._asked(atomic, only, cast, timeout, check)
+        version = name_of(source, version)
         with alone_in_a_fork(), without_collection(), ExitStack() as stack:
             stack.enter_context(refusing(source))
             with self._beginning(source, version, "has a source that cannot be opened"):
@@ -429,13 +446,15 @@ class LiveModel:
     def rollback(self, *, timeout: float | None = None) -> str | int:
         """Make the version before live again: its bytes and its name, which is returned. Hooks are called with it.
 
-        Only what ``keep_previous=True`` kept can be rolled back to: once, after a commit, until the next update begins.
+        Only what ``keep_previous=True`` kept can be rolled back to: once, after a commit, until the next update writes;
+        ``status()["can_roll_back_to"]`` is its name.
 
         Args:
             timeout: seconds that it may wait for readers to leave ``serving()``; by default as long as they like.
 
         Raises:
             LiveModelError: no version before is kept, or tensors were moved; nothing was changed.
+            UsageError: an update runs, or this thread reads the model; nothing was changed.
             TimeoutError: readers did not leave in time; nothing was changed.
             CommitHookError: the version before is live, and a hook failed.
         """
@@ -463,6 +482,11 @@ class LiveModel:
         waits, such as a receiver, is not woken: close it. Hooks run in the thread.
         """
         return await in_background(partial(self.update, source, **options))
+
+    @takes_what(rollback)
+    async def rollback_async(self, **options: Any) -> str | int:
+        """``rollback`` in a thread of the event loop's executor, as ``update_async``: readers can leave meanwhile."""
+        return await in_background(partial(self.rollback, **options))
 
     @alone_in_a_fork()
     @signals.watched

@@ -42,6 +42,22 @@ class Previous:
         current.version, current.names = self.version, self._names
 
 
+def may_roll_back_to(current: Current) -> str | int | None:
+    """The version that ``roll_back`` would make live; ``None`` where none is kept, or an update runs."""
+    previous = current.previous
+    return previous.version if isinstance(previous, Previous) and current.running is None else None
+
+
+def used_up(previous: object, named: str | int | None) -> str:
+    """Why this version is not kept any more, after an update that wrote over it, and did not become live."""
+    assert isinstance(previous, Previous), "there is something to be lost"
+    new = "an update that was aborted" if named is None else f"version {named!r}, which did not become live,"
+    return (
+        f"{new} used up the memory in which {previous.version!r} was kept. "
+        f"live.update() takes {previous.version!r} again from its source"
+    )
+
+
 @signals.held
 def roll_back(current: Current, baseline: Baseline | None, timeout: float | None) -> str | int:
     """Make the version before live again, and call the hooks. Returns its name.
@@ -82,15 +98,18 @@ def _kept(current: Current) -> Previous:
         raise LiveModelError(
             f"{current}, and the version before was not kept; LiveModel(model, keep_previous=True) keeps it"
         )
-    raise LiveModelError(
-        f'{current}, and no version before is kept: a commit with atomic="staged" or "journal" keeps it, until '
-        "the next update begins or it was rolled back to"
-    )
+    if current.holds is State.TORN:
+        raise LiveModelError(f"{current}, and no version before is kept; call update with a complete source")
+    raise LiveModelError(f"{current}, and no version before is kept: {current.gone}")
 
 
 @signals.whole
 def _put_back(current: Current, previous: Previous) -> str | int:
     current.previous = None
+    current.gone = (
+        f"version {current.version!r} was taken back already, and one step back is all there is. "
+        f"live.update() takes {current.version!r} again from its source"
+    )
     current.record.note_rollback(current.version, previous.report)
     try:
         previous.put_back(current)

@@ -44,15 +44,15 @@ class Record:
         self.report, self._live_since = report, time.monotonic()
         self.act, self.taken_back = "rollback", taken_back
 
-    def note_failure(self, error: BaseException) -> None:
-        """Take note of a load or update that failed, and say so."""
+    def note_failure(self, error: BaseException, said: str | None = None) -> None:
+        """Take note of a load or update that failed, and say so: by ``said``, or as the error does."""
         self.failed += 1
         self.act = "failure"
-        self.note_error(error)
+        self.note_error(error, said)
 
-    def note_error(self, error: BaseException) -> None:
+    def note_error(self, error: BaseException, said: str | None = None) -> None:
         """Take note of what went wrong, be it that the version is live, and say so."""
-        self.error, self._error_since = _in_a_line(error), time.monotonic()
+        self.error, self._error_since = said or _in_a_line(error), time.monotonic()
         log_if_heard(logging.WARNING, "%s", self.error)
 
     def status(self) -> dict[str, object]:

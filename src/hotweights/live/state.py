@@ -37,6 +37,7 @@ class Current:
         deciding: the source whose group decides about that update, once it is prepared.
         doubted: whether the last update ended in doubt; until the next commit.
         previous: what makes the version before live again; ``None`` where it is not kept.
+        gone: why it is not kept, and what brings it back; for messages.
         keeps_previous: whether commits keep the version before.
         checking: whether a check looks at its version now, and nobody else at the model.
         warned: whether the one warning of open layers was given.
@@ -56,6 +57,7 @@ class Current:
         self.doubted = False
         self.checking = False
         self.previous: object = None
+        self.gone = "only one version was live so far"
         self.keeps_previous = False
         self.warned = False
         self.names: Mapping[str, str] = {}
@@ -92,7 +94,10 @@ class Current:
             UsageError: another update runs.
         """
         if not self._reserved.acquire(blocking=False):
-            raise UsageError("another update runs; commit or abort it first")
+            raise UsageError(
+                "another update runs. Wait for its end, or let one lock of yours hold for each update and rollback; an "
+                "update by hand ends by its commit() or abort(). A hook or a check is within one"
+            )
         try:
             yield
         except BaseException:

@@ -42,6 +42,8 @@ class Strategy(Protocol):
     """Whether a live tensor may have changed. Whoever writes into what ``memory_for`` gave sets it before that."""
     exclusive: bool
     """Whether live tensors change before the commit: nobody may read them from the first write on."""
+    touched: bool
+    """Whether memory beside the model may have been written, in which the version before is kept."""
 
     def memory_for(self, names: Iterable[str], partial: Iterable[str]) -> Mapping[str, torch.Tensor]:
         """Memory for tensors that are not processed, by name, to be written by the caller.
@@ -79,7 +81,7 @@ class InPlace:
 
     def __init__(self, live: Mapping[str, torch.Tensor]) -> None:
         self._live = live
-        self.wrote = False
+        self.wrote = self.touched = False
 
     def memory_for(self, names: Iterable[str], partial: Iterable[str]) -> Mapping[str, torch.Tensor]:
         """The live tensors themselves."""
@@ -151,6 +153,7 @@ class Journal(InPlace):
         for span in dict.fromkeys(layout.of(name) for name in names if name in layout):
             # Tensors that overlap are saved together: one by one, the second would be saved after it was written over.
             if span not in self._saved:
+                self.touched = True
                 for name in layout.inside(span):
                     host.copy_bytes(self._mirror[name], self._live[name])
                 self._saved.add(span)
@@ -165,7 +168,7 @@ class Staged:
     def __init__(self, live: Mapping[str, torch.Tensor], mirror: Mirror) -> None:
         self._live = live
         self._mirror = mirror
-        self.wrote = False
+        self.wrote = self.touched = False
         self._staged: dict[str, None] = {}
         self._held: list[tuple[object, dict[Any, object]]] = []
         self._shown: dict[int, None] = {}  # numbers of spans that hold version M, while the mirror holds N
@@ -173,6 +176,7 @@ class Staged:
 
     def memory_for(self, names: Iterable[str], partial: Iterable[str]) -> Mapping[str, torch.Tensor]:
         """Memory beside the live tensors."""
+        self.touched = True
         names = [name for name in names if name in self._mirror.layout]
         for name in set(partial).intersection(names):
             host.copy_bytes(self._mirror[name], self._live[name])
@@ -182,6 +186,7 @@ class Staged:
     def deliver(self, name: str, value: torch.Tensor) -> None:
         """Keep a copy of the value for the commit."""
         if _takes_bytes(name, self._live[name]):
+            self.touched = True
             host.copy_bytes(self._mirror[name], value)
             self._staged[name] = None
 

@@ -29,9 +29,9 @@ from .baseline import Baseline
 from .compiled import refuse_frozen
 from .fed_names import FedNames
 from .job import Job
-from .lock import WriteTurn
+from .lock import StillRead, WriteTurn
 from .open_layers import OpenLayers
-from .previous import Previous
+from .previous import Previous, used_up
 from .record import tell_commit
 from .report import UpdateReport
 from .state import Current, State
@@ -71,7 +71,8 @@ class Update:
         self._attempt = Attempt(job, strategy, OpenLayers(limit, warned=current.warned), turn, fed, timeline)
         self._watcher = signals.watch()
         current.begin(self._attempt)
-        current.previous = None  # Its bytes lie where those of this update will.
+        # Its bytes lie where those of this update will.
+        self._before, current.previous = current.previous, None
 
     @classmethod
     @signals.held
@@ -288,8 +289,12 @@ class Update:
                 self._current.record.warned.add(self._attempt.open_warning)
                 tell_commit(report, self._current.record.warned)
             if failures:
-                self._current.record.note_error(failures[0])
+                self._note_late(failures[0])
             failures.clear()  # Their tracebacks hold this frame.
+
+    def _note_late(self, error: BaseException) -> None:
+        said = None if isinstance(error, Exception) else f"{self._current}; {_ending(error)} came during its commit"
+        self._current.record.note_error(error, said)
 
     @signals.whole
     def _make_live(self, version: str | int | None, failures: list[BaseException]) -> UpdateReport:
@@ -299,7 +304,9 @@ class Update:
         kept = Previous(current, self._baseline, self._strategy, attempt.job) if keeps else None
         with attempt.timeline.event("commit", ""):
             nbytes = self._written(failures)
-        current.previous = kept
+        current.previous, self._before = kept, None
+        if kept is None:
+            current.gone = _none_kept(current, attempt.job, self._strategy)
         current.commits += 1
         previous, current.version = current.version, current.default_name if version is None else version
         current.holds, current.running, current.warned = State.SERVING, None, attempt.warned
@@ -352,7 +359,16 @@ class Update:
             if torn and not attempt.job.first:
                 self._baseline.torn(attempt.job)
                 self._current.holds = State.TORN
+            self._keep_on(torn)
             self._end()
+
+    def _keep_on(self, torn: bool) -> None:
+        """The version before N can be rolled back to all the same, unless this update has written over it."""
+        before, self._before = self._before, None
+        if before is not None and self._strategy.touched:
+            self._current.gone = used_up(before, self._named)
+        elif not torn:
+            self._current.previous = before
 
     @contextmanager
     @signals.held
@@ -364,7 +380,7 @@ class Update:
             self.abort()
             self._current.doubted |= isinstance(error, TransferInDoubt)
             if self._attempt.job.first or not isinstance(error, Exception):
-                self._current.record.note_failure(error)
+                self._note(error)
                 raise
             raise aborted(self._current, self._named, "failed", error) from error
 
@@ -393,7 +409,15 @@ class Update:
         was_over = self._is_over()
         self.abort()
         if error is not None and not was_over:
-            self._current.record.note_failure(error)
+            self._note(error)
+
+    def _note(self, error: BaseException) -> None:
+        """Take note of what ended this update and is raised as it is. Ctrl-C says nothing of itself."""
+        said = None
+        if not isinstance(error, Exception):
+            what = "the first load" if self._attempt.job.first else _called(self._named)
+            said = f"{what} was ended by {_ending(error)}; {self._current}"
+        self._current.record.note_failure(error, said)
 
     @signals.whole  # A signal at its first line would leave the lock taken, and signals watched, for ever.
     def __del__(self) -> None:
@@ -423,12 +447,32 @@ def aborted(current: Current, version: str | int | None, what: str, error: Excep
         else line
         for line in getattr(error, "advice", "").splitlines()
     )
-    new = "the update" if version is None else f"version {version!r}"
+    if isinstance(error, StillRead):  # It says nothing about the version.
+        what, said = "was not taken", f"{error}. Nothing is wrong with the version: try again"
     told = UpdateAborted(
-        f"{new} {what}; {current}: {getattr(error, 'title', said)}", getattr(error, "problems", ()), advice=advice
+        f"{_called(version)} {what}; {current}: {getattr(error, 'title', said)}",
+        getattr(error, "problems", ()),
+        advice=advice,
     )
     current.record.note_failure(told)
     return told
+
+
+def _called(version: str | int | None) -> str:
+    return "the update" if version is None else f"version {version!r}"
+
+
+def _ending(error: BaseException) -> str:
+    return "a cancellation" if isinstance(error, signals.Stopped) else type(error).__name__
+
+
+def _none_kept(current: Current, job: Job, strategy: Strategy) -> str:
+    """Why a commit kept no version before."""
+    if strategy.name is False and not job.first:
+        return 'its update had atomic=False, and a commit with atomic="staged" or "journal" keeps one'
+    if current.holds is State.TORN:
+        return "the model was torn before"
+    return "only one version was live so far"
 
 
 def _wait_for(devices: set[torch.device]) -> None:

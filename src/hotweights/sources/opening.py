@@ -31,6 +31,7 @@ from .pairs import Pair
 from .readers.source import READERS, ReaderSource
 from .renamed import renamed
 from .state_dict import StateSource
+from .versions import Version
 
 AnySource = Paths | Mapping[str, torch.Tensor] | nn.Module | Source | IteratorSource
 
@@ -79,7 +80,7 @@ def is_pairs(source: object) -> TypeIs[Iterable[Pair]]:
 
 def is_paths(source: object) -> TypeIs[Paths]:
     """Whether it is a path, or a list of paths."""
-    if isinstance(source, (list, tuple)):
+    if isinstance(source, (list, tuple)) and not isinstance(source, os.PathLike):  # As ``Version`` is.
         return bool(source) and all(isinstance(path, (str, os.PathLike)) for path in source)
     return isinstance(source, (str, os.PathLike))
 
@@ -88,6 +89,11 @@ def version_of(source: Source, version: str | int | None) -> str | int | None:
     """The version's name: what the caller said, or else what the source says."""
     said: str | int | None = getattr(source, "version", None) if version is None else version
     return said
+
+
+def name_of(source: object, version: str | int | None) -> str | int | None:
+    """The version's name: what the caller said, or else what ``follow`` calls what it gave."""
+    return source.name if version is None and isinstance(source, Version) else version
 
 
 @overload
@@ -193,6 +199,8 @@ def _opened(
     store: object,
     cache_dir: str | os.PathLike[str] | None,
 ) -> FileSource | DcpSource | ReaderSource | StateSource:
+    if isinstance(what, Version):  # A tuple, but no list of paths.
+        what = what.path
     if reader not in ("hotweights", *READERS):
         raise UnknownName("reader", reader, ("hotweights", *READERS))
     check_kind("variant", variant, str, 'the name of a variant, such as "fp16"')

@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..arguments import check_kind
 from ..errors import CheckpointError, Closed, HotweightsError, StoreError, UsageError
 from ..notices import log
 from ..text import some
@@ -30,10 +31,21 @@ _DEADLINE = 60.0  # seconds, for a store that does not answer; ``store=`` may sa
 
 
 class Version(NamedTuple):
-    """A checkpoint whose writer is done with it: its name, and where it lies."""
+    """A checkpoint whose writer is done with it: a source for ``update``, ``load`` and ``open``.
+
+    Attributes:
+        name: its name. One that is written anew in its own folder has the name that it had.
+        path: where it lies; a ``str`` is an address.
+        written: when its newest file was written, in seconds since the epoch; 0 where a sender has published it.
+    """
 
     name: str
-    path: Path | str  # a str is an address
+    path: Path | str
+    written: float = 0.0
+
+    def __fspath__(self) -> str:
+        """The path, as text: whatever takes a path takes a version."""
+        return os.fspath(self.path)
 
 
 class _Status(NamedTuple):
@@ -79,8 +91,8 @@ def follow(
         interval: seconds between two looks, and for which no file may have changed.
         timeout: seconds to wait for the next version; the iteration ends after that. ``None`` waits until ``close``.
         latest: give the newest of those that are ready, by the time of its writing, and none of the others, now or
-            later: a server that comes back after a night takes the last version, not each of the night's. Without it
-            every version is given, the oldest first.
+            later, also if the newest turns out to be unfit: a server that comes back after a night takes the last
+            version, not each of the night's. Without it every version is given, the oldest first.
         marker: name of a file that the writer writes last into each version, such as ``"DONE"``.
         pattern: which directories within this one are versions: ``"step-*"``.
         store: of an address: options, or a store of obstore, or a file system of fsspec, see ``hotweights.open``.
@@ -97,6 +109,7 @@ def follow(
             raise UsageError(f"{name}= is a number of seconds above zero; found {seconds!r}")
     if marker is not None and (not marker or os.path.basename(marker) != marker):
         raise UsageError(f"marker= is the name of a file within each version, such as 'DONE'; found {marker!r}")
+    check_kind("pattern", pattern, str, 'a pattern of names, such as "step-*"')
     options = (interval, timeout, latest, marker, pattern)
     if store is not None or is_run(os.fsdecode(directory)):
         run = open_run(os.fsdecode(directory), store, _DEADLINE)
@@ -143,12 +156,23 @@ class Versions:
 
     @property
     def passed_over(self) -> dict[str, str]:
-        """What lies there and is not given because it is broken: by name, and why. For a health endpoint, say.
+        """What lies there and is not given: by name, and why. For a health endpoint, say.
 
-        A version is among them until it changes or is gone.
+        It is broken; or waits for its marker; or has no safetensors, or has them a level deeper. A version is among
+        them until it changes or is gone.
         """
         passed_over = dict(self._passed_over)  # Whoever asks is in another thread, often.
+        for place, seen in list(self._seen.items()):
+            if not seen.judged and (why := self._waits(place, seen.files)):
+                passed_over[place] = why
         return {place.name: why for place, why in sorted(passed_over.items())}
+
+    def _waits(self, place: Any, files: _Files) -> str | None:
+        """Why nothing is known of this place yet, where that may stay so for ever."""
+        if any(name.endswith(_WEIGHTS) for name in files):
+            lacks = self._marker is not None and self._marker not in files
+            return f"waits for {self._marker}, the marker that its writer writes last" if lacks else None
+        return _elsewhere(place, deeper=place != self._directory) if isinstance(place, Path) else None
 
     def look(self) -> list[Version]:
         """Look once, without waiting: the versions that are ready since the last look, by the time of their writing."""
@@ -260,8 +284,8 @@ class Versions:
         given.add(content)
         written = max(status.modified for status in weights.values())
         if place == self._directory:
-            return written, Version(f"{self._name()}@{_moment(written)}", self._path(""))
-        return written, Version(place.name, self._path(place.name))
+            return written, Version(f"{self._name()}@{_moment(written)}", self._path(""), written / 1e9)
+        return written, Version(place.name, self._path(place.name), written / 1e9)
 
     def _name(self) -> str:
         """What the directory itself is called."""
@@ -386,6 +410,19 @@ class RemoteVersions(Versions):
         # An object is there when it is whole, and those that upload many bring them in any order.
         if self._marker is not None:
             super()._check_order(place, files, weights)
+
+
+def _elsewhere(place: Path, *, deeper: bool) -> str | None:
+    """What a folder without safetensors holds instead: files of torch, or, ``deeper``, folders of safetensors."""
+    try:
+        names = sorted(os.listdir(place))
+        if torch_files := [name for name in names if name.endswith((".bin", ".pt", ".pth"))]:
+            return f"has no safetensors, which is what is followed, but {some(torch_files, 1)}"
+        folders = [name for name in names if name[0] != "." and os.path.isdir(place / name)] if deeper else []
+        held = [name for name in folders if any(file.endswith(_WEIGHTS) for file in os.listdir(place / name))]
+    except OSError:
+        return None  # It was removed.
+    return f"has its weights a level deeper, in {some(held, 3)}; follow that folder: {place}" if held else None
 
 
 def _remote_status(pin: Pin) -> _Status:

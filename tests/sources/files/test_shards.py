@@ -301,6 +301,14 @@ def test_an_index_that_is_none(shards, case):
     assert str(refused(shards / INDEX)) == error
 
 
+@pytest.mark.parametrize("name", ["config.json", "adapter_config.json"])
+def test_a_configuration_is_no_index(shards, name):
+    (shards / name).write_text('{"architectures": ["LlamaForCausalLM"]}')
+    assert "is a configuration, no index of weights; give the directory" in str(refused(shards / name))
+    with hw.open((shards / name).parent) as source:
+        assert source.manifest
+
+
 def test_a_huge_index_is_not_read(shards):
     with (shards / INDEX).open("r+b") as file:
         file.truncate(2**40)

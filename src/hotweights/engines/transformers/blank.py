@@ -39,9 +39,14 @@ def build(config_dir: str | os.PathLike[str], *, dtype: torch.dtype | None = Non
     except ImportError as error:
         raise MissingPackage("transformers", "transformers") from error
     directory = Path(config_dir)
+    if not directory.is_dir():
+        raise CheckpointError(
+            f"{directory}: there is no such directory. Give the one with the model's config.json; a name on the hub is "
+            "downloaded first: hf download ORG/NAME prints the directory"
+        )
     # transformers would take the name of a directory that does not exist for a name on the hub, and fetch it.
     if not (directory / "config.json").is_file():
-        raise CheckpointError(f"{directory}: has no config.json")
+        raise CheckpointError(f"{directory}: has no config.json of transformers, which says what model it is")
     with _our_errors(directory):
         config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         make = _maker(transformers, config)

@@ -33,6 +33,8 @@ def read_index(file: Readable) -> tuple[dict[str, str], list[str]]:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{index}: not a JSON object: {error}") from error
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if weight_map is None and str(index).endswith("config.json"):
+        raise CheckpointError(f"{index}: is a configuration, no index of weights; give the directory that it lies in")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f'{index}: no "weight_map" that names the file of each tensor')
     for name, shard in weight_map.items():
