@@ -229,7 +229,7 @@ class Sender:
             UsageError: the tensors cannot be sent: two have one name, for example. Or the version before is being sent.
                 Nobody was told of the version. With ``group=`` also: the ranks do not hold all of a tensor, or hold
                 some of it twice and differently. Every rank raises what any rank met, in the same words.
-            UsageError: tensors were written while they were sent, as far as torch counts writes; nobody has the version.
+            UsageError: tensors were written while they were sent, as far as torch counts it; nobody has the version.
             Exception: the source failed. Nobody has the version.
         """
         if version is None:
