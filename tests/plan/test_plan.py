@@ -293,9 +293,16 @@ def test_boxes_as_slices():
     assert slices(box((), ()), box((), ())) == []
 
 
+def test_nothing_is_allowed_where_nothing_fits():
+    with pytest.raises(PlanError, match=r"Nothing of the source fits the model: it has x; the model has w\.") as caught:
+        draft(manifest(x=(F32, (1,))), targets(w=(F32, (1,))))
+    assert "allow_" not in str(caught.value), "that would load nothing"
+
+
 def test_what_would_allow_a_difference_is_said_once():
+    both = {"same": (F32, (1,))}
     with pytest.raises(PlanError) as caught:
-        draft(manifest(a=(F32, (1,)), b=(F32, (1,))), targets(c=(F32, (1,)), d=(F32, (1,))))
+        draft(manifest(a=(F32, (1,)), b=(F32, (1,)), **both), targets(c=(F32, (1,)), d=(F32, (1,)), **both))
     said = 'If that is meant, allow it: allow_missing=["c", "d"], allow_unexpected=["a", "b"].'
     assert str(caught.value).splitlines()[-1] == said
     assert len(caught.value.problems) == 4

@@ -188,7 +188,7 @@ def draft(
         missing = {} if alone else missing
     if other_part := by_parts(whole, wide, missing):
         advice.append(other_part)
-    elif missing and len(unexpected) == len(whole):
+    elif missing and unexpected and len(unexpected) == len(whole):
         # To allow all of it would load nothing.
         advice.append(
             f"Nothing of the source fits the model: it has {some(list(map(whole.called, unexpected)), 3)}; the model "
