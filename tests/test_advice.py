@@ -288,7 +288,7 @@ def a_part_of_a_torn_model(_):
     return lambda: live.update(state(), only="bias"), lambda: live.update(state())
 
 
-@advice(hw.UsageError, "commit or abort it first")
+@advice(hw.UsageError, "ends by its commit() or abort()")
 def two_updates(_):
     live = live_of()
     update = live.begin()

@@ -208,3 +208,29 @@ def test_a_rename_that_raises_says_so():
         with pytest.raises(hw.UpdateAborted, match="the update was refused; version 1 is live: KeyError: 'weight'"):
             act()
     assert holds(live.model, 1)
+
+
+def test_a_name_that_is_misspelt_is_told_with_the_one_that_is_meant_and_the_advice_is_followed():
+    def layers():
+        return nn.ModuleDict({"head": nn.Linear(2, 2), "l1": nn.Linear(2, 3), "l2": nn.Linear(2, 3)})
+
+    live = hw.LiveModel(layers())
+    live.load(layers())
+    new = layers()
+    good = new.state_dict()
+    wrong = {{"head.weight": "head.weigth"}.get(name, name): tensor for name, tensor in good.items()}
+    with pytest.raises(hw.UpdateAborted) as caught:
+        live.update(wrong)
+    problem = next(problem for problem in caught.value.problems if "unexpected" in problem)
+    assert problem.endswith('did you mean head.weight? rename={"head.weigth": "head.weight"}')
+    live.update(wrong, rename=eval(problem.partition("rename=")[2]))
+    assert torch.equal(live.model["head"].weight, new["head"].weight)
+    with pytest.raises(hw.UpdateAborted) as caught:  # Who renames already is not told to type another rename=.
+        live.update({f"m.{name}": tensor for name, tensor in wrong.items()}, rename={"m.": ""})
+    assert any(problem.endswith("did you mean head.weight?") for problem in caught.value.problems)
+    for name, tensor in {"l3.bias": torch.zeros(3), "head.weigth": torch.zeros(3)}.items():
+        absent = {"l3.bias": "l2.bias", "head.weigth": "head.weight"}[name]
+        others = {other: tensor for other, tensor in good.items() if other != absent}
+        with pytest.raises(hw.UpdateAborted) as caught:  # Another layer, another shape: nobody knows.
+            live.update({**others, name: tensor})
+        assert "did you mean" not in str(caught.value)

@@ -141,7 +141,9 @@ def run(tally, draw, until, folder):
             atomic, keeps, budget = draw.choice(WAYS), draw.choice((False, True)), draw.choice((1, 1, 1, 2, 5))
             live = models.pop((atomic, keeps), None)
             if live is None or draw.random() < 0.01:
-                live = _loaded(tally, blows, live_model(atomic, keep_previous=keeps), budget, numbers)
+                live = _loaded(
+                    tally, blows, live_model(atomic, keep_previous=keeps and atomic is not False), budget, numbers
+                )
             elif not _updated(tally, blows, live, draw.choice(ACTS), budget, numbers):
                 continue
             if live is None or not _goes_on(tally, live, numbers, draw.random() < 0.2):

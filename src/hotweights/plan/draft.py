@@ -18,7 +18,7 @@ from .absent import absent_from
 from .adapters import by_parts, homeless_adapter, of_adapter, of_ranks
 from .inside import Insides, outer_manifest, outer_targets
 from .local import Local, whole_manifest, whole_targets
-from .misnamed import misnamed, parametrised, shortened
+from .misnamed import misnamed, misspelt, parametrised, shortened
 from .patterns import Patterns, both, matches, narrowest, typed
 from .plan import LoadPlan
 from .quantised import in_layers_of, quantised_by, refusal, unscaled
@@ -134,6 +134,7 @@ def draft(
     wrong.update(writes.overlaps(insides.outer(overlapping)))
     unexpected = list(_unexpected(fates, matches(allowed.unexpected)))
     missing: dict[str, str] = {}
+    lacking: dict[str, tuple[int, ...]] = {}  # shapes of missing ones
     absent: list[str] = []  # missing, or allowed to be
     may_miss, may_be_partial = matches(both(allowed.missing, rules.allow_missing)), matches(allowed.partial)
     partial: dict[str, str] = {}
@@ -155,6 +156,7 @@ def draft(
             partial[gap.names[0]] = _in_words(gap, absent_for(gap.names), writes.sources_of(gap.names))
         else:
             missing.update(dict.fromkeys(gap.names, _in_words(gap, absent_for(gap.names))))
+            lacking.update(dict.fromkeys(gap.names, gap.spec.shape))
     if (other := misnamed(whole, unexpected, absent)) is not None:
         wrong.add(other.problem)
         explained = {missing.get(name) for name in other.targets}  # A tied parameter is one problem with several names.
@@ -196,7 +198,9 @@ def draft(
         )
     elif not quantised and not homeless_parts:
         advice += _allowing(missing, partial, unexpected, whole, wide)
-    wrong.update(shortened({name: _no_place(whole, name) for name in unexpected}, "unexpected"))
+    lacking = {name: shape for name, shape in lacking.items() if name in missing}
+    meant = misspelt(whole, unexpected, lacking)
+    wrong.update(shortened({name: _no_place(whole, name) + meant.get(name, "") for name in unexpected}, "unexpected"))
     wrong.update(shortened(missing, "missing"))
     wrong.update(partial.values())
     # Also where allow_unexpected= names them: "*" is meant for an extra head, not for weights without their scales.

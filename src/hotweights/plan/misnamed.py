@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from difflib import get_close_matches
 from typing import NamedTuple
 
 from ..manifest import Manifest
@@ -28,6 +30,30 @@ class Misnamed(NamedTuple):
     problem: str
     sources: set[str]
     targets: set[str]
+
+
+def misspelt(manifest: Manifest, unexpected: Collection[str], missing: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """What is added to the problems of names that stand for one missing name, it seems.
+
+    It is much like it, has the same numbers in it, and the same shape. Of many names nothing is said.
+    """
+    meant: dict[str, str] = {}
+    for name in unexpected if max(len(unexpected), len(missing)) < _ALIKE else ():
+        alike = [
+            other
+            for other, shape in missing.items()
+            if shape == manifest[name].shape and _numbers(other) == _numbers(name)
+        ]
+        close = get_close_matches(name, alike, n=2, cutoff=0.8)
+        if len(close) == 1:
+            # Whoever renames already would type it in the place of that.
+            rename = "" if manifest.origins else f" rename={json.dumps({name: close[0]})}"
+            meant[name] = f"; did you mean {close[0]}?{rename}"
+    return meant
+
+
+def _numbers(name: str) -> list[str]:
+    return re.findall(r"\d+", name)
 
 
 def misnamed(manifest: Manifest, unexpected: Collection[str], missing: Collection[str]) -> Misnamed | None:
