@@ -188,6 +188,8 @@ def draft(
         missing = {} if alone else missing
     if other_part := by_parts(whole, wide, missing):
         advice.append(other_part)
+    elif own_code and missing and not (writes.steps or traced.fallback or mismatched):
+        advice.append("Nothing of the source fits: the model's own loading code knows none of these names.")
     elif not quantised and not homeless_parts:
         advice += _allowing(missing, partial, unexpected, whole, wide)
     wrong.update(shortened({name: _no_place(whole, name) for name in unexpected}, "unexpected"))
