@@ -180,6 +180,10 @@ def test_a_misspelt_name_of_either_side_finds_those_near_it():
         for explain in (live.explain, live.plan.explain):
             with pytest.raises(hw.UnknownName, match=near):
                 explain(name)
+    pushed = {f"{part}_proj.weight": torch.ones(2, 2) for part in "qk"}
+    with pytest.raises(hw.UpdateAborted, match=r"matches in the source goes into fused\.weight$"):
+        live.update(pushed, only="*q_proj*")
+    live.update(pushed, only="fused.weight")
 
 
 class Renaming(nn.Module):
