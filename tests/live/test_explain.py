@@ -197,3 +197,12 @@ class Renaming(nn.Module):
             self.fused.weight.data[start : start + 2].copy_(tensor)
         self.other.weight.data.zero_()
         self.other.bias.data.zero_()
+
+
+def test_a_problem_of_the_live_tensors_names_no_file(tmp_path):
+    live = hw.LiveModel(nn.Linear(2, 2))
+    live.load(nn.Linear(2, 2))
+    live.model.weight = nn.Parameter(torch.zeros(2, 2))
+    hw.save(nn.Linear(2, 2), tmp_path / "1")
+    with pytest.raises(hw.UpdateAborted, match=r"something else replaced or moved it$"):
+        live.update(tmp_path / "1")
