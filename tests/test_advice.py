@@ -444,3 +444,110 @@ def a_live_model_in_place_of_a_module(_):
         assert live.plan is not None
 
     return lambda: hw.load(live, state()), advised
+
+
+class Halves(nn.Module):
+    """An engine: one weight of two names of the source, and processed layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.fused = nn.Linear(2, 4, bias=False)
+        self.plain = nn.Linear(2, 2, bias=False)
+
+    def load_weights(self, weights):
+        for name, tensor in weights:
+            if name == "plain.weight":
+                self.plain.weight.data.copy_(tensor)
+            else:
+                start = {"q": 0, "k": 2}[name.removesuffix(".weight")]
+                self.fused.weight.data[start : start + 2].copy_(tensor)
+
+
+def halves(prefix=""):
+    return {f"{prefix}{name}.weight": torch.rand(2, 2) for name in ("q", "k", "plain")}
+
+
+class ByPlace(Halves):
+    def load_weights(self, checkpoint):
+        super().load_weights(checkpoint)
+
+
+class WithPrefix(Halves):
+    def load_weights(self, weights, prefix):
+        super().load_weights((name.removeprefix(prefix), tensor) for name, tensor in weights)
+
+
+class WithDefault(WithPrefix):
+    def load_weights(self, weights, prefix=""):
+        super().load_weights(weights, prefix)
+
+
+@advice(hw.PlanError, "ByPlace.load_weights was not used: by its signature (checkpoint)", 'by="loader"')
+def signature_of_a_place(folder):
+    return lambda: hw.load(ByPlace(), halves()), lambda: hw.load(ByPlace(), halves(), by="loader")
+
+
+@advice(hw.PlanError, "signature is (weights, prefix). Give the other arguments defaults")
+def signature_of_two_arguments(folder):
+    return lambda: hw.load(WithPrefix(), halves()), lambda: hw.load(WithDefault(), halves())
+
+
+@advice(hw.UpdateAborted, 'by="name" leaves it out', "leave by= out. It is said in the first load")
+def load_weights_left_out_by_name(folder):
+    live, other = hw.LiveModel(Halves()), hw.LiveModel(Halves())
+    live.load(live.model, by="name")
+    other.load(halves())
+    return lambda: live.update(halves()), lambda: other.update(halves())
+
+
+@advice(hw.PlanError, 'rename={"base.model.": ""}')
+def prefix_of_an_engine(folder):
+    given = halves("base.model.")
+    return lambda: hw.load(Halves(), given), lambda: hw.load(Halves(), given, rename={"base.model.": ""})
+
+
+@advice(hw.PlanError, "has a load_weights of its own. Give load the checkpoint that it was loaded from")
+def live_model_of_an_engine_that_holds_weights(folder):
+    live = hw.LiveModel(Halves())
+    return lambda: live.load(live.model), lambda: live.load(halves())
+
+
+class Transposing:
+    def process_weights_after_loading(self, layer):
+        layer.weight = nn.Parameter(layer.weight.data[:1].clone(), requires_grad=False)
+
+
+@advice(hw.PlanError, "make the LiveModel before that")
+def live_model_of_an_engine_that_has_processed(folder):
+    late, early = Halves(), Halves()
+    late.plain.quant_method = early.plain.quant_method = Transposing()
+    late.plain.quant_method.process_weights_after_loading(late.plain)
+    return lambda: hw.LiveModel(late).load(halves()), lambda: hw.LiveModel(early).load(halves())
+
+
+class WantsDict(Halves):
+    def load_weights(self, weights):
+        super().load_weights(weights.items())
+
+
+class MakesDict(Halves):
+    def load_weights(self, weights):
+        super().load_weights(dict(weights).items())
+
+
+@advice(hw.PlanError, "weights = dict(weights)")
+def load_weights_that_wants_a_dict(folder):
+    return lambda: hw.load(WantsDict(), halves()), lambda: hw.load(MakesDict(), halves())
+
+
+def test_an_engine_that_passes_over_every_name_is_told_that_nothing_fits():
+    class Passing(Halves):
+        def load_weights(self, weights):
+            super().load_weights(pair for pair in weights if pair[0] in halves())
+
+    with pytest.raises(hw.PlanError, match="Nothing of the source fits") as caught:
+        hw.load(Passing(), {f"{name}s": tensor for name, tensor in halves().items()})
+    assert "allow_missing" not in str(caught.value)
+    hw.load(Passing(), halves("base."), rename={"base.": ""})
+    with pytest.raises(hw.PlanError, match=r'rename=\{"base\."'):
+        hw.load(Passing(), halves("base."))

@@ -171,3 +171,38 @@ def test_a_first_load_that_fails_leaves_nothing_processed():
     with pytest.raises(ZeroDivisionError):
         live.load(version())
     assert hw.trace(live.model, version()).processed == ()
+
+
+def test_a_misspelt_name_of_either_side_finds_those_near_it():
+    live = hw.LiveModel(Renaming())
+    live.load({f"{part}_proj.weight": torch.zeros(2, 2) for part in "qk"})
+    for name, near in (("q_prj.weight", "q_proj.weight"), ("fusd.weight", "fused.weight")):
+        for explain in (live.explain, live.plan.explain):
+            with pytest.raises(hw.UnknownName, match=near):
+                explain(name)
+    pushed = {f"{part}_proj.weight": torch.ones(2, 2) for part in "qk"}
+    with pytest.raises(hw.UpdateAborted, match=r"matches in the source goes into fused\.weight$"):
+        live.update(pushed, only="*q_proj*")
+    live.update(pushed, only="fused.weight")
+
+
+class Renaming(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fused, self.other = nn.Linear(2, 4, bias=False), nn.Linear(2, 2)
+
+    def load_weights(self, weights):
+        for name, tensor in weights:
+            start = 2 * name.startswith("k")
+            self.fused.weight.data[start : start + 2].copy_(tensor)
+        self.other.weight.data.zero_()
+        self.other.bias.data.zero_()
+
+
+def test_a_problem_of_the_live_tensors_names_no_file(tmp_path):
+    live = hw.LiveModel(nn.Linear(2, 2))
+    live.load(nn.Linear(2, 2))
+    live.model.weight = nn.Parameter(torch.zeros(2, 2))
+    hw.save(nn.Linear(2, 2), tmp_path / "1")
+    with pytest.raises(hw.UpdateAborted, match=r"something else replaced or moved it$"):
+        live.update(tmp_path / "1")

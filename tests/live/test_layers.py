@@ -273,3 +273,11 @@ def test_a_part_that_was_scripted_cannot_be_processed():
     part = {"part.weight": torch.ones(2, 2), "part.bias": torch.ones(2)}
     live.update({**weights, **part})  # another manifest: the model is traced anew, its parts as they are
     assert (live.model["part"].weight == 1).all()
+
+
+@pytest.mark.parametrize("option", ["layers", "deferred"])
+def test_a_pattern_that_matches_no_module_is_named(option):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    with pytest.raises(hw.UsageError, match=rf"{option}='nobody\.\*' matches no module of the model"):
+        hw.LiveModel(model, **{option: ["0", "nobody.*"]})
+    hw.LiveModel(model, **{option: ["0", "1"]})

@@ -55,7 +55,7 @@ def test_a_right_plan_is_proven_and_leaves_no_trace(checkpoint):
         assert ours.calls == 0
         assert report.planned == 8
         assert report.proven == 4
-        assert "    proven  4 tensors, bit for bit, by the model's own loading code" in str(report)
+        assert "    proven  4 tensors of the model, bit for bit, by the model's own loading code" in str(report)
         assert report.side_effects == ("Fused.calls",)
 
 
@@ -163,7 +163,7 @@ def test_a_live_model_says_what_was_proven(checkpoint):
     directory, state = checkpoint
     report = hw.LiveModel(Fused()).load(directory, verify="loader")
     assert report.proven == 4
-    assert "4 tensors, bit for bit" in str(report)
+    assert "4 tensors of the model, bit for bit" in str(report)
     report = hw.LiveModel(Fused()).load(directory)
     assert (report.proven, "bit for bit" in str(report)) == (0, False)
     assert "proven" not in str(hw.load(Fused(), state))

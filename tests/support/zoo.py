@@ -353,7 +353,8 @@ def checkpoint(spec, seed):
 
 def live_model(model, **options):
     processing = {"process": process} if model.spec.processed == "all" else {}
-    return hw.LiveModel(model, deferred="*.late", **processing, **options)
+    late = {layer for name, layer in model.named_modules() if name.endswith(".late")}
+    return hw.LiveModel(model, deferred=lambda layer: layer in late, **processing, **options)
 
 
 def allowed(model):

@@ -47,7 +47,7 @@ def explain(plan: LoadPlan, layers: Sequence[Formats], live: Mapping[str, torch.
     if _is_planned(plan, name):
         return "\n".join([plan.explain(name), *_afterwards(plan, layers, live, name)])
     if not knows(plan, live, name):
-        raise UnknownName("tensor", name, [some(alike(name, [*plan.targets, *plan.transient, *live]))])
+        raise UnknownName("tensor", name, [some(alike(name, [*plan.targets, *plan.transient, *plan.manifest, *live]))])
     title = f"{_spec(live, name)} (live)"
     makers = [layer for layer in layers if name in layer.kernel]
     if not makers:

@@ -329,8 +329,18 @@ def selected(selection: Selection, model: nn.Module, option: str) -> Callable[[s
     if callable(selection):
         return lambda _, module: selection(module)
     (patterns,) = patterns_from(**{option: selection})
-    match, outer, bare = matches(patterns), outer_prefix(model), bare_modules(unwrapped(model))
-    return lambda name, _: any(map(match, (name, f"{outer}{name}", bare.get(name, name))))
+    outer, bare = outer_prefix(model), bare_modules(unwrapped(model))
+
+    def names_of(name: str) -> tuple[str, ...]:
+        return name, f"{outer}{name}", bare.get(name, name)
+
+    names = {each for name, _ in unwrapped(model).named_modules(remove_duplicate=False) for each in names_of(name)} | {
+        name for name, _ in model.named_modules(remove_duplicate=False)
+    }
+    if idle := [pattern for pattern in patterns if not any(map(matches([pattern]), names))]:
+        raise UsageError(f"{option}={idle[0]!r} matches no module of the model; its names are those of named_modules()")
+    match = matches(patterns)
+    return lambda name, _: any(map(match, names_of(name)))
 
 
 def layers_of(model: nn.Module, chosen: Callable[[str, nn.Module], bool]) -> dict[nn.Module, list[str]]:

@@ -26,7 +26,7 @@ from ..arguments import (
     patterns_from,
 )
 from ..dtypes import Cast
-from ..errors import UsageError
+from ..errors import PlanError, UsageError
 from ..forked import alone_in_a_fork
 from ..gc_pause import without_collection
 from ..loading.apart import apart
@@ -297,7 +297,8 @@ class LiveModel:
                 stack.enter_context(naming_files(origin))
                 weights, _ = apart(origin, lambda: reachable(self._core).values())
                 prove = verifier(self._core, weights, by) if verify == "loader" else None
-                plan = options.traced(self._core, origin.manifest, where)
+                with self._telling(source, by):
+                    plan = options.traced(self._core, origin.manifest, where)
                 left = [] if where is None else left_on_meta(plan, survey(self._core), init_missing, self._core)
                 wanted = {*plan.targets, *left}
                 replaced = [] if where is None else materialise(places(self._core), wanted, where)
@@ -318,6 +319,31 @@ class LiveModel:
                 )
             proven = 0 if prove is None else prove.proven
             return replace(report, proven=proven, warnings=(*report.warnings, *self._unprocessed()))
+
+    @contextmanager
+    @signals.held
+    def _telling(self, source: AnySource, by: By | None) -> Iterator[None]:
+        """Inside, the error of a first load says what may come of what the model was before."""
+        try:
+            yield
+        except PlanError as error:
+            layers = [name for name, layer in self._core.named_modules() if name and self._is_processed(name, layer)]
+            lines = [error.advice]
+            shapes = (problem for problem in error.problems if " expected" in problem and "missing;" not in problem)
+            if own_loader(self._core, by) is None or "processed by a LiveModel" in error.advice:
+                pass
+            elif isinstance(source, nn.Module):
+                lines = [
+                    "load(model) is for a model whose names and shapes are the checkpoint's, and this one has a "
+                    "load_weights of its own. Give load the checkpoint that it was loaded from."
+                ]
+            elif any(f"{name}." in problem for problem in shapes for name in layers):
+                lines.append(
+                    "If an engine has processed layers of this model already (process_weights_after_loading), they are "
+                    "no longer as a checkpoint has them: make the LiveModel before that, and let its load process them."
+                )
+            error.advice = "\n".join(filter(None, lines))
+            raise
 
     def _unprocessed(self) -> tuple[str, ...]:
         """A warning for layers that engines process, and that nobody does here. Who gives ``process=`` has chosen."""

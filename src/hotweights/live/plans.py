@@ -243,7 +243,10 @@ class Plans:
                     why = f"layer {inside[name].name} is processed as one, so an update of a part must bring this too"
                 lacking.append(f"{name}: {why}")
         if not lacking and not plan.steps:
-            lacking = [f"only={only!r} matches no tensor that the first load wrote"]
+            match = matches(only)
+            into = [name for step in self.first.steps if any(map(match, step.sources)) for name in step.destinations]
+            told = f"; what it matches in the source goes into {some(list(dict.fromkeys(into)), 3)}" if into else ""
+            lacking = [f"only={only!r} matches no tensor that the first load wrote{told}"]
         if lacking:
             raise PlanError("only= asks for what cannot be updated alone", lacking)
         return concerned

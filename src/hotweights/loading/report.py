@@ -54,7 +54,9 @@ def fates(tensors: Mapping[Fate, tuple[str, ...]], casts: Mapping[str, str]) -> 
 
 def proven(tensors: int) -> list[tuple[str, str]]:
     """The row of a report that says what ``verify="loader"`` proved."""
-    return [("proven", f"{tensors} tensors, bit for bit, by the model's own loading code")] if tensors else []
+    return (
+        [("proven", f"{tensors} tensors of the model, bit for bit, by the model's own loading code")] if tensors else []
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -264,6 +264,29 @@ def own_loader(model: nn.Module, by: By | None = None) -> LoadingCode | None:
     return load if by == "loader" or (load is not None and _takes_pairs(load)) else None
 
 
+def passed_over(model: nn.Module, by: By | None = None) -> str:
+    """Why the model's ``load_weights`` is not used, and what to type; empty if it is used, or there is none."""
+    load = getattr(model, "load_weights", None)
+    if not callable(load) or by == "loader" or (by is None and _takes_pairs(load)):
+        return ""
+    said = f"{type(model).__name__}.load_weights was not used"
+    if by == "name":
+        return f'{said}: by="name" leaves it out. If it is what slices, fuses or renames, leave by= out.'
+    own = inspect.signature(load)
+    try:
+        own.bind(())
+    except TypeError:
+        return (
+            f"{said}: it is called with one argument, pairs of name and tensor, and its signature is {own}. Give the "
+            "other arguments defaults: load_weights(self, weights, ...)."
+        )
+    return (
+        f"{said}: by its signature {own} it takes a place, and not pairs of name and tensor. If it takes such pairs, "
+        'say by="loader", or call the argument weights. If it reads files itself, give the model a '
+        "load_weights(self, weights) that takes pairs."
+    )
+
+
 _A_PLACE = re.compile(r"path|file|fname|url|ckpt|checkpoint|pretrained|(^|_)dir")
 
 

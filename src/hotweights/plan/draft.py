@@ -190,6 +190,8 @@ def draft(
         missing = {} if alone else missing
     if other_part := by_parts(whole, wide, missing):
         advice.append(other_part)
+    elif own_code and missing and not (writes.steps or traced.fallback or mismatched):
+        advice.append("Nothing of the source fits: the model's own loading code knows none of these names.")
     elif missing and unexpected and len(unexpected) == len(whole):
         # To allow all of it would load nothing.
         advice.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -41,7 +42,7 @@ def explain(plan: LoadPlan, name: str) -> str:
     if not lines and name in plan.manifest:
         return _explain_source(plan, name)
     if not lines:
-        raise UnknownName("tensor", name, [some(alike(name, [*plan.targets, *plan.transient]))])
+        raise UnknownName("tensor", name, [some(alike(name, [*plan.targets, *plan.transient, *plan.manifest]))])
     return "\n".join([_titled(plan, name), *lines])
 
 
@@ -223,10 +224,13 @@ def _named(op: Op) -> str:
 
 
 def alike(name: str, known: Iterable[str]) -> list[str]:
-    """Names that hold this one, or end as it does; all where there are none."""
-    last, known = name.rpartition(".")[2], dict.fromkeys(known)
+    """Names that hold this one, or are near it, or end as it does; all where there are none."""
+    last, several = name.rpartition(".")[2], list(dict.fromkeys(known))
     return sorted(
-        [other for other in known if name in other] or [other for other in known if other.endswith(last)] or known
+        [other for other in several if name in other]
+        or difflib.get_close_matches(name, several, n=5, cutoff=0.9)
+        or [other for other in several if other.endswith(last)]
+        or several
     )
 
 

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from typing_extensions import runtime_checkable
 
-from ..errors import PlanError, UpdateAborted
+from ..errors import LiveModelError, PlanError, UpdateAborted
 from ..manifest import Manifest
 from ..signals import held
 
@@ -29,7 +29,8 @@ def naming_files(source: object) -> Iterator[None]:
     try:
         yield
     except (PlanError, UpdateAborted) as error:
-        if hasattr(type(source), "file_of") and isinstance(source, _InFiles):
+        of_model = isinstance(error.__cause__, LiveModelError)  # Its tensors are the live ones, not the file's.
+        if not of_model and hasattr(type(source), "file_of") and isinstance(source, _InFiles):
             there, file_of = source.manifest, source.file_of
             for told in (error, error.__cause__):
                 if isinstance(told, (PlanError, UpdateAborted)):

@@ -21,7 +21,9 @@ from .lower import lower
 from .record import Recording, record
 
 _UNTOUCHED = (
-    'It took no tensor. If it is a load_weights that does not take pairs of name and tensor, load by name: by="name".'
+    "It took no tensor. A load_weights is given an iterator of pairs of name and tensor; one that wants a dict begins "
+    "with weights = dict(weights). "
+    "If it does not take pairs, and the model's names and shapes are the checkpoint's, load by name: by=\"name\"."
 )
 
 _CPU = torch.device("cpu")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -21,13 +22,13 @@ from ..model.merged import refuse_merged
 from ..model.offloading import refuse_own_code, refuse_unwritable
 from ..model.places import targets_of
 from ..model.processed import processed, telling
-from ..model.survey import By, LoadingCode, Survey, counters, extra_states, loader_of, own_loader, survey
+from ..model.survey import By, LoadingCode, Survey, counters, extra_states, loader_of, own_loader, passed_over, survey
 from ..names import outer_prefix, unwrapped
 from ..plan.draft import Allowed, Traced, draft
 from ..plan.inside import outer_manifest
 from ..plan.patterns import Patterns, both, matches, widened
 from ..plan.plan import LoadPlan
-from ..plan.steps import Copy
+from ..plan.steps import Copy, Fate
 from ..plan.writes import fits
 from ..rename import Rename
 from ..sources.iterator import IteratorSource
@@ -105,10 +106,35 @@ def trace(
         try:
             plan = _trace(model, seen, promised, where, allowed, by)
         except PlanError as error:
+            if cure := passed_over(model, by):
+                # Names that both sides lack are what it would have translated: to allow them would lose the weights.
+                lost = "allow_missing=" in error.advice and "allow_unexpected=" in error.advice
+                error.advice = cure if lost else "\n".join(filter(None, (error.advice, cure)))
+            elif prefix := _prefix_that_goes(model, seen, promised, where, allowed, by):
+                error.advice = f'All fits without "{prefix}" before each name: rename={{"{prefix}": ""}}.'
             if layers:
                 raise telling(error, layers) from error
             raise
         return replace(plan, processed=layers) if layers else plan
+
+
+def _prefix_that_goes(
+    model: nn.Module, seen: Survey, manifest: Manifest, device: torch.device | None, allowed: Allowed, by: By | None
+) -> str:
+    """What stands before every name of the source, and without which the model's own code takes them; or nothing."""
+    if manifest.origins or not manifest or own_loader(model, by) is None:
+        return ""
+    parts = next(iter(manifest)).split(".")
+    for count in range(1, len(parts)):
+        prefix = "".join(f"{part}." for part in parts[:count])
+        if not all(name.startswith(prefix) and name != prefix for name in manifest):
+            break
+        names = {name: name.removeprefix(prefix) for name in manifest}
+        with suppress(PlanError):
+            plan = _trace(model, seen, manifest.renamed(names), device, allowed, by)
+            if plan.steps and not plan.names(Fate.SKIPPED):
+                return prefix
+    return ""
 
 
 def _promised(source: Manifest | AnySource) -> Manifest:
