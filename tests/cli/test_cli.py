@@ -45,7 +45,10 @@ def test_commands_and_flags():
         *"inspect verify diff copy convert follow plan load send receive relay keys resolve demo".split()
     }
     assert flags("--help") == {"--version", "--help"}
-    shared, allowing = {"--json", "--timeout", "--help"}, {"--allow-missing", "--allow-unexpected", "--cast"}
+    shared, allowing = (
+        {"--json", "--timeout", "--help"},
+        {*"--allow-missing --allow-unexpected --allow-mismatched --cast".split()},
+    )
     assert flags("send") == shared | {
         *"--to --receivers --version --on-lost --digests --no-digests --keys --insecure".split()
     }
@@ -70,11 +73,13 @@ def test_commands_and_flags():
         *"--versions --interval --timeout --latest --marker --pattern --json --help".split(),
     }
     assert flags("plan") == {
-        *"--model --order --explain --save --limit --allow-missing --allow-unexpected --cast --json --help".split(),
+        *"--model --order --explain --save --limit --json --help".split(),
+        *allowing,
         *("--variant", "--subfolder"),
     }
     assert flags("load") == {
-        *"--model --reader --device --dtype --cast --io --threads --allow-missing --allow-unexpected".split(),
+        *"--model --reader --device --dtype --io --threads".split(),
+        *allowing,
         "--variant",
         "--subfolder",
         *"--json --help".split(),

@@ -191,10 +191,46 @@ class TestWhatCannotBe:
         assert f"{tmp_path / 'file'}: cannot be written: " in told.stderr
 
 
+class TestNothingIsLost:
+    """No output replaces a file that is read, or that the option has not written."""
+
+    @pytest.mark.parametrize(
+        "line",
+        [
+            "verify sharded --write sharded/model-00001-of-00002.safetensors",
+            "verify sharded --write sharded/model.safetensors.index.json",
+            "verify sharded --write other.json",
+            "plan sharded --model torch.nn:Identity --save sharded/model-00001-of-00002.safetensors",
+            "plan sharded --model torch.nn:Identity --allow-unexpected * --save other.json",
+            "copy sharded sharded/model-00001-of-00002.safetensors",
+            "copy sharded/model-00001-of-00002.safetensors sharded",
+            "convert sharded sharded/../link --dtype F16",
+            "convert sharded new.bin --dtype F16",
+        ],
+    )
+    def test_it_is_refused(self, line, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        write_checkpoint(tmp_path / "sharded", {"a": torch.zeros(2, 3), "b": torch.ones(4)}, shards=2)
+        (tmp_path / "link").symlink_to("sharded")
+        (tmp_path / "other.json").write_text('{"a": 1}')
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        told = run(line.split())
+        assert (told.exit_code, told.stdout) == (2, "")
+        assert "name a" in told.stderr
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+    def test_what_the_option_has_written_is_replaced(self, zoo, tmp_path):
+        for _ in range(2):
+            assert run(["verify", zoo / "good", "--write", tmp_path / "digests"]).exit_code == 0
+            plan = ["plan", zoo / "good", "--model", "torch.nn:Identity", "--allow-unexpected", "*"]
+            assert run([*plan, "--save", tmp_path / "plan"]).exit_code == 0
+
+
 @pytest.mark.parametrize(
     ("said", "shown"),
     [
         ('choose one: variant="fp16" or variant="b c"', "choose one: --variant fp16 or --variant 'b c'"),
+        ('allow_mismatched="head.*" keeps', "--allow-mismatched 'head.*' keeps"),
         ("interval= is a number of seconds", "--interval is a number of seconds"),
         ("with shard_size= name a directory", "with --shard-size name a directory"),
         ("give keys=DIR to both ends", "give --keys DIR to both ends"),

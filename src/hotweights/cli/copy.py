@@ -12,6 +12,7 @@ from ..errors import SaveError, UsageError
 from ..text import some
 from . import flags
 from .outcome import ending, print_json, shown
+from .output import check_target
 
 if TYPE_CHECKING:
     from ..sources.save import SaveReport
@@ -85,6 +86,7 @@ def _copy(which: From, to: str, how: As, as_json: bool) -> None:
     if os.path.realpath(path) == os.path.realpath(to):
         raise UsageError(f"{to}: is what is read; name another place")
     with open_source(path, reader=reader, variant=variant, subfolder=subfolder) as source:
+        check_target(to, source.files)
         along = Belongings()
         if os.path.isdir(path) and (os.path.isdir(to) or not to.endswith(".safetensors")):
             along = belongings(Path(source.files[0]).parent, source.files)

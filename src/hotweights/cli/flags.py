@@ -52,6 +52,9 @@ AllowMissing = Annotated[
 AllowUnexpected = Annotated[
     list[str] | None, typer.Option(help="Tensors of the checkpoint that may have no place in the model.")
 ]
+AllowMismatched = Annotated[
+    list[str] | None, typer.Option(help="Names whose shape may differ; they keep what the model's own code makes.")
+]
 Casts = Annotated[
     Cast | None,
     typer.Option(help="Casts that lose information: error does none, floats those from float to float, loader all."),

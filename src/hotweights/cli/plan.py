@@ -12,6 +12,7 @@ from ..text import columns
 from . import flags
 from .noise import hide_noise
 from .outcome import ending, print_json
+from .output import is_plan, may_write
 
 if TYPE_CHECKING:
     from ..plan.plan import LoadPlan
@@ -30,6 +31,7 @@ def plan(
     limit: flags.Limit = 40,
     allow_missing: flags.AllowMissing = None,
     allow_unexpected: flags.AllowUnexpected = None,
+    allow_mismatched: flags.AllowMismatched = None,
     cast: flags.Casts = None,
     variant: flags.Variant = None,
     subfolder: flags.Subfolder = None,
@@ -37,6 +39,7 @@ def plan(
 ) -> None:
     """Plan the loading of a checkpoint into a model from a config or a factory. No weight is read or written."""
     with ending(as_json=as_json, about={"path": path}):
+        may_write("--save", save, is_plan)
         hide_noise()
         from ..sources.opening import open as open_source  # They wait for torch, which wrong usage need not.
         from ..tracing.trace import trace
@@ -49,6 +52,7 @@ def plan(
                 device="cpu",
                 allow_missing=allow_missing or (),
                 allow_unexpected=allow_unexpected or (),
+                allow_mismatched=allow_mismatched or (),
                 cast=cast,
             ).ordered(order, source.position)
             if save is not None:

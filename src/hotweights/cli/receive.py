@@ -20,6 +20,7 @@ def receive(
     device: flags.Device = "cpu",
     allow_missing: flags.AllowMissing = None,
     allow_unexpected: flags.AllowUnexpected = None,
+    allow_mismatched: flags.AllowMismatched = None,
     cast: flags.Casts = None,
     timeout: Annotated[float, typer.Option(help="Seconds that a single wait within an update may take.")] = 60.0,
     offer_timeout: Annotated[float, typer.Option(help="Seconds to wait for the next version.")] = 3600.0,
@@ -51,6 +52,7 @@ def receive(
                         device=device,
                         allow_missing=allow_missing or (),
                         allow_unexpected=allow_unexpected or (),
+                        allow_mismatched=allow_mismatched or (),
                         cast=cast,
                     )
                 if as_json:

@@ -10,6 +10,7 @@ import typer
 from ..errors import UsageError
 from . import flags
 from .outcome import ending, print_json, shown
+from .output import is_digests, may_write
 from .several import for_each, paths_from
 
 
@@ -38,6 +39,7 @@ def verify(
         return None if quiet else (f"{digest.whole}  {shown(path)}", digest.as_dict())
 
     with ending(as_json=as_json):
+        may_write("--write", write, is_digests)
         everything = paths_from(paths, files_from, "verify")
         if write is not None and len(everything) > 1:
             raise UsageError(
