@@ -72,7 +72,7 @@ def test_versions_are_taken_whole_and_every_failure_is_answered(live):
     raised, (told, messages) = one_round(live, state_of(live, 2.0))
     assert (raised, told, live.version) == (None, None, "two")
     assert holds(live, 2.0)
-    assert messages > 5, "there are several buckets"
+    assert messages >= 5, "there are several buckets"
 
     # A tensor of the first bucket that nobody knows: the server is told, and ends the round for all.
     unknown = {"0.a": torch.ones(3), **state_of(live, 3.0)}

@@ -110,7 +110,7 @@ def test_what_is_written_in_part_is_partial():
             hw.trace(Attention(first, 0, two), hw.open(parts()).manifest)
         assert caught.value.problems == (
             "k: missing; F32 [2, 9] expected",
-            "qkv: partial; 63 of 81 elements would be written",
+            "qkv: partial; 63 of 81 elements would be written, from q, v",
         )
         plan = hw.trace(Attention(first, 0, two), hw.open(parts()).manifest, allow_missing="k", allow_partial="qkv")
         assert plan.names(Fate.PARTIAL) == ("qkv",)
@@ -127,7 +127,7 @@ def test_columns_beside_each_other_are_told_apart():
         hw.trace(Attention("qkv", 1, two), hw.open(parts(1)).manifest)
     assert caught.value.problems == (
         "k: missing; F32 [9, 2] expected",
-        "qkv: partial; 63 of 81 elements would be written",
+        "qkv: partial; 63 of 81 elements would be written, from q, v",
     )
 
 
