@@ -423,6 +423,20 @@ class TestLoad:
             run("load", checkpoint, "--model", bert, "--allow-missing", "*", "--allow-unexpected", "*").exit_code == 0
         )
 
+    def test_a_factory(self, tmp_path):
+        hotweights.save({"weight": torch.ones(3), "bias": torch.ones(3)}, tmp_path / "m.safetensors")
+        (tmp_path / "made_here.py").write_text("import torch\ndef norm():\n    return torch.nn.LayerNorm(3)\n")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(tmp_path)
+            assert run("load", "m.safetensors", "--model", "made_here:norm").exit_code == 0
+            told = run("load", "m.safetensors", "--model", "made_here:norm", "--dtype", "BF16")
+            assert (told.exit_code, "leave it out" in told.stderr) == (2, True)
+            for command in ("plan", "load"):
+                for wrong in ("torch.nn", "made_here.py:norm", "made_here.py"):
+                    told = run(command, "m.safetensors", "--model", wrong)
+                    if not os.path.exists(wrong):
+                        assert (told.exit_code, "write package.module:factory" in told.stderr) == (2, True)
+
     def test_lossy_casts(self, bert):
         assert run("load", bert, "--model", bert, "--dtype", "BF16").exit_code == 1
         assert run("load", bert, "--model", bert, "--dtype", "bfloat16", "--cast", "loader").exit_code == 0

@@ -19,10 +19,10 @@ ODD = {
     "loop": "a link that leads nowhere",
     "empty": "it is empty",
     "only.bin": "opens .bin files",
-    "dangling.d": "model.safetensors: cannot be opened",
+    "dangling.d": "model.safetensors: cannot be opened: a link that leads nowhere",
     "stale.d": "model-00002-of-00002.safetensors: named by the index",
     "moved.d": "which does not hold it",
-    "page.d": "not a JSON object",
+    "page.d": "a web page",
     "a.gguf": "GGUF file",
     "page.safetensors": "a web page",
     "pointer.safetensors": "git lfs pull",
@@ -30,6 +30,10 @@ ODD = {
     "empty.safetensors": "the file is empty",
     "short.safetensors": "is it truncated?",
     "long.safetensors": "trailing bytes",
+    "zeros.safetensors": "begins with zero bytes",
+    "gzip.safetensors": "a gzip archive",
+    "pointer.index.json": "git lfs pull",
+    "empty.index.json": "the file is empty",
     "text.txt": "this is text",
     "pipe.safetensors": "a pipe, a socket or a device",
 }
@@ -61,6 +65,10 @@ def zoo(tmp_path_factory):
         "empty.safetensors": b"",
         "short.safetensors": good[:-5],
         "long.safetensors": good + b"more",
+        "zeros.safetensors": bytes(100),
+        "gzip.safetensors": b"\x1f\x8b\x08" + b"x" * 100,
+        "pointer.index.json": POINTER.encode(),
+        "empty.index.json": b"",
         "text.txt": b"hello",
     }.items():
         (place / name).write_bytes(content)
@@ -132,6 +140,30 @@ def test_the_advice_for_bin_files_can_be_typed(zoo, tmp_path):
     assert "--reader torch of inspect, load and convert opens .bin files" in told
     assert run(["inspect", zoo / "only.bin", "--reader", "torch"]).exit_code == 0
     assert run(["convert", zoo / "only.bin", tmp_path / "to", "--reader", "torch"]).exit_code == 0
+
+
+def test_the_advice_for_a_torch_file_by_another_name_can_be_followed(tmp_path):
+    torch.save({"a": torch.zeros(2)}, tmp_path / "m.safetensors")
+    assert "rename it to .bin: --reader torch of" in run(["inspect", tmp_path / "m.safetensors"]).stderr
+    (tmp_path / "m.safetensors").rename(tmp_path / "m.bin")
+    assert run(["inspect", tmp_path / "m.bin", "--reader", "torch"]).exit_code == 0
+
+
+def test_links_that_lead_nowhere_as_shards(tmp_path):
+    place = write_checkpoint(tmp_path, {"a": torch.zeros(2), "b": torch.ones(4)}, shards=2)
+    shard = place / "model-00002-of-00002.safetensors"
+    for target in ("nowhere", shard.name):
+        shard.unlink()
+        shard.symlink_to(target)
+        assert "but it is a link that leads nowhere" in run(["inspect", place]).stderr
+
+
+def test_a_list_that_cannot_be_read_or_is_empty(tmp_path):
+    told = run(["inspect", "--json", "--files-from", tmp_path / "none"])
+    assert (told.exit_code, told.stdout.count("\n")) == (2, 1)
+    assert json.loads(told.stdout)["path"] == str(tmp_path / "none")
+    (tmp_path / "list").write_text("")
+    assert f"no paths in {tmp_path / 'list'}" in run(["verify", "--files-from", tmp_path / "list"]).stderr
 
 
 class TestVerifyOfMany:

@@ -30,7 +30,8 @@ def inspect(
 ) -> None:
     """List the tensors of a checkpoint and check its files; of several, say a line for each. No weight is read."""
     which = Which(reader, variant, subfolder)
-    with ending(as_json=as_json):
+    about = None if files_from is None else {"path": str(files_from)}
+    with ending(as_json=as_json, json_lines=files_from is not None, about=about):
         everything = paths_from(paths, files_from, "inspect")
     if len(everything) != 1 or files_from is not None:
         with ending(as_json=as_json):

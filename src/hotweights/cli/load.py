@@ -13,7 +13,9 @@ from .outcome import ending, print_json, shown
 
 def load(
     path: flags.Checkpoint,
-    model: flags.Model,
+    model: Annotated[
+        str, typer.Option(help="A directory with the config.json of a transformers model, or package.module:factory.")
+    ],
     reader: flags.Reader = "hotweights",
     device: flags.Device = "cpu",
     dtype: Annotated[
@@ -35,13 +37,13 @@ def load(
     """Build a model from its config, load a checkpoint into it, and report. The model is thrown away."""
     with ending(as_json=as_json, about={"path": path}):
         hide_noise()
-        from ..engines import transformers  # They wait for torch, which wrong usage need not.
-        from ..loading.load import load as load_weights
+        from ..loading.load import load as load_weights  # They wait for torch, which wrong usage need not.
         from ..sources.opening import open as open_source
         from .dtype import dtype_from
+        from .model import model_from
 
         with open_source(path, reader=reader, variant=variant, subfolder=subfolder) as source:
-            built = transformers.build(model, dtype=dtype_from(dtype))
+            built = model_from(model, dtype_from(dtype))
             report = load_weights(
                 built,
                 source,

@@ -17,17 +17,24 @@ from ..errors import UsageError
 _FACTORY = re.compile(r"(?P<module>[^\W\d]\w*(\.[^\W\d]\w*)*):(?P<name>[^\W\d]\w*(\.[^\W\d]\w*)*)")
 
 
-def model_from(text: str) -> nn.Module:
+_NEARLY = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+|[^:]+\.py(:.*)?")
+
+
+def model_from(text: str, dtype: torch.dtype | None = None) -> nn.Module:
     """The model, on meta: ``text`` is a directory with a ``config.json``, or ``package.module:factory``.
 
     Raises:
-        UsageError: there is no such factory, it fails, or it makes no model.
+        UsageError: there is no such factory, a dtype is given for one, it fails, or it makes no model.
         CheckpointError: there is no usable configuration.
     """
+    if not os.path.exists(text) and _NEARLY.fullmatch(text):
+        raise UsageError(f"--model {text}: there is no such directory; of a factory write package.module:factory")
     match = _FACTORY.fullmatch(text)
     if match is None or os.path.exists(text):
-        model: nn.Module = transformers.build(text)
+        model: nn.Module = transformers.build(text, dtype=dtype)
         return model
+    if dtype is not None:
+        raise UsageError(f"--dtype is for a config.json; --model {text} makes its own; leave it out")
     factory = _found(match["module"], match["name"])
     try:
         with torch.device("meta"):

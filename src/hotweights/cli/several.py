@@ -9,7 +9,7 @@ from pathlib import Path
 
 import typer
 
-from ..errors import CheckpointError, HotweightsError, UsageError
+from ..errors import HotweightsError, UsageError
 from .outcome import as_dict, exit_code, shown, typed
 
 
@@ -17,12 +17,13 @@ def paths_from(paths: Iterable[str] | None, files_from: Path | None, command: st
     """All paths that were named; none only if ``files_from`` names none: a hook that found no file has nothing to do.
 
     Raises:
-        UsageError: none was named.
-        CheckpointError: ``files_from`` cannot be read.
+        UsageError: none was named, or ``files_from`` cannot be read.
     """
     named = [*(paths or []), *_named_in(files_from)]
     if not named and files_from is None:
         raise UsageError(f"name a path: hotweights {command} PATH, or --files-from FILE")
+    if not named:
+        typer.echo(f"warning: no paths in {'standard input' if str(files_from) == '-' else files_from}", err=True)
     return named
 
 
@@ -34,7 +35,7 @@ def _named_in(files_from: Path | None) -> list[str]:
         # No line end but these: a name may hold others that Unicode has. Bytes that are no text are part of a name.
         text = raw.decode(sys.getfilesystemencoding(), "surrogateescape")
     except OSError as error:
-        raise CheckpointError(f"{files_from}: cannot be read: {error.strerror}") from error
+        raise UsageError(f"{files_from}: cannot be read: {error.strerror}") from error
     if "\0" in text:
         return [name for name in text.split("\0") if name]
     return [line for line in text.replace("\r\n", "\n").split("\n") if line.strip()]

@@ -38,7 +38,8 @@ def verify(
             write_digests(digest, write)
         return None if quiet else (f"{digest.whole}  {shown(path)}", digest.as_dict())
 
-    with ending(as_json=as_json):
+    about = None if files_from is None else {"path": str(files_from)}
+    with ending(as_json=as_json, json_lines=files_from is not None, about=about):
         may_write("--write", write, is_digests)
         everything = paths_from(paths, files_from, "verify")
         if write is not None and len(everything) > 1:

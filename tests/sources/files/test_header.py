@@ -255,7 +255,7 @@ INVALID = {
     "header of 2^64 - 1 bytes": (b"\xff" * 8 + b"{}", [str(2**64 - 1)]),
     "header longer than the bound": ((MAX_HEADER_NBYTES + 1).to_bytes(8, "little"), [str(MAX_HEADER_NBYTES + 1)]),
     "header longer than the file": (file_of(W)[:-1], ["the file ends after", "truncated"]),
-    "header of no bytes": (file_of(b""), ["not a JSON object"]),
+    "header of no bytes": (file_of(b""), ["begins with zero bytes"]),
     "web page": (
         b"\n<!DOCTYPE html>\n<html><title>Not found</title>",
         ["a web page (47 bytes)", "fetch the file again"],

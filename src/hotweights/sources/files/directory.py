@@ -175,8 +175,10 @@ def _choose_folder(directory: Place, names: Sequence[str], layout: Layout) -> st
     if not folders:
         return ""
     if len(folders) > _SHOWN:
+        least = "at least " if len(names) > _COMPONENTS else ""  # Not all of them were looked into.
         return (
-            f"; {len(folders)} folders in it are checkpoints; open one of them, such as {folders[0]!r}, by its own path"
+            f"; {least}{len(folders)} folders in it are checkpoints; open one of them, such as {folders[0]!r}, by its "
+            "own path"
         )
     return f"; choose one: {' or '.join(f'subfolder={json.dumps(name)}' for name in folders)}"
 

@@ -130,7 +130,7 @@ class File:
         try:
             self._fd = _DESCRIPTORS.open(self, path)
         except (OSError, ValueError) as error:  # ValueError: a name with a zero byte.
-            raise CheckpointError(f"{path}: cannot be opened: {getattr(error, 'strerror', error)}") from error
+            raise CheckpointError(f"{path}: cannot be opened: {_why(path, error)}") from error
         status = os.fstat(self._fd)
         if not stat.S_ISREG(status.st_mode):
             self.close()
@@ -372,6 +372,12 @@ _FINGERPRINT = ("device", "inode", "size", "modification time", "change time")
 
 def _fingerprint(status: os.stat_result) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _why(path: str, error: OSError | ValueError) -> str:
+    if getattr(error, "errno", None) in (errno.ENOENT, errno.ELOOP) and os.path.islink(path):
+        return "a link that leads nowhere"
+    return str(getattr(error, "strerror", error))
 
 
 def _kind(mode: int) -> str:

@@ -25,7 +25,13 @@ if TYPE_CHECKING:
 MAX_HEADER_NBYTES = 100_000_000  # bytes; the bound of the reference implementation
 _LARGEST = 2**63 - 1  # elements; torch counts in int64
 _POINTER = b"version https://git-lfs.github.com/spec/"
-_ELSEWHERE = {b"PK\x03\x04": 'a zip archive (a torch .bin file? reader="torch" opens those)', b"GGUF": "a GGUF file"}
+BEGINNING = len(_POINTER)
+"""Bytes that tell the formats apart."""
+_ELSEWHERE = {
+    b"PK\x03\x04": 'a zip archive (if torch.save wrote it, rename it to .bin: reader="torch" opens those)',
+    b"GGUF": "a GGUF file",
+    b"\x1f\x8b": "a gzip archive",
+}
 _ELSEWHERE |= {bytes([0x80, protocol]): "a pickle" for protocol in range(2, 6)}
 
 
@@ -72,11 +78,20 @@ def read_header(file: str, size: int, pread: Callable[[int, int], bytes], view: 
     """
     if size == 0:
         raise CheckpointError(f"{file}: the file is empty")
-    start = pread(min(size, len(_POINTER)), 0)
+    start = pread(min(size, BEGINNING), 0)
     nbytes = int.from_bytes(start[:8], "little")
     if size < 8 or nbytes > size - 8:
         # Not before: a sound header of 640 bytes begins like a pickle, one of 64 MB like a zip archive.
-        _refuse_other_formats(file, size, start)
+        refuse_other_formats(file, size, start)
+        if start.isascii() and all(letter.isprintable() or letter.isspace() for letter in start.decode()):
+            raise CheckpointError(
+                f"{file}: this is text ({size} bytes), not the weights; it begins {start[:40].decode()!r}"
+            )
+    if size >= 8 and nbytes == 0:
+        raise CheckpointError(
+            f"{file}: it begins with zero bytes where the length of its header belongs; was its space taken, and it "
+            "never written?"
+        )
     if size < 8:
         raise CheckpointError(f"{file}: {size} bytes are too few for a safetensors file, whose header alone needs 8")
     # Both bounds come before the allocation: a forged length of 2^60 bytes would take all memory.
@@ -89,7 +104,8 @@ def read_header(file: str, size: int, pread: Callable[[int, int], bytes], view: 
     return _parse(file, pread(nbytes, 8), data_start=8 + nbytes, size=size, view=view or as_torch)
 
 
-def _refuse_other_formats(file: str, size: int, start: bytes) -> None:
+def refuse_other_formats(file: str, size: int, start: bytes) -> None:
+    """Refuse what is neither weights nor an index by its first bytes: a pointer, a web page, an archive."""
     if start.startswith(_POINTER):
         raise CheckpointError(
             f"{file}: this is a pointer to large-file storage ({size} bytes), not the weights; "
@@ -103,10 +119,6 @@ def _refuse_other_formats(file: str, size: int, start: bytes) -> None:
     for magic, what in _ELSEWHERE.items():
         if start.startswith(magic):
             raise CheckpointError(f"{file}: this is not a safetensors file but {what}")
-    if start.isascii() and all(letter.isprintable() or letter.isspace() for letter in start.decode()):
-        raise CheckpointError(
-            f"{file}: this is text ({size} bytes), not the weights; it begins {start[:40].decode()!r}"
-        )
 
 
 def _parse(file: str, raw: bytes, *, data_start: int, size: int, view: View) -> FileHeader:

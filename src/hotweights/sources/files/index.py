@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import PurePosixPath
 
 from ...errors import CheckpointError
-from .header import MAX_HEADER_NBYTES
+from .header import BEGINNING, MAX_HEADER_NBYTES, refuse_other_formats
 from .place import Place, Readable, open_place
 
 
@@ -18,7 +18,10 @@ def read_index(file: Readable) -> tuple[dict[str, str], list[str]]:
     index = file.path
     if file.size > MAX_HEADER_NBYTES:
         raise CheckpointError(f"{index}: an index of {file.size} bytes; at most {MAX_HEADER_NBYTES} are allowed")
+    if file.size == 0:
+        raise CheckpointError(f"{index}: the file is empty")
     raw = file.pread(file.size, 0)
+    refuse_other_formats(index, file.size, raw[:BEGINNING])
     problems: set[str] = set()
 
     def without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -221,7 +221,9 @@ def _open_all(
     with ExitStack() as undo:
         shards, broken = _open_each(paths, layout, undo)
         if problems := [*problems, *broken, *_duplicates(_homes(shards), ())]:
-            raise CheckpointError("the checkpoint is broken", problems)
+            # Of files that nobody may open it is not known whether they are broken.
+            unknown = all(": cannot be opened: " in problem for problem in problems)
+            raise CheckpointError(f"the checkpoint {'cannot be read' if unknown else 'is broken'}", problems)
         undo.pop_all()
     return Checkpoint(shards, warnings=warnings)
 
@@ -346,7 +348,8 @@ def _open_indexed(
     for path in absent:
         tensors = sum(1 for shard in weight_map.values() if index.parent / shard == path)
         problems.append(
-            f"{path}: named by the index for {tensors} tensors, but there is no such file"
+            f"{path}: named by the index for {tensors} tensors, but "
+            + ("it is a link that leads nowhere" if os.path.islink(path) else "there is no such file")
             + _begun(path.parent, [path.name])
         )
     shards, broken = _open_each([path for path in paths if path not in absent], layout, undo)
