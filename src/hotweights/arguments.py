@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, get_args
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any, get_args
 
 from .errors import UnknownName, UsageError
+
+if TYPE_CHECKING:  # Commands that need no torch do not wait for its import.
+    import torch
 
 
 def check_model(model: object, source: object = None) -> None:
     """Raise ``UsageError`` unless it is a module that shows its tensors and its code."""
+    import torch
+    from torch import nn
+
     if isinstance(model, torch.jit.ScriptModule):
         raise UsageError(
             "this model is a TorchScript module, which does not show its loading code; load the module that it was "
@@ -93,6 +96,8 @@ def device_from(device: torch.device | str | int | None) -> torch.device | None:
     """The device on which meta tensors are made real. Raises ``UsageError`` if no tensor can be made there."""
     if device is None:
         return None
+    import torch
+
     try:
         target = torch.device(device)
         torch.empty(0, device=target)

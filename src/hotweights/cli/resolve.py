@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import TransferInDoubt, UsageError
-from ..transfer.resolve import Resolution, Resolver, Word
 from . import flags
 from .outcome import ending, print_json
+
+if TYPE_CHECKING:
+    from ..transfer.resolve import Resolution, Word
 
 
 def resolve(
@@ -29,6 +31,8 @@ def resolve(
     with ending(as_json=as_json):
         if commit and abort:
             raise UsageError("--commit and --abort: one of them")
+        from ..transfer.resolve import Resolver  # It waits for torch, which wrong usage need not.
+
         word: Word | None = "commit" if commit else "abort" if abort else None
         with Resolver(addresses, keys=keys, insecure=insecure) as resolver:
             found = resolver.run(wait, decision=word)

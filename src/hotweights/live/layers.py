@@ -6,6 +6,7 @@ dtypes and attributes of its tensors, and its own attributes. It is kept as twin
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from ..memory.aliases import has_bytes
 from ..memory.wrappers import leaves
 from ..model.materialise import dressed
 from ..names import bare_modules, outer_prefix, unwrapped
+from ..notices import log
 from ..plan.patterns import Patterns, matches
 from .attributes import ABSENT, Held, assign, by_name, exchanged, held_by, state_of, step, tensors_in
 
@@ -338,7 +340,10 @@ def selected(selection: Selection, model: nn.Module, option: str) -> Callable[[s
         name for name, _ in model.named_modules(remove_duplicate=False)
     }
     if idle := [pattern for pattern in patterns if not any(map(matches([pattern]), names))]:
-        raise UsageError(f"{option}={idle[0]!r} matches no module of the model; its names are those of named_modules()")
+        said = f"{option}={idle[0]!r} matches no module of the model; its names are those of named_modules()"
+        if option == "layers":  # They would stay unprocessed.
+            raise UsageError(said)
+        log(logging.WARNING, "%s", said)  # One list of what is deferred may serve many kinds of model.
     match = matches(patterns)
     return lambda name, _: any(map(match, names_of(name)))
 

@@ -313,3 +313,7 @@ class _VersionStream(LeaseStream):
         if isinstance(error[1], BaseException):
             self._member.fail(error[1])
         super().__exit__(*error)
+
+
+# What tools and editors show of the class: ``__new__`` takes what ``__init__`` takes.
+Receiver.__new__.__wrapped__ = Receiver.__init__  # type: ignore[attr-defined]

@@ -50,7 +50,8 @@ def test_checkpoints_are_given_once_when_they_are_whole(store):
         assert versions.look() == []
         versions.now += 1
         found = versions.look()
-        assert sorted(found) == [("step-10", "s3://bucket/runs/step-10"), ("step-9", "s3://bucket/runs/step-9")]
+        places = sorted((version.name, version.path) for version in found)
+        assert places == [("step-10", "s3://bucket/runs/step-10"), ("step-9", "s3://bucket/runs/step-9")]
         with hw.open(found[0].path) as source:
             assert_same_bits(dict(source.tensors()), TENSORS)
         assert looked(versions, 3) == []
