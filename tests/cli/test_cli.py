@@ -85,7 +85,7 @@ def test_commands_and_flags():
         *"--json --help".split(),
     }
     assert flags("demo") == {"--help"}
-    assert "Exit codes: 0 done, 1 refused, 2 wrong usage, 130 interrupted" in run("--help").output
+    assert "Exit codes: 0 done, 1 refused, 2 wrong usage, 3 the output" in run("--help").output
 
 
 class TestInspect:
@@ -93,7 +93,7 @@ class TestInspect:
         result = run("inspect", checkpoint)
         assert result.exit_code == 0
         assert "a.weight" in result.output
-        assert "2 tensors (1 F32, 1 I64), 32 B in 1 files" in result.output
+        assert "2 tensors (1 F32, 1 I64), 32 B in 1 file" in result.output
 
     def test_limit(self, checkpoint):
         assert "... and 1 more" in run("inspect", checkpoint, "--limit", 1).output
@@ -152,7 +152,7 @@ class TestInspectSeveral:
 
     def test_a_line_for_each_and_the_worst_exit_code(self, checkpoint, broken):
         result = run("inspect", checkpoint, broken, checkpoint)
-        good = f"{checkpoint}: 2 tensors (1 F32, 1 I64), 32 B in 1 files"
+        good = f"{checkpoint}: 2 tensors (1 F32, 1 I64), 32 B in 1 file"
         lines = result.output.splitlines()
         assert result.exit_code == 1
         assert (lines[0], lines[2], len(lines)) == (good, good, 3)
@@ -175,7 +175,7 @@ class TestInspectSeveral:
         result = run("inspect", "--files-from", tmp_path / "list")
         assert (result.exit_code, len(result.output.splitlines())) == (1, 2)
         piped = runner.invoke(app, ["inspect", "--files-from", "-"], input=f"{checkpoint}\n")
-        assert piped.output == f"{checkpoint}: 2 tensors (1 F32, 1 I64), 32 B in 1 files\n"
+        assert piped.output == f"{checkpoint}: 2 tensors (1 F32, 1 I64), 32 B in 1 file\n"
         assert runner.invoke(app, ["inspect", "--files-from", "-"], input="").exit_code == 0
         assert "cannot be read" in run("inspect", "--files-from", tmp_path / "none").stderr
 
@@ -264,7 +264,7 @@ class TestDiff:
         assert run("diff", tmp_path / "a", tmp_path / "b", "--subfolder", "unet").exit_code == 0
         assert run("diff", tmp_path / "a", tmp_path / "b", *chosen).exit_code == 1
         copy = tmp_path / "b" / "unet" / "model.fp16.safetensors"  # A file has nothing to choose from.
-        assert run("diff", tmp_path / "b", copy, *chosen).output == "equal: 1 tensors\n"
+        assert run("diff", tmp_path / "b", copy, *chosen).output == "equal: 1 tensor\n"
         assert run("diff", copy, copy, *chosen).exit_code == 2
 
     def test_what_differs(self, tmp_path):
@@ -389,6 +389,13 @@ class TestFollow:
         result = run("follow", steps, "--timeout", "0.001", "--pattern", "run-*")
         assert (result.exit_code, result.stdout) == (0, "")
         assert "no version came within 0.001 s; versions are folders like run-*" in result.stderr
+
+    def test_what_was_passed_over_for_machines(self, steps):
+        line = ("follow", steps, "--interval", "0.001", "--timeout", "0.01", "--json")
+        result = run(*line, "--marker", "DONE")
+        why = "waits for DONE, the marker that its writer writes last"
+        assert json.loads(result.stdout) == {"path": str(steps), "passed_over": {"step-1": why, "step-2": why}}
+        assert len(run(*line).stdout.splitlines()) == 2
 
     def test_no_directory(self, tmp_path):
         assert run("follow", tmp_path / "runs").exit_code == 2
@@ -533,7 +540,7 @@ class TestReader:
     def test_inspect(self, tmp_path):
         torch.save({"a.weight": torch.zeros(2, 3), "b": torch.tensor(1)}, tmp_path / "model.pt")
         result = run("inspect", tmp_path / "model.pt", "--reader", "torch")
-        assert "2 tensors (1 F32, 1 I64), 32 B in 1 files" in result.output
+        assert "2 tensors (1 F32, 1 I64), 32 B in 1 file" in result.output
         document = json.loads(run("inspect", tmp_path / "model.pt", "--reader", "torch", "--json").output)
         assert [set(tensor) for tensor in document["tensors"]] == [{"name", "dtype", "shape", "nbytes", "file"}] * 2
 

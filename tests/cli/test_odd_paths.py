@@ -2,6 +2,7 @@
 
 import json
 import os
+import tarfile
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ ODD = {
     "long.safetensors": "trailing bytes",
     "zeros.safetensors": "begins with zero bytes",
     "gzip.safetensors": "a gzip archive",
+    "a.tar": "tar xf",
     "pointer.index.json": "git lfs pull",
     "empty.index.json": "the file is empty",
     "text.txt": "this is text",
@@ -72,6 +74,8 @@ def zoo(tmp_path_factory):
         "text.txt": b"hello",
     }.items():
         (place / name).write_bytes(content)
+    with tarfile.open(place / "a.tar", "w") as archive:
+        archive.add(place / "text.txt")
     os.mkfifo(place / "pipe.safetensors")
     return place
 

@@ -64,7 +64,7 @@ class TestNames:
         code, out, err = ended(start("inspect", "--files-from", "-", stdin=subprocess.PIPE, env=env), stdin)
         assert (code, err) == (0, b"")
         lines = out.splitlines()
-        assert [b"1 tensors (1 F32), 8 B in 1 files" in line for line in lines] == [True] * len(self.NAMES)
+        assert [b"1 tensor (1 F32), 8 B in 1 file" in line for line in lines] == [True] * len(self.NAMES)
         if encoding == "utf-8":
             shown = [os.fsencode(name) for name in self.NAMES]
             shown[1:3] = [rb"new\nline", rb"tab\t"]

@@ -61,7 +61,8 @@ app = typer.Typer(
     name="hotweights",
     cls=Commands,
     help="Put weights into live PyTorch models: fast, exact, all or nothing.",
-    epilog="Exit codes: 0 done, 1 refused, 2 wrong usage, 130 interrupted.",
+    epilog="Exit codes: 0 done, 1 refused, 2 wrong usage, 3 the output cannot be written or a defect, 130 interrupted, "
+    "141 nobody reads the output. Of diff: 0 equal, 1 different, 2 trouble.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from ..text import columns
+from ..text import columns, counts
 from . import flags
 from .outcome import ending, print_json, shown
 
@@ -46,7 +46,7 @@ def diff(
         if found:
             raise typer.Exit(DIFFERENT)
         if not as_json:
-            typer.echo(f"equal: {len(left.manifest)} tensors")
+            typer.echo(f"equal: {counts({'tensors': len(left.manifest)}) or 'no tensors'}")
 
 
 def _opened(

@@ -13,7 +13,7 @@ def dtype_from(name: str | None) -> torch.dtype | None:
     if name is None:
         return None
     known = {format_name: torch_name for format_name, (_, torch_name) in FORMAT_DTYPES.items() if torch_name}
-    dtype = getattr(torch, known.get(name.upper(), name), None)
+    dtype = getattr(torch, known.get(name.upper(), name.lower()), None)
     if not isinstance(dtype, torch.dtype):
         raise UnknownName("dtype", name, known)
     return dtype

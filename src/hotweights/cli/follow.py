@@ -38,6 +38,8 @@ def follow(
             typer.echo(json.dumps(found) if as_json else "\t".join(map(shown, found.values())))
             if count == versions:
                 return
+        if as_json and arriving.passed_over:
+            typer.echo(json.dumps({"path": directory, "passed_over": arriving.passed_over}))
         seen = "".join(f"; passed over {name}: {why}" for name, why in arriving.passed_over.items())
         if versions is not None:
             raise CheckpointError(

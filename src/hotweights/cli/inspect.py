@@ -12,7 +12,7 @@ import typer
 from ..dtypes import format_name
 from ..sources.dcp.place import dcp_place
 from ..sources.files.listing import Listed, Listing, list_checkpoint
-from ..text import columns, size
+from ..text import columns, counts, size
 from . import flags
 from .outcome import ending, print_json, shown
 from .several import for_each, paths_from
@@ -85,7 +85,9 @@ def _totals(listing: Listing) -> dict[str, object]:
 def _in_words(listing: Listing) -> str:
     dtypes = Counter(format_name(tensor.spec.dtype) for tensor in listing.tensors)
     kinds = ", ".join(f"{count} {name}" for name, count in dtypes.most_common())
-    words = f"{len(listing.tensors)} tensors ({kinds}), {size(listing.nbytes)} in {len(listing.files)} files"
+    files = [file for file in listing.files if not file.endswith(".json")]  # An index holds none of these bytes.
+    held = counts({"tensors": len(listing.tensors)}) or "no tensors"
+    words = f"{held} ({kinds}), {size(listing.nbytes)} in {counts({'files': len(files)})}" if files else held
     return "; ".join([words, *(f"warning: {warning}" for warning in listing.warnings)])
 
 

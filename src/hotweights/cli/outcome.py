@@ -107,7 +107,7 @@ def as_dict(error: BaseException) -> dict[str, object]:
         "error": {
             "kind": type(error).__name__,
             "message": typed(str(error)),
-            "problems": [typed(problem) for problem in getattr(error, "problems", ())],
+            "problems": [typed(problem) for problem in getattr(error, "problems", ()) or (str(error),)],
             "notes": list(getattr(error, "__notes__", ())),
         }
     }

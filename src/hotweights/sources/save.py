@@ -199,7 +199,7 @@ def _narrowing(dtype: torch.dtype | None, overflow: Overflow) -> Narrowing | Non
     if dtype is None:
         return None
     if not (isinstance(dtype, torch.dtype) and is_float(dtype)):
-        raise UsageError(f"dtype= is what floats become, such as torch.bfloat16; found {dtype!r}")
+        raise UsageError(f"dtype= is what floats become, a dtype of floats; found {dtype!r}")
     if format_name(dtype) in ("F8_E8M0", "F4"):
         raise UsageError(f"dtype={dtype} is no dtype that weights are cast to; a tool that quantises writes it")
     return Narrowing(dtype, overflow)

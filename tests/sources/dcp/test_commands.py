@@ -43,7 +43,7 @@ def test_inspect(folder):
     said = json.loads(run("inspect", folder, "--json"))
     assert {tensor["name"] for tensor in said["tensors"]} == {"0.weight", "0.bias", "1.weight"}
     assert said["metadata"] == {str(folder / ".metadata"): {"step": "no tensor"}}
-    assert "1 tensors (1 F32)" in run("inspect", folder, "--subfolder", "optim")
+    assert "1 tensor (1 F32)" in run("inspect", folder, "--subfolder", "optim")
     assert run("inspect", folder.parent, "--subfolder", "step-1") == output
 
 

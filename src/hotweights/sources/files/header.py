@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, NamedTuple
@@ -25,12 +26,16 @@ if TYPE_CHECKING:
 MAX_HEADER_NBYTES = 100_000_000  # bytes; the bound of the reference implementation
 _LARGEST = 2**63 - 1  # elements; torch counts in int64
 _POINTER = b"version https://git-lfs.github.com/spec/"
-BEGINNING = len(_POINTER)
+BEGINNING = 512  # the block of a tar archive, which has its name near the end
 """Bytes that tell the formats apart."""
 _ELSEWHERE = {
     b"PK\x03\x04": 'a zip archive (if torch.save wrote it, rename it to .bin: reader="torch" opens those)',
     b"GGUF": "a GGUF file",
     b"\x1f\x8b": "a gzip archive",
+    b"\xfd7zXZ": "an xz archive",
+    b"\x28\xb5\x2f\xfd": "a zstd archive",
+    b"\x89HDF": "an HDF5 file",
+    b"\x93NUMPY": "an array of numpy",
 }
 _ELSEWHERE |= {bytes([0x80, protocol]): "a pickle" for protocol in range(2, 6)}
 
@@ -83,9 +88,10 @@ def read_header(file: str, size: int, pread: Callable[[int, int], bytes], view: 
     if size < 8 or nbytes > size - 8:
         # Not before: a sound header of 640 bytes begins like a pickle, one of 64 MB like a zip archive.
         refuse_other_formats(file, size, start)
-        if start.isascii() and all(letter.isprintable() or letter.isspace() for letter in start.decode()):
+        begins = start[:40]
+        if begins.isascii() and all(letter.isprintable() or letter.isspace() for letter in begins.decode()):
             raise CheckpointError(
-                f"{file}: this is text ({size} bytes), not the weights; it begins {start[:40].decode()!r}"
+                f"{file}: this is text ({size} bytes), not the weights; it begins {begins.decode()!r}"
             )
     if size >= 8 and nbytes == 0:
         raise CheckpointError(
@@ -115,6 +121,10 @@ def refuse_other_formats(file: str, size: int, start: bytes) -> None:
         raise CheckpointError(
             f"{file}: this is a web page ({size} bytes), not the weights: a server answered the download with an error "
             "or a login page; fetch the file again"
+        )
+    if start[257:262] == b"ustar":
+        raise CheckpointError(
+            f"{file}: this is not a safetensors file but a tar archive; unpack it: tar xf {shlex.quote(file)}"
         )
     for magic, what in _ELSEWHERE.items():
         if start.startswith(magic):
