@@ -438,7 +438,8 @@ def test_a_list_of_files_is_a_source(tmp_path):
 
 
 @pytest.mark.parametrize("scheme", ["ftp", "hf", "file"])
-def test_an_address_is_refused_as_it_was_written(scheme):
+def test_an_address_is_refused_as_it_was_written(scheme, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # Else the hub would be asked for hf://.
     address = f"{scheme}://bucket/model"
     for what in (address, Path(address), [address]):
         with pytest.raises(UsageError, match=address):
