@@ -21,7 +21,7 @@ memory plan sources model transfer tracing loading routing live engines testing 
 """.split()
 WORDS = """
 errors dtypes manifest sharding boxes ranges arguments text progress timeline notices forked gc_pause signals names
-rename on_demand shell
+failure rename on_demand shell
 """.split()
 
 

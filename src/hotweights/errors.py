@@ -39,6 +39,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .failure import FailureReport
 
 __all__ = [
     "AddressTaken",
@@ -211,7 +215,13 @@ class SourceError(_Problems):
 
 
 class TransferError(_Problems):
-    """A transfer between processes failed. Its subclasses say what that leaves behind."""
+    """A transfer between processes failed. Its subclasses say what that leaves behind.
+
+    Attributes:
+        report: where ``send`` failed, what its time was spent on.
+    """
+
+    report: FailureReport | None = None
 
 
 class TransferAborted(TransferError):
@@ -261,7 +271,13 @@ class UpdateAborted(_Problems):
     """An update of a live model failed. Version N is live, byte for byte; with ``atomic=False`` it may be torn.
 
     The cause is the error that ended it; its problems are those of the cause, where it lists any.
+
+    Attributes:
+        report: what the time of the update was spent on; ``None`` if it ended before it began, as where a source
+            cannot be opened.
     """
+
+    report: FailureReport | None = None
 
 
 class LiveModelError(_Problems):

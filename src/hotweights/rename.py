@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 
 from .errors import PlanError, UsageError
+from .failure import blame, called
 
 Rename = Mapping[str, str] | Callable[[str], str]
 """New names: prefixes and what stands in their place (the longest that fits counts), or a function of a name."""
@@ -18,7 +19,7 @@ def renamer(rename: Rename) -> Callable[[str], str]:
     """
     if not isinstance(rename, Mapping):
         if callable(rename):
-            return rename
+            return _telling(rename)
         raise UsageError(f"rename= is a mapping of prefixes or a function of a name; found {type(rename).__name__}")
     if strangers := [pair for pair in rename.items() if not all(isinstance(text, str) for text in pair)]:
         before, after = strangers[0]
@@ -30,6 +31,19 @@ def renamer(rename: Rename) -> Callable[[str], str]:
             if name.startswith(before):
                 return after + name[len(before) :]
         return name
+
+    return renamed
+
+
+def _telling(rename: Callable[[str], str]) -> Callable[[str], str]:
+    """The same function; its errors say that it raised them, and for which name."""
+
+    def renamed(name: str) -> str:
+        try:
+            return rename(name)
+        except Exception as error:
+            blame(error, f"rename={called(rename)} for {name!r}")
+            raise
 
     return renamed
 
@@ -63,6 +77,8 @@ def unusable(name: str, fresh: object) -> str | None:
     """Why a tensor cannot have its new name; ``None`` if it can."""
     if isinstance(fresh, str) and fresh and not fresh.startswith("."):
         return None
+    if not isinstance(fresh, str):
+        return f"{name} would become {fresh!r}; a function returns the new name, or the same where it is to stay"
     return f"{name} would become {fresh!r}; a prefix ends with its dot"
 
 

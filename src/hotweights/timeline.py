@@ -70,6 +70,10 @@ class Timeline:
         now = time.perf_counter()
         self.events.append(TimelineEvent(what, of, began - self.began, now - began, self.open_nbytes()))
 
+    def elapsed(self) -> float:
+        """Seconds since it began."""
+        return time.perf_counter() - self.began
+
     def each(self, what: str, items: Iterable[_Item]) -> Iterator[_Item]:
         """The items; each wait for the next one is an event."""
         began = time.perf_counter()

@@ -23,6 +23,7 @@ from ..memory.pool import Pool
 from ..model.reachable import reachable
 from ..model.survey import own_loader
 from ..plan.adapters import left_under
+from ..plan.quantised import scaleless
 from ..plan.steps import Fate, Program, Step
 from ..plan.unused import unused
 from ..sources.contracts import Addressed, InMemory, Request, Source
@@ -352,13 +353,14 @@ class Attempt:
 
     def _warnings(self) -> tuple[str, ...]:
         job = self.job
-        open_layers = (self.open_warning,) if self.open_warning else ()
+        told = (self.open_warning,) if self.open_warning else ()
+        told = (*told, *job.warnings, *scaleless(job.plan.manifest, {**job.plan.casts, **self._casts}))
         if job.kept:
             written = (name for step in job.plan.steps for name in step.destinations)
-            return (*open_layers, *left_under(written, job.plan.names(Fate.SKIPPED)))
+            return (*told, *left_under(written, job.plan.names(Fate.SKIPPED)))
         if own_loader(job.model, job.by) is None:
-            return open_layers
-        return (*open_layers, *unused(job.plan, f"{type(job.model).__name__}.load_weights"))
+            return told
+        return (*told, *unused(job.plan, f"{type(job.model).__name__}.load_weights"))
 
     def _fates(self) -> dict[Fate, tuple[str, ...]]:
         fates = self.job.plan.fates

@@ -141,6 +141,7 @@ class Baseline:
             kept=found.kept,
             cast=cast,
             first=first,
+            warnings=found.warnings,
             by=self._by,
         )
 

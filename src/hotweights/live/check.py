@@ -10,6 +10,7 @@ from torch import nn
 
 from ..arguments import shown
 from ..errors import LiveModelError, UsageError
+from ..failure import blame, called
 
 Check = Callable[[nn.Module], object]
 """Looks at a model that holds a new version. It raises, or returns ``False``, where that must not be served.
@@ -26,8 +27,12 @@ def ask(check: Check, model: nn.Module) -> None:
         UsageError: it returned what is no answer: a number, NaN among them, a text, what must be awaited.
         Exception: what it raised.
     """
-    name = getattr(check, "__qualname__", repr(check))
-    answer = check(model)
+    name = called(check)
+    try:
+        answer = check(model)
+    except Exception as error:
+        blame(error, f"check={name}")
+        raise
     if inspect.isawaitable(answer):
         getattr(answer, "close", bool)()
         raise UsageError(f"check={name}: returned what must be awaited; give a function that is not async")

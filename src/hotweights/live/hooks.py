@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .. import signals
-from ..errors import CommitHookError
+from ..arguments import shown
+from ..errors import CommitHookError, UsageError
 
 
 class Hooks:
@@ -16,6 +17,8 @@ class Hooks:
 
     def add(self, hook: Callable[[str | int], object]) -> None:
         """Call it too, from now on."""
+        if not callable(hook):
+            raise UsageError(f"on_commit takes a function, which is called with the version; found {shown(hook)}")
         self._hooks.append(hook)
 
     @signals.held

@@ -34,6 +34,7 @@ class Job:
         kept: names of the model's tensors that ``only=`` leaves alone.
         cast: which casts are done of tensors that come in another dtype than the plan's; ``None`` if none may come so.
         first: whether this is the first load: it fills the model's own tensors, which are in checkpoint format.
+        warnings: what a person should read of what comes.
         by: which loading code the model has, see ``By``.
     """
 
@@ -52,3 +53,4 @@ class Job:
     cast: Cast | None
     first: bool
     by: By | None = None
+    warnings: tuple[str, ...] = ()

@@ -167,7 +167,8 @@ class LiveModel:
         how many loads and updates were ``committed`` and ``failed``; ``last_act``, which
         is ``"load"``, ``"update"``, ``"rollback"`` or ``"failure"``; ``taken_back``, the version that a rollback took
         back, until another one is live; ``last_report``, as a dictionary, of what brought the live version;
-        ``last_error`` in a line; ``seconds_since_commit`` (of a rollback too) and ``seconds_since_error``. Each of
+        ``last_error`` in a line; ``last_failure``, the ``FailureReport`` of the load or update that failed last, as a
+        dictionary; ``seconds_since_commit`` (of a rollback too) and ``seconds_since_error``. Each of
         these is ``None`` where there was none.
         """
         return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -85,6 +86,7 @@ class Found(NamedTuple):
         restored: names of tensors that it does not bring, and that get their values from before the first load.
         kept: names of the model's tensors that ``only=`` leaves alone.
         cast: which casts it does; ``None`` for the first load.
+        warnings: what a person should read of what comes.
     """
 
     plan: LoadPlan
@@ -93,6 +95,7 @@ class Found(NamedTuple):
     restored: frozenset[str]
     kept: frozenset[str]
     cast: Cast | None
+    warnings: tuple[str, ...] = ()
 
 
 class Plans:
@@ -172,7 +175,8 @@ class Plans:
         plan = self._whole(self.last.manifest if manifest is None else manifest, only, live, casts)
         if only is None:
             groups = groups_of(plan, self._layers, self._layout)
-            return Found(plan, *groups, self.optional.absent(plan, coverage(plan)), frozenset(), casts)
+            absent = self.optional.absent(plan, coverage(plan))
+            return Found(plan, *groups, absent, frozenset(), casts, tuple(_other_sizes(self.first, plan)))
         chosen = _chosen(self.first, only)
         kept = frozenset(name for name in self.first.targets if not chosen(name))
         plan = _restricted(plan, only, kept)
@@ -180,7 +184,8 @@ class Plans:
             used = {name for step in plan.steps for name in step.sources}
             plan = replace(plan, manifest=Manifest(spec for spec in plan.manifest.values() if spec.name in used))
         in_place, concerned = groups_of(plan, self._layers, self._layout)
-        return Found(plan, in_place, self._concerned(concerned, plan, only), frozenset(), kept, casts)
+        told = tuple(_other_sizes(self.first, plan))
+        return Found(plan, in_place, self._concerned(concerned, plan, only), frozenset(), kept, casts, told)
 
     def _whole(
         self, manifest: Manifest, only: Patterns | None, live: Mapping[str, torch.Tensor], cast: Cast
@@ -319,6 +324,21 @@ def _telling_what_was(last: LoadPlan, manifest: Manifest) -> Iterator[None]:
 
         error.explain(known)
         raise
+
+
+def _other_sizes(first: LoadPlan, plan: LoadPlan) -> Iterator[str]:
+    """A warning for tensors that have more, or fewer, elements than in the first load.
+
+    The model's own loading code took them all the same: it cuts out what it needs, and may have cut elsewhere.
+    """
+    used = {name for step in plan.steps for name in step.sources}
+    for name in sorted(used & first.manifest.keys()) if plan is not first else ():
+        before, now = first.manifest[name].shape, plan.manifest[name].shape
+        if math.prod(before) != math.prod(now):
+            yield (
+                f"{name}: {list(now)} came, and in the first load {list(before)}; the model's own loading code took "
+                f"both, and may read another part of it now: see live.explain({name!r})"
+            )
 
 
 def _same(first: Coverage, second: Coverage, name: str, plan: LoadPlan) -> bool:

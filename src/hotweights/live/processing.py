@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .. import signals
+from ..failure import blame
 from ..memory.aliases import has_bytes
 from ..model.materialise import dressed
 from ..model.places import Place, places
@@ -44,8 +45,7 @@ class Processing:
             self.begun.append(group)
         for layer in group.layers:
             before = layer.contents()
-            with self._timeline.event("process", layer.name), torch.no_grad():
-                self._job.process(layer.module)
+            self._process(layer)
             layer.processed(before, layer.contents())
         now = {name: tensor for layer in group.layers for name, tensor in layer.tensors().items()}
         # What processing replaced must not be held until the last layer: it would double the model's memory.
@@ -106,14 +106,23 @@ class Processing:
             ready()
             opened = [_after_loading(layer, held) for layer, held in zip(group.layers, opened, strict=True)]
             for layer in group.layers:
-                with self._timeline.event("process", layer.name), torch.no_grad():
-                    self._job.process(layer.module)
+                self._process(layer)
             made = [layer.contents() for layer in group.layers]
             for layer, then, now in zip(group.layers, opened, made, strict=True):
                 layer.processed(then, now)
             return made
         finally:
             _put_back(before, apart)
+
+    @signals.held
+    def _process(self, layer: Layer) -> None:
+        with self._timeline.event("process", layer.name), torch.no_grad():
+            try:
+                self._job.process(layer.module)
+            except Exception as error:
+                named = f"layer {layer.name}" if layer.name else "the model itself"
+                blame(error, f"the processing of {named} ({type(layer.module).__name__})")
+                raise
 
     def _untouched(self, group: LayerGroup, now: Mapping[str, torch.Tensor]) -> set[str]:
         """Names of tensors that no step writes, and that hold what they held before the first load."""

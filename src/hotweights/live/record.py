@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 
+from ..failure import FailureReport, said_by
 from ..notices import log, log_if_heard
 from ..text import size
 from .report import UpdateReport
@@ -21,12 +22,14 @@ class Record:
         taken_back: the version that a rollback took back, until another one is live.
         warned: the warnings that were logged.
         error: what went wrong last, in a line; in a hook, too.
+        failure: what the time of the load or update was spent on that failed last.
     """
 
     def __init__(self) -> None:
         self.committed = self.failed = 0
         self.report: UpdateReport | None = None
         self.error: str | None = None
+        self.failure: FailureReport | None = None
         self.act: str | None = None
         self.taken_back: str | int | None = None
         self.warned: set[str] = set()
@@ -44,8 +47,9 @@ class Record:
         self.report, self._live_since = report, time.monotonic()
         self.act, self.taken_back = "rollback", taken_back
 
-    def note_failure(self, error: BaseException, said: str | None = None) -> None:
+    def note_failure(self, error: BaseException, said: str | None = None, report: FailureReport | None = None) -> None:
         """Take note of a load or update that failed, and say so: by ``said``, or as the error does."""
+        self.failure = report
         self.failed += 1
         self.act = "failure"
         self.note_error(error, said)
@@ -66,6 +70,7 @@ class Record:
             "seconds_since_commit": _since(self._live_since),
             "seconds_since_error": _since(self._error_since),
             "last_error": self.error,
+            "last_failure": None if self.failure is None else self.failure.as_dict(),
             "last_report": None if report is None else report.as_dict(),
         }
 
@@ -92,4 +97,4 @@ def _since(then: float | None) -> float | None:
 
 
 def _in_a_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), repr(error))
+    return said_by(error, next(iter(str(error).splitlines()), repr(error)))

@@ -12,6 +12,7 @@ from torch import nn
 from .. import signals
 from ..arguments import check_version
 from ..errors import HotweightsError, TransferInDoubt, UpdateAborted, UsageError
+from ..failure import failure_report, said_by
 from ..forked import alone_in_a_fork
 from ..loading.verify import Verifier
 from ..manifest import Manifest
@@ -117,7 +118,7 @@ class Update:
         except UsageError:
             raise
         except Exception as error:
-            raise aborted(current, asked.version, "was refused", error) from error
+            raise aborted(current, asked.version, "was refused", error, timeline) from error
         return cls(current, baseline, job, strategy, timeline, turn, limit, fed, asked)
 
     @property
@@ -382,7 +383,7 @@ class Update:
             if self._attempt.job.first or not isinstance(error, Exception):
                 self._note(error)
                 raise
-            raise aborted(self._current, self._named, "failed", error) from error
+            raise aborted(self._current, self._named, "failed", error, self._attempt.timeline) from error
 
     # Its end.
 
@@ -417,7 +418,9 @@ class Update:
         if not isinstance(error, Exception):
             what = "the first load" if self._attempt.job.first else _called(self._named)
             said = f"{what} was ended by {_ending(error)}; {self._current}"
-        self._current.record.note_failure(error, said)
+        deed = "load" if self._attempt.job.first else "update"
+        report = failure_report(self._attempt.timeline, deed, self._named)
+        self._current.record.note_failure(error, said, report)
 
     @signals.whole  # A signal at its first line would leave the lock taken, and signals watched, for ever.
     def __del__(self) -> None:
@@ -431,7 +434,9 @@ class Update:
 _SAID_FIRST = ("allow_", "by=")  # Options of advice that updates do not have.
 
 
-def aborted(current: Current, version: str | int | None, what: str, error: Exception) -> UpdateAborted:
+def aborted(
+    current: Current, version: str | int | None, what: str, error: Exception, timeline: Timeline | None = None
+) -> UpdateAborted:
     """What tells that ``error`` ended an update, and what is live. It is recorded.
 
     Args:
@@ -439,8 +444,9 @@ def aborted(current: Current, version: str | int | None, what: str, error: Excep
         version: the name of the version that does not become live; ``None`` if it has none yet.
         what: became of it: ``"was refused"``, before anything was changed, or ``"failed"``.
         error: says why.
+        timeline: what the time was spent on, if it had begun.
     """
-    said = str(error) if isinstance(error, HotweightsError) else f"{type(error).__name__}: {error}"
+    said = said_by(error, _named(error))
     advice = "\n".join(
         f"{line} It is said in the first load, LiveModel.load(), and holds for all updates."
         if any(option in line for option in _SAID_FIRST)
@@ -449,13 +455,21 @@ def aborted(current: Current, version: str | int | None, what: str, error: Excep
     )
     if isinstance(error, StillRead):  # It says nothing about the version.
         what, said = "was not taken", f"{error}. Nothing is wrong with the version: try again"
+    title: str | None = getattr(error, "title", None)
     told = UpdateAborted(
-        f"{_called(version)} {what}; {current}: {getattr(error, 'title', said)}",
+        f"{_called(version)} {what}; {current}: {said if title is None else said_by(error, title)}",
         getattr(error, "problems", ()),
         advice=advice,
     )
-    current.record.note_failure(told)
+    told.report = None if timeline is None else failure_report(timeline, "update", version)
+    current.record.note_failure(told, report=told.report)
     return told
+
+
+def _named(error: Exception) -> str:
+    if isinstance(error, HotweightsError):
+        return str(error)
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def _called(version: str | int | None) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import PlanError, UsageError
+from ..failure import blame, called
 from ..memory.aliases import plain
 from ..model.places import places
 from ..model.survey import Survey
@@ -46,9 +47,7 @@ def left_on_meta(plan: LoadPlan, seen: Survey, init_missing: InitMissing | None,
         raise PlanError(
             "tensors would stay on the meta device; nothing was read or written",
             [_in_words(name, plan, seen) for name in left],
-            advice="Say what they hold: init_missing=fn calls fn(name, tensor) to fill each in place; "
-            "init_missing=True calls their modules' reset_parameters. Or build the model with buffers that are real: "
-            "hotweights.build(directory, factory=...).",
+            advice=_advice(model, left, seen),
         )
     if init_missing is True:
         _check_reset(model, left)
@@ -86,7 +85,11 @@ def told(model: nn.Module, names: list[str], init_missing: InitMissing | None) -
 def _fill(name: str, tensor: torch.Tensor, init: Callable[[str, torch.Tensor], object]) -> None:
     """Let ``init`` fill the tensor. One that makes another tensor instead would leave this one with any bytes."""
     where = tensor.data_ptr()
-    returned = init(name, tensor)
+    try:
+        returned = init(name, tensor)
+    except Exception as error:
+        blame(error, f"init_missing={called(init)} for {name!r}")
+        raise
     others = [other for other in (tensor, returned) if isinstance(other, torch.Tensor) and other.data_ptr() != where]
     if others and tensor.numel():
         raise UsageError(
@@ -110,6 +113,21 @@ def _memory(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata if plain(tensor) else id(tensor)
 
 
+def _advice(model: nn.Module, left: list[str], seen: Survey) -> str:
+    """What can be done about these, and nothing that would be refused, or leave them without their values."""
+    ways = []
+    if set(left).intersection(seen.transient):
+        ways.append(
+            "A buffer that no checkpoint carries is computed by the model's __init__, which has to run off meta: "
+            "hotweights.build(directory, factory=..., device=...) does so and leaves the parameters on meta."
+        )
+    fn = "init_missing=fn calls fn(name, tensor) to fill each in place, as tensor.copy_(values) does"
+    if _can_reset(model, left):
+        fn += "; init_missing=True calls their modules' reset_parameters"
+    ways.append(f"{'Or say' if ways else 'Say'} what they hold: {fn}.")
+    return " ".join(ways)
+
+
 def _holders(model: nn.Module, names: list[str]) -> dict[nn.Module, list[str]]:
     """The modules that hold the tensors with these names, each with their names."""
     wanted = set(names)
@@ -123,7 +141,11 @@ def _holders(model: nn.Module, names: list[str]) -> dict[nn.Module, list[str]]:
 def _may_reset(model: nn.Module, names: list[str], seen: Survey) -> bool:
     """Whether the caller has allowed each of these to be without bytes, and all their modules can reset themselves."""
     allowed = not set(names).intersection(seen.transient)  # No checkpoint carries those: nobody was asked.
-    return allowed and all(callable(getattr(module, "reset_parameters", None)) for module in _holders(model, names))
+    return allowed and _can_reset(model, names)
+
+
+def _can_reset(model: nn.Module, names: list[str]) -> bool:
+    return all(callable(getattr(module, "reset_parameters", None)) for module in _holders(model, names))
 
 
 def _check_reset(model: nn.Module, names: list[str]) -> None:

@@ -32,6 +32,7 @@ from ..model.walk import modules_of
 from ..names import outer_prefix, unwrapped
 from ..plan.patterns import Patterns
 from ..plan.plan import LoadPlan, Order
+from ..plan.quantised import scaleless
 from ..plan.steps import Copy, Fate, Program
 from ..plan.unused import unused
 from ..progress import progress
@@ -229,6 +230,7 @@ def load(
                 stack.enter_context(source.decision())
         kernels = processed(model)
         warnings = (*warnings_of(source), *told(model, left, init_missing), *_unprocessed(model))
+        warnings = (*warnings, *scaleless(plan.manifest, plan.casts))
         if own_loader(model, by) is not None:
             warnings = (*warnings, *unused(plan, f"{type(model).__name__}.load_weights"))
         if kernels:

@@ -163,6 +163,10 @@ def draft(
         unexpected = [name for name in unexpected if name not in other.sources]
         missing = {name: line for name, line in missing.items() if line not in explained}
     homeless = [name for name, fate in fates.items() if fate is Fate.UNEXPECTED]
+    if own_code:  # Code that passes over names which it does not know drops scales without a word.
+        dropped = [name for name, fate in fates.items() if fate is Fate.SKIPPED]
+        if any(unscaled(whole, writes.casts, dropped)):
+            homeless += dropped
     lost = sorted(unscaled(whole, writes.casts, homeless))
     quantised = quantised_by(homeless) if unexpected or lost else None
     misfits = list(writes.misfits)
@@ -188,7 +192,9 @@ def draft(
         advice.append(cure)
         unexpected = [name for name in unexpected if not of_adapter(name)]
         missing = {} if alone else missing
-    if other_part := by_parts(whole, wide, missing):
+    if missing and not whole:
+        advice.append("The source holds no tensors at all; an iterator that was read before gives none.")
+    elif other_part := by_parts(whole, wide, missing):
         advice.append(other_part)
     elif own_code and missing and not (writes.steps or traced.fallback or mismatched):
         advice.append("Nothing of the source fits: the model's own loading code knows none of these names.")

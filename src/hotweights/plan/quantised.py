@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-from ..manifest import Manifest
+from ..dtypes import format_name
+from ..manifest import Manifest, TensorSpec
+from ..text import some
 
 _SUFFIXES = (
     ("bitsandbytes", (".absmax", ".quant_map", ".SCB", ".bitsandbytes__nf4", ".bitsandbytes__fp4")),
@@ -55,6 +57,27 @@ def in_layers_of(names: Iterable[str]) -> Callable[[str], bool]:
 def _layer(name: str) -> str:
     # bitsandbytes writes what belongs to a weight below its name: weight.absmax, weight.quant_state.bitsandbytes__nf4.
     return re.sub(r"(\.weight)?(\.quant_state)?\.[^.]*$", "", name)
+
+
+def scaleless(manifest: Manifest, casts: Iterable[str]) -> Iterator[str]:
+    """In words: those of ``casts`` that look like quantised weights, and come without anything that scales them.
+
+    They may be plain: fp8 without scales is. Nobody can tell by their bytes.
+    """
+    names = [name for name in casts if name in manifest and _may_be_quantised(manifest[name])]
+    if names:
+        kinds = sorted({format_name(manifest[name].dtype) for name in names})
+        yield (
+            f"{some(names, 3)}: {' and '.join(kinds)}, and cast to what the model holds with nothing that scales them; "
+            "if they are quantised, their values are wrong by a factor, and the model needs a checkpoint with scales"
+        )
+
+
+def _may_be_quantised(spec: TensorSpec) -> bool:
+    dtype = spec.dtype
+    if not isinstance(dtype, torch.dtype) or dtype == torch.bool:
+        return False
+    return dtype.itemsize == 1 and len(spec.shape) > 1
 
 
 def unscaled(manifest: Manifest, casts: Iterable[str], homeless: Iterable[str]) -> Iterator[str]:

@@ -146,10 +146,16 @@ def unfit(name: object, tensor: object) -> str | None:
     if not isinstance(name, str):
         return f"key {name!r} is no name"
     if not isinstance(tensor, torch.Tensor):
-        return f"{name!r} is a {type(tensor).__name__}"
+        return f"{name!r} is a {type(tensor).__name__}{_instead(name, tensor)}"
     if tensor.is_meta or torch.nn.parameter.is_lazy(tensor):
         return f"{name!r} is {'on meta' if tensor.is_meta else 'uninitialised'}"
     return None if (words := hidden(tensor)) is None else f"{name!r} is {words}"
+
+
+def _instead(name: str, found: object) -> str:
+    if isinstance(found, Mapping) and any(isinstance(value, torch.Tensor) for value in found.values()):
+        return f", and has tensors: give the entry {name!r} itself"
+    return " (torch.from_numpy(array) is a tensor)" if type(found).__name__ == "ndarray" else ""
 
 
 def bare(name: object, tensor: object, promised: TensorSpec | None = None) -> tuple[torch.Tensor, str | None]:

@@ -9,6 +9,8 @@ from dataclasses import replace
 from typing import TypeVar
 
 from .. import signals
+from ..errors import TransferError
+from ..failure import failure_report
 from ..progress import progress
 from ..timeline import Timeline
 from .door import Endpoint
@@ -96,6 +98,7 @@ class Audience:
         kind: Callable[..., _Outbound],
         run: Callable[[_Outbound], SendReport],
         *,
+        version: str | int,
         nbytes: int,
         receivers: int | None,
         show_progress: bool | None,
@@ -105,6 +108,7 @@ class Audience:
         Args:
             kind: the class of the update.
             run: what runs it.
+            version: its name.
             nbytes: of all that may be sent, for the progress bar.
             receivers: how many must be there; ``None`` is as many as always.
             show_progress: whether to draw a progress bar.
@@ -114,6 +118,21 @@ class Audience:
             Exception: what ``run`` raises.
         """
         timeline = Timeline()
+        try:
+            return self._offer(timeline, kind, run, nbytes, receivers, show_progress)
+        except TransferError as error:
+            error.report = failure_report(timeline, "send", version)
+            raise
+
+    def _offer(
+        self,
+        timeline: Timeline,
+        kind: Callable[..., _Outbound],
+        run: Callable[[_Outbound], SendReport],
+        nbytes: int,
+        receivers: int | None,
+        show_progress: bool | None,
+    ) -> SendReport:
         with timeline.event(WAIT):
             count = self._receivers if receivers is None else receivers
             self._group.gather(count, drop=self._drop, meanwhile=self._tell, beside=self._beside)

@@ -199,8 +199,10 @@ class PeerGroup:
                     died,
                 )
             if not left(deadline):
-                names = f"; connected: {some([peer.name for peer in ready])}" if ready else ""
-                raise TransferTimeout(f"{there} of {count} receivers were there after {self._timeout:g} s{names}", gone)
+                who = [peer.name for peer in ready]
+                names = f"connected: {some(who)}" if who else f"nobody is connected to {', '.join(self.addresses)}"
+                came = f"{there} of {count} receivers were there after {self._timeout:g} s"
+                raise TransferTimeout(f"{came}; {names}", gone)
             self.listen(left(deadline), beside)
 
     def listen(self, seconds: float, beside: Beside | None = None) -> None:

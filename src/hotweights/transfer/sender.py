@@ -300,7 +300,12 @@ class Sender:
             return outbound.run(source, version, check)
 
         report = self._way.offer(
-            Outbound, run, nbytes=source.manifest.nbytes, receivers=receivers, show_progress=show_progress
+            Outbound,
+            run,
+            version=version,
+            nbytes=source.manifest.nbytes,
+            receivers=receivers,
+            show_progress=show_progress,
         )
         return replace(report, warnings=(*report.warnings, *warnings_of(source)))
 
@@ -347,6 +352,7 @@ class Sender:
             return audience.offer(
                 kind,
                 lambda assembly: assembly.give(version),
+                version=version,
                 nbytes=nbytes,
                 receivers=receivers,
                 show_progress=show_progress,
