@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from unittest import mock
 
 import torch
 import torch.distributed as dist
 import torch.testing._internal.distributed.fake_pg  # it registers the backend
-from processes import Child, Tiny
+from ends import Thread, receiver
+from namespaces import enter
+from processes import Child, Tiny, value_of
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial
 
 import hotweights as hw
+from hotweights.transfer.sharded import meeting_place
 from hotweights.transfer.sharded.link import Link
 
 
@@ -82,6 +85,13 @@ class LinkKiller:
             patch.stop()
 
 
+@contextmanager
+def as_far(far=True):
+    """Do as if rank 0 were on another host: its memory cannot be reached."""
+    with mock.patch.object(meeting_place, "_linked", return_value=None) if far else nullcontext():
+        yield
+
+
 def tried(work):
     """What it returned, or the kind and the words of what it raised."""
     try:
@@ -93,7 +103,11 @@ def tried(work):
 def rank_of(pipe, rank, size, store, address, options):
     """A rank: it makes its sender, and sends what it is told."""
     dist.init_process_group("fake", store=dist.FileStore(store, 99), rank=rank, world_size=size)
-    made = tried(lambda: hw.Sender(address, group=dist.group.WORLD, **{"slots": 2, "slot_nbytes": 4096, **options}))
+    options = {"slots": 2, "slot_nbytes": 4096, **options}
+    if hosts := options.pop("hosts", None):
+        enter(hosts[rank])
+    with as_far(rank in options.pop("far", ())):
+        made = tried(lambda: hw.Sender(address, group=dist.group.WORLD, **options))
     if isinstance(made, tuple):
         pipe.send(made)
         return
@@ -134,7 +148,10 @@ class Trainer:
 
 @contextmanager
 def trainer(folder, address, size, *, ranks=None, **options):
-    """A trainer of so many ranks, which end with the ``with``; ``ranks`` are those that come."""
+    """A trainer of so many ranks, which end with the ``with``; ``ranks`` are those that come.
+
+    ``far`` are those that do as if they were on another host; ``hosts`` are the namespaces of all.
+    """
     store = str(folder / f"store-{len(list(folder.iterdir()))}")
     open(store, "w").close()
     with ExitStack() as stack:
@@ -147,3 +164,32 @@ def trainer(folder, address, size, *, ranks=None, **options):
             if rank.process.is_alive():
                 with suppress(BrokenPipeError):
                     rank.say(None)
+
+
+class Worker:
+    """Takes versions in a thread until one is called ``last``; ``values`` are those that it had."""
+
+    def __init__(self, address):
+        self.live = hw.LiveModel(Tiny())
+        self.values = []
+        self._thread = Thread(self._follow, address)
+
+    def _follow(self, address):
+        with receiver(address, offer_timeout=60) as source:
+            while self.live.version != "last":
+                try:
+                    self.live.load(source) if self.live.version is None else self.live.update(source)
+                except hw.UpdateAborted:
+                    continue
+                self.values.append((self.live.version, value_of(self.live.model)))
+
+    def taken(self):
+        self._thread.result()
+        return self.values
+
+
+def alike(said, kind, words):
+    """All ranks raised this, in the same words."""
+    assert len(set(said)) == 1, said
+    assert said[0][0] == kind
+    assert words in said[0][1], said[0][1]

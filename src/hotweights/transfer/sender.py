@@ -142,7 +142,7 @@ class Sender:
                 drop=on_lost == "drop",
                 register=register,
             )
-            self._ranks = None if group is None else ranks_in(group, address, timeout)  # type: ignore[arg-type]
+            self._ranks = None if group is None else ranks_in(group, endpoints, timeout)
             match self._ranks:
                 case Rank():  # Receivers come to rank 0.
                     self._way = self._ranks

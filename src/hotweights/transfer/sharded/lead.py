@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+import socket
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from msgspec.structs import replace
 
 from ... import signals
 from ...errors import (
@@ -20,13 +23,17 @@ from ...errors import (
     UsageError,
 )
 from ...text import some
-from ..address import Listener, check_peer
+from ..address import check_peer
+from ..audience import Audience
+from ..network import NetworkDoor
 from ..report import SendReport
-from ..shared_memory import WriteSlots
 from ..waits import Waker, left
 from .group_place import NEW, GroupPlace, leave_mark
 from .holding import Holding, said_of
-from .link import Link, listening_at
+from .link import Link
+from .meeting_place import Accepting, MeetingPlace
+from .network_link import NetworkLink
+from .rank_flow import RankInflow
 from .round_end import failed, succeeded
 from .tiling import Tiling
 from .words import Complete, Describe, Described, Here, Join, Leave, Mapped, SlotMemory, Tick, Word
@@ -34,7 +41,14 @@ from .words import Complete, Describe, Described, Here, Join, Leave, Mapped, Slo
 TICK = 1.0
 """Seconds between two words to the ranks while a round goes on."""
 
+_SHOWN = 20  # of those that were sent away
 _FLUSH = 10.0  # seconds in which a rank takes what it is told last
+
+
+class Arrived(NamedTuple):
+    """All that a rank on another host was to give of a slot is there."""
+
+    slot: int
 
 
 class KnownRank:
@@ -44,24 +58,38 @@ class KnownRank:
         rank: in the group.
         link: to it.
         name: for people.
+        flow: for bytes, of a rank on another host.
         here: what it last said that it sends.
         left: the last round that it gave up, and why.
         table: what it last said it holds.
     """
 
     def __init__(self, rank: int, link: Link, pid: int) -> None:
-        self.rank, self.link, self.name = rank, link, f"rank {rank} (process {pid})"
+        where = f" on {link.host}" if link.host else ""
+        self.rank, self.link, self.name = rank, link, f"rank {rank} (process {pid}{where})"
+        self.flow = None if link.shares else RankInflow()
         self.here: Here | None = None
         self.left: Leave | None = None
         self.described: Described | None = None
         self.mapped = False
+
+    @property
+    def ready(self) -> bool:
+        """Whether it can fill slots."""
+        return self.mapped and (self.flow is None or self.flow.connection is not None)
+
+    def close(self) -> None:
+        """End its connections."""
+        self.link.close()
+        if self.flow is not None:
+            self.flow.close()
 
 
 @signals.held_throughout
 class Lead:
     """The other ranks of the group, from rank 0. Owns its sockets; close it."""
 
-    def __init__(self, group: Any, place: GroupPlace, path: str, timeout: float) -> None:
+    def __init__(self, group: Any, place: GroupPlace, places: Sequence[MeetingPlace], timeout: float) -> None:
         """Listen for the ranks.
 
         Raises:
@@ -76,25 +104,31 @@ class Lead:
         self._ticked = 0.0
         self._tilings: dict[tuple[bytes, ...], Tiling] = {}
         self._waker = Waker()
+        self._listeners: list[Accepting] = []
+        self._audience: Audience | None = None  # while ranks come where receivers do
+        self._refused: list[str] = []
         try:
-            self._listener: Listener | None = Listener(listening_at(path))
+            for where in places:
+                self._listeners.append(where.listen())
         except BaseException:
+            self._stop_listening()
             self._waker.close()
             raise
 
-    def meet(self, slots: WriteSlots) -> None:
+    def meet(self, audience: Audience) -> None:
         """Wait until all ranks are there, and have mapped the slots.
 
         Raises:
             TransferTimeout: some did not come. Those that did were told so in the same words.
         """
+        self._audience, slots = audience, audience.slots
         mark = leave_mark(self._group, secrets.token_hex(16))
         memory = SlotMemory(len(slots.memories), slots.slot_nbytes, self._timeout, mark)
         try:
             self._await_all()
             for rank in self.ranks.values():
-                rank.link.send(memory, descriptor=slots.descriptor)
-            self._until(lambda: [rank for rank in self.ranks.values() if not rank.mapped], "map the slots")
+                self._introduce(rank, memory, slots.descriptor)
+            self._until(lambda: [rank for rank in self.ranks.values() if not rank.ready], "map the slots")
         except BaseException as error:
             self._tell(failed(0, "", error, "rank 0"))
             raise
@@ -102,6 +136,23 @@ class Lead:
             rank.link.send(Complete())
         self._flush()
         self._stop_listening()
+
+    def _introduce(self, rank: KnownRank, memory: SlotMemory, descriptor: int) -> None:
+        if rank.flow is None:
+            rank.link.send(memory, descriptor=descriptor)
+            return
+        for door in self._doors:
+            door.await_flow(rank.flow)
+        rank.link.send(replace(memory, token=rank.flow.token))
+
+    @property
+    def _doors(self) -> list[NetworkDoor]:
+        return [] if self._audience is None else self._audience.doors
+
+    @property
+    def far(self) -> frozenset[int]:
+        """The ranks on other hosts."""
+        return frozenset(rank.rank for rank in self.ranks.values() if rank.flow is not None)
 
     def refuse(self, error: HotweightsError) -> None:
         """The lead cannot be what it should: the ranks hear so as they come."""
@@ -121,10 +172,14 @@ class Lead:
         except BaseException as error:
             self._tell(failed(self.round, version, error, "rank 0"))
             raise
+        finally:
+            for rank in self.ranks.values():
+                if rank.flow is not None:
+                    rank.flow.drop()
         self._tell(succeeded(self.round, report))
         return report
 
-    def heard(self) -> Iterator[tuple[KnownRank, Word]]:
+    def heard(self) -> Iterator[tuple[KnownRank, Word | Arrived]]:
         """What came of this round. Of a rank that is gone it is that it leaves."""
         for rank in list(self.ranks.values()):
             if not rank.link.is_open:
@@ -135,9 +190,11 @@ class Lead:
                     self._note(rank, word)
                     if getattr(word, "round", self.round) == self.round:
                         yield rank, word
+                for slot in rank.flow.fill() if rank.flow is not None else ():
+                    yield rank, Arrived(slot)
             except (PeerLost, ProtocolError) as error:
                 self._lost.append(f"{rank.name}: {error}")
-                rank.link.close()
+                rank.close()
                 rank.left = Leave(self.round, str(error))
                 yield rank, rank.left
         if time.monotonic() - self._ticked >= TICK:
@@ -148,7 +205,11 @@ class Lead:
 
     def sockets(self) -> list[tuple[Any, bool]]:
         """What to wait for."""
-        return [(rank.link.socket, rank.link.unsent) for rank in self.ranks.values() if rank.link.is_open]
+        ranks = [rank for rank in self.ranks.values() if rank.link.is_open]
+        flows = [rank.flow.connection for rank in ranks if rank.flow is not None]
+        return [(rank.link.socket, rank.link.unsent) for rank in ranks] + [
+            (flow, False) for flow in flows if flow is not None
+        ]
 
     def looked(self) -> None:
         """Whoever waits for receivers calls this between two looks.
@@ -180,13 +241,17 @@ class Lead:
         """Let go. May be called twice."""
         for rank in self.ranks.values():
             rank.link.say_goodbye(reason)
+            rank.close()
         self._stop_listening()
         self._waker.close()
 
     def _stop_listening(self) -> None:
-        if self._listener is not None:
-            self._listener.close()
-            self._listener = None
+        for listener in self._listeners:
+            listener.close()
+        self._listeners.clear()
+        for door in self._doors:
+            door.turn_ranks_away()
+        self._audience = None
 
     def _agree(self, version: str | int, held: Holding | UsageError) -> Tiling:
         """What all ranks hold together.
@@ -259,23 +324,33 @@ class Lead:
                 one = some([str(number) for number in missing])
                 raise TransferTimeout(
                     f"rank {one} of {self.place.size} did not make its Sender within {self._timeout:g} s; each rank "
-                    f"of group= makes one, on the host of rank 0"
+                    f"of group= makes one, at the same address",
+                    self._refused,
                 )
-            assert self._listener is not None
-            sockets = [(self._listener.socket, False), *((link.socket, False) for link, _ in strangers)]
-            self._wait([*sockets, *self.sockets()], left(deadline))
+            sockets = [*self._open(), *((link.socket, link.unsent) for link, _ in strangers)]
+            self._wait([*sockets, *self.sockets()], min(TICK, left(deadline)))
+
+    def _open(self) -> list[tuple[socket.socket, bool]]:
+        """Where ranks come in."""
+        doors = [*(listener.sockets() for listener in self._listeners), *(door.sockets() for door in self._doors)]
+        return [(waiting, False) for sockets in doors for waiting in sockets]
 
     def _admit(self, strangers: list[tuple[Link, int]]) -> None:
         """Take those who connect, and hear which rank each of them is."""
-        assert self._listener is not None
-        while (accepted := self._listener.accept()) is not None:
-            try:
-                strangers.append((Link(accepted), check_peer(accepted)))
-            except ProtocolError:
-                accepted.close()
+        for listener in self._listeners:
+            while (accepted := listener.accept()) is not None:
+                try:
+                    strangers.append((Link(accepted), check_peer(accepted)))
+                except ProtocolError:
+                    accepted.close()
+        if self._audience is not None:
+            self._audience.admit()
+        for door in self._doors:
+            strangers += [(NetworkLink(waiting, tls), 0) for waiting, tls in door.take_ranks()]
         for stranger in list(strangers):
             link, pid = stranger
             try:
+                link.flush()
                 word = link.read()
                 if word is None:
                     continue
@@ -283,12 +358,13 @@ class Lead:
                 self._place_of(link, pid, word)
             except (PeerLost, ProtocolError) as error:
                 strangers.remove(stranger) if stranger in strangers else None
+                self._refused = [*self._refused, *([f"{link.host}: {error}"] if link.host else [])][-_SHOWN:]
                 link.say_goodbye(str(error))
         for number, rank in list(self.ranks.items()):  # One that gave up is waited for again.
             try:
                 rank.link.read()
             except (PeerLost, ProtocolError):
-                rank.link.close()
+                rank.close()
                 del self.ranks[number]
 
     def _place_of(self, link: Link, pid: int, word: Word) -> None:
@@ -301,13 +377,15 @@ class Lead:
             )
         if word.rank in self.ranks:
             raise ProtocolError(f"rank {word.rank} is here already: {self.ranks[word.rank].name}; end one of the two")
-        self.ranks[word.rank] = KnownRank(word.rank, link, pid)
+        self.ranks[word.rank] = KnownRank(word.rank, link, pid or word.pid)
 
     def _until(self, pending: Callable[[], list[KnownRank]], deed: str, title: str = "") -> None:
         """Wait until no rank is pending; ``title`` begins the error."""
         deadline = time.monotonic() + self._timeout
         before = f"{title}: " if title else ""
         while True:
+            if self._audience is not None:  # Connections for bytes come there.
+                self._audience.admit()
             for _ in self.heard():
                 pass
             for rank in self.ranks.values():
@@ -319,7 +397,7 @@ class Lead:
             if not left(deadline):
                 who = some([str(rank.rank) for rank in waiting])
                 raise TransferTimeout(f"{before}rank {who} did not {deed} within {self._timeout:g} s")
-            self._wait(self.sockets(), min(TICK, left(deadline)))
+            self._wait([*self._open(), *self.sockets()], min(TICK, left(deadline)))
 
     def _wait(self, sockets: list[tuple[Any, bool]], seconds: float) -> None:
         self._waker.wait(sockets, seconds, lambda: self._stopped)

@@ -22,9 +22,10 @@ from ..report import SendReport
 from ..shared_memory import WriteSlots, aligned
 from .filling import digest_of, fill
 from .holding import Holding
-from .lead import TICK, Lead, left_by
+from .lead import TICK, Arrived, Lead, left_by
+from .rank_flow import is_dense, packed
 from .tiling import ChunkJob, Tiling
-from .words import Fill, Leave, Packed, Task
+from .words import Fill, Leave, Packed, Patch, Task
 
 
 @dataclass(eq=False)
@@ -37,6 +38,7 @@ class SlotInWork:
         waiting: ranks that have not filled their part, and since when each is waited for.
         hashed: by rank, the jobs of which it says the digest.
         digests: by the number of the job.
+        halves: of ranks on other hosts that have said that they packed it, or whose bytes are there: one is missing.
     """
 
     slot: int
@@ -44,6 +46,7 @@ class SlotInWork:
     waiting: dict[int, float] = field(default_factory=dict)
     hashed: dict[int, list[int]] = field(default_factory=dict)
     digests: dict[int, int] = field(default_factory=dict)
+    halves: set[int] = field(default_factory=set)
 
 
 @signals.held_throughout
@@ -106,7 +109,7 @@ class ShardedOutbound(Outbound):
 
     def _send_tiles(self) -> None:
         self._asking, requests, order = self._requests()
-        self._tiling.begin()
+        self._tiling.begin(self._lead.far)
         for number in order:
             self._tensors += 1
             for job in self._tiling.jobs(number, requests[number], self._slots.slot_nbytes):
@@ -131,23 +134,30 @@ class ShardedOutbound(Outbound):
         work, self._next = self._next, None
         if work is None:
             return
-        tasks: dict[int, list[Task]] = {}
+        tasks: dict[int, list[tuple[Task, int]]] = {}
         for number, (job, offset) in enumerate(work.jobs):
-            alone = self._hashed and len(job.patches) == 1 and all(len(own) == 1 for own in job.patches.values())
+            alone = self._hashed and len(job.patches) == 1 and all(_is_one_run(own) for own in job.patches.values())
             for rank, patches in job.patches.items():
                 own = tuple(replace(patch, into=patch.into + offset) for patch in patches)
-                tasks.setdefault(rank, []).append(Task(own, alone))
+                tasks.setdefault(rank, []).append((Task(own, alone), offset))
                 if alone:
                     work.hashed.setdefault(rank, []).append(number)
         self._in_work.append(work)
         now = time.monotonic()
         for rank in sorted(tasks.keys() - {0}):
             work.waiting[rank] = now
-            self._lead.ranks[rank].link.send(Fill(self._lead.round, work.slot, tuple(tasks[rank])))
+            self._have_filled(rank, work.slot, tasks[rank])
         if 0 in tasks:
             with self._timeline.event(self._filling):
-                self._note(work, 0, fill(self._slots.memories[work.slot], tasks[0], self._held))
+                self._note(work, 0, fill(self._slots.memories[work.slot], [task for task, _ in tasks[0]], self._held))
         self._look()
+
+    def _have_filled(self, number: int, slot: int, tasks: Sequence[tuple[Task, int]]) -> None:
+        rank, theirs = self._lead.ranks[number], tuple(task for task, _ in tasks)
+        if rank.flow is not None:
+            theirs, landings = packed(tasks)
+            rank.flow.expect(self._lead.round, slot, self._slots.memories[slot], landings)
+        rank.link.send(Fill(self._lead.round, slot, theirs))
 
     def _slot_for_ranks(self) -> int:
         while not (free := self._free()):
@@ -182,6 +192,8 @@ class ShardedOutbound(Outbound):
                 raise left_by(rank, word)
             if isinstance(word, Packed) and not self._over:
                 self._packed(rank.rank, word)
+            if isinstance(word, Arrived) and not self._over:
+                self._came(rank.rank, word.slot)
         if not self._over:
             self._hand_over_filled()
             self._check_late()
@@ -190,12 +202,19 @@ class ShardedOutbound(Outbound):
         work = next((work for work in self._in_work if work.slot == word.slot), None)
         if work is None or rank not in work.waiting or len(word.digests) != len(work.hashed.get(rank, ())):
             raise TransferAborted("the update was aborted", [f"rank {rank}: it filled what it was not asked for"])
+        self._note(work, rank, word.digests)
+        self._came(rank, word.slot)
+
+    def _came(self, rank: int, slot: int) -> None:
+        work = next(work for work in self._in_work if work.slot == slot)
+        if rank in self._lead.far and rank not in work.halves:
+            work.halves.add(rank)
+            return
         del work.waiting[rank]
         now = time.monotonic()
         for other in self._in_work:  # It works on one after the other.
             if rank in other.waiting:
                 other.waiting[rank] = now
-        self._note(work, rank, word.digests)
 
     def _note(self, work: SlotInWork, rank: int, digests: Sequence[int]) -> None:
         work.digests |= dict(zip(work.hashed.get(rank, ()), digests, strict=True))
@@ -224,3 +243,7 @@ class ShardedOutbound(Outbound):
             for rank in late:
                 self._lead.part_with(rank)
             raise TransferAborted("the update was aborted", said)
+
+
+def _is_one_run(patches: Sequence[Patch]) -> bool:
+    return len(patches) == 1 and is_dense(patches[0].lengths, patches[0].strides)

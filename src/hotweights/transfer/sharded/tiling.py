@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from .words import Patch
 
 _LONG = 64 * 1024  # bytes of one rank that are worth a chunk of their own; shorter ones are put together in the slot
 _KEPT = 500_000  # chunks that are kept, of tensors that others are like
+_FAR = 1 << 60  # more bytes than any rank gives
 _MANY = 64  # ranges of several runs that are compared with each other
 
 
@@ -119,9 +120,9 @@ class Tiling:
         """What is offered."""
         return [tile.spec for tile in self.tensors]
 
-    def begin(self) -> None:
-        """Nobody has given anything yet."""
-        self._loads = [0] * len(self._numbers)
+    def begin(self, far: Collection[int] = ()) -> None:
+        """Nobody has given anything yet. Who is ``far`` gives only what nobody else has: its bytes go further."""
+        self._loads = [_FAR if rank in far else 0 for rank in range(len(self._numbers))]
 
     def jobs(self, number: int, requests: Sequence[tuple[int, tuple[Range, ...]]], limit: int) -> Iterator[ChunkJob]:
         """What is wanted of a tensor, each byte once, in chunks of at most ``limit`` bytes.

@@ -10,7 +10,7 @@ import msgspec
 from ...errors import ProtocolError
 from .holding import Table
 
-PROTOCOL = 1  # another number for every change of what words hold
+PROTOCOL = 2  # another number for every change of what words hold
 MAX_WORD = 1024 * 1024 * 1024  # bytes; the table of 60,000 tensors takes about 5 MB
 HEADER = struct.Struct("<4sHI")  # magic, protocol, bytes that follow
 _MAGIC = b"hotr"
@@ -29,16 +29,21 @@ class Join(_Word, frozen=True):
 
 
 class SlotMemory(_Word, frozen=True):
-    """The slots, whose descriptor comes with it. ``mark`` is what the lead wrote into the store of its group."""
+    """The slots, whose descriptor comes with it. ``mark`` is what the lead wrote into the store of its group.
+
+    A rank on another host gets no descriptor: it makes slots of its own, and sends what it packs there by the flow that
+    ``token`` is for.
+    """
 
     slots: int
     slot_nbytes: int
     timeout: float
     mark: str
+    token: bytes = b""
 
 
 class Mapped(_Word, frozen=True):
-    """The rank has mapped the slots."""
+    """The rank has mapped the slots, or connected its flow."""
 
 
 class Complete(_Word, frozen=True):
