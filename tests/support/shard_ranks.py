@@ -18,6 +18,8 @@ from torch.distributed.tensor import DTensor, Partial
 
 import hotweights as hw
 from hotweights.transfer.sharded import meeting_place
+from hotweights.transfer.sharded import rank as rank_module
+from hotweights.transfer.sharded.filling import fill
 from hotweights.transfer.sharded.link import Link
 
 
@@ -31,6 +33,10 @@ def content(kind, rank, size, value):
         own = []
     if kind == "twice" and rank == 1:
         own = [hw.Shard("one", full["one"][: start + 1], offset=(0, 0), shape=(300, 10))]
+    if kind == "apart":
+        return [*own, ("two", full["two"] + (rank == 1))]
+    if kind == "renamed" and rank == 1:
+        own = [hw.Shard("model.one", rows[rank], offset=(start, 0), shape=(300, 10))]
     if kind == "summand" and rank == 1:
         mesh = init_device_mesh("cpu", (size,))
         partial = DTensor.from_local(full["one"], mesh, [Partial()], run_check=False)
@@ -46,6 +52,12 @@ def failing():
 
 
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "ctrl-c": signal.SIGINT}
+
+
+def filling_and_writing(memory, tasks, held):
+    digests = fill(memory, tasks, held)
+    held.tensors[0].add_(0)
+    return digests
 
 
 class LinkKiller:
@@ -121,7 +133,9 @@ def rank_of(pipe, rank, size, store, address, options):
             if kind in SIGNALS:
                 killer.left, killer.armed, killer.signal = value, True, SIGNALS[kind]
                 continue
-            report = tried(lambda: made.send(content(kind, rank, size, value), version=version))  # noqa: B023
+            writes = mock.patch.object(rank_module, "fill", filling_and_writing) if kind == "writes" else nullcontext()
+            with writes:
+                report = tried(lambda: made.send(content(kind, rank, size, value), version=version))  # noqa: B023
             pipe.send(report if isinstance(report, tuple) else ("sent", str(report.version)))
 
 

@@ -35,8 +35,25 @@ def test_every_rank_raises_what_one_meets(folder, address):
         assert failed == ("ValueError", "no more")
         alike([zero, two], "TransferAborted", "ValueError: no more")
         assert "rank 1 (process" in zero[1]
+        for _ in range(2):
+            alike(
+                ranks.send("apart", "no", 2),
+                "UsageError",
+                "copies of a tensor differ: 'two' has one value on rank 0, 2 and another on rank 1",
+            )
+        alike(ranks.send("renamed", "no", 2), "UsageError", "'model.one': its parts hold 1000 of its 3000 elements")
+        alike(ranks.send("writes", "no", 2), "UsageError", "rank 1, 2: two: written while the version was sent")
         assert ranks.send("well", "last", 3) == [("sent", "last")] * 3
         assert worker.taken() == [("first", 1), ("last", 3)]
+
+
+def test_copies_are_not_compared_where_nobody_asks(folder, address):
+    with trainer(folder, address, 2, timeout=20, compare_copies=False) as ranks:
+        ranks.heard()
+        worker = Worker(address)
+        assert ranks.send("apart", "a", 1) == [("sent", "a")] * 2
+        assert ranks.send("well", "last", 3) == [("sent", "last")] * 2
+        assert worker.taken()[-1] == ("last", 3)
 
 
 def test_a_rank_that_never_calls_send_is_not_waited_for(folder, address):

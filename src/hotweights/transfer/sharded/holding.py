@@ -23,6 +23,7 @@ from ...sources.pairs import pairs_of
 from ...sources.state_dict import check_whole
 from ...text import some
 from ..messages import described
+from ..unwritten import watching
 from .group_place import NEW, GroupPlace, place_in
 from .shard import Shard
 
@@ -70,11 +71,13 @@ class Holding(NamedTuple):
         table: what it is; a row for each tensor.
         tensors: this rank's own, in the order of the rows. They are their owner's.
         dtypes: as which they are sent.
+        written: names those that were written since.
     """
 
     table: Table
     tensors: Sequence[torch.Tensor]
     dtypes: Sequence[torch.dtype]
+    written: Callable[[], list[str]]
 
 
 def said_of(held: Holding | UsageError, group: Any, place: GroupPlace) -> tuple[bytes, str]:
@@ -239,7 +242,8 @@ def _listed(
         raise UsageError(f"these cannot be sent: {some(sorted(problems), 50)}")
     ours = (msgspec.structs.replace(layout, ranks=tuple(here[rank] for rank in layout.ranks)) for layout in layouts)
     held = [source.borrow(name) for name in manifest] + [shard.tensor.detach() for shard in shards]
-    return Holding(Table(tuple(ours), tuple(rows)), held, dtypes)
+    named = [(row.name, tensor) for row, tensor in zip(rows, held, strict=True)]
+    return Holding(Table(tuple(ours), tuple(rows)), held, dtypes, watching(lambda: named))
 
 
 def _word(dtype: torch.dtype) -> str:

@@ -27,7 +27,9 @@ from ..address import check_peer
 from ..audience import Audience
 from ..network import NetworkDoor
 from ..report import SendReport
+from ..unwritten import of_two_steps
 from ..waits import Waker, left
+from .copies import Twins, digests_of, twins_of, unequal
 from .group_place import NEW, GroupPlace, leave_mark
 from .holding import Holding, said_of
 from .link import Link
@@ -36,7 +38,22 @@ from .network_link import NetworkLink
 from .rank_flow import RankInflow
 from .round_end import failed, succeeded
 from .tiling import Tiling
-from .words import Complete, Describe, Described, Here, Join, Leave, Mapped, SlotMemory, Tick, Word
+from .words import (
+    Check,
+    Checked,
+    Compare,
+    Compared,
+    Complete,
+    Describe,
+    Described,
+    Here,
+    Join,
+    Leave,
+    Mapped,
+    SlotMemory,
+    Tick,
+    Word,
+)
 
 TICK = 1.0
 """Seconds between two words to the ranks while a round goes on."""
@@ -61,7 +78,9 @@ class KnownRank:
         flow: for bytes, of a rank on another host.
         here: what it last said that it sends.
         left: the last round that it gave up, and why.
-        table: what it last said it holds.
+        described: what it last said it holds.
+        compared: the digests that it said last.
+        checked: what was last written while it was read.
     """
 
     def __init__(self, rank: int, link: Link, pid: int) -> None:
@@ -71,6 +90,8 @@ class KnownRank:
         self.here: Here | None = None
         self.left: Leave | None = None
         self.described: Described | None = None
+        self.compared: Compared | None = None
+        self.checked: Checked | None = None
         self.mapped = False
 
     @property
@@ -89,7 +110,9 @@ class KnownRank:
 class Lead:
     """The other ranks of the group, from rank 0. Owns its sockets; close it."""
 
-    def __init__(self, group: Any, place: GroupPlace, places: Sequence[MeetingPlace], timeout: float) -> None:
+    def __init__(
+        self, group: Any, place: GroupPlace, places: Sequence[MeetingPlace], timeout: float, compares: bool
+    ) -> None:
         """Listen for the ranks.
 
         Raises:
@@ -102,6 +125,9 @@ class Lead:
         self._lost: list[str] = []
         self._stopped = False
         self._ticked = 0.0
+        self._compares = compares
+        self._twins: list[Twins] = []
+        self._told = False  # whether the ranks know the rows of these
         self._tilings: dict[tuple[bytes, ...], Tiling] = {}
         self._waker = Waker()
         self._listeners: list[Accepting] = []
@@ -272,7 +298,71 @@ class Lead:
         digests = tuple(said[number].table for number in range(self.place.size))
         if digests not in self._tilings:
             self._tilings = {digests: self._tile(unsent, held, digests)}  # The last is kept: a trainer has few shapes.
+            self._twins, self._told = twins_of(self._tilings[digests]), False
+        if self._compares:
+            self._compare(unsent, held)
         return self._tilings[digests]
+
+    def _compare(self, unsent: str, held: Holding | UsageError) -> None:
+        """That copies are equal: workers on two hosts could get two values, and the next version others."""
+        assert isinstance(held, Holding), "what cannot be sent was found before"
+        for twins, digests in zip(self._twins, self._digests(unsent, held, self._twins, again=self._told), strict=True):
+            if not unequal(twins, digests):
+                continue
+            single = [  # Which of them?
+                Twins((name,), {rank: (rows[number],) for rank, rows in twins.rows.items()}, twins.alike)
+                for number, name in enumerate(twins.names)
+            ]
+            self._told = False
+            said = zip(single, self._digests(unsent, held, single, again=False), strict=True)
+            differ = {one.names[0]: ranks for one, digests in said if (ranks := unequal(one, digests))}
+            problems = [f"{name!r} has one value on {_among(ranks)}" for name, ranks in differ.items()]
+            raise UsageError(
+                f"{unsent}: copies of a tensor differ: {some(problems)}. Bring them in line, as data parallel training "
+                "does when it begins; Sender(..., compare_copies=False) takes any of them"
+            )
+        self._told = True
+
+    def _digests(self, unsent: str, held: Holding, listed: Sequence[Twins], *, again: bool) -> list[dict[int, int]]:
+        """The digests of each of these, by rank."""
+        if not listed:
+            return []
+        groups: dict[int, list[tuple[int, ...]]] = {}
+        for twins in listed:
+            for rank, rows in twins.rows.items():
+                groups.setdefault(rank, []).append(tuple(row for own in rows for row in own))
+        asked = [self.ranks[number] for number in groups if number]
+        for other in asked:
+            other.compared = None
+            other.link.send(Compare(self.round, () if again else tuple(groups[other.rank])))
+        own = digests_of(held, groups.get(0, ()))
+        self._until(lambda: [rank for rank in asked if rank.compared is None], "compare its copies", unsent)
+        said = {0: iter(own)} | {rank.rank: iter(rank.compared.digests) for rank in asked if rank.compared is not None}
+        try:
+            return [{rank: next(said[rank]) for rank in twins.rows} for twins in listed]
+        except StopIteration:
+            raise TransferAborted(unsent, ["a rank said fewer digests than it was asked for"]) from None
+
+    def check_unwritten(self) -> None:
+        """Ask all ranks whether somebody wrote to what they have given."""
+        for rank in self.ranks.values():
+            rank.checked = None
+            rank.link.send(Check(self.round))
+
+    def unchecked(self) -> list[KnownRank]:
+        """Those that have not said it yet."""
+        return [rank for rank in self.ranks.values() if rank.checked is None]
+
+    def written(self, held: Holding) -> list[str]:
+        """What was written, in words, when all have said it."""
+        said = {0: tuple(held.written())} | {
+            rank.rank: rank.checked.written for rank in self.ranks.values() if rank.checked is not None
+        }
+        ranks: dict[tuple[str, ...], list[int]] = {}
+        for number, names in sorted(said.items()):
+            if names:
+                ranks.setdefault(names, []).append(number)
+        return [f"{_ranks(numbers, self.place.size)}{of_two_steps(names)}" for names, numbers in ranks.items()]
 
     def _absent(self) -> list[KnownRank]:
         return [rank for rank in self.ranks.values() if rank.here is None or rank.here.round < self.round]
@@ -412,6 +502,10 @@ class Lead:
                 rank.left = word
             case Described(round) if round == self.round:
                 rank.described = word
+            case Compared(round) if round == self.round:
+                rank.compared = word
+            case Checked(round) if round == self.round:
+                rank.checked = word
             case Mapped():
                 rank.mapped = True
 
@@ -436,6 +530,10 @@ class Lead:
 def left_by(rank: KnownRank, word: Leave, title: str = "the update was aborted") -> TransferError:
     """The error when a rank leaves a round."""
     return TransferTimeout(word.reason) if word.late else TransferAborted(title, [f"{rank.name}: {word.reason}"])
+
+
+def _among(ranks: list[list[int]]) -> str:
+    return " and another on ".join(f"rank {some([str(rank) for rank in own])}" for own in ranks)
 
 
 def _ranks(ranks: list[int], size: int) -> str:

@@ -14,7 +14,7 @@ from .meeting_place import places_of
 from .rank import Rank
 
 
-def ranks_in(group: Any, endpoints: Sequence[Endpoint], timeout: float) -> Lead | Rank:
+def ranks_in(group: Any, endpoints: Sequence[Endpoint], timeout: float, compares: bool) -> Lead | Rank:
     """The lead, which waits for nobody yet; or a rank, which has met all others.
 
     Raises:
@@ -23,7 +23,7 @@ def ranks_in(group: Any, endpoints: Sequence[Endpoint], timeout: float) -> Lead 
     """
     place = place_in(group)
     meeting = places_of(endpoints, place.size)
-    return Rank(group, place, meeting, timeout) if place.rank else Lead(group, place, meeting, timeout)
+    return Rank(group, place, meeting, timeout) if place.rank else Lead(group, place, meeting, timeout, compares)
 
 
 def met(lead: Lead, listening: Callable[..., Audience]) -> Audience:

@@ -16,6 +16,7 @@ from ...memory.host import host_empty
 from ..peers import told
 from ..report import SendReport
 from ..waits import Waker, left
+from .copies import digests_of
 from .filling import fill
 from .group_place import NEW, GroupPlace, has_mark
 from .holding import Holding, said_of
@@ -25,6 +26,10 @@ from .network_link import NetworkLink
 from .rank_flow import RankOutflow
 from .round_end import error_of, report_of
 from .words import (
+    Check,
+    Checked,
+    Compare,
+    Compared,
     Complete,
     Describe,
     Described,
@@ -111,6 +116,7 @@ class Rank:
         self._places = places
         self.address, self.state = places[0].address, f"rank {place.rank} of {place.size}"
         self._round = 0
+        self._groups: tuple[tuple[int, ...], ...] = ()  # of rows that others hold, too
         self._heard = False  # whether the lead said something since this rank said that it is here
         self._stopped = False
         self._lost = ""
@@ -280,10 +286,17 @@ class Rank:
 
     def _do(self, word: Word, held: Holding | UsageError) -> None:
         assert self.slots is not None
-        assert isinstance(held, Holding) or not isinstance(word, (Describe, Fill)), "the lead knows that there is none"
+        assert isinstance(held, Holding) or not isinstance(word, (Describe, Compare, Check, Fill)), (
+            "the lead knows that there is none"
+        )
         match word:
             case Describe():
                 self._link.send(Described(self._round, held.table))  # type: ignore[union-attr]
+            case Compare(_, groups):
+                self._groups = groups or self._groups
+                self._link.send(Compared(self._round, digests_of(held, self._groups)))  # type: ignore[arg-type]
+            case Check():
+                self._link.send(Checked(self._round, tuple(held.written())))  # type: ignore[union-attr]
             case Fill(_, slot, tasks):
                 digests = fill(self.slots.memories[slot], tasks, held)  # type: ignore[arg-type]
                 if isinstance(self.slots, FarSlots):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from msgspec.structs import replace
 
 from ... import signals
-from ...errors import TransferAborted
+from ...errors import TransferAborted, UsageError
 from ...manifest import Manifest
 from ...timeline import Timeline
 from ..messages import Chunk, Offer, described
@@ -92,6 +92,7 @@ class ShardedOutbound(Outbound):
         self._offset = 0
         self._in_work: deque[SlotInWork] = deque()  # in the order in which they are handed over
         self._asking: list[Peer] = []
+        self._checking: float | None = None  # since when the ranks are asked what was written
 
     def give(self, version: str | int) -> SendReport:
         """Offer, send, decide, as ``Outbound.run``.
@@ -117,6 +118,12 @@ class ShardedOutbound(Outbound):
         self._start()
         with self._timeline.event("wait for ranks"):
             self._await_ranks(lambda: bool(self._in_work))
+            self._lead.check_unwritten()
+            self._checking = time.monotonic()
+            self._await_ranks(lambda: bool(self._lead.unchecked()))
+            self._checking = None
+        if written := self._lead.written(self._held):
+            raise UsageError("; ".join(written))
 
     def _add(self, job: ChunkJob) -> None:
         stop = self._offset + job.range.size
@@ -238,8 +245,10 @@ class ShardedOutbound(Outbound):
     def _check_late(self) -> None:
         now = time.monotonic()
         late = {rank for work in self._in_work for rank, since in work.waiting.items() if now - since > self._timeout}
+        if self._checking is not None and now - self._checking > self._timeout:
+            late |= {rank.rank for rank in self._lead.unchecked()}
         if late:
-            said = [f"rank {rank}: it did not fill a slot within {self._timeout:g} s" for rank in sorted(late)]
+            said = [f"rank {rank}: it did not do its part within {self._timeout:g} s" for rank in sorted(late)]
             for rank in late:
                 self._lead.part_with(rank)
             raise TransferAborted("the update was aborted", said)

@@ -119,6 +119,33 @@ class Packed(_Word, frozen=True):
     digests: tuple[int, ...]
 
 
+class Compare(_Word, frozen=True):
+    """The rank says a digest of each group of rows, of which others hold copies; no ``groups``: those of before."""
+
+    round: int
+    groups: tuple[tuple[int, ...], ...]
+
+
+class Compared(_Word, frozen=True):
+    """It does so."""
+
+    round: int
+    digests: tuple[int, ...]
+
+
+class Check(_Word, frozen=True):
+    """Nothing more is read of this version."""
+
+    round: int
+
+
+class Checked(_Word, frozen=True):
+    """The names of tensors that were written meanwhile."""
+
+    round: int
+    written: tuple[str, ...]
+
+
 class Leave(_Word, frozen=True):
     """The rank gives the round up, and why. If it is ``late``, the lead did not come in time."""
 
@@ -156,6 +183,10 @@ Word = (
     | Tick
     | Fill
     | Packed
+    | Compare
+    | Compared
+    | Check
+    | Checked
     | Leave
     | RoundEnd
     | Farewell
