@@ -98,6 +98,16 @@ def test_a_trainer_is_complete_or_is_none(folder, address):
     ):
         assert "its process group is not that of rank 0" in stale.heard()[0][1]
         assert "its process group is not that of rank 0" in new.heard()[0][1]
+    with (  # It was restarted with another number of ranks, and one of those before is there still.
+        trainer(folder, address, 2, ranks=(0,), timeout=1) as new,
+        trainer(folder, address, 3, ranks=(1,), timeout=1) as stale,
+    ):
+        words = "rank 1 of 3 came to rank 0 of 2: its process group is a stale one"
+        assert words in stale.heard()[0][1]
+        kind, said = new.heard()[0]
+        assert kind == "TransferTimeout"
+        assert said.startswith("rank 1 of 2 did not make its Sender within 1 s")
+        assert words in said
 
 
 def until_third(worker):

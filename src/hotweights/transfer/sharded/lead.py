@@ -448,7 +448,7 @@ class Lead:
                 self._place_of(link, pid, word)
             except (PeerLost, ProtocolError) as error:
                 strangers.remove(stranger) if stranger in strangers else None
-                self._refused = [*self._refused, *([f"{link.host}: {error}"] if link.host else [])][-_SHOWN:]
+                self._refused = [*self._refused, f"{link.host or f'process {pid}'}: {error}"][-_SHOWN:]
                 link.say_goodbye(str(error))
         for number, rank in list(self.ranks.items()):  # One that gave up is waited for again.
             try:
