@@ -22,7 +22,7 @@ from ...sources.opening import AnySource, is_pairs, opened
 from ...sources.pairs import pairs_of
 from ...sources.state_dict import check_whole
 from ...text import some
-from ..messages import described
+from ..messages import described, word_of
 from ..unwritten import watching
 from .group_place import NEW, GroupPlace, place_in
 from .shard import Shard
@@ -222,7 +222,7 @@ def _listed(
         part, shape = spec.part, spec.shape
         assert isinstance(spec.dtype, torch.dtype)
         dtypes.append(cast(names[name], spec.dtype))
-        dtype = _word(dtypes[-1])
+        dtype = word_of(dtypes[-1])
         if part is None:
             rows.append(TableRow(names[name], dtype, shape))
             continue
@@ -235,7 +235,7 @@ def _listed(
         rows.append(TableRow(names[name], dtype, part.shape, number))
     for shard in shards:
         dtypes.append(cast(names[shard.name], shard.tensor.dtype))
-        dtype = _word(dtypes[-1])
+        dtype = word_of(dtypes[-1])
         blocks = (shard.block,) if shard.tensor.numel() else ()
         rows.append(TableRow(names[shard.name], dtype, shard.shape, BLOCKS, blocks))
     if problems:
@@ -244,7 +244,3 @@ def _listed(
     held = [source.borrow(name) for name in manifest] + [shard.tensor.detach() for shard in shards]
     named = [(row.name, tensor) for row, tensor in zip(rows, held, strict=True)]
     return Holding(Table(tuple(ours), tuple(rows)), held, dtypes, watching(lambda: named))
-
-
-def _word(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
+from msgspec.structs import replace
 
 from ...boxes import Box, row_major
 from ...errors import UsageError
@@ -100,7 +101,8 @@ class Tiling:
         Raises:
             UsageError: the boxes of all ranks are not all tensors; every problem is listed.
         """
-        self._numbers = numbers
+        self._numbers, self._tables = numbers, tables
+        self._rounded: dict[tuple[tuple[int, str], ...], Tiling] = {}
         self._known: dict[object, Tiles] = {}
         self._loads = [0] * len(numbers)
         self._cuts: dict[object, list[Cut]] = {}  # Most layers are alike, and so is what is wanted of them.
@@ -119,6 +121,21 @@ class Tiling:
     def specs(self) -> list[TensorSpec]:
         """What is offered."""
         return [tile.spec for tile in self.tensors]
+
+    def rounded(self, dtypes: Mapping[int, str]) -> Tiling:
+        """The same tensors, some in another dtype, by their numbers."""
+        key = tuple(dtypes.items())
+        if key not in self._rounded:
+            names = {self.tensors[number].spec.name: dtype for number, dtype in key}
+            tables = [
+                replace(
+                    table,
+                    rows=tuple(replace(row, dtype=names[row.name]) if row.name in names else row for row in table.rows),
+                )
+                for table in self._tables
+            ]
+            self._rounded = {key: Tiling(tables, self._numbers)}  # Workers ask for the same each time.
+        return self._rounded[key]
 
     def begin(self, far: Collection[int] = ()) -> None:
         """Nobody has given anything yet. Who is ``far`` gives only what nobody else has: its bytes go further."""

@@ -97,10 +97,14 @@ class Patch(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
 
 
 class Task(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
-    """What a rank does for one chunk of a slot. ``hashed``: all of the chunk is its, and it says the chunk's digest."""
+    """What a rank does for one chunk of a slot. ``hashed``: all of the chunk is its, and it says the chunk's digest.
+
+    ``dtype`` is what it casts its elements to, where that is not what its table says.
+    """
 
     patches: tuple[Patch, ...]
     hashed: bool
+    dtype: str = ""
 
 
 class Fill(_Word, frozen=True):
