@@ -50,6 +50,12 @@ def _grid(start: int, nbytes: int, count: int, stride: int) -> Range:
     return Range(start, nbytes * count) if count == 1 or nbytes == stride else Range(start, nbytes, count, stride)
 
 
+def scaled(part: Range, times: int, by: int) -> Range:
+    """The same elements, where each has ``times / by`` as many bytes."""
+    start, nbytes, stride = (number * times // by for number in (part.start, part.nbytes, part.stride))
+    return Range(start, nbytes, part.count, stride)
+
+
 # What a plan asks for.
 
 

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import os
 import signal
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from unittest import mock
 
 import torch
 import torch.distributed as dist
 import torch.testing._internal.distributed.fake_pg  # it registers the backend
-from processes import Child, Tiny
+from ends import Thread, receiver
+from namespaces import enter
+from processes import Child, Tiny, value_of
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial
 
 import hotweights as hw
+from hotweights.transfer.sharded import meeting_place
+from hotweights.transfer.sharded import rank as rank_module
+from hotweights.transfer.sharded.filling import fill
 from hotweights.transfer.sharded.link import Link
 
 
@@ -28,6 +33,10 @@ def content(kind, rank, size, value):
         own = []
     if kind == "twice" and rank == 1:
         own = [hw.Shard("one", full["one"][: start + 1], offset=(0, 0), shape=(300, 10))]
+    if kind == "apart":
+        return [*own, ("two", full["two"] + (rank == 1))]
+    if kind == "renamed" and rank == 1:
+        own = [hw.Shard("model.one", rows[rank], offset=(start, 0), shape=(300, 10))]
     if kind == "summand" and rank == 1:
         mesh = init_device_mesh("cpu", (size,))
         partial = DTensor.from_local(full["one"], mesh, [Partial()], run_check=False)
@@ -43,6 +52,12 @@ def failing():
 
 
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "ctrl-c": signal.SIGINT}
+
+
+def filling_and_writing(memory, tasks, held):
+    digests = fill(memory, tasks, held)
+    held.tensors[0].add_(0)
+    return digests
 
 
 class LinkKiller:
@@ -82,6 +97,13 @@ class LinkKiller:
             patch.stop()
 
 
+@contextmanager
+def as_far(far=True):
+    """Do as if rank 0 were on another host: its memory cannot be reached."""
+    with mock.patch.object(meeting_place, "_linked", return_value=None) if far else nullcontext():
+        yield
+
+
 def tried(work):
     """What it returned, or the kind and the words of what it raised."""
     try:
@@ -93,7 +115,11 @@ def tried(work):
 def rank_of(pipe, rank, size, store, address, options):
     """A rank: it makes its sender, and sends what it is told."""
     dist.init_process_group("fake", store=dist.FileStore(store, 99), rank=rank, world_size=size)
-    made = tried(lambda: hw.Sender(address, group=dist.group.WORLD, **{"slots": 2, "slot_nbytes": 4096, **options}))
+    options = {"slots": 2, "slot_nbytes": 4096, **options}
+    if hosts := options.pop("hosts", None):
+        enter(hosts[rank])
+    with as_far(rank in options.pop("far", ())):
+        made = tried(lambda: hw.Sender(address, group=dist.group.WORLD, **options))
     if isinstance(made, tuple):
         pipe.send(made)
         return
@@ -107,7 +133,9 @@ def rank_of(pipe, rank, size, store, address, options):
             if kind in SIGNALS:
                 killer.left, killer.armed, killer.signal = value, True, SIGNALS[kind]
                 continue
-            report = tried(lambda: made.send(content(kind, rank, size, value), version=version))  # noqa: B023
+            writes = mock.patch.object(rank_module, "fill", filling_and_writing) if kind == "writes" else nullcontext()
+            with writes:
+                report = tried(lambda: made.send(content(kind, rank, size, value), version=version))  # noqa: B023
             pipe.send(report if isinstance(report, tuple) else ("sent", str(report.version)))
 
 
@@ -134,7 +162,10 @@ class Trainer:
 
 @contextmanager
 def trainer(folder, address, size, *, ranks=None, **options):
-    """A trainer of so many ranks, which end with the ``with``; ``ranks`` are those that come."""
+    """A trainer of so many ranks, which end with the ``with``; ``ranks`` are those that come.
+
+    ``far`` are those that do as if they were on another host; ``hosts`` are the namespaces of all.
+    """
     store = str(folder / f"store-{len(list(folder.iterdir()))}")
     open(store, "w").close()
     with ExitStack() as stack:
@@ -147,3 +178,32 @@ def trainer(folder, address, size, *, ranks=None, **options):
             if rank.process.is_alive():
                 with suppress(BrokenPipeError):
                     rank.say(None)
+
+
+class Worker:
+    """Takes versions in a thread until one is called ``last``; ``values`` are those that it had."""
+
+    def __init__(self, address):
+        self.live = hw.LiveModel(Tiny())
+        self.values = []
+        self._thread = Thread(self._follow, address)
+
+    def _follow(self, address):
+        with receiver(address, offer_timeout=60) as source:
+            while self.live.version != "last":
+                try:
+                    self.live.load(source) if self.live.version is None else self.live.update(source)
+                except hw.UpdateAborted:
+                    continue
+                self.values.append((self.live.version, value_of(self.live.model)))
+
+    def taken(self):
+        self._thread.result()
+        return self.values
+
+
+def alike(said, kind, words):
+    """All ranks raised this, in the same words."""
+    assert len(set(said)) == 1, said
+    assert said[0][0] == kind
+    assert words in said[0][1], said[0][1]

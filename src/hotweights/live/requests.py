@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from ..loading.copy_step import place_of
-from ..loading.requests import ranges_read
+from ..loading.requests import ranges_read, rounded_to
 from ..manifest import TensorSpec
 from ..plan.plan import LoadPlan
 from ..plan.steps import Copy, Step
@@ -38,7 +38,7 @@ def requests(groups: Iterable[LayerGroup], plan: LoadPlan, give: Room) -> list[R
                 takes[name].append((group, step, at_once))
     for name in plan.fallback:
         takes[name] = []
-    return [_request(plan.manifest[name], steps, give) for name, steps in takes.items()]
+    return [_request(plan.manifest[name], steps, plan, give) for name, steps in takes.items()]
 
 
 def _steps(group: LayerGroup) -> Iterator[tuple[Step, bool]]:
@@ -51,7 +51,7 @@ def _steps(group: LayerGroup) -> Iterator[tuple[Step, bool]]:
         yield from ((step, False) for step in pair)
 
 
-def _request(spec: TensorSpec, takes: list[tuple[LayerGroup, Step, bool]], give: Room) -> Request:
+def _request(spec: TensorSpec, takes: list[tuple[LayerGroup, Step, bool]], plan: LoadPlan, give: Room) -> Request:
     ranges = ranges_read(spec, [step for _, step, _ in takes])
     into = None
     if len(takes) == 1:
@@ -62,7 +62,8 @@ def _request(spec: TensorSpec, takes: list[tuple[LayerGroup, Step, bool]], give:
             and (step.of is None or (range_of(step.of),) == ranges or _all(step, spec))
         ):
             into = partial(give, group, step)
-    return Request(spec.name, ranges, into)
+    steps = [step for _, step, at_once in takes if at_once]  # What compares tied tensors does it by their bytes.
+    return Request(spec.name, ranges, into, rounded_to(spec, steps, plan) if len(steps) == len(takes) else None)
 
 
 def _all(step: Copy, spec: TensorSpec) -> bool:

@@ -6,6 +6,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from itertools import chain
 
+import torch
+
 from ..manifest import Manifest, TensorSpec
 from ..plan.plan import LoadPlan
 from ..plan.steps import Copy, Program, Step
@@ -50,7 +52,35 @@ def requests_of(plan: LoadPlan, source: Source) -> list[Request]:
     for name in plan.fallback:
         steps[name] = []
     chooses = isinstance(source, Participant)
-    return [Request(name, ranges_read(plan.manifest[name], steps[name]) if chooses else None) for name in steps]
+    if not chooses:
+        return [Request(name) for name in steps]
+    compared = {name for step in chain.from_iterable(plan.ties) for name in step.sources}
+    return [
+        Request(
+            name,
+            ranges_read(plan.manifest[name], steps[name]),
+            rounded=None if name in compared else rounded_to(plan.manifest[name], steps[name], plan),
+        )
+        for name in steps
+    ]
+
+
+def rounded_to(spec: TensorSpec, steps: Sequence[Step], plan: LoadPlan) -> torch.dtype | None:
+    """The one dtype to which all of ``steps`` cast a tensor, where that is a smaller one; ``None`` otherwise."""
+    own, found = spec.dtype, set()
+    if not isinstance(own, torch.dtype) or not own.is_floating_point or spec.shell or spec.part is not None:
+        return None
+    for step in steps:
+        if not isinstance(step, Copy) or (step.of is not None and step.of.dtype != own):
+            return None
+        target = plan.targets.get(step.destination)
+        if target is None or (step.into is not None and step.into.dtype != target.spec.dtype):
+            return None
+        found.add(target.spec.dtype)
+    dtype = found.pop() if len(found) == 1 else None
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or not 1 < dtype.itemsize < own.itemsize:
+        return None
+    return dtype
 
 
 def ranges_read(spec: TensorSpec, steps: Sequence[Step]) -> tuple[Range, ...] | None:

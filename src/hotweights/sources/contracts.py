@@ -59,11 +59,14 @@ class Request(msgspec.Struct, frozen=True, gc=False):
         into: for a single range, where its bytes may be put as they are. The stream calls it once, when the first of
             them are there. It returns a contiguous ``uint8`` host tensor of that size, which stays the caller's; the
             lease then says ``placed``. Or it returns ``None``, and the bytes are leased as usual.
+        rounded: whoever asks casts all of this to that dtype, and uses it for nothing else. The values that come may
+            be rounded to it before; what is leased has the manifest's dtype all the same.
     """
 
     name: str
     ranges: tuple[Range, ...] | None = None
     into: Callable[[], torch.Tensor | None] | None = None
+    rounded: torch.dtype | None = None
 
 
 class Stream(Protocol):

@@ -15,6 +15,7 @@ from ..progress import progress
 from ..timeline import Timeline
 from .door import Endpoint
 from .doubts import Decided, tell
+from .network import NetworkDoor
 from .outbound import Outbound
 from .peers import Beside, Peer, PeerGroup
 from .register import Register
@@ -86,6 +87,15 @@ class Audience:
     def state(self) -> str:
         """How many there are, in words."""
         return f"{len(self._group.peers)} receivers"
+
+    @property
+    def doors(self) -> list[NetworkDoor]:
+        """Where other hosts come in."""
+        return [door for door in self._group.doors if isinstance(door, NetworkDoor)]
+
+    def admit(self) -> None:
+        """Let in who waits, before ``slots`` are sealed: receivers are greeted after that."""
+        self._group.admit()
 
     def connected(self) -> tuple[str, ...]:
         """Who is there now, by name; a relay once for each of its workers. Never waits."""

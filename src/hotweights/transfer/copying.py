@@ -84,6 +84,23 @@ def copy_out(raw: torch.Tensor, room: torch.Tensor, *, hashed: bool) -> int | No
     return digest.intdigest()
 
 
+def widen(raw: torch.Tensor, dtype: torch.dtype, room: torch.Tensor, *, hashed: bool) -> int | None:
+    """Copy elements of ``dtype``, ``uint8 [n]``, into room for as many of a wider one. Returns their digest."""
+    digest, item, place = xxh3_64(), dtype.itemsize, room.view(-1, room.shape[-1])
+    run = place.shape[1] * item
+    rows = max(1, _BLOCK // run)
+    for row in range(0, place.shape[0], rows):
+        lines = raw[row * run : (row + rows) * run].view(-1, run)
+        for start in range(0, run, _BLOCK):
+            part = lines[:, start : start + _BLOCK]
+            if hashed:
+                part = part.clone()  # As in ``copy_out``: what is hashed is what is used.
+                digest.update(_bytes(part, 0, part.numel()))
+            into = place[row : row + rows, start // item : (start + part.shape[1]) // item]
+            into.copy_(part.contiguous().view(dtype))
+    return digest.intdigest() if hashed else None
+
+
 def _copy(source: torch.Tensor, target: torch.Tensor, hashed: torch.Tensor | None) -> int | None:
     """Copy contiguous host bytes; returns the digest of ``hashed``. (``copy_`` refuses inference tensors.)"""
     into, of, nbytes = target.data_ptr(), source.data_ptr(), source.numel()

@@ -29,7 +29,7 @@ _AT_ONCE = 256  # pieces given to the kernel in one call
 def stretches(chunks: Sequence[Chunk]) -> list[tuple[int, int]]:
     """First byte and end of what is sent of a slot for these chunks, ascending. Both ends work it out."""
     found: list[tuple[int, int]] = []
-    for start, stop in sorted((chunk.offset, chunk.offset + chunk.range.size) for chunk in chunks):
+    for start, stop in sorted((chunk.offset, chunk.offset + chunk.nbytes) for chunk in chunks):
         if found and start - found[-1][1] <= _GAP:
             found[-1] = found[-1][0], max(stop, found[-1][1])
         else:

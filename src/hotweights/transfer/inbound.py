@@ -19,9 +19,9 @@ from ..text import some
 from .arrival import Arrival
 from .ballot import Ballot
 from .connection import Connection
-from .copying import copy_out
+from .copying import copy_out, widen
 from .member import Member, Standing
-from .messages import Accept, Chunk, End, Filled, Frame, Offer, Wanted, specs_of
+from .messages import Accept, Chunk, End, Filled, Frame, Offer, Wanted, specs_of, word_of
 from .pending_leases import PendingLeases, PrivateMemory
 from .register import SharedRecord
 from .register_table import register_of
@@ -121,7 +121,9 @@ class Inbound:
         member = self.member
         member.require(SessionState.OFFERED, "was streamed before; the next offer brings the next")
         self._missing = set(self._requests)
-        wanted = (Wanted(number, request.ranges or ()) for number, request in self._requests.items())
+        wanted = (
+            Wanted(number, request.ranges or (), word_of(request.rounded)) for number, request in self._requests.items()
+        )
         with member.timeline.event("ask"):
             self._connection.send(Accept(tuple(wanted)))
         try:
@@ -178,7 +180,8 @@ class Inbound:
             self._arriving = None
         if arrival.memory is None:
             self._place(arrival, guard)
-        if arrival.memory is None and not self._hashed and guard == "off" and arrival.is_all(chunk.range):
+        lies_whole = arrival.is_all(chunk.range) and not chunk.rounded
+        if arrival.memory is None and not self._hashed and guard == "off" and lies_whole:
             return Lease(arrival.spec, raw=raw), True
         if arrival.memory is None:
             arrival.memory = self._pending.private(arrival.spec.nbytes)
@@ -198,12 +201,24 @@ class Inbound:
             raise ProtocolError(f"{arriving.spec.name}: the rest of it was to come next, not {self._name(chunk)}")
         if chunk.tensor not in self._missing:
             raise ProtocolError(f"{self._name(chunk)} came, and was not asked for, or had come before")
+        self._check_rounded(chunk)
         if (chunk.digest is None) is self._hashed:
             raise ProtocolError(f"{self._name(chunk)}: a digest came that was not promised, or none came")
         if arriving is None:
             ranges = self._requests[chunk.tensor].ranges or ()
             arriving = self._arriving = Arrival(chunk.tensor, self._specs[chunk.tensor], ranges)
         return arriving
+
+    def _check_rounded(self, chunk: Chunk) -> None:
+        if not chunk.rounded and chunk.shrunk == 1:
+            return
+        asked, spec, part = self._requests[chunk.tensor].rounded, self._specs[chunk.tensor], chunk.range
+        if asked is not None and isinstance(spec.dtype, torch.dtype) and chunk.rounded == word_of(asked):
+            item = spec.dtype.itemsize
+            whole = not any(number % item for number in (part.start, part.nbytes, part.stride))
+            if whole and chunk.shrunk * asked.itemsize == item:
+                return
+        raise ProtocolError(f"{spec.name} came as {chunk.rounded or 'less'}, which was not asked for")
 
     def _name(self, chunk: Chunk) -> str:
         offered = 0 <= chunk.tensor < len(self._specs)
@@ -214,7 +229,7 @@ class Inbound:
         memories = self._connection.slots.memories
         if not 0 <= slot < len(memories):
             raise ProtocolError(f"there is no slot {slot}, in which {spec.name} was to lie; there are {len(memories)}")
-        memory, start, stop = memories[slot], chunk.offset, chunk.offset + chunk.range.size
+        memory, start, stop = memories[slot], chunk.offset, chunk.offset + chunk.nbytes
         if start < 0 or start % ALIGNMENT or stop > memory.numel():
             raise ProtocolError(
                 f"{spec.name} does not lie in its slot: bytes {start} to {stop} of {memory.numel()}, "
@@ -230,7 +245,13 @@ class Inbound:
             arrival.place(room)
 
     def _copy(self, raw: torch.Tensor, chunk: Chunk, arrival: Arrival) -> None:
-        digest = copy_out(raw, arrival.room(chunk.range), hashed=self._hashed)
+        room = arrival.room(chunk.range)
+        if chunk.rounded:
+            rounded, wide = getattr(torch, chunk.rounded), arrival.spec.dtype
+            assert isinstance(wide, torch.dtype)
+            digest = widen(raw, rounded, room.view(wide), hashed=self._hashed)
+        else:
+            digest = copy_out(raw, room, hashed=self._hashed)
         if digest != chunk.digest:
             raise TransferError(
                 "what was copied is not what the sender held; did somebody write to it",

@@ -16,7 +16,7 @@ from ..ranges import Range
 from ..text import some
 from .decision import Decision, Known
 
-PROTOCOL = 4  # another number for every change of what messages hold
+PROTOCOL = 5  # another number for every change of what messages hold
 MAX_SMALL = 16 * 1024  # bytes of a frame where only short messages may come: the longest of them is a reason
 MAX_FRAME = 32 * 1024 * 1024  # bytes; a manifest of 100,000 tensors takes about 10
 _MAGIC = b"hotw"
@@ -123,10 +123,14 @@ class Offer(_Message, frozen=True):
 
 
 class Wanted(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
-    """Which bytes of a tensor are wanted, ascending; without ranges all of it."""
+    """Which bytes of a tensor are wanted, ascending; without ranges all of it.
+
+    ``rounded`` is the dtype to which the receiver casts them, and does nothing else with them; empty if there is none.
+    """
 
     tensor: int
     ranges: tuple[Range, ...] = ()
+    rounded: str = ""
 
 
 class Accept(_Message, frozen=True):
@@ -147,12 +151,23 @@ class Refuse(_Message, frozen=True):
 
 
 class Chunk(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
-    """Bytes of a tensor, packed in a slot from ``offset`` on; and the digest of what the sender holds."""
+    """Bytes of a tensor, packed in a slot from ``offset`` on; and the digest of what the sender holds.
+
+    Where these elements lie there ``rounded``, in a dtype that every receiver casts them to, each takes less bytes:
+    ``shrunk`` times less.
+    """
 
     tensor: int
     range: Range
     offset: int
     digest: int | None
+    rounded: str = ""
+    shrunk: int = 1
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the slot."""
+        return self.range.size // max(1, self.shrunk)
 
 
 class Filled(_Message, frozen=True):
@@ -333,6 +348,11 @@ def described(manifest: Mapping[str, TensorSpec]) -> tuple[tuple[str, str, tuple
     if opaque:
         raise UsageError(f"the installed torch has no type for these, so they cannot be sent: {some(opaque)}")
     return tuple((spec.name, str(spec.dtype).removeprefix("torch."), spec.shape) for spec in manifest.values())
+
+
+def word_of(dtype: torch.dtype | None) -> str:
+    """How messages name a dtype; ``None`` is empty."""
+    return "" if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -11,6 +11,8 @@ import socket
 import ssl
 import time
 import weakref
+from collections import deque
+from typing import Protocol
 from urllib.parse import urlsplit
 
 from .. import signals
@@ -23,6 +25,9 @@ from .keys import Keys
 from .network_channel import NetworkChannel
 from .states import Side
 from .tls import Tls
+
+RANK = b"\0rank"
+"""What a rank of a sharded trainer says first, when it comes to the rank that leads; words follow, or TLS."""
 
 _WHOLE = len(GREETING) + TOKEN
 _LOGGED = 100  # different complaints that are logged, of one sender
@@ -70,7 +75,7 @@ class NetworkEndpoint:
                 "name an address of a network that they are in"
             )
         context = None if self._keys is None else self._keys.serving((self._host, str(where[0])))
-        return _NetworkDoor(self.address, self._host, family, where, context)
+        return NetworkDoor(self.address, self._host, family, where, context)
 
     def connect(self) -> Channel | None:
         """A channel that is being connected. A failure comes when it is read.
@@ -79,18 +84,25 @@ class NetworkEndpoint:
             UsageError: there is no key for this host.
             TransferError: this process may open no more files.
         """
-        connecting = self._connecting()
+        connecting = self.reach()
         if connecting is None:
             return None
         try:
-            tls = None
-            if self._keys is not None:
-                context = self._keys.connecting((str(connecting.getsockname()[0]),))
-                tls = Tls(context, server=False, host=self._host)
-            return NetworkChannel(connecting, Side.RECEIVER, tls)
+            return NetworkChannel(connecting, Side.RECEIVER, self.tls(connecting))
         except BaseException:
             connecting.close()
             raise
+
+    def tls(self, connecting: socket.socket) -> Tls | None:
+        """TLS for a connection from this host; ``None`` where there are no keys.
+
+        Raises:
+            UsageError: there is no key for this host.
+        """
+        if self._keys is None:
+            return None
+        context = self._keys.connecting((str(connecting.getsockname()[0]),))
+        return Tls(context, server=False, host=self._host)
 
     def flow(self, token: bytes) -> Inflow:
         """A connection for bytes, to the sender that gave this token.
@@ -98,12 +110,17 @@ class NetworkEndpoint:
         Raises:
             TransferError: this process may open no more files, or the host's name is known no more.
         """
-        connecting = self._connecting()
+        connecting = self.reach()
         if connecting is None:
             raise TransferError(f"the name of {self._host} is not known any more")
         return Inflow(connecting, token)
 
-    def _connecting(self) -> socket.socket | None:
+    def reach(self) -> socket.socket | None:
+        """A socket on its way there; ``None`` while that cannot be. The caller closes it.
+
+        Raises:
+            TransferError: waiting does not help.
+        """
         try:
             family, _, _, _, where = _resolved(self._host, self._port)[0]
         except UsageError:
@@ -150,6 +167,15 @@ def _resolved(host: str, port: int) -> list[_Resolved]:
         raise UsageError(f"this host, {socket.gethostname()}, does not know the name {host}: {error}") from error
 
 
+class Attached(Protocol):
+    """What takes over the connection that shows its token."""
+
+    token: bytes
+
+    def attach(self, connected: socket.socket) -> None:
+        """Take it over."""
+
+
 class _Stranger:
     """A connection that has not said yet what it is for."""
 
@@ -159,7 +185,7 @@ class _Stranger:
 
 
 @signals.held_throughout
-class _NetworkDoor:
+class NetworkDoor:
     """Listens. What a connection is for, frames or bytes, shows by its first bytes: until then it waits here."""
 
     def __init__(
@@ -172,7 +198,8 @@ class _NetworkDoor:
     ) -> None:
         self._context = context
         self._unknown: dict[socket.socket, _Stranger] = {}
-        self._flows: weakref.WeakValueDictionary[bytes, Outflow] = weakref.WeakValueDictionary()
+        self._flows: weakref.WeakValueDictionary[bytes, Attached] = weakref.WeakValueDictionary()
+        self._ranks: deque[tuple[socket.socket, Tls | None]] | None = None
         self._logged: set[str] = set()
         self._socket = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
         try:
@@ -191,9 +218,11 @@ class _NetworkDoor:
         self.address = f"tcps://{shown}:{self._socket.getsockname()[1]}"
 
     def sockets(self) -> list[socket.socket]:
+        """As of every door."""
         return [self._socket, *self._unknown]
 
     def admit(self) -> Guest | None:
+        """As of every door."""
         self._let_silent_go()
         while (channel := self._sorted()) is None:
             try:
@@ -207,16 +236,34 @@ class _NetworkDoor:
         self._flows[flow.token] = flow
         return Guest(channel, f"somebody at {channel.host}", flow)
 
+    def await_flow(self, flow: Attached) -> None:
+        """The next connection that shows its token is this flow's."""
+        self._flows[flow.token] = flow
+
+    def take_ranks(self) -> list[tuple[socket.socket, Tls | None]]:
+        """Connections of a trainer's ranks that came since the last call, which the caller closes. None come before."""
+        ranks, self._ranks = self._ranks or (), deque()
+        return list(ranks)
+
+    def turn_ranks_away(self) -> None:
+        """No rank is expected any more."""
+        for waiting, _ in self.take_ranks():
+            waiting.close()
+        self._ranks = None
+
     def refused(self, reason: str) -> None:
+        """Log it once."""
         if reason not in self._logged and len(self._logged) < _LOGGED:
             self._logged.add(reason)
             log(logging.WARNING, "a connection to %s was refused: %s", self.address, reason)
 
     def close(self) -> None:
+        """Stop listening. May be called twice."""
         self._socket.close()
         for waiting in self._unknown:
             waiting.close()
         self._unknown.clear()
+        self.turn_ranks_away()
 
     forget = close
 
@@ -229,14 +276,25 @@ class _NetworkDoor:
                 if first and first[0] != GREETING[0]:
                     del self._unknown[waiting]
                     return NetworkChannel(waiting, Side.SENDER, self._tls())
-                stranger.said += (more := waiting.recv(_WHOLE - len(stranger.said)))
+                most = _WHOLE if len(stranger.said) >= len(GREETING) else len(GREETING)
+                stranger.said += (more := waiting.recv(most - len(stranger.said)))
             except BlockingIOError:
                 continue
             except OSError:
                 more = b""
-            if len(stranger.said) == _WHOLE or not more:
+            if stranger.said == RANK:
+                self._meet_rank(waiting)
+            elif len(stranger.said) == _WHOLE or not more:
                 self._part(waiting, bytes(stranger.said))
         return None
+
+    def _meet_rank(self, waiting: socket.socket) -> None:
+        del self._unknown[waiting]
+        if self._ranks is None or len(self._ranks) >= BACKLOG:
+            self.refused(f"{_host_of(waiting)}: a trainer's rank came, and none is waited for")
+            waiting.close()
+        else:
+            self._ranks.append((waiting, self._tls()))
 
     def _tls(self) -> Tls | None:
         return None if self._context is None else Tls(self._context, server=True)

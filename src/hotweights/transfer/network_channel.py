@@ -33,10 +33,7 @@ class NetworkChannel(Channel):
     def __init__(self, connected: socket.socket, side: Side, tls: Tls | None) -> None:
         """Takes over the socket, which may still be connecting."""
         super().__init__(connected, side)
-        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 1)
-        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
-        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, int(SILENCE) - 1)
+        keep_alive(connected)
         self._tls = tls
         self._patient: bool | None = None
         self._looked = time.monotonic()
@@ -63,13 +60,13 @@ class NetworkChannel(Channel):
 
     def _incoming(self, raw: bytes) -> bytes:
         if self._tls is None:
-            if raw[:1] in _TLS and not self._in:
+            if speaks_tls(raw) and not self._in:
                 raise ProtocolError("the other end speaks TLS, and this end has no keys; both need keys= of one job")
             return raw
         try:
             return self._tls.decrypted(raw)
         except ProtocolError:
-            if raw[:1] not in _TLS and not self._tls.established:
+            if not speaks_tls(raw) and not self._tls.established:
                 self._put(_ALERT)
             raise
         finally:  # What TLS answers, an alert too.
@@ -98,6 +95,25 @@ class NetworkChannel(Channel):
         self._looked = time.monotonic()
         if self._patient or self.session.state is SessionState.CONNECTED:
             return
-        info = _TCP_INFO.unpack_from(self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size))
-        if info[_UNACKED] and info[_RETRANSMITS] >= _RETRIES and info[_LAST_ACK] > 1000 * SILENCE:
-            raise PeerLost(f"the link to {self.host} is cut: for {info[_LAST_ACK] / 1000:.1f} s nothing came back")
+        if seconds := seconds_cut(self.socket):
+            raise PeerLost(f"the link to {self.host} is cut: for {seconds:.1f} s nothing came back")
+
+
+def keep_alive(connected: socket.socket) -> None:
+    """Have the kernel send at once, and ask an idle link's other end each second once ``SO_KEEPALIVE`` is set."""
+    connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 1)
+    connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
+    connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, int(SILENCE) - 1)
+
+
+def seconds_cut(connected: socket.socket) -> float:
+    """For how long a link has carried nothing back; 0 while it is not taken to be cut."""
+    info = _TCP_INFO.unpack_from(connected.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size))
+    cut = info[_UNACKED] and info[_RETRANSMITS] >= _RETRIES and info[_LAST_ACK] > 1000 * SILENCE
+    return info[_LAST_ACK] / 1000 if cut else 0.0
+
+
+def speaks_tls(raw: bytes) -> bool:
+    """Whether these are the first bytes of something that speaks TLS."""
+    return raw[:1] in _TLS

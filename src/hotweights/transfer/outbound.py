@@ -236,7 +236,7 @@ class Outbound:
             chunks = tuple(chunk for chunk, wanting in packed if not own.isdisjoint(wanting))
             if chunks and peer in self._members:
                 peer.hand_over(slot, self._slots.memories[slot], chunks, fill)
-        self._advance(sum(chunk.range.size for chunk, _ in packed))
+        self._advance(sum(chunk.nbytes for chunk, _ in packed))
         self._timeline.note("hand over slots", "", began)
 
     def _free_slot(self) -> int:

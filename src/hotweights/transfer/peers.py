@@ -205,6 +205,16 @@ class PeerGroup:
                 raise TransferTimeout(f"{came}; {names}", gone)
             self.listen(left(deadline), beside)
 
+    @property
+    def doors(self) -> Sequence[Door]:
+        """Where it listens, for whoever else comes there."""
+        return self._doors
+
+    def admit(self) -> None:
+        """Let in who waits. Nobody is greeted yet."""
+        for door in self._doors:
+            self._accept(door, deque(maxlen=_SHOWN))
+
     def listen(self, seconds: float, beside: Beside | None = None) -> None:
         """Wait for a word of anybody, or until somebody connects."""
         if beside is None:

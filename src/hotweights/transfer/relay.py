@@ -317,7 +317,7 @@ class Onward(Outbound):
             chunks = tuple(chunk for chunk in filled.chunks if any(_wants(wanted, chunk) for wanted in own))
             if chunks and peer in self._members:
                 peer.hand_over(filled.slot, self._slots.memories[filled.slot], chunks, fill)
-                self._nbytes += sum(chunk.range.size for chunk in chunks)
+                self._nbytes += sum(chunk.nbytes for chunk in chunks)
         self._look()
 
     # The decision.

@@ -45,6 +45,7 @@ from .sharded.meeting import met, ranks_in
 from .sharded.rank import Rank
 from .sharded.sharded_outbound import ShardedOutbound
 from .sharded.tiling import Tiling
+from .unwritten import of_two_steps, watching
 
 OnLost = Literal["abort", "drop"]
 """When a receiver is lost during an update: nobody takes the version, or all others do."""
@@ -75,6 +76,7 @@ class Sender:
         keep: int | None = None,
         store: object = None,
         group: Any = None,
+        compare_copies: bool = True,
     ) -> None:
         """Take the address. Nobody is waited for yet, but for the other ranks of ``group``.
 
@@ -97,6 +99,9 @@ class Sender:
                 Without it those on other hosts are in doubt then.
             keep: where versions are published: how many stay there, 3 by default; older ones are deleted.
             store: of an address in a store: options, or a store of obstore, see ``hotweights.open``.
+            group: the process group of a sharded trainer, each rank of which makes a sender, docs/sharded-trainers.md.
+            compare_copies: with ``group``: whether tensors that several ranks hold are compared before they are sent;
+                rank 0 says it.
 
         Raises:
             AddressTaken: another sender is there; the message says which process.
@@ -105,7 +110,7 @@ class Sender:
         """
         check_choices(on_lost=(on_lost, OnLost))
         check_count(1, receivers=receivers, slots=slots, slot_nbytes=slot_nbytes)
-        check_flags(digests=digests)
+        check_flags(digests=digests, compare_copies=compare_copies)
         check_seconds(timeout=timeout)
         check_flags(insecure=insecure)
         self._ranks: Lead | Rank | None = None
@@ -142,7 +147,7 @@ class Sender:
                 drop=on_lost == "drop",
                 register=register,
             )
-            self._ranks = None if group is None else ranks_in(group, address, timeout)  # type: ignore[arg-type]
+            self._ranks = None if group is None else ranks_in(group, endpoints, timeout, compare_copies)
             match self._ranks:
                 case Rank():  # Receivers come to rank 0.
                     self._way = self._ranks
@@ -459,18 +464,11 @@ def _unwritten(source: Source) -> Callable[[], object]:
     if not isinstance(source, InMemory):
         return bool
 
-    def counts() -> dict[str, int]:
-        tensors = ((name, source.borrow(name)) for name in source.manifest)
-        return {name: tensor._version for name, tensor in tensors if not tensor.is_inference()}
-
-    before = counts()
+    written = watching(lambda: ((name, source.borrow(name)) for name in source.manifest))
 
     def check() -> None:
-        if written := [name for name, count in counts().items() if count != before[name]]:
-            raise UsageError(
-                f"{some(written, 3)}: written while the version was sent, so it would be of two steps; nobody has it. "
-                "Train on when result() has returned, or send a copy of the tensors"
-            )
+        if names := written():
+            raise UsageError(of_two_steps(names))
 
     return check
 

@@ -203,7 +203,7 @@ class OwnSlots:
         if not 0 <= filled.slot < len(self.memories):
             raise ProtocolError(f"there is no slot {filled.slot}; there are {len(self.memories)}")
         memory = self.memories[filled.slot]
-        if any(chunk.offset < 0 or chunk.offset + chunk.range.size > memory.numel() for chunk in filled.chunks):
+        if any(chunk.offset < 0 or chunk.offset + chunk.nbytes > memory.numel() for chunk in filled.chunks):
             raise ProtocolError(f"what is to lie in slot {filled.slot} does not fit into its {memory.numel()} bytes")
         self._flow.expect(memory, filled.chunks)
 

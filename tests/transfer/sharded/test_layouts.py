@@ -6,6 +6,7 @@ import torch.distributed as dist
 from ends import receiver
 from processes import Child
 from ranks import on_ranks, whole
+from shard_ranks import as_far
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -13,6 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import hotweights as hw
+from hosts import free_address
 from hotweights.testing import assert_same_bits
 
 RANKS = 4
@@ -75,10 +77,11 @@ def content(kind, rank):
 KINDS = ("fsdp", "tp", "fsdp x tp", "hsdp", "stages", "experts", "boxes", "uneven")
 
 
-def _sends(rank, address):
-    """Each layout is a version. Returns what was sent."""
+def _sends(rank, address, keys=None, far=()):
+    """Each layout is a version. Returns what was sent. Ranks in ``far`` do as if they were on another host."""
     full = {}
-    with hw.Sender(address, group=dist.group.WORLD, receivers=2, timeout=30, slots=3, slot_nbytes=65536) as sending:
+    options = {"slots": 3, "slot_nbytes": 65536, "keys": keys}
+    with as_far(rank in far), hw.Sender(address, group=dist.group.WORLD, receivers=2, timeout=30, **options) as sending:
         for kind in KINDS:
             if kind in ("fsdp", "tp", "fsdp x tp", "hsdp"):
                 given, wanted = sharded(kind, seed=1), None
@@ -94,8 +97,8 @@ def _sends(rank, address):
     return full if rank == 0 else None
 
 
-def _takes(pipe, address):
-    with receiver(address, timeout=30, offer_timeout=30) as source:
+def _takes(pipe, address, keys=None):
+    with receiver(address, timeout=30, offer_timeout=30, keys=keys) as source:
         for kind in KINDS:
             tensors = dict(source.tensors())
             assert source.version == kind
@@ -103,10 +106,18 @@ def _takes(pipe, address):
     pipe.recv()  # What it has sent lies in its memory until then.
 
 
-def test_every_layout_arrives_whole(tmp_path, address):
+@pytest.mark.parametrize("far", [(), (1, 3)], ids=["one host", "several hosts"])
+def test_every_layout_arrives_whole(tmp_path, address, far):
     (tmp_path / "ranks").mkdir()
-    with Child(_takes, address) as one, Child(_takes, address) as other:
-        full = on_ranks(tmp_path / "ranks", _sends, address, count=RANKS)[0]
+    keys = None
+    if far:
+        pytest.importorskip("cryptography")
+        from hotweights.transfer.keys import make_keys
+
+        address, keys = free_address(), tmp_path / "keys"
+        make_keys(keys, ["127.0.0.1"])
+    with Child(_takes, address, keys) as one, Child(_takes, address, keys) as other:
+        full = on_ranks(tmp_path / "ranks", _sends, address, keys, far, count=RANKS)[0]
         for kind in KINDS:
             wanted = {name.replace("layer", "model.layer"): tensor for name, tensor in full[kind].items()}
             for worker in (one, other):

@@ -6,46 +6,8 @@ import signal
 import socket
 
 import pytest
-from ends import Thread, receiver
-from processes import Child, Tiny, follow, value_of
-from shard_ranks import trainer
-
-import hotweights as hw
-
-
-@pytest.fixture
-def folder(tmp_path):
-    (tmp_path / "stores").mkdir()
-    return tmp_path / "stores"
-
-
-class Worker:
-    """Takes versions in a thread until one is called ``last``; ``values`` are those that it had."""
-
-    def __init__(self, address):
-        self.live = hw.LiveModel(Tiny())
-        self.values = []
-        self._thread = Thread(self._follow, address)
-
-    def _follow(self, address):
-        with receiver(address, offer_timeout=60) as source:
-            while self.live.version != "last":
-                try:
-                    self.live.load(source) if self.live.version is None else self.live.update(source)
-                except hw.UpdateAborted:
-                    continue
-                self.values.append((self.live.version, value_of(self.live.model)))
-
-    def taken(self):
-        self._thread.result()
-        return self.values
-
-
-def alike(said, kind, words):
-    """All ranks raised this, in the same words."""
-    assert len(set(said)) == 1, said
-    assert said[0][0] == kind
-    assert words in said[0][1], said[0][1]
+from processes import Child, follow
+from shard_ranks import Worker, alike, trainer
 
 
 def test_every_rank_raises_what_one_meets(folder, address):
@@ -73,8 +35,25 @@ def test_every_rank_raises_what_one_meets(folder, address):
         assert failed == ("ValueError", "no more")
         alike([zero, two], "TransferAborted", "ValueError: no more")
         assert "rank 1 (process" in zero[1]
+        for _ in range(2):
+            alike(
+                ranks.send("apart", "no", 2),
+                "UsageError",
+                "copies of a tensor differ: 'two' has one value on rank 0, 2 and another on rank 1",
+            )
+        alike(ranks.send("renamed", "no", 2), "UsageError", "'model.one': its parts hold 1000 of its 3000 elements")
+        alike(ranks.send("writes", "no", 2), "UsageError", "rank 1, 2: two: written while the version was sent")
         assert ranks.send("well", "last", 3) == [("sent", "last")] * 3
         assert worker.taken() == [("first", 1), ("last", 3)]
+
+
+def test_copies_are_not_compared_where_nobody_asks(folder, address):
+    with trainer(folder, address, 2, timeout=20, compare_copies=False) as ranks:
+        ranks.heard()
+        worker = Worker(address)
+        assert ranks.send("apart", "a", 1) == [("sent", "a")] * 2
+        assert ranks.send("well", "last", 3) == [("sent", "last")] * 2
+        assert worker.taken()[-1] == ("last", 3)
 
 
 def test_a_rank_that_never_calls_send_is_not_waited_for(folder, address):
@@ -119,6 +98,16 @@ def test_a_trainer_is_complete_or_is_none(folder, address):
     ):
         assert "its process group is not that of rank 0" in stale.heard()[0][1]
         assert "its process group is not that of rank 0" in new.heard()[0][1]
+    with (  # It was restarted with another number of ranks, and one of those before is there still.
+        trainer(folder, address, 2, ranks=(0,), timeout=1) as new,
+        trainer(folder, address, 3, ranks=(1,), timeout=1) as stale,
+    ):
+        words = "rank 1 of 3 came to rank 0 of 2: its process group is a stale one"
+        assert words in stale.heard()[0][1]
+        kind, said = new.heard()[0]
+        assert kind == "TransferTimeout"
+        assert said.startswith("rank 1 of 2 did not make its Sender within 1 s")
+        assert words in said
 
 
 def until_third(worker):
@@ -207,10 +196,8 @@ def test_workers_may_be_on_other_hosts(folder, address):
         near, far = Worker(address), Worker(away)
         assert ranks.send("well", "last", 5) == [("sent", "last")] * 2
         assert near.taken() == far.taken() == [("last", 5)]
-    with trainer(folder, away, 1, timeout=2) as ranks:
-        kind, words = ranks.heard()[0]
-        assert kind == "UsageError"
-        assert f"meet at a unix: address, all on one host; give one too: Sender(['unix:run/hw', '{away}']" in words
+    with trainer(folder, "tcps://127.0.0.1:0", 2, timeout=2) as ranks:
+        alike(ranks.heard(), "UsageError", "of tcps://127.0.0.1:0 none knows the port; give one, such as")
 
 
 @pytest.mark.long

@@ -29,7 +29,7 @@ def fill(memory: torch.Tensor, tasks: Sequence[Task], held: Holding) -> tuple[in
     for task in tasks:
         digest = None
         for patch in task.patches:
-            digest = _copy(memory, *_cast(patch, held), hashed=task.hashed)
+            digest = _copy(memory, *_cast(patch, held, task.dtype), hashed=task.hashed)
         if task.hashed:
             assert digest is not None, "of a task that is hashed there is one patch"
             digests.append(digest)
@@ -41,9 +41,10 @@ def digest_of(memory: torch.Tensor, start: int, nbytes: int) -> int:
     return xxh3_64_intdigest(buffer(memory.data_ptr() + start, nbytes))
 
 
-def _cast(patch: Patch, held: Holding) -> tuple[Patch, torch.Tensor]:
+def _cast(patch: Patch, held: Holding, to: str) -> tuple[Patch, torch.Tensor]:
     """The patch, and the tensor that it is of; where another dtype is sent, the box alone, as that."""
-    tensor, dtype = held.tensors[patch.row], held.dtypes[patch.row]
+    tensor = held.tensors[patch.row]
+    dtype = getattr(torch, to) if to else held.dtypes[patch.row]
     if tensor.dtype == dtype:
         return patch, tensor
     box = tuple(slice(at, at + length) for at, length in zip(patch.begin, patch.lengths[:-1], strict=False))

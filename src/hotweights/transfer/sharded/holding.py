@@ -22,7 +22,8 @@ from ...sources.opening import AnySource, is_pairs, opened
 from ...sources.pairs import pairs_of
 from ...sources.state_dict import check_whole
 from ...text import some
-from ..messages import described
+from ..messages import described, word_of
+from ..unwritten import watching
 from .group_place import NEW, GroupPlace, place_in
 from .shard import Shard
 
@@ -70,11 +71,13 @@ class Holding(NamedTuple):
         table: what it is; a row for each tensor.
         tensors: this rank's own, in the order of the rows. They are their owner's.
         dtypes: as which they are sent.
+        written: names those that were written since.
     """
 
     table: Table
     tensors: Sequence[torch.Tensor]
     dtypes: Sequence[torch.dtype]
+    written: Callable[[], list[str]]
 
 
 def said_of(held: Holding | UsageError, group: Any, place: GroupPlace) -> tuple[bytes, str]:
@@ -219,7 +222,7 @@ def _listed(
         part, shape = spec.part, spec.shape
         assert isinstance(spec.dtype, torch.dtype)
         dtypes.append(cast(names[name], spec.dtype))
-        dtype = _word(dtypes[-1])
+        dtype = word_of(dtypes[-1])
         if part is None:
             rows.append(TableRow(names[name], dtype, shape))
             continue
@@ -232,15 +235,12 @@ def _listed(
         rows.append(TableRow(names[name], dtype, part.shape, number))
     for shard in shards:
         dtypes.append(cast(names[shard.name], shard.tensor.dtype))
-        dtype = _word(dtypes[-1])
+        dtype = word_of(dtypes[-1])
         blocks = (shard.block,) if shard.tensor.numel() else ()
         rows.append(TableRow(names[shard.name], dtype, shard.shape, BLOCKS, blocks))
     if problems:
         raise UsageError(f"these cannot be sent: {some(sorted(problems), 50)}")
     ours = (msgspec.structs.replace(layout, ranks=tuple(here[rank] for rank in layout.ranks)) for layout in layouts)
     held = [source.borrow(name) for name in manifest] + [shard.tensor.detach() for shard in shards]
-    return Holding(Table(tuple(ours), tuple(rows)), held, dtypes)
-
-
-def _word(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    named = [(row.name, tensor) for row, tensor in zip(rows, held, strict=True)]
+    return Holding(Table(tuple(ours), tuple(rows)), held, dtypes, watching(lambda: named))

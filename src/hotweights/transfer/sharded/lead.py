@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+import socket
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from msgspec.structs import replace
 
 from ... import signals
 from ...errors import (
@@ -20,21 +23,49 @@ from ...errors import (
     UsageError,
 )
 from ...text import some
-from ..address import Listener, check_peer
+from ..address import check_peer
+from ..audience import Audience
+from ..network import NetworkDoor
 from ..report import SendReport
-from ..shared_memory import WriteSlots
+from ..unwritten import of_two_steps
 from ..waits import Waker, left
+from .copies import Twins, digests_of, twins_of, unequal
 from .group_place import NEW, GroupPlace, leave_mark
 from .holding import Holding, said_of
-from .link import Link, listening_at
+from .link import Link
+from .meeting_place import Accepting, MeetingPlace
+from .network_link import NetworkLink
+from .rank_flow import RankInflow
 from .round_end import failed, succeeded
 from .tiling import Tiling
-from .words import Complete, Describe, Described, Here, Join, Leave, Mapped, SlotMemory, Tick, Word
+from .words import (
+    Check,
+    Checked,
+    Compare,
+    Compared,
+    Complete,
+    Describe,
+    Described,
+    Here,
+    Join,
+    Leave,
+    Mapped,
+    SlotMemory,
+    Tick,
+    Word,
+)
 
 TICK = 1.0
 """Seconds between two words to the ranks while a round goes on."""
 
+_SHOWN = 20  # of those that were sent away
 _FLUSH = 10.0  # seconds in which a rank takes what it is told last
+
+
+class Arrived(NamedTuple):
+    """All that a rank on another host was to give of a slot is there."""
+
+    slot: int
 
 
 class KnownRank:
@@ -44,24 +75,44 @@ class KnownRank:
         rank: in the group.
         link: to it.
         name: for people.
+        flow: for bytes, of a rank on another host.
         here: what it last said that it sends.
         left: the last round that it gave up, and why.
-        table: what it last said it holds.
+        described: what it last said it holds.
+        compared: the digests that it said last.
+        checked: what was last written while it was read.
     """
 
     def __init__(self, rank: int, link: Link, pid: int) -> None:
-        self.rank, self.link, self.name = rank, link, f"rank {rank} (process {pid})"
+        where = f" on {link.host}" if link.host else ""
+        self.rank, self.link, self.name = rank, link, f"rank {rank} (process {pid}{where})"
+        self.flow = None if link.shares else RankInflow()
         self.here: Here | None = None
         self.left: Leave | None = None
         self.described: Described | None = None
+        self.compared: Compared | None = None
+        self.checked: Checked | None = None
         self.mapped = False
+
+    @property
+    def ready(self) -> bool:
+        """Whether it can fill slots."""
+        return self.mapped and (self.flow is None or self.flow.connection is not None)
+
+    def close(self) -> None:
+        """End its connections."""
+        self.link.close()
+        if self.flow is not None:
+            self.flow.close()
 
 
 @signals.held_throughout
 class Lead:
     """The other ranks of the group, from rank 0. Owns its sockets; close it."""
 
-    def __init__(self, group: Any, place: GroupPlace, path: str, timeout: float) -> None:
+    def __init__(
+        self, group: Any, place: GroupPlace, places: Sequence[MeetingPlace], timeout: float, compares: bool
+    ) -> None:
         """Listen for the ranks.
 
         Raises:
@@ -74,27 +125,36 @@ class Lead:
         self._lost: list[str] = []
         self._stopped = False
         self._ticked = 0.0
+        self._compares = compares
+        self._twins: list[Twins] = []
+        self._told = False  # whether the ranks know the rows of these
         self._tilings: dict[tuple[bytes, ...], Tiling] = {}
         self._waker = Waker()
+        self._listeners: list[Accepting] = []
+        self._audience: Audience | None = None  # while ranks come where receivers do
+        self._refused: list[str] = []
         try:
-            self._listener: Listener | None = Listener(listening_at(path))
+            for where in places:
+                self._listeners.append(where.listen())
         except BaseException:
+            self._stop_listening()
             self._waker.close()
             raise
 
-    def meet(self, slots: WriteSlots) -> None:
+    def meet(self, audience: Audience) -> None:
         """Wait until all ranks are there, and have mapped the slots.
 
         Raises:
             TransferTimeout: some did not come. Those that did were told so in the same words.
         """
+        self._audience, slots = audience, audience.slots
         mark = leave_mark(self._group, secrets.token_hex(16))
         memory = SlotMemory(len(slots.memories), slots.slot_nbytes, self._timeout, mark)
         try:
             self._await_all()
             for rank in self.ranks.values():
-                rank.link.send(memory, descriptor=slots.descriptor)
-            self._until(lambda: [rank for rank in self.ranks.values() if not rank.mapped], "map the slots")
+                self._introduce(rank, memory, slots.descriptor)
+            self._until(lambda: [rank for rank in self.ranks.values() if not rank.ready], "map the slots")
         except BaseException as error:
             self._tell(failed(0, "", error, "rank 0"))
             raise
@@ -102,6 +162,23 @@ class Lead:
             rank.link.send(Complete())
         self._flush()
         self._stop_listening()
+
+    def _introduce(self, rank: KnownRank, memory: SlotMemory, descriptor: int) -> None:
+        if rank.flow is None:
+            rank.link.send(memory, descriptor=descriptor)
+            return
+        for door in self._doors:
+            door.await_flow(rank.flow)
+        rank.link.send(replace(memory, token=rank.flow.token))
+
+    @property
+    def _doors(self) -> list[NetworkDoor]:
+        return [] if self._audience is None else self._audience.doors
+
+    @property
+    def far(self) -> frozenset[int]:
+        """The ranks on other hosts."""
+        return frozenset(rank.rank for rank in self.ranks.values() if rank.flow is not None)
 
     def refuse(self, error: HotweightsError) -> None:
         """The lead cannot be what it should: the ranks hear so as they come."""
@@ -121,10 +198,14 @@ class Lead:
         except BaseException as error:
             self._tell(failed(self.round, version, error, "rank 0"))
             raise
+        finally:
+            for rank in self.ranks.values():
+                if rank.flow is not None:
+                    rank.flow.drop()
         self._tell(succeeded(self.round, report))
         return report
 
-    def heard(self) -> Iterator[tuple[KnownRank, Word]]:
+    def heard(self) -> Iterator[tuple[KnownRank, Word | Arrived]]:
         """What came of this round. Of a rank that is gone it is that it leaves."""
         for rank in list(self.ranks.values()):
             if not rank.link.is_open:
@@ -135,9 +216,11 @@ class Lead:
                     self._note(rank, word)
                     if getattr(word, "round", self.round) == self.round:
                         yield rank, word
+                for slot in rank.flow.fill() if rank.flow is not None else ():
+                    yield rank, Arrived(slot)
             except (PeerLost, ProtocolError) as error:
                 self._lost.append(f"{rank.name}: {error}")
-                rank.link.close()
+                rank.close()
                 rank.left = Leave(self.round, str(error))
                 yield rank, rank.left
         if time.monotonic() - self._ticked >= TICK:
@@ -148,7 +231,11 @@ class Lead:
 
     def sockets(self) -> list[tuple[Any, bool]]:
         """What to wait for."""
-        return [(rank.link.socket, rank.link.unsent) for rank in self.ranks.values() if rank.link.is_open]
+        ranks = [rank for rank in self.ranks.values() if rank.link.is_open]
+        flows = [rank.flow.connection for rank in ranks if rank.flow is not None]
+        return [(rank.link.socket, rank.link.unsent) for rank in ranks] + [
+            (flow, False) for flow in flows if flow is not None
+        ]
 
     def looked(self) -> None:
         """Whoever waits for receivers calls this between two looks.
@@ -180,13 +267,17 @@ class Lead:
         """Let go. May be called twice."""
         for rank in self.ranks.values():
             rank.link.say_goodbye(reason)
+            rank.close()
         self._stop_listening()
         self._waker.close()
 
     def _stop_listening(self) -> None:
-        if self._listener is not None:
-            self._listener.close()
-            self._listener = None
+        for listener in self._listeners:
+            listener.close()
+        self._listeners.clear()
+        for door in self._doors:
+            door.turn_ranks_away()
+        self._audience = None
 
     def _agree(self, version: str | int, held: Holding | UsageError) -> Tiling:
         """What all ranks hold together.
@@ -207,7 +298,71 @@ class Lead:
         digests = tuple(said[number].table for number in range(self.place.size))
         if digests not in self._tilings:
             self._tilings = {digests: self._tile(unsent, held, digests)}  # The last is kept: a trainer has few shapes.
+            self._twins, self._told = twins_of(self._tilings[digests]), False
+        if self._compares:
+            self._compare(unsent, held)
         return self._tilings[digests]
+
+    def _compare(self, unsent: str, held: Holding | UsageError) -> None:
+        """That copies are equal: workers on two hosts could get two values, and the next version others."""
+        assert isinstance(held, Holding), "what cannot be sent was found before"
+        for twins, digests in zip(self._twins, self._digests(unsent, held, self._twins, again=self._told), strict=True):
+            if not unequal(twins, digests):
+                continue
+            single = [  # Which of them?
+                Twins((name,), {rank: (rows[number],) for rank, rows in twins.rows.items()}, twins.alike)
+                for number, name in enumerate(twins.names)
+            ]
+            self._told = False
+            said = zip(single, self._digests(unsent, held, single, again=False), strict=True)
+            differ = {one.names[0]: ranks for one, digests in said if (ranks := unequal(one, digests))}
+            problems = [f"{name!r} has one value on {_among(ranks)}" for name, ranks in differ.items()]
+            raise UsageError(
+                f"{unsent}: copies of a tensor differ: {some(problems)}. Bring them in line, as data parallel training "
+                "does when it begins; Sender(..., compare_copies=False) takes any of them"
+            )
+        self._told = True
+
+    def _digests(self, unsent: str, held: Holding, listed: Sequence[Twins], *, again: bool) -> list[dict[int, int]]:
+        """The digests of each of these, by rank."""
+        if not listed:
+            return []
+        groups: dict[int, list[tuple[int, ...]]] = {}
+        for twins in listed:
+            for rank, rows in twins.rows.items():
+                groups.setdefault(rank, []).append(tuple(row for own in rows for row in own))
+        asked = [self.ranks[number] for number in groups if number]
+        for other in asked:
+            other.compared = None
+            other.link.send(Compare(self.round, () if again else tuple(groups[other.rank])))
+        own = digests_of(held, groups.get(0, ()))
+        self._until(lambda: [rank for rank in asked if rank.compared is None], "compare its copies", unsent)
+        said = {0: iter(own)} | {rank.rank: iter(rank.compared.digests) for rank in asked if rank.compared is not None}
+        try:
+            return [{rank: next(said[rank]) for rank in twins.rows} for twins in listed]
+        except StopIteration:
+            raise TransferAborted(unsent, ["a rank said fewer digests than it was asked for"]) from None
+
+    def check_unwritten(self) -> None:
+        """Ask all ranks whether somebody wrote to what they have given."""
+        for rank in self.ranks.values():
+            rank.checked = None
+            rank.link.send(Check(self.round))
+
+    def unchecked(self) -> list[KnownRank]:
+        """Those that have not said it yet."""
+        return [rank for rank in self.ranks.values() if rank.checked is None]
+
+    def written(self, held: Holding) -> list[str]:
+        """What was written, in words, when all have said it."""
+        said = {0: tuple(held.written())} | {
+            rank.rank: rank.checked.written for rank in self.ranks.values() if rank.checked is not None
+        }
+        ranks: dict[tuple[str, ...], list[int]] = {}
+        for number, names in sorted(said.items()):
+            if names:
+                ranks.setdefault(names, []).append(number)
+        return [f"{_ranks(numbers, self.place.size)}{of_two_steps(names)}" for names, numbers in ranks.items()]
 
     def _absent(self) -> list[KnownRank]:
         return [rank for rank in self.ranks.values() if rank.here is None or rank.here.round < self.round]
@@ -259,23 +414,33 @@ class Lead:
                 one = some([str(number) for number in missing])
                 raise TransferTimeout(
                     f"rank {one} of {self.place.size} did not make its Sender within {self._timeout:g} s; each rank "
-                    f"of group= makes one, on the host of rank 0"
+                    f"of group= makes one, at the same address",
+                    self._refused,
                 )
-            assert self._listener is not None
-            sockets = [(self._listener.socket, False), *((link.socket, False) for link, _ in strangers)]
-            self._wait([*sockets, *self.sockets()], left(deadline))
+            sockets = [*self._open(), *((link.socket, link.unsent) for link, _ in strangers)]
+            self._wait([*sockets, *self.sockets()], min(TICK, left(deadline)))
+
+    def _open(self) -> list[tuple[socket.socket, bool]]:
+        """Where ranks come in."""
+        doors = [*(listener.sockets() for listener in self._listeners), *(door.sockets() for door in self._doors)]
+        return [(waiting, False) for sockets in doors for waiting in sockets]
 
     def _admit(self, strangers: list[tuple[Link, int]]) -> None:
         """Take those who connect, and hear which rank each of them is."""
-        assert self._listener is not None
-        while (accepted := self._listener.accept()) is not None:
-            try:
-                strangers.append((Link(accepted), check_peer(accepted)))
-            except ProtocolError:
-                accepted.close()
+        for listener in self._listeners:
+            while (accepted := listener.accept()) is not None:
+                try:
+                    strangers.append((Link(accepted), check_peer(accepted)))
+                except ProtocolError:
+                    accepted.close()
+        if self._audience is not None:
+            self._audience.admit()
+        for door in self._doors:
+            strangers += [(NetworkLink(waiting, tls), 0) for waiting, tls in door.take_ranks()]
         for stranger in list(strangers):
             link, pid = stranger
             try:
+                link.flush()
                 word = link.read()
                 if word is None:
                     continue
@@ -283,12 +448,13 @@ class Lead:
                 self._place_of(link, pid, word)
             except (PeerLost, ProtocolError) as error:
                 strangers.remove(stranger) if stranger in strangers else None
+                self._refused = [*self._refused, f"{link.host or f'process {pid}'}: {error}"][-_SHOWN:]
                 link.say_goodbye(str(error))
         for number, rank in list(self.ranks.items()):  # One that gave up is waited for again.
             try:
                 rank.link.read()
             except (PeerLost, ProtocolError):
-                rank.link.close()
+                rank.close()
                 del self.ranks[number]
 
     def _place_of(self, link: Link, pid: int, word: Word) -> None:
@@ -301,13 +467,15 @@ class Lead:
             )
         if word.rank in self.ranks:
             raise ProtocolError(f"rank {word.rank} is here already: {self.ranks[word.rank].name}; end one of the two")
-        self.ranks[word.rank] = KnownRank(word.rank, link, pid)
+        self.ranks[word.rank] = KnownRank(word.rank, link, pid or word.pid)
 
     def _until(self, pending: Callable[[], list[KnownRank]], deed: str, title: str = "") -> None:
         """Wait until no rank is pending; ``title`` begins the error."""
         deadline = time.monotonic() + self._timeout
         before = f"{title}: " if title else ""
         while True:
+            if self._audience is not None:  # Connections for bytes come there.
+                self._audience.admit()
             for _ in self.heard():
                 pass
             for rank in self.ranks.values():
@@ -319,7 +487,7 @@ class Lead:
             if not left(deadline):
                 who = some([str(rank.rank) for rank in waiting])
                 raise TransferTimeout(f"{before}rank {who} did not {deed} within {self._timeout:g} s")
-            self._wait(self.sockets(), min(TICK, left(deadline)))
+            self._wait([*self._open(), *self.sockets()], min(TICK, left(deadline)))
 
     def _wait(self, sockets: list[tuple[Any, bool]], seconds: float) -> None:
         self._waker.wait(sockets, seconds, lambda: self._stopped)
@@ -334,6 +502,10 @@ class Lead:
                 rank.left = word
             case Described(round) if round == self.round:
                 rank.described = word
+            case Compared(round) if round == self.round:
+                rank.compared = word
+            case Checked(round) if round == self.round:
+                rank.checked = word
             case Mapped():
                 rank.mapped = True
 
@@ -358,6 +530,10 @@ class Lead:
 def left_by(rank: KnownRank, word: Leave, title: str = "the update was aborted") -> TransferError:
     """The error when a rank leaves a round."""
     return TransferTimeout(word.reason) if word.late else TransferAborted(title, [f"{rank.name}: {word.reason}"])
+
+
+def _among(ranks: list[list[int]]) -> str:
+    return " and another on ".join(f"rank {some([str(rank) for rank in own])}" for own in ranks)
 
 
 def _ranks(ranks: list[int], size: int) -> str:

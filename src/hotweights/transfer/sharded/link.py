@@ -1,4 +1,4 @@
-"""Link: words over one socket between two ranks of a trainer on a host. It never blocks."""
+"""Link: words over one socket between two ranks of a trainer. It never blocks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,13 @@ class Link:
 
     Attributes:
         socket: the link's own.
+        shares: whether descriptors go through it, and so memory is shared with the other end.
+        host: where the other end is; empty on this host.
+        heard: whether the other end said something.
     """
+
+    shares = True
+    host = ""
 
     def __init__(self, connected: socket.socket) -> None:
         """Takes over the socket."""
@@ -30,6 +36,7 @@ class Link:
         self._sent = [0]  # Their sum is how much the socket took of the first word.
         self._in = bytearray()
         self._descriptors: deque[int] = deque()
+        self.heard = False
         close_in_children(self)
 
     @property
@@ -45,7 +52,7 @@ class Link:
     @signals.whole
     def send(self, word: Word, *, descriptor: int | None = None) -> None:
         """Say a word; what the socket does not take now waits for ``flush``. ``read`` notices who is gone."""
-        self._out.append((memoryview(encode(word)), () if descriptor is None else (descriptor,)))
+        self._put(self._outgoing(encode(word)), () if descriptor is None else (descriptor,))
         self.flush()
 
     @signals.whole
@@ -80,6 +87,7 @@ class Link:
         while (word := self._next()) is None:
             if not self._fill():
                 return None
+        self.heard = True
         if isinstance(word, Farewell):
             raise PeerLost(word.reason)
         return word
@@ -105,6 +113,23 @@ class Link:
         """In a forked child: close the copy, so that the parent's death is noticed."""
         self.close()
 
+    # What a link between hosts does otherwise.
+
+    def _outgoing(self, raw: bytes) -> bytes:
+        """What is sent for a word now."""
+        return raw
+
+    def _incoming(self, raw: bytes) -> bytes:
+        """What came, by what the socket had."""
+        return raw
+
+    def _silent(self) -> None:
+        """Nothing has come."""
+
+    def _put(self, raw: bytes, descriptors: tuple[int, ...] = ()) -> None:
+        if raw:
+            self._out.append((memoryview(raw), descriptors))
+
     def _next(self) -> Word | None:
         if len(self._in) < HEADER.size:
             return None
@@ -121,6 +146,7 @@ class Link:
         try:
             raw, ancillary, _, _ = self.socket.recvmsg(_CHUNK, socket.CMSG_SPACE(item), socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
+            self._silent()
             return False
         except OSError as error:
             raise PeerLost(f"the connection is gone: {error}") from error
@@ -131,10 +157,5 @@ class Link:
                 self._descriptors.extend(descriptors)
         if not raw:
             raise PeerLost("it is gone")
-        self._in += raw
+        self._in += self._incoming(raw)
         return True
-
-
-def listening_at(path: str) -> str:
-    """Where the ranks meet, by the address where the workers do."""
-    return f"{path}.ranks"

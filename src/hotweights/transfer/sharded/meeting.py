@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ...errors import HotweightsError, UsageError
-from ..address import path_of
+from ...errors import HotweightsError
 from ..audience import Audience
-from ..endpoint import is_local
+from ..door import Endpoint
 from .group_place import place_in
 from .lead import Lead
+from .meeting_place import places_of
 from .rank import Rank
 
 
-def ranks_in(group: Any, address: str | Sequence[str], timeout: float) -> Lead | Rank:
+def ranks_in(group: Any, endpoints: Sequence[Endpoint], timeout: float, compares: bool) -> Lead | Rank:
     """The lead, which waits for nobody yet; or a rank, which has met all others.
 
     Raises:
@@ -22,14 +22,8 @@ def ranks_in(group: Any, address: str | Sequence[str], timeout: float) -> Lead |
         TransferError: not all ranks came, or rank 0 cannot lead.
     """
     place = place_in(group)
-    addresses = [address] if isinstance(address, str) else list(address)
-    paths = [path_of(address) for address in addresses if is_local(address)]
-    if not paths:
-        more = ", ".join(map(repr, ("unix:run/hw", *addresses)))
-        raise UsageError(
-            f"the ranks of group= meet at a unix: address, all on one host; give one too: Sender([{more}], group=...)"
-        )
-    return Rank(group, place, paths[0], timeout) if place.rank else Lead(group, place, paths[0], timeout)
+    meeting = places_of(endpoints, place.size)
+    return Rank(group, place, meeting, timeout) if place.rank else Lead(group, place, meeting, timeout, compares)
 
 
 def met(lead: Lead, listening: Callable[..., Audience]) -> Audience:
@@ -47,7 +41,7 @@ def met(lead: Lead, listening: Callable[..., Audience]) -> Audience:
         lead.close()
         raise
     try:
-        lead.meet(audience.slots)
+        lead.meet(audience)
         audience.slots.seal()
     except BaseException:
         audience.close()

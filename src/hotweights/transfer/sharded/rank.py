@@ -5,22 +5,31 @@ from __future__ import annotations
 import mmap
 import os
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from ... import signals
 from ...errors import Closed, PeerLost, ProtocolError, TransferError, TransferTimeout, UsageError
-from ..address import check_peer, connect
+from ...memory.host import host_empty
 from ..peers import told
 from ..report import SendReport
 from ..waits import Waker, left
+from .copies import digests_of
 from .filling import fill
 from .group_place import NEW, GroupPlace, has_mark
 from .holding import Holding, said_of
-from .link import Link, listening_at
+from .link import Link
+from .meeting_place import MeetingPlace
+from .network_link import NetworkLink
+from .rank_flow import RankOutflow
 from .round_end import error_of, report_of
 from .words import (
+    Check,
+    Checked,
+    Compare,
+    Compared,
     Complete,
     Describe,
     Described,
@@ -37,6 +46,7 @@ from .words import (
 )
 
 _RETRY = 0.02  # seconds between two tries to connect
+_LOOK = 1.0  # seconds between two looks at a link to another host
 _GRACE = 5.0  # seconds that the lead's words may come late
 
 
@@ -61,6 +71,31 @@ class RankSlots:
         self.memories = ()
 
 
+class FarSlots:
+    """A rank's own slots, on another host than the lead's: what it packs there goes by a flow.
+
+    Attributes:
+        memories: as ``RankSlots`` has them.
+        flow: to the lead.
+    """
+
+    def __init__(self, flow: RankOutflow, slots: int, slot_nbytes: int) -> None:
+        """Takes over the flow."""
+        self.flow = flow
+        try:
+            self.memories: tuple[torch.Tensor, ...] = tuple(
+                host_empty((slot_nbytes,), torch.uint8) for _ in range(slots)
+            )
+        except (MemoryError, RuntimeError) as error:
+            flow.close()
+            raise TransferError(f"no memory for {slots} slots of {slot_nbytes} bytes: {error}") from error
+
+    def close(self) -> None:
+        """Let go. May be called twice."""
+        self.flow.close()
+        self.memories = ()
+
+
 @signals.held_throughout
 class Rank:
     """One rank, from its own side. Owns its socket; close it.
@@ -70,7 +105,7 @@ class Rank:
         state: which it is, in words.
     """
 
-    def __init__(self, group: Any, place: GroupPlace, path: str, timeout: float) -> None:
+    def __init__(self, group: Any, place: GroupPlace, places: Sequence[MeetingPlace], timeout: float) -> None:
         """Meet the lead and all other ranks.
 
         Raises:
@@ -78,64 +113,96 @@ class Rank:
             TransferError: the lead sent it away.
         """
         self._group, self.place, self._timeout = group, place, timeout
-        self.address, self.state = f"unix:{path}", f"rank {place.rank} of {place.size}"
+        self._places = places
+        self.address, self.state = places[0].address, f"rank {place.rank} of {place.size}"
         self._round = 0
+        self._groups: tuple[tuple[int, ...], ...] = ()  # of rows that others hold, too
         self._heard = False  # whether the lead said something since this rank said that it is here
         self._stopped = False
         self._lost = ""
         self._waker = Waker()
-        self.slots: RankSlots | None = None
+        self.slots: RankSlots | FarSlots | None = None
+        deadline = time.monotonic() + timeout
         try:
-            self._link = self._connect(listening_at(path))
+            self._link, self._place = self._connect(deadline)
         except BaseException:
             self._waker.close()
             raise
         try:
-            self._meet()
+            while not self._meet(left(deadline) > 0):
+                self._link.close()
+                self._wait([], min(_RETRY, left(deadline)))
+                self._link, self._place = self._connect(deadline)
         except BaseException as error:
             self._link.say_goodbye(told(error))
             self.close()
             raise
 
-    def _connect(self, path: str) -> Link:
-        deadline = time.monotonic() + self._timeout
+    def _connect(self, deadline: float) -> tuple[Link, MeetingPlace]:
+        """A link that stands, and where."""
+        why = ""
         while True:
-            connected = connect(path)
-            if connected is not None:
+            for place in self._places:
+                link = place.reach()
+                if link is None:
+                    continue
                 try:
-                    check_peer(connected)
-                    return Link(connected)
+                    if self._stands(link, deadline):
+                        return link, place
+                except PeerLost as error:
+                    why = f" ({error})"
                 except BaseException:
-                    connected.close()
+                    link.close()
                     raise
+                link.close()
             if not left(deadline):
+                where = " or ".join(place.address for place in self._places)
                 raise TransferTimeout(
                     f"rank 0 of {self.place.size} did not make its Sender within {self._timeout:g} s; each rank of "
-                    f"group= makes one, on the host of rank 0: they meet at {path}"
+                    f"group= makes one, at the same address: they meet at {where}{why}"
                 )
             self._wait([], min(_RETRY, left(deadline)))
 
-    def _meet(self) -> None:
+    def _stands(self, link: Link, deadline: float) -> bool:
+        while isinstance(link, NetworkLink) and not link.stands():
+            if not left(deadline):
+                return False
+            self._wait([(link.socket, True)], left(deadline))
+        return True
+
+    def _meet(self, may_try_again: bool) -> bool:
+        """Be taken by the lead. Returns false if nobody there waits for a rank yet, and there is time."""
         self._link.send(Join(self.place.rank, self.place.size, os.getpid()))
-        memory = self._next()
+        try:
+            memory = self._next()
+        except PeerLost:
+            if self._link.shares or self._link.heard or not may_try_again:
+                raise
+            return False  # Who listens there is no lead: that of an older trainer, which ends.
         if not isinstance(memory, SlotMemory):
             raise ProtocolError("rank 0 says first where the slots are")
+        self._timeout = memory.timeout
+        if memory.mark and not has_mark(self._group, memory.mark):
+            raise ProtocolError(
+                f"rank {self.place.rank}: its process group is not that of rank 0: it is a stale one, of a trainer "
+                "that was here before, or another"
+            )
+        self.slots = self._slots_of(memory)
+        self._link.send(Mapped())
+        if not isinstance(self._next(), Complete):
+            raise ProtocolError("rank 0 says when all ranks are there")
+        return True
+
+    def _slots_of(self, memory: SlotMemory) -> RankSlots | FarSlots:
+        if memory.token:
+            return FarSlots(self._place.flow(memory.token), memory.slots, memory.slot_nbytes)
         descriptor = self._link.take_descriptor()
         if descriptor is None:
             raise ProtocolError("rank 0 sent no slots")
         try:
-            self._timeout = memory.timeout
-            if memory.mark and not has_mark(self._group, memory.mark):
-                raise ProtocolError(
-                    f"rank {self.place.rank}: its process group is not that of rank 0: it is a stale one, of a trainer "
-                    "that was here before, or another"
-                )
-            self.slots = RankSlots(descriptor, memory.slots, memory.slot_nbytes)
+            return RankSlots(descriptor, memory.slots, memory.slot_nbytes)
         finally:
             os.close(descriptor)
-        self._link.send(Mapped())
-        if not isinstance(self._next(), Complete):
-            raise ProtocolError("rank 0 says when all ranks are there")
 
     def _next(self) -> Word:
         deadline = time.monotonic() + 2 * self._timeout + _GRACE
@@ -144,8 +211,7 @@ class Rank:
                 continue
             if not left(deadline):
                 raise TransferTimeout(f"rank 0 said nothing for {2 * self._timeout + _GRACE:g} s; {NEW}")
-            self._wait([(self._link.socket, self._link.unsent)], left(deadline))
-            self._link.flush()
+            self._listen(left(deadline))
         if isinstance(word, RoundEnd) and (error := error_of(word)) is not None:
             raise error
         return word
@@ -203,8 +269,7 @@ class Rank:
                 self._do(word, held)
             if not left(limit):
                 raise TransferTimeout(self._silence(version))
-            self._wait([(self._link.socket, self._link.unsent)], left(limit))
-            self._link.flush()
+            self._listen(left(limit))
 
     def _silence(self, version: str | int) -> str:
         if self._heard:
@@ -221,13 +286,35 @@ class Rank:
 
     def _do(self, word: Word, held: Holding | UsageError) -> None:
         assert self.slots is not None
-        assert isinstance(held, Holding) or not isinstance(word, (Describe, Fill)), "the lead knows that there is none"
+        assert isinstance(held, Holding) or not isinstance(word, (Describe, Compare, Check, Fill)), (
+            "the lead knows that there is none"
+        )
         match word:
             case Describe():
                 self._link.send(Described(self._round, held.table))  # type: ignore[union-attr]
+            case Compare(_, groups):
+                self._groups = groups or self._groups
+                self._link.send(Compared(self._round, digests_of(held, self._groups)))  # type: ignore[arg-type]
+            case Check():
+                self._link.send(Checked(self._round, tuple(held.written())))  # type: ignore[union-attr]
             case Fill(_, slot, tasks):
                 digests = fill(self.slots.memories[slot], tasks, held)  # type: ignore[arg-type]
+                if isinstance(self.slots, FarSlots):
+                    self.slots.flow.give(self._round, slot, self.slots.memories[slot], tasks)
+                    self.slots.flow.flush()
                 self._link.send(Packed(self._round, slot, digests))
+
+    def _listen(self, seconds: float) -> None:
+        """Wait for a word, and send what waits."""
+        sockets = [(self._link.socket, self._link.unsent)]
+        flow = self.slots.flow if isinstance(self.slots, FarSlots) else None
+        if flow is not None and flow.waiting is not None:
+            sockets.append((flow.waiting, True))
+        # A link between hosts is looked at each second.
+        self._wait(sockets, seconds if self._link.shares else min(seconds, _LOOK))
+        self._link.flush()
+        if flow is not None:
+            flow.flush()
 
     def _wait(self, sockets: list[tuple[Any, bool]], seconds: float) -> None:
         self._waker.wait(sockets, seconds, lambda: self._stopped)

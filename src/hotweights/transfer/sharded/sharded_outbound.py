@@ -8,11 +8,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from msgspec.structs import replace
 
 from ... import signals
-from ...errors import TransferAborted
+from ...errors import TransferAborted, UsageError
 from ...manifest import Manifest
+from ...ranges import Range, scaled
 from ...timeline import Timeline
 from ..messages import Chunk, Offer, described
 from ..outbound import Outbound
@@ -22,9 +24,10 @@ from ..report import SendReport
 from ..shared_memory import WriteSlots, aligned
 from .filling import digest_of, fill
 from .holding import Holding
-from .lead import TICK, Lead, left_by
+from .lead import TICK, Arrived, Lead, left_by
+from .rank_flow import is_dense, packed
 from .tiling import ChunkJob, Tiling
-from .words import Fill, Leave, Packed, Task
+from .words import Fill, Leave, Packed, Patch, Task
 
 
 @dataclass(eq=False)
@@ -33,17 +36,19 @@ class SlotInWork:
 
     Attributes:
         slot: its number.
-        jobs: what it is to hold, and from which byte on each of them lies.
+        jobs: what it is to hold, and from which byte on each of them lies, and in which dtype if not its own.
         waiting: ranks that have not filled their part, and since when each is waited for.
         hashed: by rank, the jobs of which it says the digest.
         digests: by the number of the job.
+        halves: of ranks on other hosts that have said that they packed it, or whose bytes are there: one is missing.
     """
 
     slot: int
-    jobs: list[tuple[ChunkJob, int]] = field(default_factory=list)
+    jobs: list[tuple[ChunkJob, int, str]] = field(default_factory=list)
     waiting: dict[int, float] = field(default_factory=dict)
     hashed: dict[int, list[int]] = field(default_factory=dict)
     digests: dict[int, int] = field(default_factory=dict)
+    halves: set[int] = field(default_factory=set)
 
 
 @signals.held_throughout
@@ -89,6 +94,8 @@ class ShardedOutbound(Outbound):
         self._offset = 0
         self._in_work: deque[SlotInWork] = deque()  # in the order in which they are handed over
         self._asking: list[Peer] = []
+        self._casts: dict[tuple[int, int], str] = {}  # to what a receiver casts a tensor, by its place
+        self._checking: float | None = None  # since when the ranks are asked what was written
 
     def give(self, version: str | int) -> SendReport:
         """Offer, send, decide, as ``Outbound.run``.
@@ -106,23 +113,56 @@ class ShardedOutbound(Outbound):
 
     def _send_tiles(self) -> None:
         self._asking, requests, order = self._requests()
-        self._tiling.begin()
+        wishes = [wanted for peer in self._members for wanted in peer.wanted]
+        self._casts = {(place, want.tensor): want.rounded for place, wish in enumerate(wishes) for want in wish}
+        rounded = {number: dtype for number in order if (dtype := self._rounding(number, requests[number]))}
+        tiling = self._tiling.rounded(rounded) if rounded else self._tiling
+        tiling.begin(self._lead.far)
         for number in order:
             self._tensors += 1
-            for job in self._tiling.jobs(number, requests[number], self._slots.slot_nbytes):
-                self._add(job)
+            own, dtype = requests[number], rounded.get(number, "")
+            if dtype:
+                shrunk = self._shrunk(number, dtype)
+                own = [(place, tuple(scaled(part, 1, shrunk) for part in ranges)) for place, ranges in own]
+            for job in tiling.jobs(number, own, self._slots.slot_nbytes):
+                self._add(job, dtype)
         self._start()
         with self._timeline.event("wait for ranks"):
             self._await_ranks(lambda: bool(self._in_work))
+            self._lead.check_unwritten()
+            self._checking = time.monotonic()
+            self._await_ranks(lambda: bool(self._lead.unchecked()))
+            self._checking = None
+        if written := self._lead.written(self._held):
+            raise UsageError("; ".join(written))
 
-    def _add(self, job: ChunkJob) -> None:
+    def _rounding(self, number: int, requests: Sequence[tuple[int, tuple[Range, ...]]]) -> str:
+        """The dtype to which all who want a tensor cast it; empty where they do not, or differ."""
+        said = {self._casts.get((place, number), "") for place, _ in requests}
+        dtype = said.pop() if len(said) == 1 else ""
+        spec, narrow = self._tiling.tensors[number].spec, getattr(torch, dtype, None)
+        if not isinstance(narrow, torch.dtype) or not isinstance(spec.dtype, torch.dtype) or not spec.nbytes:
+            return ""
+        item = spec.dtype.itemsize
+        floats = spec.dtype.is_floating_point and narrow.is_floating_point
+        cuts = (cut for _, ranges in requests for part in ranges for cut in (part.start, part.nbytes, part.stride))
+        return dtype if floats and 1 < narrow.itemsize < item and not any(cut % item for cut in cuts) else ""
+
+    def _shrunk(self, number: int, dtype: str) -> int:
+        """How much smaller its elements are in that dtype."""
+        wide, narrow = self._tiling.tensors[number].spec.dtype, getattr(torch, dtype)
+        assert isinstance(wide, torch.dtype)
+        assert isinstance(narrow, torch.dtype)
+        return wide.itemsize // narrow.itemsize
+
+    def _add(self, job: ChunkJob, dtype: str) -> None:
         stop = self._offset + job.range.size
         if self._next is None or stop > self._slots.slot_nbytes:
             self._start()
             self._next, self._offset = SlotInWork(self._slot_for_ranks()), 0
             self._slots.roll.note_fill(self._next.slot, 0)
             stop = job.range.size
-        self._next.jobs.append((job, self._offset))
+        self._next.jobs.append((job, self._offset, dtype))
         self._offset = aligned(stop)
         self._nbytes += job.range.size
 
@@ -131,23 +171,30 @@ class ShardedOutbound(Outbound):
         work, self._next = self._next, None
         if work is None:
             return
-        tasks: dict[int, list[Task]] = {}
-        for number, (job, offset) in enumerate(work.jobs):
-            alone = self._hashed and len(job.patches) == 1 and all(len(own) == 1 for own in job.patches.values())
+        tasks: dict[int, list[tuple[Task, int]]] = {}
+        for number, (job, offset, dtype) in enumerate(work.jobs):
+            alone = self._hashed and len(job.patches) == 1 and all(_is_one_run(own) for own in job.patches.values())
             for rank, patches in job.patches.items():
                 own = tuple(replace(patch, into=patch.into + offset) for patch in patches)
-                tasks.setdefault(rank, []).append(Task(own, alone))
+                tasks.setdefault(rank, []).append((Task(own, alone, dtype), offset))
                 if alone:
                     work.hashed.setdefault(rank, []).append(number)
         self._in_work.append(work)
         now = time.monotonic()
         for rank in sorted(tasks.keys() - {0}):
             work.waiting[rank] = now
-            self._lead.ranks[rank].link.send(Fill(self._lead.round, work.slot, tuple(tasks[rank])))
+            self._have_filled(rank, work.slot, tasks[rank])
         if 0 in tasks:
             with self._timeline.event(self._filling):
-                self._note(work, 0, fill(self._slots.memories[work.slot], tasks[0], self._held))
+                self._note(work, 0, fill(self._slots.memories[work.slot], [task for task, _ in tasks[0]], self._held))
         self._look()
+
+    def _have_filled(self, number: int, slot: int, tasks: Sequence[tuple[Task, int]]) -> None:
+        rank, theirs = self._lead.ranks[number], tuple(task for task, _ in tasks)
+        if rank.flow is not None:
+            theirs, landings = packed(tasks)
+            rank.flow.expect(self._lead.round, slot, self._slots.memories[slot], landings)
+        rank.link.send(Fill(self._lead.round, slot, theirs))
 
     def _slot_for_ranks(self) -> int:
         while not (free := self._free()):
@@ -182,6 +229,8 @@ class ShardedOutbound(Outbound):
                 raise left_by(rank, word)
             if isinstance(word, Packed) and not self._over:
                 self._packed(rank.rank, word)
+            if isinstance(word, Arrived) and not self._over:
+                self._came(rank.rank, word.slot)
         if not self._over:
             self._hand_over_filled()
             self._check_late()
@@ -190,12 +239,19 @@ class ShardedOutbound(Outbound):
         work = next((work for work in self._in_work if work.slot == word.slot), None)
         if work is None or rank not in work.waiting or len(word.digests) != len(work.hashed.get(rank, ())):
             raise TransferAborted("the update was aborted", [f"rank {rank}: it filled what it was not asked for"])
+        self._note(work, rank, word.digests)
+        self._came(rank, word.slot)
+
+    def _came(self, rank: int, slot: int) -> None:
+        work = next(work for work in self._in_work if work.slot == slot)
+        if rank in self._lead.far and rank not in work.halves:
+            work.halves.add(rank)
+            return
         del work.waiting[rank]
         now = time.monotonic()
         for other in self._in_work:  # It works on one after the other.
             if rank in other.waiting:
                 other.waiting[rank] = now
-        self._note(work, rank, word.digests)
 
     def _note(self, work: SlotInWork, rank: int, digests: Sequence[int]) -> None:
         work.digests |= dict(zip(work.hashed.get(rank, ()), digests, strict=True))
@@ -204,23 +260,32 @@ class ShardedOutbound(Outbound):
         """Those that are filled, in their order: a receiver is sent one tensor after the other."""
         while self._in_work and not self._in_work[0].waiting:
             work = self._in_work.popleft()
-            packed = [(self._chunk(work, number), job.asking) for number, (job, _) in enumerate(work.jobs)]
+            packed = [(self._chunk(work, number), job.asking) for number, (job, *_) in enumerate(work.jobs)]
             fill_number = self._slots.next_fill()
             self._slots.roll.note_fill(work.slot, fill_number)
             self._tell(work.slot, packed, fill_number, self._asking)
 
     def _chunk(self, work: SlotInWork, number: int) -> Chunk:
-        job, offset = work.jobs[number]
+        job, offset, dtype = work.jobs[number]
         digest = work.digests.get(number)
         if self._hashed and digest is None:  # Several ranks filled it.
             digest = digest_of(self._slots.memories[work.slot], offset, job.range.size)
-        return Chunk(job.tensor, job.range, offset, digest)
+        if not dtype:
+            return Chunk(job.tensor, job.range, offset, digest)
+        shrunk = self._shrunk(job.tensor, dtype)
+        return Chunk(job.tensor, scaled(job.range, shrunk, 1), offset, digest, dtype, shrunk)
 
     def _check_late(self) -> None:
         now = time.monotonic()
         late = {rank for work in self._in_work for rank, since in work.waiting.items() if now - since > self._timeout}
+        if self._checking is not None and now - self._checking > self._timeout:
+            late |= {rank.rank for rank in self._lead.unchecked()}
         if late:
-            said = [f"rank {rank}: it did not fill a slot within {self._timeout:g} s" for rank in sorted(late)]
+            said = [f"rank {rank}: it did not do its part within {self._timeout:g} s" for rank in sorted(late)]
             for rank in late:
                 self._lead.part_with(rank)
             raise TransferAborted("the update was aborted", said)
+
+
+def _is_one_run(patches: Sequence[Patch]) -> bool:
+    return len(patches) == 1 and is_dense(patches[0].lengths, patches[0].strides)

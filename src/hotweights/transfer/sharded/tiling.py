@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
+from msgspec.structs import replace
 
 from ...boxes import Box, row_major
 from ...errors import UsageError
@@ -21,6 +22,7 @@ from .words import Patch
 
 _LONG = 64 * 1024  # bytes of one rank that are worth a chunk of their own; shorter ones are put together in the slot
 _KEPT = 500_000  # chunks that are kept, of tensors that others are like
+_FAR = 1 << 60  # more bytes than any rank gives
 _MANY = 64  # ranges of several runs that are compared with each other
 
 
@@ -99,7 +101,8 @@ class Tiling:
         Raises:
             UsageError: the boxes of all ranks are not all tensors; every problem is listed.
         """
-        self._numbers = numbers
+        self._numbers, self._tables = numbers, tables
+        self._rounded: dict[tuple[tuple[int, str], ...], Tiling] = {}
         self._known: dict[object, Tiles] = {}
         self._loads = [0] * len(numbers)
         self._cuts: dict[object, list[Cut]] = {}  # Most layers are alike, and so is what is wanted of them.
@@ -119,9 +122,24 @@ class Tiling:
         """What is offered."""
         return [tile.spec for tile in self.tensors]
 
-    def begin(self) -> None:
-        """Nobody has given anything yet."""
-        self._loads = [0] * len(self._numbers)
+    def rounded(self, dtypes: Mapping[int, str]) -> Tiling:
+        """The same tensors, some in another dtype, by their numbers."""
+        key = tuple(dtypes.items())
+        if key not in self._rounded:
+            names = {self.tensors[number].spec.name: dtype for number, dtype in key}
+            tables = [
+                replace(
+                    table,
+                    rows=tuple(replace(row, dtype=names[row.name]) if row.name in names else row for row in table.rows),
+                )
+                for table in self._tables
+            ]
+            self._rounded = {key: Tiling(tables, self._numbers)}  # Workers ask for the same each time.
+        return self._rounded[key]
+
+    def begin(self, far: Collection[int] = ()) -> None:
+        """Nobody has given anything yet. Who is ``far`` gives only what nobody else has: its bytes go further."""
+        self._loads = [_FAR if rank in far else 0 for rank in range(len(self._numbers))]
 
     def jobs(self, number: int, requests: Sequence[tuple[int, tuple[Range, ...]]], limit: int) -> Iterator[ChunkJob]:
         """What is wanted of a tensor, each byte once, in chunks of at most ``limit`` bytes.

@@ -10,7 +10,7 @@ import msgspec
 from ...errors import ProtocolError
 from .holding import Table
 
-PROTOCOL = 1  # another number for every change of what words hold
+PROTOCOL = 2  # another number for every change of what words hold
 MAX_WORD = 1024 * 1024 * 1024  # bytes; the table of 60,000 tensors takes about 5 MB
 HEADER = struct.Struct("<4sHI")  # magic, protocol, bytes that follow
 _MAGIC = b"hotr"
@@ -29,16 +29,21 @@ class Join(_Word, frozen=True):
 
 
 class SlotMemory(_Word, frozen=True):
-    """The slots, whose descriptor comes with it. ``mark`` is what the lead wrote into the store of its group."""
+    """The slots, whose descriptor comes with it. ``mark`` is what the lead wrote into the store of its group.
+
+    A rank on another host gets no descriptor: it makes slots of its own, and sends what it packs there by the flow that
+    ``token`` is for.
+    """
 
     slots: int
     slot_nbytes: int
     timeout: float
     mark: str
+    token: bytes = b""
 
 
 class Mapped(_Word, frozen=True):
-    """The rank has mapped the slots."""
+    """The rank has mapped the slots, or connected its flow."""
 
 
 class Complete(_Word, frozen=True):
@@ -92,10 +97,14 @@ class Patch(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
 
 
 class Task(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
-    """What a rank does for one chunk of a slot. ``hashed``: all of the chunk is its, and it says the chunk's digest."""
+    """What a rank does for one chunk of a slot. ``hashed``: all of the chunk is its, and it says the chunk's digest.
+
+    ``dtype`` is what it casts its elements to, where that is not what its table says.
+    """
 
     patches: tuple[Patch, ...]
     hashed: bool
+    dtype: str = ""
 
 
 class Fill(_Word, frozen=True):
@@ -112,6 +121,33 @@ class Packed(_Word, frozen=True):
     round: int
     slot: int
     digests: tuple[int, ...]
+
+
+class Compare(_Word, frozen=True):
+    """The rank says a digest of each group of rows, of which others hold copies; no ``groups``: those of before."""
+
+    round: int
+    groups: tuple[tuple[int, ...], ...]
+
+
+class Compared(_Word, frozen=True):
+    """It does so."""
+
+    round: int
+    digests: tuple[int, ...]
+
+
+class Check(_Word, frozen=True):
+    """Nothing more is read of this version."""
+
+    round: int
+
+
+class Checked(_Word, frozen=True):
+    """The names of tensors that were written meanwhile."""
+
+    round: int
+    written: tuple[str, ...]
 
 
 class Leave(_Word, frozen=True):
@@ -151,6 +187,10 @@ Word = (
     | Tick
     | Fill
     | Packed
+    | Compare
+    | Compared
+    | Check
+    | Checked
     | Leave
     | RoundEnd
     | Farewell
