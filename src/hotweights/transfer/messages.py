@@ -16,7 +16,7 @@ from ..ranges import Range
 from ..text import some
 from .decision import Decision, Known
 
-PROTOCOL = 4  # another number for every change of what messages hold
+PROTOCOL = 5  # another number for every change of what messages hold
 MAX_SMALL = 16 * 1024  # bytes of a frame where only short messages may come: the longest of them is a reason
 MAX_FRAME = 32 * 1024 * 1024  # bytes; a manifest of 100,000 tensors takes about 10
 _MAGIC = b"hotw"
@@ -95,7 +95,8 @@ class Welcome(_Message, frozen=True):
     """The sender's first word; the memory of the slots and of the roll comes with it as a descriptor.
 
     ``timeout`` is the sender's patience with a single receiver; ``place`` is the receiver's in the roll. Between hosts
-    no descriptor comes: the receiver has slots of its own, and shows ``token`` on a second connection, for the bytes.
+    no descriptor comes: the receiver has slots of its own, and shows ``token`` on a second connection, for the bytes,
+    which the ``carrier`` brings.
     """
 
     slots: int
@@ -103,6 +104,7 @@ class Welcome(_Message, frozen=True):
     timeout: float
     place: int
     token: bytes = b""
+    carrier: str = ""
 
 
 class Offer(_Message, frozen=True):
