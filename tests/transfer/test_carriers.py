@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.util
-import re
 import sys
 
 import pytest
@@ -88,13 +87,14 @@ def test_a_sender_without_the_package_says_what_to_type(no_nixl, address):
     ],
 )
 def test_a_receiver_that_cannot_have_the_carrier_says_so_at_both_ends(named, wrong, words, no_nixl, address):
-    group = peers_module.PeerGroup([endpoint_of(address)], slots := WriteSlots(2, 4096), 60.0)
+    group = peers_module.PeerGroup([endpoint_of(address)], slots := WriteSlots(2, 4096), 3.0)
     group._carrier = named  # As of a sender that has it.
     with contextlib.closing(slots), contextlib.closing(group), receiver(address) as source:
-        waiting = Thread(lambda: pytest.raises(wrong, lambda: source.manifest))
-        with pytest.raises(hw.TransferAborted, match=words):
+        waiting = Thread(lambda: source.manifest)
+        with pytest.raises(hw.TransferTimeout, match=words):
             group.gather(1)
-        assert re.search(words, str(waiting.result().value))
+        with pytest.raises(wrong, match=words):
+            waiting.result()
 
 
 @pytest.mark.parametrize("name", NAMES[1:])
@@ -131,7 +131,8 @@ def test_what_is_changed_on_its_way_is_noticed(address, monkeypatch):
 
     monkeypatch.setattr(process_group.GroupEnd, "_receive", changing)
     with sender(address, carrier="pg") as sending, receiver(address) as source:
-        waiting = Thread(lambda: pytest.raises(hw.TransferError, lambda: dict(source.tensors())))
-        with pytest.raises(hw.TransferAborted, match="is not what the sender held"):
+        waiting = Thread(lambda: dict(source.tensors()))
+        with pytest.raises(hw.TransferAborted, match=r"a: \w+ was sent, \w+ was copied"):
             sending.send({"a": torch.arange(5.0)}, version=1)
-        waiting.result()
+        with pytest.raises(hw.TransferError, match="is not what the sender held"):
+            waiting.result()

@@ -7,7 +7,7 @@ reads take twice as long.
 from __future__ import annotations
 
 import contextlib
-import importlib
+import importlib.util
 import secrets
 import struct
 import threading
@@ -23,19 +23,17 @@ from .wire import Wire
 
 _LOOK = 0.0002  # seconds between two looks at a write: NIXL has nothing that can be waited for
 _PLACE = struct.Struct("<QQ")  # address and bytes
-_AGENT, _WHERE, _THERE = (
-    b"a",
-    b"w",
-    b"t",
-)  # how words begin: an agent's description of itself, a place, what was written
+# How words begin: an agent's description of itself, a place, and that it was written.
+_AGENT, _WHERE, _THERE = b"a", b"w", b"t"
 _DEVICE = 0  # host memory
+_PACKAGES = ("nixl", "nixl_cu12", "nixl_cu13")  # The first one names one of the others.
 
 
 def _api() -> Any:
-    try:
-        return importlib.import_module("nixl._api")
-    except ImportError as error:
-        raise MissingPackage("nixl", "nixl") from error
+    for package in _PACKAGES:
+        if importlib.util.find_spec(package) is not None:
+            return importlib.import_module(f"{package}._api")
+    raise MissingPackage("nixl", "nixl")
 
 
 class AgentEnd:

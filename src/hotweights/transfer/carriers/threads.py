@@ -80,7 +80,7 @@ class Bell:
 
 @signals.held_throughout
 class Mover:
-    """A thread that moves pieces, one after the other. It owns the library's end, and keeps the memory until it has ended.
+    """A thread that moves pieces, one after the other. It owns the library's end, and keeps memory until it has ended.
 
     Attributes:
         bell: is rung when a piece was moved, or something failed.
