@@ -1,4 +1,4 @@
-"""For tests: contracts of sources, pools and transports; tiny checkpoints and models; faults that come when told to.
+"""For tests: contracts of sources, pools, transports and carriers; tiny checkpoints, models; faults on demand.
 
 A contract is a tuple of checks. Each takes a function that makes the thing under test, and raises ``AssertionError``
 if the thing breaks the contract. Nothing here needs a GPU or the network::
@@ -10,6 +10,7 @@ if the thing breaks the contract. Nothing here needs a GPU or the network::
 
 from .checkpoints import write_checkpoint, write_safetensors
 from .checks import assert_same_bits, bits
+from .contracts.carriers import CARRIER_CONTRACT
 from .contracts.pools import POOL_CONTRACT
 from .contracts.sources import SOURCE_CONTRACT
 from .contracts.transports import TRANSPORT_CONTRACT
@@ -19,6 +20,7 @@ from .models.processed import PROCESSED_LAYERS, Processed, ProcessedLayer, proce
 from .models.vision import VisionLanguage, vision_language_checkpoint
 
 __all__ = [
+    "CARRIER_CONTRACT",
     "POOL_CONTRACT",
     "PROCESSED_LAYERS",
     "SOURCE_CONTRACT",

@@ -64,8 +64,8 @@ class UnixEndpoint:
                 "which only this user's processes reach"
             )
 
-    def listen(self) -> Door:
-        """As ``Listener``."""
+    def listen(self, carrier: str = "") -> Door:
+        """As ``Listener``. Nothing has to be carried."""
         return Listener(self._path)
 
     def connect(self) -> Channel | None:
@@ -85,7 +85,7 @@ class UnixEndpoint:
             connected.close()
             raise
 
-    def flow(self, token: bytes) -> Inflow:
+    def flow(self, token: bytes, carrier: str) -> Inflow:
         """There is none: both ends share memory."""
         raise ProtocolError("the sender gave a token for bytes, which lie in memory that both ends share")
 

@@ -47,6 +47,7 @@ class Audience:
         timeout: float,
         digests: bool,
         drop: bool,
+        carrier: str,
         register: Register | None,
         beside: Beside | None = None,
     ) -> None:
@@ -60,6 +61,7 @@ class Audience:
             timeout: seconds that each single wait may take.
             digests: whether receivers compare what they copied.
             drop: whether an update goes on without receivers that were lost.
+            carrier: what brings bytes to receivers on other hosts.
             register: where decisions are written.
             beside: who is heard while receivers are waited for.
 
@@ -72,7 +74,7 @@ class Audience:
         self._receivers, self._timeout, self._digests, self._drop = receivers, timeout, digests, drop
         self._register, self._beside = register, beside
         try:
-            self._group = PeerGroup(endpoints, self.slots, timeout)
+            self._group = PeerGroup(endpoints, self.slots, timeout, carrier)
         except BaseException:
             self.slots.close()
             raise

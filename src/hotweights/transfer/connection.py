@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
 
 from .. import signals
-from ..errors import Closed, PeerLost, ProtocolError, TransferError, TransferTimeout
+from ..errors import Closed, PeerLost, ProtocolError, TransferError, TransferTimeout, UsageError
 from .channel import Channel
 from .decision import Decision
 from .door import Endpoint
-from .flow import Inflow
+from .flow import Inflow, Waitable
 from .messages import Abort, Account, Done, Filled, Frame, Hello, Message, Offer, Past, Verdict, Welcome
 from .roll import PLACES
 from .shared_memory import OwnSlots, ReadSlots
@@ -30,6 +29,7 @@ class Connection:
     Attributes:
         patience: seconds that the sender waits for a single answer; 0 before it said so.
         place: of this receiver in the sender's roll.
+        carrier: what brings bytes from the sender; empty where memory is shared.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class Connection:
         self._using = threading.RLock()
         self.patience = 0.0
         self.place = 0
+        self.carrier = ""
 
     @property
     def session(self) -> Session:
@@ -276,7 +277,7 @@ class Connection:
         self._waker.wait(self.awaited(), seconds, lambda: self._stopped)
         self.check_open()
 
-    def awaited(self) -> list[tuple[socket.socket, bool]]:
+    def awaited(self) -> list[tuple[Waitable, bool]]:
         """The sockets to wait for, and whether until they can be written to."""
         return [] if self._channel is None else self._awaited(self._channel)
 
@@ -365,11 +366,11 @@ class Connection:
         frame, self._filling = self._filling, None
         return frame
 
-    def _awaited(self, channel: Channel) -> list[tuple[socket.socket, bool]]:
+    def _awaited(self, channel: Channel) -> list[tuple[Waitable, bool]]:
         """The sockets to wait for, and whether until they can be written to."""
-        awaited = [(channel.socket, channel.unsent)]
+        awaited: list[tuple[Waitable, bool]] = [(channel.socket, channel.unsent)]
         if isinstance(self._slots, OwnSlots) and (self._filling is not None or self._slots.flow.greets):
-            awaited.append((self._slots.flow.socket, self._slots.flow.greets))
+            awaited.append(self._slots.flow.awaited)
         return awaited
 
     def _accepted(self, frame: Frame) -> Frame | None:
@@ -412,18 +413,18 @@ class Connection:
         return None
 
     def _map(self, welcome: Welcome, descriptors: Sequence[int]) -> None:
-        self.patience, self.place = welcome.timeout, welcome.place
+        self.patience, self.place, self.carrier = welcome.timeout, welcome.place, welcome.carrier
         try:
             if not 0 <= welcome.place < PLACES:
                 raise ProtocolError(f"the place {welcome.place} was promised; a roll has {PLACES}")
             if descriptors:
                 self._slots = ReadSlots(descriptors[0], welcome.slots, welcome.slot_nbytes)
             else:
-                flow = self._endpoint.flow(welcome.token)
+                flow = self._endpoint.flow(welcome.token, welcome.carrier)
                 self._slots = self._make_slots(flow, welcome.slots, welcome.slot_nbytes)
             if self._account or self._epoch:
                 self.send(Past(self._epoch, () if self._account is None else (self._account,)))
-        except TransferError as error:
+        except (TransferError, UsageError) as error:
             self.drop(str(error))
             raise
         finally:

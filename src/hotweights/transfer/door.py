@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from typing import NamedTuple, Protocol
 
+from .carriers.table import DEFAULT
 from .channel import Channel
 from .flow import Inflow, Outflow
 
@@ -70,12 +71,12 @@ class Endpoint(Protocol):
     address: str
     retry: float
 
-    def listen(self) -> Door:
-        """Listen there. The caller closes the door.
+    def listen(self, carrier: str = DEFAULT) -> Door:
+        """Listen there, for receivers whose bytes this carrier brings. The caller closes the door.
 
         Raises:
             AddressTaken: another sender is there.
-            UsageError: nobody can listen there.
+            UsageError: nobody can listen there, or the carrier is unknown or not installed.
         """
 
     def connect(self) -> Channel | None:
@@ -85,5 +86,5 @@ class Endpoint(Protocol):
             TransferError: waiting does not help.
         """
 
-    def flow(self, token: bytes) -> Inflow:
-        """A flow from the sender there, which gave this token. The caller closes it."""
+    def flow(self, token: bytes, carrier: str) -> Inflow:
+        """A flow from the sender there, which gave this token, and named the carrier. The caller closes it."""

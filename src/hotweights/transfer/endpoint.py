@@ -48,6 +48,12 @@ def endpoints_of(
     ]
 
 
+def any_remote(addresses: object) -> bool:
+    """Whether one of these can be on other hosts."""
+    listed = addresses if isinstance(addresses, Sequence) and not isinstance(addresses, str) else [addresses]
+    return not all(map(is_local, listed))
+
+
 def is_local(address: object) -> bool:
     """Whether only this host has such an address."""
     return isinstance(address, str) and address.startswith("unix:")

@@ -1,19 +1,17 @@
-"""Flows: bytes of slots on their way between hosts, beside the channel, whose frames say what they are."""
+"""Flow: how bytes of slots travel between hosts, beside the channel, whose frames say what they are. A contract."""
 
 from __future__ import annotations
 
-import contextlib
-import secrets
 import socket
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from .. import signals
 from ..errors import PeerLost
 from ..memory.addresses import buffer
-from .channel import close_in_children
 from .messages import Chunk
 
 TOKEN = 32
@@ -23,7 +21,6 @@ GREETING = b"\0flow"
 """What a connection for bytes says first; a token follows. No frame begins so, and nothing of TLS."""
 
 _GAP = 4096  # Bytes between two pieces that are sent with them: a piece costs more.
-_AT_ONCE = 256  # pieces given to the kernel in one call
 
 
 def stretches(chunks: Sequence[Chunk]) -> list[tuple[int, int]]:
@@ -37,149 +34,135 @@ def stretches(chunks: Sequence[Chunk]) -> list[tuple[int, int]]:
     return [(start, stop) for start, stop in found if stop > start]
 
 
-def _view(memory: torch.Tensor, start: int, stop: int) -> memoryview:
-    """Bytes of ``uint8 [n]``; whoever keeps this keeps the memory."""
+def bytes_of(memory: torch.Tensor, start: int, stop: int) -> memoryview:
+    """Bytes of ``uint8 [n]``. Whoever keeps this keeps the tensor, too."""
     return memoryview(buffer(memory.data_ptr() + start, stop - start)).cast("B")
 
 
-@signals.held_throughout
-class Outflow:
-    """The sender's end of one receiver's flow. It never blocks.
+class Waitable(Protocol):
+    """What ``poll`` waits for."""
+
+    def fileno(self) -> int:
+        """Its descriptor."""
+
+
+class Outflow(Protocol):
+    """The sender's end of one receiver's flow. Nothing of it blocks; one thread uses it.
+
+    What is put arrives in that order. A flow of which something failed is of no use any more.
 
     Attributes:
-        token: for the receiver, which shows it.
+        token: for the receiver, which shows it. The network's door gives the connection that does to ``attach``.
         nbytes: how many were sent, since somebody set it to 0.
     """
 
-    def __init__(self) -> None:
-        self.token = secrets.token_bytes(TOKEN)
-        self.nbytes = 0
-        self._socket: socket.socket | None = None
-        self._views: deque[memoryview] = deque()
-        self._memories: deque[torch.Tensor] = deque(maxlen=1)
-        close_in_children(self)
-
-    @property
-    def waiting(self) -> socket.socket | None:
-        """The connection, if there is one and something waits for it."""
-        return self._socket if self._views else None
+    token: bytes
+    nbytes: int
 
     @property
     def attached(self) -> bool:
         """Whether the receiver has connected."""
-        return self._socket is not None
+
+    @property
+    def waiting(self) -> tuple[Waitable, bool] | None:
+        """What to wait for while something is unsent, and whether until it can be written to. Then ``flush``."""
 
     def attach(self, connected: socket.socket) -> None:
         """Take over the connection that showed the token."""
-        self._socket = connected
 
     def put(self, memory: torch.Tensor, chunks: Sequence[Chunk]) -> None:
-        """Send what these chunks are of a slot, which must not change before the receiver has released it."""
-        self._memories.append(memory)
-        self._views.extend(_view(memory, start, stop) for start, stop in stretches(chunks))
+        """Send the ``stretches`` of these chunks of a slot, which must not change before the receiver releases it."""
 
-    @signals.whole
     def flush(self) -> None:
-        """Send what the connection takes.
+        """Go on with what is unsent.
 
         Raises:
-            PeerLost: it is gone.
+            PeerLost: the other end is gone, or nothing can be sent to it.
         """
-        while self._views and self._socket is not None:
-            views = [view for view, _ in zip(self._views, range(_AT_ONCE), strict=False)]
-            try:
-                count = self._socket.sendmsg(views)
-            except BlockingIOError:
-                return
-            except OSError as error:
-                raise PeerLost(f"the connection for its bytes is gone: {error}") from error
-            self.nbytes += count
-            while count and count >= len(self._views[0]):
-                count -= len(self._views.popleft())
-            if count:
-                self._views[0] = self._views[0][count:]
 
     def close(self) -> None:
-        """Let go. May be called twice."""
-        self._views.clear()
-        if self._socket is not None:
-            self._socket.close()
+        """Let go, soon: whatever still reads a slot keeps it alive until then. May be called twice."""
 
     def forget(self) -> None:
-        """In a forked child: close the copy."""
-        self.close()
+        """In a forked child: close the copies."""
 
 
-@signals.held_throughout
-class Inflow:
-    """A receiver's end of its flow. It never blocks.
-
-    Attributes:
-        socket: its own.
-    """
-
-    def __init__(self, connecting: socket.socket, token: bytes) -> None:
-        """Takes over a socket that is on its way to the sender."""
-        self.socket = connecting
-        self._greeting = GREETING + token
-        self._views: deque[memoryview] = deque()
-        close_in_children(self)
+class Inflow(Protocol):
+    """A receiver's end of its flow. Nothing of it blocks; one thread uses it."""
 
     @property
     def greets(self) -> bool:
-        """Whether it waits until the socket can be written to."""
-        return bool(self._greeting)
+        """Whether it has yet to say to the sender which flow this is."""
 
-    def expect(self, memory: torch.Tensor, chunks: Sequence[Chunk]) -> None:
-        """What comes next are these chunks of a slot, ``uint8 [slot_nbytes]``, in which they lie."""
-        self._views.extend(_view(memory, start, stop) for start, stop in stretches(chunks))
+    @property
+    def awaited(self) -> tuple[Waitable, bool]:
+        """What to wait for, and whether until it can be written to. Then ``greet`` or ``fill``."""
 
-    @signals.whole
     def greet(self) -> bool:
         """Say to the sender which flow this is. Returns whether that is said.
 
         Raises:
             PeerLost: nobody is there.
         """
-        try:
-            while self._greeting:
-                self._greeting = self._greeting[self.socket.send(self._greeting) :]
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            raise PeerLost(f"the connection for bytes is gone: {error}") from error
-        return True
 
-    @signals.whole
+    def expect(self, memory: torch.Tensor, chunks: Sequence[Chunk]) -> None:
+        """What comes next are these chunks of a slot, ``uint8 [slot_nbytes]``, in which they lie."""
+
     def fill(self) -> bool:
         """Take what has come. Returns whether everything that was expected is there.
 
         Raises:
-            PeerLost: the connection is gone.
+            PeerLost: the other end is gone, or nothing can come from it.
+        """
+
+    def close(self) -> None:
+        """Let go, soon: whatever still writes to a slot keeps it alive until then. May be called twice.
+
+        Who goes on gets slots of its own: a transfer that was cancelled may still write to these.
+        """
+
+    def forget(self) -> None:
+        """In a forked child: close the copies."""
+
+
+@dataclass(frozen=True, slots=True)
+class Carrier:
+    """How bytes get from one host to another: what makes the two ends of a flow.
+
+    Attributes:
+        name: what ``Sender(carrier=)`` says.
+        outflow: makes a sender's end.
+        inflow: makes a receiver's end, of a socket that is on its way to the sender and the token to show there.
+    """
+
+    name: str
+    outflow: Callable[[], Outflow]
+    inflow: Callable[[socket.socket, bytes], Inflow]
+
+
+class Greeting:
+    """What a receiver says first on a connection for bytes."""
+
+    def __init__(self, token: bytes) -> None:
+        self._unsaid = GREETING + token
+
+    @property
+    def pending(self) -> bool:
+        """Whether some of it is unsaid."""
+        return bool(self._unsaid)
+
+    @signals.whole
+    def say(self, connecting: socket.socket) -> bool:
+        """Say what the socket takes. Returns whether all of it is said.
+
+        Raises:
+            PeerLost: nobody is there.
         """
         try:
-            if not self.greet():
-                return False
-            while self._views:
-                count = self.socket.recv_into(self._views[0])
-                if not count:
-                    raise PeerLost("the connection for bytes ended")
-                if count == len(self._views[0]):
-                    self._views.popleft()
-                else:
-                    self._views[0] = self._views[0][count:]
+            while self._unsaid:
+                self._unsaid = self._unsaid[connecting.send(self._unsaid) :]
         except BlockingIOError:
             return False
         except OSError as error:
             raise PeerLost(f"the connection for bytes is gone: {error}") from error
         return True
-
-    def close(self) -> None:
-        """Let go. May be called twice."""
-        self._views.clear()
-        with contextlib.suppress(OSError):
-            self.socket.close()
-
-    def forget(self) -> None:
-        """In a forked child: close the copy."""
-        self.close()

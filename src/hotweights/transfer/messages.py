@@ -95,7 +95,8 @@ class Welcome(_Message, frozen=True):
     """The sender's first word; the memory of the slots and of the roll comes with it as a descriptor.
 
     ``timeout`` is the sender's patience with a single receiver; ``place`` is the receiver's in the roll. Between hosts
-    no descriptor comes: the receiver has slots of its own, and shows ``token`` on a second connection, for the bytes.
+    no descriptor comes: the receiver has slots of its own, and shows ``token`` on a second connection, for the bytes,
+    which the ``carrier`` brings.
     """
 
     slots: int
@@ -103,6 +104,7 @@ class Welcome(_Message, frozen=True):
     timeout: float
     place: int
     token: bytes = b""
+    carrier: str = ""
 
 
 class Offer(_Message, frozen=True):

@@ -18,10 +18,12 @@ from urllib.parse import urlsplit
 from .. import signals
 from ..errors import AddressTaken, TransferError, UsageError
 from ..notices import log
+from .carriers.table import CARRIERS, DEFAULT, carrier_of
 from .channel import Channel
 from .door import BACKLOG, PATIENCE, SILENT, Door, Guest
-from .flow import GREETING, TOKEN, Inflow, Outflow
+from .flow import GREETING, TOKEN, Carrier, Inflow
 from .keys import Keys
+from .messages import NAME
 from .network_channel import NetworkChannel
 from .states import Side
 from .tls import Tls
@@ -60,13 +62,14 @@ class NetworkEndpoint:
                 "network where everybody may do so, insecure=True goes without"
             )
 
-    def listen(self) -> Door:
+    def listen(self, carrier: str = DEFAULT) -> Door:
         """Listen.
 
         Raises:
             AddressTaken: somebody else does.
-            UsageError: this host has no such address.
+            UsageError: this host has no such address, or the carrier is unknown or not installed.
         """
+        by = carrier_of(carrier)
         addresses = _resolved(self._host, self._port)
         family, _, _, _, where = addresses[0]
         if not _is_loopback(self._host) and ipaddress.ip_address(str(where[0]).partition("%")[0]).is_loopback:
@@ -75,7 +78,7 @@ class NetworkEndpoint:
                 "name an address of a network that they are in"
             )
         context = None if self._keys is None else self._keys.serving((self._host, str(where[0])))
-        return NetworkDoor(self.address, self._host, family, where, context)
+        return NetworkDoor(self.address, self._host, family, where, context, by)
 
     def connect(self) -> Channel | None:
         """A channel that is being connected. A failure comes when it is read.
@@ -104,16 +107,19 @@ class NetworkEndpoint:
         context = self._keys.connecting((str(connecting.getsockname()[0]),))
         return Tls(context, server=False, host=self._host)
 
-    def flow(self, token: bytes) -> Inflow:
+    def flow(self, token: bytes, carrier: str) -> Inflow:
         """A connection for bytes, to the sender that gave this token.
 
         Raises:
-            TransferError: this process may open no more files, or the host's name is known no more.
+            TransferError: this process may open no more files, or the host's name is known no more; or the sender's
+                carrier is unknown here.
+            MissingPackage: the carrier needs a package that is not installed here.
         """
+        by = _told(carrier)
         connecting = self.reach()
         if connecting is None:
             raise TransferError(f"the name of {self._host} is not known any more")
-        return Inflow(connecting, token)
+        return by.inflow(connecting, token)
 
     def reach(self) -> socket.socket | None:
         """A socket on its way there; ``None`` while that cannot be. The caller closes it.
@@ -136,6 +142,16 @@ class NetworkEndpoint:
                 return None
             raise TransferError(f"nobody can connect to {self.address}: {os.strerror(code)}")
         return connecting
+
+
+def _told(carrier: str) -> Carrier:
+    """The carrier that a sender names."""
+    if carrier not in CARRIERS:
+        known = ", ".join(CARRIERS)
+        raise TransferError(
+            f"the sender's carrier is {carrier[:NAME]!r}, and this hotweights has {known}; install the same one on both"
+        )
+    return carrier_of(carrier)
 
 
 def _parted(address: str) -> tuple[str, int]:
@@ -195,8 +211,10 @@ class NetworkDoor:
         family: socket.AddressFamily,
         where: tuple[str | int, ...],
         context: ssl.SSLContext | None,
+        carrier: Carrier,
     ) -> None:
         self._context = context
+        self._carrier = carrier
         self._unknown: dict[socket.socket, _Stranger] = {}
         self._flows: weakref.WeakValueDictionary[bytes, Attached] = weakref.WeakValueDictionary()
         self._ranks: deque[tuple[socket.socket, Tls | None]] | None = None
@@ -232,7 +250,7 @@ class NetworkDoor:
             accepted.setblocking(False)
             self._unknown[accepted] = _Stranger()
             self._let_silent_go()
-        flow = Outflow()
+        flow = self._carrier.outflow()
         self._flows[flow.token] = flow
         return Guest(channel, f"somebody at {channel.host}", flow)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -20,6 +19,7 @@ from ..timeline import Timeline
 from .ballot import Ballot
 from .decision import Decision, Vote, of_lead
 from .doubts import Decided
+from .flow import Waitable
 from .messages import (
     REASON,
     SEAT_NAME,
@@ -375,7 +375,7 @@ class Outbound:
             raise self._outvoted()
         self._looked()
 
-    def _also(self) -> list[tuple[socket.socket, bool]]:
+    def _also(self) -> list[tuple[Waitable, bool]]:
         """What else to wait for."""
         return []
 

@@ -10,14 +10,16 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import msgspec
 import torch
 
 from .. import signals
 from ..errors import Closed, PeerLost, ProtocolError, TransferAborted, TransferError, TransferTimeout
 from ..text import some
+from .carriers.table import DEFAULT
 from .channel import Channel, close_in_children
 from .door import BACKLOG, PATIENCE, SILENT, Door, Endpoint
-from .flow import Outflow
+from .flow import Outflow, Waitable
 from .messages import NAME, Account, Chunk, Crew, Filled, Hello, Past, Wanted, Welcome
 from .roll import PLACES
 from .shared_memory import WriteSlots
@@ -101,8 +103,8 @@ class Peer:
         return tuple(f"{name} on {self.channel.host}" for name in self.crew) or (self.name,)
 
     @property
-    def waiting(self) -> socket.socket | None:
-        """The connection for its bytes, while some wait until it can be written to."""
+    def waiting(self) -> tuple[Waitable, bool] | None:
+        """What to wait for while bytes for it are unsent, and whether until it can be written to."""
         return None if self.flow is None else self.flow.waiting
 
     def hand_over(self, slot: int, memory: torch.Tensor, chunks: tuple[Chunk, ...], fill: int) -> None:
@@ -133,17 +135,21 @@ class Beside(Protocol):
 class PeerGroup:
     """Everybody who connected. One thread uses it; any may ``stop`` it. Owns its sockets; close it."""
 
-    def __init__(self, endpoints: Sequence[Endpoint], slots: WriteSlots, timeout: float) -> None:
+    def __init__(
+        self, endpoints: Sequence[Endpoint], slots: WriteSlots, timeout: float, carrier: str = DEFAULT
+    ) -> None:
+        """``carrier``: what brings bytes to receivers on other hosts."""
         self.peers: list[Peer] = []
         self._slots = slots
         self._timeout = timeout
+        self._carrier = carrier
         self._waker = Waker()
         self._stopped = False
         self._died: list[str] = []  # between two updates, of those that were ready; until ``gather`` has told it
         self._doors: list[Door] = []
         try:
             for endpoint in endpoints:
-                self._doors.append(endpoint.listen())
+                self._doors.append(endpoint.listen(carrier))
         except BaseException:
             self._waker.close()
             for door in self._doors:
@@ -246,7 +252,7 @@ class PeerGroup:
         seconds: float,
         *,
         listen: bool = False,
-        also: Iterable[tuple[socket.socket, bool]] = (),
+        also: Iterable[tuple[Waitable, bool]] = (),
     ) -> list[Peer]:
         """Wait until something comes from some of ``peers``, and return those. What is unsent goes out.
 
@@ -262,13 +268,13 @@ class PeerGroup:
         listed = list(peers)
         sockets = [*also, *((peer.channel.socket, peer.channel.unsent) for peer in listed)]
         flows = {peer: flow for peer in listed if (flow := peer.waiting) is not None}
-        sockets += [(flow, True) for flow in flows.values()]
+        sockets += flows.values()
         sockets += [(waiting, False) for door in self._doors for waiting in door.sockets()] if listen else []
         if not all(peer.channel.shares for peer in listed):
             seconds = min(seconds, _LOOK)
         ready = self._waker.wait(sockets, seconds, lambda: self._stopped)
         self.check_open()
-        flowing = {peer for peer, flow in flows.items() if flow.fileno() in ready}
+        flowing = {peer for peer, (flow, _) in flows.items() if flow.fileno() in ready}
         heard = [
             peer for peer in listed if peer.channel.socket.fileno() in ready or peer in flowing or peer.channel.is_due()
         ]
@@ -379,8 +385,9 @@ class PeerGroup:
                     if len(name) > NAME or not name.isprintable():
                         raise ProtocolError(f"a receiver's name has at most {NAME} printable characters")
                     peer.name = self._unique(f"{name} ({peer.name})")
-                token = b"" if peer.flow is None else peer.flow.token
-                welcome = Welcome(len(self._slots.memories), self._slots.slot_nbytes, self._timeout, peer.place, token)
+                welcome = Welcome(len(self._slots.memories), self._slots.slot_nbytes, self._timeout, peer.place)
+                if peer.flow is not None:
+                    welcome = msgspec.structs.replace(welcome, token=peer.flow.token, carrier=self._carrier)
                 peer.channel.send(welcome, descriptors=(self._slots.descriptor,) if peer.channel.shares else ())
         except (PeerLost, ProtocolError) as error:
             if peer.state is SessionState.CONNECTED:

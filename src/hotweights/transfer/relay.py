@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import socket
 import threading
 import time
 from collections import deque
@@ -33,6 +32,7 @@ from .connection import Connection
 from .decision import Decision, of_member
 from .doubts import forward, is_in_doubt, past_of
 from .endpoint import endpoint_of, endpoints_of, is_local
+from .flow import Waitable
 from .messages import (
     Abort,
     Accept,
@@ -172,7 +172,7 @@ class Relay:
             connection.rest()
         slots = self._made[0].shared
         # Workers may have to wait while the sender waits for other hosts.
-        group = self._group = PeerGroup(self._doors, slots, connection.patience + self._timeout)
+        group = self._group = PeerGroup(self._doors, slots, connection.patience + self._timeout, connection.carrier)
         while True:
             self._connection.check_open()
             workers = group.connected()
@@ -382,7 +382,7 @@ class Onward(Outbound):
 
     # Waiting.
 
-    def _also(self) -> list[tuple[socket.socket, bool]]:
+    def _also(self) -> list[tuple[Waitable, bool]]:
         return [] if self._over else self._connection.awaited()
 
     def _looked(self) -> None:

@@ -32,8 +32,9 @@ from ..sources.state_dict import StateSource, check_whole
 from ..text import some
 from ..timeline import Timeline
 from .audience import Audience
+from .carriers.table import DEFAULT, carrier_of
 from .copying import wrapped
-from .endpoint import endpoints_of
+from .endpoint import any_remote, endpoints_of
 from .outbound import Outbound
 from .publication import Publication, check_none_connects
 from .register_table import register_of
@@ -73,6 +74,7 @@ class Sender:
         keys: str | os.PathLike[str] | None = None,
         insecure: bool = False,
         decision: str | None = None,
+        carrier: str = DEFAULT,
         keep: int | None = None,
         store: object = None,
         group: Any = None,
@@ -97,6 +99,8 @@ class Sender:
             decision: where decisions are written once: ``file:///DIRECTORY``, which all hosts see at that path,
                 ``s3://BUCKET/FOLDER`` or ``etcd://HOST:PORT/PREFIX``. Members that lose this process read it there.
                 Without it those on other hosts are in doubt then.
+            carrier: how bytes get to other hosts, docs/hosts.md: ``"sockets"``; ``"pg"``, a group of torch.distributed
+                for each receiver; or ``"nixl"``. Receivers and relays are told.
             keep: where versions are published: how many stay there, 3 by default; older ones are deleted.
             store: of an address in a store: options, or a store of obstore, see ``hotweights.open``.
             group: the process group of a sharded trainer, each rank of which makes a sender, docs/sharded-trainers.md.
@@ -106,6 +110,7 @@ class Sender:
         Raises:
             AddressTaken: another sender is there; the message says which process.
             UsageError: the address or an option is wrong.
+            MissingPackage: the carrier needs a package that is not installed.
             TransferTimeout: not all ranks of ``group`` came.
         """
         check_choices(on_lost=(on_lost, OnLost))
@@ -126,6 +131,7 @@ class Sender:
                 keys=(keys, None),
                 insecure=(insecure, False),
                 decision=(decision, None),
+                carrier=(carrier, DEFAULT),
                 group=(group, None),
             )
             self._way = Publication(address, keep=keep, store=store, timeout=timeout)  # type: ignore[arg-type]
@@ -135,6 +141,11 @@ class Sender:
             register = None if decision is None else register_of(decision)
             if register is not None:
                 register.probe()
+            carrier_of(carrier)  # What is not installed is said before anything is held.
+            if carrier != DEFAULT and not any_remote(address):
+                raise UsageError(
+                    f"carrier= is for receivers on other hosts, and {address!r} is on this one; leave it out"
+                )
             endpoints = endpoints_of(address, keys=keys, insecure=insecure)  # type: ignore[arg-type]
             audience = partial(
                 Audience,
@@ -145,6 +156,7 @@ class Sender:
                 timeout=timeout,
                 digests=digests,
                 drop=on_lost == "drop",
+                carrier=carrier,
                 register=register,
             )
             self._ranks = None if group is None else ranks_in(group, endpoints, timeout, compare_copies)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import select
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -12,6 +11,7 @@ from contextlib import contextmanager
 
 from .. import signals
 from ..errors import TransferError, TransferTimeout
+from .flow import Waitable
 
 _LONGEST = 1e6  # seconds; the kernel counts milliseconds in an int. Longer waits return early, and are repeated
 
@@ -62,7 +62,7 @@ class Waker:
 
     def wait(
         self,
-        sockets: Iterable[tuple[socket.socket, bool]],
+        sockets: Iterable[tuple[Waitable, bool]],
         seconds: float,
         stop: Callable[[], bool] = bool,
     ) -> set[int]:

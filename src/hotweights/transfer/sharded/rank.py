@@ -13,6 +13,7 @@ import torch
 from ... import signals
 from ...errors import Closed, PeerLost, ProtocolError, TransferError, TransferTimeout, UsageError
 from ...memory.host import host_empty
+from ..flow import Waitable
 from ..peers import told
 from ..report import SendReport
 from ..waits import Waker, left
@@ -306,17 +307,17 @@ class Rank:
 
     def _listen(self, seconds: float) -> None:
         """Wait for a word, and send what waits."""
-        sockets = [(self._link.socket, self._link.unsent)]
+        sockets: list[tuple[Waitable, bool]] = [(self._link.socket, self._link.unsent)]
         flow = self.slots.flow if isinstance(self.slots, FarSlots) else None
         if flow is not None and flow.waiting is not None:
-            sockets.append((flow.waiting, True))
+            sockets.append(flow.waiting)
         # A link between hosts is looked at each second.
         self._wait(sockets, seconds if self._link.shares else min(seconds, _LOOK))
         self._link.flush()
         if flow is not None:
             flow.flush()
 
-    def _wait(self, sockets: list[tuple[Any, bool]], seconds: float) -> None:
+    def _wait(self, sockets: list[tuple[Waitable, bool]], seconds: float) -> None:
         self._waker.wait(sockets, seconds, lambda: self._stopped)
         if self._stopped:
             raise Closed("the sender was closed")

@@ -15,9 +15,9 @@ from msgspec.structs import replace
 from ... import signals
 from ...boxes import Box, row_major, view
 from ...errors import PeerLost, ProtocolError
-from ...memory.addresses import buffer
+from ..carriers.sockets import SocketOutflow
 from ..channel import close_in_children
-from ..flow import GREETING, TOKEN, Outflow
+from ..flow import GREETING, TOKEN, bytes_of
 from .words import Task
 
 _HEADER = struct.Struct("<QIQ")  # round, slot, bytes that follow
@@ -58,13 +58,8 @@ def is_dense(lengths: Sequence[int], strides: Sequence[int]) -> bool:
     return True
 
 
-def _bytes(memory: torch.Tensor, start: int, stop: int) -> memoryview:
-    """Whoever keeps this keeps the memory."""
-    return memoryview(buffer(memory.data_ptr() + start, stop - start)).cast("B")
-
-
 @signals.held_throughout
-class RankOutflow(Outflow):
+class RankOutflow(SocketOutflow):
     """The rank's end. It never blocks."""
 
     def __init__(self, connecting: socket.socket, token: bytes) -> None:
@@ -77,7 +72,7 @@ class RankOutflow(Outflow):
         """Send what packed tasks have made of a slot, which must not change before the lead has it."""
         stretches = [stretch_of(task) for task in tasks]
         self._views.append(memoryview(_HEADER.pack(round, slot, sum(stop - start for start, stop in stretches))))
-        self._views.extend(_bytes(memory, start, stop) for start, stop in stretches if stop > start)
+        self._views.extend(bytes_of(memory, start, stop) for start, stop in stretches if stop > start)
 
 
 class _Coming:
@@ -95,7 +90,7 @@ class _Coming:
                 continue
             self._run(begin, end)
             begin = end
-            self.views.append(_bytes(memory, part.offset, part.offset + part.nbytes))
+            self.views.append(bytes_of(memory, part.offset, part.offset + part.nbytes))
         self._run(begin, end)
         self.nbytes = sum(part.nbytes for part in landings)
 
@@ -105,7 +100,7 @@ class _Coming:
 
     def _run(self, begin: int, end: int) -> None:
         if end > begin:
-            self.views.append(_bytes(self._scratch, begin, end))
+            self.views.append(bytes_of(self._scratch, begin, end))
 
     def settle(self) -> None:
         """Everything came: put what did not come straight into its place."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from ...errors import TransferAborted, UsageError
 from ...manifest import Manifest
 from ...ranges import Range, scaled
 from ...timeline import Timeline
+from ..flow import Waitable
 from ..messages import Chunk, Offer, described
 from ..outbound import Outbound
 from ..peers import Peer, PeerGroup
@@ -220,8 +220,8 @@ class ShardedOutbound(Outbound):
     def _look(self, seconds: float = 0.0) -> None:
         super()._look(min(seconds, TICK))
 
-    def _also(self) -> list[tuple[socket.socket, bool]]:
-        return self._lead.sockets()
+    def _also(self) -> list[tuple[Waitable, bool]]:
+        return list(self._lead.sockets())
 
     def _looked(self) -> None:
         for rank, word in self._lead.heard():

@@ -1,0 +1,1 @@
+"""How bytes get from one host to another, by name: ``table``."""
