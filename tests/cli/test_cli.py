@@ -53,7 +53,7 @@ def test_commands_and_flags():
         *"--to --receivers --version --on-lost --digests --no-digests --keys --insecure --trace".split()
     }
     assert flags("receive") == shared | allowing | {
-        *"--from --model --device --versions --offer-timeout --keys --insecure".split()
+        *"--from --model --device --versions --offer-timeout --keys --insecure --relay".split()
     }
     assert flags("resolve") == {*"--keys --insecure --wait --commit --abort --json --help".split()}
     assert flags("relay") == {*"--from --to --keys --insecure --name --timeout --help".split()}
