@@ -73,7 +73,7 @@ def test_commands_and_flags():
         *"--versions --interval --timeout --latest --marker --pattern --json --help".split(),
     }
     assert flags("plan") == {
-        *"--model --order --explain --save --limit --json --help".split(),
+        *"--model --order --explain --save --limit --fleet --json --help".split(),
         *allowing,
         *("--variant", "--subfolder"),
     }

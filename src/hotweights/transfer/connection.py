@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from .. import signals
-from ..errors import Closed, PeerLost, ProtocolError, TransferError, TransferTimeout
+from ..errors import Closed, PeerLost, ProtocolError, TransferError, TransferTimeout, UsageError
 from .channel import Channel
 from .decision import Decision
 from .door import Endpoint
@@ -346,7 +346,11 @@ class Connection:
         """The next frame, if it is there; one that says what a slot holds, when the slot holds it."""
         slots = self._slots
         if not isinstance(slots, OwnSlots):
-            return channel.read()
+            try:
+                return channel.read()
+            except UsageError:  # Nobody can ever be there. The next try begins anew.
+                self.drop()
+                raise
         if self._filling is None:
             frame = channel.read()
             if frame is None or not isinstance(frame.message, Filled):

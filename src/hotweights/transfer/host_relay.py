@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import logging
@@ -15,7 +16,8 @@ import threading
 from pathlib import Path
 
 from .. import signals
-from ..errors import HotweightsError, TransferError, UsageError
+from ..errors import HotweightsError, ProtocolError, TransferError, UsageError
+from ..notices import log
 from .address import UnixEndpoint, check_directory, same_file
 from .channel import Channel, close_in_children
 from .door import Door
@@ -71,16 +73,17 @@ class HostRelay:
         self._unix = UnixEndpoint(f"unix:{self._folder / 'socket'}")
         self._used = -1
         self._waiting = False  # for a relay that somebody started
+        self._told = ""  # what was logged of the relay last
         self._closed = False
         close_in_children(self)
 
-    def listen(self) -> Door:
+    def listen(self, carrier: str = "") -> Door:
         """It is for receivers."""
         raise UsageError(f"nobody listens through a relay; listen at {self.address}")
 
-    def flow(self, token: bytes) -> Inflow:
+    def flow(self, token: bytes, carrier: str = "") -> Inflow:
         """There is none: the relay shares its memory."""
-        return self._unix.flow(token)
+        raise ProtocolError("the relay gave a token for bytes, which lie in memory that both share")
 
     def connect(self) -> Channel | None:
         """A channel to the relay; ``None`` while it is being started, or waits for the sender itself.
@@ -150,6 +153,7 @@ class HostRelay:
         try:
             if not _locked(lock, fcntl.LOCK_EX):  # Somebody else's is being started, or it waits for the sender.
                 self._waiting = True
+                self._tell()
                 return
             waited, self._waiting = self._waiting, False
             if waited and (said := self._said()):
@@ -178,6 +182,14 @@ class HostRelay:
                 )
         except (OSError, subprocess.SubprocessError) as error:
             raise TransferError(f"this host's relay cannot be started: {error}") from error
+
+    def _tell(self) -> None:
+        """Log what the relay says of the sender, but that it is not there yet."""
+        with contextlib.suppress(OSError):
+            *_, line = ["", *(self._folder / "said").read_text(errors="replace").splitlines()]
+            if line.startswith(_WARNING) and line != self._told and os.strerror(errno.ECONNREFUSED) not in line:
+                self._told = line
+                log(logging.WARNING, "this host's %s", line)
 
     def _said(self) -> str:
         """Why the relay ended; empty if it did not say so."""
