@@ -17,10 +17,15 @@ DOCS_BIN := $(DOCS_VENV)/bin
 WORKERS ?= $(shell n=$$(env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n : 8)))
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo model-dir test test-all test-vllm test-vllm-part test-sglang refit-vllm test-trl test-trl-part grpo-trl test-verl test-verl-part check lint docs bench soak clean
+.PHONY: demo demo-hosts model-dir test test-all test-vllm test-vllm-part test-sglang refit-vllm test-trl test-trl-part grpo-trl test-verl test-verl-part check lint docs bench soak clean
 
 demo: $(VENV)/.installed
 	$(BIN)/hotweights demo
+
+# As root: a trainer and four workers on three hosts that are network namespaces; a cut link, a killed host. A minute.
+demo-hosts: $(VENV)/.installed
+	@mkdir -p build
+	OMP_NUM_THREADS=1 $(BIN)/python examples/demo_hosts.py --plot build/demo-hosts.svg --trace build/demo-hosts.json
 
 # The weights of the demo, by the name that they have on all pages.
 model-dir: $(VENV)/.installed

@@ -7,7 +7,7 @@ import os
 import time
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
@@ -16,6 +16,7 @@ from .text import some
 
 _LINES = 5  # of a breakdown
 _ROUNDING = 1e-9  # seconds
+_ABOVE_PIDS = 1 << 32  # numbers of tracks, which no process has
 _Item = TypeVar("_Item")
 
 
@@ -91,6 +92,7 @@ def save_events(
     of: str,
     who: str = "",
     since_epoch: float = 0.0,
+    tracks: Mapping[str, Iterable[TimelineEvent]] | None = None,
 ) -> None:
     """Write events in the Chrome trace format, for ``chrome://tracing`` or ui.perfetto.dev.
 
@@ -104,6 +106,7 @@ def save_events(
         of: the version.
         who: did it; the number of the process is added.
         since_epoch: when that began, see ``Timeline``.
+        tracks: of others, by name, with a row for each ``of``.
     """
     events, process = list(events), os.getpid()
     shown = [TimelineEvent(deed, of, 0.0, max(map(_end, events), default=0.0)), *events]
@@ -122,10 +125,25 @@ def save_events(
     ]
     try:
         with open(path, "w") as file:
-            json.dump({"traceEvents": [*titles, *spans, *counters]}, file)
+            json.dump({"traceEvents": [*titles, *spans, *counters, *_of_others(tracks or {}, since_epoch)]}, file)
     except OSError as error:
         error.filename = error.filename or os.fspath(path)  # A full disk names no file.
         raise
+
+
+def _of_others(tracks: Mapping[str, Iterable[TimelineEvent]], since_epoch: float) -> list[dict[str, object]]:
+    found: list[dict[str, object]] = []
+    for name, own in tracks.items():
+        events, process = list(own), _ABOVE_PIDS + zlib.crc32(name.encode())
+        found.append(_title("process_name", process, 0, name))
+        rows = {event.of: zlib.crc32(event.of.encode()) for event in events}
+        found += [_title("thread_name", process, row, of) for of, row in rows.items()]
+        found += [
+            {"name": event.what, "cat": event.what, "ph": "X", "pid": process, "tid": rows[event.of]}
+            | {"ts": _microseconds(since_epoch + event.start), "dur": event.seconds * 1e6}
+            for event in events
+        ]
+    return found
 
 
 def _title(kind: str, process: int, row: int, name: str) -> dict[str, object]:

@@ -50,10 +50,10 @@ def test_commands_and_flags():
         {*"--allow-missing --allow-unexpected --allow-mismatched --cast".split()},
     )
     assert flags("send") == shared | {
-        *"--to --receivers --version --on-lost --digests --no-digests --keys --insecure".split()
+        *"--to --receivers --version --on-lost --digests --no-digests --keys --insecure --trace".split()
     }
     assert flags("receive") == shared | allowing | {
-        *"--from --model --device --versions --offer-timeout --keys --insecure".split()
+        *"--from --model --device --versions --offer-timeout --keys --insecure --relay".split()
     }
     assert flags("resolve") == {*"--keys --insecure --wait --commit --abort --json --help".split()}
     assert flags("relay") == {*"--from --to --keys --insecure --name --timeout --help".split()}
@@ -73,7 +73,7 @@ def test_commands_and_flags():
         *"--versions --interval --timeout --latest --marker --pattern --json --help".split(),
     }
     assert flags("plan") == {
-        *"--model --order --explain --save --limit --json --help".split(),
+        *"--model --order --explain --save --limit --fleet --json --help".split(),
         *allowing,
         *("--variant", "--subfolder"),
     }

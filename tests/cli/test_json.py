@@ -14,7 +14,19 @@ from hotweights.cli import COMMANDS, app
 from hotweights.testing import write_checkpoint
 
 PAGE = Path(__file__).parents[2] / "docs" / "ci.md"
-BY_NAME = {"metadata", "dtypes", "left", "fates", "casts", "tensors", "bytes_by_io", "steps", "mismatched", "tied"}
+BY_NAME = {
+    "phases",
+    "metadata",
+    "dtypes",
+    "left",
+    "fates",
+    "casts",
+    "tensors",
+    "bytes_by_io",
+    "steps",
+    "mismatched",
+    "tied",
+}
 BY_NAME |= {"waited"}
 
 

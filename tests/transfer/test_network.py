@@ -1,6 +1,7 @@
 """Between hosts: the same contract over TCP; whoever dies, one version or a doubt by name; strangers stay out."""
 
 import contextlib
+import errno
 import itertools
 import logging
 import os
@@ -25,7 +26,7 @@ from hotweights.transfer.channel import Channel
 from hotweights.transfer.decision import Decision
 from hotweights.transfer.endpoint import endpoint_of
 from hotweights.transfer.flow import GREETING, TOKEN, stretches
-from hotweights.transfer.messages import PROTOCOL, Chunk, Filled, Hello, encode
+from hotweights.transfer.messages import PROTOCOL, Accept, Chunk, Filled, Hello, Wanted, encode
 from hotweights.transfer.network_channel import NetworkChannel
 from hotweights.transfer.outbound import Outbound
 from hotweights.transfer.states import SessionState, Side
@@ -321,6 +322,47 @@ def test_who_says_half_of_something_does_not_stay(words, address, monkeypatch):
         assert not sending._way._group.peers
 
 
+def test_who_said_hello_and_drips_the_rest_is_lost_in_its_time_and_the_others_go_on(address, caplog):
+    """One sends its answer a byte at a time, and one never shows its token."""
+    answer = encode(1, Accept((Wanted(0),)))[:-1]
+
+    def drip():
+        with (
+            contextlib.closing(NetworkChannel(connected(address), Side.RECEIVER, None)) as slow,
+            contextlib.closing(connected(address)) as flow,
+        ):
+            slow.send(Hello(4711, "slow"))
+            while (frame := slow.read()) is None:
+                pass
+            flow.sendall(GREETING + frame.message.token)
+            while (frame := slow.read()) is None:
+                pass
+            with contextlib.suppress(OSError):
+                for byte in itertools.cycle(answer):
+                    slow.socket.send(bytes([byte]))
+
+    with sender(address, receivers=2, timeout=1.0, on_lost="drop") as sending:
+        threads = [Thread(drip), Thread(take, address)]
+        report = sending.send(CONTENT, version=1)
+        ((name, why),) = report.lost.items()
+        assert name.startswith("slow (process 4711 on 127.0.0.1")
+        assert why == "it did not answer the offer within 1 s" or "frame" in why
+        assert threads[1].result().keys() == CONTENT.keys()
+        threads[0].result()
+
+
+def test_who_says_hello_and_never_comes_for_its_bytes_does_not_stay(address):
+    with sender(address, timeout=0.05) as sending, contextlib.closing(connected(address)) as slow:
+        slow.sendall(encode(0, Hello(1)))
+        with pytest.raises(hw.TransferTimeout, match=r"0 of 1 receivers"):
+            sending.send(CONTENT, version=1)
+        (peer,) = sending._way._group.peers
+        peer.since -= 60.0
+        with pytest.raises(hw.TransferTimeout, match="it never connected for its bytes"):
+            sending.send(CONTENT, version=1)
+        assert not sending._way._group.peers
+
+
 def test_a_token_is_good_once(address):
     with contextlib.closing(endpoint_of(address).listen()) as door, contextlib.ExitStack() as stack:
         clients = [stack.enter_context(contextlib.closing(connected(address))) for _ in range(3)]
@@ -464,6 +506,48 @@ def test_a_name_that_means_this_host_only_is_refused(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(socket.AF_INET, 1, 6, "", ("127.0.1.1", 7600))])
     with pytest.raises(hw.UsageError, match=rf"trainer is 127.0.1.1 on this host, {socket.gethostname()}, and other"):
         hw.Sender("tcps://trainer:7600", insecure=True)
+
+
+def test_a_name_that_means_the_receivers_own_host_is_told_at_once(monkeypatch):
+    """As where /etc/hosts was copied from the trainer: nobody will ever listen there."""
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(socket.AF_INET, 1, 6, "", ("127.0.1.1", 1))])
+    here = socket.gethostname()
+    with receiver("tcps://trainer:1", insecure=True) as source:
+        with pytest.raises(
+            hw.UsageError, match=rf"trainer is 127.0.1.1 on this host, {here}, which is this host itself"
+        ):
+            source.leases()
+        monkeypatch.undo()
+        with sender("tcps://0.0.0.0:0", insecure=True) as sending:  # What is reached is taken.
+            where = ("127.0.0.1", int(sending.address.rpartition(":")[2]))
+            monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(socket.AF_INET, 1, 6, "", where)])
+            thread = Thread(lambda: source.connect(TIMEOUT))
+            while thread.is_alive():
+                assert len(sending.connected) <= 1
+            assert thread.result()
+
+
+@pytest.mark.parametrize("when", ["at once", "later"])
+def test_a_host_that_cannot_be_reached_is_told_at_once_with_both_names(when, monkeypatch, caplog):
+    code = errno.EHOSTUNREACH
+    if when == "at once":
+        monkeypatch.setattr(socket.socket, "connect_ex", lambda *_: code)
+    else:  # As it is where no host answers on the network's own wire.
+        monkeypatch.setattr(socket.socket, "connect_ex", lambda *_: errno.EINPROGRESS)
+
+        def unreachable(*_):
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr(socket.socket, "recvmsg", unreachable, raising=False)
+    with (
+        receiver("tcps://192.0.2.1:7600", insecure=True, offer_timeout=0.5) as source,
+        caplog.at_level(logging.WARNING, "hotweights"),
+        pytest.raises(hw.TransferTimeout) as raised,
+    ):
+        source.leases()
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith(f"this host, {socket.gethostname()}, cannot reach 192.0.2.1 (192.0.2.1): No route to host")
+    assert when == "at once" or "cannot reach 192.0.2.1" in str(raised.value)
 
 
 def test_an_address_of_another_host_is_refused():

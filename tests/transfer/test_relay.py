@@ -1,6 +1,8 @@
 """Through a relay it is as without one: the contract, the decision, whoever dies; and each byte comes once."""
 
 import contextlib
+import itertools
+import json
 import os
 import signal
 
@@ -120,8 +122,8 @@ def take(address, **options):
         return dict(source.tensors())
 
 
-def test_each_byte_crosses_the_network_once(trainer, worker):
-    """Three workers on one host: two want all, one has a slice; and one on this host, beside the relay."""
+def test_each_byte_crosses_the_network_once(trainer, worker, tmp_path):
+    """Three workers on one host: two want all, one has a slice; and one beside the relay. The report says it."""
     content = {"w": torch.arange(40_000.0).view(200, 200), "v": torch.arange(7)}
 
     def cut():
@@ -142,6 +144,23 @@ def test_each_byte_crosses_the_network_once(trainer, worker):
         assert torch.equal(threads[2].result(), content["w"][:, 100:])
     nbytes = sum(tensor.nbytes for tensor in content.values())
     assert 2 * nbytes <= report.network_nbytes < 2 * nbytes + 16_000  # to the relay, and to the one without
+    (host,) = report.hosts
+    assert (host.host, host.workers, host.network_nbytes) == ("127.0.0.1", 4, report.network_nbytes)
+    assert report.shared_nbytes == 2 * nbytes + 80_000  # of the three behind the relay
+    assert len(host.members) == 2
+    assert list(host.phases) == ["answer the offer", "take bytes", "prepare", "commit"]
+    assert report.slowest in host.members
+    report.save_timeline(tmp_path / "send.json")
+    events = json.loads((tmp_path / "send.json").read_text())["traceEvents"]
+    (track,) = (event["pid"] for event in events if event.get("args") == {"name": "host 127.0.0.1"})
+    rows = {event["args"]["name"] for event in events if event["pid"] == track and event["name"] == "thread_name"}
+    assert rows == set(host.members)
+    spans = [event for event in events if event["pid"] == track and event["ph"] == "X"]
+    assert sorted(span["name"] for span in spans) == sorted([*host.phases] * 2)
+    for row in {span["tid"] for span in spans}:  # They follow one another.
+        own = sorted((span["ts"], span["ts"] + span["dur"]) for span in spans if span["tid"] == row)
+        assert all(end <= start + 1 for (_, end), (start, _) in itertools.pairwise(own))
+    assert "127.0.0.1: " in str(report)
     assert len(report.committed) == 4
     assert any(name.startswith(f"cut (process {os.getpid()}") for name in report.committed)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import pytest
 import torch
@@ -46,6 +47,7 @@ def test_for_programs_it_is_what_json_can_hold():
         "warnings": ["the file is new"],
         "events": [],
         "network_nbytes": 0,
+        "hosts": [],
         "since_epoch": 0.0,
         "published": None,
     }
@@ -127,7 +129,10 @@ def test_both_ends_tell_where_their_time_went(digests, renamed, address, tmp_pat
         report.save_timeline(tmp_path / "timeline.json")
         saved = json.loads((tmp_path / "timeline.json").read_text())["traceEvents"]
         deed = "update" if report is took else "send"
-        assert [event["cat"] for event in saved if event["ph"] == "X"] == [deed, *(e.what for e in report.events)]
+        own = [event["cat"] for event in saved if event["ph"] == "X" and event["pid"] == os.getpid()]
+        assert own == [deed, *(e.what for e in report.events)]
+    (host,) = sent.hosts
+    assert (host.host, host.workers, host.network_nbytes, host.shared_nbytes) == ("", 1, 0, sent.nbytes)
     assert (saved[0]["name"], saved[0]["args"]["name"].split()[0]) == ("process_name", "rank0")
 
 

@@ -26,6 +26,14 @@ Checkpoint = Annotated[
     str,
     typer.Argument(help="A safetensors file, a checkpoint directory, an index, a hub cache.", callback=named),
 ]
+CheckpointOrNone = Annotated[
+    str | None,
+    typer.Argument(
+        help="A safetensors file, a checkpoint directory, an index, a hub cache.",
+        metavar="PATH",
+        callback=lambda path: None if path is None else named(path),
+    ),
+]
 Checkpoints = Annotated[
     list[str] | None,
     typer.Argument(

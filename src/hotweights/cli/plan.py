@@ -10,6 +10,7 @@ import typer
 from ..errors import PlanFileError
 from ..text import columns
 from . import flags
+from .fleet import print_fleet
 from .noise import hide_noise
 from .outcome import ending, print_json
 from .output import is_plan, may_write
@@ -19,10 +20,11 @@ if TYPE_CHECKING:
 
 
 def plan(
-    path: flags.Checkpoint,
+    path: flags.CheckpointOrNone = None,
     model: Annotated[
-        str, typer.Option(help="A directory with the config.json of a transformers model, or package.module:factory.")
-    ],
+        str | None,
+        typer.Option(help="A directory with the config.json of a transformers model, or package.module:factory."),
+    ] = None,
     order: Annotated[
         Literal["layer", "file", "given"], typer.Option(help="Read layer by layer, as in the files, or as traced.")
     ] = "file",
@@ -35,9 +37,18 @@ def plan(
     cast: flags.Casts = None,
     variant: flags.Variant = None,
     subfolder: flags.Subfolder = None,
+    fleet: Annotated[
+        str | None,
+        typer.Option(help="Instead: what a version costs between many hosts, on paper, such as hosts=125,gbits=400."),
+    ] = None,
     as_json: flags.Json = False,
 ) -> None:
     """Plan the loading of a checkpoint into a model from a config or a factory. No weight is read or written."""
+    if fleet is not None:
+        print_fleet(fleet, path, as_json)
+        return
+    if path is None or model is None:
+        raise typer.BadParameter("a checkpoint is needed, and --model; or --fleet", param_hint="PATH")
     with ending(as_json=as_json, about={"path": path}):
         may_write("--save", save, is_plan)
         hide_noise()

@@ -26,6 +26,9 @@ def receive(
     offer_timeout: Annotated[float, typer.Option(help="Seconds to wait for the next version.")] = 3600.0,
     keys: flags.Keys = None,
     insecure: flags.Insecure = False,
+    relay: Annotated[
+        bool, typer.Option("--relay", help="Share the network with all on this host that say so, through one relay.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document for each version.")] = False,
 ) -> None:
     """Build a model from its config and take versions into it, in place, all or nothing. The model is thrown away."""
@@ -35,7 +38,9 @@ def receive(
         from ..live.model import LiveModel
         from ..transfer.receiver import Receiver
 
-        with Receiver(sender, timeout=timeout, offer_timeout=offer_timeout, keys=keys, insecure=insecure) as source:
+        with Receiver(
+            sender, timeout=timeout, offer_timeout=offer_timeout, keys=keys, insecure=insecure, relay=relay
+        ) as source:
             built = transformers.build(model)
             live = LiveModel(built)
             for number in range(versions):

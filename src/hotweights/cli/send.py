@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -22,6 +23,10 @@ def send(
     digests: Annotated[bool, typer.Option(help="Compare digests of what was sent and what was copied.")] = True,
     keys: flags.Keys = None,
     insecure: flags.Insecure = False,
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="Write what the time was spent on, with a track for each host, for a trace viewer."),
+    ] = None,
     as_json: flags.Json = False,
 ) -> None:
     """Send a checkpoint to the receivers that connect: all of them take it, or none. Report what was sent."""
@@ -42,6 +47,8 @@ def send(
             ) as sender,
         ):
             report = sender.send(source, version=str(path) if version is None else version)
+            if trace is not None:
+                report.save_timeline(trace)
             if as_json:
                 print_json({"path": path, **report.as_dict()})
             else:

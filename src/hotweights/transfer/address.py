@@ -153,7 +153,7 @@ class Listener:
         self._ours: list[str] = []  # what close removes
         self.socket = _socket()
         try:
-            _check_directory(os.path.dirname(self._path))
+            check_directory(os.path.dirname(self._path))
             self._lock = _lock(self._path)
             self._ours.append(_lock_path(self._path))
             _remove_stale(self._path)
@@ -226,7 +226,12 @@ def _lock_path(path: str) -> str:
     return f"{path}.lock"
 
 
-def _check_directory(directory: str) -> None:
+def check_directory(directory: str) -> None:
+    """See that a directory is there, and this user's alone; make it if need be.
+
+    Raises:
+        UsageError: it is not, or cannot be made.
+    """
     try:
         os.mkdir(directory, 0o700)
     except FileExistsError:
@@ -257,7 +262,7 @@ def _lock(path: str) -> int:
                 holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "one that just started"
                 os.close(descriptor)
                 raise AddressTaken(f"{path} is held by another sender, process {holder}") from None
-            if _same_file(descriptor, _lock_path(path)):
+            if same_file(descriptor, _lock_path(path)):
                 break
             os.close(descriptor)  # Its holder removed it between our open and our lock: a lock on it excludes nobody.
         os.ftruncate(descriptor, 0)
@@ -266,7 +271,8 @@ def _lock(path: str) -> int:
         return descriptor
 
 
-def _same_file(descriptor: int, path: str) -> bool:
+def same_file(descriptor: int, path: str) -> bool:
+    """Whether the descriptor is of the file that lies at the path now."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False))
     except FileNotFoundError:

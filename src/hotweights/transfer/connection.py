@@ -347,7 +347,11 @@ class Connection:
         """The next frame, if it is there; one that says what a slot holds, when the slot holds it."""
         slots = self._slots
         if not isinstance(slots, OwnSlots):
-            return channel.read()
+            try:
+                return channel.read()
+            except UsageError:  # Nobody can ever be there. The next try begins anew.
+                self.drop()
+                raise
         if self._filling is None:
             frame = channel.read()
             if frame is None or not isinstance(frame.message, Filled):

@@ -33,6 +33,8 @@ RANK = b"\0rank"
 
 _WHOLE = len(GREETING) + TOKEN
 _LOGGED = 100  # different complaints that are logged, of one sender
+_SYNS = 2  # sent again so often: some seven seconds, and then it is said that nobody answers
+_UNREACHABLE = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ETIMEDOUT, errno.EHOSTDOWN)
 _AGAIN = (errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET)
 
 
@@ -54,6 +56,8 @@ class NetworkEndpoint:
         """
         self.address = address
         self._host, self._port = _parted(address)
+        self._where = ""  # as last looked up
+        self._told: set[str] = set()  # why it could not be reached
         self._keys = None if keys is None else Keys(keys)
         if keys is None and not insecure and not _is_loopback(self._host):
             raise UsageError(
@@ -91,7 +95,7 @@ class NetworkEndpoint:
         if connecting is None:
             return None
         try:
-            return NetworkChannel(connecting, Side.RECEIVER, self.tls(connecting))
+            return NetworkChannel(connecting, Side.RECEIVER, self.tls(connecting), failed=self._failed)
         except BaseException:
             connecting.close()
             raise
@@ -131,17 +135,41 @@ class NetworkEndpoint:
             family, _, _, _, where = _resolved(self._host, self._port)[0]
         except UsageError:
             return None  # The name may be given when the sender starts, as Kubernetes does.
+        self._where = str(where[0])
         try:
             connecting = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
         except OSError as error:
             raise TransferError(f"no socket can be had: {error}") from error
+        with contextlib.suppress(OSError):
+            connecting.setsockopt(socket.IPPROTO_TCP, socket.TCP_SYNCNT, _SYNS)
         code = connecting.connect_ex(where)
         if code not in (0, errno.EINPROGRESS):
             connecting.close()
+            self._failed(code)
             if code in _AGAIN:
                 return None
             raise TransferError(f"nobody can connect to {self.address}: {os.strerror(code)}")
         return connecting
+
+    def _failed(self, code: int) -> str:
+        """Words for why no connection came to be; empty if there are no better ones. They are logged once: it may pass.
+
+        Raises:
+            UsageError: the name means this host itself, where nobody listens.
+        """
+        here = socket.gethostname()
+        if code == errno.ECONNREFUSED and not _is_loopback(self._host) and _is_loopback(self._where):
+            raise UsageError(
+                f"{self._host} is {self._where} on this host, {here}, which is this host itself, and nobody listens "
+                f"here; a line of /etc/hosts may say so. Give {self._host} its address on the network, or name that"
+            )
+        if code not in _UNREACHABLE:
+            return ""
+        reason = f"this host, {here}, cannot reach {self._host} ({self._where}): {os.strerror(code)}"
+        if reason not in self._told:
+            self._told.add(reason)
+            log(logging.WARNING, "%s; it is tried again", reason)
+        return reason
 
 
 def _told(carrier: str) -> Carrier:

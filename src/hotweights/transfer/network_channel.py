@@ -6,6 +6,7 @@ import contextlib
 import socket
 import struct
 import time
+from collections.abc import Callable
 
 from .. import signals
 from ..errors import PeerLost, ProtocolError
@@ -30,8 +31,19 @@ class NetworkChannel(Channel):
 
     shares = False
 
-    def __init__(self, connected: socket.socket, side: Side, tls: Tls | None) -> None:
-        """Takes over the socket, which may still be connecting."""
+    def __init__(
+        self,
+        connected: socket.socket,
+        side: Side,
+        tls: Tls | None,
+        *,
+        failed: Callable[[int], str] | None = None,
+    ) -> None:
+        """Takes over the socket, which may still be connecting.
+
+        ``failed`` is told the error's number when no connection comes to be, and may have words for it.
+        """
+        self._failed = failed
         super().__init__(connected, side)
         keep_alive(connected)
         self._tls = tls
@@ -50,6 +62,17 @@ class NetworkChannel(Channel):
             return str(self.socket.getpeername()[0])
         except OSError:
             return "a host that is gone"
+
+    def _fill(self) -> bool:
+        try:
+            return super()._fill()
+        except PeerLost as error:
+            cause = error.__cause__ or self._failure
+            # Before the sender's first word: after that it is a link that was cut.
+            early = self.session.state in (SessionState.CONNECTED, SessionState.GREETED)
+            if self._failed and early and isinstance(cause, OSError) and (words := self._failed(cause.errno or 0)):
+                raise PeerLost(words) from error
+            raise
 
     def is_due(self) -> bool:
         """Whether the link was not looked at for a second."""

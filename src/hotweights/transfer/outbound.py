@@ -20,6 +20,7 @@ from .ballot import Ballot
 from .decision import Decision, Vote, of_lead
 from .doubts import Decided
 from .flow import Waitable
+from .host_report import Pace
 from .messages import (
     REASON,
     SEAT_NAME,
@@ -115,6 +116,7 @@ class Outbound:
         self._advance = advance
         self._timeline = timeline
         self._began = time.monotonic()
+        self._pace = Pace()
         self._waited: dict[str, float] = {}  # seconds by name
         self._lost: dict[str, str] = {}  # reasons by name
         self._gave_up: list[str] = []  # the names of those that were lost when they were prepared
@@ -176,6 +178,7 @@ class Outbound:
     # The steps.
 
     def _offer(self, offer: Offer, offered: Sequence[TensorSpec]) -> None:
+        self._pace.begin("accept")
         for peer in self._members:
             ballot = (self._ballot.descriptor,) if peer.channel.shares else ()
             peer.channel.send(self._own(offer, peer), update=self._update, descriptors=ballot)
@@ -229,6 +232,7 @@ class Outbound:
         self, slot: int, packed: Sequence[tuple[Chunk, frozenset[int]]], fill: int, asking: Sequence[Peer]
     ) -> None:
         began = time.perf_counter()
+        self._pace.begin("release")
         places: dict[Peer, set[int]] = {}
         for place, peer in enumerate(asking):
             places.setdefault(peer, set()).add(place)
@@ -236,6 +240,7 @@ class Outbound:
             chunks = tuple(chunk for chunk, wanting in packed if not own.isdisjoint(wanting))
             if chunks and peer in self._members:
                 peer.hand_over(slot, self._slots.memories[slot], chunks, fill)
+                self._pace.shared(peer, sum(chunk.nbytes * len(own & wanting) for chunk, wanting in packed))
         self._advance(sum(chunk.nbytes for chunk, _ in packed))
         self._timeline.note("hand over slots", "", began)
 
@@ -249,6 +254,7 @@ class Outbound:
         return [slot for slot in range(len(self._slots.memories)) if slot not in held]
 
     def _end(self) -> None:
+        self._pace.begin("prepared")
         electors = self._electors()
         for peer in self._members:  # Who shares the ballot is never in doubt.
             peer.channel.send(End(() if peer.channel.shares and not self._is_relayed else electors))
@@ -292,6 +298,7 @@ class Outbound:
     def _commit(self, version: str | int) -> SendReport:
         self._over = True
         members = list(self._members)
+        self._pace.begin("done")
         self.decided = Decided(Decision.COMMIT, frozenset(peer.place for peer in members))
         for peer in members:
             peer.channel.send(Commit())
@@ -319,6 +326,7 @@ class Outbound:
             events=tuple(self._timeline.events),
             network_nbytes=sum(peer.flow.nbytes for peer in self._members if peer.flow is not None),
             since_epoch=self._timeline.since_epoch,
+            hosts=self._pace.reports(self._members, self._timeline.began),
         )
 
     def _abort(self, error: BaseException) -> None:
@@ -393,6 +401,7 @@ class Outbound:
             raise ProtocolError(f"the receiver said {kind!r} twice")
         peer.said.add(kind)
         peer.moved = time.monotonic()
+        self._pace.heard(peer, kind)
         match frame.message:
             case Accept(wanted, others, crew):
                 peer.wanted, peer.crew = (wanted, *others), crew

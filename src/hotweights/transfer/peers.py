@@ -356,6 +356,12 @@ class PeerGroup:
         for peer in silent:
             if not peer.channel.shares and peer.since < late:
                 self._send_away(peer, "it connected and did not say who it is", gone)
+        # Longer: whoever polls for versions now and then sees the welcome, and the token in it, at the next poll.
+        late = time.monotonic() - max(PATIENCE, self._timeout)
+        for peer in list(self.peers):
+            idle = peer.state is SessionState.IDLE and peer.flow is not None and not peer.flow.attached
+            if idle and peer.since < late:
+                self._send_away(peer, "it never connected for its bytes", gone)
         for peer in silent[: max(0, len(silent) - SILENT)]:
             if peer in self.peers:
                 self._send_away(peer, "it connected and said nothing", gone)

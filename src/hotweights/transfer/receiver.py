@@ -21,6 +21,7 @@ from ..timeline import Timeline
 from .connection import Connection
 from .endpoint import endpoint_of
 from .following import Following
+from .host_relay import HostRelay
 from .inbound import Inbound
 from .messages import NAME, Frame
 from .pending_leases import PrivateMemory
@@ -53,6 +54,7 @@ class Receiver:
         keys: str | os.PathLike[str] | None = None,
         insecure: bool = False,
         reconnect: bool = True,
+        relay: bool = False,
         interval: float | None = None,
         store: object = None,
     ) -> None:
@@ -70,18 +72,21 @@ class Receiver:
             insecure: go without keys in a network where anybody may send and take weights.
             reconnect: whether that wait goes on when no sender is there, for one that is yet to come. If not, it ends
                 with ``PeerLost`` at once.
+            relay: take part through a relay of this host, for ``tcps:``. The first receiver starts it, as a process of
+                its own; all others that say the same use it, so that the network is crossed once for all of them. It
+                ends ten seconds after the last one.
             interval: where versions are published: seconds between two looks, 1 by default.
             store: of an address in a store: options, or a store of its package, see ``hotweights.open``.
         """
         if interval is not None:
             raise UsageError(f"interval= is for places where versions are published; {address!r} is none; leave it out")
-        check_flags(insecure=insecure)
+        check_flags(insecure=insecure, reconnect=reconnect, relay=relay)
         check_seconds(timeout=timeout, offer_timeout=offer_timeout)
-        check_flags(reconnect=reconnect)
         _check_name(name)
         self.address = address
         self.name = name
-        endpoint = endpoint_of(address, keys=keys, insecure=insecure)
+        self._relay = HostRelay(address, keys=keys, insecure=insecure) if relay else None
+        endpoint = self._relay or endpoint_of(address, keys=keys, insecure=insecure)
         self._connection = Connection(endpoint, name, reconnect=reconnect)
         self._timeout, self._offer_timeout = timeout, offer_timeout
         self._private = PrivateMemory()
@@ -214,6 +219,8 @@ class Receiver:
         if inbound is not None and not inbound.member.over:
             inbound.member.refuse(Closed("the receiver was closed"))
         self._connection.close()
+        if self._relay is not None:
+            self._relay.close()
 
     def __enter__(self) -> Receiver:
         return self
@@ -274,11 +281,12 @@ class StoreReceiver(Following, Receiver):
         keys: str | os.PathLike[str] | None = None,
         insecure: bool = False,
         reconnect: bool = True,
+        relay: bool = False,
         interval: float | None = None,
         store: object = None,
     ) -> None:
         """See ``Receiver``."""
-        check_none_connects(address, keys=(keys, None), insecure=(insecure, False))
+        check_none_connects(address, keys=(keys, None), insecure=(insecure, False), relay=(relay, False))
         check_flags(reconnect=reconnect)
         _check_name(name)
         self._follow(

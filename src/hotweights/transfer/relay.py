@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import msgspec
 
 from .. import signals
-from ..arguments import check_seconds
+from ..arguments import check_flags, check_seconds
 from ..errors import (
     Closed,
     PeerLost,
@@ -85,6 +85,7 @@ class Relay:
         insecure: bool = False,
         name: str = "relay",
         timeout: float = 60.0,
+        retry_refused: bool = True,
     ) -> None:
         """Nothing is connected yet.
 
@@ -95,8 +96,12 @@ class Relay:
             insecure: as of ``Receiver``.
             name: for people.
             timeout: seconds that each single wait for the sender may take, beyond the sender's own patience.
+            retry_refused: whether a sender that does not take this relay, as one of another job, is tried again. If
+                not, ``run`` raises what it said.
         """
         check_seconds(timeout=timeout)
+        check_flags(retry_refused=retry_refused)
+        self._retry_refused = retry_refused
         if is_local(source):
             raise UsageError(f"a relay is for what comes from another host; workers on this one connect to {source}")
         self.source = source
@@ -119,6 +124,7 @@ class Relay:
 
         Raises:
             UsageError: workers cannot connect at ``to``.
+            ProtocolError: with ``retry_refused=False``: the sender does not take this relay.
         """
         with self._running:
             self._run()
@@ -135,6 +141,8 @@ class Relay:
             except Closed:
                 return
             except TransferError as error:
+                if isinstance(error, ProtocolError) and not self._retry_refused:
+                    raise
                 if str(error) != last:  # A sender that is not there yet is tried again and again.
                     last = str(error)
                     log(logging.WARNING, "relay from %s: %s", self.source, last)

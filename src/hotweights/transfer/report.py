@@ -10,6 +10,7 @@ import msgspec
 
 from ..text import as_html, counts, short, size, table
 from ..timeline import TimelineEvent, breakdown, save_events
+from .host_report import HostReport
 
 WAIT = "wait for receivers"
 """The event before the offer, which the report's ``seconds`` leave out."""
@@ -28,7 +29,8 @@ class SendReport:
         problems: by receiver that has it, what failed there after its commit: a hook, say.
         tensors: how many were sent; nobody wanted the others.
         nbytes: bytes that were sent, each counted once, however many receivers took it.
-        network_nbytes: bytes that went to other hosts, counted for each receiver there.
+        network_nbytes: bytes that went to other hosts, counted for each receiver there; for a relay once.
+        hosts: the same for each host, and the seconds of each phase there. The sender's own has no name.
         published: the address of the version, where it was published for whoever comes; nobody is asked who has it.
         seconds: from the offer to the last answer.
         waited: seconds of those, by receiver that was waited for; several may be waited for at once.
@@ -50,18 +52,40 @@ class SendReport:
     network_nbytes: int = 0
     since_epoch: float = 0.0
     published: str | None = None
+    hosts: tuple[HostReport, ...] = ()
+
+    @property
+    def shared_nbytes(self) -> int:
+        """Bytes that workers read in memory which they share with the sender or a relay, counted for each worker."""
+        return sum(host.shared_nbytes for host in self.hosts)
+
+    @property
+    def slowest(self) -> str | None:
+        """The receiver that was waited for longest; ``None`` if none was."""
+        return max(self.waited, key=self.waited.__getitem__, default=None)
 
     def as_dict(self) -> dict[str, object]:
         """The attributes as numbers, text, lists and dicts: what JSON can hold."""
         facts = {"committed": list(self.committed), "warnings": list(self.warnings)}
-        return {**msgspec.to_builtins(self), **facts, "events": [event._asdict() for event in self.events]}
+        events = [event._asdict() for event in self.events]
+        hosts = [host.as_dict() for host in self.hosts]
+        return {**msgspec.to_builtins(self), **facts, "events": events, "hosts": hosts}
 
     def save_timeline(self, path: str | os.PathLike[str]) -> None:
         """Write what the time was spent on in the Chrome trace format, for ``chrome://tracing`` or ui.perfetto.dev.
 
-        It lines up with those of the workers of the host, by the clock that they share.
+        It lines up with those of the workers of the host, by the clock that they share. Each host that took part has a
+        track, with a row for each of its members: when it had answered, released the last slot, prepared, committed.
         """
-        save_events(path, self.events, deed="send", of=str(self.version), who="sender", since_epoch=self.since_epoch)
+        save_events(
+            path,
+            self.events,
+            deed="send",
+            of=str(self.version),
+            who="sender",
+            since_epoch=self.since_epoch,
+            tracks={f"host {host.host or 'of the sender'}": host.events for host in self.hosts},
+        )
 
     def __repr__(self) -> str:
         sent = f"{size(self.nbytes)} in {self.tensors} tensors in {self.seconds:.3f} s"
@@ -82,6 +106,7 @@ class SendReport:
             *((("network", f"{size(self.network_nbytes)} to other hosts"),) if self.network_nbytes else ()),
             ("version", f"{self.version!r}, {self._whereabouts()}"),
             *breakdown(self.events),
+            *(("host", str(host)) for host in self.hosts if self.network_nbytes),
             *(("waited", f"{seconds:.3f} s for {name}") for name, seconds in self.waited.items()),
             *(("lost", f"{name}: {reason}") for name, reason in self.lost.items()),
             *(("warning", warning) for warning in self.warnings),

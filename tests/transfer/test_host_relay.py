@@ -1,0 +1,120 @@
+"""Receivers of a host that type the same line share one relay, which the first of them starts."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from ends import Thread, receiver, sender
+
+import hotweights as hw
+from hosts import free_address
+from hotweights.testing import assert_same_bits
+from hotweights.transfer import host_relay
+from hotweights.transfer.host_relay import folder_of
+from hotweights.transfer.keys import make_keys
+
+CONTENT = {"w": torch.arange(40_000.0)}
+PATIENCE = 60.0  # seconds in which a process starts, on a busy machine
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch, tmp_path):
+    """A relay ends soon after its last receiver; its folders lie where the test's other files do."""
+    monkeypatch.setattr(host_relay, "IDLE", 0.4)
+    monkeypatch.setattr(host_relay.tempfile, "tempdir", str(tmp_path))
+
+
+@pytest.fixture
+def keys(tmp_path):
+    make_keys(tmp_path / "keys", ["127.0.0.1"])
+    return tmp_path / "keys"
+
+
+def take(source):
+    return dict(source.tensors())
+
+
+def relays(tmp_path):
+    """The processes of relays whose folders are the test's."""
+    found = subprocess.run(["pgrep", "-f", f"host_relay import serve.* {tmp_path}/"], capture_output=True, text=True)
+    return [int(line) for line in found.stdout.split()]
+
+
+def gone(tmp_path):
+    until = time.monotonic() + PATIENCE
+    while relays(tmp_path) or list(tmp_path.glob("hotweights-*")):
+        assert time.monotonic() < until, "a relay stays for ever"
+
+
+@contextlib.contextmanager
+def two(address, keys):
+    options = {"keys": keys, "relay": True, "offer_timeout": PATIENCE, "timeout": PATIENCE}
+    with receiver(address, name="first", **options) as first, receiver(address, name="second", **options) as second:
+        yield first, second
+
+
+def test_two_workers_share_one_that_ends_after_them_and_comes_again_when_killed(keys, tmp_path):
+    address = free_address()
+    with two(address, keys) as (first, second), sender(address, keys=keys, receivers=2, timeout=PATIENCE) as sending:
+        for version in (1, 2):
+            threads = [Thread(take, each) for each in (first, second)]
+            report = sending.send(CONTENT, version=version)
+            for thread in threads:
+                assert_same_bits(thread.result(), CONTENT)
+            (process,) = relays(tmp_path)
+            assert len(report.committed) == 2
+            assert report.nbytes <= report.network_nbytes < report.nbytes + 4096  # once
+            if version == 1:
+                os.kill(process, signal.SIGKILL)
+                with contextlib.suppress(hw.TransferAborted):  # Who was there is gone; the next send waits for another.
+                    sending.send(CONTENT, version="lost")
+        first.close()
+        threads = [Thread(take, second)]
+        sending.send(CONTENT, version=3, receivers=1)
+        assert_same_bits(threads[0].result(), CONTENT)
+    gone(tmp_path)
+
+
+def test_why_a_relay_ended_is_told_to_its_workers(keys, tmp_path):
+    make_keys(tmp_path / "others", ["127.0.0.1"])
+    options = {"keys": tmp_path / "others", "relay": True, "offer_timeout": PATIENCE}
+    with sender("tcps://127.0.0.1:0", keys=keys) as sending, receiver(sending.address, **options) as source:
+        thread = Thread(take, source)
+        until = time.monotonic() + PATIENCE
+        while thread.is_alive() and time.monotonic() < until:
+            assert sending.connected == ()
+        with pytest.raises(hw.TransferError, match=r"this host's relay ended.*certificate"):
+            thread.result()
+    gone(tmp_path)
+
+
+def test_there_is_one_for_each_address_user_namespace_and_directory_of_keys(monkeypatch, tmp_path):
+    known = {
+        folder_of("tcps://a:1", None, True),
+        folder_of("tcps://a:2", None, True),
+        folder_of("tcps://a:1", "k", False),
+    }
+    monkeypatch.setattr(os, "geteuid", lambda: 4711)
+    known.add(folder_of("tcps://a:1", None, True))
+    monkeypatch.setattr(os, "stat", lambda path, stat=os.stat: stat("/" if path.startswith("/proc") else path))
+    known.add(folder_of("tcps://a:1", None, True))
+    assert len(known) == 5
+
+
+def test_a_folder_of_somebody_else_is_refused(tmp_path):
+    address = free_address()
+    folder_of(address, None, False).mkdir(mode=0o777)
+    folder_of(address, None, False).chmod(0o777)
+    with receiver(address, relay=True) as source, pytest.raises(hw.UsageError, match="not this user's alone"):
+        source.poll()
+
+
+def test_it_is_for_addresses_on_the_network(address, tmp_path):
+    with pytest.raises(hw.UsageError, match="relay= is for senders on other hosts"):
+        hw.Receiver(address, relay=True)
+    with pytest.raises(hw.UsageError, match="relay="):
+        hw.Receiver(tmp_path, relay=True)
