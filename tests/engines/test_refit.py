@@ -166,3 +166,30 @@ def test_nothing_is_left_in_the_folder_for_temporary_files(tmp_path, monkeypatch
     end.close()
     del end
     assert not os.listdir(tmp_path)
+
+
+def test_workers_that_are_told_where_to_take_it():
+    """Those of engines, one beside each rollout, which takes nothing itself."""
+    made = [RefitEnd(timeout=20, direct=True) for _ in range(4)]
+    with pytest.raises(hw.UsageError, match="connect was not called"):
+        made[2].directions()
+    connect(made)
+
+    def take(end):
+        told = end.directions()
+        with hw.Receiver(told.address, timeout=told.timeout, keys=told.keys, insecure=told.insecure) as receiver:
+            return dict(receiver.tensors())
+
+    async def run():
+        sending = [end.send(reused(4), "step-4") for end in made[:2]]
+        return await asyncio.gather(*sending, *(asyncio.to_thread(take, end) for end in made[2:]))
+
+    assert len(is_whole(asyncio.run(asyncio.wait_for(run(), 60)), 4).committed) == 2
+    for end in made:
+        end.close()
+
+
+@pytest.mark.parametrize("options", [{"direct": "yes"}, {"timeout": 0}])
+def test_options_are_checked(options):
+    with pytest.raises(hw.UsageError, match=next(iter(options))):
+        RefitEnd(**options)

@@ -47,6 +47,8 @@ def main(folder: str, start: str, ranks: int, tied: bool, rounds: list[tuple[str
     paths = {
         name: checkpoint(folder, f"{name}{tied}", seed, tie_word_embeddings=tied) for seed, name in enumerate("AB")
     }
+    start = start if start in paths else f"{folder}/{start}"
+    paths.setdefault(start, start)
     from vllm import LLM, SamplingParams
 
     extension = "verl.workers.rollout.vllm_rollout.utils.vLLMColocateWorkerExtension"

@@ -20,13 +20,13 @@ from verl.workers.rollout import BaseRollout
 class Trainer(Worker):
     """A rank of the trainer; both gather together, as FSDP does."""
 
-    def __init__(self, path):
+    def __init__(self, path, options):
         super().__init__()
         import transformers
 
         self.model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
         self.checkpoint_engine = CheckpointEngineRegistry.new(
-            "hotweights", bucket_size=1 << 20, is_master=self.rank == 0, timeout=60
+            "hotweights", bucket_size=1 << 20, is_master=self.rank == 0, **options
         )
         self.fails_at = self.dies_at = None
 
@@ -110,8 +110,7 @@ def group(cls, count, **given):
     return RayWorkerGroup(resource_pool=pool, ray_cls_with_init=with_init, device_name="cpu")
 
 
-def main(folder):
-    path = checkpoint(folder, "A", 0)
+def start_ray(**resources):
     wanted = ("VERL_PLATFORM", "VERL_USE_EXTERNAL_MODULES", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "PYTHONPATH")
     environment = {name: os.environ[name] for name in wanted}
     os.environ["RAY_DEDUP_LOGS"] = "0"
@@ -121,13 +120,19 @@ def main(folder):
         object_store_memory=200 << 20,
         runtime_env={"env_vars": environment},
         log_to_driver=False,
+        **resources,
     )
+
+
+def main(folder):
+    path = checkpoint(folder, "A", 0)
+    start_ray()
     config = CheckpointEngineConfig(
         backend="hotweights", update_weights_bucket_megabytes=1, engine_kwargs={"hotweights": {"timeout": 60}}
     )
     rollout_config = RolloutConfig(name="vllm", checkpoint_engine=config)
     rollouts = group(Rollout, 2, rollout_config=rollout_config, model_config=None)
-    trainers = group(Trainer, 2, path=path)
+    trainers = group(Trainer, 2, path=path, options={"timeout": 60})
     manager = CheckpointEngineManager(config=config, actor_wg=trainers, replicas=[Replica(rollouts.workers)])
     found = []
 
@@ -152,7 +157,7 @@ def main(folder):
     update(6, fails_at=4)
     update(7)
     update(8, dies_at=4)
-    trainers = manager.actor_wg = group(Trainer, 2, path=path)
+    trainers = manager.actor_wg = group(Trainer, 2, path=path, options={"timeout": 60})
     update(9)
     ray.shutdown()
     return found

@@ -23,14 +23,13 @@ ANSWERS = {
     **dict.fromkeys(("is_available", "is_platform_available"), True),
     **dict.fromkeys(("set_device", "synchronize", "set_allocator_settings", "empty_cache", "cudart"), None),
     **dict.fromkeys(("profiler_start", "profiler_stop", "manual_seed", "manual_seed_all"), None),
-    "current_device": 0,
+    "current_device": torch.device("cpu"),  # What is sent to it stays.
     "device_count": 1,
     "get_device_capability": (None, None),
     "communication_backend_name": "gloo",
     "visible_devices_envvar": "NO_VISIBLE_DEVICES",
     "nvtx_range": nullcontext(),
-    "ray_resource_name": "CPU",
-    "ray_resource_options": {},
+    "ray_resource_name": "GPU",  # Of which Ray is told that there are some: it counts them and touches none.
     "ray_noset_envvars": [],
     "is_ipc_supported": False,
 }
@@ -41,6 +40,17 @@ PlatformRegistry.register(platform="cpu")(
         "CPUPlatform",
         (PlatformBase,),
         {name: gives(answer) for name, answer in ANSWERS.items()}
-        | {name: property(gives(value)) for name, value in properties.items()},
+        | {name: property(gives(value)) for name, value in properties.items()}
+        | {"ray_resource_options": lambda self, num_gpus: {"num_gpus": num_gpus}},
     )
 )
+
+# verl asks for a backend of CPUs and one of its device: here they are one.
+init = torch.distributed.init_process_group
+
+
+def init_process_group(backend=None, *given, **named):
+    init("gloo" if backend == "cpu:gloo,cpu:gloo" else backend, *given, **named)
+
+
+torch.distributed.init_process_group = init_process_group

@@ -14,8 +14,10 @@ import tempfile
 import weakref
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
+from ..arguments import check_flags, check_seconds
 from ..errors import TransferAborted, UsageError
 from ..manifest import Manifest, TensorSpec
 from ..sources.pairs import Pair
@@ -24,6 +26,23 @@ from ..transfer.report import SendReport
 from ..transfer.sender import Sender
 
 Pairs = Iterable[Pair] | AsyncIterable[Pair]
+
+
+@dataclass(frozen=True, slots=True)
+class Directions:
+    """Where an engine's workers take the next version from by themselves.
+
+    Attributes:
+        address: of the trainer's sender.
+        timeout: seconds that each single wait may take.
+        keys: the directory of the job's keys, for addresses of other hosts.
+        insecure: go without keys.
+    """
+
+    address: str
+    timeout: float
+    keys: str | None
+    insecure: bool
 
 
 class RefitEnd:
@@ -39,6 +58,7 @@ class RefitEnd:
         address: str | None = None,
         keys: str | None = None,
         insecure: bool = False,
+        direct: bool = False,
     ) -> None:
         """Nothing is connected yet.
 
@@ -47,10 +67,14 @@ class RefitEnd:
             address: of the sender, as in ``hotweights.Sender``; by default a new one on this host.
             keys: the directory of the job's keys, for addresses of other hosts.
             insecure: go without keys, see ``hotweights.Sender``.
+            direct: rollouts take nothing themselves: each has one worker of an engine, which is told where to take it.
         """
-        self._timeout, self._given = timeout, address
+        check_flags(direct=direct, insecure=insecure)
+        check_seconds(timeout=timeout)
+        self._timeout, self._given, self._direct = timeout, address, direct
         self._open: dict[str, Any] = {"keys": keys, "insecure": insecure}
         self._address: str | None = None
+        self._theirs: str | None = None
         self._receivers = 0
         self._sender: Sender | None = None
         self._receiver: Receiver | None = None
@@ -81,10 +105,10 @@ class RefitEnd:
                     "HOST:PORT' of the trainer's first rank, and keys="
                 )
         address: str = ends[0]["address"]
-        self._receivers = len(ends) - trainers
+        self._receivers, self._theirs = len(ends) - trainers, address
         if rank == 0:
             self._sender = self._sender or Sender(address, timeout=self._timeout, **self._open)
-        elif rank >= trainers and (self._receiver is None or self._receiver.address != address):
+        elif rank >= trainers and not self._direct and (self._receiver is None or self._receiver.address != address):
             self.close()
             name = f"rollout {rank - trainers}"
             # The sender is there by now: one that is gone is not waited for.
@@ -114,7 +138,7 @@ class RefitEnd:
             handed = _Handed()
             sending = asyncio.ensure_future(asyncio.to_thread(self._sent, handed, manifest, version))
             try:
-                async for pair in _pairs(weights):  # To the end in any case: other ranks gather with this one.
+                async for pair in pairs_of(weights):  # To the end in any case: other ranks gather with this one.
                     await handed.give(pair, sending)
             except BaseException as error:
                 handed.fail(error)
@@ -129,7 +153,7 @@ class RefitEnd:
 
     async def _kept(self, weights: Pairs, version: str | int) -> list[Pair]:
         try:
-            return [(name, tensor.detach().to("cpu", copy=True)) async for name, tensor in _pairs(weights)]
+            return [(name, tensor.detach().to("cpu", copy=True)) async for name, tensor in pairs_of(weights)]
         except Exception as error:
             failed = _Handed()
             failed.fail(error)
@@ -159,6 +183,12 @@ class RefitEnd:
         except GeneratorExit:
             receiver.refuse(TransferAborted(f"{receiver.name} stopped reading; its own log says why"))
             raise
+
+    def directions(self) -> Directions:
+        """What the workers beside a rollout must know, with ``direct``."""
+        if self._theirs is None:
+            raise UsageError("connect was not called")
+        return Directions(self._theirs, self._timeout, **self._open)
 
     def close(self) -> None:
         """Let go of the other end. May be called twice; ``connect`` connects again."""
@@ -201,7 +231,8 @@ class _Handed:
             self._loop.call_soon_threadsafe(self._asked.set)
 
 
-async def _pairs(weights: Pairs) -> AsyncIterator[Pair]:
+async def pairs_of(weights: Pairs) -> AsyncIterator[Pair]:
+    """The pairs, however they are given."""
     if isinstance(weights, AsyncIterable):
         async for pair in weights:
             yield pair
@@ -211,7 +242,7 @@ async def _pairs(weights: Pairs) -> AsyncIterator[Pair]:
 
 
 async def _exhaust(weights: Pairs) -> None:
-    async for _ in _pairs(weights):
+    async for _ in pairs_of(weights):
         pass
 
 

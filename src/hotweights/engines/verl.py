@@ -1,5 +1,6 @@
 """verl: the checkpoint engine ``hotweights``. Importing this registers it; verl does so by itself, as a plug-in.
 
+What it does to an engine's server is in ``verl_server.py``.
 Other processes than verl's need no more than ``rollout.load_format=hotweights``: see ``verl_colocated.py``.
 """
 
@@ -9,11 +10,19 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from verl.checkpoint_engine import CheckpointEngine, CheckpointEngineRegistry
+from verl.workers.rollout import base
 
+from ..errors import UsageError
 from ..sources.pairs import Pair
-from .refit import Pairs, RefitEnd
+from .refit import Directions, Pairs, RefitEnd, pairs_of
 
 Arguments = dict[str, list[Any]]
+Tensors = AsyncIterator[Pair]
+
+_VLLM = ("vllm", "async")
+if base._ROLLOUT_REGISTRY.get(_VLLM) == "verl.workers.rollout.vllm_rollout.ServerAdapter":
+    # By name: importing it imports vLLM's part of verl, which a trainer does without.
+    base._ROLLOUT_REGISTRY[_VLLM] = "hotweights.engines.verl_server.ServerAdapter"
 
 
 @CheckpointEngineRegistry.register("hotweights")
@@ -35,6 +44,8 @@ class HotweightsCheckpointEngine(CheckpointEngine):  # type: ignore[misc]  # No 
         """
         self._end = RefitEnd(**engine_kwargs)
         self._count = 0
+        if engine_kwargs.get("direct"):
+            self.wire_format = "hotweights"
 
     def prepare(self) -> dict[str, Any]:
         """What the others must know of this process."""
@@ -68,14 +79,30 @@ class HotweightsCheckpointEngine(CheckpointEngine):  # type: ignore[misc]  # No 
 
         Raises:
             TransferAborted: no rollout has it; each problem begins with a rollout's name.
+            UsageError: the model has an adapter that is not merged.
         """
         self._count += 1
-        report = await self._end.send(weights, self._count if global_steps is None else global_steps)
+        report = await self._end.send(_whole(weights), self._count if global_steps is None else global_steps)
         if report is None:
             return {}
         return {"hotweights/seconds": report.seconds, "hotweights/bytes": float(report.nbytes)}
 
-    async def receive_weights(self, global_steps: int | None = None) -> AsyncIterator[Pair]:
-        """The tensors of the version; to read to the end is to take it."""
-        async for pair in self._end.receive():
-            yield pair
+    def receive_weights(self, global_steps: int | None = None) -> Tensors | Directions:
+        """The tensors of the version; to read to the end is to take it. With ``direct``, where workers find it."""
+        return self._end.receive() if self.wire_format == "named_tensors" else self._end.directions()
+
+
+async def _whole(weights: Pairs) -> Tensors:
+    """The weights.
+
+    Raises, on each rank:
+        UsageError: they are the base of an adapter, which verl does not send to rollouts apart: these would go on
+            without it.
+    """
+    async for name, tensor in pairs_of(weights):
+        if ".base_layer." in name:
+            raise UsageError(
+                f"{name} is of a model under an adapter, and verl sends rollouts apart no adapter: they would generate "
+                "without it. Add actor_rollout_ref.model.lora.merge=True"
+            )
+        yield name, tensor

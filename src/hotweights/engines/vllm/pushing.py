@@ -33,7 +33,7 @@ def take_pushed(worker: Any, receive: Callable[[PushedUpdate], None]) -> None:
     try:
         # Whether a worker can be updated is asked inside, too: whoever pushes waits for it in any case.
         with PushedUpdate(
-            partial(_begun, worker),
+            partial(begun, worker),
             agree=lambda problem: ranks.agree(None if problem is None else words_of(problem)),
             twins=partial(twin_of_head, worker.model_config),
         ) as pushed:
@@ -53,7 +53,8 @@ def take_pushed(worker: Any, receive: Callable[[PushedUpdate], None]) -> None:
 
 
 @contextmanager
-def _begun(worker: Any) -> Iterator[Update]:
+def begun(worker: Any) -> Iterator[Update]:
+    """An update of a worker's model, in the state in which it was loaded."""
     live = updatable(worker.get_model(), worker.vllm_config)
     with as_loaded(live.model, worker.vllm_config), live.begin() as update:
         yield update
