@@ -7,6 +7,7 @@ import re
 import shutil
 
 import diffusers
+import peft
 import pytest
 import torch
 import transformers as tf
@@ -206,6 +207,41 @@ def test_components_that_are_none_and_compiled_ones(copy):
     reports = engine.load(pipeline, where)
     assert sorted(reports) == ["unet", "vae"]
     assert_equal(pipeline.unet._orig_mod, expected_of(where, dtype=torch.float32).unet)
+
+
+def test_adapters_stay_over_new_weights(directory):
+    pipeline = blank()
+    pipeline.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False))
+    tensors = pipeline.unet.state_dict()
+    before = {name: tensor.clone() for name, tensor in tensors.items() if "lora_" in name}
+    assert before
+    engine.load(pipeline, directory)
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in before.items())
+    expected = expected_of(directory, dtype=torch.float32).unet.state_dict()
+    found = {name.replace(".base_layer.", "."): tensor for name, tensor in tensors.items() if name not in before}
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_models_on_meta(directory):
+    pipeline = blank()
+    with torch.device("meta"):
+        pipeline.register_modules(unet=unet())
+    with pytest.raises(hw.PlanError, match=r"unet\..*lies on the meta device; .* device="):
+        engine.load(pipeline, directory)
+    assert_same(pipeline, blank(), ["vae", "text_encoder"])
+    engine.load(pipeline, directory, device="cpu")  # As the message says.
+    assert_same(pipeline, expected_of(directory, dtype=torch.float32))
+
+
+def test_a_buffer_that_stays_on_meta_leaves_all(directory):
+    pipeline = blank()
+    with torch.device("meta"):
+        pipeline.unet.register_buffer("table", torch.empty(3), persistent=False)
+    with pytest.raises(hw.PlanError, match=r"unet\.table"):
+        engine.load(pipeline, directory, device="cpu")
+    pipeline.unet.table = None
+    untouched(pipeline)
 
 
 def test_a_read_that_fails_names_what_was_loaded(copy, monkeypatch):

@@ -14,11 +14,12 @@ import msgspec
 import torch
 from torch import nn
 
-from ...arguments import check_choices, check_kind, shown
+from ...arguments import check_choices, check_kind, device_from, shown
 from ...dtypes import Cast
 from ...errors import CheckpointError, PlanError, TiedWeightsDiffer, UnknownName, UsageError
 from ...live.model import LiveModel
 from ...loading.execute import owned
+from ...loading.initialise import left_on_meta
 from ...loading.load import load as load_model
 from ...loading.report import LoadReport
 from ...loading.ties import same_bits
@@ -27,6 +28,7 @@ from ...memory.pool import Pool
 from ...model.places import places
 from ...model.survey import survey
 from ...names import unwrapped
+from ...plan.adapters import of_adapter
 from ...plan.patterns import matches
 from ...plan.plan import LoadPlan
 from ...plan.steps import Copy
@@ -52,6 +54,7 @@ def load(
     components: Collection[str] | None = None,
     variant: str | None = None,
     subfolder: str | None = None,
+    device: torch.device | str | None = None,
     cast: Cast = "floats",
     io: IOMode = "auto",
     threads: int | None = None,
@@ -71,6 +74,7 @@ def load(
         variant: which variant of the weights, such as ``"fp16"``. A component that has none is read without, as
             diffusers does it; one at least has it.
         subfolder: the folder in the directory that holds the pipeline.
+        device: where tensors on meta are made real. Without it they are a problem.
         cast: which casts that lose information are done, see ``hotweights.load``.
         io: how files are read, see ``hotweights.load``.
         threads: how many read at once; by default a few.
@@ -87,9 +91,10 @@ def load(
     """
     check_choices(cast=(cast, Cast))
     check_reading(io, threads, None, show_progress)
+    where = device_from(device)
     with ExitStack() as stack:
         folders = _folders(pipeline, directory, components, variant, subfolder)
-        parts = _planned(folders, cast, stack)
+        parts = _planned(folders, where, cast, stack)
         _prove_alike(parts)
         reports: dict[str, LoadReport] = {}
         loaded: dict[int, LoadReport] = {}
@@ -100,6 +105,7 @@ def load(
                         part.model,
                         part.source,
                         plan=part.plan,
+                        device=where,
                         io=io,
                         threads=threads,
                         show_progress=show_progress,
@@ -129,14 +135,15 @@ class _Component(NamedTuple):
     plan: LoadPlan
 
 
-def _planned(folders: Sequence[_Folder], cast: Cast, stack: ExitStack) -> list[_Component]:
+def _planned(folders: Sequence[_Folder], device: torch.device | None, cast: Cast, stack: ExitStack) -> list[_Component]:
     """Every component with its open source and its plan; or all that stands against them, together."""
     parts: list[_Component] = []
     broken: list[str] = []
     unfit: list[str] = []
     for name, model, path, variant in folders:
         try:
-            parts.append(_part(name, model, stack.enter_context(FileSource(path, variant=variant)), cast))
+            files = stack.enter_context(FileSource(path, variant=variant))
+            parts.append(_component(name, model, files, device, cast))
         except CheckpointError as error:
             broken += [f"{name}: {line}" for line in error.problems or [error.title]]
         except PlanError as error:
@@ -152,16 +159,20 @@ def _planned(folders: Sequence[_Folder], cast: Cast, stack: ExitStack) -> list[_
     return parts
 
 
-def _part(name: str, model: nn.Module, files: FileSource, cast: Cast) -> _Component:
+def _component(name: str, model: nn.Module, files: FileSource, device: torch.device | None, cast: Cast) -> _Component:
     inner = unwrapped(model)
+    seen = survey(inner)
     names = names_on_load(inner, files.manifest)
 
     def rename(tensor: str) -> str:
         return names.get(tensor, tensor)
 
-    source = fitted(files, rename, match_for(inner, survey(inner, None).names, None))
+    source = fitted(files, rename, match_for(inner, seen.names, None))
+    adapters = [place.name for place in places(inner) if of_adapter(place.name)]  # They stay, over the new weights.
     with naming_files(source):
-        plan = trace(model, source, cast=cast, allow_unexpected=_ignored(inner))
+        plan = trace(model, source, device=device, cast=cast, allow_missing=adapters, allow_unexpected=_ignored(inner))
+        if device is not None:
+            left_on_meta(plan, seen, None, inner)  # Raises before any model is written.
     return _Component(name, model, source, plan)
 
 
