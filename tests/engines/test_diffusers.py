@@ -10,75 +10,19 @@ import accelerate
 import diffusers
 import pytest
 import torch
-import transformers as tf
 from ends import Thread
 from equal import assert_equal
+from pipelines import COMPONENTS, NONE, save_pipeline, vae
 from safetensors.torch import load_file, save_file
 
 import hotweights as hw
 from hotweights.engines import diffusers as engine
 
-COMPONENTS = ("unet", "vae", "text_encoder")
-
-
-def unet():
-    return diffusers.UNet2DConditionModel(
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        sample_size=16,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=32,
-        norm_num_groups=8,
-    )
-
-
-def vae():
-    return diffusers.AutoencoderKL(
-        block_out_channels=[32, 64],
-        down_block_types=["DownEncoderBlock2D"] * 2,
-        up_block_types=["UpDecoderBlock2D"] * 2,
-        norm_num_groups=8,
-    )
-
-
-def text_encoder():
-    return tf.CLIPTextModel(
-        tf.CLIPTextConfig(
-            hidden_size=32,
-            intermediate_size=37,
-            num_attention_heads=4,
-            num_hidden_layers=2,
-            vocab_size=1000,
-            projection_dim=32,
-            bos_token_id=0,
-            eos_token_id=2,
-        )
-    )
-
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     """A tiny pipeline, with a variant of it in half precision; never changed."""
-    torch.manual_seed(0)
-    pipeline = diffusers.StableDiffusionPipeline(
-        vae=vae(),
-        text_encoder=text_encoder(),
-        tokenizer=None,
-        unet=unet(),
-        scheduler=diffusers.DDIMScheduler(steps_offset=1, clip_sample=False),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    where = tmp_path_factory.mktemp("pipeline")
-    pipeline.save_pretrained(where)
-    with torch.no_grad():
-        for component in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
-            for parameter in component.parameters():
-                parameter.add_(1)
-    pipeline.to(torch.float16).save_pretrained(where, variant="fp16")
-    return where
+    return save_pipeline(tmp_path_factory.mktemp("pipeline"))
 
 
 @pytest.fixture
@@ -88,14 +32,12 @@ def read(monkeypatch):
 
     models = []
     original = filling.fill
-    for module in (engine, __import__("hotweights.engines.transformers.pretrained", fromlist=["fill"])):
+    for package in ("diffusers", "transformers"):
         monkeypatch.setattr(
-            module, "fill", lambda model, *rest: (models.append(type(model).__name__), original(model, *rest))
+            f"hotweights.engines.{package}.pretrained.fill",
+            lambda model, *rest: (models.append(type(model).__name__), original(model, *rest)),
         )
     return models
-
-
-NONE = {"tokenizer": None, "safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
 
 @pytest.mark.parametrize(

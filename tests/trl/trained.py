@@ -79,7 +79,8 @@ def trainer_of(kind: str, model: str, folder: str, adapter: bool = False, **sett
 
         more["peft_config"] = LoraConfig(r=4, target_modules="all-linear", modules_to_save=None)
     prompts = Dataset.from_dict({"prompt": [f"w{n} w{n + 1} w{n + 2}" for n in range(10, 50)]})
-    settings = {**SETTINGS, "output_dir": folder, **settings}
+    # In bfloat16 PEFT's merging and unmerging rounds the base anew each time: what is saved after a sync was not sent.
+    settings = {**SETTINGS, "output_dir": folder, "model_init_kwargs": {"dtype": "float32"}, **settings}
     if kind == "OnlineDPO":
         from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 

@@ -7,12 +7,9 @@ model on meta from files.
 
 from __future__ import annotations
 
-import functools
-import inspect
 import json
 import logging
 import os
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,16 +28,11 @@ from ...sources.files.directory import snapshot
 from ...sources.files.source import FileSource
 from ...sources.locating import naming_files
 from ...sources.reading import check_reading
-from ...tracing.replaced import Replaced
-from ...tracing.trace import trace
 from ...tracing.transformers import destinations
-from ..filling import HOW, How, fill, our_errors, read_as, to_meta
+from ..filling import HOW, How, Loader, fill, our_errors, planned, read_as, to_meta
 from .blank import class_named, keep_dtypes
 
 Name = str | os.PathLike[str]
-
-
-_ARGUMENTS = ("model", "state_dict", "checkpoint_files", "load_config", "expected_keys")
 
 
 def from_pretrained(
@@ -113,7 +105,7 @@ def reading(*, io: IOMode = "auto", threads: int | None = None, show_progress: b
         MissingPackage: transformers is not installed.
     """
     check_reading(io, threads, None, show_progress)
-    with _replaced().meanwhile(), read_as(How(io, threads, show_progress)):
+    with _LOADER.replaced.meanwhile(), read_as(How(io, threads, show_progress)):
         yield
 
 
@@ -159,25 +151,6 @@ def _base_of(where: str, how: dict[str, Any]) -> str:
 
 # The reading.
 
-_FIRST = threading.Lock()
-
-
-def _replaced() -> Replaced:
-    with _FIRST:  # Two of them would each take the other's function for transformers' own.
-        return _replacement()
-
-
-@functools.cache
-def _replacement() -> Replaced:
-    model_class = _transformers().PreTrainedModel
-    there = inspect.signature(model_class._load_pretrained_model)
-    if tuple(there.parameters) != _ARGUMENTS:
-        raise UsageError(
-            f"transformers {_transformers().__version__} fills its models in a way that hotweights does not know "
-            f"({there}); use the from_pretrained of transformers"
-        )
-    return Replaced(model_class, "_load_pretrained_model", staticmethod(_fill))
-
 
 def _fill(
     model: Any, state_dict: Any, checkpoint_files: list[str] | None, load_config: Any, expected_keys: Any = None
@@ -186,10 +159,10 @@ def _fill(
     how = HOW.get()
     # Without files there is nothing to read; with expected keys, a model that is whole gets an adapter.
     if how is None or not checkpoint_files or state_dict is not None or expected_keys is not None:
-        return _replaced().original(model, state_dict, checkpoint_files, load_config, expected_keys)
+        return _LOADER.replaced.original(model, state_dict, checkpoint_files, load_config, expected_keys)
     if why := _left_to_transformers(model, checkpoint_files, load_config):
         log(logging.WARNING, "%s is read by transformers itself: %s", load_config.pretrained_model_name_or_path, why)
-        return _replaced().original(model, state_dict, checkpoint_files, load_config, expected_keys)
+        return _LOADER.replaced.original(model, state_dict, checkpoint_files, load_config, expected_keys)
     return _read(model, checkpoint_files, load_config, how), None
 
 
@@ -230,19 +203,7 @@ def _read(model: Any, files: list[str], config: Any, how: How) -> Any:
 
 
 def _planned(model: Any, source: FileSource, *, ignore_mismatched: bool) -> LoadPlan:
-    try:
-        plan = trace(
-            model,
-            source,
-            device="cpu",  # Any that is real: where each tensor belongs is seen later.
-            allow_missing="*",
-            allow_unexpected="*",
-            allow_mismatched="*",
-            cast="loader",
-        )
-    except PlanError as error:
-        error.advice = ""  # It names arguments of other functions.
-        raise
+    plan = planned(model, source, allow_mismatched="*")
     if plan.mismatched and not ignore_mismatched:
         raise PlanError(
             "source and model do not fit; nothing was read or written",
@@ -283,3 +244,6 @@ def _told(
         conversion_errors={},
         skipped_pp_keys=set(),
     )
+
+
+_LOADER = Loader("transformers", lambda: _transformers().PreTrainedModel, staticmethod(_fill))
