@@ -8,7 +8,7 @@ from typing import Any
 from ...errors import HotweightsError, UsageError
 from ..address import path_of
 from ..audience import Audience
-from ..endpoint import is_local
+from ..endpoint import is_local, plain
 from .group_place import place_in
 from .lead import Lead
 from .rank import Rank
@@ -23,7 +23,7 @@ def ranks_in(group: Any, address: str | Sequence[str], timeout: float) -> Lead |
     """
     place = place_in(group)
     addresses = [address] if isinstance(address, str) else list(address)
-    paths = [path_of(address) for address in addresses if is_local(address)]
+    paths = [path_of(plain(address)) for address in addresses if is_local(address)]
     if not paths:
         more = ", ".join(map(repr, ("unix:run/hw", *addresses)))
         raise UsageError(
