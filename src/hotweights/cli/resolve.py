@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 
 def resolve(
-    addresses: Annotated[list[str], typer.Argument(help="Where the sender listened: tcps://HOST:PORT. All of them.")],
+    addresses: Annotated[
+        list[str], typer.Argument(help="Where the sender listened: tcps://HOST:PORT or env:. All of them.")
+    ],
     keys: flags.Keys = None,
     insecure: flags.Insecure = False,
     wait: Annotated[float, typer.Option(help="Seconds in which members may come.", min=0.1)] = 10.0,

@@ -8,11 +8,26 @@ from collections.abc import Callable, Mapping, Sequence
 from ..errors import UsageError
 from .address import UnixEndpoint
 from .door import Endpoint
+from .env_address import ENV, named
 from .network import NetworkEndpoint
+
+
+def _named(address: str, keys: str | os.PathLike[str] | None, insecure: bool) -> Endpoint:
+    """The endpoint of what the environment says. Keys that are given go before those that it names."""
+    found = named(address)
+    if keys is None and not is_local(found.address):
+        keys = found.keys
+    try:
+        return endpoint_of(found.address, keys=keys, insecure=insecure)
+    except UsageError as error:
+        more = "" if keys is not None or is_local(found.address) else ". HOTWEIGHTS_KEYS=DIR names them, too"
+        raise UsageError(f"{address} is {found.address}, by {found.variable}: {error}{more}") from error
+
 
 SCHEMES: Mapping[str, Callable[[str, str | os.PathLike[str] | None, bool], Endpoint]] = {
     "unix": UnixEndpoint,
     "tcps": NetworkEndpoint,
+    "env": _named,
 }
 """What an address may begin with, and what is made of it, keys, and whether to go without."""
 
@@ -25,7 +40,9 @@ def endpoint_of(address: str, *, keys: str | os.PathLike[str] | None = None, ins
     """
     scheme = address.partition(":")[0] if isinstance(address, str) else ""
     if scheme not in SCHEMES:
-        raise UsageError(f"an address looks like unix:/tmp/trainer/socket or tcps://trainer:7600; this is {address!r}")
+        raise UsageError(
+            f"an address looks like unix:/tmp/trainer/socket, tcps://trainer:7600 or env:; this is {address!r}"
+        )
     return SCHEMES[scheme](address, keys, insecure)
 
 
@@ -54,6 +71,19 @@ def any_remote(addresses: object) -> bool:
     return not all(map(is_local, listed))
 
 
+def plain(address: str) -> str:
+    """The address itself; for ``env:`` the one that the environment says.
+
+    Raises:
+        UsageError: the environment does not say it.
+    """
+    return named(address).address if isinstance(address, str) and address.startswith(ENV) else address
+
+
 def is_local(address: object) -> bool:
-    """Whether only this host has such an address."""
-    return isinstance(address, str) and address.startswith("unix:")
+    """Whether only this host has such an address.
+
+    Raises:
+        UsageError: as ``plain``.
+    """
+    return isinstance(address, str) and plain(address).startswith("unix:")

@@ -61,7 +61,8 @@ class Receiver:
         """Nothing is connected yet: the sender may start later, and be replaced by another.
 
         Args:
-            address: the sender's, ``unix:PATH`` or ``tcps://HOST:PORT``. Or where a sender publishes, docs/objects.md:
+            address: the sender's, ``unix:PATH``, ``tcps://HOST:PORT``, or ``env:`` for what torchrun, Slurm or
+                ``HOTWEIGHTS_ADDRESS`` says, docs/hosts.md. Or where a sender publishes, docs/objects.md:
                 ``s3://BUCKET/RUN``, another store or web server, ``file:///DIRECTORY``, or a ``Path``. Only what a plan
                 needs of a version is read then.
             name: for people, such as ``"rank0"``: it stands in the sender's errors and reports.

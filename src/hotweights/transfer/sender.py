@@ -85,6 +85,7 @@ class Sender:
         Args:
             address: ``unix:PATH``. The directory must be this user's alone; one that does not exist is made so. Or
                 ``tcps://HOST:PORT``, for receivers on other hosts; port 0 is one that is free, see ``self.address``.
+                Or ``env:`` for what torchrun, Slurm or ``HOTWEIGHTS_ADDRESS`` says, docs/hosts.md.
                 Several: one group of receivers comes to all of them.
                 Or where versions are published for whoever looks, docs/objects.md: ``s3://BUCKET/RUN``, another store
                 that can be written to, ``file:///DIRECTORY``, or a ``Path``. Whoever published there is replaced.

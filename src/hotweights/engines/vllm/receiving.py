@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...errors import UsageError
-from ...transfer.endpoint import SCHEMES, is_local
+from ...transfer.address import path_of
+from ...transfer.endpoint import SCHEMES, is_local, plain
 from ...transfer.receiver import Receiver
 from .options import options_from
 
@@ -60,5 +61,5 @@ def _nearest(addresses: list[str]) -> str:
     """One that is a socket on this host, of a sender or of a relay, or else the first on the network."""
     if not addresses:
         raise UsageError("a sender has an address at least; found none")
-    here = [each for each in addresses if is_local(each) and os.path.exists(each.partition(":")[2])]
+    here = [each for each in addresses if is_local(each) and os.path.exists(path_of(plain(each)))]
     return (here or [each for each in addresses if not is_local(each)] or addresses)[0]
