@@ -437,7 +437,7 @@ def test_a_list_of_files_is_a_source(tmp_path):
 # --- addresses -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", ["ftp", "hf", "file"])
+@pytest.mark.parametrize("scheme", ["ftp", "file"])
 def test_an_address_is_refused_as_it_was_written(scheme):
     address = f"{scheme}://bucket/model"
     for what in (address, Path(address), [address]):

@@ -185,7 +185,11 @@ class Address(Remote):
 
     def exists(self) -> bool:
         """See ``Remote``."""
-        return self.is_dir() or self.store.there(self.key)
+        return self.is_dir() or self.is_object()
+
+    def is_object(self) -> bool:
+        """See ``Remote``."""
+        return bool(self.key) and self.store.there(self.key)
 
     def is_dir(self) -> bool:
         """See ``Remote``."""
