@@ -10,7 +10,13 @@ import threading
 from collections import deque
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote
+from urllib.parse import parse_qs, unquote
+from xml.sax.saxutils import escape
+
+
+def served(folder):
+    """The files of a folder as a server has them, below ``m/``."""
+    return {f"m/{path.relative_to(folder)}": path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 class _Quiet(BaseHTTPRequestHandler):
@@ -103,6 +109,53 @@ class _Files(_Quiet):
         self.end_headers()
         if not head:
             self.wfile.write(body)
+
+
+class Bucket(Web):
+    """Serves ``files`` as an S3 does that needs no signature: the bucket is ``b``, and it can be listed, by pages."""
+
+    page = 1000
+
+    def __init__(self, files, **options):
+        super().__init__(files, **options)
+        self.RequestHandlerClass = _InBucket
+        self.options = {"endpoint": self.url, "skip_signature": True, "region": "us-east-1"}
+
+
+_TIME = "2026-01-01T00:00:00.000Z"
+
+
+class _InBucket(_Files):
+    def answer(self, *, head):
+        path, _, query = self.path.partition("?")
+        asked = {name: values[0] for name, values in parse_qs(query).items()}
+        if "list-type" in asked:
+            return self.say(200, {"Content-Type": "application/xml"}, self.listed(asked).encode(), head)
+        self.path = path.removeprefix("/b")
+        return super().answer(head=head)
+
+    def listed(self, asked):
+        prefix, delimiter = asked.get("prefix", ""), asked.get("delimiter")
+        found = {}  # in the order of keys, folders among them
+        for key in sorted(self.server.files):
+            if key.startswith(prefix):
+                name, cut, _ = key[len(prefix) :].partition(delimiter) if delimiter else (key, "", "")
+                found[f"{prefix}{name}{cut}" if cut else key] = bool(cut)
+        begin = int(asked.get("continuation-token", 0))
+        rows = list(found.items())[begin : begin + self.server.page]
+        text = "".join(
+            f"<CommonPrefixes><Prefix>{escape(key)}</Prefix></CommonPrefixes>" if folder else self.one(key)
+            for key, folder in rows
+        )
+        more = begin + len(rows) < len(found)
+        token = f"<NextContinuationToken>{begin + len(rows)}</NextContinuationToken>" if more else ""
+        return f"<ListBucketResult><IsTruncated>{str(more).lower()}</IsTruncated>{token}{text}</ListBucketResult>"
+
+    def one(self, key):
+        body = self.server.files[key]
+        tag = hashlib.md5(body).hexdigest()
+        facts = f"<Size>{len(body)}</Size><ETag>&quot;{tag}&quot;</ETag><LastModified>{_TIME}</LastModified>"
+        return f"<Contents><Key>{escape(key)}</Key>{facts}</Contents>"
 
 
 class HubServer(_Server):

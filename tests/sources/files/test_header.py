@@ -9,6 +9,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
+from broken import BROKEN_FILES, EMPTY_ENTRY, ENTRY, entry, file_of
 from examples import examples
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -28,18 +29,6 @@ PACKED = torch.float4_e2m1fn_x2
 
 
 # --- making files ----------------------------------------------------------------------------------------------------
-
-
-def file_of(header, data=b""):
-    """A file from a header that is a table, text or bytes."""
-    if isinstance(header, dict):
-        header = json.dumps(header)
-    raw = header if isinstance(header, bytes) else header.encode()
-    return len(raw).to_bytes(8, "little") + raw + data
-
-
-def entry(dtype, shape, start, stop):
-    return {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
 
 
 def ours(raw):
@@ -232,174 +221,15 @@ STRICTER |= {"name twice, all escaped", "unknown field twice"}
 
 
 def test_of_broken_files_the_reference_accepts_no_others():
-    assert {case for case, (raw, _) in INVALID.items() if theirs(raw) is not None} == STRICTER
+    assert {case for case, (raw, _) in BROKEN_FILES.items() if theirs(raw) is not None} == STRICTER
 
 
 # --- what is no header -----------------------------------------------------------------------------------------------
 
-ONE = json.dumps(entry("U8", [4], 0, 4))
-NONE = json.dumps(entry("U8", [0], 0, 0))
-W = {"w": entry("U8", [4], 0, 4)}
-LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 1234\n"
-DEEP = "[" * 100_000 + "]" * 100_000
 
-
-def pair(dtype, shape, start, stop, data=b"abcd"):
-    return file_of({"sound": entry("U8", [0], 0, 0), "w": entry(dtype, shape, start, stop)}, data)
-
-
-INVALID = {
-    "empty file": (b"", ["is empty"]),
-    "seven bytes": (b"\1\0\0\0\0\0\0", ["7 bytes are too few"]),
-    "header of 2^60 bytes": ((2**60).to_bytes(8, "little") + b"{}", [str(2**60), str(MAX_HEADER_NBYTES)]),
-    "header of 2^64 - 1 bytes": (b"\xff" * 8 + b"{}", [str(2**64 - 1)]),
-    "header longer than the bound": ((MAX_HEADER_NBYTES + 1).to_bytes(8, "little"), [str(MAX_HEADER_NBYTES + 1)]),
-    "header longer than the file": (file_of(W)[:-1], ["the file ends after", "truncated"]),
-    "header of no bytes": (file_of(b""), ["begins with zero bytes"]),
-    "web page": (
-        b"\n<!DOCTYPE html>\n<html><title>Not found</title>",
-        ["a web page (47 bytes)", "fetch the file again"],
-    ),
-    "short web page": (b"<html>", ["a web page"]),
-    "text": (b"Access denied\r\n", ["this is text (15 bytes)", "Access denied"]),
-    "large-file pointer": (LFS, ["pointer to large-file storage", "git lfs pull"]),
-    "pickle": (b"\x80\x02}q\0(X\1\0\0\0aK\1u.", ["a pickle"]),
-    "short pickle": (b"\x80\x02N.", ["a pickle"]),
-    "newer pickle": (b"\x80\x04\x95\x0b\0\0\0\0\0\0\0}\x94\x8c\1a\x94K\1s.", ["a pickle"]),
-    "zip": (b"PK\x03\x04\0\0\x08\x08\0\0\0\0\0\0" + b"x" * 100, ["zip archive"]),
-    "gguf": (b"GGUF\3\0\0\0" + b"\0" * 100, ["GGUF"]),
-    "no UTF-8": (file_of(b'{"\xff": 1}'), ["not a JSON object"]),
-    "no UTF-8 in a field": (
-        file_of(b'{"w": {"dt\xffype": "U8", "shape": [0], "data_offsets": [0, 0]}}'),
-        ["'w'", "dtype"],
-    ),
-    "no UTF-8 in an unknown field": (
-        file_of(b'{"w": {"c\xffrc": 1, "dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}'),
-        ["not a JSON object", "utf-8"],
-    ),
-    "NaN in an unknown field": (
-        file_of(b'{"w": {"crc": NaN, "dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}'),
-        ["not a JSON object"],
-    ),
-    "UTF-16": (file_of(json.dumps(W).encode("utf-16")), ["not a JSON object"]),
-    "byte order mark": (file_of(b"\xef\xbb\xbf" + json.dumps(W).encode(), b"abcd"), ["not a JSON object"]),
-    "lone surrogate": (file_of(f'{{"\\ud800": {ONE}}}', b"abcd"), ["not a JSON object"]),
-    "no JSON": (file_of("hello"), ["not a JSON object"]),
-    "cut JSON": (file_of('{"w": {'), ["not a JSON object"]),
-    "two objects": (file_of("{}{}"), ["not a JSON object"]),
-    "array": (file_of("[]"), ["not a JSON object", "array"]),
-    "null": (file_of("null"), ["not a JSON object"]),
-    "string": (file_of('"w"'), ["not a JSON object"]),
-    "NaN": (file_of('{"w": NaN}'), ["not a JSON object"]),
-    "NaN in a shape": (
-        file_of('{"w": {"dtype": "U8", "shape": [NaN], "data_offsets": [0, 0]}}'),
-        ["not a JSON object"],
-    ),
-    "Infinity": (file_of('{"w": -Infinity}'), ["not a JSON object"]),
-    "too deep": (file_of(DEEP), ["not a JSON object"]),
-    "too deep inside": (file_of(f'{{"w": {DEEP}}}'), ["not a JSON object", "recursion"]),
-    "too deep in a field": (file_of(f'{{"w": {{"shape": {DEEP}}}}}'), ["not a JSON object", "recursion"]),
-    "entry is no object": (file_of({"sound": entry("U8", [0], 0, 0), "w": 7}), ["'w'", "object"]),
-    "entry is an array": (file_of({"w": ["U8", [0], [0, 0]]}), ["'w'", "object"]),
-    "field missing": (file_of({"w": {"dtype": "U8", "shape": [0]}}), ["'w'", "data_offsets"]),
-    "metadata is no object": (file_of({"__metadata__": 3}), ["__metadata__"]),
-    "metadata holds a number": (file_of({"__metadata__": {"epoch": 3}}), ["__metadata__", "str", "int"]),
-    "name twice": (file_of(f'{{"w": {NONE}, "w": {ONE}}}', b"abcd"), ["'w'", "twice"]),
-    "name twice, same range": (file_of(f'{{"w": {ONE}, "w": {ONE}}}', b"abcd"), ["'w'", "twice"]),
-    "name twice, no bytes": (file_of(f'{{"w": {NONE}, "w": {NONE}}}'), ["'w'", "twice"]),
-    "name twice, by escape": (file_of(f'{{"w": {ONE}, "\\u0077": {ONE}}}', b"abcd"), ["'w'", "twice"]),
-    "name twice, all escaped": (file_of(f'{{"\\u0077": {ONE}, "\\u0077": {ONE}}}', b"abcd"), ["'w'", "twice"]),
-    "name twice, the first empty": (file_of(f'{{"w": {{}}, "w": {ONE}}}', b"abcd"), ["'w'", "twice"]),
-    "name twice, the first a number": (file_of(f'{{"w": 1, "w": {ONE}}}', b"abcd"), ["'w'", "twice"]),
-    "name twice, the first escaped within": (
-        file_of(f'{{"w": {{"data_off\\u0073ets": 0}}, "w": {ONE}}}', b"abcd"),
-        ["'w'", "twice"],
-    ),
-    "name twice, hidden by a name that looks like metadata": (
-        file_of(f'{{"\\"__metadata__": {NONE}, "w": 1, "w": {ONE}}}', b"abcd"),
-        ["'w'", "twice"],
-    ),
-    "unknown field twice": (
-        file_of('{"w": {"dtype": "U8", "crc": 1, "crc": 2, "shape": [4], "data_offsets": [0, 4]}}', b"abcd"),
-        ["'w'", "'crc'", "twice"],
-    ),
-    "field twice": (
-        file_of('{"w": {"dtype": "I8", "dtype": "U8", "shape": [4], "data_offsets": [0, 4]}}', b"abcd"),
-        ["'w'", "'dtype'", "twice"],
-    ),
-    "shape twice": (
-        file_of('{"w": {"shape": [9], "dtype": "U8", "shape": [4], "data_offsets": [0, 4]}}', b"abcd"),
-        ["'w'", "'shape'", "twice"],
-    ),
-    "metadata twice": (file_of('{"__metadata__": {}, "__metadata__": {}}'), ["'__metadata__'", "twice"]),
-    "unknown dtype": (pair("F31", [1], 0, 4), ["'w'", "unknown dtype 'F31'", "BF16"]),
-    "dtype in lower case": (pair("u8", [4], 0, 4), ["'w'", "unknown dtype 'u8'"]),
-    "dtype is a number": (pair(8, [4], 0, 4), ["'w'", "str"]),
-    "negative length": (pair("U8", [-4], 0, 4), ["'w'", "negative"]),
-    "two negative lengths": (pair("U8", [-2, -2], 0, 4), ["'w'", "negative"]),
-    "minus nought": (file_of('{"w": {"dtype":"U8","shape":[-0],"data_offsets":[0,0]}}'), ["'w'", "-0"]),
-    "huge length": (pair("U8", [2**63], 0, 4), ["'w'", "more elements than any memory"]),
-    "length beyond 64 bits": (pair("U8", [10**30], 0, 4), ["'w'", "more elements"]),
-    "product wraps around": (pair("U8", [2**32, 2**32], 0, 0, b""), ["'w'", "more elements"]),
-    "product wraps around to its range": (pair("U8", [2**62, 4, 1], 0, 0, b""), ["'w'", "more elements"]),
-    "huge and empty": (pair("U8", [2**62, 0, 2**62], 0, 0, b""), ["'w'", "more elements"]),
-    "bits overflow": (pair("F64", [2**61], 0, 4), ["'w'", str(2**64), "hold 4"]),
-    "length is a float": (pair("U8", [4.0], 0, 4), ["'w'", "int"]),
-    "length is a fraction": (pair("U8", [0.5, 8], 0, 4), ["'w'", "int"]),
-    "length is a string": (pair("U8", ["4"], 0, 4), ["'w'", "int"]),
-    "length is true": (pair("U8", [4, True], 0, 4), ["'w'", "int", "bool"]),
-    "length is null": (pair("U8", [None], 0, 4), ["'w'", "int"]),
-    "shape is a number": (pair("U8", 4, 0, 4), ["'w'", "array"]),
-    "offset is a float": (pair("U8", [4], 0.0, 4), ["'w'", "int"]),
-    "three offsets": (file_of({"w": W["w"] | {"data_offsets": [0, 4, 4]}}, b"abcd"), ["'w'", "length 2"]),
-    "range too long": (pair("U8", [3], 0, 4), ["'w'", "is 3 bytes", "0..4 hold 4"]),
-    "range too short": (pair("F32", [2], 0, 4), ["'w'", "is 8 bytes", "0..4 hold 4"]),
-    "range backwards": (pair("U8", [4], 4, 0), ["'w'", "4..0 hold -4"]),
-    "range backwards and empty": (pair("U8", [0], 4, 0), ["'w'", "4..0 hold -4"]),
-    "range before the data": (pair("U8", [4], -4, 0), ["'w'", "byte -4"]),
-    "half a byte": (pair("F4", [3], 0, 2, b"ab"), ["'w'", "whole byte"]),
-    "six bits": (pair("F6_E2M3", [3], 0, 3, b"abc"), ["'w'", "whole byte"]),
-    "range past the end": (pair("U8", [5], 0, 5), ["'w'", "ends at byte 5", "holds 4", "truncated"]),
-    "three past the end": (
-        file_of(
-            json.dumps(
-                {
-                    n: {"dtype": "U8", "shape": [2], "data_offsets": [s, s + 2]}
-                    for s, n in ((0, "a"), (2, "b"), (4, "c"))
-                }
-            ).encode()
-        )
-        + b"x",
-        ["'a'", "the file holds 1", "this tensor and 2 later ones are cut off"],
-    ),
-    "empty range past the end": (pair("U8", [0], 9, 9, b""), ["'w'", "byte 9"]),
-    "offsets of 2^63": (pair("U8", [4], 2**63, 2**63 + 4), ["'w'", str(2**63)]),
-    "offsets beyond 64 bits": (pair("U8", [4], 2**70, 2**70 + 4), ["'w'"]),
-    "overlap": (
-        file_of({"v": entry("U8", [3], 0, 3), "w": entry("U8", [2], 2, 4)}, b"abcd"),
-        ["'w'", "byte 2", "inside tensor 'v'"],
-    ),
-    "same range": (
-        file_of({"v": entry("U8", [4], 0, 4), "w": entry("I8", [4], 0, 4)}, b"abcd"),
-        ["'w'", "byte 0", "inside tensor 'v'"],
-    ),
-    "empty inside another": (
-        file_of({"v": entry("U8", [4], 0, 4), "w": entry("U8", [0], 2, 2)}, b"abcd"),
-        ["'w'", "byte 2", "inside tensor 'v'"],
-    ),
-    "gap at the start": (pair("U8", [3], 1, 4), ["'w'", "byte 1", "nothing lies between"]),
-    "gap": (
-        file_of({"v": entry("U8", [1], 0, 1), "w": entry("U8", [2], 2, 4)}, b"abcd"),
-        ["'w'", "byte 2", "tensor 'v' ends at 1"],
-    ),
-    "trailing bytes": (pair("U8", [3], 0, 3), ["1 trailing bytes"]),
-    "trailing bytes of no tensor": (file_of("{}", b"x"), ["1 trailing bytes"]),
-}
-
-
-@pytest.mark.parametrize("case", INVALID)
+@pytest.mark.parametrize("case", BROKEN_FILES)
 def test_a_broken_file_is_refused_by_name(case, tmp_path):
-    raw, words = INVALID[case]
+    raw, words = BROKEN_FILES[case]
     path = tmp_path / "broken.safetensors"
     path.write_bytes(raw)
     with pytest.raises(CheckpointError) as error:
@@ -522,7 +352,7 @@ def structured(draw):
         few.map(lambda items: f'"data_offsets":{items}'),
     )
     sound = st.sampled_from(
-        [ONE, NONE, '{"shape":[2,2],"data_offsets":[0,4],"dtype":"I8"}', '{"dtype":"F32"}', "{}", "1"]
+        [ENTRY, EMPTY_ENTRY, '{"shape":[2,2],"data_offsets":[0,4],"dtype":"I8"}', '{"dtype":"F32"}', "{}", "1"]
     )
     value = st.one_of(sound, st.lists(field, min_size=2, max_size=5).map(lambda fields: f"{{{','.join(fields)}}}"))
     name = st.sampled_from(['"w"', '"v"', '"\\u0077"', '"a:b"', '"\\"__metadata__"', '"__metadata__"', '""'])

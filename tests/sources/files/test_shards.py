@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from broken import LYING_INDEXES
 from safetensors.torch import load_file
 
 import hotweights as hw
@@ -268,32 +269,10 @@ def test_every_broken_file_of_a_directory_is_named(shards):
 
 # --- an index that lies ----------------------------------------------------------------------------------------------
 
-LIES = {
-    "not JSON": ("{", ["not a JSON object"]),
-    "empty": ("", ["the file is empty"]),
-    "not UTF-8": (b"\xff\xff{}", ["not a JSON object"]),
-    "too deep": ('{"weight_map": ' + "[" * 100_000, ["not a JSON object"]),
-    "NaN": ('{"metadata": {"total_size": NaN}, "weight_map": {"a": "b"}}', ["not a JSON object", "NaN"]),
-    "an array": ("[]", ['no "weight_map"']),
-    "a number": ("7", ['no "weight_map"']),
-    "no weight_map": ("{}", ['no "weight_map"']),
-    "weight_map is an array": ('{"weight_map": ["a"]}', ['no "weight_map"']),
-    "weight_map is empty": ('{"weight_map": {}}', ['no "weight_map"']),
-    "file is a number": ('{"weight_map": {"scale": 7}}', ["'scale'", "7", "no name"]),
-    "file is nothing": ('{"weight_map": {"scale": ""}}', ["'scale'", "no name"]),
-    "name twice": (f'{{"weight_map": {{"scale": "{ONE}", "scale": "{TWO}"}}}}', ["'scale'", "twice"]),
-    "name twice, by escape": (f'{{"weight_map": {{"scale": "{ONE}", "s\\u0063ale": "{TWO}"}}}}', ["'scale'", "twice"]),
-    "name twice, same file": (f'{{"weight_map": {{"scale": "{TWO}", "scale": "{TWO}"}}}}', ["'scale'", "twice"]),
-    "weight_map twice": (f'{{"weight_map": {{}}, "weight_map": {{"scale": "{TWO}"}}}}', ["'weight_map'", "twice"]),
-    "file is the directory": ('{"weight_map": {"scale": "."}}', ["is a directory"]),
-    "file has a zero byte": ('{"weight_map": {"scale": "a\\u0000b"}}', ["outside"]),
-    "file has a long name": (f'{{"weight_map": {{"scale": "{"x" * 300}"}}}}', ["xxx", "no such file"]),
-}
 
-
-@pytest.mark.parametrize("case", LIES)
+@pytest.mark.parametrize("case", LYING_INDEXES)
 def test_an_index_that_is_none(shards, case):
-    content, words = LIES[case]
+    content, words = LYING_INDEXES[case]
     (shards / INDEX).write_bytes(content if isinstance(content, bytes) else content.encode())
     error = str(refused(shards))
     for word in (str(shards / INDEX), *words):

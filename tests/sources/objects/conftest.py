@@ -1,7 +1,7 @@
 """What the tests of stores share. Without ``obstore`` there are none."""
 
 import pytest
-from web import Proxy, Web
+from web import Proxy, Web, served
 
 
 def pytest_collection_modifyitems(items):
@@ -11,11 +11,6 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "/sources/objects/" in str(item.path):
                 item.add_marker(pytest.mark.skip(reason="needs obstore: pip install 'hotweights[cloud]'"))
-
-
-def served(folder):
-    """The files of a folder as a server has them, below ``m/``."""
-    return {f"m/{path.relative_to(folder)}": path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture

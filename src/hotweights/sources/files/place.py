@@ -61,6 +61,10 @@ class Remote(os.PathLike[str]):
         """Whether there is such an object; of what looks like a directory always."""
 
     @abstractmethod
+    def is_object(self) -> bool:
+        """Whether there is such an object, whatever its name looks like."""
+
+    @abstractmethod
     def is_dir(self) -> bool:
         """Whether it is no object, by its name: stores have no directories."""
 
@@ -84,6 +88,11 @@ def exists(place: Place) -> bool:
     """Whether something lies there."""
     # Unlike Path.exists, false for names that are too long.
     return place.exists() if isinstance(place, Remote) else os.path.exists(place)
+
+
+def is_named_file(place: Place) -> bool:
+    """Whether something lies there that a list of files may name: in a store an object, whatever it is called."""
+    return place.is_object() if isinstance(place, Remote) else os.path.exists(place)
 
 
 def is_dir(place: Place) -> bool:

@@ -19,7 +19,7 @@ from .file import File
 from .header import FileHeader
 from .index import disagreements, files_named_by, lies_outside, read_index
 from .layout import SAFETENSORS, Layout
-from .place import Place, Readable, Remote, exists, is_dir, names_in, open_place, open_soon
+from .place import Place, Readable, Remote, exists, is_dir, is_named_file, names_in, open_place, open_soon
 
 _SHOWN = 5  # absent files that are named
 
@@ -207,7 +207,7 @@ def _absent(files: Sequence[Place]) -> list[str]:
             numbers = islice((number for number in count(first) if number not in there), min(lacking, _SHOWN))
             absent = [f"{head}{number:0{len(total)}}-of-{total}{tail}" for number in numbers]
             more = f" and {lacking - len(absent)} more" if lacking > len(absent) else ""
-            more += _begun(part.parent, absent)
+            more += _begun(_beside(part.parent), absent)
             problems.append(
                 f"{part.parent}: {lacking} of {int(total)} files are absent, {', '.join(absent)}{more}; was it copied "
                 f"or saved to its end? To read a part of it, open {part}"
@@ -344,20 +344,28 @@ def _open_indexed(
     # Each file once: "a" and "./a" are one.
     paths = list(dict.fromkeys(index.parent / name for name in names if not lies_outside(name)))
     open_soon(paths)
-    absent = {path for path in paths if not exists(path)}
+    absent = {path for path in paths if not is_named_file(path)}
+    beside = _beside(index.parent) if absent else []
     for path in absent:
         tensors = sum(1 for shard in weight_map.values() if index.parent / shard == path)
         problems.append(
             f"{path}: named by the index for {tensors} tensors, but "
             + ("it is a link that leads nowhere" if os.path.islink(path) else "there is no such file")
-            + _begun(path.parent, [path.name])
+            + _begun(beside if path.parent == index.parent else _beside(path.parent), [path.name])
         )
     shards, broken = _open_each([path for path in paths if path not in absent], layout, undo)
     return shards, problems + broken
 
 
-def _begun(directory: Place, absent: Iterable[str]) -> str:
+def _beside(directory: Place) -> list[str]:
+    """What lies there, as far as it can be listed: it only explains an error."""
+    try:
+        return names_in(directory) if is_dir(directory) else []
+    except CheckpointError:
+        return []
+
+
+def _begun(beside: Sequence[str], absent: Iterable[str]) -> str:
     """Whether the download of an absent file has begun."""
-    names = names_in(directory) if isinstance(directory, Path) and is_dir(directory) else []
-    begun = [other for name in absent if (other := unfinished(name, names)) is not None]
+    begun = [other for name in absent if (other := unfinished(name, beside)) is not None]
     return f"; its download has not ended: {some(begun, 3)}" if begun else ""

@@ -28,6 +28,7 @@ WRITTEN = ("s3", "s3a", "gs", "az", "abfs", "abfss")
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/{1,2}(?P<rest>[^/].*)", re.DOTALL)
 _OBJECTS = (".safetensors", ".json", ".bin", ".pt", ".pth")  # How the names of objects end; others are directories.
 _OURS = ("deadline", "requests", "cache_dir", "cache_nbytes")
+_ENDPOINTS = ("endpoint", "endpoint_url", "base_url")  # how the options end that name a server
 _OF_CLIENT = """
 allow_http allow_invalid_certificates connect_timeout default_headers http1_only http2_only pool_idle_timeout
 pool_max_idle_per_host proxy_url timeout read_timeout http2_keep_alive_interval http2_keep_alive_timeout
@@ -136,8 +137,8 @@ def _package_store(parts: Parts, options: dict[str, object], retries: float | No
             raise
         raise MissingPackage("obstore", "cloud") from error
     client = {name: options.pop(name) for name in _OF_CLIENT if name in options}
-    endpoint = options.get("endpoint", options.get("endpoint_url", ""))
-    if parts.scheme == "http" or str(endpoint).startswith("http://"):
+    endpoints = [str(value) for name, value in options.items() if name.lower().endswith(_ENDPOINTS)]
+    if parts.scheme == "http" or any(value.startswith("http://") for value in endpoints):
         client.setdefault("allow_http", True)  # It is written out.
     limits: dict[str, Any] = {"retry_config": {"max_retries": 0}}  # ``Store`` tries again, and counts.
     if retries is not None:
@@ -185,7 +186,11 @@ class Address(Remote):
 
     def exists(self) -> bool:
         """See ``Remote``."""
-        return self.is_dir() or self.store.there(self.key)
+        return self.is_dir() or self.is_object()
+
+    def is_object(self) -> bool:
+        """See ``Remote``."""
+        return bool(self.key) and self.store.there(self.key)
 
     def is_dir(self) -> bool:
         """See ``Remote``."""
