@@ -58,6 +58,7 @@ def two(address, keys):
         yield first, second
 
 
+@pytest.mark.long
 def test_two_workers_share_one_that_ends_after_them_and_comes_again_when_killed(keys, tmp_path):
     address = free_address()
     with two(address, keys) as (first, second), sender(address, keys=keys, receivers=2, timeout=PATIENCE) as sending:
@@ -144,6 +145,15 @@ def test_a_folder_of_somebody_else_is_refused(tmp_path):
     folder_of(address, None, False).chmod(0o777)
     with receiver(address, relay=True) as source, pytest.raises(hw.UsageError, match="not this user's alone"):
         source.poll()
+
+
+def test_a_link_in_its_place_is_refused(tmp_path):
+    address = free_address()
+    (tmp_path / "mine").mkdir(mode=0o700)
+    folder_of(address, None, False).symlink_to(tmp_path / "mine")
+    with receiver(address, relay=True) as source, pytest.raises(hw.UsageError, match="is a link"):
+        source.poll()
+    assert not list((tmp_path / "mine").iterdir())
 
 
 def test_it_is_for_addresses_on_the_network(address, tmp_path):
