@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
-from namespaces import Hosts, enter, why_not
+from namespaces import Hosts, end_once, enter, why_not
 from processes import Child, Killer, Tiny, value_of
 
 import hotweights as hw
@@ -248,7 +248,8 @@ def main():
     print(f"seed {seed}, {options.n} schedules, {f'by loopback: {reason}' if reason else 'in namespaces'}", flush=True)
     torch.set_num_threads(1)
     logging.getLogger("hotweights").setLevel(logging.ERROR)  # Relays tell of each sender that is gone.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end_once)
     bad, began = 0, time.monotonic()
     with contextlib.ExitStack() as whole:
         hosts = None if reason else whole.enter_context(Hosts())
