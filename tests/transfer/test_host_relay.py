@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 from ends import Thread, receiver, sender
+from processes import Child
 
 import hotweights as hw
 from hosts import free_address
@@ -57,6 +58,7 @@ def two(address, keys):
         yield first, second
 
 
+@pytest.mark.long
 def test_two_workers_share_one_that_ends_after_them_and_comes_again_when_killed(keys, tmp_path):
     address = free_address()
     with two(address, keys) as (first, second), sender(address, keys=keys, receivers=2, timeout=PATIENCE) as sending:
@@ -76,6 +78,38 @@ def test_two_workers_share_one_that_ends_after_them_and_comes_again_when_killed(
         threads = [Thread(take, second)]
         sending.send(CONTENT, version=3, receivers=1)
         assert_same_bits(threads[0].result(), CONTENT)
+    gone(tmp_path)
+
+
+def start_and_take(pipe, address, keys):
+    with receiver(address, keys=keys, relay=True, offer_timeout=PATIENCE) as source:
+        while True:
+            pipe.send(sorted(take(source)))
+
+
+@pytest.mark.long
+def test_a_relay_outlives_the_worker_that_started_it(keys, tmp_path):
+    address = free_address()
+    with (
+        sender(address, keys=keys, receivers=2, timeout=PATIENCE) as sending,
+        receiver(address, keys=keys, relay=True, offer_timeout=PATIENCE) as second,
+    ):
+        first = Child(start_and_take, address, keys)
+        while not relays(tmp_path):  # The second has not asked for anything yet.
+            assert sending.connected == ()
+        thread = Thread(take, second)
+        sending.send(CONTENT, version=1)
+        assert first.heard(PATIENCE) == sorted(CONTENT)
+        thread.result()
+        (process,) = relays(tmp_path)
+        first.process.kill()
+        with pytest.raises(AssertionError), first:  # It kills and waits.
+            raise AssertionError
+        thread = Thread(take, second)
+        report = sending.send(CONTENT, version=2, receivers=1)
+        assert_same_bits(thread.result(), CONTENT)
+        assert len(report.committed) == 1
+        assert relays(tmp_path) == [process]
     gone(tmp_path)
 
 
@@ -111,6 +145,15 @@ def test_a_folder_of_somebody_else_is_refused(tmp_path):
     folder_of(address, None, False).chmod(0o777)
     with receiver(address, relay=True) as source, pytest.raises(hw.UsageError, match="not this user's alone"):
         source.poll()
+
+
+def test_a_link_in_its_place_is_refused(tmp_path):
+    address = free_address()
+    (tmp_path / "mine").mkdir(mode=0o700)
+    folder_of(address, None, False).symlink_to(tmp_path / "mine")
+    with receiver(address, relay=True) as source, pytest.raises(hw.UsageError, match="is a link"):
+        source.poll()
+    assert not list((tmp_path / "mine").iterdir())
 
 
 def test_it_is_for_addresses_on_the_network(address, tmp_path):

@@ -340,3 +340,30 @@ def test_a_worker_killed_at_any_moment_is_named(on_lost, trainer, worker):
             break
     assert seen == {False, True}  # Also with "drop": a host takes a version as one.
     assert at > 10
+
+
+def test_hosts_join_and_leave_between_versions(trainer, worker, tmp_path):
+    """A host that came late has the next version; one that left is not waited for; a new trainer goes on with both."""
+    other = f"unix:{tmp_path / 'other' / 'socket'}"
+
+    def sent(sending, version, sources):
+        threads = [Thread(lambda each=each: dict(each.tensors())) for each in sources]
+        committed = sending.send(tensors(version), version=version, receivers=len(sources)).committed
+        for thread, source in zip(threads, sources, strict=True):
+            assert_same_bits(thread.result(), tensors(version))
+            assert source.version == version
+        return len(committed)
+
+    with contextlib.ExitStack() as stack:
+        first_host = stack.enter_context(contextlib.ExitStack())
+        first_host.enter_context(relaying(trainer, worker))
+        first = first_host.enter_context(receiver(worker))
+        with sender(trainer) as sending:
+            assert sent(sending, 1, [first]) == 1
+            stack.enter_context(relaying(trainer, other))
+            late = [stack.enter_context(receiver(other)) for _ in range(2)]
+            assert sent(sending, 2, [first, *late]) == 3
+            first_host.close()
+            assert sent(sending, 3, late) == 2
+        with sender(trainer) as sending:
+            assert sent(sending, 4, late) == 2

@@ -8,7 +8,6 @@ import fcntl
 import hashlib
 import logging
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -32,6 +31,7 @@ _PACKAGE = Path(__file__).parents[2]
 _START = (
     "import sys; sys.path.append(sys.argv[1]); from hotweights.transfer.host_relay import serve; serve(*sys.argv[2:])"
 )
+_FILES = ("socket", "socket.lock", "said", "users")
 _WARNING = "relay from "  # what a relay says of a sender that is not there; it goes on trying
 
 
@@ -124,13 +124,15 @@ class HostRelay:
         with contextlib.suppress(OSError):
             lock = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             if _locked(lock, fcntl.LOCK_EX):
-                shutil.rmtree(self._folder, ignore_errors=True)
+                _remove(self._folder)
             os.close(lock)
 
     def _use(self) -> bool:
         """Hold the folder in use. Returns whether it is; if not, a relay has just decided to end."""
         if self._used >= 0:
             return True
+        if self._folder.is_symlink():  # Somebody else's, who wants this user's files to be changed.
+            raise UsageError(f"{self._folder} is a link, where this host's relay would lie; remove it")
         check_directory(str(self._folder))
         path = self._folder / "users"
         try:
@@ -237,11 +239,19 @@ def _close_when_unused(relay: Relay, folder: Path, idle: float, done: threading.
             if unused >= idle:
                 relay.close()
                 done.wait(idle)
-                shutil.rmtree(folder, ignore_errors=True)
+                _remove(folder)
                 return
             fcntl.flock(used, fcntl.LOCK_UN)
     finally:
         os.close(used)
+
+
+def _remove(folder: Path) -> None:
+    """A folder that nobody uses, and nothing but what was put there."""
+    with contextlib.suppress(OSError):
+        for name in _FILES:
+            (folder / name).unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def _locked(descriptor: int, kind: int) -> bool:
