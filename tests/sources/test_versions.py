@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from dcp_saved import save_dcp
 
 import hotweights as hw
 from hotweights.sources.versions import Versions
@@ -340,3 +341,43 @@ class TestRefusals:
     def test_arguments(self, arguments, tmp_path):
         with pytest.raises(hw.UsageError, match=f"{next(iter(arguments))}= is "):
             hw.follow(tmp_path, **arguments)
+
+
+class TestDcp:
+    """Directories of ``torch.distributed.checkpoint``, whose ``.metadata`` is written last."""
+
+    def test_a_version_is_given_when_its_metadata_is_there(self, follower, tmp_path):
+        place = save_dcp(tmp_path / "step-1", {"model": TENSORS}, files=2)
+        hidden = tmp_path / "aside"
+        os.rename(place / ".metadata", hidden)
+        assert follower.settle() == []
+        assert "no .metadata, which is written last" in follower.versions.passed_over["step-1"]
+        shutil.copy(hidden, place / ".metadata")
+        assert follower.settle() == ["step-1"]
+        assert follower.settle() == []
+
+    def test_one_that_is_written_anew_waits_for_its_new_metadata(self, follower, tmp_path):
+        place = save_dcp(tmp_path / "step-1", TENSORS)
+        assert follower.settle() == ["step-1"]
+        metadata = os.stat(place / ".metadata")
+        (file,) = place.glob("*.distcp")
+        file.touch()
+        os.utime(place / ".metadata", (1, 1))
+        assert follower.settle() == []
+        assert "newer than .metadata" in follower.versions.passed_over["step-1"]
+        os.utime(place / ".metadata", ns=(metadata.st_mtime_ns + 10**12,) * 2)
+        assert follower.settle() == ["step-1"]
+
+    def test_one_that_is_cut_off_is_passed_over(self, follower, tmp_path):
+        (file,) = save_dcp(tmp_path / "step-1", TENSORS).glob("*.distcp")
+        os.truncate(file, 100)
+        assert follower.settle() == []
+        assert "the checkpoint is broken" in follower.versions.passed_over["step-1"]
+
+    def test_what_is_given_loads(self, tmp_path):
+        save_dcp(tmp_path / "step-7", {"model": {"weight": torch.full((3, 2), 7.0)}})
+        live = hw.LiveModel(torch.nn.Linear(2, 3, bias=False))
+        with hw.follow(tmp_path, interval=0.001) as versions:
+            live.load(next(versions))
+        assert live.version == "step-7"
+        assert torch.equal(live.model.weight, torch.full((3, 2), 7.0))

@@ -10,7 +10,7 @@ import stat
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +20,9 @@ from ..arguments import check_kind
 from ..errors import CheckpointError, Closed, HotweightsError, StoreError, UsageError
 from ..notices import log
 from ..text import some
+from .dcp.place import BYTES as DCP_BYTES
+from .dcp.place import NAME as DCP_NAME
+from .dcp.place import DcpPlace, dcp_place, unfinished_dcp
 from .files.listing import list_checkpoint
 from .objects.address import Address
 from .objects.run import Pointer, Published, Run, is_run, open_run
@@ -169,9 +172,11 @@ class Versions:
 
     def _waits(self, place: Any, files: _Files) -> str | None:
         """Why nothing is known of this place yet, where that may stay so for ever."""
-        if any(name.endswith(_WEIGHTS) for name in files):
+        if _holds_weights(files):
             lacks = self._marker is not None and self._marker not in files
             return f"waits for {self._marker}, the marker that its writer writes last" if lacks else None
+        if files and (unfinished := unfinished_dcp([*files])):
+            return unfinished
         return _elsewhere(place, deeper=place != self._directory) if isinstance(place, Path) else None
 
     def look(self) -> list[Version]:
@@ -258,7 +263,7 @@ class Versions:
         if seen is None or seen.files != files:
             self._seen[place] = seen = _Seen(files, now)
             self._passed_over.pop(place, None)
-        if seen.judged or now - seen.since < self._interval or not any(name.endswith(_WEIGHTS) for name in files):
+        if seen.judged or now - seen.since < self._interval or not _holds_weights(files):
             return None
         if self._marker is not None and self._marker not in files:
             return None
@@ -297,6 +302,7 @@ class Versions:
             last = [self._marker]
         else:  # Beside a whole file its index says nothing.
             last = [name for name in files if name.endswith(_INDEX) and name.removesuffix(".index.json") not in weights]
+            last = [DCP_NAME] if DCP_NAME in weights else last
         # Hubs' clients bring the files in any order, and rename each into its place when it is whole.
         if (
             not last
@@ -320,7 +326,7 @@ class Versions:
         except OSError:
             return files  # It was removed.
         for name in names:
-            if name.endswith((_WEIGHTS, _INDEX)) or name == self._marker:
+            if name.endswith((_WEIGHTS, _INDEX, DCP_BYTES)) or name in (DCP_NAME, self._marker):
                 try:
                     status = os.stat(place / name)
                 except OSError:
@@ -331,7 +337,7 @@ class Versions:
 
     def _weights(self, place: Any) -> _Files:
         """The files of weights of the version in this place. Raises ``CheckpointError`` if one is absent, or broken."""
-        paths = list_checkpoint(place).files
+        paths = list_checkpoint(place).files if (saved := dcp_place(place, None)) is None else _dcp_files(saved)
         try:
             return {os.path.relpath(path, place): _status(os.stat(path)) for path in paths}
         except OSError as error:
@@ -410,6 +416,17 @@ class RemoteVersions(Versions):
         # An object is there when it is whole, and those that upload many bring them in any order.
         if self._marker is not None:
             super()._check_order(place, files, weights)
+
+
+def _holds_weights(files: _Files) -> bool:
+    return DCP_NAME in files or any(name.endswith(_WEIGHTS) for name in files)
+
+
+def _dcp_files(place: DcpPlace) -> Sequence[str]:
+    from .dcp.source import DcpSource  # It needs torch, and a directory of safetensors does not.
+
+    with DcpSource(place) as source:
+        return source.files
 
 
 def _elsewhere(place: Path, *, deeper: bool) -> str | None:

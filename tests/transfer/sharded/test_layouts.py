@@ -128,9 +128,9 @@ def test_every_layout_arrives_whole(tmp_path, address, far):
             worker.say("done")
 
 
-def _trains(rank, address):
+def _trains(rank, address, kind):
     """Three steps, a version after each; nothing is gathered but for the test."""
-    model = sharded("fsdp", seed=1)
+    model = sharded(kind, seed=1)
     optimiser = torch.optim.SGD(model.parameters(), lr=0.1, foreach=False)
     states = []
     with hw.Sender(address, group=dist.group.WORLD, receivers=2, timeout=30) as sending:
@@ -173,10 +173,11 @@ def _follows(pipe, address, rank):
     pipe.recv()
 
 
-def test_three_steps_reach_ranks_that_take_slices(tmp_path, address):
+@pytest.mark.parametrize("kind", ["fsdp", pytest.param("fsdp x tp", marks=pytest.mark.long)])
+def test_three_steps_reach_ranks_that_take_slices(tmp_path, address, kind):
     (tmp_path / "ranks").mkdir()
     with Child(_follows, address, 0) as one, Child(_follows, address, 1) as other:
-        steps = on_ranks(tmp_path / "ranks", _trains, address, count=RANKS)[0]
+        steps = on_ranks(tmp_path / "ranks", _trains, address, kind, count=RANKS)[0]
         for step, state in enumerate(steps):
             if step == 2:  # The workers hold float32 and double: what came was rounded.
                 state = {name: tensor.bfloat16().float() for name, tensor in state.items()}

@@ -17,7 +17,10 @@ NAME = ".metadata"
 OUTERMOST = "."
 """The ``subfolder`` that stands for the tensors that lie in no dict."""
 
-_BYTES, _SAFETENSORS = ".distcp", ".safetensors"
+BYTES = ".distcp"
+"""How files of tensors end."""
+
+_SAFETENSORS = ".safetensors"
 
 
 class DcpPlace(NamedTuple):
@@ -83,7 +86,7 @@ def parts_of_dcp(names: Iterable[str]) -> str | None:
 
 def unfinished_dcp(names: Sequence[str]) -> str | None:
     """Why a directory that holds these names, and no ``.metadata``, is no DCP checkpoint though it looks like one."""
-    held = [name for name in names if name.endswith(_BYTES)]
+    held = [name for name in names if name.endswith(BYTES)]
     if not held:
         return None
     what = f"holds {some(held, 3)} of torch.distributed.checkpoint"
