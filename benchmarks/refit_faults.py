@@ -1,7 +1,7 @@
-"""A trainer refits a vLLM engine while things go wrong: by vLLM's own NCCL backend, and by ours. A table, and times.
+"""A trainer refits a vLLM engine while things go wrong: by vLLM's own NCCL backend, and by ours. A table.
 
-    python benchmarks/refit_faults.py                    # the faults, then the times
-    python benchmarks/refit_faults.py --only times
+    python benchmarks/refit_faults.py
+    python benchmarks/refit_faults.py --only shape
 
 It needs an environment with vllm on a CPU (``make test-vllm`` makes one). vLLM's own backends need CUDA: here its NCCL
 engines, both ends, run as they are but for the group, which is gloo's, and the stream, which there is none of. So what
@@ -17,7 +17,6 @@ import argparse
 import os
 import signal
 import socket
-import statistics
 import sys
 import tempfile
 import time
@@ -37,7 +36,6 @@ from trainers import caught, trained, trainer_of
 FAULTS = ("nothing", "missing", "half of a fused one", "shape", "the source raises", "the trainer is killed")
 PATIENCE = 30.0
 """Seconds after which an engine counts as dead."""
-ROUNDS = 7
 
 cases.MORE["llama-200MB"] = cases.Case(
     "LlamaConfig",
@@ -170,38 +168,34 @@ def source_of(model: Any, fault: str) -> Any:
     return Faulty(model)
 
 
-def trainer(path: str, fault: str, is_ours: bool, pipe: Any, rounds: int = 1) -> tuple[str, list[float], list[float]]:
-    """A trainer's life: what it was told, and how long its engine stood, and each call took."""
-    client = Remote(pipe)
-    source = source_of(trained(path), fault)
+def sender_of(client: Any, source: Any, is_ours: bool, timeout: float = 20) -> Any:
+    """A trainer as a user makes one, of either backend."""
     if is_ours:
-        sender = trainer_of(client, source)
-    else:
-        from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
-        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+        return trainer_of(client, source, timeout=timeout)
+    from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
-        without_cuda()
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        info = NCCLTrainerInitInfo(rank=0, master_address="127.0.0.1", master_port=port, world_size=2, packed=False)
-        sender = WeightTransferTrainerFactory.trainer_init(info, client=client, source=source)
-    told, totals = "", []
-    for _ in range(rounds):
-        began = time.monotonic()
-        told = caught(sender.send_weights)
-        totals.append(time.monotonic() - began)
-    return told, client.stalls, totals
+    without_cuda()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    info = NCCLTrainerInitInfo(rank=0, master_address="127.0.0.1", master_port=port, world_size=2, packed=False)
+    return WeightTransferTrainerFactory.trainer_init(info, client=client, source=source)
 
 
-def ended(zoo: Zoo, script: Callable[..., Any], *given: Any, seconds: float = 3 * PATIENCE) -> Any:
+def trainer(path: str, fault: str, is_ours: bool, pipe: Any) -> str:
+    """A trainer's life: what it was told."""
+    return caught(sender_of(Remote(pipe), source_of(trained(path), fault), is_ours).send_weights)
+
+
+def ended(zoo: Zoo, script: Callable[..., Any], *given: Any) -> Any:
     """What a process returned, or how it ended."""
     try:
-        return zoo.run(script, None, *given, seconds=seconds)
+        return zoo.run(script, None, *given, seconds=3 * PATIENCE)
     except EOFError:
-        return "killed", [], []
+        return "killed"
     except AssertionError as error:
-        return str(error).strip().splitlines()[-1].replace("the engine", "the trainer"), [], []
+        return str(error).strip().splitlines()[-1].replace("the engine", "the trainer")
 
 
 def engine(zoo: Zoo, name: str, is_ours: bool) -> Any:
@@ -226,19 +220,19 @@ def fault_row(zoo: Zoo, fault: str, is_ours: bool) -> list[str]:
 
     path = str(zoo.checkpoint("llama", "B"))
     with engine(zoo, "llama", is_ours) as pipe:
-        told, *_ = ended(zoo, trainer, path, fault, is_ours, pipe)
+        told = ended(zoo, trainer, path, fault, is_ours, pipe)
         then = answers(pipe)
         if then.startswith("no answer (the engine did not"):
             return [told.splitlines()[0][:90], then, "-"]
-        again, *_ = ended(zoo, trainer, path, "nothing", is_ours, pipe)
+        again = ended(zoo, trainer, path, "nothing", is_ours, pipe)
         after = answers(pipe)
     return [told.splitlines()[0][:90], then, after if again == "nothing was raised" else f"{again[:60]}; {after}"]
 
 
 def main() -> None:
-    """Print both tables."""
+    """Print the table."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--only", help="a fault, or: times")
+    arguments.add_argument("--only", choices=FAULTS, help="one of them")
     only = arguments.parse_args().only
     os.environ.update(Zoo.environment)
     paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "tests" / "vllm")]
@@ -253,19 +247,7 @@ def main() -> None:
                     row = (fault, "ours" if is_ours else "nccl", *fault_row(zoo, fault, is_ours))
                     table.add_row(*row)
                     print("done:", *row, sep=" | ", file=sys.stderr, flush=True)
-        if table.row_count:
-            console.print(table)
-        if only in (None, "times"):
-            times = Table("backend", "stall, median ms", "send_weights, median ms", title="Llama, 200 MB of bfloat16")
-            for is_ours in (False, True):
-                with engine(zoo, "llama-200MB", is_ours) as pipe:
-                    path = str(zoo.checkpoint("llama-200MB", "B"))
-                    told, stalls, totals = ended(zoo, trainer, path, "nothing", is_ours, pipe, ROUNDS, seconds=900)
-                    numbers = [
-                        f"{statistics.median(each[1:]) * 1000:.0f}" if each else told for each in (stalls, totals)
-                    ]
-                    times.add_row("ours" if is_ours else "nccl, by gloo", *numbers)
-            console.print(times)
+        console.print(table)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ import importlib.util
 import multiprocessing
 import os
 import random
-import socket
 import statistics
 import sys
 import tempfile
@@ -38,9 +37,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "trl"))
 from rich.console import Console
 from rich.table import Table
 from trained import Zoo
-from trainers import trained, trainer_of
+from trainers import trained
 
-from refit_faults import Remote, engine, source_of, without_cuda
+from refit_faults import Remote, engine, sender_of, source_of
 
 MODEL = "llama-200MB"
 WARM = 2
@@ -67,19 +66,7 @@ def taking_turns(make: Callable[..., Way], given: tuple[Any, ...], turns: Any) -
 def by_vllm(path: str, is_ours: bool, pipe: Any) -> Way:
     """A trainer of vLLM's factory, whose engine is in another process."""
     client = Remote(pipe)
-    source = source_of(trained(path), "nothing")
-    if is_ours:
-        sender = trainer_of(client, source, timeout=120)
-    else:
-        from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
-        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
-
-        without_cuda()
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        info = NCCLTrainerInitInfo(rank=0, master_address="127.0.0.1", master_port=port, world_size=2, packed=False)
-        sender = WeightTransferTrainerFactory.trainer_init(info, client=client, source=source)
+    sender = sender_of(client, source_of(trained(path), "nothing"), is_ours, timeout=120)
 
     def way() -> tuple[float, float]:
         began = time.monotonic()

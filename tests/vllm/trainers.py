@@ -46,6 +46,20 @@ def without_last(model):
     return Short(model)
 
 
+def narrower(model, name):
+    """A source in which one tensor lacks its last column."""
+    from vllm.distributed.weight_transfer.base import ModuleSource, ParamMeta
+
+    class Narrower(ModuleSource):
+        def metadata(self):
+            return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self]
+
+        def __iter__(self):
+            return ((each, tensor[..., :-1] if each == name else tensor) for each, tensor in super().__iter__())
+
+    return Narrower(model)
+
+
 def failing(model):
     """A source that fails in the middle."""
     from vllm.distributed.weight_transfer.base import ModuleSource
