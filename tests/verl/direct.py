@@ -93,8 +93,8 @@ async def main(folder, replicas, ranks):
             shutil.copy(theirs / name, path)
     start_ray(num_gpus=replicas * ranks)
     options = {"timeout": 60, "direct": True}
-    made = [await replica_of(number, path, options, ranks) for number in range(replicas)]
-    trainers = group(DirectTrainer, 2, path=path, options=options)
+    made = await asyncio.gather(*(replica_of(number, path, options, ranks) for number in range(replicas)))
+    trainers = group(DirectTrainer, 1, path=path, options=options)
     manager = CheckpointEngineManager(config=made[0][0], actor_wg=trainers, replicas=[replica for _, replica in made])
     found = [{"says": [await says(replica) for _, replica in made]}]
 

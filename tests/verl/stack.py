@@ -31,6 +31,7 @@ def run(script: str, *, folder: Path, **given: Any) -> Any:
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "GLOO_SOCKET_IFNAME": "lo",
+        "RAY_memory_monitor_refresh_ms": "0",  # It kills actors where other processes fill the memory.
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, str(HERE / script), json.dumps({**given, "folder": str(folder)})]
