@@ -19,6 +19,7 @@ from ..notices import log
 from .channel import Channel
 from .door import BACKLOG, PATIENCE, SILENT, Door, Guest
 from .flow import GREETING, TOKEN, Inflow, Outflow
+from .handed_keys import HandedKeys
 from .keys import Keys
 from .network_channel import NetworkChannel
 from .states import Side
@@ -39,7 +40,7 @@ class NetworkEndpoint:
 
     retry = 0.1
 
-    def __init__(self, address: str, keys: str | os.PathLike[str] | None, insecure: bool) -> None:
+    def __init__(self, address: str, keys: str | os.PathLike[str] | HandedKeys | None, insecure: bool) -> None:
         """Nothing is looked up yet.
 
         Raises:
@@ -47,7 +48,7 @@ class NetworkEndpoint:
         """
         self.address = address
         self._host, self._port = _parted(address)
-        self._keys = None if keys is None else Keys(keys)
+        self._keys = keys if keys is None or isinstance(keys, HandedKeys) else Keys(keys)
         if keys is None and not insecure and not _is_loopback(self._host):
             raise UsageError(
                 f"{address} can be reached from other hosts, where without keys anybody could send or take weights. "
