@@ -47,7 +47,7 @@ def sent(sender, version, workers, **options):
 
 def state_of(answer):
     try:
-        return ray.get(answer, timeout=90)
+        return ray.get(answer, timeout=180)
     except ray.exceptions.RayError as error:
         return type(error).__name__
 
@@ -57,7 +57,7 @@ def relayed():
     one, two, here = ABOUT["hosts"]
     workers = workers_on([one, one, two, two, here])
     found = {"nbytes": sum(weight.nbytes for weight in model_of(0.0).parameters())}
-    with hw.Sender(ADDRESS, receivers=5, timeout=60) as sender:
+    with hw.Sender(ADDRESS, receivers=5, timeout=120) as sender:
         found["first"] = sent(sender, 1, workers)
         found["connected"] = sorted(sender.connected)
         found["through"] = [ray.get(worker.inside.remote())[0] for worker in workers]
@@ -73,12 +73,12 @@ def relayed():
             hw.Sender(ADDRESS)
         except hw.AddressTaken as error:
             found["taken"] = str(error)
-    until = time.monotonic() + 60  # Ray ends a process some time after it has said so.
+    until = time.monotonic() + 120  # Ray ends a process some time after it has said so.
     while any(named(host, "ray::RayRelay") for host in ABOUT["hosts"].values()) and time.monotonic() < until:
         time.sleep(0.2)
     found["relays after"] = [len(named(host, "ray::RayRelay")) for host in ABOUT["hosts"].values()]
-    with hw.Sender(ADDRESS, receivers=5, timeout=60) as sender:
-        found["started"] = len(start_relays(ADDRESS))
+    with hw.Sender(ADDRESS, receivers=5, timeout=120) as sender:
+        found["started"] = len(start_relays(ADDRESS, timeout=180))
         found["third"] = sent(sender, 3, workers)
     return found
 
@@ -95,8 +95,8 @@ def killed():
             dead.append(kill_host(ABOUT["hosts"][two]))
         say(channel, message, **options)
 
-    with hw.Sender(ADDRESS, receivers=4, timeout=30) as sender:
-        start_relays(ADDRESS)
+    with hw.Sender(ADDRESS, receivers=4, timeout=60) as sender:
+        start_relays(ADDRESS, timeout=180)
         found["first"] = sent(sender, 1, workers)
         Channel.send = killing
         began = time.monotonic()

@@ -2,6 +2,8 @@
 
 import glob
 import os
+import subprocess
+import sys
 import time
 
 import pytest
@@ -91,6 +93,21 @@ def test_the_environment_may_say_it(node, monkeypatch):
         sending.send(Tiny(1), version=1)
         worker.result()
     assert value_of(live.model) == 1.0
+
+
+def test_a_command_joins_the_cluster_on_its_host(node, tmp_path):
+    hw.save(Tiny(7), tmp_path / "model.safetensors")
+    live = hw.LiveModel(Tiny())
+    with receiver("ray:cli", offer_timeout=100) as source:
+        worker = Thread(lambda: live.load(source))
+        command = [sys.executable, "-m", "hotweights", "send", str(tmp_path / "model.safetensors"), "--to", "ray:cli"]
+        # Other clusters may be on this machine.
+        environment = {**os.environ, "RAY_ADDRESS": node.get_runtime_context().gcs_address}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+        assert done.returncode == 0, done.stdout + done.stderr
+        worker.result()
+    assert value_of(live.model) == 7.0
+    assert "taken by process" in done.stdout
 
 
 def test_who_resolves_takes_the_name(node):

@@ -3,7 +3,7 @@
 import pytest
 from cluster import pids_in
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(900)
 
 
 def test_versions_come_through_one_relay_for_each_host(cluster):
@@ -36,7 +36,7 @@ def test_a_host_is_killed_and_the_others_keep_one_version(cluster):
     assert "TransferAborted" in said
     assert "10.77.0.2" in said
     assert [worker[:2] for worker in workers] == [[1, 1.0]] * 2
-    assert found["seconds"] < 60
+    assert found["seconds"] < 120
     assert found["third"][0] == 2
     assert [worker[:2] for worker in found["third"][3]] == [[3, 3.0]] * 2
     assert not pids_in(cluster.hosts.names[1])

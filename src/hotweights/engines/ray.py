@@ -15,7 +15,7 @@ from ..errors import TransferError, TransferTimeout
 from ..transfer.ray_endpoint import actor_of
 from ..transfer.ray_rendezvous import Directions, SenderPlace
 
-_ANSWER = 20.0
+_ANSWER = 60.0
 _LOOK = 0.1
 
 

@@ -24,7 +24,7 @@ from .network import NetworkEndpoint
 from .ray_rendezvous import NAMESPACE, Directions, RayRendezvous, SenderPlace, folder_on, remove
 
 _NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,99}")
-_ANSWER = 20.0  # seconds for an answer of Ray: an actor is started within them
+_ANSWER = 60.0  # seconds for an answer of Ray: an actor is started within them, on a busy machine too
 _REACHED = 3.0  # seconds in which a sender that is alive answers a connection
 _AGAIN = 0.3  # seconds between two questions, where there is no sender yet
 _ENDING = 5.0
