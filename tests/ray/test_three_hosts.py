@@ -35,7 +35,9 @@ def test_a_host_is_killed_and_the_others_keep_one_version(cluster):
     assert took == 0
     assert "TransferAborted" in said
     assert "10.77.0.2" in said
-    assert [worker[:2] for worker in workers] == [[1, 1.0]] * 2
+    assert found["killed"] > 0
+    assert [worker[:2] for worker in workers[:2]] == [[1, 1.0]] * 2
+    assert all(isinstance(worker, str) for worker in workers[2:])  # what Ray says of an actor that died
     assert found["seconds"] < 120
     assert found["third"][0] == 2
     assert [worker[:2] for worker in found["third"][3]] == [[3, 3.0]] * 2
