@@ -15,7 +15,7 @@ from .outcome import ending, print_json
 
 def receive(
     sender: Annotated[
-        str, typer.Option("--from", help="Where the sender listens: unix:PATH, tcps://HOST:PORT or env:.")
+        str, typer.Option("--from", help="Where the sender listens: unix:PATH, tcps://HOST:PORT, ray:NAME or env:.")
     ],
     model: flags.Model,
     versions: Annotated[int, typer.Option(help="How many versions to take.", min=1)] = 1,

@@ -13,7 +13,8 @@ from .outcome import ending
 
 def relay(
     sender: Annotated[
-        str, typer.Option("--from", help="Where the sender, or another relay, listens: tcps://HOST:PORT or env:.")
+        str,
+        typer.Option("--from", help="Where the sender, or another relay, listens: tcps://HOST:PORT, ray:NAME or env:."),
     ],
     to: Annotated[
         list[str], typer.Option(help="Where workers connect: unix:PATH. Several times: for other relays too.")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def resolve(
     addresses: Annotated[
-        list[str], typer.Argument(help="Where the sender listened: tcps://HOST:PORT or env:. All of them.")
+        list[str], typer.Argument(help="Where the sender listened: tcps://HOST:PORT, ray:NAME or env:. All of them.")
     ],
     keys: flags.Keys = None,
     insecure: flags.Insecure = False,

@@ -13,7 +13,7 @@ from .outcome import ending, print_json
 
 def send(
     path: flags.Checkpoint,
-    to: Annotated[str, typer.Option(help="Where receivers connect: unix:PATH, tcps://HOST:PORT or env:.")],
+    to: Annotated[str, typer.Option(help="Where receivers connect: unix:PATH, tcps://HOST:PORT, ray:NAME or env:.")],
     version: Annotated[str | None, typer.Option(help="The version's name; else the path.")] = None,
     receivers: Annotated[int, typer.Option(help="How many receivers to wait for.", min=1)] = 1,
     timeout: Annotated[float, typer.Option(help="Seconds that a single wait may take.")] = 60.0,

@@ -10,6 +10,7 @@ from .address import UnixEndpoint
 from .door import Endpoint
 from .env_address import ENV, named
 from .network import NetworkEndpoint
+from .ray_endpoint import RayEndpoint
 
 
 def _named(address: str, keys: str | os.PathLike[str] | None, insecure: bool) -> Endpoint:
@@ -27,6 +28,7 @@ def _named(address: str, keys: str | os.PathLike[str] | None, insecure: bool) ->
 SCHEMES: Mapping[str, Callable[[str, str | os.PathLike[str] | None, bool], Endpoint]] = {
     "unix": UnixEndpoint,
     "tcps": NetworkEndpoint,
+    "ray": RayEndpoint,
     "env": _named,
 }
 """What an address may begin with, and what is made of it, keys, and whether to go without."""
@@ -41,9 +43,20 @@ def endpoint_of(address: str, *, keys: str | os.PathLike[str] | None = None, ins
     scheme = address.partition(":")[0] if isinstance(address, str) else ""
     if scheme not in SCHEMES:
         raise UsageError(
-            f"an address looks like unix:/tmp/trainer/socket, tcps://trainer:7600 or env:; this is {address!r}"
+            f"an address looks like unix:/tmp/trainer/socket, tcps://trainer:7600, ray:job or env:; this is {address!r}"
         )
     return SCHEMES[scheme](address, keys, insecure)
+
+
+def origin_of(address: str, *, keys: str | os.PathLike[str] | None = None, insecure: bool = False) -> Endpoint:
+    """The endpoint of an address for a relay: it leads to the sender itself, past any relay on this host.
+
+    Raises:
+        UsageError: as ``endpoint_of``.
+    """
+    if isinstance(address, str) and plain(address).startswith("ray:"):
+        return RayEndpoint(plain(address), keys, insecure, direct=True)
+    return endpoint_of(address, keys=keys, insecure=insecure)
 
 
 def endpoints_of(

@@ -22,6 +22,7 @@ from .carriers.table import CARRIERS, DEFAULT, carrier_of
 from .channel import Channel
 from .door import BACKLOG, PATIENCE, SILENT, Door, Guest
 from .flow import GREETING, TOKEN, Carrier, Inflow
+from .handed_keys import HandedKeys
 from .keys import Keys
 from .messages import NAME
 from .network_channel import NetworkChannel
@@ -48,7 +49,7 @@ class NetworkEndpoint:
 
     retry = 0.1
 
-    def __init__(self, address: str, keys: str | os.PathLike[str] | None, insecure: bool) -> None:
+    def __init__(self, address: str, keys: str | os.PathLike[str] | HandedKeys | None, insecure: bool) -> None:
         """Nothing is looked up yet.
 
         Raises:
@@ -58,7 +59,7 @@ class NetworkEndpoint:
         self._host, self._port = _parted(address)
         self._where = ""  # as last looked up
         self._told: set[str] = set()  # why it could not be reached
-        self._keys = None if keys is None else Keys(keys)
+        self._keys = keys if keys is None or isinstance(keys, HandedKeys) else Keys(keys)
         if keys is None and not insecure and not _is_loopback(self._host):
             raise UsageError(
                 f"{address} can be reached from other hosts, where without keys anybody could send or take weights. "

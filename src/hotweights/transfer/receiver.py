@@ -61,15 +61,16 @@ class Receiver:
         """Nothing is connected yet: the sender may start later, and be replaced by another.
 
         Args:
-            address: the sender's, ``unix:PATH``, ``tcps://HOST:PORT``, or ``env:`` for what torchrun, Slurm or
-                ``HOTWEIGHTS_ADDRESS`` says, docs/hosts.md. Or where a sender publishes, docs/objects.md:
+            address: the sender's, ``unix:PATH``, ``tcps://HOST:PORT``, ``ray:NAME``, or ``env:`` for what torchrun,
+                Slurm or ``HOTWEIGHTS_ADDRESS`` says, docs/hosts.md. Or where a sender publishes, docs/objects.md:
                 ``s3://BUCKET/RUN``, another store or web server, ``file:///DIRECTORY``, or a ``Path``. Only what a plan
                 needs of a version is read then.
             name: for people, such as ``"rank0"``: it stands in the sender's errors and reports.
             timeout: seconds that each single wait within an update may take: also that for the next sender, when this
                 one is lost and nobody here knows what it decided.
             offer_timeout: seconds to wait for the next version.
-            keys: the directory of the job's keys, which ``hotweights keys`` makes; for ``tcps:``.
+            keys: the directory of the job's keys, which ``hotweights keys`` makes; for ``tcps:``. With ``ray:``
+                the sender hands them out.
             insecure: go without keys in a network where anybody may send and take weights.
             reconnect: whether that wait goes on when no sender is there, for one that is yet to come. If not, it ends
                 with ``PeerLost`` at once.

@@ -31,7 +31,7 @@ from ..timeline import Timeline
 from .connection import Connection
 from .decision import Decision, of_member
 from .doubts import forward, is_in_doubt, past_of
-from .endpoint import endpoint_of, endpoints_of, is_local
+from .endpoint import endpoints_of, is_local, origin_of
 from .flow import Waitable
 from .messages import (
     Abort,
@@ -113,7 +113,7 @@ class Relay:
         self._timeout = timeout
         self._made: list[RelaySlots] = []  # of the connection that there is
         self._connection = Connection(
-            endpoint_of(source, keys=keys, insecure=insecure), name, crew=0, slots=self._make_slots
+            origin_of(source, keys=keys, insecure=insecure), name, crew=0, slots=self._make_slots
         )
         self._group: PeerGroup | None = None
         self._closed = False

@@ -85,7 +85,8 @@ class Sender:
         Args:
             address: ``unix:PATH``. The directory must be this user's alone; one that does not exist is made so. Or
                 ``tcps://HOST:PORT``, for receivers on other hosts; port 0 is one that is free, see ``self.address``.
-                Or ``env:`` for what torchrun, Slurm or ``HOTWEIGHTS_ADDRESS`` says, docs/hosts.md.
+                Or ``ray:NAME``, in a cluster of Ray; or ``env:`` for what torchrun, Slurm or ``HOTWEIGHTS_ADDRESS``
+                says, docs/hosts.md.
                 Several: one group of receivers comes to all of them.
                 Or where versions are published for whoever looks, docs/objects.md: ``s3://BUCKET/RUN``, another store
                 that can be written to, ``file:///DIRECTORY``, or a ``Path``. Whoever published there is replaced.
@@ -95,7 +96,8 @@ class Sender:
             digests: whether receivers compare what they copied with what this side held.
             timeout: seconds that each single wait may take.
             on_lost: what happens to an update when a receiver dies, fails or does not answer, see ``OnLost``.
-            keys: the directory of the job's keys, which ``hotweights keys`` makes; for ``tcps:``.
+            keys: the directory of the job's keys, which ``hotweights keys`` makes; for ``tcps:``. With ``ray:`` they
+                are handed to receivers; without it new ones are made.
             insecure: go without keys in a network where anybody may send and take weights.
             decision: where decisions are written once: ``file:///DIRECTORY``, which all hosts see at that path,
                 ``s3://BUCKET/FOLDER`` or ``etcd://HOST:PORT/PREFIX``. Members that lose this process read it there.
