@@ -386,6 +386,7 @@ class _Tries:
         if refusal is not NOTHING or not self._answer:  # The last try may have had no time for an answer.
             self._answer = refusal.answer
         said, what = self._answer, self._what
+        tries = f" ({self._count} tries)" if self._count > 1 else ""
         if refusal.replaced:
             raise CheckpointChanged(f"{what}: the object was replaced after it was opened; the store said {said}")
         if refusal.ignores_ranges:
@@ -394,9 +395,9 @@ class _Tries:
             )
         if refusal.login and not (answered and self._count < _LOGINS):
             cure = "they have expired, perhaps" if answered else self._login
-            raise StoreError(f"{what}: the store refused the credentials, or asks for some: {said}; {cure}")
+            raise StoreError(f"{what}: the store refused the credentials, or asks for some: {said}{tries}; {cure}")
         if not refusal.again and not refusal.login:
-            raise StoreError(f"{what}: the store refused: {said}")
+            raise StoreError(f"{what}: the store refused: {said}{tries}")
         assert self._since is not None
         left = self._since + self._deadline - _now()
         pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** min(self._count - 1, 10))
