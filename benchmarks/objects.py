@@ -7,6 +7,7 @@
 that counts requests and, where a row says so, delays each request or limits the rate of all connections together.
 Every contender asks for ranges of at most 8 MiB, 16 at once, and takes turns at random in one run; the ratio is of that
 run. ``get_ranges`` makes one request of ranges that touch, whatever it is told. Needs the extra ``cloud``.
+Two rows show what loading costs besides: obstore and then ``load_state_dict`` of torch, and the same load from a file.
 
 ``--s3 MIB`` measures against other packages that read S3, as far as they are installed: ``s3fs``, and
 ``runai-model-streamer`` with ``runai-model-streamer-s3``. The server is ``moto``, in Python and slow, for all of them.

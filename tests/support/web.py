@@ -158,6 +158,9 @@ class _InBucket(_Files):
         return f"<Contents><Key>{escape(key)}</Key>{facts}</Contents>"
 
 
+SIGNATURE = "hush"  # in the addresses to which a hub leads
+
+
 class HubServer(_Server):
     """A hub with one model, whose weights a second server has: the hub leads there, with a signature.
 
@@ -200,7 +203,7 @@ class _OfHub(_Files):
             return super().answer(head=head)
         tag = hashlib.sha256(body).hexdigest()
         linked = {"X-Linked-Etag": f'"{tag}"', "X-Linked-Size": str(len(body)), "Accept-Ranges": "bytes"}
-        return self.say(302, {**linked, "Location": f"{hub.cdn.url}/{match[2]}?signature=hush"}, b"", head)
+        return self.say(302, {**linked, "Location": f"{hub.cdn.url}/{match[2]}?signature={SIGNATURE}"}, b"", head)
 
     def say(self, status, headers, body, head):
         super().say(status, {"X-Repo-Commit": self.server.commit, **headers}, body, head)
@@ -210,7 +213,7 @@ class _Signed(_Files):
     def answer(self, *, head):
         self.server.asked.append((self.path, self.headers.get("Authorization"), self.headers.get("Range")))
         self.path, _, signature = self.path.partition("?")
-        return super().answer(head=head) if signature == "signature=hush" else self.say(403, {}, b"", head)
+        return super().answer(head=head) if signature == f"signature={SIGNATURE}" else self.say(403, {}, b"", head)
 
 
 class Proxy(_Server):

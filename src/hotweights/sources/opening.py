@@ -279,8 +279,9 @@ def _addresses(texts: Sequence[str]) -> list[Parts]:
         if each is not None and each.scheme in ("unix", "tcps"):
             raise UsageError(f"{text}: this is the address of a sender; hotweights.Receiver({text!r}) is its source")
         if each is not None and each.scheme not in SCHEMES:
+            place = f"{each.shown}/{each.key.partition('?')[0]}"  # What follows may be a secret.
             raise UsageError(
-                f"{each.shown}/{each.key}: addresses begin with {', '.join(f'{name}://' for name in SCHEMES)}; "
+                f"{place}: addresses begin with {', '.join(f'{name}://' for name in SCHEMES)}; "
                 "from other places download the files, and give the folder"
             )
     if addresses and len({each and each[:2] for each in parts}) > 1:

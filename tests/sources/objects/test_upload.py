@@ -253,6 +253,26 @@ def test_nothing_stays_in_the_temporary_folder(memory, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["1_Pooling/config.json", "assets/vocab.txt"])
+def test_no_other_file_in_a_folder_is_replaced(memory, tmp_path, name):
+    hw.save(OLD, ADDRESS, shard_size=800)
+    beside = {name: tmp_path / "mine"}
+    beside[name].write_text("one")
+    for weights in (OLD, NEW):  # A new file, and then the same again.
+        hw.save(weights, ADDRESS, shard_size=800, beside=beside)
+        assert_same_bits(read(), weights)
+    before = memory.names()
+    beside[name].write_text("two")
+    with pytest.raises(hw.SaveError, match=f"run/{name}: is there with other content, and nothing was saved") as error:
+        hw.save(OLD, ADDRESS, shard_size=800, beside=beside)
+    assert memory.names() == before
+    assert_same_bits(read(), NEW)
+    assert "save to another address" in str(error.value)
+    hw.save(OLD, "s3://bucket/elsewhere", shard_size=800, beside=beside)
+    with hw.open("s3://bucket/elsewhere") as source:
+        assert_same_bits(dict(source.tensors()), OLD)
+
+
 def test_a_config_that_leads_elsewhere_is_refused(memory):
     memory.put("run/config.json", b'{"transformers_weights": "mine.safetensors"}')
     with pytest.raises(hw.UsageError, match="nobody would read what is saved here"):

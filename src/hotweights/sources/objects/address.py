@@ -26,9 +26,11 @@ WRITTEN = ("s3", "s3a", "gs", "az", "abfs", "abfss")
 """Those of them that can be written to."""
 # Two letters at least: one is a drive of Windows. Path() makes one slash of two.
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/{1,2}(?P<rest>[^/].*)", re.DOTALL)
+_AT = ("abfs", "abfss", "hf")  # where no user stands before that sign
 _OBJECTS = (".safetensors", ".json", ".bin", ".pt", ".pth")  # How the names of objects end; others are directories.
 _OURS = ("deadline", "requests", "cache_dir", "cache_nbytes")
 _ENDPOINTS = ("endpoint", "endpoint_url", "base_url")  # how the options end that name a server
+_RETRIES = 10  # of the package itself, where it writes
 _OF_CLIENT = """
 allow_http allow_invalid_certificates connect_timeout default_headers http1_only http2_only pool_idle_timeout
 pool_max_idle_per_host proxy_url timeout read_timeout http2_keep_alive_interval http2_keep_alive_timeout
@@ -47,7 +49,8 @@ class Parts(NamedTuple):
     @property
     def shown(self) -> str:
         """What messages may say of it, up to the key."""
-        return f"{self.scheme}://{self.host.rpartition('@')[2] if self.scheme.startswith('http') else self.host}"
+        host = self.host if self.scheme in _AT else self.host.rpartition("@")[2]
+        return f"{self.scheme}://{host}"
 
 
 def parts_of(text: str) -> Parts | None:
@@ -142,7 +145,7 @@ def _package_store(parts: Parts, options: dict[str, object], retries: float | No
         client.setdefault("allow_http", True)  # It is written out.
     limits: dict[str, Any] = {"retry_config": {"max_retries": 0}}  # ``Store`` tries again, and counts.
     if retries is not None:
-        limits = {"retry_config": {"max_retries": 10, "retry_timeout": timedelta(seconds=retries)}}
+        limits = {"retry_config": {"max_retries": _RETRIES, "retry_timeout": timedelta(seconds=retries)}}
     if client:  # Else not: these replace all that variables such as AWS_ALLOW_HTTP say.
         limits["client_options"] = client
     url, problem = f"{parts.scheme}://{parts.host}", ""

@@ -6,6 +6,7 @@ The revision is looked up once; from then on only the commit is asked for that i
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -108,10 +109,11 @@ class Hub:
             if self._commit is None:
                 kind, name, revision = self._which
                 base = f"{self._endpoint}/api/{kind}/{name}/revision/{quote(revision, safe='')}"
-                try:
+                said = None
+                with contextlib.suppress(FileNotFoundError):
                     said = await Obstore(self._open_store(base, self._headers)).whole("")
-                except FileNotFoundError:
-                    raise CheckpointError(f"{self._which.shown}: the hub knows no such model or revision") from None
+                if said is None:
+                    raise CheckpointError(f"{self._which.shown}: the hub knows no such model or revision")
                 commit, names = _commit_of(said)
                 prefix = "" if kind == "models" else f"{kind}/"
                 base = f"{self._endpoint}/{prefix}{name}/resolve/{commit}"

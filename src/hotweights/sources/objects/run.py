@@ -273,12 +273,15 @@ class _InStore:
         # The index first: nobody opens what has lost some of its shards.
         for name in sorted((self.where / folder).names(), key=lambda name: not name.endswith(".json")):
             place = self.where / folder / name
+            refusal = None
             try:
                 self.where.store.delete(place.key)
             except Exception as error:
                 if not package_error(error):
                     raise
-                raise StoreError(f"{place}: was not deleted; the store said: {Refusal.of(error).answer}") from None
+                refusal = Refusal.of(error)
+            if refusal is not None:
+                raise StoreError(f"{place}: was not deleted; the store said: {refusal.answer}")
 
     def close(self) -> None:
         self.where.store.close()

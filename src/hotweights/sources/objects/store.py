@@ -7,6 +7,7 @@ asked. The threads that ask wait for it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import threading
@@ -155,10 +156,9 @@ class Store:
         self.open_soon([key])
         with self._lock:
             begun = self._soon.pop(key)
-        try:
+        with contextlib.suppress(FileNotFoundError):  # Its text quotes the address, and what stood in the answer.
             return self._wait(begun)
-        except FileNotFoundError:
-            raise CheckpointError(f"{self.path(key)}: there is no such object") from None
+        raise CheckpointError(f"{self.path(key)}: there is no such object")
 
     def names(self, key: str) -> list[str]:
         """The names of what lies directly below a key."""
@@ -332,6 +332,7 @@ class Store:
         """Read one range, each try from where the last one ended."""
         path = self.path(key)
         tries = _Tries(self, f"{path} bytes {start}..{stop}")
+        refusal: Refusal | None
         while start < stop:
             try:
                 async with self._free, asyncio.timeout(tries.patience()) as limit:
@@ -347,11 +348,13 @@ class Store:
                         limit.reschedule(self._loop.time() + tries.patience())
                 refusal = Refusal(f"a body that ended {stop - start} bytes early", again=True)
             except FileNotFoundError:
-                raise CheckpointChanged(f"{path}: the object went away while it was open") from None
+                refusal = None
             except Exception as error:
                 if not package_error(error):
                     raise
                 refusal = Refusal.of(error)
+            if refusal is None:
+                raise CheckpointChanged(f"{path}: the object went away while it was open")
             if start < stop:
                 await asyncio.sleep(tries.pause(refusal, self._answered))
 
@@ -383,6 +386,7 @@ class _Tries:
         if refusal is not NOTHING or not self._answer:  # The last try may have had no time for an answer.
             self._answer = refusal.answer
         said, what = self._answer, self._what
+        tries = f" ({self._count} tries)" if self._count > 1 else ""
         if refusal.replaced:
             raise CheckpointChanged(f"{what}: the object was replaced after it was opened; the store said {said}")
         if refusal.ignores_ranges:
@@ -391,9 +395,9 @@ class _Tries:
             )
         if refusal.login and not (answered and self._count < _LOGINS):
             cure = "they have expired, perhaps" if answered else self._login
-            raise StoreError(f"{what}: the store refused the credentials, or asks for some: {said}; {cure}")
+            raise StoreError(f"{what}: the store refused the credentials, or asks for some: {said}{tries}; {cure}")
         if not refusal.again and not refusal.login:
-            raise StoreError(f"{what}: the store refused: {said}")
+            raise StoreError(f"{what}: the store refused: {said}{tries}")
         assert self._since is not None
         left = self._since + self._deadline - _now()
         pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** min(self._count - 1, 10))

@@ -159,7 +159,7 @@ class Upload(Draft):
 
     def _keep(self, name: str) -> None:
         place = self._address / name
-        if self._into and place.exists() and text_of(place) != (self.folder / name).read_bytes():
+        if self._into and place.is_object() and text_of(place) != (self.folder / name).read_bytes():
             raise SaveError(
                 f"{place}: is there with other content, and nothing was saved; remove it, or save to another address"
             )
