@@ -13,7 +13,7 @@ from typing import Any
 from ..arguments import check_seconds
 from ..errors import TransferError, TransferTimeout
 from ..transfer.ray_endpoint import actor_of
-from ..transfer.ray_rendezvous import Directions, SenderPlace
+from ..transfer.ray_rendezvous import RayDirections, SenderPlace
 
 _ANSWER = 60.0
 _LOOK = 0.1
@@ -70,7 +70,7 @@ def start_relays(address: str, *, timeout: float = 60.0) -> dict[str, str]:
     deadline, started = time.monotonic() + timeout, dict[str, str]()
     while waiting := [node for node in nodes if node not in started]:
         for node in waiting:
-            told: Directions = _asked(address, actor.relay.remote(node))
+            told: RayDirections = _asked(address, actor.relay.remote(node))
             if told.problem:
                 raise TransferError(f"{address}: {told.problem}")
             if told.address:

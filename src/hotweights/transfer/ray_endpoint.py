@@ -22,7 +22,7 @@ from .door import Door, Endpoint, Guest
 from .flow import Inflow
 from .handed_keys import HandedKeys, files_of
 from .network import NetworkEndpoint
-from .ray_rendezvous import NAMESPACE, Directions, RayRendezvous, SenderPlace, folder_on, remove
+from .ray_rendezvous import NAMESPACE, RayDirections, RayRendezvous, SenderPlace, folder_on, remove
 
 _NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,99}")
 _ANSWER = 60.0  # seconds for an answer of Ray: an actor is started within them, on a busy machine too
@@ -108,7 +108,7 @@ class RayEndpoint:
         assert self._inner is not None, "nobody was told a token before there was a channel"
         return self._inner.flow(token, carrier)
 
-    def _led(self, told: Directions) -> Endpoint:
+    def _led(self, told: RayDirections) -> Endpoint:
         if told.address.startswith("unix:"):
             return UnixEndpoint(told.address)
         return NetworkEndpoint(told.address, told.keys, insecure=told.keys is None)
@@ -160,7 +160,7 @@ class _Question:
     """Asks where to connect, in a thread: Ray may take its time, and who polls must not wait."""
 
     def __init__(self, ray: Any, name: str, direct: bool) -> None:
-        self.told = Directions()
+        self.told = RayDirections()
         self.asked = time.monotonic()
         self._thread = threading.Thread(target=self._ask, args=(ray, name, direct), daemon=True)
         self._thread.start()

@@ -7,7 +7,7 @@ import threading
 import traceback
 
 from ..errors import HotweightsError
-from .ray_rendezvous import Directions, folder_on, remove
+from .ray_rendezvous import RayDirections, folder_on, remove
 from .relay import Relay
 
 _PATIENCE = 3.0  # seconds that it may take to end
@@ -20,17 +20,17 @@ class RayRelay:
         import ray
 
         self._folder = folder_on(ray.get_runtime_context(), f"relay {address}")
-        self._told = Directions(f"unix:{self._folder / 'socket'}")
+        self._told = RayDirections(f"unix:{self._folder / 'socket'}")
         self._relay: Relay | None = None
         try:
             self._relay = Relay(address, self._told.address)
         except HotweightsError as error:
-            self._told = Directions(problem=str(error))
+            self._told = RayDirections(problem=str(error))
             return
         self._thread = threading.Thread(target=self._run, args=(self._relay,), daemon=True)
         self._thread.start()
 
-    def where(self) -> Directions:
+    def where(self) -> RayDirections:
         """Where its workers connect."""
         return self._told
 

@@ -43,7 +43,7 @@ class SenderPlace:
 
 
 @dataclass(frozen=True)
-class Directions:
+class RayDirections:
     """What somebody who looks for the sender is told.
 
     Attributes:
@@ -67,12 +67,12 @@ class RayRendezvous:
         self._place: SenderPlace | None = None
         self._relays: dict[str, tuple[Any, Any]] = {}  # by node: the actor, and its answer to where it is
 
-    def keys_for(self, host: str) -> Directions:
+    def keys_for(self, host: str) -> RayDirections:
         """Keys, for the sender itself."""
         try:
-            return Directions(keys=None if self._chest is None else self._chest.keys_for(host))
+            return RayDirections(keys=None if self._chest is None else self._chest.keys_for(host))
         except HotweightsError as error:
-            return Directions(problem=str(error))
+            return RayDirections(problem=str(error))
 
     def settle(self, place: SenderPlace) -> None:
         """The sender listens there."""
@@ -82,7 +82,7 @@ class RayRendezvous:
         """Where the sender is, once it listens."""
         return self._place
 
-    def find(self, node: str, host: str, direct: bool) -> Directions:
+    def find(self, node: str, host: str, direct: bool) -> RayDirections:
         """Where a process on a node connects: the sender on its own host, or that node's relay.
 
         Args:
@@ -91,13 +91,13 @@ class RayRendezvous:
             direct: past the relay.
         """
         if self._place is None:
-            return Directions()
+            return RayDirections()
         if direct:
             told = self.keys_for(host)
-            return told if told.problem else Directions(self._place.network, told.keys)
-        return Directions(self._place.local) if node == self._place.node else self.relay(node)
+            return told if told.problem else RayDirections(self._place.network, told.keys)
+        return RayDirections(self._place.local) if node == self._place.node else self.relay(node)
 
-    def relay(self, node: str) -> Directions:
+    def relay(self, node: str) -> RayDirections:
         """Where a node's relay is; the first to ask has it started."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -109,15 +109,15 @@ class RayRendezvous:
             self._relays[node] = actor, actor.where.remote()
         actor, answer = self._relays[node]
         if not ray.wait([answer], timeout=0)[0]:
-            return Directions()
+            return RayDirections()
         try:
-            told: Directions = ray.get(answer)
+            told: RayDirections = ray.get(answer)
         except ray.exceptions.ActorUnavailableError:  # Ray starts it again.
             self._relays[node] = actor, actor.where.remote()
-            return Directions()
+            return RayDirections()
         except ray.exceptions.RayError as error:
             del self._relays[node]  # Who asks next has another one started.
-            return Directions(problem=f"the relay on this host's node of Ray did not start: {error}")
+            return RayDirections(problem=f"the relay on this host's node of Ray did not start: {error}")
         if told.problem:
             del self._relays[node]
             ray.kill(actor)
