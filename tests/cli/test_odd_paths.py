@@ -238,6 +238,7 @@ class TestNothingIsLost:
             "verify sharded --write other.json",
             "plan sharded --model torch.nn:Identity --save sharded/model-00001-of-00002.safetensors",
             "plan sharded --model torch.nn:Identity --allow-unexpected * --save other.json",
+            "send sharded --to unix:socket --timeout 0.01 --trace sharded/model-00001-of-00002.safetensors",
             "copy sharded sharded/model-00001-of-00002.safetensors",
             "copy sharded/model-00001-of-00002.safetensors sharded",
             "convert sharded sharded/../link --dtype F16",

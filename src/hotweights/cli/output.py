@@ -36,6 +36,15 @@ def is_digests(content: bytes) -> bool:
     return isinstance(found, dict) and found.keys() == {"whole", "tensors"}
 
 
+def is_timeline(content: bytes) -> bool:
+    """Whether ``--trace`` has written this."""
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and "traceEvents" in found
+
+
 def is_plan(content: bytes) -> bool:
     """Whether ``plan --save`` has written this."""
     return content.startswith(b"hotweights plan\n")

@@ -9,6 +9,7 @@ import typer
 
 from . import flags
 from .outcome import ending, print_json
+from .output import is_timeline, may_write
 
 
 def send(
@@ -21,6 +22,9 @@ def send(
         Literal["abort", "drop"], typer.Option(help="If a receiver is lost: abort for all, or go on without it.")
     ] = "abort",
     digests: Annotated[bool, typer.Option(help="Compare digests of what was sent and what was copied.")] = True,
+    carrier: Annotated[
+        Literal["sockets", "pg", "nixl"], typer.Option(help="How the bytes get to other hosts: docs/hosts.md.")
+    ] = "sockets",
     keys: flags.Keys = None,
     insecure: flags.Insecure = False,
     trace: Annotated[
@@ -34,6 +38,7 @@ def send(
         from ..sources.opening import open as open_source  # They wait for torch, which wrong usage need not.
         from ..transfer.sender import Sender
 
+        may_write("--trace", trace, is_timeline)
         with (
             open_source(path) as source,
             Sender(
@@ -42,6 +47,7 @@ def send(
                 timeout=timeout,
                 on_lost=on_lost,
                 digests=digests,
+                carrier=carrier,
                 keys=keys,
                 insecure=insecure,
             ) as sender,
