@@ -68,8 +68,9 @@ def misnamed(manifest: Manifest, unexpected: Collection[str], missing: Collectio
         return None
     every = f"all {len(found)}" if len(found) == len(manifest) else f"{len(found)}"
     targets = {after + name[len(before) :] for name, (before, after) in found.items()}
+    cure = "leave rename= out" if rename == {"": ""} else f"rename={json.dumps(rename)}"
     return Misnamed(
-        f"{every} names of the source {_in_words(found, targets)}: rename={json.dumps(rename)}",
+        f"{every} names of the source {_in_words(found, targets)}: {cure}",
         {ours[name] for name in found},
         targets,
     )
