@@ -130,3 +130,32 @@ def test_loading_code_that_ends_early_is_the_cause():
         hw.load(model, {**source, "other": torch.ones(1)})
     assert 'If that is meant, allow it: allow_unexpected="other".' in str(caught.value)
     hw.load(model, {**source, "other": torch.ones(1)}, allow_unexpected="other")
+
+
+class Lenient(Model):
+    def take(self, name, tensor):
+        if name in ("upper", "lower", "checked"):
+            super().take(name, tensor)
+
+
+def test_a_misspelt_part_is_named_before_what_would_lose_it():
+    source = tensors()
+    source["lowerr"] = source.pop("lower")
+    with pytest.raises(hw.PlanError) as caught:
+        hw.load(Lenient(), source)
+    assert "did you mean" not in str(caught.value)  # Nobody knows yet what fills the rest.
+
+    class Layers(nn.ModuleDict):
+        def load_weights(self, pairs):
+            for name, tensor in pairs:
+                layer, _, part = name.partition(".")
+                self[layer].take(part, tensor)
+
+    several = {f"{layer}.{name}": tensor for layer in "01" for name, tensor in tensors().items()}
+    several["1.lowerr"] = several.pop("1.lower")
+    with pytest.raises(hw.PlanError) as caught:
+        hw.load(Layers({"0": Lenient(), "1": Lenient()}), several)
+    said = str(caught.value)
+    assert '1.lowerr was not used; did you mean 1.lower? rename={"1.lowerr": "1.lower"}' in said
+    assert said.index("did you mean") < said.index("allow_partial")
+    hw.load(Layers({"0": Lenient(), "1": Lenient()}), several, rename={"1.lowerr": "1.lower"})

@@ -143,7 +143,8 @@ def draft(
     absent_for = absent_from(whole, writes.steps)
     unproven: list[str] = []
     kept = {name for step in (*mismatched, *unlike) for name in step.destinations}
-    for gap in writes.gaps():
+    gaps = list(writes.gaps())
+    for gap in gaps:
         if not gap.written and not kept.isdisjoint(gap.names):
             fates.update(dict.fromkeys(gap.names, Fate.MISMATCHED))
             continue
@@ -212,6 +213,8 @@ def draft(
             f"has {some(list(missing), 3)}. Give the weights of this model; rename= translates names."
         )
     elif not quantised and not homeless_parts:
+        lacks = dict.fromkeys(source for gap in gaps if gap.written for source in absent_for(gap.names))
+        advice += [f"{whole.called(name)} was not used{said}" for name, said in misspelt(whole, unused, lacks).items()]
         advice += _allowing(missing, partial, unexpected, whole, wide)
     lacking = {name: shape for name, shape in lacking.items() if name in missing}
     meant = misspelt(whole, unexpected, lacking)
