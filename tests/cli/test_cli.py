@@ -444,6 +444,20 @@ class TestLoad:
                     if not os.path.exists(wrong):
                         assert (told.exit_code, "write package.module:factory" in told.stderr) == (2, True)
 
+    def test_a_factory_with_a_buffer_that_no_checkpoint_carries(self, tmp_path):
+        hotweights.save({"weight": torch.ones(3), "bias": torch.ones(3)}, tmp_path / "m.safetensors")
+        (tmp_path / "made_with_buffer.py").write_text(
+            "import torch\n"
+            "class Norm(torch.nn.LayerNorm):\n"
+            "    def __init__(self):\n"
+            "        super().__init__(3)\n"
+            "        self.register_buffer('angles', torch.arange(3), persistent=False)\n"
+        )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(tmp_path)
+            told = run("load", "m.safetensors", "--model", "made_with_buffer:Norm")
+            assert told.exit_code == 0, told.stderr
+
     def test_lossy_casts(self, bert):
         assert run("load", bert, "--model", bert, "--dtype", "BF16").exit_code == 1
         assert run("load", bert, "--model", bert, "--dtype", "bfloat16", "--cast", "loader").exit_code == 0

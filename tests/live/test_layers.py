@@ -283,3 +283,13 @@ def test_a_pattern_that_matches_no_module_is_named(caplog):
     assert not caplog.messages
     hw.LiveModel(model, deferred=["0", "nobody.*"])
     assert "deferred='nobody.*' matches no module" in caplog.text
+    live = hw.LiveModel(model, deferred="nobody")
+    (warning,) = live.load(model).warnings
+    assert warning.startswith("deferred='nobody' matches no module")
+    assert caplog.text.count("deferred='nobody' matches") == 1
+
+
+def test_a_function_that_takes_no_module_alone_is_refused():
+    with pytest.raises(hw.UsageError, match="layers= is a function of one argument, a module"):
+        hw.LiveModel(nn.Linear(2, 2), layers=lambda name, layer: True)
+    hw.LiveModel(nn.Linear(2, 2), layers=lambda layer: True)

@@ -90,8 +90,8 @@ def test_one_update_at_a_time():
 
 WRONG = {
     "name": ("unexpected", lambda one: {"nobody": torch.zeros(1)}),
-    "shape": ("was promised", lambda one: {"plain0.weight": torch.zeros(1)}),
-    "dtype": ("I32 -> F32: the plan is made", lambda one: {"plain0.weight": one["plain0.weight"].int()}),
+    "shape": ("is expected, as in the live version", lambda one: {"plain0.weight": torch.zeros(1)}),
+    "dtype": ("I32 came, and the live version came as F32", lambda one: {"plain0.weight": one["plain0.weight"].int()}),
     "twice": ("came twice", lambda one: {"plain0.weight": one["plain0.weight"]}),
 }
 

@@ -294,3 +294,23 @@ def test_the_advice_keeps_what_is_allowed_already():
     source = {"embed.weight": torch.ones(5, 3), "head.weight": torch.ones(5, 3)}
     with pytest.raises(hw.PlanError, match=r'allow_mismatched="\*"'):
         hw.load(model, source, allow_mismatched="head.weight")
+
+
+def test_what_is_processed_is_not_sent_to_build():
+    class Processed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mix = nn.Linear(2, 2, bias=False)
+            self.register_buffer("angles", torch.arange(2.0), persistent=False)
+
+        def process_weights_after_loading(self):
+            pass
+
+    weights = {"mix.weight": torch.ones(2, 2)}
+    with torch.device("meta"):
+        model = Processed()
+    with pytest.raises(hw.PlanError) as caught:
+        hw.LiveModel(model).load(weights, device="cpu")
+    assert "make the model on its device instead" in str(caught.value)
+    assert "hotweights.build" not in str(caught.value)
+    hw.LiveModel(Processed()).load(weights)

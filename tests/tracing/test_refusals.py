@@ -94,3 +94,68 @@ def test_what_the_code_catches_is_not_blamed():
     with pytest.raises(hw.PlanError) as caught:
         hw.load(Trying(), tensors(lower=torch.ones(3, 3)))
     assert caught.value.problems[0].startswith("checked: F32 [2, 2] found; ValueError: of its own")
+
+
+class Early(nn.Linear):
+    """Its loading code ends with the first tensor, or takes none."""
+
+    count = 1
+
+    def load_weights(self, weights):
+        for number, (name, tensor) in enumerate(weights if self.count else ()):
+            self.get_parameter(name).data.copy_(tensor)
+            if number + 1 == self.count:
+                return
+
+
+def test_loading_code_that_ends_early_is_the_cause():
+    model, source = Early(2, 2), Early(2, 2).state_dict()
+    with pytest.raises(hw.PlanError) as caught:
+        hw.load(model, source)
+    (said,) = caught.value.problems
+    first, second, *_ = source
+    assert said.startswith(
+        f"Early.load_weights ended after 1 of {len(source)} tensors; the last that it took is {first}."
+    )
+    assert f"never looked at {second}" in said
+    assert f"So {second}" in said
+    assert "rename=" not in str(caught.value)
+    assert "allow_" not in str(caught.value)
+    model.count = 0
+    with pytest.raises(hw.PlanError, match=f"took none of the {len(source)} tensors of the source"):
+        hw.load(model, source)
+    model.count = len(source)  # It need not ask for the tensor behind the last.
+    hw.load(model, source)
+    with pytest.raises(hw.PlanError) as caught:
+        hw.load(model, {**source, "other": torch.ones(1)})
+    assert 'If that is meant, allow it: allow_unexpected="other".' in str(caught.value)
+    hw.load(model, {**source, "other": torch.ones(1)}, allow_unexpected="other")
+
+
+class Lenient(Model):
+    def take(self, name, tensor):
+        if name in ("upper", "lower", "checked"):
+            super().take(name, tensor)
+
+
+def test_a_misspelt_part_is_named_before_what_would_lose_it():
+    source = tensors()
+    source["lowerr"] = source.pop("lower")
+    with pytest.raises(hw.PlanError) as caught:
+        hw.load(Lenient(), source)
+    assert "did you mean" not in str(caught.value)  # Nobody knows yet what fills the rest.
+
+    class Layers(nn.ModuleDict):
+        def load_weights(self, pairs):
+            for name, tensor in pairs:
+                layer, _, part = name.partition(".")
+                self[layer].take(part, tensor)
+
+    several = {f"{layer}.{name}": tensor for layer in "01" for name, tensor in tensors().items()}
+    several["1.lowerr"] = several.pop("1.lower")
+    with pytest.raises(hw.PlanError) as caught:
+        hw.load(Layers({"0": Lenient(), "1": Lenient()}), several)
+    said = str(caught.value)
+    assert '1.lowerr was not used; did you mean 1.lower? rename={"1.lowerr": "1.lower"}' in said
+    assert said.index("did you mean") < said.index("allow_partial")
+    hw.load(Layers({"0": Lenient(), "1": Lenient()}), several, rename={"1.lowerr": "1.lower"})

@@ -43,7 +43,7 @@ def load(
         from .model import model_from
 
         with open_source(path, reader=reader, variant=variant, subfolder=subfolder) as source:
-            built = model_from(model, dtype_from(dtype))
+            built = model_from(model, dtype_from(dtype), device=device)
             report = load_weights(
                 built,
                 source,

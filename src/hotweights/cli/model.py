@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..engines import transformers
+from ..engines.build import move_real, parameters_to_meta
 from ..errors import UsageError
 
 _FACTORY = re.compile(r"(?P<module>[^\W\d]\w*(\.[^\W\d]\w*)*):(?P<name>[^\W\d]\w*(\.[^\W\d]\w*)*)")
@@ -20,8 +21,11 @@ _FACTORY = re.compile(r"(?P<module>[^\W\d]\w*(\.[^\W\d]\w*)*):(?P<name>[^\W\d]\w
 _NEARLY = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+|[^:]+\.py(:.*)?")
 
 
-def model_from(text: str, dtype: torch.dtype | None = None) -> nn.Module:
+def model_from(text: str, dtype: torch.dtype | None = None, *, device: str | None = None) -> nn.Module:
     """The model, on meta: ``text`` is a directory with a ``config.json``, or ``package.module:factory``.
+
+    With a ``device`` a factory's buffers are real and lie there, as ``hotweights.build`` makes them: those that no
+    checkpoint carries have their values.
 
     Raises:
         UsageError: there is no such factory, a dtype is given for one, it fails, or it makes no model.
@@ -37,14 +41,17 @@ def model_from(text: str, dtype: torch.dtype | None = None) -> nn.Module:
         raise UsageError(f"--dtype is for a config.json; --model {text} makes its own; leave it out")
     factory = _found(match["module"], match["name"])
     try:
-        with torch.device("meta"):
+        with torch.device("meta") if device is None else parameters_to_meta():
             made = factory()  # type: ignore[operator]
     except Exception as error:  # It is anybody's code.
+        how = "on meta " if device is None else ""
         raise UsageError(
-            f"--model {text}: calling it on meta without arguments failed: {type(error).__name__}: {error}"
+            f"--model {text}: calling it {how}without arguments failed: {type(error).__name__}: {error}"
         ) from error
     if not isinstance(made, nn.Module):
         raise UsageError(f"--model {text}: a factory gives a torch.nn.Module; this gave a {type(made).__name__}")
+    if device is not None:
+        move_real(made, torch.device(device))
     return made
 
 

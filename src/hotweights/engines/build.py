@@ -119,7 +119,7 @@ def build(
                 f"{path_of(where)} has no config.json of transformers in a local folder, so nothing says what model it "
                 "is; give factory=, a function that makes it: factory=lambda: Model(config)"
             )
-        _move_real(model, target)
+        move_real(model, target)
         if cast is None and (dtype is not None or factory is None):
             cast = "floats"  # The dtype was chosen: by the caller, or by the configuration.
         report = load(
@@ -164,7 +164,7 @@ def _dtype_of(directory: Path, manifest: Manifest) -> torch.dtype | None:
 
 
 def _made(factory: Callable[[], nn.Module], dtype: torch.dtype | None) -> nn.Module:
-    with _parameters_to_meta():
+    with parameters_to_meta():
         model = factory()
     if not isinstance(model, nn.Module):
         raise UsageError(f"factory= makes a torch.nn.Module; this made a {type(model).__name__}")
@@ -177,7 +177,7 @@ def _made(factory: Callable[[], nn.Module], dtype: torch.dtype | None) -> nn.Mod
 
 @contextmanager
 @signals.held
-def _parameters_to_meta() -> Iterator[None]:
+def parameters_to_meta() -> Iterator[None]:
     """Inside, what this thread registers as a parameter is put on meta; ties and ``requires_grad`` stay."""
     thread = threading.get_ident()
     metas: dict[int, tuple[weakref.ref[nn.Parameter], torch.Tensor]] = {}
@@ -203,7 +203,7 @@ def _can_be_meta(parameter: nn.Parameter) -> bool:
     return type(parameter) is nn.Parameter and plain(parameter) and not parameter.is_meta
 
 
-def _move_real(model: nn.Module, device: torch.device) -> None:
+def move_real(model: nn.Module, device: torch.device) -> None:
     """Put on the device what is not on meta, buffers mostly; ties stay."""
     # This list keeps the old tensors alive: a new one may get the id of one that is gone.
     olds = [(place, place.tensor) for place in places(model)]

@@ -33,6 +33,7 @@ from .assembly import Assembly, Own
 from .fed_names import FedNames
 from .groups import LayerGroup
 from .job import Job
+from .kernels import refuse_kernels
 from .lock import WriteTurn
 from .open_layers import OpenLayers
 from .report import UpdateReport
@@ -189,6 +190,8 @@ class Attempt:
     def take(self, name: str, tensor: torch.Tensor, own: Own) -> set[torch.device]:
         """Take one tensor; it is borrowed. Returns the devices whose queues may still read it."""
         spec = self._promised(name)
+        if self.job.kernels.meets(tensor):
+            refuse_kernels([name])
         tensor, own = self._as_planned(spec, tensor, own)
         self._arrive(name, self._asked.get(name, spec.nbytes))
         if name in self.job.plan.fallback:
@@ -217,7 +220,7 @@ class Attempt:
         """The tensor in a dtype that the plan can take, where it came in another one and nobody promised its dtype."""
         cast = self.job.cast
         if tensor.dtype == spec.dtype or cast is None or tuple(tensor.shape) != spec.shape:
-            _check_kept(spec, tensor)
+            _check_kept(spec, tensor, "was promised" if cast is None else "is expected, as in the live version")
             return tensor, own
         assert isinstance(spec.dtype, torch.dtype)
         change = f"{format_name(tensor.dtype)} -> {format_name(spec.dtype)}"
@@ -226,8 +229,9 @@ class Attempt:
         # In between, a float of fewer bits would lose what the model's own could hold, and code may treat dtypes apart.
         if spec.name in self.job.plan.fallback or not into <= {spec.dtype} or not tensor.dtype.is_floating_point:
             raise SourceError(
-                f"{spec.name}: {change}: the plan is made for the dtypes of the live version; give begin(manifest) "
-                "what will come: hw.open(tensors).manifest"
+                f"{spec.name}: {format_name(tensor.dtype)} came, and the live version came as "
+                f"{format_name(spec.dtype)}; begin() without a manifest expects that, for a cast in between may lose "
+                "what the model can hold. Say what will come: begin(hw.open(tensors).manifest)"
             )
         if not may_cast(tensor.dtype, spec.dtype, cast):
             needed = narrowest_cast(tensor.dtype, spec.dtype)
@@ -298,7 +302,7 @@ class Attempt:
         missing = sorted((needed | set(self.job.plan.fallback)) - self._arrived)
         if missing:
             called = some(list(map(self._fed.called, missing)))
-            raise SourceError(f"{len(missing)} tensors were promised and did not come: {called}")
+            raise SourceError(f"{len(missing)} tensors were expected and did not come: {called}")
         self._assembly.finish()
 
     # Its end.
@@ -370,8 +374,8 @@ class Attempt:
         }
 
 
-def _check_kept(spec: TensorSpec, tensor: torch.Tensor) -> None:
+def _check_kept(spec: TensorSpec, tensor: torch.Tensor, why: str) -> None:
     if (tensor.dtype, tuple(tensor.shape)) != (spec.dtype, spec.shape):
         raise SourceError(
-            f"{spec.name}: {spec.dtype} {list(spec.shape)} was promised, {tensor.dtype} {list(tensor.shape)} came"
+            f"{spec.name}: {spec.dtype} {list(spec.shape)} {why}, {tensor.dtype} {list(tensor.shape)} came"
         )

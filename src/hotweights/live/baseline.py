@@ -12,7 +12,7 @@ from ..dtypes import Cast
 from ..errors import LiveModelError
 from ..memory import host
 from ..memory.aliases import has_bytes, plain
-from ..memory.extents import renew
+from ..memory.extents import Extents, renew
 from ..model.materialise import dressed
 from ..model.merged import refuse_merged
 from ..model.offloading import refuse_offloaded
@@ -38,6 +38,8 @@ class Baseline:
     Attributes:
         plans: the plans by which it is loaded.
         live: every tensor that is kept in place, by name; until the first load commits, those in checkpoint format.
+        kernels: the memory of layers that processing has changed, from the first load's commit on.
+        warnings: what a person should read of each version.
     """
 
     def __init__(
@@ -52,6 +54,8 @@ class Baseline:
         """Look at a model in checkpoint format; ``unknown`` are names of tensors that hold no values yet."""
         self._model = model
         self._by = options.by
+        self.kernels = Extents(())
+        self.warnings: tuple[str, ...] = ()
         twins: Dressing = {}
         loaded = {name.rpartition(".")[0] for step in plan.steps for name in step.destinations}
         self._loaded = [
@@ -141,7 +145,8 @@ class Baseline:
             kept=found.kept,
             cast=cast,
             first=first,
-            warnings=found.warnings,
+            warnings=(*found.warnings, *self.warnings),
+            kernels=self.kernels,
             by=self._by,
         )
 
@@ -164,6 +169,9 @@ class Baseline:
         if job.first:
             self.live = self._tensors(self.plans.first)
             self._note_formats()
+            self.kernels = Extents(
+                tensor for layer in self._layers if layer.made for _, tensor in layer.contents().tensors()
+            )
             free = {layer.full(key) for layer in self._layers for key in layer.free()} - self._acted
             written = {name for step in self.plans.first.steps for name in step.destinations}
             # A tensor that no step writes and no layer has may be replaced by whoever uses it: a table that is cast.

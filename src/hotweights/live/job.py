@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..dtypes import Cast
+from ..memory.extents import Extents
 from ..model.survey import By
 from ..plan.plan import LoadPlan
 from .groups import LayerGroup
@@ -35,6 +36,7 @@ class Job:
         cast: which casts are done of tensors that come in another dtype than the plan's; ``None`` if none may come so.
         first: whether this is the first load: it fills the model's own tensors, which are in checkpoint format.
         warnings: what a person should read of what comes.
+        kernels: the memory of layers that processing has changed; no tensor that comes lies there.
         by: which loading code the model has, see ``By``.
     """
 
@@ -52,5 +54,6 @@ class Job:
     kept: frozenset[str]
     cast: Cast | None
     first: bool
+    kernels: Extents
     by: By | None = None
     warnings: tuple[str, ...] = ()

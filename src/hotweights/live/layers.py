@@ -6,6 +6,7 @@ dtypes and attributes of its tensors, and its own attributes. It is kept as twin
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -125,6 +126,7 @@ class Layer:
         module: the module.
         deferred: whether it is processed after all others.
         acted: keys of attributes that processing has set, changed or removed at some time.
+        made: whether its tensors are what processing made of them, as far as that can be seen.
         beneath: keeps tensors alive whose addresses may be hidden in objects of the live layer (a packed handle, say).
     """
 
@@ -154,6 +156,7 @@ class Layer:
         self.module = module
         self.deferred = deferred
         self.acted: set[str] = set()
+        self.made = False
         self._own = own
         self.beneath: dict[str, object] = {}
         self._shared = shared
@@ -323,12 +326,14 @@ Selection = Patterns | Callable[[nn.Module], bool]
 """Which modules of a model: patterns of their qualified names, or a function that says so of a module."""
 
 
-def selected(selection: Selection, model: nn.Module, option: str) -> Callable[[str, nn.Module], bool]:
+def selected(selection: Selection, model: nn.Module, option: str, idle: list[str]) -> Callable[[str, nn.Module], bool]:
     """Whether a module, given with its name in the unwrapped ``model``, is one of the selection under any name.
 
-    ``option`` is what the caller gave it as.
+    ``option`` is what the caller gave it as; to ``idle`` is added what is said of patterns that match nothing.
     """
     if callable(selection):
+        if not _takes_one(selection):
+            raise UsageError(f"{option}= is a function of one argument, a module, or patterns of names of modules")
         return lambda _, module: selection(module)
     (patterns,) = patterns_from(**{option: selection})
     outer, bare = outer_prefix(model), bare_modules(unwrapped(model))
@@ -339,13 +344,28 @@ def selected(selection: Selection, model: nn.Module, option: str) -> Callable[[s
     names = {each for name, _ in unwrapped(model).named_modules(remove_duplicate=False) for each in names_of(name)} | {
         name for name, _ in model.named_modules(remove_duplicate=False)
     }
-    if idle := [pattern for pattern in patterns if not any(map(matches([pattern]), names))]:
-        said = f"{option}={idle[0]!r} matches no module of the model; its names are those of named_modules()"
+    if lost := [pattern for pattern in patterns if not any(map(matches([pattern]), names))]:
+        said = (
+            f"{option}={lost[0]!r} matches no module of the model; its names are those of named_modules(). A function "
+            "of a module works too"
+        )
         if option == "layers":  # They would stay unprocessed.
             raise UsageError(said)
-        log(logging.WARNING, "%s", said)  # One list of what is deferred may serve many kinds of model.
+        # One list of what is deferred may serve many kinds of model.
+        log(logging.WARNING, "%s", said)
+        idle.append(said)
     match = matches(patterns)
     return lambda name, _: any(map(match, names_of(name)))
+
+
+def _takes_one(function: Callable[..., object]) -> bool:
+    try:
+        inspect.signature(function).bind(None)
+    except TypeError:
+        return False
+    except ValueError:  # It has no signature that can be read.
+        return True
+    return True
 
 
 def layers_of(model: nn.Module, chosen: Callable[[str, nn.Module], bool]) -> dict[nn.Module, list[str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -40,6 +40,7 @@ from ..model.matching import KnownNames, meant_by, other_names
 from ..model.materialise import materialise, put_back
 from ..model.offloading import refuse_offloaded
 from ..model.places import Place, places
+from ..model.processed import processed_among
 from ..model.reachable import reachable
 from ..model.survey import By, own_loader, survey
 from ..model.unprocessed import unprocessed
@@ -47,7 +48,7 @@ from ..names import outer_prefix, unwrapped
 from ..plan.patterns import Patterns, widened
 from ..plan.plan import LoadPlan
 from ..rename import Rename, renamer
-from ..sources.contracts import IOMode, refusing
+from ..sources.contracts import IOMode, Source, refusing
 from ..sources.iterator import IteratorSource
 from ..sources.locating import naming_files
 from ..sources.opening import AnySource, name_of, opened, version_of
@@ -60,6 +61,7 @@ from .background import in_background, takes_what
 from .baseline import Baseline
 from .check import Check, ask
 from .fed_names import FedNames
+from .kernels import memory_of, noting_calls, own_of, processes, processes_itself, refuse_kernels, told_of_own
 from .layers import Selection, selected
 from .plans import Options
 from .previous import may_roll_back_to, roll_back
@@ -75,10 +77,6 @@ Process = Callable[[nn.Module], object]
 def process_by_quant_method(layer: nn.Module) -> None:
     """What engines do after loading: ``layer.quant_method.process_weights_after_loading(layer)`` where there is one."""
     layer.quant_method.process_weights_after_loading(layer)  # type: ignore[union-attr, operator]
-
-
-def _has_quant_method(layer: nn.Module) -> bool:
-    return hasattr(getattr(layer, "quant_method", None), "process_weights_after_loading")
 
 
 def _has_tensors(layer: nn.Module) -> bool:
@@ -132,14 +130,16 @@ class LiveModel:
             check_count(0, memory_limit=memory_limit)
         self.model = model
         self._process: Process = process_by_quant_method if process is None else process
-        by_default = _has_tensors if process is not None else _has_quant_method
+        by_default = _has_tensors if process is not None else processes
         self._core = unwrapped(model)
-        self._is_processed = selected(by_default if layers is None else layers, model, "layers")
-        self._is_deferred = selected(deferred, model, "deferred")
+        self._idle: list[str] = []  # what is said of patterns that match nothing
+        self._is_processed = selected(by_default if layers is None else layers, model, "layers", self._idle)
+        self._is_deferred = selected(deferred, model, "deferred", self._idle)
         self._atomic: Atomic = atomic
         self._limit = memory_limit
         self._current = Current()
         self._current.keeps_previous = keep_previous
+        self._current.record.warned.update(self._idle)  # They are logged already.
         self._baseline: Baseline | None = None  # None until the first load begins, and again when that fails.
         self._match: Match = as_they_are  # Known from the first load on: processing changes names.
         self._others: dict[str, tuple[str, ...]] = {}
@@ -296,9 +296,10 @@ class LiveModel:
                 fed = FedNames(names_for(origin.manifest, rename, self._match))
                 origin = renamed(origin, fed.new)
                 stack.enter_context(naming_files(origin))
+                again = self._processed_again(origin)
                 weights, _ = apart(origin, lambda: reachable(self._core).values())
                 prove = verifier(self._core, weights, by) if verify == "loader" else None
-                with self._telling(source, by):
+                with self._telling(source, by), self._refusing_to_process_twice(by):
                     plan = options.traced(self._core, origin.manifest, where)
                 left = [] if where is None else left_on_meta(plan, survey(self._core), init_missing, self._core)
                 wanted = {*plan.targets, *left}
@@ -307,7 +308,9 @@ class LiveModel:
                 initialise(self._core, left, init_missing)
                 unknown = {place.name for place, _ in replaced} - {*left}
                 self._baseline = Baseline(self._core, plan, options, self._is_processed, self._is_deferred, unknown)
+                self._baseline.warnings = (*again, *self._idle, *self._unprocessed())
                 update = Update.begin_first(self._current, self._baseline, self._process, self._limit, fed)
+                self._baseline.warnings = self._baseline.warnings[len(again) :]
             with update:
                 report = update.run(
                     weights,
@@ -319,7 +322,7 @@ class LiveModel:
                     show_progress=show_progress,
                 )
             proven = 0 if prove is None else prove.proven
-            return replace(report, proven=proven, warnings=(*report.warnings, *self._unprocessed()))
+            return replace(report, proven=proven)
 
     @contextmanager
     @signals.held
@@ -346,13 +349,55 @@ class LiveModel:
             error.advice = "\n".join(filter(None, lines))
             raise
 
+    def _processed_again(self, source: Source) -> tuple[str, ...]:
+        """A warning for a first load from the model's own layers, which processing is about to change.
+
+        Raises:
+            SourceError: another live model has processed them.
+        """
+        layers = [layer for name, layer in self._core.named_modules() if self._is_processed(name, layer)]
+        by_others = set(processed_among(layers))
+        refuse_kernels(own_of(source, memory_of(by_others)))
+        if self._process is not process_by_quant_method:
+            return ()
+        names = own_of(source, memory_of(layer for layer in layers if processes(layer)))
+        return (told_of_own(names),) if names else ()
+
+    @contextmanager
+    @signals.held
+    def _refusing_to_process_twice(self, by: By | None) -> Iterator[None]:
+        """Inside, loading code of the model's own that processes layers itself is refused: they would be so twice."""
+        code = own_loader(self._core, by)
+        if code is None or self._process is not process_by_quant_method:
+            yield
+            return
+        named = {
+            layer: name
+            for name, layer in self._core.named_modules()
+            if self._is_processed(name, layer) and processes(layer)
+        }
+        with noting_calls(named) as called:
+            try:
+                yield
+            except PlanError as error:
+                if not called:
+                    raise
+                raise self._twice(named, called) from error
+        if called:
+            raise self._twice(named, called)
+
+    def _twice(self, named: Mapping[nn.Module, str], called: list[nn.Module]) -> PlanError:
+        names = [named[layer] or type(layer).__name__ for layer in dict.fromkeys(called) if layer in named]
+        return PlanError(
+            "layers would be processed twice; nothing was read or written",
+            [processes_itself(f"{type(self._core).__name__}.load_weights", names)],
+        )
+
     def _unprocessed(self) -> tuple[str, ...]:
         """A warning for layers that engines process, and that nobody does here. Who gives ``process=`` has chosen."""
         names = []
         if self._process is process_by_quant_method:
-            names = unprocessed(
-                self._core, lambda name, layer: self._is_processed(name, layer) and _has_quant_method(layer)
-            )
+            names = unprocessed(self._core, lambda name, layer: self._is_processed(name, layer) and processes(layer))
         if not names:
             return ()
         return (
@@ -457,6 +502,8 @@ class LiveModel:
                 fed = FedNames(names_for(manifest, rename, self._match))
                 origin = renamed(origin, fed.new)
                 stack.enter_context(naming_files(origin))
+                if self._baseline is not None:
+                    refuse_kernels(own_of(origin, self._baseline.kernels))
                 weights, _ = apart(origin, lambda: reachable(self._core).values())
             update = stack.enter_context(self._begin(origin.manifest, asked, fed))
             return update.run(

@@ -16,6 +16,7 @@ from ..model.places import Place, places
 from ..timeline import Timeline
 from .groups import LayerGroup
 from .job import Job
+from .kernels import processes
 from .layers import Contents, Dressing, Layer, put_back
 from .layout import Mirror
 from .merge import differences
@@ -44,9 +45,11 @@ class Processing:
         if group.layers:
             self.begun.append(group)
         for layer in group.layers:
-            before = layer.contents()
+            before, where = layer.contents(), _whereabouts(layer)
             self._process(layer)
             layer.processed(before, layer.contents())
+            # In place it may have changed values, which nobody sees: then a quant_method is taken at its word.
+            layer.made = processes(layer.module) or where != _whereabouts(layer)
         now = {name: tensor for layer in group.layers for name, tensor in layer.tensors().items()}
         # What processing replaced must not be held until the last layer: it would double the model's memory.
         for name in group.names if group.layers else ():
@@ -128,6 +131,10 @@ class Processing:
         """Names of tensors that no step writes, and that hold what they held before the first load."""
         initial = self._job.initial
         return {name for name in group.unwritten & initial.keys() & now.keys() if _same_bits(initial[name], now[name])}
+
+
+def _whereabouts(layer: Layer) -> dict[str, tuple[int, int]]:
+    return {key: (tensor.data_ptr() if has_bytes(tensor) else 0, id(tensor)) for key, tensor in layer.contents().own()}
 
 
 def _after_loading(layer: Layer, opened: Contents) -> Contents:

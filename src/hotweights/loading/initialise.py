@@ -13,6 +13,7 @@ from ..failure import blame, called
 from ..memory.aliases import plain
 from ..model.places import places
 from ..model.survey import Survey
+from ..model.unprocessed import unprocessed
 from ..plan.plan import LoadPlan
 from ..plan.steps import Fate
 from ..signals import held
@@ -117,9 +118,15 @@ def _advice(model: nn.Module, left: list[str], seen: Survey) -> str:
     """What can be done about these, and nothing that would be refused, or leave them without their values."""
     ways = []
     if set(left).intersection(seen.transient):
+        # What hotweights.build makes is not processed.
+        cure = (
+            "make the model on its device instead, outside torch.device('meta'), and load into that."
+            if unprocessed(model)
+            else "hotweights.build(directory, factory=..., device=...) does so and leaves the parameters on meta."
+        )
         ways.append(
             "A buffer that no checkpoint carries is computed by the model's __init__, which has to run off meta: "
-            "hotweights.build(directory, factory=..., device=...) does so and leaves the parameters on meta."
+            f"{cure}"
         )
     fn = "init_missing=fn calls fn(name, tensor) to fill each in place, as tensor.copy_(values) does"
     if _can_reset(model, left):

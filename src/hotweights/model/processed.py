@@ -21,9 +21,14 @@ def note(layers: Iterable[nn.Module]) -> None:
 
 def forget(layers: Iterable[nn.Module]) -> list[nn.Module]:
     """These are in checkpoint format from now on. Returns those that were not."""
-    before = [layer for layer in layers if layer in _PROCESSED]
+    before = processed_among(layers)
     _PROCESSED.difference_update(before)
     return before
+
+
+def processed_among(layers: Iterable[nn.Module]) -> list[nn.Module]:
+    """Those of the layers that are in kernel format now."""
+    return [layer for layer in layers if layer in _PROCESSED]
 
 
 def processed(model: nn.Module) -> tuple[str, ...]:

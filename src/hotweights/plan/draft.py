@@ -59,6 +59,7 @@ class Traced:
         side_effects: attributes that it changes.
         fallback: source tensors that no plan can load and that this code will get itself.
         graph_breaks: why: what it did that a plan cannot repeat.
+        stopped: says that it ended before it was given every tensor, where it did.
     """
 
     steps: Sequence[tuple[int, Step]]
@@ -68,6 +69,7 @@ class Traced:
     side_effects: Sequence[str] = ()
     fallback: Sequence[str] = ()
     graph_breaks: Sequence[GraphBreak] = ()
+    stopped: str = ""
 
 
 LACKS = "; the source lacks "
@@ -141,7 +143,8 @@ def draft(
     absent_for = absent_from(whole, writes.steps)
     unproven: list[str] = []
     kept = {name for step in (*mismatched, *unlike) for name in step.destinations}
-    for gap in writes.gaps():
+    gaps = list(writes.gaps())
+    for gap in gaps:
         if not gap.written and not kept.isdisjoint(gap.names):
             fates.update(dict.fromkeys(gap.names, Fate.MISMATCHED))
             continue
@@ -157,7 +160,12 @@ def draft(
         else:
             missing.update(dict.fromkeys(gap.names, _in_words(gap, absent_for(gap.names))))
             lacking.update(dict.fromkeys(gap.names, gap.spec.shape))
-    if (other := misnamed(whole, unexpected, absent)) is not None:
+    stopped = traced.stopped if unexpected else ""
+    if stopped:  # What is missing is in what it never looked at: other names, or to allow them, would lose weights.
+        lacking_names = [*missing, *partial]
+        wrong.add(stopped + (f". So {some(lacking_names, 3)} would lack weights" if lacking_names else ""))
+        unexpected, missing, partial = ([], {}, {}) if lacking_names else (unexpected, missing, partial)
+    elif (other := misnamed(whole, unexpected, absent)) is not None:
         wrong.add(other.problem)
         explained = {missing.get(name) for name in other.targets}  # A tied parameter is one problem with several names.
         unexpected = [name for name in unexpected if name not in other.sources]
@@ -205,10 +213,15 @@ def draft(
             f"has {some(list(missing), 3)}. Give the weights of this model; rename= translates names."
         )
     elif not quantised and not homeless_parts:
+        lacks = dict.fromkeys(source for gap in gaps if gap.written for source in absent_for(gap.names))
+        advice += [f"{whole.called(name)} was not used{said}" for name, said in misspelt(whole, unused, lacks).items()]
         advice += _allowing(missing, partial, unexpected, whole, wide)
     lacking = {name: shape for name, shape in lacking.items() if name in missing}
     meant = misspelt(whole, unexpected, lacking)
-    wrong.update(shortened({name: _no_place(whole, name) + meant.get(name, "") for name in unexpected}, "unexpected"))
+    if not stopped:
+        wrong.update(
+            shortened({name: _no_place(whole, name) + meant.get(name, "") for name in unexpected}, "unexpected")
+        )
     wrong.update(shortened(missing, "missing"))
     wrong.update(partial.values())
     # Also where allow_unexpected= names them: "*" is meant for an extra head, not for weights without their scales.

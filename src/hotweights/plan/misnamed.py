@@ -32,17 +32,20 @@ class Misnamed(NamedTuple):
     targets: set[str]
 
 
-def misspelt(manifest: Manifest, unexpected: Collection[str], missing: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+def misspelt(
+    manifest: Manifest, unexpected: Collection[str], missing: Mapping[str, tuple[int, ...] | None]
+) -> dict[str, str]:
     """What is added to the problems of names that stand for one missing name, it seems.
 
-    It is much like it, has the same numbers in it, and the same shape. Of many names nothing is said.
+    It is much like it, has the same numbers in it, and the same shape where that is known (not ``None``).
+    Of many names nothing is said.
     """
     meant: dict[str, str] = {}
     for name in unexpected if max(len(unexpected), len(missing)) < _ALIKE else ():
         alike = [
             other
             for other, shape in missing.items()
-            if shape == manifest[name].shape and _numbers(other) == _numbers(name)
+            if shape in (None, manifest[name].shape) and _numbers(other) == _numbers(name)
         ]
         close = get_close_matches(name, alike, n=2, cutoff=0.8)
         if len(close) == 1:
@@ -68,8 +71,9 @@ def misnamed(manifest: Manifest, unexpected: Collection[str], missing: Collectio
         return None
     every = f"all {len(found)}" if len(found) == len(manifest) else f"{len(found)}"
     targets = {after + name[len(before) :] for name, (before, after) in found.items()}
+    cure = "leave rename= out" if rename == {"": ""} else f"rename={json.dumps(rename)}"
     return Misnamed(
-        f"{every} names of the source {_in_words(found, targets)}: rename={json.dumps(rename)}",
+        f"{every} names of the source {_in_words(found, targets)}: {cure}",
         {ours[name] for name in found},
         targets,
     )

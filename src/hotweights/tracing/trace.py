@@ -12,7 +12,7 @@ from torch import nn
 
 from .. import signals
 from ..arguments import check_choices, check_model, device_from, patterns_from
-from ..dtypes import Cast
+from ..dtypes import Cast, OpaqueDtype
 from ..errors import PlanError
 from ..gc_pause import without_collection
 from ..manifest import Manifest
@@ -33,6 +33,7 @@ from ..plan.writes import fits
 from ..rename import Rename
 from ..sources.iterator import IteratorSource
 from ..sources.opening import AnySource, opened
+from ..text import some
 from .fit import complete
 from .frameworks import rules_for
 from .leave_out import trace_code
@@ -187,11 +188,11 @@ def _trace(
         problems += wrapped
     elif loader is not None:
         try:
-            traced = (
-                trace_code(model, manifest, loader)
-                if own_code
-                else _traced_by_name(model, manifest, loader, tensors, allowed.mismatched)
-            )
+            if own_code:
+                traced = trace_code(model, manifest, loader)
+                traced = replace(traced, stopped=_stopped(model, manifest, traced))
+            else:
+                traced = _traced_by_name(model, manifest, loader, tensors, allowed.mismatched)
         except PlanError as error:
             if own_code:
                 raise
@@ -207,6 +208,23 @@ def _trace(
         problems=problems,
     )
     return complete(replace(plan, transient=_transient(surveyed)), model)
+
+
+def _stopped(model: nn.Module, manifest: Manifest, traced: Traced) -> str:
+    """What is said of loading code that ended before it was given every tensor."""
+    given = [name for name, spec in manifest.items() if not isinstance(spec.dtype, OpaqueDtype)]
+    asked = [name for name in given if name in traced.taken or name in traced.fallback]
+    if len(asked) == len(given):
+        return ""
+    code, rest = f"{type(model).__name__}.load_weights", some([name for name in given if name not in asked], 3)
+    if not asked:
+        return (
+            f"{code} took none of the {len(given)} tensors of the source; let it go through all pairs that it is given"
+        )
+    return (
+        f"{code} ended after {len(asked)} of {len(given)} tensors; the last that it took is {asked[-1]}. It never "
+        f"looked at {rest}; let it go through all pairs that it is given"
+    )
 
 
 def _transient(surveyed: Survey) -> dict[str, str]:

@@ -1,0 +1,117 @@
+"""Layers are processed once: not again from their own kernel format, nor by loading code and live model both."""
+
+import pytest
+import torch
+from torch import nn
+
+import hotweights as hw
+
+
+class Transposing:
+    """A square weight stays square: nothing but its values shows that it was transposed twice."""
+
+    def process_weights_after_loading(self, layer):
+        layer.weight = nn.Parameter(layer.weight.t().contiguous(), requires_grad=False)
+
+
+class Engine(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+        self.a.quant_method = Transposing()
+
+
+class Impatient(Engine):
+    def load_weights(self, weights):
+        for name, tensor in weights:
+            self.get_parameter(name).data.copy_(tensor)
+        self.a.quant_method.process_weights_after_loading(self.a)
+
+
+def tensors(first=0.0):
+    return {f"{name}.weight": torch.arange(first, first + 9).view(3, 3) for name in "ab"}
+
+
+def loaded():
+    live = hw.LiveModel(Engine())
+    live.load(tensors(), version="step-1")
+    return live
+
+
+def is_right(model, first=0.0):
+    weight = tensors(first)["a.weight"]
+    return torch.equal(model.a.weight, weight.t()) and torch.equal(model.b.weight, weight)
+
+
+@pytest.mark.parametrize("source", [lambda model: model, lambda model: model.state_dict()])
+def test_an_update_from_what_was_processed_is_refused(source):
+    live = loaded()
+    with pytest.raises(hw.UpdateAborted, match="kernel format, which would be processed once more") as caught:
+        live.update(source(live.model))
+    assert caught.value.problems == ("a.weight: lies in a layer of the live model that was processed",)
+    assert live.version == "step-1"
+    assert is_right(live.model)
+    for given in (
+        lambda update: update.feed(live.model.state_dict()),
+        lambda update: update.feed(live.model.state_dict().items()),
+    ):
+        with pytest.raises(hw.UpdateAborted, match=r"a\.weight: lies in a layer"), live.begin() as update:
+            given(update)
+    state = live.model.state_dict()
+    with pytest.raises(hw.UpdateAborted, match=r"a\.weight: lies in a layer"):
+        live.update(hw.from_iterator(iter(state.items()), hw.open(state).manifest))
+    assert is_right(live.model)
+    live.update({**tensors(), "b.weight": live.model.b.weight})  # That layer nobody processed.
+    live.update({name: tensor.clone() for name, tensor in live.model.state_dict().items()})  # As the error says.
+
+
+def test_a_first_load_from_what_a_live_model_has_processed_is_refused():
+    model = loaded().model
+    with pytest.raises(hw.SourceError, match=r"a\.weight: lies in a layer"):
+        hw.LiveModel(model).load(model)
+    assert is_right(model)
+
+
+def test_a_first_load_from_layers_of_its_own_is_a_warning(caplog):
+    model = Engine()
+    hw.load(model, tensors())
+    live = hw.LiveModel(model)
+    (warning,) = live.load(model).warnings
+    assert warning.startswith("a.weight: taken from the model's own layers")
+    assert is_right(model)
+    assert live.status()["last_report"]["warnings"] == [warning]
+    assert warning in caplog.text
+    assert live.update(tensors(1.0)).warnings == ()
+    assert is_right(model, 1.0)
+    assert hw.LiveModel(Engine()).load(Engine()).warnings == ()
+
+
+def test_loading_code_that_processes_too_is_refused():
+    for options in ({}, {"verify": "loader"}):
+        model = Impatient()
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        with pytest.raises(hw.PlanError, match=r"a: Impatient\.load_weights processes these layers itself") as caught:
+            hw.LiveModel(model).load(tensors(), **options)
+        assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert "process=lambda layer: None" in str(caught.value)
+    assert "_noting" not in Transposing.process_weights_after_loading.__qualname__
+    live = hw.LiveModel(Impatient(), process=lambda layer: None)  # As the error says.
+    live.load(tensors())
+    assert is_right(live.model)
+    live.update(tensors(1.0))
+    assert is_right(live.model, 1.0)
+
+
+def test_what_nobody_processes_is_logged_once_and_stays_in_the_reports(caplog):
+    class Own(nn.Linear):
+        def process_weights_after_loading(self):
+            pass
+
+    model = Own(2, 2)
+    live = hw.LiveModel(model)
+    for version in range(3):
+        report = (live.update if version else live.load)(nn.Linear(2, 2), version=version)
+        (warning,) = report.warnings
+        assert warning.startswith("Own: to be processed after loading")
+        assert live.status()["last_report"]["warnings"] == [warning]
+    assert caplog.text.count("to be processed after loading") == 1
