@@ -308,7 +308,7 @@ def test_what_would_allow_a_difference_is_said_once():
     assert len(caught.value.problems) == 4
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
     with pytest.raises(PlanError) as caught:
-        draft(manifest(), targets(c=(F32, (1,))))
+        draft(manifest(b=(F32, (1,))), targets(b=(F32, (1,)), c=(F32, (1,))))
     assert str(caught.value).splitlines()[-1] == 'If that is meant, allow it: allow_missing="c".'
     with pytest.raises(PlanError) as caught:
         draft(manifest(c=(F32, (2,))), targets(c=(F32, (1,))))
