@@ -522,7 +522,7 @@ class TestPlanOfAFactory:
             "def table(): return {}\n"
             "def picky(size): ...\n"
         )
-        (tmp_path / "broken.py").write_text("import nothing_of_that_name\n")
+        (tmp_path / "unimportable.py").write_text("import nothing_of_that_name\n")
         monkeypatch.chdir(tmp_path)
         return name
 
@@ -541,7 +541,7 @@ class TestPlanOfAFactory:
             ("{ours}:table", r"gives a torch.nn.Module; this gave a dict"),
             ("{ours}:picky", r"calling it on meta without arguments failed: TypeError: .*'size'"),
             ("of.nobody:make", r"there is no module of here. Start this where `python -c 'import of.nobody'` works"),
-            ("broken:make", r"importing it failed: No module named 'nothing_of_that_name'"),
+            ("unimportable:make", r"importing it failed: No module named 'nothing_of_that_name'"),
         ],
     )
     def test_what_is_wrong_with_it(self, factory, words, ours, checkpoint):

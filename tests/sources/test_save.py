@@ -181,7 +181,7 @@ class TestRefusals:
             ({"m": torch.ones(1, device="meta")}, {}, hw.UsageError, "on meta"),
             ({"a": torch.ones(1)}, {"shard_size": "5 apples"}, hw.UsageError, "found '5 apples'"),
             ({"a": torch.ones(1)}, {"shard_size": 0}, hw.UsageError, "at least one byte"),
-            ({"a": torch.ones(1)}, {"dtype": torch.int8}, hw.UsageError, "torch.bfloat16"),
+            ({"a": torch.ones(1)}, {"dtype": torch.int8}, hw.UsageError, "a dtype of floats"),
             (3, {}, hw.UsageError, "this is a int"),
         ],
     )

@@ -170,7 +170,7 @@ BROKEN_FILES = {
         file_of({"v": entry("U8", [4], 0, 4), "w": entry("U8", [0], 2, 2)}, b"abcd"),
         ["'w'", "byte 2", "inside tensor 'v'"],
     ),
-    "gap at the start": (pair("U8", [3], 1, 4), ["'w'", "byte 1", "nothing lies between"]),
+    "gap at the start": (pair("U8", [3], 1, 4), ["'w'", "byte 1", "no tensor holds the bytes between"]),
     "gap": (
         file_of({"v": entry("U8", [1], 0, 1), "w": entry("U8", [2], 2, 4)}, b"abcd"),
         ["'w'", "byte 2", "tensor 'v' ends at 1"],

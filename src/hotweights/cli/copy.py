@@ -24,7 +24,9 @@ Target = Annotated[
         help="A directory, a file that ends in .safetensors, or an address of a store.", callback=flags.named
     ),
 ]
-ShardSize = Annotated[str | None, typer.Option(help="Bytes of one file at most, such as 5GB.")]
+ShardSize = Annotated[
+    str | None, typer.Option(help="Bytes of one file at most, such as 5GB; a larger tensor has a file of its own.")
+]
 
 
 def copy(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from ..dtypes import FORMAT_DTYPES
@@ -13,7 +15,9 @@ def dtype_from(name: str | None) -> torch.dtype | None:
     if name is None:
         return None
     known = {format_name: torch_name for format_name, (_, torch_name) in FORMAT_DTYPES.items() if torch_name}
-    dtype = getattr(torch, known.get(name.upper(), name.lower()), None)
+    short = name.removeprefix("torch.").lower()
+    short = re.sub(r"^fp(?=\d)", "float", short)  # fp16, as many write float16
+    dtype = getattr(torch, known.get(short.upper(), short), None)
     if not isinstance(dtype, torch.dtype):
         raise UnknownName("dtype", name, known)
     return dtype

@@ -40,13 +40,11 @@ def follow(
                 return
         if as_json and arriving.passed_over:
             typer.echo(json.dumps({"path": directory, "passed_over": arriving.passed_over}))
+        are = f"versions are folders like {pattern}, with safetensors in them"
         seen = "".join(f"; passed over {name}: {why}" for name, why in arriving.passed_over.items())
         if versions is not None:
             raise CheckpointError(
-                f"{directory}: {count} of {versions} versions came; the next did not within {timeout:g} s{seen}"
+                f"{directory}: {count} of {versions} versions came; the next did not within {timeout:g} s; {are}{seen}"
             )
         if not count:
-            what = (
-                f"no version came within {timeout:g} s; versions are folders like {pattern}, with safetensors in them"
-            )
-            typer.echo(shown(f"{directory}: {what}{seen}"), err=True)
+            typer.echo(shown(f"{directory}: no version came within {timeout:g} s; {are}{seen}"), err=True)

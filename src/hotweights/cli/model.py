@@ -7,6 +7,7 @@ import re
 import sys
 from difflib import get_close_matches
 from importlib import import_module
+from traceback import extract_tb
 
 import torch
 from torch import nn
@@ -46,13 +47,20 @@ def model_from(text: str, dtype: torch.dtype | None = None, *, device: str | Non
     except Exception as error:  # It is anybody's code.
         how = "on meta " if device is None else ""
         raise UsageError(
-            f"--model {text}: calling it {how}without arguments failed: {type(error).__name__}: {error}"
+            f"--model {text}: calling it {how}without arguments failed{_place_of(error)}: "
+            f"{type(error).__name__}: {error}"
         ) from error
     if not isinstance(made, nn.Module):
         raise UsageError(f"--model {text}: a factory gives a torch.nn.Module; this gave a {type(made).__name__}")
     if device is not None:
         move_real(made, torch.device(device))
     return made
+
+
+def _place_of(error: BaseException) -> str:
+    """The file and line that raised it."""
+    frames = extract_tb(error.__traceback__)[1:]  # The first is ours.
+    return f", {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
 
 
 def _found(module: str, name: str) -> object:

@@ -67,14 +67,17 @@ class SaveReport:
         }
 
     def __repr__(self) -> str:
-        files = counts({"files": len(self.files)})
-        return f"<SaveReport {len(self.digest.tensors)} tensors, {size(self.nbytes)} in {files}>"
+        return f"<SaveReport {self._in_words()}>"
 
     def _repr_html_(self) -> str:
         return as_html(self)
 
+    def _in_words(self) -> str:
+        files = [file for file in self.files if not file.endswith(".json")]  # The index holds no bytes of these.
+        return f"{len(self.digest.tensors)} tensors, {size(self.nbytes)} in {counts({'files': len(files)})}"
+
     def __str__(self) -> str:
-        rows = [("saved", f"{len(self.digest.tensors)} tensors, {size(self.nbytes)} in {len(self.files)} files")]
+        rows = [("saved", self._in_words())]
         rows += [("tied", f"{len(self.tied)} names of tensors that were written by another one")] if self.tied else []
         rows += [("digest", self.digest.whole), ("seconds", f"{self.seconds:.3f}")]
         return table([*rows, *(("warning", warning) for warning in self.warnings)])

@@ -39,6 +39,8 @@ def build(config_dir: str | os.PathLike[str], *, dtype: torch.dtype | None = Non
     except ImportError as error:
         raise MissingPackage("transformers", "transformers") from error
     directory = Path(config_dir)
+    if directory.is_file():
+        raise CheckpointError(f"{directory}: is a file; give the directory in which the model's config.json lies")
     if not directory.is_dir():
         raise CheckpointError(
             f"{directory}: there is no such directory. Give the one with the model's config.json; a name on the hub is "

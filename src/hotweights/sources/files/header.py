@@ -128,6 +128,8 @@ def refuse_other_formats(file: str, size: int, start: bytes) -> None:
         )
     for magic, what in _ELSEWHERE.items():
         if start.startswith(magic):
+            if file.endswith((".bin", ".pt", ".pth")):
+                what = what.replace("rename it to .bin: ", "")
             raise CheckpointError(f"{file}: this is not a safetensors file but {what}")
 
 
@@ -258,7 +260,7 @@ def _gaps(entries: Iterable[Entry], data_start: int, size: int) -> list[str]:
                 f"tensor {spec.name!r}: starts at byte {at} of the data, inside {before}"
                 if offset < position
                 else f"tensor {spec.name!r}: starts at byte {at} of the data; {before} ends at "
-                f"{position - data_start}, and nothing lies between"
+                f"{position - data_start}, and no tensor holds the bytes between"
             )
         if stop > size:
             end, held = stop - data_start, size - data_start
