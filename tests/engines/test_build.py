@@ -189,5 +189,5 @@ def test_the_error_for_buffers_on_meta_names_it(net):
         empty = Net()
     with pytest.raises(hw.PlanError, match=r"table: is a non-persistent buffer on the meta device") as caught:
         hw.load(empty, directory, device="cpu")
-    assert "hotweights.build(directory, factory=...)" in str(caught.value)
+    assert "hotweights.build(directory, factory=..., device=...)" in str(caught.value)
     assert hw.build(directory, factory=Net).table.tolist() == (torch.arange(4) / 3).tolist()

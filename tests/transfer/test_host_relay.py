@@ -4,7 +4,9 @@ import contextlib
 import os
 import signal
 import subprocess
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +29,19 @@ def soon(monkeypatch, tmp_path):
     """A relay ends soon after its last receiver; its folders lie where the test's other files do."""
     monkeypatch.setattr(host_relay, "IDLE", 0.4)
     monkeypatch.setattr(host_relay.tempfile, "tempdir", str(tmp_path))
+
+
+@pytest.fixture
+def tmp_path():
+    """One whose name is short: a socket's path has 107 bytes at most."""
+    with tempfile.TemporaryDirectory(prefix="hw-", dir="/tmp") as folder:
+        yield Path(folder)
+
+
+def test_a_long_name_of_the_directory_for_temporary_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(host_relay.tempfile, "tempdir", str(tmp_path / ("long" * 30)))
+    place = folder_of("tcps://127.0.0.1:1", None, True)
+    assert place.parent == Path("/tmp")
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from .door import BACKLOG, Door, Guest
 from .flow import Inflow
 from .states import Side
 
-_LONGEST = 107  # bytes of a path in sockaddr_un, without its NUL
+LONGEST = 107  # bytes of a path in sockaddr_un, without its NUL
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 
 # The kernel's record locks belong to a process and do not exclude two senders of one: so those are listed here.
@@ -35,8 +35,8 @@ def path_of(address: str) -> str:
     kind, colon, path = address.partition(":") if isinstance(address, str) else ("", "", "")
     if kind != "unix" or not colon or not path:
         raise UsageError(f"an address looks like unix:/tmp/trainer/socket; this is {address!r}")
-    if len(os.fsencode(path)) > _LONGEST:
-        raise UsageError(f"the path of a socket has {_LONGEST} bytes at most; {path} has {len(os.fsencode(path))}")
+    if len(os.fsencode(path)) > LONGEST:
+        raise UsageError(f"the path of a socket has {LONGEST} bytes at most; {path} has {len(os.fsencode(path))}")
     return path
 
 
@@ -158,7 +158,7 @@ class Listener:
             self._ours.append(_lock_path(self._path))
             _remove_stale(self._path)
             # The absolute path may be too long for the kernel where the given, relative one is not.
-            self.socket.bind(self._path if len(os.fsencode(self._path)) <= _LONGEST else path)
+            self.socket.bind(self._path if len(os.fsencode(self._path)) <= LONGEST else path)
             self._ours.append(self._path)
             os.chmod(self._path, 0o600)
             self.socket.listen(BACKLOG)

@@ -17,7 +17,7 @@ from pathlib import Path
 from .. import signals
 from ..errors import HotweightsError, ProtocolError, TransferError, UsageError
 from ..notices import log
-from .address import UnixEndpoint, check_directory, same_file
+from .address import LONGEST, UnixEndpoint, check_directory, same_file
 from .channel import Channel, close_in_children
 from .door import Door
 from .endpoint import endpoint_of, is_local
@@ -41,7 +41,8 @@ def folder_of(address: str, keys: str | os.PathLike[str] | None, insecure: bool)
     owner = "" if keys is None else os.path.realpath(keys)
     key = "\n".join(map(str, (network.st_dev, network.st_ino, address, owner, insecure)))
     name = f"hotweights-{os.geteuid()}-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}"
-    return Path(tempfile.gettempdir()) / name
+    place = Path(tempfile.gettempdir()) / name
+    return place if len(os.fsencode(place / "socket")) <= LONGEST else Path("/tmp") / name
 
 
 @signals.held_throughout
