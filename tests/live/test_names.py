@@ -206,7 +206,7 @@ def test_a_rename_that_raises_says_so():
         lambda: live.begin(hw.open(state(2)).manifest, rename=rename),
     ):
         with pytest.raises(
-            hw.UpdateAborted, match="version 1 is live: rename=.*rename for 'weight' raised KeyError: 'weight'"
+            hw.UpdateAborted, match=r"version 1 is live: rename=.*for 'weight' raised KeyError: 'weight'"
         ):
             act()
     assert holds(live.model, 1)
