@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..arguments import check_kind
+from ..arguments import check_kind, check_path
 from ..errors import CheckpointError, Closed, HotweightsError, StoreError, UsageError
 from ..notices import log
 from ..text import some
@@ -113,6 +113,8 @@ def follow(
     if marker is not None and (not marker or os.path.basename(marker) != marker):
         raise UsageError(f"marker= is the name of a file within each version, such as 'DONE'; found {marker!r}")
     check_kind("pattern", pattern, str, 'a pattern of names, such as "step-*"')
+    if store is None:
+        check_path(directory)
     options = (interval, timeout, latest, marker, pattern)
     if store is not None or is_run(os.fsdecode(directory)):
         run = open_run(os.fsdecode(directory), store, _DEADLINE)
