@@ -1,5 +1,7 @@
 """Opening: whatever may be named as a source becomes one; what is opened here is closed here."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -118,3 +120,13 @@ def test_whatever_can_be_read_again_has_a_digest(tmp_path):
     for source in sources:
         with source:
             assert source.digest() == saved
+
+
+def test_a_path_that_leads_nowhere_is_told_with_its_neighbour(tmp_path):
+    hw.save(torch.nn.Linear(2, 2), tmp_path / "step-100")
+    with pytest.raises(hw.CheckpointError, match="no such file or directory; did you mean ") as caught:
+        hw.open(tmp_path / "step-10")
+    hw.open(re.search(r"mean (.*)\?$", str(caught.value))[1]).close()
+    for strange in (tmp_path / "other", tmp_path / "no" / "step-100"):
+        with pytest.raises(hw.CheckpointError, match=r"no such file or directory$"):
+            hw.open(strange)
