@@ -44,6 +44,12 @@ def check_kind(what: str, value: object, kind: type | tuple[type, ...], words: s
         raise UsageError(f"{what}= is {words}; found {shown(value)}")
 
 
+def check_path(path: object) -> None:
+    """Raise ``UsageError`` for the empty path, which ``Path`` takes for the current directory."""
+    if path in ("", b""):
+        raise UsageError("the path is empty; is a variable not set? The current directory is '.'")
+
+
 def check_count(least: int, **options: object) -> None:
     """Raise ``UsageError`` for an option that is no whole number of at least ``least``."""
     for name, value in options.items():

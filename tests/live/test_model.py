@@ -232,3 +232,15 @@ def test_progress_ends_at_its_total_though_a_rank_reads_slices(source, tmp_path,
     assert advanced == totals
     whole = sum(tensor.nbytes for tensor in weights.values())
     assert totals == [whole if source == "stream" else whole - 32 * 64 * 4] * 2
+
+
+def test_a_model_on_meta_has_no_digest():
+    """Two different models had equal ones."""
+    with torch.device("meta"):
+        live = hw.LiveModel(nn.Linear(2, 2))
+    with pytest.raises(hw.LiveModelError, match=r"nothing was loaded yet: weight, bias on meta.*call load first"):
+        live.digest()
+    state = {"weight": torch.ones(2, 2), "bias": torch.ones(2)}
+    live.load(state, device="cpu")
+    with hw.open(state) as source:
+        assert live.digest() == source.digest()

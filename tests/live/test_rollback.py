@@ -216,3 +216,10 @@ def test_opaque_objects_come_back(atomic):
     assert live.model(torch.ones(1, 2)).tolist() == [[4.0, 4.0]]
     live.rollback()
     assert live.model(torch.ones(1, 2)).tolist() == [[2.0, 2.0]]
+
+
+def test_before_the_first_load_only_that_is_said():
+    for options in ({"keep_previous": True}, {}):
+        with pytest.raises(hw.LiveModelError) as caught:
+            hw.LiveModel(nn.Linear(2, 2), **options).rollback()
+        assert str(caught.value) == "nothing was loaded yet, so there is no version to go back from; call load first"

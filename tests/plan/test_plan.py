@@ -299,6 +299,30 @@ def test_nothing_is_allowed_where_nothing_fits():
     assert "allow_" not in str(caught.value), "that would load nothing"
 
 
+@pytest.mark.parametrize(
+    ("source", "kept"),
+    [
+        (dict.fromkeys("abcde", (F32, (2,))), 5),  # all of another shape
+        ({**dict.fromkeys("vwxyz", (F32, (1,))), "a": (F32, (1,))}, 4),  # one name is the same
+        ({"a": (F32, (1,)), "b": (F32, (2,)), "c": (F32, (2,)), "y": (F32, (1,)), "z": (F32, (1,))}, 4),  # of both
+    ],
+)
+def test_the_checkpoint_of_another_model_is_told_as_that(source, kept):
+    """To allow what differs would keep the old weights, and call them by the new version's name."""
+    model = targets(**dict.fromkeys("abcde", (F32, (1,))))
+    with pytest.raises(PlanError) as caught:
+        draft(manifest(**source), model)
+    assert f"This looks like another model's checkpoint: {kept} of 5 names of the model would" in caught.value.advice
+    assert "allow_" not in str(caught.value)
+
+
+@pytest.mark.parametrize("source", [{"a": (F32, (1,))}, {}])
+def test_a_part_of_a_model_is_not_another_models(source):
+    with pytest.raises(PlanError) as caught:
+        draft(manifest(**source), targets(**dict.fromkeys("abcdef", (F32, (1,)))))
+    assert "another model" not in caught.value.advice
+
+
 def test_what_would_allow_a_difference_is_said_once():
     both = {"same": (F32, (1,))}
     with pytest.raises(PlanError) as caught:

@@ -1,5 +1,7 @@
 """Opening: whatever may be named as a source becomes one; what is opened here is closed here."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -70,3 +72,61 @@ def test_what_was_said_comes_before_what_the_source_says():
     assert version_of(Versioned(), None) == "theirs"
     assert version_of(Versioned(), 0) == 0
     assert version_of(object(), None) is None
+
+
+@pytest.mark.parametrize(
+    "gives",
+    [
+        hw.open,
+        lambda path: hw.open([path]),
+        lambda path: hw.open({}, digests=path),
+        lambda path: hw.load(torch.nn.Linear(2, 2), path),
+        lambda path: hw.LiveModel(torch.nn.Linear(2, 2)).load(path),
+        lambda path: loaded().update(path),
+        hw.follow,
+        lambda path: hw.save(torch.nn.Linear(2, 2), path),
+        hw.build,
+    ],
+)
+def test_an_empty_path_is_not_the_current_directory(gives, tmp_path, monkeypatch):
+    """``os.environ.get("MODEL", "")`` gives it, and ``Path`` takes it for where the program was started."""
+    hw.save(torch.nn.Linear(2, 2), tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(hw.UsageError, match=r"the path is empty; is a variable not set\?"):
+        gives("")
+
+
+def loaded():
+    live = hw.LiveModel(torch.nn.Linear(2, 2))
+    live.load(torch.nn.Linear(2, 2))
+    return live
+
+
+def test_whatever_can_be_read_again_has_a_digest(tmp_path):
+    """The same of one content: of files, of memory, under new names, by other packages."""
+    model = torch.nn.Linear(2, 2)
+    saved = hw.save(model, tmp_path).digest
+    state = {f"old.{name}": tensor for name, tensor in model.state_dict().items()}
+    hw.save(state, tmp_path / "old")
+    drop = {"old.": ""}
+    sources = [
+        hw.open(model),
+        hw.open(tmp_path),
+        hw.open(tmp_path, reader="safetensors"),
+        hw.open(state, rename=drop),
+        hw.open(tmp_path / "old", rename=drop),
+        hw.open(tmp_path / "old", rename=drop, reader="safetensors"),
+    ]
+    for source in sources:
+        with source:
+            assert source.digest() == saved
+
+
+def test_a_path_that_leads_nowhere_is_told_with_its_neighbour(tmp_path):
+    hw.save(torch.nn.Linear(2, 2), tmp_path / "step-100")
+    with pytest.raises(hw.CheckpointError, match="no such file or directory; did you mean ") as caught:
+        hw.open(tmp_path / "step-10")
+    hw.open(re.search(r"mean (.*)\?$", str(caught.value))[1]).close()
+    for strange in (tmp_path / "other", tmp_path / "no" / "step-100"):
+        with pytest.raises(hw.CheckpointError, match=r"no such file or directory$"):
+            hw.open(strange)

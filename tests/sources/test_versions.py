@@ -260,6 +260,21 @@ class TestOrder:
         write_checkpoint(tmp_path / "tmp-checkpoint-2", TENSORS)
         assert Follower(tmp_path, pattern="step-*").settle() == ["step-1"]
 
+    def test_a_pattern_that_nothing_matches_is_told(self, tmp_path, caplog):
+        (tmp_path / "logs").mkdir()
+        follower = Follower(tmp_path, pattern="step-*")
+        assert follower.settle() == []
+        assert not follower.versions.passed_over
+        for number in range(2):
+            write_checkpoint(tmp_path / f"v{number}", TENSORS)
+        assert follower.settle() == []
+        why = "2 directories do not match pattern='step-*', and none does: v0, v1"
+        assert follower.versions.passed_over == {tmp_path.name: why}
+        assert [record.getMessage() for record in caplog.records] == [f"{tmp_path}: {why}"]
+        self.steps(tmp_path, 1)
+        assert follower.settle() == ["step-1"]
+        assert not follower.versions.passed_over
+
 
 class TestWaiting:
     def test_a_live_model_takes_each(self, tmp_path):

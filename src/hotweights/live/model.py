@@ -26,7 +26,7 @@ from ..arguments import (
     patterns_from,
 )
 from ..dtypes import Cast
-from ..errors import PlanError, UsageError
+from ..errors import LiveModelError, PlanError, UsageError
 from ..forked import alone_in_a_fork
 from ..gc_pause import without_collection
 from ..loading.apart import apart
@@ -230,8 +230,16 @@ class LiveModel:
     def digest(self) -> Digest:
         """Digests of all parameters and buffers, as they are now. Reads every byte of the model.
 
-        Wrappers around the model have no part in them.
+        Wrappers around the model have no part in them. A tied tensor is in it by each of its names.
+
+        Raises:
+            LiveModelError: tensors are on meta, as before the first load: they have no bytes, so all would be equal.
         """
+        if empty := [name for name, tensor in survey(self._core).tensors.items() if tensor.is_meta]:
+            raise LiveModelError(
+                f"nothing was loaded yet: {some(empty, 3)} on meta, and without bytes all models have one digest; call "
+                "load first, with device="
+            )
         return digest_of(self._core)
 
     # The first load.

@@ -94,6 +94,8 @@ def _kept(current: Current) -> Previous:
     previous = current.previous
     if isinstance(previous, Previous):
         return previous
+    if current.holds is State.EMPTY:
+        raise LiveModelError("nothing was loaded yet, so there is no version to go back from; call load first")
     if not current.keeps_previous:
         raise LiveModelError(
             f"{current}, and the version before was not kept; LiveModel(model, keep_previous=True) keeps it"

@@ -200,6 +200,8 @@ def draft(
         advice.append(cure)
         unexpected = [name for name in unexpected if not of_adapter(name)]
         missing = {} if alone else missing
+    unfit = 0 if quantised else len(unexpected) + len(misfits)
+    anothers = _of_another_model({*missing, *misfits}, unfit, whole, wide)
     if missing and not whole:
         advice.append("The source holds no tensors at all; an iterator that was read before gives none.")
     elif other_part := by_parts(whole, wide, missing):
@@ -212,6 +214,8 @@ def draft(
             f"Nothing of the source fits the model: it has {some(list(map(whole.called, unexpected)), 3)}; the model "
             f"has {some(list(missing), 3)}. Give the weights of this model; rename= translates names."
         )
+    elif anothers:
+        advice.append(anothers)
     elif not quantised and not homeless_parts:
         lacks = dict.fromkeys(source for gap in gaps if gap.written for source in absent_for(gap.names))
         advice += [f"{whole.called(name)} was not used{said}" for name, said in misspelt(whole, unused, lacks).items()]
@@ -235,7 +239,7 @@ def draft(
                     "The adapter in the source has another rank: give the model one of that rank, the r of its "
                     "adapter_config.json."
                 )
-            else:
+            elif not anothers:
                 advice.append(f'If another head is meant, allow_mismatched="{pattern}" keeps what the model has there.')
         if (others := [name for name in unused if not of_adapter(name)]) and (missing or partial):
             advice.append(f"{not_used(list(map(whole.called, others)), _OWN_CODE)}.")
@@ -321,6 +325,24 @@ def _in_words(gap: Gap, absent: Sequence[str], by: Sequence[str] = ()) -> str:
     lacking = f"{LACKS}{some(absent, 3)}" if absent else ""
     tied = f" (tied with {some(gap.names[1:], 3)})" if len(gap.names) > 1 else ""
     return f"{gap.names[0]}: {words}{tied}{lacking}"
+
+
+def _of_another_model(kept: Collection[str], unfit: int, manifest: Manifest, targets: Collection[str]) -> str:
+    """What is said where nearly nothing fits. To allow that would serve old weights under the new version's name.
+
+    Args:
+        kept: the names of the model that would get nothing.
+        unfit: how many tensors of the source have no place, or another shape; those of a mere part all fit.
+        manifest: of the source.
+        targets: all names of the model.
+    """
+    # Of a tensor or two it cannot be told: another head has as many. Where all names are others, that is said instead.
+    if min(len(kept), unfit) < 4 or 4 * len(kept) < 3 * len(targets) or 4 * unfit < 3 * len(manifest):
+        return ""
+    return (
+        f"This looks like another model's checkpoint: {len(kept)} of {len(targets)} names of the model would keep what "
+        "they have. Give the weights of this model."
+    )
 
 
 def _allowing(

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from typing_extensions import TypeIs
 
-from ..arguments import check_flags, check_kind
+from ..arguments import check_flags, check_kind, check_path
 from ..errors import CheckpointError, UnknownName, UsageError
 from ..manifest import Manifest
 from ..names import bare_names
@@ -206,6 +206,7 @@ def _opened(
     check_kind("variant", variant, str, 'the name of a variant, such as "fp16"')
     check_kind("subfolder", subfolder, str, "the name of a folder in the directory")
     check_kind("digests", digests, (str, os.PathLike), "the path of a list of digests")
+    check_path(digests)
     check_flags(gather=gather)
     check_store(store)
     if gather and not isinstance(what, (Mapping, torch.nn.Module)):
@@ -219,6 +220,8 @@ def _opened(
             places = within(store, paths, cache) if is_store(store) else connect(addresses, _with(store, cache))
             return ObjectSource(places, variant=variant, subfolder=subfolder, digests=digests)
         _no_store(store, cache_dir)
+        for path in paths:
+            check_path(path)
         if isinstance(what, (str, os.PathLike)):
             _refuse_hub_name(os.fsdecode(what))
         if reader == "hotweights":

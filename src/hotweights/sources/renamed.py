@@ -12,11 +12,13 @@ import torch
 from msgspec.structs import replace
 
 from ..manifest import Manifest
+from ..memory.digest import Digest
 from ..memory.guards import Guard
 from ..memory.lease import Lease
 from ..memory.pool import Pool
 from ..timeline import Timeline
 from .contracts import Addressed, InMemory, IOMode, OnDisk, Participant, Read, Request, Source, Stream, Timed
+from .streams import digest_of_leases
 
 
 def renamed(source: Source, names: Mapping[str, str]) -> Source:
@@ -99,7 +101,16 @@ class _RenamedStream:
         self._stream.__exit__(*error)
 
 
-class _RenamedAddressed(RenamedSource):
+class _RenamedLasting(RenamedSource):
+    """What can be read again and again."""
+
+    def digest(self) -> Digest:
+        """The digest of every tensor under its new name. Reads every byte."""
+        with self.leases() as stream:
+            return digest_of_leases(stream)
+
+
+class _RenamedAddressed(_RenamedLasting):
     def position(self, name: str) -> tuple[int, int]:
         """Where the tensor lies."""
         where: tuple[int, int] = self._source.position(self._origins.get(name, name))
@@ -122,14 +133,14 @@ class _RenamedAddressed(RenamedSource):
         return done
 
 
-class _RenamedInMemory(RenamedSource):
+class _RenamedInMemory(_RenamedLasting):
     def borrow(self, name: str) -> torch.Tensor:
         """The tensor itself, to read while the source is open."""
         tensor: torch.Tensor = self._source.borrow(self._origins.get(name, name))
         return tensor
 
 
-class _RenamedOnDisk(RenamedSource):
+class _RenamedOnDisk(_RenamedLasting):
     @property
     def warnings(self) -> tuple[str, ...]:
         """What a person should read."""

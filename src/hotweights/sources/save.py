@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..arguments import check_choices, check_kind
+from ..arguments import check_choices, check_kind, check_path
 from ..dtypes import format_name, is_float
 from ..errors import SaveError, UsageError
 from ..manifest import TensorSpec
@@ -241,6 +241,7 @@ def _placed(where: str | os.PathLike[str], store: object) -> Iterator[Path | Add
     if parts is None:
         if store is not None:
             raise UsageError("store= is for addresses, such as s3://bucket/model; leave it out")
+        check_path(text)
         yield Path(text).expanduser()
         return
     if parts.scheme not in WRITTEN:

@@ -10,6 +10,7 @@ import torch
 from ..arguments import check_choices
 from ..errors import Closed, UsageError
 from ..manifest import Manifest, TensorSpec
+from ..memory.digest import Digest, digests
 from ..memory.guards import Guard
 from ..memory.lease import Lease
 from ..memory.wrappers import hidden, inside
@@ -94,6 +95,17 @@ class StateSource:
         """
         self._check_open()
         return self._tensors[name]
+
+    def digest(self) -> Digest:
+        """The digest of every tensor, which is that of a file with the same names and values. Reads every byte.
+
+        Raises:
+            UsageError: a tensor is a DTensor of which this rank holds a part.
+        """
+        self._check_open()
+        if any(spec.part for spec in self._manifest.values()):
+            check_whole(self._manifest)
+        return Digest.of(digests(self._tensors, self._tensors))
 
     def close(self) -> None:
         """Let go of the tensors. May be called twice."""

@@ -10,13 +10,13 @@ import stat
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..arguments import check_kind
+from ..arguments import check_kind, check_path
 from ..errors import CheckpointError, Closed, HotweightsError, StoreError, UsageError
 from ..notices import log
 from ..text import some
@@ -113,6 +113,8 @@ def follow(
     if marker is not None and (not marker or os.path.basename(marker) != marker):
         raise UsageError(f"marker= is the name of a file within each version, such as 'DONE'; found {marker!r}")
     check_kind("pattern", pattern, str, 'a pattern of names, such as "step-*"')
+    if store is None:
+        check_path(directory)
     options = (interval, timeout, latest, marker, pattern)
     if store is not None or is_run(os.fsdecode(directory)):
         run = open_run(os.fsdecode(directory), store, _DEADLINE)
@@ -156,19 +158,34 @@ class Versions:
         self._ready: deque[Version] = deque()
         self._absent = False
         self._passed_over: dict[Path, str] = {}
+        self._unmatched = ""
 
     @property
     def passed_over(self) -> dict[str, str]:
         """What lies there and is not given: by name, and why. For a health endpoint, say.
 
         It is broken; or waits for its marker; or has no safetensors, or has them a level deeper. A version is among
-        them until it changes or is gone.
+        them until it changes or is gone. Where no name matches ``pattern``, the directory is there, and says so.
         """
         passed_over = dict(self._passed_over)  # Whoever asks is in another thread, often.
         for place, seen in list(self._seen.items()):
             if not seen.judged and (why := self._waits(place, seen.files)):
                 passed_over[place] = why
-        return {place.name: why for place, why in sorted(passed_over.items())}
+        unmatched = {self._name(): why} if (why := self._unmatched) else {}
+        return {**unmatched, **{place.name: why for place, why in sorted(passed_over.items())}}
+
+    def _match(self, names: Iterable[str], others: Callable[[str], bool] = bool) -> list[str]:
+        """The names that match the pattern. Where none does, those of the ``others`` that are versions are noted."""
+        names = list(names)
+        matching = [name for name in names if fnmatch.fnmatch(name, self._pattern)]
+        versions = [] if matching or self._pattern == "*" else [name for name in names if others(name)]
+        many = f"{len(versions)} directories do" if len(versions) > 1 else "1 directory does"
+        before, self._unmatched = self._unmatched, ""
+        if versions:
+            self._unmatched = f"{many} not match pattern={self._pattern!r}, and none does: {some(versions, 3)}"
+            if not before:
+                log(logging.WARNING, "%s: %s", self._directory, self._unmatched)
+        return matching
 
     def _waits(self, place: Any, files: _Files) -> str | None:
         """Why nothing is known of this place yet, where that may stay so for ever."""
@@ -204,7 +221,8 @@ class Versions:
     def _newly(self, versions: tuple[Published, ...]) -> list[Version]:
         new = [each for each in versions if each.folder not in self._published]
         self._published.update(each.folder for each in versions)
-        new = [each for each in new if fnmatch.fnmatch(str(each.version), self._pattern)]
+        matching = {*self._match(str(each.version) for each in versions)}
+        new = [each for each in new if str(each.version) in matching]
         return [Version(str(each.version), self._path(each.folder)) for each in new[-1 if self._latest else 0 :]]
 
     def _path(self, folder: str) -> Path | str:
@@ -249,7 +267,12 @@ class Versions:
             self._absent = True
             return []
         self._absent = False
-        within = [self._directory / name for name in names if fnmatch.fnmatch(name, self._pattern) and name[0] != "."]
+        itself = any(name.endswith(_WEIGHTS) for name in names)
+        matching = self._match(
+            (name for name in names if name[0] != "."),
+            lambda name: not itself and _holds_weights(self._files(self._directory / name)),
+        )
+        within = [self._directory / name for name in matching]
         return [self._directory, *(place for place in within if os.path.isdir(place) and not self._is_alias(place))]
 
     def _is_alias(self, place: Path) -> bool:
@@ -397,10 +420,18 @@ class RemoteVersions(Versions):
     def _places(self) -> list[Any]:
         """Where versions may lie. What lies there is listed for all of them."""
         self._listed = {self._directory: {}}
-        for path, pin in sorted(self._directory.store.below(self._directory.key).items()):
-            folder, _, name = path.rpartition("/")
-            within = fnmatch.fnmatch(folder, self._pattern) and not folder.startswith(".") and "/" not in folder
-            if (within or not folder) and (name.endswith((_WEIGHTS, _INDEX)) or name == self._marker):
+        objects = [
+            (*path.rpartition("/")[::2], pin)
+            for path, pin in sorted(self._directory.store.below(self._directory.key).items())
+            if path.endswith((_WEIGHTS, _INDEX)) or path.rpartition("/")[2] == self._marker
+        ]
+        folders = {folder for folder, _, _ in objects}
+        within = self._match(
+            sorted(folder for folder in folders if folder and not folder.startswith(".") and "/" not in folder),
+            lambda _: "" not in folders,
+        )
+        for folder, name, pin in objects:
+            if not folder or folder in within:
                 self._listed.setdefault(self._directory / folder, {})[name] = _remote_status(pin)
         return list(self._listed)
 

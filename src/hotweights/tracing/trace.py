@@ -110,6 +110,7 @@ def trace(
             if cure := passed_over(model, by):
                 # Names that both sides lack are what it would have translated: to allow them would lose the weights.
                 lost = "allow_missing=" in error.advice and "allow_unexpected=" in error.advice
+                lost = lost or "another model's" in error.advice
                 error.advice = cure if lost else "\n".join(filter(None, (error.advice, cure)))
             elif prefix := _prefix_that_goes(model, seen, promised, where, allowed, by):
                 error.advice = f'All fits without "{prefix}" before each name: rename={{"{prefix}": ""}}.'

@@ -176,3 +176,21 @@ def test_the_command(store):
     done = CliRunner().invoke(app, command)
     assert json.loads(done.output) == {"name": "step-1", "path": "s3://bucket/runs/step-1"}
     assert done.exit_code == 0
+
+
+def test_a_pattern_that_nothing_matches_is_told(store):
+    hw.save(TENSORS, "s3://bucket/runs/v0")
+    with followed(pattern="step-*") as versions:
+        assert looked(versions) == []
+        assert versions.passed_over == {"runs": "1 directory does not match pattern='step-*', and none does: v0"}
+        hw.save(TENSORS, "s3://bucket/runs/step-1")
+        assert [version.name for version in looked(versions)] == ["step-1"]
+        assert not versions.passed_over
+
+
+def test_a_pattern_that_no_published_version_matches_is_told(tmp_path):
+    with hw.Sender(tmp_path.as_uri(), keep=2) as sender:
+        sender.send(TENSORS, version="v0")
+    with hw.follow(tmp_path, interval=1, pattern="step-*") as versions:
+        assert versions.look() == []
+        assert versions.passed_over[tmp_path.name].endswith("none does: v0")

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from itertools import count, islice
 from pathlib import Path
 
@@ -145,7 +146,7 @@ def open_checkpoint(
     place = _place(what) if isinstance(what, (str, os.PathLike)) else None
     if place is not None and not exists(place):
         broken = " (a link that leads nowhere)" if os.path.islink(place) else ""
-        raise CheckpointError(f"{place}: there is no such file or directory{broken}")
+        raise CheckpointError(f"{place}: there is no such file or directory{broken or _neighbour(place)}")
     if place is not None and is_dir(place):
         return _open_directory(folder_in(snapshot(place), subfolder, layout), layout, variant)
     if variant is not None or subfolder is not None:
@@ -355,6 +356,16 @@ def _open_indexed(
         )
     shards, broken = _open_each([path for path in paths if path not in absent], layout, undo)
     return shards, problems + broken
+
+
+def _neighbour(place: Place) -> str:
+    """Which name beside a path that leads nowhere is nearly its own."""
+    try:
+        names = names_in(place.parent) if isinstance(place, Path) else []
+    except CheckpointError:  # The folder is not there either, or not ours to list.
+        return ""
+    near = get_close_matches(place.name, names, n=1, cutoff=0.8)
+    return f"; did you mean {place.parent / near[0]}?" if near else ""
 
 
 def _beside(directory: Place) -> list[str]:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from ...dtypes import format_name
 from ...errors import CheckpointError, HotweightsError, MissingPackage, SourceError, UnknownName
 from ...manifest import Manifest
+from ...memory.digest import Digest
 from ...memory.guards import Guard
 from ...text import some
 from ..closing import ClosedByOwner
@@ -19,7 +20,7 @@ from ..files.shards import Checkpoint, Paths, open_checkpoint, path_of
 from ..files.source import FileSource
 from ..iterator import IteratorSource
 from ..pairs import Pair
-from ..streams import LeaseStream
+from ..streams import LeaseStream, digest_of_leases
 from .reader import Reader
 
 
@@ -108,6 +109,11 @@ class ReaderSource(ClosedByOwner):
         """Yield every tensor, the caller's to keep: a copy, unless the package gives tensors away."""
         self._check_open()
         return self._owned.tensors()
+
+    def digest(self) -> Digest:
+        """The digest of every tensor, which is that of a model with the same names and values. Reads every byte."""
+        with self.leases() as stream:
+            return digest_of_leases(stream)
 
     def check(self) -> None:
         """See that all files are those that were opened, and hold what ``digests`` says, see ``contracts.OnDisk``."""
