@@ -9,7 +9,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
-from broken import BROKEN_FILES, EMPTY_ENTRY, ENTRY, entry, file_of
+from broken_files import BROKEN_FILES, EMPTY_ENTRY, ENTRY, entry, file_of
 from examples import examples
 from hypothesis import example, given
 from hypothesis import strategies as st

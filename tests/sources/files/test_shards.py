@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from broken import LYING_INDEXES
+from broken_files import LYING_INDEXES
 from safetensors.torch import load_file
 
 import hotweights as hw

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from broken import BROKEN_FILES, BROKEN_FOLDERS, INDEX, LYING_INDEXES, TENSORS, sound
+from broken_files import BROKEN_FILES, BROKEN_FOLDERS, INDEX, LYING_INDEXES, TENSORS, sound
 from web import Bucket, served
 
 import hotweights as hw
