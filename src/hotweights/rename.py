@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
-from .errors import PlanError, UsageError
+from .errors import HotweightsError, PlanError, UsageError
 from .failure import blame, called
 
 Rename = Mapping[str, str] | Callable[[str], str]
@@ -41,6 +41,8 @@ def _telling(rename: Callable[[str], str]) -> Callable[[str], str]:
     def renamed(name: str) -> str:
         try:
             return rename(name)
+        except HotweightsError:  # It says itself what is wrong: an engine's own renaming, of which no caller knows.
+            raise
         except Exception as error:
             blame(error, f"rename={called(rename)} for {name!r}")
             raise

@@ -19,7 +19,8 @@ def table(rows: Iterable[tuple[str, str]], width: int = 10) -> str:
     """A line for each label and text; labels are right-aligned in a column of at least ``width`` characters."""
     rows = list(rows)
     width = max(width, *(len(label) for label, _ in rows)) if rows else width
-    return "\n".join(f"{label:>{width}}  {text}" for label, text in rows)
+    under = "\n" + " " * (width + 2)
+    return "\n".join(f"{label:>{width}}  {text.replace(chr(10), under)}" for label, text in rows)
 
 
 def size(nbytes: int) -> str:

@@ -135,6 +135,7 @@ def test_what_was_offered_and_does_not_fit_is_refused_as_an_update_refuses_it(tm
             with pytest.raises(hw.UpdateAborted, match=r"version 'other' was refused; version 'day-1' is live") as told:
                 load_adapter(live, source)
             assert "other" in live.status()["last_error"]
+            assert "rename" not in str(told.value)
             report = load_adapter(live, source)
             assert {"wait for the sender", "wait for the group"} <= {event.what for event in report.events}
             return told.value

@@ -14,6 +14,7 @@ from processes import Child, context
 
 import hotweights as hw
 from hotweights.transfer import address as address_module
+from hotweights.transfer import connection as connection_module
 
 
 def test_a_second_sender_is_refused_with_the_pid_of_the_first(address):
@@ -131,3 +132,70 @@ def test_wrong_addresses_say_what_is_right(wrong):
     for make in (hw.Sender, hw.Receiver):
         with pytest.raises(hw.UsageError, match=r"unix:/|107 bytes"):
             make(wrong)
+
+
+def test_a_receiver_refuses_a_directory_in_which_no_sender_would_listen(tmp_path):
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all").chmod(0o755)
+    address = f"unix:{tmp_path}/all/socket"
+    with receiver(address) as source:
+        for act in (lambda: sender(address), source.poll, lambda: source.manifest):
+            with pytest.raises(hw.UsageError, match=r"not this user's alone \(mode 755\)"):
+                act()
+
+
+def test_a_wait_for_a_sender_is_logged_once(address, monkeypatch, caplog):
+    monkeypatch.setattr(connection_module, "QUIET", 0.0)
+    with receiver(address, offer_timeout=0.2) as source, pytest.raises(hw.TransferTimeout):
+        source.manifest  # noqa: B018
+    assert [record.getMessage() for record in caplog.records] == [
+        f"waiting for a sender at {address}: nobody listens there"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [("tcps://trainer", "the port is missing"), ("/tmp/hw/socket", "is meant: unix:/tmp/hw/socket$")],
+)
+def test_what_an_address_lacks_is_said(wrong, said):
+    for end in (hw.Sender, hw.Receiver):
+        with pytest.raises(hw.UsageError, match=said):
+            end(wrong, insecure=True) if wrong.startswith("tcps") else end(wrong)
+
+
+def test_a_sender_is_no_source_and_its_receiver_is_named(address):
+    with (
+        sender(address) as sending,
+        pytest.raises(hw.UsageError, match=r"a Sender sends; .* hotweights\.Receiver") as said,
+    ):
+        hw.LiveModel(torch.nn.Linear(1, 1)).load(sending)
+    assert address in str(said.value)
+
+
+def test_an_update_before_any_load_waits_for_nothing(address):
+    with receiver(address, offer_timeout=0.2) as source:
+        with pytest.raises(hw.UsageError, match="nothing was loaded yet"):
+            hw.LiveModel(torch.nn.Linear(1, 1)).update(source)
+        assert not source._connection.connected
+
+
+def test_who_comes_late_needs_a_longer_timeout(address):
+    with sender(address, timeout=0.01) as sending, pytest.raises(hw.TransferTimeout, match=r"raise timeout= of the"):
+        sending.send({"a": torch.zeros(1)}, version=1)
+
+
+def test_a_stream_left_by_break_lives_until_it_is_closed(address):
+    """As help(Receiver) says."""
+    content = {"a": torch.zeros(1), "b": torch.zeros(1)}
+
+    def work():
+        with receiver(address) as source, source.leases() as stream:
+            for _ in stream:
+                break
+            assert not source._inbound.member.over
+
+    with sender(address) as sending:
+        worker = Thread(work)
+        with pytest.raises(hw.TransferAborted):
+            sending.send(content, version=1)
+        worker.result()

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 import hotweights as hw
 from hotweights.cli import app
+from hotweights.transfer.handed_keys import files_of
 from hotweights.transfer.keys import Keys
 
 pytest.importorskip("cryptography")
@@ -49,6 +50,16 @@ def test_who_has_no_keys_is_told_what_to_type(tmp_path):
         hw.Sender("tcps://127.0.0.1:0", keys=tmp_path / "my keys")
     assert typed(str(told.value)).exit_code == 0
     hw.Sender("tcps://127.0.0.1:0", keys=tmp_path / "my keys").close()
+
+
+def test_a_file_of_keys_is_no_directory_of_keys(tmp_path):
+    make(tmp_path / "keys", "127.0.0.1")
+    for end in (hw.Sender, hw.Receiver):
+        with pytest.raises(hw.UsageError, match=r"ca\.pem is a file; give its folder: (.*)$") as told:
+            end("tcps://127.0.0.1:0", keys=tmp_path / "keys" / "ca.pem")
+        end("tcps://127.0.0.1:0", keys=str(told.value).rpartition(": ")[2]).close()
+    with pytest.raises(hw.UsageError, match="is a file; give its folder"):
+        files_of(tmp_path / "keys" / "ca.pem")
 
 
 def test_the_only_key_is_taken_and_a_host_has_what_it_needs(tmp_path):

@@ -5,6 +5,7 @@ import errno
 import itertools
 import logging
 import os
+import re
 import signal
 import socket
 import struct
@@ -399,6 +400,41 @@ def test_a_client_of_another_job_or_without_keys_is_told_why(jobs, address, capl
     assert len(logged) == 2
 
 
+@pytest.mark.parametrize("called", ["localhost", "127.0.0.1"])
+def test_a_key_for_another_name_is_told_from_one_of_another_job(called, tmp_path, address):
+    from hotweights.transfer.keys import make_keys
+
+    keys = tmp_path / "keys"
+    make_keys(keys, ["trainer"])
+    at = address.replace("127.0.0.1", called)
+    with sender(address, keys=keys, timeout=0.5) as sending:
+        worker = Thread(lambda: take(at, keys=keys))
+        with pytest.raises(hw.TransferTimeout, match=r"names this host otherwise .* is for trainer; put that") as there:
+            sending.send(CONTENT, version=1)
+        with pytest.raises(hw.ProtocolError, match=f"the sender's key is for trainer, not {called}") as here:
+            worker.result()
+    assert "of one job" not in f"{there.value} {here.value}"
+    make_keys(keys, [re.search(r"hotweights keys DIR --hosts (\S+)", str(here.value))[1]])
+    with sender(at, keys=keys) as sending:
+        worker = Thread(lambda: take(at, keys=keys))
+        sending.send(CONTENT, version=1)
+        worker.result()
+
+
+def test_where_the_name_of_a_key_cannot_be_known_the_advice_stands(monkeypatch, tmp_path, address):
+    from hotweights.transfer.keys import make_keys
+    from hotweights.transfer.tls import Tls
+
+    make_keys(tmp_path / "keys", ["trainer"])
+    monkeypatch.setattr(Tls, "_names_shown", lambda tls: [])
+    with sender(address, keys=tmp_path / "keys", timeout=0.5) as sending:
+        worker = Thread(lambda: take(address, keys=tmp_path / "keys"))
+        with pytest.raises(hw.TransferTimeout):
+            sending.send(CONTENT, version=1)
+        with pytest.raises(hw.ProtocolError, match=r"another name than 127.0.0.1.*--hosts 127.0.0.1"):
+            worker.result()
+
+
 def test_a_sender_without_keys_is_told_to_a_receiver_that_has_some(jobs, address, caplog):
     strangers = []
 
@@ -423,6 +459,19 @@ def test_a_certificate_that_has_expired_is_refused_at_both_ends(tmp_path, jobs, 
                 sending.send(CONTENT, version=1)
             with pytest.raises(hw.ProtocolError, match="certificate"):
                 worker.result()
+
+
+def test_an_expired_certificate_of_this_job_is_told_what_to_make(tmp_path, address):
+    from hotweights.transfer.keys import make_keys
+
+    make_keys(tmp_path / "keys", ["trainer"])
+    make_keys(tmp_path / "keys", ["127.0.0.1"], days=0)
+    with sender(address, keys=tmp_path / "keys", timeout=0.5) as sending:
+        worker = Thread(lambda: take(address, keys=tmp_path / "keys"))
+        with pytest.raises(hw.TransferTimeout, match=r"certificate.*expired; make another: remove HOST\.pem"):
+            sending.send(CONTENT, version=1)
+        with pytest.raises(hw.ProtocolError, match=r"certificate.*expired; make another: remove HOST\.pem"):
+            worker.result()
 
 
 # Links.

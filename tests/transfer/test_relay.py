@@ -367,3 +367,17 @@ def test_hosts_join_and_leave_between_versions(trainer, worker, tmp_path):
             assert sent(sending, 3, late) == 2
         with sender(trainer) as sending:
             assert sent(sending, 4, late) == 2
+
+
+def test_who_waits_for_more_is_told_of_a_relay_and_its_workers(trainer, worker):
+    with relaying(trainer, worker), sender(trainer, receivers=2, timeout=TIMEOUT) as sending:
+        with receiver(worker) as source:
+            while not source.connect(0.05) or not sending.connected:
+                assert len(sending.connected) < 2
+            sending._way._group._timeout = 0.1
+            with pytest.raises(hw.TransferTimeout, match=r"1 of 2 receivers .* on 127.0.0.1\) with 1 worker"):
+                sending.send({"a": torch.zeros(1)}, version=1)
+        while sending.connected:
+            pass
+        with pytest.raises(hw.TransferTimeout, match=r"0 of 2 receivers .* on 127.0.0.1\) with 0 workers"):
+            sending.send({"a": torch.zeros(1)}, version=1)

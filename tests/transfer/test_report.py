@@ -158,5 +158,22 @@ def test_a_worker_that_refuses_many_tensors_says_few_lines(address):
         worker.result()
     said = str(caught.value)
     assert "model.0.bias, model.1.bias, model.10.bias and 97 more: shape [2] expected, [3] found" in said
-    assert said.count("model.") == 6
+    assert said.count("model.") == 7  # The advice has one.
     assert said.count("aborted") == 1
+
+
+def test_what_a_worker_refuses_is_a_list_with_its_advice(address):
+    def work():
+        with receiver(address) as source, pytest.raises(hw.PlanError):
+            hw.load(torch.nn.Linear(2, 2), source)
+
+    with sender(address) as sending:
+        worker = Thread(work)
+        with pytest.raises(hw.TransferAborted) as caught:
+            sending.send(torch.nn.Linear(3, 4), version=1)
+        worker.result()
+    assert [line.strip() for line in str(caught.value).splitlines()[1:]] == [
+        "- bias: shape [2] expected, [4] found",
+        "- weight: shape [2, 2] expected, [4, 3] found",
+        '- at the receiver: If another head is meant, allow_mismatched="*" keeps what the model has there.',
+    ]

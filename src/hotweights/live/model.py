@@ -502,6 +502,7 @@ class LiveModel:
         version = name_of(source, version)
         with alone_in_a_fork(), without_collection(), ExitStack() as stack:
             stack.enter_context(refusing(source))
+            self._check_loaded()  # Before a receiver waits for a version.
             with self._beginning(source, version, "has a source that cannot be opened"):
                 origin = stack.enter_context(opened(source, variant=variant, subfolder=subfolder, digests=digests))
             manifest = origin.manifest  # A receiver waits here. That no version came in time is no failed update.
@@ -626,12 +627,16 @@ class LiveModel:
         asks = None if check is None else partial(ask, check, self.model)
         return Asked(self._atomic if atomic is None else atomic, patterns, cast, timeout, asks)
 
+    def _check_loaded(self) -> None:
+        if self._baseline is None:
+            raise UsageError("nothing was loaded yet; the first time, use load")
+
     @signals.held
     def _begin(self, manifest: Manifest | None, asked: Asked, fed: FedNames) -> Update:
         current = self._current
         with current.reserved():
-            if self._baseline is None:
-                raise UsageError("nothing was loaded yet; the first time, use load")
+            self._check_loaded()
+            assert self._baseline is not None
             if current.holds is State.TORN and asked.only is not None:
                 raise UsageError("the model is torn; only a complete update mends it, so leave only= out")
             if asked.only is not None:

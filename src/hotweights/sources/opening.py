@@ -244,6 +244,9 @@ def _opened(
         return StateSource(what, gather=gather)
     if isinstance(what, Source):
         raise UsageError(f"this {type(what).__name__} is an open source; use it as it is")
+    if callable(getattr(what, "send", None)) and hasattr(what, "connected"):
+        where = getattr(what, "address", "")
+        raise UsageError(f"a {type(what).__name__} sends; what is loaded from is hotweights.Receiver({where!r})")
     raise UsageError(
         "a source is a path, a list of paths, a mapping of tensors, a module or an open source; this is a "
         f"{type(what).__name__}. An iterator of (name, tensor) goes through hotweights.from_iterator"

@@ -74,9 +74,12 @@ class UnixEndpoint:
         Raises:
             TransferError: as ``connect``.
             ProtocolError: the process there belongs to another user.
+            UsageError: nobody listens there, and no sender would: others may enter the directory.
         """
         connected = connect(self._path)
         if connected is None:
+            with contextlib.suppress(FileNotFoundError):  # A sender makes it.
+                _check_own(os.path.dirname(os.path.realpath(self._path)))
             return None
         try:
             check_peer(connected)
@@ -241,6 +244,10 @@ def check_directory(directory: str) -> None:
             f"the directory {directory} does not exist, nor does the one in which it would lie; make it with: "
             f"mkdir -p -m 700 {shlex.quote(directory)}"
         ) from error
+    _check_own(directory)
+
+
+def _check_own(directory: str) -> None:
     status = os.stat(directory)
     if status.st_uid != os.geteuid() or status.st_mode & 0o077:
         raise UsageError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -9,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from .. import signals
 from ..errors import Closed, PeerLost, ProtocolError, TransferError, TransferTimeout, UsageError
+from ..notices import log
 from .channel import Channel
 from .decision import Decision
 from .door import Endpoint
@@ -18,6 +20,9 @@ from .roll import PLACES
 from .shared_memory import OwnSlots, ReadSlots
 from .states import Session
 from .waits import Waker, left
+
+QUIET = 10.0
+"""Seconds after which it is logged that no sender is there."""
 
 _LOOK = 1.0  # seconds between two looks at a link to another host
 
@@ -104,6 +109,7 @@ class Connection:
             Closed: ``stop`` was called.
         """
         deadline = time.monotonic() + seconds
+        quiet = time.monotonic() + QUIET
         self._last = "the sender offered nothing" if self.connected else "nobody listens there"
         with self._using:
             while left(deadline):
@@ -118,6 +124,9 @@ class Connection:
                     break
                 if not self._reconnect:
                     raise PeerLost(f"no sender is at {self._endpoint.address}", [self._last])
+                if not left(quiet):
+                    quiet = deadline  # Once is enough.
+                    log(logging.WARNING, "waiting for a sender at %s: %s", self._endpoint.address, self._last)
                 self._waker.wait((), min(self._endpoint.retry, left(deadline)), lambda: self._stopped)
                 self.check_open()
         raise TransferTimeout(f"no offer came to {self._endpoint.address} within {seconds:g} s", [self._last])

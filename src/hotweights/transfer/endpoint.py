@@ -42,8 +42,11 @@ def endpoint_of(address: str, *, keys: str | os.PathLike[str] | None = None, ins
     """
     scheme = address.partition(":")[0] if isinstance(address, str) else ""
     if scheme not in SCHEMES:
+        bare = isinstance(address, str) and address.startswith(("/", "./", "../"))
+        meant = f". If the path of a socket is meant: unix:{address}" if bare else ""
         raise UsageError(
-            f"an address looks like unix:/tmp/trainer/socket, tcps://trainer:7600, ray:job or env:; this is {address!r}"
+            "an address looks like unix:/tmp/trainer/socket, tcps://trainer:7600, ray:job or env:; "
+            f"this is {address!r}{meant}"
         )
     return SCHEMES[scheme](address, keys, insecure)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import UsageError
-from .keys import make_keys
+from .keys import check_no_file, make_keys
 
 _CA, _SECRET = "ca.pem", "ca.key"
 
@@ -85,6 +85,7 @@ def files_of(directory: str | os.PathLike[str]) -> dict[str, bytes]:
     Raises:
         UsageError: there are no keys, or they cannot be read.
     """
+    check_no_file(Path(directory))
     try:
         found = {path.name: path.read_bytes() for path in Path(directory).iterdir() if path.suffix in (".pem", ".key")}
     except OSError as error:

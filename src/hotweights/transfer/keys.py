@@ -36,6 +36,7 @@ class Keys:
             UsageError: there are no keys.
         """
         self.directory = Path(directory)
+        check_no_file(self.directory)
         self._hosts = sorted(path.stem for path in self.directory.glob("*.pem") if path.stem != _CA)
         if not (self.directory / f"{_CA}.pem").is_file() or not self._hosts:
             raise UsageError(f"there are no keys in {self.directory}; make some with: {_advice(self.directory)}")
@@ -57,7 +58,7 @@ class Keys:
         return self._context(ssl.PROTOCOL_TLS_CLIENT, names)
 
     def _context(self, protocol: int, names: Sequence[str]) -> ssl.SSLContext:
-        path = self.directory / f"{self._pick(names)}.pem"
+        path = self.directory / f"{self.pick(names)}.pem"
         context = ssl.SSLContext(protocol)
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         context.verify_mode = ssl.CERT_REQUIRED
@@ -72,8 +73,12 @@ class Keys:
             context.num_tickets = 0  # Nobody resumes a session.
         return context
 
-    def _pick(self, names: Sequence[str]) -> str:
-        """Whose certificate is this process's: the first of these names, this machine's name, or the only one."""
+    def pick(self, names: Sequence[str]) -> str:
+        """Whose certificate is this process's: the first of these names, this machine's name, or the only one.
+
+        Raises:
+            UsageError: none of them has one.
+        """
         name = socket.gethostname()
         for candidate in (*names, name, name.partition(".")[0]):
             if candidate in self._hosts:
@@ -85,6 +90,16 @@ class Keys:
             f"no key in {self.directory} is for this host, which is called {' or '.join(called)}; there are keys for "
             f"{some(self._hosts)}. Make one with: {_advice(self.directory, called[0])}"
         )
+
+
+def check_no_file(directory: Path) -> None:
+    """See that it is no file.
+
+    Raises:
+        UsageError: it is one.
+    """
+    if directory.is_file():
+        raise UsageError(f"keys= is a directory, and {directory} is a file; give its folder: {directory.parent}")
 
 
 def _advice(directory: Path, host: str = "HOST") -> str:

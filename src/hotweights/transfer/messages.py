@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, get_args
 
 import msgspec
@@ -384,5 +384,13 @@ def reasons_of(error: BaseException) -> tuple[str, ...]:
     reasons = [str(problem)[:REASON] for problem in problems or [text]]
     more = [f"... and {len(reasons) - _REASONS} more"] if len(reasons) > _REASONS else []
     lines = getattr(error, "advice", "")[:REASON].splitlines() if problems else []
-    advice = [line for line in lines if "allow_" not in line]  # That is an argument of this side's load.
+    # That is an argument of this side's load.
+    advice = [f"at the receiver: {line}" if "allow_" in line else line for line in lines]
     return (*reasons[:_REASONS], *more, *advice)
+
+
+def listed(reasons: Sequence[str]) -> str:
+    """The reasons of a receiver as one text: the only one, or a line for each."""
+    if len(reasons) == 1:
+        return reasons[0]
+    return "\n    - ".join(("it refused the version:", *(reason.replace("\n", "\n    ") for reason in reasons)))

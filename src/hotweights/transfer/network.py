@@ -82,8 +82,10 @@ class NetworkEndpoint:
                 f"{self._host} is {where[0]} on this host, {socket.gethostname()}, and other hosts cannot reach that; "
                 "name an address of a network that they are in"
             )
-        context = None if self._keys is None else self._keys.serving((self._host, str(where[0])))
-        return NetworkDoor(self.address, self._host, family, where, context, by)
+        names = (self._host, str(where[0]))
+        context = None if self._keys is None else self._keys.serving(names)
+        whom = self._keys.pick(names) if isinstance(self._keys, Keys) else self._host
+        return NetworkDoor(self.address, self._host, family, where, context, by, whom)
 
     def connect(self) -> Channel | None:
         """A channel that is being connected. A failure comes when it is read.
@@ -109,7 +111,8 @@ class NetworkEndpoint:
         """
         if self._keys is None:
             return None
-        context = self._keys.connecting((str(connecting.getsockname()[0]),))
+        here = (self._host,) if _is_loopback(self._host) else ()  # Then this host is called so, too.
+        context = self._keys.connecting((str(connecting.getsockname()[0]), *here))
         return Tls(context, server=False, host=self._host)
 
     def flow(self, token: bytes, carrier: str) -> Inflow:
@@ -190,7 +193,8 @@ def _parted(address: str) -> tuple[str, int]:
     except ValueError:
         host = port = None
     if not host or port is None or parts.path or parts.query or parts.username:
-        raise UsageError(f"an address on the network looks like tcps://trainer:7600; this is {address!r}")
+        lacking = ": the port is missing" if host and port is None else ""
+        raise UsageError(f"an address on the network looks like tcps://trainer:7600; this is {address!r}{lacking}")
     return host, port
 
 
@@ -241,8 +245,9 @@ class NetworkDoor:
         where: tuple[str | int, ...],
         context: ssl.SSLContext | None,
         carrier: Carrier,
+        whom: str,
     ) -> None:
-        self._context = context
+        self._context, self._whom = context, whom
         self._carrier = carrier
         self._unknown: dict[socket.socket, _Stranger] = {}
         self._flows: weakref.WeakValueDictionary[bytes, Attached] = weakref.WeakValueDictionary()
@@ -344,7 +349,7 @@ class NetworkDoor:
             self._ranks.append((waiting, self._tls()))
 
     def _tls(self) -> Tls | None:
-        return None if self._context is None else Tls(self._context, server=True)
+        return None if self._context is None else Tls(self._context, server=True, host=self._whom)
 
     def _part(self, waiting: socket.socket, first: bytes) -> None:
         """Give a connection to the flow whose token it shows, once; close it otherwise."""

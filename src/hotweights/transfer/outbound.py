@@ -41,6 +41,7 @@ from .messages import (
     Wanted,
     described,
     kind_of,
+    listed,
     words_of,
 )
 from .packing import Packing, Piece, pieces
@@ -414,7 +415,7 @@ class Outbound:
                     )
                 peer.holds.difference_update(slots)
             case Refuse(reasons) if peer.state is SessionState.REFUSED:
-                self._lose(peer, "; ".join(reasons))
+                self._lose(peer, listed(reasons))
             case Crew(count):
                 peer.size = count
             case Past():

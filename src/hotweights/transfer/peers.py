@@ -44,6 +44,7 @@ class Peer:
         door: through which it came.
         since: when it connected.
         size: how many workers it is: 1, or those behind a relay.
+        relay: whether it is a relay.
         crew: their names, of a relay that takes part in the running update.
         wanted: what each of them wants of the running update.
         fallen: which of them had not said that they have the version when the relay did, and why.
@@ -63,6 +64,7 @@ class Peer:
     door: Door | None = None
     since: float = field(default_factory=time.monotonic)
     size: int = 1
+    relay: bool = False
     crew: tuple[str, ...] = ()
     wanted: tuple[tuple[Wanted, ...], ...] = ()
     fallen: tuple[tuple[str, str], ...] = ()
@@ -96,6 +98,11 @@ class Peer:
     def recall(self, past: Past) -> None:
         """It told of the updates before."""
         self.accounts, self.epoch, self.telling = past.accounts, past.epoch, False
+
+    @property
+    def shown(self) -> str:
+        """Its name; of a relay also how many workers it has, whose names come with their answers to an offer."""
+        return f"{self.name} with {self.size} worker{'' if self.size == 1 else 's'}" if self.relay else self.name
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -205,10 +212,11 @@ class PeerGroup:
                     died,
                 )
             if not left(deadline):
-                who = [peer.name for peer in ready]
+                who = [peer.shown for peer in self.peers if peer.ready or (peer.relay and not peer.size)]
                 names = f"connected: {some(who)}" if who else f"nobody is connected to {', '.join(self.addresses)}"
                 came = f"{there} of {count} receivers were there after {self._timeout:g} s"
-                raise TransferTimeout(f"{came}; {names}", gone)
+                longer = "If they need longer to come, raise timeout= of the sender."
+                raise TransferTimeout(f"{came}; {names}", gone, advice=longer)
             self.listen(left(deadline), beside)
 
     @property
@@ -377,13 +385,14 @@ class PeerGroup:
         try:
             while (frame := peer.channel.read()) is not None:
                 if isinstance(frame.message, Crew):
-                    peer.size = _counted(frame.message.count)
+                    peer.size, peer.relay = _counted(frame.message.count), True
                     continue
                 if isinstance(frame.message, Past):
                     peer.recall(frame.message)
                     continue
                 assert isinstance(frame.message, Hello), "the table lets nothing else pass"
                 peer.size = _counted(frame.message.crew)
+                peer.relay = peer.size != 1  # It begins without workers, and says how many it has.
                 peer.telling = frame.message.past
                 if not peer.channel.shares:
                     peer.name = self._unique(f"process {frame.message.pid} on {peer.channel.host}")

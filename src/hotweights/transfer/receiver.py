@@ -36,8 +36,9 @@ class Receiver:
 
     ``LiveModel.update`` takes part in the group's decision: the model becomes version M only if every member's
     does. ``hotweights.load`` takes part, too, but puts nothing back. For all others a version is taken when its
-    stream has ended without an error. Leaving the stream early refuses the version; so does an exception within the
-    ``with`` of the stream or of the receiver, and the sender gets its text.
+    stream has ended without an error. Closing the stream early refuses the version, and ``with receiver.leases() as
+    stream`` closes it; ``break`` alone does not. An exception within the ``with`` of the stream or of the receiver
+    refuses it too, and the sender gets its text.
     """
 
     def __new__(cls, address: str | os.PathLike[str], **options: Any) -> Receiver:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import ssl
 
 from .. import signals
 from ..errors import ProtocolError
 
 _MOST = 256 * 1024  # bytes decrypted at once
+_OTHER_NAME = (62, 64)  # X509_V_ERR_HOSTNAME_MISMATCH, X509_V_ERR_IP_ADDRESS_MISMATCH
+_LONGEST = 253  # characters of a host's name
 
 
 @signals.held_throughout
@@ -19,10 +22,11 @@ class Tls:
     """
 
     def __init__(self, context: ssl.SSLContext, *, server: bool, host: str | None = None) -> None:
-        """``host``: whom a client wants to reach."""
+        """``host``: whom a client wants to reach; of a server, for whom its certificate is, for errors."""
         self._came, self._out = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self._tls = context.wrap_bio(self._came, self._out, server_side=server, server_hostname=host)
-        self._server = server
+        wanted = None if server else host
+        self._tls = context.wrap_bio(self._came, self._out, server_side=server, server_hostname=wanted)
+        self._server, self._host = server, host
         self._waiting = bytearray()  # what is to be sent when the other end has proven who it is
         self.established = False
         if not server:
@@ -78,9 +82,40 @@ class Tls:
         words = getattr(error, "verify_message", "") or (error.reason or str(error)).lower().replace("_", " ")
         other = "receiver" if self._server else "sender"
         if isinstance(error, ssl.SSLCertVerificationError):
-            return f"the {other}'s certificate is not taken: {words}; both ends need keys= of one job"
+            if error.verify_code in _OTHER_NAME:
+                return _of_another_name(self._names_shown(), self._host)
+            advice = _RENEW if "expired" in words else _ONE_JOB
+            return f"the {other}'s certificate is not taken: {words}; {advice}"
         if "alert" in words:
-            return f"the {other} does not take this end's certificate: {words}; both ends need keys= of one job"
+            if self._server and "bad certificate" in words:  # What OpenSSL says of another name. Not of another job.
+                return (
+                    f"the {other}'s address names this host otherwise than this end's key does, which is for "
+                    f"{self._host}; put that name into the {other}'s address"
+                )
+            advice = _RENEW if "expired" in words else _ONE_JOB
+            return f"the {other} does not take this end's certificate: {words}; {advice}"
         if not self.established and "wrong version" in words:
-            return f"the {other} speaks no TLS, or another version of it: {words}; both ends need keys= of one job"
+            return f"the {other} speaks no TLS, or another version of it: {words}; {_ONE_JOB}"
         return f"TLS failed: {words}"
+
+    def _names_shown(self) -> list[str]:
+        """What the certificate that was refused is for, if that can be known. Nobody has proven it: for errors."""
+        with contextlib.suppress(Exception):  # ``ssl`` itself shows it in later versions of Python only.
+            inner = getattr(self._tls, "_sslobj")  # noqa: B009
+            shown = dict(inner.get_unverified_chain()[0].get_info())
+            names = [str(name) for _, name in shown.get("subjectAltName", ())]
+            return [name for name in names if name.isprintable() and len(name) <= _LONGEST]
+        return []
+
+
+_ONE_JOB = "both ends need keys= of one job"
+_RENEW = "make another: remove HOST.pem from the directory of keys, then hotweights keys DIR --hosts HOST"
+
+
+def _of_another_name(names: list[str], host: str | None) -> str:
+    """What to do where the sender has a key, and the address calls it otherwise."""
+    known, shown = (f"{' or '.join(names)}, not", names[0]) if names else ("another name than", "that name")
+    return (
+        f"the sender's key is for {known} {host}, as the address calls it; put {shown} into the address at both ends, "
+        f"or {host}, and make a key for it: hotweights keys DIR --hosts {host}"
+    )
