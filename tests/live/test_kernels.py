@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import hotweights as hw
+from hotweights.live.kernels import noting_calls
 
 
 class Transposing:
@@ -115,3 +116,16 @@ def test_what_nobody_processes_is_logged_once_and_stays_in_the_reports(caplog):
         assert warning.startswith("Own: to be processed after loading")
         assert live.status()["last_report"]["warnings"] == [warning]
     assert caplog.text.count("to be processed after loading") == 1
+
+
+def test_models_that_load_in_threads_leave_no_trace_in_the_class():
+    before = Transposing.process_weights_after_loading
+    first, second = Engine().a, Engine().a
+    one, other = noting_calls([first]), noting_calls([second])
+    by_one, by_other = one.__enter__(), other.__enter__()
+    second.quant_method.process_weights_after_loading(second)
+    one.__exit__(None, None, None)  # Not the last that began.
+    second.quant_method.process_weights_after_loading(second)
+    other.__exit__(None, None, None)
+    assert (by_one, by_other) == ([], [second, second])
+    assert Transposing.process_weights_after_loading is before
