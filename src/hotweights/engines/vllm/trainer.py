@@ -175,15 +175,17 @@ class Trainer(TrainerWeightTransferEngine):  # type: ignore[misc]
         told: dict[str, Any] = {"address": listening, "timeout": init_info.timeout, "answers": True}
         if keys is not None or insecure:
             told |= {"keys": None if keys is None else os.path.abspath(keys), "insecure": insecure}
-        for client in getattr(self.client, "clients", [self.client]):
+        patience = 0.0 if is_local(listening) else min(_LATE, init_info.timeout)
+        clients = getattr(self.client, "clients", [self.client])
+        for client in clients:
             before = {*sender.connected}
             _answering(sender, _Call(partial(client.init_weight_transfer_engine, told)))
+            expected = receivers if len(clients) == 1 else client.world_size() if hasattr(client, "world_size") else 1
+            _await(sender, len(before) + expected, patience)
             # A trainer that died in an update could not finish it, and vLLM begins no other before that.
             if any(OPEN in name for name in {*sender.connected} - before):
                 client.finish_weight_update()
-        late = 0.0 if is_local(listening) else time.monotonic() + min(_LATE, init_info.timeout)
-        while len(sender.connected) < receivers and time.monotonic() < late:
-            time.sleep(_LOOK)
+        _await(sender, receivers, patience)
         if len(sender.connected) < receivers:
             raise TransferError(
                 f"{len(sender.connected)} of {receivers} workers connected to {sender.address}: "
@@ -245,6 +247,13 @@ def _answering(sender: Sender, call: _Call) -> None:
         _ = sender.connected
     if (failure := call.failure(0)) is not None:
         raise failure
+
+
+def _await(sender: Sender, receivers: int, seconds: float) -> None:
+    """Wait until so many are connected: a connection over the network is there a little later than who made it."""
+    late = time.monotonic() + seconds
+    while len(sender.connected) < receivers and time.monotonic() < late:
+        time.sleep(_LOOK)
 
 
 class _Call:
