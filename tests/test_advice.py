@@ -344,7 +344,7 @@ def another_name(_):
     return push, lambda: push(hw.open(tensors).manifest)
 
 
-@advice(hw.UpdateAborted, "begin(manifest) what will come: hw.open(tensors).manifest")
+@advice(hw.UpdateAborted, "Say what will come: begin(hw.open(tensors).manifest)")
 def a_wider_model_than_the_checkpoint(_):
     live = live_of(linear(), state(HALF))
 

@@ -179,7 +179,7 @@ def test_what_does_not_fit_is_told_before_the_first_byte(address):
             live.update(source)
 
     taking = Thread(update)
-    with sender(address) as sending, pytest.raises(hw.TransferAborted, match=r"process \d+.*two\.weight"):
+    with sender(address) as sending, pytest.raises(hw.TransferAborted, match=r"(?s)process \d+.*two\.weight"):
         sending.send({**Layers(2).state_dict(), "two.weight": torch.zeros(5, 31)}, version=2)
     taking.result()
     assert_same_bits(live.model.state_dict(), Layers(1).state_dict())
