@@ -109,7 +109,6 @@ class Outbound:
         self._may_lose = drop
         self._register = register
         self._epoch = epoch
-        self._ballot = Ballot.new()
         self.decided: Decided | None = None
         self._agreed = False  # Whether everybody is prepared: from here on the decision may be to commit.
         self._doubtful = False  # Whether others may take the version although this group does not.
@@ -122,6 +121,7 @@ class Outbound:
         self._lost: dict[str, str] = {}  # reasons by name
         self._gave_up: list[str] = []  # the names of those that were lost when they were prepared
         self._tensors = self._nbytes = 0
+        self._ballot = Ballot.new()  # The last: a signal in what comes after would leave its descriptor.
 
     def run(self, source: Source, version: str | int, check: Callable[[], object] = bool) -> SendReport:
         """Offer, send, decide. ``check`` is called when everything was read; if it raises, nobody takes the version.
