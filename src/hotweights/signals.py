@@ -211,9 +211,12 @@ class _Watch:
         return watcher
 
     def end(self, watcher: object) -> None:
+        if not _in_main_thread():  # No handler runs here, and ``_ending`` is the main thread's.
+            self.watchers.discard(watcher)
+            return
         self._ending = True
         self.watchers.discard(watcher)
-        if not self.watchers and _in_main_thread():
+        if not self.watchers:
             try:
                 self._put_back()
             finally:  # A handler that is back may raise in the midst of it: put back the rest.

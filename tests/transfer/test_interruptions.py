@@ -13,7 +13,8 @@ from interrupting import Interrupting, at_every
 from processes import Tiny, value_of
 
 import hotweights as hw
-from hotweights.signals import first_waits, watched
+from hotweights import signals
+from hotweights.signals import first_waits, held, watched
 from hotweights.transfer.ballot import Ballot
 from hotweights.transfer.decision import Decision
 from hotweights.transfer.outbound import Outbound
@@ -199,3 +200,31 @@ def test_ctrl_c_at_any_line_of_plain_code_loses_no_frame(address):
             if interrupting.where is None:
                 break
     assert at > 300
+
+
+def test_the_end_of_a_watch_elsewhere_does_not_disturb_one_that_ends_here(monkeypatch):
+    """The handlers that were there before are put back, whatever line the signal came at."""
+    handler = signal.getsignal(signal.SIGINT)
+
+    @held
+    def in_main_thread():
+        if threading.current_thread() is not threading.main_thread():
+            return False
+        if ending and not signals._watch.watchers:
+            ending.clear()
+            Thread(signals.unwatch, None).result()
+            signal.raise_signal(signal.SIGINT)
+        return True
+
+    ending = set()
+    watcher = signals.watch()
+    monkeypatch.setattr(signals, "_in_main_thread", in_main_thread)
+
+    def end():
+        ending.add("now")
+        signals.unwatch(watcher)
+        signal.raise_signal(signal.SIGINT)  # If it did not come within.
+
+    with pytest.raises(KeyboardInterrupt):
+        end()
+    assert signal.getsignal(signal.SIGINT) is handler
