@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 from typing import NamedTuple, Protocol
 
+from ..errors import AddressTaken, UsageError
 from .carriers.table import DEFAULT
 from .channel import Channel
 from .flow import Inflow, Outflow
@@ -17,6 +19,13 @@ PATIENCE = 10.0
 
 SILENT = 64
 """Connections that may be open before they said what they want."""
+
+
+def cannot_listen(address: str, error: OSError) -> AddressTaken | UsageError:
+    """What to raise where nobody can listen."""
+    if error.errno == errno.EADDRINUSE:
+        return AddressTaken(f"{address} is held by another process on this host")
+    return UsageError(f"nobody can listen at {address}: {error}")
 
 
 class Guest(NamedTuple):

@@ -16,16 +16,16 @@ from typing import Protocol
 from urllib.parse import urlsplit
 
 from .. import signals
-from ..errors import AddressTaken, TransferError, UsageError
+from ..errors import TransferError, UsageError
 from ..notices import log
 from .carriers.table import CARRIERS, DEFAULT, carrier_of
 from .channel import Channel
-from .door import BACKLOG, PATIENCE, SILENT, Door, Guest
+from .door import BACKLOG, PATIENCE, SILENT, Door, Guest, cannot_listen
 from .flow import GREETING, TOKEN, Carrier, Inflow
 from .handed_keys import HandedKeys
 from .keys import Keys
 from .messages import NAME
-from .network_channel import NetworkChannel
+from .network_channel import NetworkChannel, host_of
 from .states import Side
 from .tls import Tls
 
@@ -260,9 +260,7 @@ class NetworkDoor:
             self._socket.listen(BACKLOG)
         except OSError as error:
             self._socket.close()
-            if error.errno == errno.EADDRINUSE:
-                raise AddressTaken(f"{address} is held by another process on this host") from error
-            raise UsageError(f"nobody can listen at {address}: {error}") from error
+            raise cannot_listen(address, error) from error
         except BaseException:
             self._socket.close()
             raise
@@ -343,7 +341,7 @@ class NetworkDoor:
     def _meet_rank(self, waiting: socket.socket) -> None:
         del self._unknown[waiting]
         if self._ranks is None or len(self._ranks) >= BACKLOG:
-            self.refused(f"{_host_of(waiting)}: a trainer's rank came, and none is waited for")
+            self.refused(f"{host_of(waiting)}: a trainer's rank came, and none is waited for")
             waiting.close()
         else:
             self._ranks.append((waiting, self._tls()))
@@ -357,7 +355,7 @@ class NetworkDoor:
         flow = self._flows.pop(first[len(GREETING) :], None)
         if flow is None:
             if first:
-                self.refused(f"{_host_of(waiting)}: it showed a token that nobody was given, or that was shown before")
+                self.refused(f"{host_of(waiting)}: it showed a token that nobody was given, or that was shown before")
             waiting.close()
             return
         flow.attach(waiting)
@@ -369,11 +367,5 @@ class NetworkDoor:
         silent += list(self._unknown)[: max(0, len(self._unknown) - SILENT)]
         for waiting in dict.fromkeys(silent):
             del self._unknown[waiting]
-            self.refused(f"{_host_of(waiting)}: it connected and said nothing")
+            self.refused(f"{host_of(waiting)}: it connected and said nothing")
             waiting.close()
-
-
-def _host_of(connected: socket.socket) -> str:
-    with contextlib.suppress(OSError):
-        return str(connected.getpeername()[0])
-    return "a host that is gone"

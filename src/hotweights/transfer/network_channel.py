@@ -56,12 +56,7 @@ class NetworkChannel(Channel):
     @property
     def host(self) -> str:  # type: ignore[override]
         """Where the other end is: the name in its certificate, or its address."""
-        if self._tls is not None and (name := self._tls.name):
-            return name
-        try:
-            return str(self.socket.getpeername()[0])
-        except OSError:
-            return "a host that is gone"
+        return (self._tls and self._tls.name) or host_of(self.socket)
 
     def _fill(self) -> bool:
         try:
@@ -120,6 +115,14 @@ class NetworkChannel(Channel):
             return
         if seconds := seconds_cut(self.socket):
             raise PeerLost(f"the link to {self.host} is cut: for {seconds:.1f} s nothing came back")
+
+
+def host_of(connected: socket.socket) -> str:
+    """The address of the host at the other end."""
+    try:
+        return str(connected.getpeername()[0])
+    except OSError:
+        return "a host that is gone"
 
 
 def keep_alive(connected: socket.socket) -> None:

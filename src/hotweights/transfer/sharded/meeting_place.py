@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import socket
 from collections.abc import Sequence
@@ -12,9 +11,9 @@ from urllib.parse import urlsplit
 
 from xxhash import xxh3_128_hexdigest
 
-from ...errors import AddressTaken, ProtocolError, TransferError, UsageError
+from ...errors import ProtocolError, TransferError, UsageError
 from ..address import Listener, check_peer, connect, path_of
-from ..door import BACKLOG, Endpoint
+from ..door import BACKLOG, Endpoint, cannot_listen
 from ..endpoint import is_local
 from ..network import RANK, NetworkEndpoint
 from .link import Link
@@ -121,9 +120,7 @@ class _NamedListener:
             self._socket.listen(BACKLOG)
         except OSError as error:
             self._socket.close()
-            if error.errno == errno.EADDRINUSE:
-                raise AddressTaken(f"{address} is held by another process on this host") from error
-            raise UsageError(f"nobody can listen at {address}: {error}") from error
+            raise cannot_listen(address, error) from error
 
     def sockets(self) -> list[socket.socket]:
         return [self._socket]

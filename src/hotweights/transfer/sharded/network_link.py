@@ -9,7 +9,7 @@ import time
 
 from ... import signals
 from ...errors import PeerLost, ProtocolError
-from ..network_channel import keep_alive, seconds_cut, speaks_tls
+from ..network_channel import host_of, keep_alive, seconds_cut, speaks_tls
 from ..tls import Tls
 from .link import Link
 
@@ -36,12 +36,7 @@ class NetworkLink(Link):
     @property
     def host(self) -> str:  # type: ignore[override]
         """Where the other end is: the name in its certificate, or its address."""
-        if self._tls is not None and (name := self._tls.name):
-            return name
-        try:
-            return str(self.socket.getpeername()[0])
-        except OSError:
-            return "a host that is gone"
+        return (self._tls and self._tls.name) or host_of(self.socket)
 
     def stands(self) -> bool:
         """Whether it is connected.
