@@ -240,7 +240,7 @@ def test_shared_memory_that_cannot_be_had_is_told(address):
 def test_a_receiver_that_cannot_map_the_slots_tells_the_sender_and_can_later(address):
     with receiver(address) as source:
         no_room = mock.patch("mmap.mmap", side_effect=OSError(12, "Cannot allocate memory"))
-        with sender(address, timeout=0.5) as sending, no_room:
+        with sender(address, timeout=10) as sending, no_room:
             worker = Thread(lambda: source.manifest)
             # It may learn so while it waits for receivers, or when it has offered already.
             with pytest.raises(hw.TransferError, match="cannot be mapped"):
@@ -251,6 +251,16 @@ def test_a_receiver_that_cannot_map_the_slots_tells_the_sender_and_can_later(add
             worker = Thread(lambda: dict(source.tensors()))
             sending.send({"a": torch.ones(1)}, version=2)
             worker.result()
+
+
+def test_who_left_before_a_send_is_told_by_that_send(address):
+    with receiver(address) as source, sender(address, timeout=0.5) as sending:
+        with mock.patch("mmap.mmap", side_effect=OSError(12, "Cannot allocate memory")):
+            worker = Thread(lambda: source.manifest)
+            while worker.is_alive():
+                _ = sending.connected
+        with pytest.raises(hw.TransferError, match="cannot be mapped"):
+            sending.send({"a": torch.ones(1)}, version=1)
 
 
 def test_a_child_takes_the_address_after_its_parent_let_go(address):

@@ -152,6 +152,7 @@ class PeerGroup:
         self._carrier = carrier
         self._waker = Waker()
         self._stopped = False
+        self._gone: deque[str] = deque(maxlen=_SHOWN)  # why those left that came, until ``gather`` has told it
         self._died: list[str] = []  # between two updates, of those that were ready; until ``gather`` has told it
         self._doors: list[Door] = []
         try:
@@ -193,10 +194,9 @@ class PeerGroup:
             Closed: ``stop`` was called.
         """
         deadline = time.monotonic() + self._timeout
-        gone: deque[str] = deque(maxlen=_SHOWN)
         turns = 0
         while True:
-            more, turns = self._meet(gone), turns + 1
+            more, turns = self._meet(), turns + 1
             self.check_open()
             ready = self._ready()
             meanwhile(ready)
@@ -204,9 +204,11 @@ class PeerGroup:
             there = sum(peer.size for peer in ready)
             if there >= count and (not more or turns * _AT_ONCE > BACKLOG):
                 self._died.clear()
+                self._gone.clear()
                 return ready
             if self._died and not more and not drop:
                 died, self._died = self._died, []
+                self._gone.clear()
                 raise TransferAborted(
                     f"nothing was offered; {there} of {count} receivers are there. Send again to wait for another",
                     died,
@@ -216,6 +218,8 @@ class PeerGroup:
                 names = f"connected: {some(who)}" if who else f"nobody is connected to {', '.join(self.addresses)}"
                 came = f"{there} of {count} receivers were there after {self._timeout:g} s"
                 longer = "If they need longer to come, raise timeout= of the sender."
+                gone = tuple(self._gone)
+                self._gone.clear()
                 raise TransferTimeout(f"{came}; {names}", gone, advice=longer)
             self.listen(left(deadline), beside)
 
@@ -227,7 +231,7 @@ class PeerGroup:
     def admit(self) -> None:
         """Let in who waits. Nobody is greeted yet."""
         for door in self._doors:
-            self._accept(door, deque(maxlen=_SHOWN))
+            self._accept(door)
 
     def listen(self, seconds: float, beside: Beside | None = None) -> None:
         """Wait for a word of anybody, or until somebody connects."""
@@ -240,18 +244,18 @@ class PeerGroup:
     def connected(self) -> list[Peer]:
         """Everybody who is there now: some of those who wait are taken, the dead are forgotten. Never waits."""
         self.check_open()
-        self._meet(deque(maxlen=_SHOWN))
+        self._meet()
         return self._ready()
 
     def _ready(self) -> list[Peer]:
         return [peer for peer in self.peers if peer.ready]
 
-    def _meet(self, gone: deque[str]) -> bool:
+    def _meet(self) -> bool:
         """Take and greet those who wait. Returns whether others may wait."""
-        waiting = [self._accept(door, gone) for door in self._doors]
+        waiting = [self._accept(door) for door in self._doors]
         for peer in list(self.peers):
-            self._greet(peer, gone)
-        self._limit_silent(gone)
+            self._greet(peer)
+        self._limit_silent()
         return any(waiting)
 
     def wait(
@@ -318,7 +322,7 @@ class PeerGroup:
             door.close()
         self._waker.close()
 
-    def _accept(self, door: Door, gone: deque[str]) -> bool:
+    def _accept(self, door: Door) -> bool:
         """Take some of those who wait, so that nobody can keep this busy for ever. Returns whether others may wait."""
         for _ in range(_AT_ONCE):
             try:
@@ -327,14 +331,14 @@ class PeerGroup:
                 count = len(self.peers)
                 raise TransferError(f"no receiver beyond the {count} connected can be taken: {error}") from error
             except ProtocolError as error:
-                gone.append(str(error))
+                self._gone.append(str(error))
                 continue
             if guest is None:
                 return False
             try:
                 place = self._place()
             except ProtocolError as error:
-                gone.append(str(error))
+                self._gone.append(str(error))
                 guest.channel.say_goodbye(str(error))
                 continue
             self.peers.append(Peer(guest.channel, self._unique(guest.name), place, guest.flow, door))
@@ -357,30 +361,30 @@ class PeerGroup:
                 return place
         raise ProtocolError(f"{PLACES} receivers are connected already, and a sender takes no more")
 
-    def _limit_silent(self, gone: deque[str]) -> None:
+    def _limit_silent(self) -> None:
         """A receiver says hello as soon as it is connected: of those who do not, the last few may still be about to."""
         silent = [peer for peer in self.peers if peer.state is SessionState.CONNECTED]
         late = time.monotonic() - PATIENCE
         for peer in silent:
             if not peer.channel.shares and peer.since < late:
-                self._send_away(peer, "it connected and did not say who it is", gone)
+                self._send_away(peer, "it connected and did not say who it is")
         # Longer: whoever polls for versions now and then sees the welcome, and the token in it, at the next poll.
         late = time.monotonic() - max(PATIENCE, self._timeout)
         for peer in list(self.peers):
             idle = peer.state is SessionState.IDLE and peer.flow is not None and not peer.flow.attached
             if idle and peer.since < late:
-                self._send_away(peer, "it never connected for its bytes", gone)
+                self._send_away(peer, "it never connected for its bytes")
         for peer in silent[: max(0, len(silent) - SILENT)]:
             if peer in self.peers:
-                self._send_away(peer, "it connected and said nothing", gone)
+                self._send_away(peer, "it connected and said nothing")
 
-    def _send_away(self, peer: Peer, reason: str, gone: deque[str]) -> None:
-        gone.append(f"{peer.name}: {reason}")
+    def _send_away(self, peer: Peer, reason: str) -> None:
+        self._gone.append(f"{peer.name}: {reason}")
         if peer.door is not None:
             peer.door.refused(f"{peer.name.partition(' #')[0]}: {reason}")
         self.part_with(peer, reason)
 
-    def _greet(self, peer: Peer, gone: deque[str]) -> None:
+    def _greet(self, peer: Peer) -> None:
         """Answer a hello, the only message that may come between updates. Who is gone is noted."""
         try:
             while (frame := peer.channel.read()) is not None:
@@ -406,11 +410,11 @@ class PeerGroup:
                 peer.channel.send(welcome, descriptors=(self._slots.descriptor,) if peer.channel.shares else ())
         except (PeerLost, ProtocolError) as error:
             if peer.state is SessionState.CONNECTED:
-                self._send_away(peer, str(error), gone)
+                self._send_away(peer, str(error))
                 return
-            gone.append(f"{peer.name}: {error}")
+            self._gone.append(f"{peer.name}: {error}")
             if peer.state is SessionState.IDLE and isinstance(error, PeerLost) and not peer.channel.goodbye:
-                self._died.append(gone[-1])
+                self._died.append(self._gone[-1])
             self.part_with(peer, str(error))
 
 
