@@ -33,6 +33,11 @@ def size(nbytes: int) -> str:
     return f"{value:.1f} TB"
 
 
+def rate(nbytes: int, seconds: float) -> str:
+    """Bytes in some time, for people: ``1.2 GB/s``."""
+    return f"{size(round(nbytes / max(seconds, 1e-9)))}/s"
+
+
 def as_html(text: object) -> str:
     """What it prints, for a notebook."""
     return f"<pre>{html.escape(str(text))}</pre>"

@@ -55,7 +55,7 @@ def test_for_programs_it_is_what_json_can_hold():
 
 def test_for_people_it_is_a_table():
     assert str(REPORT).splitlines() == [
-        "      sent  2.0 MB in 3 tensors in 0.500 s (0.00 GB/s)",
+        "      sent  2.0 MB in 3 tensors in 0.500 s (4.0 MB/s)",
         "   version  'step-1', taken by process 1, process 2",
         "    waited  0.250 s for process 1",
         "      lost  process 3: it died",
@@ -66,7 +66,7 @@ def test_for_people_it_is_a_table():
 
 def test_what_was_waited_for_before_the_offer_is_beside_the_seconds_that_leave_it_out():
     report = dataclasses.replace(REPORT, events=EVENTS)
-    assert "in 0.500 s (0.00 GB/s), after 1.000 s of waiting for receivers" in str(report).splitlines()[0]
+    assert "in 0.500 s (4.0 MB/s), after 1.000 s of waiting for receivers" in str(report).splitlines()[0]
 
 
 def test_five_lines_say_where_the_time_went_and_nothing_is_counted_twice():

@@ -10,7 +10,7 @@ import msgspec
 
 from ..loading.report import fates, proven
 from ..plan.steps import Fate
-from ..text import as_html, counts, short, size, some, table
+from ..text import as_html, counts, rate, short, size, some, table
 from ..timeline import TimelineEvent, breakdown, save_events
 
 
@@ -104,11 +104,14 @@ class UpdateReport:
         return as_html(self)
 
     def __str__(self) -> str:
-        rate = self.bytes_read / max(self.seconds, 1e-9) / 1e9
+        speed = rate(self.bytes_read, self.seconds)
         paths = ", ".join(f"{size(nbytes)} {path}" for path, nbytes in self.bytes_by_io.items() if nbytes) or "nothing"
         rows = [
             ("version", f"{self.previous} -> {self.version}" if self.previous is not None else str(self.version)),
-            ("read", f"{size(self.bytes_read)} in {self.seconds:.3f} s ({rate:.2f} GB/s): {paths}"),
+            (
+                "read",
+                f"{size(self.bytes_read)} in {self.seconds:.3f} s ({speed}): {paths}",
+            ),
             ("written", f"{size(self.bytes_written)}; nobody could read the model for {self.stall_seconds:.3f} s"),
             ("waited", f"{self.wait_seconds:.3f} s for readers"),
             ("memory", f"scratch {size(self.peak_scratch_bytes)} at peak, copy of the model {size(self.copy_bytes)}"),

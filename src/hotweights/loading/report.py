@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from ..plan.steps import Fate
-from ..text import as_html, counts, size, some, summary, table
+from ..text import as_html, counts, rate, size, some, summary, table
 
 
 @dataclass(slots=True)
@@ -112,10 +112,13 @@ class LoadReport:
         return as_html(self)
 
     def __str__(self) -> str:
-        rate = self.bytes_read / max(self.seconds, 1e-9) / 1e9
+        speed = rate(self.bytes_read, self.seconds)
         paths = ", ".join(f"{size(nbytes)} {path}" for path, nbytes in self.bytes_by_io.items() if nbytes) or "nothing"
         rows = [
-            ("read", f"{size(self.bytes_read)} in {self.seconds:.3f} s ({rate:.2f} GB/s): {paths}"),
+            (
+                "read",
+                f"{size(self.bytes_read)} in {self.seconds:.3f} s ({speed}): {paths}",
+            ),
             (
                 "written",
                 f"{size(self.bytes_written)} by {self.steps['copies']} copies, {self.steps['programs']} programs",

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..loading.report import LoadReport
-from ..text import as_html, size, some, summary, table
+from ..text import as_html, rate, size, some, summary, table
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +62,7 @@ class RouteReport:
         rows += [(name, f"disabled, {len(names)} tensors left alone") for name, names in self.disabled.items()]
         rows.append(("memory", f"{size(self.peak_waiting_bytes)} waiting at peak"))
         total = sum(self.nbytes.values())
-        rows.append(
-            ("all", f"{size(total)} in {self.seconds:.3f} s ({total / max(self.seconds, 1e-9) / 1e9:.2f} GB/s)")
-        )
+        rows.append(("all", f"{size(total)} in {self.seconds:.3f} s ({rate(total, self.seconds)})"))
         return table(rows)
 
     def _loaded(self, name: str) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from ..text import as_html, counts, short, size, table
+from ..text import as_html, counts, rate, short, size, table
 from ..timeline import TimelineEvent, breakdown, save_events
 from .host_report import HostReport
 
@@ -97,10 +97,10 @@ class SendReport:
         return as_html(self)
 
     def __str__(self) -> str:
-        rate = self.nbytes / max(self.seconds, 1e-9) / 1e9
+        speed = rate(self.nbytes, self.seconds)
         waited = sum(event.seconds for event in self.events if event.what == WAIT)
         after = f", after {waited:.3f} s of waiting for receivers" if waited >= _SHORT else ""
-        sent = f"{size(self.nbytes)} in {self.tensors} tensors in {self.seconds:.3f} s ({rate:.2f} GB/s){after}"
+        sent = f"{size(self.nbytes)} in {self.tensors} tensors in {self.seconds:.3f} s ({speed}){after}"
         rows = (
             ("sent", sent),
             *((("network", f"{size(self.network_nbytes)} to other hosts"),) if self.network_nbytes else ()),

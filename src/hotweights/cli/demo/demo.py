@@ -21,7 +21,7 @@ from ...loading.load import load
 from ...memory.pool import Pool
 from ...plan.steps import Fate
 from ...sources.opening import open as open_source
-from ...text import size
+from ...text import rate, size
 from ...tracing.trace import trace
 from ..outcome import ending
 from .fused_bert import FusedBert
@@ -68,7 +68,7 @@ def _load_and_prove(console: Console, checkpoint: Path) -> Any:
         extra = (_resident() or 0) - before
         console.print(f"{'resident':>10}  {size(extra)} more than before the load, for a model of {size(own)}")
     again = min(load(model, checkpoint).seconds for _ in range(3))
-    console.print(f"{'again':>10}  {again * 1e3:.1f} ms to load it once more in place ({own / again / 1e9:.1f} GB/s)")
+    console.print(f"{'again':>10}  {again * 1e3:.1f} ms to load it once more in place ({rate(own, again)})")
     theirs = _by_transformers(checkpoint)
     differing = [
         name for name, tensor in theirs.state_dict().items() if not torch.equal(tensor, model.state_dict()[name])

@@ -18,6 +18,7 @@ from ...engines import transformers as engine
 from ...errors import CheckpointError, TransferError, UpdateAborted
 from ...live.model import LiveModel
 from ...sources.opening import open as open_source
+from ...text import rate, size
 from ...transfer.receiver import Receiver
 from ...transfer.sender import Sender
 from .quiet import quiet
@@ -135,10 +136,8 @@ def _send(pipe: Connection, checkpoint: Path, address: str, versions: tuple[str,
         with Sender(address, receivers=2, timeout=_PATIENCE / 2) as sender:
             for version in versions:
                 report = sender.send(_trained(tensors, version), version=version, show_progress=False)
-                rate = report.nbytes / report.seconds / 1e9
-                pipe.send(
-                    f"{version}: {report.nbytes / 1e6:.1f} MB to {len(report.committed)} workers, {rate:.1f} GB/s"
-                )
+                workers, speed = len(report.committed), rate(report.nbytes, report.seconds)
+                pipe.send(f"{version}: {size(report.nbytes)} to {workers} workers, {speed}")
             if last is not None:
                 trained = _trained(tensors, last)
                 with open_source(trained) as promised:
