@@ -23,7 +23,7 @@ live = hw.LiveModel(model, atomic=sys.argv[1])
 live.load(new, version=1)
 assert torch.get_num_threads() == 2
 child = os.fork()
-signal.alarm(30)  # Who waits for ever is killed.
+signal.alarm(100)  # Who waits for ever is killed.
 if child:
     sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
 hw.load(nn.Sequential(nn.Linear(size, size), nn.Linear(size, size)), new)
