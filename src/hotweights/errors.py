@@ -163,8 +163,35 @@ def hints_once(lines: Sequence[str]) -> tuple[list[str], list[str]]:
     return kept, [f"{ends[end]} of them: {end}" for end in ends if end in often]
 
 
+class Problem(str):
+    """A problem, and its cause in a word, for programs."""
+
+    __slots__ = ("cause",)
+
+    def __new__(cls, text: str, cause: str) -> Problem:
+        """The text, with its cause."""
+        problem = super().__new__(cls, text)
+        problem.cause = cause
+        return problem
+
+    cause: str
+
+
 class CheckpointError(_Problems):
-    """A checkpoint is not what it says it is. Names file and tensor; nothing was written."""
+    """A checkpoint is not what it says it is. Names file and tensor; nothing was written.
+
+    Attributes:
+        cause: why in a word, for programs; docs/ci.md lists them.
+    """
+
+    cause = "invalid"
+
+    def __init__(self, title: str, problems: Iterable[str] = (), *, advice: str = "", cause: str | None = None) -> None:
+        several = [*problems]
+        super().__init__(title, several, advice=advice)
+        causes = {problem.cause if isinstance(problem, Problem) else cause or self.cause for problem in several}
+        if cause is not None or causes:
+            self.cause = (cause or self.cause) if not causes else causes.pop() if len(causes) == 1 else "several"
 
 
 class CheckpointChanged(CheckpointError):
@@ -173,6 +200,8 @@ class CheckpointChanged(CheckpointError):
     The message says what had been written by then, if anything.
     """
 
+    cause = "changed"
+
 
 class StoreError(CheckpointError):
     """An object store, or a server, did not give what was asked for: it refused, or the deadline passed.
@@ -180,6 +209,8 @@ class StoreError(CheckpointError):
     The message says of which object which bytes, how often they were asked for, and the last answer. It holds no
     credentials.
     """
+
+    cause = "store"
 
 
 class UnsupportedDtype(HotweightsError):
