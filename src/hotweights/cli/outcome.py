@@ -8,10 +8,10 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
+from contextvars import ContextVar
 
-import click
 import typer
 
 from ..errors import HotweightsError, UsageError
@@ -35,6 +35,9 @@ _OPENED = re.compile(r"\bhotweights\.open\(([\"'])([^\"']+)\1\)")  # To a comman
 _CALL = r"\bhotweights(?:\.\w+)+\((?:[^()]|\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\))*\)"
 _ONLY_PYTHON = r"\b(?:store|cache_dir|rename|init_missing|allow_partial|by|manifest|process|components|factory)="
 _PYTHON = re.compile(rf"{_CALL}|{_ONLY_PYTHON}(?:\{{[^}}]*\}}|[\"'][^\"']*[\"']|\w+)?(?! in Python)")
+
+
+_options: ContextVar[Set[str] | None] = ContextVar("options of the command that runs", default=None)
 
 
 def print_json(content: object) -> None:
@@ -131,17 +134,21 @@ def typed(text: str) -> str:
     What the command that runs has no option for is said to be Python's: nobody would find it by ``--help``.
     """
     text = _ARGUMENT.sub(_as_option, _OPENED.sub(lambda match: shlex.quote(match[2]), text))
-    return text if _options_here() is None else _PYTHON.sub(lambda match: f"{match[0]} in Python", text)
+    return text if _options.get() is None else _PYTHON.sub(lambda match: f"{match[0]} in Python", text)
 
 
-def _options_here() -> set[str] | None:
-    """The options of the command that runs; ``None`` where none does."""
-    context = click.get_current_context(silent=True)
-    return None if context is None else {option for each in context.command.params for option in each.opts}
+@contextmanager
+def running(options: Set[str]) -> Iterator[None]:
+    """Inside, a command that has these options runs: advice is told for it."""
+    token = _options.set(options)
+    try:
+        yield
+    finally:
+        _options.reset(token)
 
 
 def _as_option(match: re.Match[str]) -> str:
-    options = _options_here()
+    options = _options.get()
     whose = " of inspect, verify, load and convert" if match[1] == "reader" else ""
     if not whose and options is not None and f"--{match[1].replace('_', '-')}" not in options:
         return f"{match[0]} in Python"
