@@ -41,3 +41,13 @@ def test_a_failure_is_not_said_twice():
         assert str(error).count("the update was aborted") == 1
         assert "no room" in str(error) or not error.problems
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+def test_equal_hints_and_advice_are_told_once():
+    hint = "the plan is made for the dtypes of the live version, which came as BF16"
+    problems = [f"layer.{number}: F32 -> {dtype}; {hint}" for number in range(4) for dtype in ("F16", "BF16")]
+    error = hw.PlanError("no", problems, advice="Do this.\nDo that.\nDo this.")
+    assert str(error).count(hint) == 1
+    assert f"8 of them: {hint}" in str(error)
+    assert str(error).splitlines()[-2:] == ["Do this.", "Do that."]
+    assert error.problems == tuple(sorted(problems))

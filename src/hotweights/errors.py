@@ -38,6 +38,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -80,6 +81,8 @@ __all__ = [
 ]
 
 _MANY = 6  # From this many names on, what is said of all of them in the same words is said once.
+_SAME = 3  # From this many lines on, a hint at their end is said once,
+_HINT = 40  # if it is of so many letters: a dtype and a shape are none.
 _SHOWN = 50  # A 20,000-tensor mismatch must not bury the terminal; `problems` holds all of them.
 
 
@@ -111,7 +114,7 @@ class _Problems(HotweightsError):
         self.args = (self.title, self.problems)
 
     def __str__(self) -> str:
-        return "\n".join(filter(None, (self._listed(), self.advice)))
+        return "\n".join(dict.fromkeys(filter(None, (self._listed(), *self.advice.splitlines()))))
 
     def _listed(self) -> str:
         if not self.problems:
@@ -121,11 +124,12 @@ class _Problems(HotweightsError):
         shown = grouped(self.problems)
         if len(shown) == 1:
             return f"{self.title}: {shown[0]}"
+        shown, hints = hints_once(shown)
         lines = [f"{self.title}: {len(self.problems)} problems"]
         lines += [f"  - {problem}" for problem in shown[:_SHOWN]]
         if len(shown) > _SHOWN:
             lines.append(f"  ... and {len(shown) - _SHOWN} more (see .problems)")
-        return "\n".join(lines)
+        return "\n".join([*lines, *hints])
 
 
 def _once(title: str, problems: Iterable[str]) -> Iterator[str]:
@@ -151,8 +155,43 @@ def grouped(problems: Sequence[str]) -> list[str]:
     return list(lines)
 
 
+def hints_once(lines: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The lines without what several of them say at their end in the same words, and that: ``12 of them: ...``."""
+    ends = Counter(line.partition("; ")[2] for line in lines)
+    often = {end for end, count in ends.items() if count >= _SAME and len(end) >= _HINT}
+    kept = [line.removesuffix(f"; {end}") if (end := line.partition("; ")[2]) in often else line for line in lines]
+    return kept, [f"{ends[end]} of them: {end}" for end in ends if end in often]
+
+
+class Problem(str):
+    """A problem, and its cause in a word, for programs."""
+
+    __slots__ = ("cause",)
+
+    def __new__(cls, text: str, cause: str) -> Problem:
+        """The text, with its cause."""
+        problem = super().__new__(cls, text)
+        problem.cause = cause
+        return problem
+
+    cause: str
+
+
 class CheckpointError(_Problems):
-    """A checkpoint is not what it says it is. Names file and tensor; nothing was written."""
+    """A checkpoint is not what it says it is. Names file and tensor; nothing was written.
+
+    Attributes:
+        cause: why in a word, for programs; docs/ci.md lists them.
+    """
+
+    cause = "invalid"
+
+    def __init__(self, title: str, problems: Iterable[str] = (), *, advice: str = "", cause: str | None = None) -> None:
+        several = [*problems]
+        super().__init__(title, several, advice=advice)
+        causes = {problem.cause if isinstance(problem, Problem) else cause or self.cause for problem in several}
+        if cause is not None or causes:
+            self.cause = (cause or self.cause) if not causes else causes.pop() if len(causes) == 1 else "several"
 
 
 class CheckpointChanged(CheckpointError):
@@ -161,6 +200,8 @@ class CheckpointChanged(CheckpointError):
     The message says what had been written by then, if anything.
     """
 
+    cause = "changed"
+
 
 class StoreError(CheckpointError):
     """An object store, or a server, did not give what was asked for: it refused, or the deadline passed.
@@ -168,6 +209,8 @@ class StoreError(CheckpointError):
     The message says of which object which bytes, how often they were asked for, and the last answer. It holds no
     credentials.
     """
+
+    cause = "store"
 
 
 class UnsupportedDtype(HotweightsError):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from broken_files import BROKEN_FILES
 from processes import Child
 from typer.testing import CliRunner
 
@@ -125,3 +126,41 @@ def test_follow_says_an_error_in_one_line(tmp_path):
     first, second = map(json.loads, result.stdout.splitlines())
     assert result.exit_code == 1
     assert (first["name"], second["path"], second["error"]["kind"]) == ("one", str(tmp_path), "CheckpointError")
+
+
+def causes():
+    """Those that docs/ci.md lists."""
+    table = PAGE.read_text().partition("| `error.cause` |")[2].partition("\n\n")[0]
+    return {name for cells in re.findall(r"^\| ([^|]+) \|", table, re.M) for name in re.findall(r"`(\w+)`", cells)}
+
+
+@pytest.mark.parametrize("name", BROKEN_FILES)
+def test_a_broken_file_has_a_cause_that_is_documented(name, tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(BROKEN_FILES[name][0])
+    alone = printed("inspect", path, code=1)["error"]["cause"]
+    assert alone in causes() - {"invalid"}
+    assert printed("inspect", tmp_path, code=1)["error"]["cause"] == alone  # As one of a folder's.
+
+
+def test_every_cause_in_the_code_is_documented():
+    source = Path(hotweights.__file__).parent
+    found = {cause for file in source.rglob("*.py") for cause in re.findall(r'\bcause="(\w+)"', file.read_text())}
+    assert found <= causes()
+    assert causes() - found <= {"missing_shard", "duplicate_tensor", "several", "invalid", "changed", "store"}
+
+
+def test_causes_of_folders(tmp_path):
+    whole = write_checkpoint(tmp_path / "whole", {"a": torch.zeros(2), "b": torch.ones(4)}, shards=2)
+    (tmp_path / "none").mkdir()
+    first, second = sorted(whole.glob("*.safetensors"))
+    assert printed("inspect", tmp_path / "none", code=1)["error"]["cause"] == "no_weights"
+    assert printed("inspect", tmp_path / "nowhere", code=1)["error"]["cause"] == "not_found"
+    second.rename(tmp_path / "second")
+    assert printed("verify", whole, code=1)["error"]["cause"] == "missing_shard"
+    second.write_bytes((tmp_path / "second").read_bytes()[:-1])
+    assert printed("verify", whole, code=1)["error"]["cause"] == "truncated"
+    first.write_bytes(b"")
+    assert printed("diff", whole, tmp_path / "second", code=2)["error"]["cause"] == "several"
+    plan = printed("plan", tmp_path / "second", "--model", "torch.nn:Nothing", code=2)
+    assert plan["error"]["cause"] == "usage_error"

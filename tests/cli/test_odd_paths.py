@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import tarfile
 
 import pytest
@@ -141,8 +143,9 @@ def test_weights_of_two_formats_beside_each_other(zoo, tmp_path):
 
 def test_the_advice_for_bin_files_can_be_typed(zoo, tmp_path):
     told = run(["verify", zoo / "only.bin"]).stderr
-    assert "--reader torch of inspect, load and convert opens .bin files" in told
-    assert run(["inspect", zoo / "only.bin", "--reader", "torch"]).exit_code == 0
+    assert "--reader torch of inspect, verify, load and convert opens .bin files" in told
+    for command in ("inspect", "verify"):
+        assert run([command, zoo / "only.bin", "--reader", "torch"]).exit_code == 0
     assert run(["convert", zoo / "only.bin", tmp_path / "to", "--reader", "torch"]).exit_code == 0
 
 
@@ -278,3 +281,33 @@ class TestNothingIsLost:
 )
 def test_options_are_as_they_are_typed(said, shown):
     assert typed(said) == shown
+
+
+@pytest.mark.parametrize("scheme", ["s3", "hf", "gs", "https"])
+def test_an_address_that_ends_after_its_scheme(scheme):
+    for command in (["inspect"], ["verify"], ["follow", "--timeout", "0.01"]):
+        told = run([*command, f"{scheme}://"])
+        assert told.exit_code == 2
+        assert f"{scheme}://: the address ends after its scheme; is a variable not set? Give {scheme}://" in told.stderr
+
+
+def test_a_pattern_that_matches_nothing_is_told(tmp_path):
+    write_checkpoint(tmp_path, {"weight": torch.zeros(2)})
+    for command in ("plan", "load"):
+        told = run([command, tmp_path, "--model", "torch.nn:Identity", "--allow-unexpected", "wieght"])
+        assert "warning: --allow-unexpected wieght: matches no tensor of the model or the checkpoint" in told.stderr
+        assert "similar: weight" in told.stderr
+        told = run([command, tmp_path, "--model", "torch.nn:Identity", "--allow-unexpected", "wei*"])
+        assert (told.exit_code, told.stderr) == (0, "")
+
+
+def test_advice_is_of_the_command_or_said_to_be_of_python(tmp_path):
+    for name in ("a.safetensors", "b.safetensors", "c-00001-of-00002.safetensors", "c-00002-of-00002.safetensors"):
+        write_checkpoint(tmp_path / "of", {name: torch.zeros(2)})
+        next((tmp_path / "of").glob("model*.safetensors")).rename(tmp_path / name)
+    told = run(["inspect", tmp_path]).stderr
+    for line in told.splitlines():
+        for advice in re.findall(r"hotweights\.open\(.*\)(.*)", line):
+            assert advice == " in Python"
+    (path,) = re.findall(r"a\.safetensors: (.*)", told)
+    assert run(["inspect", *shlex.split(path)]).exit_code == 0

@@ -73,18 +73,78 @@ def test_a_first_load_from_what_a_live_model_has_processed_is_refused():
     assert is_right(model)
 
 
-def test_a_first_load_from_layers_of_its_own_is_a_warning(caplog):
+@pytest.mark.parametrize("source", [lambda model: model, lambda model: model.state_dict()])
+def test_a_first_load_from_layers_of_its_own_is_refused(source):
     model = Engine()
     hw.load(model, tensors())
+    Transposing().process_weights_after_loading(model.a)  # Its engine did; nothing of the model shows it.
     live = hw.LiveModel(model)
-    (warning,) = live.load(model).warnings
-    assert warning.startswith("a.weight: taken from the model's own layers")
+    with pytest.raises(hw.SourceError, match=r"a\.weight: lies in a layer of this model that has a quant_method"):
+        live.load(source(model))
     assert is_right(model)
-    assert live.status()["last_report"]["warnings"] == [warning]
-    assert warning in caplog.text
-    assert live.update(tensors(1.0)).warnings == ()
+    live.load(tensors(1.0))  # As the error says.
     assert is_right(model, 1.0)
+    model = Engine()
+    hw.load(model, tensors())
+    hw.LiveModel(model).load({name: tensor.clone() for name, tensor in model.state_dict().items()})  # As it says, too.
+    assert is_right(model)
     assert hw.LiveModel(Engine()).load(Engine()).warnings == ()
+
+
+class OwnMethod(nn.Linear):
+    def process_weights_after_loading(self):
+        self.weight = nn.Parameter(self.weight.t().contiguous(), requires_grad=False)
+
+
+class ImpatientOwn(Impatient):
+    def __init__(self):
+        super().__init__()
+        self.a = OwnMethod(3, 3, bias=False)
+
+    def load_weights(self, weights):
+        for name, tensor in weights:
+            self.get_parameter(name).data.copy_(tensor)
+        self.a.process_weights_after_loading()
+
+
+def test_loading_code_that_calls_a_layers_own_method_is_seen():
+    calls_it = hw.LiveModel(ImpatientOwn(), process=OwnMethod.process_weights_after_loading, layers="a")
+    with pytest.raises(hw.PlanError, match=r"a: ImpatientOwn\.load_weights processes these layers itself"):
+        calls_it.load(tensors())
+    for process in (None, lambda layer: None):
+        model = ImpatientOwn()
+        live = hw.LiveModel(model, process=process)
+        assert live.load(tensors()).warnings == ()  # Nor that nobody does it.
+        assert is_right(model)
+        live.update(tensors(1.0))
+        assert is_right(model, 1.0)
+
+
+class Packing:
+    def process_weights_after_loading(self, layer):
+        layer.packed = nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
+        del layer.weight
+
+
+@pytest.mark.parametrize(
+    ("shape", "method", "came", "is_told"),
+    [
+        ((4, 3), Transposing(), (4, 3), True),
+        ((4, 3), Packing(), (4, 3), True),
+        ((4, 3), None, (8, 3), False),  # another rank's
+        ((4, 3), None, (2, 3), False),
+    ],
+)
+def test_processing_by_an_engine_is_told_where_it_can_be(shape, method, came, is_told):
+    model = Engine()
+    model.a = nn.Linear(*reversed(shape), bias=False)
+    model.a.quant_method = method or Transposing()
+    if method is not None:
+        method.process_weights_after_loading(model.a)
+    with pytest.raises(hw.PlanError) as caught:
+        hw.LiveModel(model).load({**tensors(), "a.weight": torch.ones(came)})
+    assert ("If an engine has processed" in str(caught.value)) == is_told
+    assert not (is_told and "allow_" in str(caught.value))
 
 
 def test_loading_code_that_processes_too_is_refused():

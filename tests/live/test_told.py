@@ -116,6 +116,18 @@ def test_a_tensor_of_another_size_than_in_the_first_load_is_a_warning():
     assert not live.update(weights(3.0)).warnings
 
 
+def test_a_second_live_model_of_one_module_is_a_warning(caplog):
+    first = loaded()
+    second = hw.LiveModel(first.model)
+    (warning,) = second.load(weights(2.0)).warnings
+    assert warning.startswith("another LiveModel has loaded this Loads, as version 1,")
+    assert warning in caplog.text
+    assert second.update(weights(3.0)).warnings == ()
+    model = first.model
+    del first, second
+    assert hw.LiveModel(model).load(weights()).warnings == ()
+
+
 def test_a_hook_is_a_function():
     with pytest.raises(hw.UsageError, match="on_commit takes a function"):
         loaded().on_commit(None)

@@ -396,3 +396,17 @@ class TestDcp:
             live.load(next(versions))
         assert live.version == "step-7"
         assert torch.equal(live.model.weight, torch.full((3, 2), 7.0))
+
+
+def test_what_may_be_written_still_is_not_called_broken(tmp_path):
+    place = write_checkpoint(tmp_path / "step-1", {"a": torch.zeros(2), "b": torch.ones(4)}, shards=2)
+    sorted(place.glob("*.safetensors"))[1].unlink()
+    odd = write_checkpoint(tmp_path / "step-2", {"a": torch.zeros(2)})
+    next(odd.glob("*.safetensors")).write_bytes((2).to_bytes(8, "little") + b"[]")
+    with hw.follow(tmp_path, interval=0.001, timeout=0.05) as versions:
+        assert list(versions) == []
+        told = versions.passed_over
+    assert told["step-1"].startswith("it is not whole, or is being written still: ")
+    assert "broken" not in told["step-1"]
+    assert "not a JSON object" in told["step-2"]
+    assert "written still" not in told["step-2"]

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from .outcome import FAILED, print_any_name, quiet_end
+from .outcome import FAILED, print_any_name, quiet_end, running
 
 __all__ = ["COMMANDS", "app", "main"]
 
@@ -49,7 +49,15 @@ class Commands(TyperGroup):
             return None
         single = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
         single.command(cmd_name)(getattr(import_module(f".{COMMANDS[cmd_name]}", __package__), cmd_name))
-        return typer.main.get_command(single)
+        command: Any = typer.main.get_command(single)
+        options, invoke = {option for each in command.params for option in each.opts}, command.invoke
+
+        def invoke_so(context: Any) -> Any:
+            with running(options):
+                return invoke(context)
+
+        command.invoke = invoke_so
+        return command
 
     def invoke(self, ctx: Any) -> Any:
         """Import the command and run it."""

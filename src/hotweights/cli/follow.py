@@ -44,7 +44,8 @@ def follow(
         seen = "".join(f"; passed over {name}: {why}" for name, why in arriving.passed_over.items())
         if versions is not None:
             raise CheckpointError(
-                f"{directory}: {count} of {versions} versions came; the next did not within {timeout:g} s; {are}{seen}"
+                f"{directory}: {count} of {versions} versions came; the next did not within {timeout:g} s; {are}{seen}",
+                cause="timeout",
             )
         if not count:
             typer.echo(shown(f"{directory}: no version came within {timeout:g} s; {are}{seen}"), err=True)

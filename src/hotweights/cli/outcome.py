@@ -8,8 +8,9 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import typer
 
@@ -28,6 +29,15 @@ _OPTIONS = (
     "allow_mismatched"
 )
 _ARGUMENT = re.compile(rf"\b({_OPTIONS})=(?:([\"'])([^\"']+)\2|True\b|torch\.(\w+)|(?=[\s;,:]|\.(?!\.)|DIR\b|$))")
+
+
+_OPENED = re.compile(r"\bhotweights\.open\(([\"'])([^\"']+)\1\)")  # To a command the path itself is given.
+_CALL = r"\bhotweights(?:\.\w+)+\((?:[^()]|\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\))*\)"
+_ONLY_PYTHON = r"\b(?:store|cache_dir|rename|init_missing|allow_partial|by|manifest|process|components|factory)="
+_PYTHON = re.compile(rf"{_CALL}|{_ONLY_PYTHON}(?:\{{[^}}]*\}}|[\"'][^\"']*[\"']|\w+)?(?! in Python)")
+
+
+_options: ContextVar[Set[str] | None] = ContextVar("options of the command that runs", default=None)
 
 
 def print_json(content: object) -> None:
@@ -106,6 +116,7 @@ def as_dict(error: BaseException) -> dict[str, object]:
     return {
         "error": {
             "kind": type(error).__name__,
+            "cause": getattr(error, "cause", None) or _snake(type(error).__name__),
             "message": typed(str(error)),
             "problems": [typed(problem) for problem in getattr(error, "problems", ()) or (str(error),)],
             "notes": list(getattr(error, "__notes__", ())),
@@ -113,13 +124,34 @@ def as_dict(error: BaseException) -> dict[str, object]:
     }
 
 
+def _snake(name: str) -> str:
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+
+
 def typed(text: str) -> str:
-    """An error's advice as it is typed in a shell: ``--variant fp16`` for ``variant="fp16"``."""
-    return _ARGUMENT.sub(_as_option, text)
+    """An error's advice as it is typed in a shell: ``--variant fp16`` for ``variant="fp16"``.
+
+    What the command that runs has no option for is said to be Python's: nobody would find it by ``--help``.
+    """
+    text = _ARGUMENT.sub(_as_option, _OPENED.sub(lambda match: shlex.quote(match[2]), text))
+    return text if _options.get() is None else _PYTHON.sub(lambda match: f"{match[0]} in Python", text)
+
+
+@contextmanager
+def running(options: Set[str]) -> Iterator[None]:
+    """Inside, a command that has these options runs: advice is told for it."""
+    token = _options.set(options)
+    try:
+        yield
+    finally:
+        _options.reset(token)
 
 
 def _as_option(match: re.Match[str]) -> str:
-    whose = " of inspect, load and convert" if match[1] == "reader" else ""  # Others do not have it.
+    options = _options.get()
+    whose = " of inspect, verify, load and convert" if match[1] == "reader" else ""
+    if not whose and options is not None and f"--{match[1].replace('_', '-')}" not in options:
+        return f"{match[0]} in Python"
     value = match[3] or match[4]
     option = f"--{match[1].replace('_', '-')}"
     if value is None:

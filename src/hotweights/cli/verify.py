@@ -22,6 +22,7 @@ def verify(
     write: Annotated[Path | None, typer.Option(help="Write the digest of every tensor of one path to a file.")] = None,
     files_from: flags.FilesFrom = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print only what is wrong.")] = False,
+    reader: flags.Reader = "hotweights",
     variant: flags.Variant = None,
     subfolder: flags.Subfolder = None,
     as_json: flags.JsonOfSeveral = False,
@@ -32,7 +33,7 @@ def verify(
         from ..sources.checksums import write_digests  # They wait for torch, which wrong usage need not.
         from ..sources.opening import open as open_source
 
-        with open_source(path, variant=variant, subfolder=subfolder, digests=digests) as source:
+        with open_source(path, reader=reader, variant=variant, subfolder=subfolder, digests=digests) as source:
             digest = source.digest()
         if write is not None:
             write_digests(digest, write)

@@ -26,18 +26,15 @@ def processes(layer: nn.Module) -> bool:
     return hasattr(getattr(layer, "quant_method", None), _WORD)
 
 
+def is_processing(layer: nn.Module, function: object) -> bool:
+    """Whether the function is the layer's own method, as its class has it."""
+    return getattr_static(type(layer), _WORD, None) is function
+
+
 def memory_of(layers: Iterable[nn.Module]) -> Extents:
     """Where the parameters and buffers of these layers lie."""
     stores = (store for layer in layers for store in (layer._parameters, layer._buffers))
     return Extents(tensor for store in stores for tensor in store.values() if tensor is not None)
-
-
-def told_of_own(names: list[str]) -> str:
-    """The warning of a first load that processes what the model itself holds."""
-    return (
-        f"{some(names, 3)}: taken from the model's own layers, as if these were in checkpoint format, and processed; "
-        "if somebody has processed these layers before, they are so twice: make a new model, and load the checkpoint"
-    )
 
 
 def own_of(source: Source, kernels: Extents) -> list[str]:
@@ -61,6 +58,21 @@ def refuse_kernels(names: Iterable[str]) -> None:
         )
 
 
+def refuse_own(names: list[str]) -> None:
+    """Refuse tensors of the model's own layers at a first load: nobody knows whether they were processed before.
+
+    Raises:
+        SourceError: there are any.
+    """
+    if names:
+        raise SourceError(
+            "the source is made of the model's own layers, which are processed when they are loaded: if somebody has "
+            "processed them before, they would be so twice. Give the checkpoint; or, if they are as a checkpoint has "
+            "them, copies: {name: tensor.clone() for name, tensor in model.state_dict().items()}",
+            [f"{name}: lies in a layer of this model that has a quant_method" for name in names],
+        )
+
+
 @signals.held_throughout
 class _Noted:
     """A class whose method is replaced while somebody's calls are noted; threads may load models at the same time."""
@@ -73,7 +85,7 @@ class _Noted:
         @wraps(method)
         def noting(*args: Any, **kwargs: Any) -> Any:
             for layers, found in tuple(sinks):
-                modules = (value for value in (*args[1:], *kwargs.values()) if isinstance(value, nn.Module))
+                modules = (value for value in (*args, *kwargs.values()) if isinstance(value, nn.Module))
                 found.extend(module for module in modules if module in layers)
             return method(*args, **kwargs)
 
@@ -93,11 +105,11 @@ _lock = threading.Lock()  # of the table; nobody's code runs under it
 @contextmanager
 @signals.held
 def noting_calls(layers: Iterable[nn.Module]) -> Iterator[list[nn.Module]]:
-    """Inside, those of these layers are noted that somebody processes by the method of their ``quant_method``."""
+    """Inside, those of these layers are noted that somebody processes, by their own method or ``quant_method``'s."""
     own = frozenset(layers)
     found: list[nn.Module] = []
     sink = own, found
-    kinds = {type(layer.quant_method) for layer in own}
+    kinds = {type(each) for layer in own for each in (layer, getattr(layer, "quant_method", None))}
     kinds = {kind for kind in kinds if isinstance(getattr_static(kind, _WORD, None), FunctionType)}
     with _lock:
         for kind in kinds:
@@ -114,10 +126,10 @@ def noting_calls(layers: Iterable[nn.Module]) -> Iterator[list[nn.Module]]:
                     _noted.pop(kind).restore()
 
 
-def processes_itself(code: str, names: list[str]) -> str:
-    """What is said of loading code that processes layers, which the live model would do once more."""
+def processes_itself(code: str, names: list[str], who: str = "") -> str:
+    """What is said of loading code that processes layers, which the live model, or ``who``, would do once more."""
     return (
-        f"{some(names, 3)}: {code} processes these layers itself (it calls {_WORD}), and the live model would process "
-        f"them once more. Take that call out of {code}; or leave it there, and say that nobody else is to do it: "
-        "LiveModel(model, process=lambda layer: None)"
+        f"{some(names, 3)}: {code} processes these layers itself (it calls {_WORD}), and "
+        f"{who or 'the live model would process them once more'}. Take that call out of {code}; or leave it there, and "
+        "say that nobody else is to do it: LiveModel(model, process=lambda layer: None)"
     )

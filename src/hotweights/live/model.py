@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -26,7 +26,7 @@ from ..arguments import (
     patterns_from,
 )
 from ..dtypes import Cast
-from ..errors import LiveModelError, PlanError, UsageError
+from ..errors import LiveModelError, UsageError
 from ..forked import alone_in_a_fork
 from ..gc_pause import without_collection
 from ..loading.apart import apart
@@ -40,15 +40,13 @@ from ..model.matching import KnownNames, meant_by, other_names
 from ..model.materialise import materialise, put_back
 from ..model.offloading import refuse_offloaded
 from ..model.places import Place, places
-from ..model.processed import processed_among
 from ..model.reachable import reachable
 from ..model.survey import By, own_loader, survey
-from ..model.unprocessed import unprocessed
 from ..names import outer_prefix, unwrapped
 from ..plan.patterns import Patterns, widened
 from ..plan.plan import LoadPlan
 from ..rename import Rename, renamer
-from ..sources.contracts import IOMode, Source, refusing
+from ..sources.contracts import IOMode, refusing
 from ..sources.iterator import IteratorSource
 from ..sources.locating import naming_files
 from ..sources.opening import AnySource, name_of, opened, version_of
@@ -61,8 +59,10 @@ from .background import in_background, takes_what
 from .baseline import Baseline
 from .check import Check, ask
 from .fed_names import FedNames
-from .kernels import memory_of, noting_calls, own_of, processes, processes_itself, refuse_kernels, told_of_own
+from .kernels import own_of, processes, refuse_kernels
 from .layers import Selection, selected
+from .once import Once, Process
+from .owners import own
 from .plans import Options
 from .previous import may_roll_back_to, roll_back
 from .report import UpdateReport
@@ -70,13 +70,6 @@ from .serving import Serving
 from .state import Current, State
 from .strategy import Atomic
 from .update import Update, aborted
-
-Process = Callable[[nn.Module], object]
-
-
-def process_by_quant_method(layer: nn.Module) -> None:
-    """What engines do after loading: ``layer.quant_method.process_weights_after_loading(layer)`` where there is one."""
-    layer.quant_method.process_weights_after_loading(layer)  # type: ignore[union-attr, operator]
 
 
 def _has_tensors(layer: nn.Module) -> bool:
@@ -129,12 +122,12 @@ class LiveModel:
         if memory_limit is not None:
             check_count(0, memory_limit=memory_limit)
         self.model = model
-        self._process: Process = process_by_quant_method if process is None else process
         by_default = _has_tensors if process is not None else processes
         self._core = unwrapped(model)
         self._idle: list[str] = []  # what is said of patterns that match nothing
         self._is_processed = selected(by_default if layers is None else layers, model, "layers", self._idle)
         self._is_deferred = selected(deferred, model, "deferred", self._idle)
+        self._once = Once(self._core, process, self._is_processed)
         self._atomic: Atomic = atomic
         self._limit = memory_limit
         self._current = Current()
@@ -304,10 +297,10 @@ class LiveModel:
                 fed = FedNames(names_for(origin.manifest, rename, self._match))
                 origin = renamed(origin, fed.new)
                 stack.enter_context(naming_files(origin))
-                again = self._processed_again(origin)
+                self._once.refuse_own(origin)
                 weights, _ = apart(origin, lambda: reachable(self._core).values())
                 prove = verifier(self._core, weights, by) if verify == "loader" else None
-                with self._telling(source, by), self._refusing_to_process_twice(by):
+                with self._once.telling(source, origin.manifest, by), self._once.noting_code(by):
                     plan = options.traced(self._core, origin.manifest, where)
                 left = [] if where is None else left_on_meta(plan, survey(self._core), init_missing, self._core)
                 wanted = {*plan.targets, *left}
@@ -316,9 +309,10 @@ class LiveModel:
                 initialise(self._core, left, init_missing)
                 unknown = {place.name for place, _ in replaced} - {*left}
                 self._baseline = Baseline(self._core, plan, options, self._is_processed, self._is_deferred, unknown)
-                self._baseline.warnings = (*again, *self._idle, *self._unprocessed())
-                update = Update.begin_first(self._current, self._baseline, self._process, self._limit, fed)
-                self._baseline.warnings = self._baseline.warnings[len(again) :]
+                others = own(self._core, self._current)
+                self._baseline.warnings = (*others, *self._idle, *self._once.unprocessed())
+                update = Update.begin_first(self._current, self._baseline, self._once.process, self._limit, fed)
+                self._baseline.warnings = self._baseline.warnings[len(others) :]  # It is said once.
             with update:
                 report = update.run(
                     weights,
@@ -331,87 +325,6 @@ class LiveModel:
                 )
             proven = 0 if prove is None else prove.proven
             return replace(report, proven=proven)
-
-    @contextmanager
-    @signals.held
-    def _telling(self, source: AnySource, by: By | None) -> Iterator[None]:
-        """Inside, the error of a first load says what may come of what the model was before."""
-        try:
-            yield
-        except PlanError as error:
-            layers = [name for name, layer in self._core.named_modules() if name and self._is_processed(name, layer)]
-            lines = [error.advice]
-            shapes = (problem for problem in error.problems if " expected" in problem and "missing;" not in problem)
-            if own_loader(self._core, by) is None or "processed by a LiveModel" in error.advice:
-                pass
-            elif isinstance(source, nn.Module):
-                lines = [
-                    "load(model) is for a model whose names and shapes are the checkpoint's, and this one has a "
-                    "load_weights of its own. Give load the checkpoint that it was loaded from."
-                ]
-            elif any(f"{name}." in problem for problem in shapes for name in layers):
-                lines.append(
-                    "If an engine has processed layers of this model already (process_weights_after_loading), they are "
-                    "no longer as a checkpoint has them: make the LiveModel before that, and let its load process them."
-                )
-            error.advice = "\n".join(filter(None, lines))
-            raise
-
-    def _processed_again(self, source: Source) -> tuple[str, ...]:
-        """A warning for a first load from the model's own layers, which processing is about to change.
-
-        Raises:
-            SourceError: another live model has processed them.
-        """
-        layers = [layer for name, layer in self._core.named_modules() if self._is_processed(name, layer)]
-        by_others = set(processed_among(layers))
-        refuse_kernels(own_of(source, memory_of(by_others)))
-        if self._process is not process_by_quant_method:
-            return ()
-        names = own_of(source, memory_of(layer for layer in layers if processes(layer)))
-        return (told_of_own(names),) if names else ()
-
-    @contextmanager
-    @signals.held
-    def _refusing_to_process_twice(self, by: By | None) -> Iterator[None]:
-        """Inside, loading code of the model's own that processes layers itself is refused: they would be so twice."""
-        code = own_loader(self._core, by)
-        if code is None or self._process is not process_by_quant_method:
-            yield
-            return
-        named = {
-            layer: name
-            for name, layer in self._core.named_modules()
-            if self._is_processed(name, layer) and processes(layer)
-        }
-        with noting_calls(named) as called:
-            try:
-                yield
-            except PlanError as error:
-                if not called:
-                    raise
-                raise self._twice(named, called) from error
-        if called:
-            raise self._twice(named, called)
-
-    def _twice(self, named: Mapping[nn.Module, str], called: list[nn.Module]) -> PlanError:
-        names = [named[layer] or type(layer).__name__ for layer in dict.fromkeys(called) if layer in named]
-        return PlanError(
-            "layers would be processed twice; nothing was read or written",
-            [processes_itself(f"{type(self._core).__name__}.load_weights", names)],
-        )
-
-    def _unprocessed(self) -> tuple[str, ...]:
-        """A warning for layers that engines process, and that nobody does here. Who gives ``process=`` has chosen."""
-        names = []
-        if self._process is process_by_quant_method:
-            names = unprocessed(self._core, lambda name, layer: self._is_processed(name, layer) and processes(layer))
-        if not names:
-            return ()
-        return (
-            f"{some(names, 3)}: to be processed after loading (process_weights_after_loading), and nobody does it: by "
-            "default that of a quant_method is called; give LiveModel process= and layers=",
-        )
 
     def _options(self, allowed: Sequence[Patterns], cast: Cast | None, by: By | None) -> Options:
         """What every load allows; and note the names by which the model's tensors are called from now on."""
@@ -641,4 +554,4 @@ class LiveModel:
                 raise UsageError("the model is torn; only a complete update mends it, so leave only= out")
             if asked.only is not None:
                 asked = replace(asked, only=widened(asked.only, self._others))
-            return Update.begin(current, self._baseline, self._process, self._limit, manifest, asked, fed)
+            return Update.begin(current, self._baseline, self._once.process, self._limit, manifest, asked, fed)

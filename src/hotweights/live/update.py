@@ -447,19 +447,16 @@ def aborted(
         timeline: what the time was spent on, if it had begun.
     """
     said = said_by(error, _named(error))
-    advice = "\n".join(
-        f"{line} It is said in the first load, LiveModel.load(), and holds for all updates."
-        if any(option in line for option in _SAID_FIRST)
-        else line
-        for line in getattr(error, "advice", "").splitlines()
-    )
+    lines: list[str] = getattr(error, "advice", "").splitlines()
+    if of_load := [number for number, line in enumerate(lines) if any(option in line for option in _SAID_FIRST)]:
+        lines[of_load[-1]] += " It is said in the first load, LiveModel.load(), and holds for all updates."
     if isinstance(error, StillRead):  # It says nothing about the version.
         what, said = "was not taken", f"{error}. Nothing is wrong with the version: try again"
     title: str | None = getattr(error, "title", None)
     told = UpdateAborted(
         f"{_called(version)} {what}; {current}: {said if title is None else said_by(error, title)}",
         getattr(error, "problems", ()),
-        advice=advice,
+        advice="\n".join(lines),
     )
     told.report = None if timeline is None else failure_report(timeline, "update", version)
     current.record.note_failure(told, report=told.report)

@@ -75,7 +75,7 @@ class Proof:
             problems = [f"{os.path.basename(file)}: not in the list" for file, said in found.items() if said is None]
             self._work = [partial(self._file, os.path.abspath(file), said) for file, said in found.items() if said]
         if problems:
-            raise CheckpointError(self._title, problems)
+            raise CheckpointError(self._title, problems, cause="digests_differ")
         self._stopped = threading.Event()
         self._lock = threading.Lock()
         self._crew: ThreadPoolExecutor | None = None  # Made under the lock, by the first ``begin``.
@@ -103,7 +103,7 @@ class Proof:
             if self._stopped.is_set():  # What had not begun by then never will.
                 raise Closed("the source was closed while it was compared with digests")
         if problems := [problem for future in self._futures for problem in future.result()]:
-            raise CheckpointError(self._title, problems)
+            raise CheckpointError(self._title, problems, cause="digests_differ")
 
     @signals.held
     def close(self) -> None:
@@ -139,7 +139,9 @@ def _text_of(path: Path) -> str:
     try:
         return path.read_text()
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        raise CheckpointError(
+            f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}", cause="bad_digests"
+        ) from error
 
 
 def _tensors_in(path: Path, text: str) -> dict[str, str]:
@@ -148,7 +150,7 @@ def _tensors_in(path: Path, text: str) -> dict[str, str]:
         return {str(name): str(digest) for name, digest in expected.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f'{path}: no digests: JSON with "tensors" was expected, by hotweights verify --write'
+            f'{path}: no digests: JSON with "tensors" was expected, by hotweights verify --write', cause="bad_digests"
         ) from error
 
 
@@ -159,7 +161,8 @@ def _said_of(file: str, checksums: Path, text: str) -> str | None:
     said = [(match["name"], match["digest"].lower()) for match in matches if match is not None]
     if None in matches or not said:
         raise CheckpointError(
-            f"{checksums}: no digests: lines of sha256sum were expected, or JSON by hotweights verify --write"
+            f"{checksums}: no digests: lines of sha256sum were expected, or JSON by hotweights verify --write",
+            cause="bad_digests",
         )
     here = os.path.abspath(file)
     paths = [digest for name, digest in said if os.path.abspath(checksums.parent / name) == here]
@@ -169,7 +172,8 @@ def _said_of(file: str, checksums: Path, text: str) -> str | None:
     if len(names) > 1:
         raise CheckpointError(
             f"{checksums}: says several digests of files that are called {os.path.basename(file)}; put the list into "
-            "the folder that its paths begin in"
+            "the folder that its paths begin in",
+            cause="bad_digests",
         )
     return next(iter(names), None)
 
@@ -179,4 +183,6 @@ def write_digests(digest: Digest, path: str | os.PathLike[str]) -> None:
     try:
         Path(path).write_text(json.dumps(digest.as_dict(), indent=1) + "\n")
     except OSError as error:
-        raise CheckpointError(f"{os.fspath(path)}: cannot be written: {error.strerror}") from error
+        raise CheckpointError(
+            f"{os.fspath(path)}: cannot be written: {error.strerror}", cause="cannot_write"
+        ) from error

@@ -303,5 +303,6 @@ def _refuse_hub_name(path: str) -> None:
     if _HUB_NAME.fullmatch(path) and not os.path.exists(path) and not os.path.isdir(os.path.dirname(path)):
         raise CheckpointError(
             f"{path}: there is no such file or directory. If it is a hub name: `hf download {path}`, then give the "
-            f"folder that it prints; or read it from the hub: hf://{path}"
+            f"folder that it prints; or read it from the hub: hf://{path}",
+            cause="not_found",
         )

@@ -295,8 +295,8 @@ class Versions:
             weights = self._weights(place)
             self._check_order(place, files, weights)
         except HotweightsError as error:
-            log(logging.WARNING, "%s is passed over until it changes: %s", place, error)
-            self._passed_over[place] = str(error)
+            self._passed_over[place] = why = _why(error)
+            log(logging.WARNING, "%s is passed over until it changes: %s", place, why)
             return None
         if self._files(place) != files:  # While its headers were read.
             del self._seen[place]
@@ -338,7 +338,8 @@ class Versions:
         if newer := sorted(name for name, status in weights.items() if status.modified > ended):
             raise CheckpointError(
                 f"{some(newer, 3)}: newer than {last[0]}, which is written last. Perhaps another version is being "
-                f"written. If it is whole: touch {place / last[0]}"
+                f"written. If it is whole: touch {place / last[0]}",
+                cause="unfinished",
             )
 
     def _files(self, place: Path) -> _Files:
@@ -364,7 +365,17 @@ class Versions:
         try:
             return {os.path.relpath(path, place): _status(os.stat(path)) for path in paths}
         except OSError as error:
-            raise CheckpointError(f"{place}: a file went away: {error.strerror}") from error
+            raise CheckpointError(f"{place}: a file went away: {error.strerror}", cause="changed") from error
+
+
+_NOT_YET = ("missing_shard", "truncated", "empty", "zeros", "unfinished")  # causes that go away while it is written
+
+
+def _why(error: HotweightsError) -> str:
+    """Why a version is passed over. What its writer may still mend is not called broken."""
+    if isinstance(error, CheckpointError) and error.cause in _NOT_YET:
+        return f"it is not whole, or is being written still: {str(error).removeprefix('the checkpoint is broken: ')}"
+    return str(error)
 
 
 class RemoteVersions(Versions):

@@ -51,7 +51,9 @@ def _asked(place: str, asked: str, paths: _Paths) -> Branch:
         return Branch(found, ())
     there = [group for group in _groups(paths, ()) if group]
     cure = f"choose one: {_ways((), there)}" if there else "its tensors lie in no dict; leave subfolder= out"
-    raise CheckpointError(f"{place}: no folder here, and no dict of the checkpoint, is called {asked!r}; {cure}")
+    raise CheckpointError(
+        f"{place}: no folder here, and no dict of the checkpoint, is called {asked!r}; {cure}", cause="not_found"
+    )
 
 
 def _chosen(place: str, paths: _Paths, head: _Head = ()) -> Branch:

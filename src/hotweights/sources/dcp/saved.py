@@ -141,21 +141,27 @@ def read_saved(file: str, raw: bytes) -> Saved:
     except _ForeignClass as error:
         raise CheckpointError(
             f"{file}: names {error}, which is not of torch's own metadata; nothing of it was run. If you trust the "
-            f"file, let torch read it: torch.distributed.checkpoint.format_utils.dcp_to_torch_save"
+            f"file, let torch read it: torch.distributed.checkpoint.format_utils.dcp_to_torch_save",
+            cause="bad_index",
         ) from None
     except Exception as error:  # A damaged pickle raises nearly anything.
         raise CheckpointError(
-            f"{file}: is not what torch.distributed.checkpoint writes: {type(error).__name__}: {error}"
+            f"{file}: is not what torch.distributed.checkpoint writes: {type(error).__name__}: {error}",
+            cause="bad_index",
         ) from error
     if not isinstance(metadata, _Metadata):
-        raise CheckpointError(f"{file}: is not what torch.distributed.checkpoint writes, but a {_kind(metadata)}")
+        raise CheckpointError(
+            f"{file}: is not what torch.distributed.checkpoint writes, but a {_kind(metadata)}", cause="bad_index"
+        )
     return _validated(file, vars(metadata))
 
 
 def _validated(file: str, fields: dict[str, Any]) -> Saved:
     entries, storage = fields.get("state_dict_metadata"), fields.get("storage_data")
     if not isinstance(entries, dict) or not isinstance(storage, dict):
-        raise CheckpointError(f"{file}: does not say what was saved, and where; another writer than torch's made it")
+        raise CheckpointError(
+            f"{file}: does not say what was saved, and where; another writer than torch's made it", cause="bad_index"
+        )
     where = {(getattr(key, "fqn", None), _ints(getattr(key, "offset", None))): info for key, info in storage.items()}
     problems: list[str] = []
     tensors: dict[str, SavedTensor] = {}
@@ -169,7 +175,7 @@ def _validated(file: str, fields: dict[str, Any]) -> Saved:
         except _Problem as problem:
             problems += problem.args
     if problems:
-        raise CheckpointError(file, problems)
+        raise CheckpointError(file, problems, cause="bad_index")
     said = fields.get("planner_data")
     keys = {name: path for name, path in said.items() if isinstance(path, tuple)} if isinstance(said, dict) else {}
     return Saved(tensors, tuple(others), keys)

@@ -75,7 +75,7 @@ class DcpSource(ClosedByOwner):
         self._files, broken = open_files(place.directory, tensors, undo)
         problems += broken + cut_off(self._files, tensors)
         if problems:
-            raise CheckpointError(f"{self.path}: the checkpoint is broken", problems)
+            raise CheckpointError(f"{self.path}: the checkpoint is broken", problems, cause="bad_part")
         self._numbers = {name: number for number, name in enumerate(self._files)}
         homes = sorted(map(self._home, tensors, tensors.values()), key=lambda home: home.position)
         self._homes = {home.spec.name: home for home in homes}
@@ -221,7 +221,7 @@ class DcpSource(ClosedByOwner):
         for read, asked, memory in in_rows(map(self._checked, reads)):
             located.append((read, memory, self._strips(read.name, asked, problems)))
         if problems:
-            raise CheckpointError(f"{self.path}: the checkpoint is broken", problems)
+            raise CheckpointError(f"{self.path}: the checkpoint is broken", problems, cause="bad_part")
         return located
 
     def _checked(self, read: Read) -> Read:

@@ -61,7 +61,9 @@ def belongings(directory: Path, weights: tuple[str, ...] = ()) -> Belongings:
             else:
                 found.files[entry.name] = Path(entry.path)
     except OSError as error:
-        raise CheckpointError(f"{error.filename or directory}: cannot be listed: {error.strerror}") from error
+        raise CheckpointError(
+            f"{error.filename or directory}: cannot be listed: {error.strerror}", cause="cannot_open"
+        ) from error
     return found
 
 

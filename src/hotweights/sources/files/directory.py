@@ -75,12 +75,16 @@ def snapshot(directory: Place) -> Place:
     if main.is_file():
         snapshot = snapshots / main.read_text(errors="replace").strip()
         if not snapshot.is_dir():
-            raise CheckpointError(f"{directory}: refs/main names the snapshot {snapshot.name!r}, which is not there")
+            raise CheckpointError(
+                f"{directory}: refs/main names the snapshot {snapshot.name!r}, which is not there", cause="not_found"
+            )
         return snapshot
     revisions = sorted(snapshots.iterdir())
     if len(revisions) == 1:
         return revisions[0]
-    raise CheckpointError(f"{directory}: {len(revisions)} snapshots and no refs/main; open the one you mean")
+    raise CheckpointError(
+        f"{directory}: {len(revisions)} snapshots and no refs/main; open the one you mean", cause="ambiguous"
+    )
 
 
 @overload
@@ -92,7 +96,8 @@ def folder_in(directory: Place, subfolder: str | None, layout: Layout) -> Place:
     folder = directory / subfolder if subfolder else directory
     if not is_dir(folder):
         raise CheckpointError(
-            f"{folder}: there is no such folder{_choose_folder(directory, names_in(directory), layout)}"
+            f"{folder}: there is no such folder{_choose_folder(directory, names_in(directory), layout)}",
+            cause="not_found",
         )
     return folder
 
@@ -105,14 +110,14 @@ def find(directory: Place, layout: Layout, variant: str | None = None) -> Choice
     """
     names = names_in(directory)
     if (why := parts_of_dcp(names)) is not None:
-        raise CheckpointError(f"{directory}: {why}")
+        raise CheckpointError(f"{directory}: {why}", cause="other_format")
     choice = _choose(directory, names, layout, variant)
     if "model_index.json" in names and not (choice and choice.known):
         itself = f", or open {directory / choice.files[0]} itself" if choice and choice.files else ""
         folders = _choose_folder(directory, names, layout)
-        raise CheckpointError(f"{directory}: holds a pipeline of several models{folders}{itself}")
+        raise CheckpointError(f"{directory}: holds a pipeline of several models{folders}{itself}", cause="ambiguous")
     if choice is None:
-        raise CheckpointError(_nothing(directory, names, layout, variant))
+        raise CheckpointError(_nothing(directory, names, layout, variant), cause="no_weights")
     return choice
 
 
@@ -130,7 +135,9 @@ def _choose(directory: Place, names: Sequence[str], layout: Layout, variant: str
     if variant is None and variants and not any(file.rank <= _OTHER for file in asked):
         if len(variants) > 1:
             ways = " or ".join(f'variant="{name}"' for name in variants)
-            raise CheckpointError(f"{directory}: holds several variants of the weights; choose one: {ways}")
+            raise CheckpointError(
+                f"{directory}: holds several variants of the weights; choose one: {ways}", cause="ambiguous"
+            )
         asked = [file for file in every if file.variant == variants[0]]
     candidates = _best(directory, asked, layout)
     if len(candidates) > 1:
@@ -138,6 +145,7 @@ def _choose(directory: Place, names: Sequence[str], layout: Layout, variant: str
             f"{directory}: holds several checkpoints, and nothing says which is meant; open the one you mean, or a "
             "list of files where they are one checkpoint together",
             [_how_to_open(directory, choice, layout) for choice in candidates],
+            cause="ambiguous",
         )
     return replace(candidates[0], others=_others(names, asked, candidates[0], layout)) if candidates else None
 
@@ -236,7 +244,9 @@ def _said_by_config(directory: Place, layout: Layout) -> Choice | None:
     if name is None:
         return None
     if lies_outside(name) or not exists(directory / name):
-        raise CheckpointError(f"{directory}: config.json says that the weights are in {name!r}, which is not there")
+        raise CheckpointError(
+            f"{directory}: config.json says that the weights are in {name!r}, which is not there", cause="missing_shard"
+        )
     return Choice((), name, known=True) if name.endswith(".json") else Choice((name,), None, known=True)
 
 

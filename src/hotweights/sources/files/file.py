@@ -130,11 +130,11 @@ class File:
         try:
             self._fd = _DESCRIPTORS.open(self, path)
         except (OSError, ValueError) as error:  # ValueError: a name with a zero byte.
-            raise CheckpointError(f"{path}: cannot be opened: {_why(path, error)}") from error
+            raise CheckpointError(f"{path}: cannot be opened: {_why(path, error)}", cause="cannot_open") from error
         status = os.fstat(self._fd)
         if not stat.S_ISREG(status.st_mode):
             self.close()
-            raise CheckpointError(f"{path}: is {_kind(status.st_mode)}, not a file")
+            raise CheckpointError(f"{path}: is {_kind(status.st_mode)}, not a file", cause="not_a_file")
         self._opened = _fingerprint(status)
         self.size = status.st_size
         self.modified = status.st_mtime_ns
@@ -295,7 +295,9 @@ class File:
         except OSError as error:
             if error.errno == errno.ENOENT:
                 raise self._gone(error) from error
-            raise CheckpointError(f"{self.path}: cannot be opened again: {error.strerror}") from error
+            raise CheckpointError(
+                f"{self.path}: cannot be opened again: {error.strerror}", cause="cannot_open"
+            ) from error
         try:
             self._compare(_fingerprint(os.fstat(fd)))
         except BaseException:
@@ -357,7 +359,7 @@ class File:
     def _failed(self, error: OSError, offset: int) -> CheckpointError | Closed:
         if self._closed:
             return Closed(f"{self.path} was closed")
-        return CheckpointError(f"{self.path}: reading at byte {offset} failed: {error.strerror}")
+        return CheckpointError(f"{self.path}: reading at byte {offset} failed: {error.strerror}", cause="cannot_read")
 
     def _gone(self, error: OSError) -> CheckpointChanged:
         return CheckpointChanged(f"{self.path}: the file went away while it was open: {error.strerror}")

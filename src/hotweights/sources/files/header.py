@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from ...dtypes import FORMAT_DTYPES, DType, OpaqueDtype
-from ...errors import CheckpointError
+from ...errors import CheckpointError, Problem
 from ...manifest import TensorSpec
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def read_header(file: str, size: int, pread: Callable[[int, int], bytes], view: 
         CheckpointError: with every problem that was found in this file.
     """
     if size == 0:
-        raise CheckpointError(f"{file}: the file is empty")
+        raise CheckpointError(f"{file}: the file is empty", cause="empty")
     start = pread(min(size, BEGINNING), 0)
     nbytes = int.from_bytes(start[:8], "little")
     if size < 8 or nbytes > size - 8:
@@ -91,21 +91,27 @@ def read_header(file: str, size: int, pread: Callable[[int, int], bytes], view: 
         begins = start[:40]
         if begins.isascii() and all(letter.isprintable() or letter.isspace() for letter in begins.decode()):
             raise CheckpointError(
-                f"{file}: this is text ({size} bytes), not the weights; it begins {begins.decode()!r}"
+                f"{file}: this is text ({size} bytes), not the weights; it begins {begins.decode()!r}", cause="text"
             )
     if size >= 8 and nbytes == 0:
         raise CheckpointError(
             f"{file}: it begins with zero bytes where the length of its header belongs; was its space taken, and it "
-            "never written?"
+            "never written?",
+            cause="zeros",
         )
     if size < 8:
-        raise CheckpointError(f"{file}: {size} bytes are too few for a safetensors file, whose header alone needs 8")
+        raise CheckpointError(
+            f"{file}: {size} bytes are too few for a safetensors file, whose header alone needs 8", cause="truncated"
+        )
     # Both bounds come before the allocation: a forged length of 2^60 bytes would take all memory.
     if nbytes > MAX_HEADER_NBYTES:
-        raise CheckpointError(f"{file}: header of {nbytes} bytes; at most {MAX_HEADER_NBYTES} are allowed")
+        raise CheckpointError(
+            f"{file}: header of {nbytes} bytes; at most {MAX_HEADER_NBYTES} are allowed", cause="header_too_large"
+        )
     if 8 + nbytes > size:
         raise CheckpointError(
-            f"{file}: header of {nbytes} bytes expected, but the file ends after {size} bytes; is it truncated?"
+            f"{file}: header of {nbytes} bytes expected, but the file ends after {size} bytes; is it truncated?",
+            cause="truncated",
         )
     return _parse(file, pread(nbytes, 8), data_start=8 + nbytes, size=size, view=view or as_torch)
 
@@ -115,22 +121,25 @@ def refuse_other_formats(file: str, size: int, start: bytes) -> None:
     if start.startswith(_POINTER):
         raise CheckpointError(
             f"{file}: this is a pointer to large-file storage ({size} bytes), not the weights; "
-            "fetch them with: git lfs pull"
+            "fetch them with: git lfs pull",
+            cause="lfs_pointer",
         )
     if start.lstrip()[:9].lower().startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
         raise CheckpointError(
             f"{file}: this is a web page ({size} bytes), not the weights: a server answered the download with an error "
-            "or a login page; fetch the file again"
+            "or a login page; fetch the file again",
+            cause="html_page",
         )
     if start[257:262] == b"ustar":
         raise CheckpointError(
-            f"{file}: this is not a safetensors file but a tar archive; unpack it: tar xf {shlex.quote(file)}"
+            f"{file}: this is not a safetensors file but a tar archive; unpack it: tar xf {shlex.quote(file)}",
+            cause="other_format",
         )
     for magic, what in _ELSEWHERE.items():
         if start.startswith(magic):
             if file.endswith((".bin", ".pt", ".pth")):
                 what = what.replace("rename it to .bin: ", "")
-            raise CheckpointError(f"{file}: this is not a safetensors file but {what}")
+            raise CheckpointError(f"{file}: this is not a safetensors file but {what}", cause="other_format")
 
 
 def _parse(file: str, raw: bytes, *, data_start: int, size: int, view: View) -> FileHeader:
@@ -141,7 +150,9 @@ def _parse(file: str, raw: bytes, *, data_start: int, size: int, view: View) -> 
         if raw.count(b":") != names + len(metadata) + 3 * len(fields):
             _refuse_duplicates(file, raw)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{file}: header is not a JSON object of tensors: {error}") from error
+        raise CheckpointError(
+            f"{file}: header is not a JSON object of tensors: {error}", cause="not_safetensors"
+        ) from error
     problems: list[str] = []
     entries: list[Entry] = []
     minus_zero = b"-0" in raw
@@ -169,7 +180,7 @@ def _parse(file: str, raw: bytes, *, data_start: int, size: int, view: View) -> 
         entries.sort(key=_by_offset)
         problems = _gaps(entries, data_start, size)
     if problems:
-        raise CheckpointError(file, problems)
+        raise CheckpointError(file, problems, cause="bad_header")
     return FileHeader(tuple(entries), metadata)
 
 
@@ -177,7 +188,9 @@ def _free_text(file: str, field: msgspec.Raw | bytes) -> dict[str, str]:
     try:
         return _metadata.decode(field)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{file}: __metadata__ of the header does not map names to text: {error}") from error
+        raise CheckpointError(
+            f"{file}: __metadata__ of the header does not map names to text: {error}", cause="bad_header"
+        ) from error
 
 
 def _by_offset(entry: Entry) -> tuple[int, int]:
@@ -195,13 +208,15 @@ def _refuse_duplicates(file: str, raw: bytes) -> None:
         # Objects become tuples of pairs, to tell them from arrays.
         header = json.loads(raw, object_pairs_hook=tuple)
     except ValueError as error:
-        raise CheckpointError(f"{file}: header is not a JSON object of tensors: {error}") from error
+        raise CheckpointError(
+            f"{file}: header is not a JSON object of tensors: {error}", cause="not_safetensors"
+        ) from error
     problems = [f"the name {name!r} occurs twice in the header" for name in _twice(header)]
     for name, entry in header:
         if isinstance(entry, tuple) and name != "__metadata__":  # Free text: the last one counts.
             problems += [f"tensor {name!r}: {key!r} occurs twice" for key in _twice(entry)]
     if problems:
-        raise CheckpointError(file, problems)
+        raise CheckpointError(file, problems, cause="bad_header")
 
 
 def _twice(pairs: Iterable[tuple[str, object]]) -> list[str]:
@@ -268,7 +283,7 @@ def _gaps(entries: Iterable[Entry], data_start: int, size: int) -> list[str]:
         position, last = max(position, stop), spec.name
     if cut:  # A cut takes all tensors behind it. To name each would bury the reason.
         others = f"this tensor and {len(cut) - 1} later ones are cut off" if len(cut) > 1 else "is it truncated?"
-        problems.append(f"{cut[0]}; {others}")
+        problems.append(Problem(f"{cut[0]}; {others}", "truncated"))
     if not problems and position < size:
         problems.append(f"{size - position} trailing bytes belong to no tensor")
     return problems

@@ -17,9 +17,11 @@ def read_index(file: Readable) -> tuple[dict[str, str], list[str]]:
     """The file of each tensor, ``""`` where the index gives no name; and what is wrong with the index itself."""
     index = file.path
     if file.size > MAX_HEADER_NBYTES:
-        raise CheckpointError(f"{index}: an index of {file.size} bytes; at most {MAX_HEADER_NBYTES} are allowed")
+        raise CheckpointError(
+            f"{index}: an index of {file.size} bytes; at most {MAX_HEADER_NBYTES} are allowed", cause="bad_index"
+        )
     if file.size == 0:
-        raise CheckpointError(f"{index}: the file is empty")
+        raise CheckpointError(f"{index}: the file is empty", cause="empty")
     raw = file.pread(file.size, 0)
     refuse_other_formats(index, file.size, raw[:BEGINNING])
     problems: set[str] = set()
@@ -34,12 +36,14 @@ def read_index(file: Readable) -> tuple[dict[str, str], list[str]]:
     try:
         content = json.loads(raw, object_pairs_hook=without_duplicates, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{index}: not a JSON object: {error}") from error
+        raise CheckpointError(f"{index}: not a JSON object: {error}", cause="bad_index") from error
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if weight_map is None and str(index).endswith("config.json"):
-        raise CheckpointError(f"{index}: is a configuration, no index of weights; give the directory that it lies in")
+        raise CheckpointError(
+            f"{index}: is a configuration, no index of weights; give the directory that it lies in", cause="bad_index"
+        )
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f'{index}: no "weight_map" that names the file of each tensor')
+        raise CheckpointError(f'{index}: no "weight_map" that names the file of each tensor', cause="bad_index")
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not shard:
             problems.add(f"tensor {name!r}: its file is {shard!r}, which is no name")

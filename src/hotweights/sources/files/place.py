@@ -107,7 +107,7 @@ def names_in(directory: Place) -> list[str]:
     try:
         return sorted(os.listdir(directory))  # Path.glob would compile an expression first, for milliseconds.
     except OSError as error:
-        raise CheckpointError(f"{directory}: cannot be listed: {error.strerror}") from error
+        raise CheckpointError(f"{directory}: cannot be listed: {error.strerror}", cause="cannot_open") from error
 
 
 def open_place(place: Place) -> Readable:

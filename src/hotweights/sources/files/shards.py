@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from itertools import count, islice
 from pathlib import Path
 
-from ...errors import CheckpointError, StoreError, UsageError
+from ...errors import CheckpointError, Problem, StoreError, UsageError
 from ...text import some
 from ..checksums import Digests, Proof
 from .directory import find, folder_in, snapshot, unfinished
@@ -146,7 +146,9 @@ def open_checkpoint(
     place = _place(what) if isinstance(what, (str, os.PathLike)) else None
     if place is not None and not exists(place):
         broken = " (a link that leads nowhere)" if os.path.islink(place) else ""
-        raise CheckpointError(f"{place}: there is no such file or directory{broken or _neighbour(place)}")
+        raise CheckpointError(
+            f"{place}: there is no such file or directory{broken or _neighbour(place)}", cause="not_found"
+        )
     if place is not None and is_dir(place):
         return _open_directory(folder_in(snapshot(place), subfolder, layout), layout, variant)
     if variant is not None or subfolder is not None:
@@ -209,10 +211,11 @@ def _absent(files: Sequence[Place]) -> list[str]:
             absent = [f"{head}{number:0{len(total)}}-of-{total}{tail}" for number in numbers]
             more = f" and {lacking - len(absent)} more" if lacking > len(absent) else ""
             more += _begun(_beside(part.parent), absent)
-            problems.append(
+            told = (
                 f"{part.parent}: {lacking} of {int(total)} files are absent, {', '.join(absent)}{more}; was it copied "
                 f"or saved to its end? To read a part of it, open {part}"
             )
+            problems.append(Problem(told, "missing_shard"))
     return problems
 
 
@@ -238,13 +241,16 @@ def _open_each(paths: Iterable[Place], layout: Layout, undo: ExitStack) -> tuple
     for path in paths:
         try:
             if isinstance(path, Path) and os.path.exists(f"{path}.aria2"):  # It has its full length from the beginning.
-                raise CheckpointError(f"{path}: aria2 has not downloaded it to its end: {path.name}.aria2 lies there")
+                raise CheckpointError(
+                    f"{path}: aria2 has not downloaded it to its end: {path.name}.aria2 lies there", cause="unfinished"
+                )
             shards.append(ShardFile(path, layout))
             undo.callback(shards[-1].close)
         except StoreError:
             raise  # What could not be asked for may be sound.
         except CheckpointError as error:
-            problems += [f"{error.title}: {problem}" for problem in error.problems] or [error.title]
+            told = [f"{error.title}: {problem}" for problem in error.problems] or [error.title]
+            problems += [Problem(each, error.cause) for each in told]
     return tuple(shards), problems
 
 
@@ -260,7 +266,7 @@ def _homes(shards: Sequence[ShardFile]) -> dict[str, list[str]]:
 def _duplicates(homes: dict[str, list[str]], decided: Container[str]) -> list[str]:
     """One tensor in two files, and nothing decides. Other readers take the last one silently."""
     return [
-        f"tensor {name!r}: in {paths[0]} and again in {path}"
+        Problem(f"tensor {name!r}: in {paths[0]} and again in {path}", "duplicate_tensor")
         for name, paths in homes.items()
         if len(paths) > 1 and name not in decided
         for path in paths[1:]
@@ -278,7 +284,7 @@ def _open_index(index: Place, layout: Layout, others: Sequence[str] = ()) -> Che
         problems += broken + _duplicates(homes, weight_map)
         problems += disagreements(index.parent, weight_map, homes, [shard.file.path for shard in shards])
         if problems:
-            raise CheckpointError(str(index), problems)
+            raise CheckpointError(str(index), problems, cause="index_disagrees")
         several = _obey(index.parent, weight_map, shards, homes)
         more = [name for name in homes if name not in weight_map]
         left = sorted(set(others).difference(weight_map.values()))
@@ -349,11 +355,12 @@ def _open_indexed(
     beside = _beside(index.parent) if absent else []
     for path in absent:
         tensors = sum(1 for shard in weight_map.values() if index.parent / shard == path)
-        problems.append(
+        told = (
             f"{path}: named by the index for {tensors} tensors, but "
             + ("it is a link that leads nowhere" if os.path.islink(path) else "there is no such file")
             + _begun(beside if path.parent == index.parent else _beside(path.parent), [path.name])
         )
+        problems.append(Problem(told, "missing_shard"))
     shards, broken = _open_each([path for path in paths if path not in absent], layout, undo)
     return shards, problems + broken
 

@@ -26,6 +26,7 @@ WRITTEN = ("s3", "s3a", "gs", "az", "abfs", "abfss")
 """Those of them that can be written to."""
 # Two letters at least: one is a drive of Windows. Path() makes one slash of two.
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/{1,2}(?P<rest>[^/].*)", re.DOTALL)
+_BARE = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(/{0,3})")
 _AT = ("abfs", "abfss", "hf")  # where no user stands before that sign
 _OBJECTS = (".safetensors", ".json", ".bin", ".pt", ".pth")  # How the names of objects end; others are directories.
 _OURS = ("deadline", "requests", "cache_dir", "cache_nbytes")
@@ -56,7 +57,10 @@ class Parts(NamedTuple):
 def parts_of(text: str) -> Parts | None:
     """The parts of an address of any scheme; ``None`` of what is none, or is a path that exists."""
     match = _ADDRESS.fullmatch(text)
-    if match is None or os.path.exists(text):
+    if os.path.exists(text):
+        return None
+    if match is None:
+        _refuse_bare(text)
         return None
     scheme = match[1].lower()
     if scheme == "hf":
@@ -64,6 +68,17 @@ def parts_of(text: str) -> Parts | None:
         return Parts(scheme, which.shown.removeprefix("hf://"), key)
     host, _, key = match["rest"].partition("/")
     return Parts(scheme, host, key)
+
+
+def _refuse_bare(text: str) -> None:
+    """Refuse a scheme alone: without what follows it, it would be looked for as a file."""
+    match = _BARE.fullmatch(text)
+    if match and ("/" in match[2] or match[1].lower() in SCHEMES):
+        scheme = match[1].lower()
+        place = {"hf": "org/name", "http": "host/folder", "https": "host/folder"}.get(scheme, "bucket/folder")
+        cure = f"{scheme}://{place}" if scheme in SCHEMES else "a path, or an address such as s3://bucket/folder"
+        # A path may have lost the slashes by now.
+        raise UsageError(f"{match[1]}://: the address ends after its scheme; is a variable not set? Give {cure}")
 
 
 def connect(addresses: Sequence[Parts], options: object, *, writes: bool = False) -> list[Address]:

@@ -113,7 +113,9 @@ class Hub:
                 with contextlib.suppress(FileNotFoundError):
                     said = await Obstore(self._open_store(base, self._headers)).whole("")
                 if said is None:
-                    raise CheckpointError(f"{self._which.shown}: the hub knows no such model or revision")
+                    raise CheckpointError(
+                        f"{self._which.shown}: the hub knows no such model or revision", cause="not_found"
+                    )
                 commit, names = _commit_of(said)
                 prefix = "" if kind == "models" else f"{kind}/"
                 base = f"{self._endpoint}/{prefix}{name}/resolve/{commit}"

@@ -158,7 +158,7 @@ class Store:
             begun = self._soon.pop(key)
         with contextlib.suppress(FileNotFoundError):  # Its text quotes the address, and what stood in the answer.
             return self._wait(begun)
-        raise CheckpointError(f"{self.path(key)}: there is no such object")
+        raise CheckpointError(f"{self.path(key)}: there is no such object", cause="not_found")
 
     def names(self, key: str) -> list[str]:
         """The names of what lies directly below a key."""

@@ -23,7 +23,9 @@ from .reader import Reader
 def _parse(file: Readable) -> FileHeader:
     tensors = _load(file.path, "meta")
     if not isinstance(tensors, Mapping):
-        raise CheckpointError(f"{file.path}: holds a {type(tensors).__name__}, not a dictionary of tensors")
+        raise CheckpointError(
+            f"{file.path}: holds a {type(tensors).__name__}, not a dictionary of tensors", cause="other_format"
+        )
     strangers = [problem for name, value in tensors.items() if (problem := _strange(name, value))]
     if strangers:
         raise CheckpointError(
@@ -60,7 +62,9 @@ def _load(path: str, device: str) -> Mapping[str, torch.Tensor]:
     except MemoryError:
         raise
     except Exception as error:  # A broken file raises KeyError, EOFError, UnpicklingError, RuntimeError and others.
-        raise CheckpointError(f"{path}: torch.load with weights_only=True refuses it: {_reason(error)}") from error
+        raise CheckpointError(
+            f"{path}: torch.load with weights_only=True refuses it: {_reason(error)}", cause="other_format"
+        ) from error
     return loaded
 
 
