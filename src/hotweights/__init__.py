@@ -56,10 +56,11 @@ if TYPE_CHECKING:
     from .routing.component import Component
     from .routing.report import RouteReport
     from .routing.route import route
+    from .sources.follow import follow
     from .sources.iterator import from_iterator
     from .sources.opening import open
     from .sources.save import SaveReport, save
-    from .sources.versions import Version, Versions, follow
+    from .sources.versions import Version, Versions
     from .tracing.trace import trace
     from .transfer.receiver import Receiver
     from .transfer.report import SendReport
@@ -157,7 +158,7 @@ _HOMES = {
     "Version": "sources.versions",
     "Versions": "sources.versions",
     "build": "engines.build",
-    "follow": "sources.versions",
+    "follow": "sources.follow",
     "from_iterator": "sources.iterator",
     "load": "loading.load",
     "open": "sources.opening",

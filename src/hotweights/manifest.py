@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -58,7 +58,7 @@ class Manifest(Mapping[str, TensorSpec]):
     The order is the source's own. Tensors may arrive in another one.
     """
 
-    __slots__ = ("_specs", "nbytes", "origins")
+    __slots__ = ("_specs", "nbytes", "origins", "wrapped")
 
     def __init__(self, specs: Iterable[TensorSpec], *, origins: Mapping[str, str] = _NOT_RENAMED) -> None:
         given = tuple(specs)
@@ -68,6 +68,8 @@ class Manifest(Mapping[str, TensorSpec]):
             raise UsageError(f"a manifest names tensors twice: {some(twice)}; give each spec once")
         self.nbytes = sum(spec.nbytes for spec in self._specs.values())
         """Bytes of all tensors together."""
+        self.wrapped = any(spec.shell is not None for spec in given)
+        """Whether some of them lie in wrappers."""
         self.origins = origins
         """For tensors that were renamed: their names where they come from."""
 
@@ -94,6 +96,20 @@ class Manifest(Mapping[str, TensorSpec]):
 
     def __len__(self) -> int:
         return len(self._specs)
+
+    # Those of ``Mapping`` ask for each item by its name: of thousands of tensors that takes long.
+
+    def keys(self) -> KeysView[str]:
+        """The names, in order."""
+        return self._specs.keys()
+
+    def values(self) -> ValuesView[TensorSpec]:
+        """The specs, in order."""
+        return self._specs.values()
+
+    def items(self) -> ItemsView[str, TensorSpec]:
+        """Names and specs, in order."""
+        return self._specs.items()
 
     def __repr__(self) -> str:
         return f"<Manifest {len(self)} tensors, {self.nbytes} bytes>"

@@ -58,13 +58,18 @@ def outer_names(specs: Mapping[str, Any]) -> dict[str, str]:
 
     ``specs`` are those of a manifest, or shells; ``None`` has none.
     """
-    shells = ((name, getattr(spec, "shell", spec)) for name, spec in specs.items())
-    return {name: name if shell is None else shell.outer(name) for name, shell in shells}
+    return {
+        name: name if (shell := getattr(spec, "shell", spec)) is None else shell.outer(name)
+        for name, spec in specs.items()
+    }
 
 
 def renamed_inside(outer: Mapping[str, str], new: Mapping[str, str]) -> dict[str, str]:
     """The new name of each tensor, from those of what ``outer`` says that it lies in."""
-    return {name: new.get(whole, whole) + name[len(whole) :] for name, whole in outer.items()}
+    return {
+        name: new.get(name, name) if name == whole else new.get(whole, whole) + name[len(whole) :]
+        for name, whole in outer.items()
+    }
 
 
 def described(value: object, depth: int = 0) -> str:

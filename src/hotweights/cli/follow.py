@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..errors import CheckpointError
-from ..sources.versions import follow as versions_in
+from ..sources.follow import follow as versions_in
 from . import flags
 from .outcome import ending, shown
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import nn
@@ -33,12 +34,12 @@ from ..names import outer_prefix, unwrapped
 from ..plan.patterns import Patterns
 from ..plan.plan import LoadPlan, Order
 from ..plan.quantised import scaleless
-from ..plan.steps import Copy, Fate, Program
+from ..plan.steps import Copy, Fate
 from ..plan.unused import unused
 from ..progress import progress
 from ..rename import Rename
 from ..sharding import reshard
-from ..sources.contracts import Addressed, IOMode, OnDisk, Participant, refusing, warnings_of
+from ..sources.contracts import Addressed, InMemory, IOMode, OnDisk, Participant, refusing, warnings_of
 from ..sources.iterator import IteratorSource
 from ..sources.locating import naming_files
 from ..sources.opening import AnySource, opened
@@ -213,7 +214,8 @@ def load(
                 pool = stack.enter_context(Pool(device=_slowest(destinations)))
             advance = stack.enter_context(progress("loading", nbytes, show=show_progress))
             # Code that loads what falls back may be given every tensor.
-            wanted = None if plan.fallback else {request.name for request in requests_of(plan, source)}
+            some_only = isinstance(source, InMemory) and not plan.fallback
+            wanted = {request.name for request in requests_of(plan, source)} if some_only else None
             weights, copied_nbytes = apart(source, destinations.values, wanted)
             done.hold_scratch(copied_nbytes)
             kept = execute(plan, weights, destinations, done, pool=pool, io=io, threads=threads, advance=advance)
@@ -322,21 +324,23 @@ def _is_slice(step: Copy) -> bool:
 
 def _report(plan: LoadPlan, done: Tally, pool: Pool, seconds: float, warnings: tuple[str, ...]) -> LoadReport:
     stats = pool.stats()
-    used = [name for name, fate in plan.fates.items() if fate in (Fate.WRITTEN, Fate.CAST, Fate.TIED)]
+    tensors = {fate: plan.names(fate) for fate in Fate}
+    used = chain(tensors[Fate.WRITTEN], tensors[Fate.CAST], tensors[Fate.TIED])
+    copies = [step for step in plan.steps if isinstance(step, Copy)]
     return LoadReport(
         bytes_read=done.bytes_read,
         bytes_written=done.bytes_written,
         seconds=seconds,
         peak_buffer_bytes=stats.peak * pool.slot_nbytes,
         peak_scratch_bytes=done.peak_scratch,
-        tensors={fate: plan.names(fate) for fate in Fate},
+        tensors=tensors,
         casts=plan.casts,
         mismatched=plan.mismatched,
         bytes_by_io=dict(done.bytes_by_io),
         steps={
-            "copies": sum(isinstance(step, Copy) for step in plan.steps),
-            "slices": sum(isinstance(step, Copy) and _is_slice(step) for step in plan.steps),
-            "programs": sum(isinstance(step, Program) for step in plan.steps),
+            "copies": len(copies),
+            "slices": sum(map(_is_slice, copies)),
+            "programs": len(plan.steps) - len(copies),
         },
         planned=sum(name not in plan.fallback for name in used),
         fell_back=tuple(str(note) for note in plan.graph_breaks),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -20,7 +20,7 @@ _LARGE = 4 * 1024 * 1024  # bytes from which a destination is worth a huge page
 _RUN = 512  # bytes of a contiguous run from which it is read by itself; below that the bytes between are read too
 
 
-def reads_of(step: Copy, spec: TensorSpec, destination: torch.Tensor, limit: int) -> Iterator[Read]:
+def reads_of(step: Copy, spec: TensorSpec, destination: torch.Tensor, limit: int) -> Iterable[Read]:
     """The reads of one copy: straight into the destination where the bytes stay as they are, else through sinks.
 
     Args:
@@ -32,8 +32,11 @@ def reads_of(step: Copy, spec: TensorSpec, destination: torch.Tensor, limit: int
     target = destination if step.into is None else view(destination, step.into)
     small = 0 < spec.nbytes < _LARGE
     if small and step.of is None and target.dtype == spec.dtype and target.is_cpu and target.is_contiguous():
-        yield Read(spec.name, 0, spec.nbytes, target)  # The only ones that come in their thousands.
-        return
+        return (Read(spec.name, 0, spec.nbytes, target),)  # The only ones that come in their thousands.
+    return _reads_of(step, spec, target, limit)
+
+
+def _reads_of(step: Copy, spec: TensorSpec, target: torch.Tensor, limit: int) -> Iterator[Read]:
     if spec.nbytes == 0 or target.numel() == 0:
         return
     assert not isinstance(spec.dtype, OpaqueDtype)

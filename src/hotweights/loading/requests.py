@@ -10,7 +10,7 @@ import torch
 
 from ..manifest import Manifest, TensorSpec
 from ..plan.plan import LoadPlan
-from ..plan.steps import Copy, Program, Step
+from ..plan.steps import Copy, Step
 from ..ranges import Range, ranges_of
 from ..sources.contracts import Addressed, InMemory, Participant, Request, Source
 from .reads import read_nbytes
@@ -28,9 +28,12 @@ def bytes_to_read(plan: LoadPlan, source: Source) -> int:
     if isinstance(source, InMemory):
         return nbytes + sum(used_nbytes(step, manifest) for step in plan.steps)
     compared = sum(manifest[step.source].nbytes for step in chain.from_iterable(plan.ties))
-    copies = sum(read_nbytes(step, manifest[step.source]) for step in plan.steps if isinstance(step, Copy))
-    programs = sum(used_nbytes(step, manifest) for step in plan.steps if isinstance(step, Program))
-    return nbytes + compared + copies + programs
+    for step in plan.steps:
+        if isinstance(step, Copy):
+            nbytes += read_nbytes(step, manifest[step.source])
+        else:
+            nbytes += used_nbytes(step, manifest)
+    return nbytes + compared
 
 
 def used_nbytes(step: Step, manifest: Manifest) -> int:

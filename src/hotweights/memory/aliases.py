@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterator, Mapping
-from functools import cache
 
 import torch
 
@@ -16,15 +15,22 @@ def owners(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
 
     The same tensor means the same memory seen the same way. A tensor of no bytes is tied to none.
     """
+    places = {name: _place(tensor) for name, tensor in tensors.items()}
+    several = Counter(places.values())
     first: dict[Hashable, str] = {}
-    return {name: first.setdefault(_identity(tensor), name) for name, tensor in tensors.items()}
+    return {
+        name: name if several[place] == 1 else first.setdefault(_identity(tensors[name]), name)
+        for name, place in places.items()
+    }
+
+
+def _place(tensor: torch.Tensor) -> Hashable:
+    return _where(tensor) if plain(tensor) and tensor.numel() else id(tensor)
 
 
 def _identity(tensor: torch.Tensor) -> Hashable:
-    if not plain(tensor) or tensor.numel() == 0:
-        return id(tensor)
     # A conjugated or negated view has the bytes of another tensor, and other values.
-    return (*_where(tensor), tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg())
+    return (_place(tensor), tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg())
 
 
 def plain(tensor: torch.Tensor) -> bool:
@@ -42,14 +48,13 @@ def has_bytes(tensor: torch.Tensor) -> bool:
 
 _PLAIN = {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}
 _NO_DISPATCH = torch._C._disabled_torch_dispatch_impl
-_spelled = cache(str)  # Spelling a device costs as much as all else here.
 
 
-def _where(tensor: torch.Tensor) -> tuple[str, int]:
+def _where(tensor: torch.Tensor) -> tuple[Hashable, int]:
     """Which memory it lies in, and its first byte there. On meta, which has no addresses, every storage is a memory."""
     if tensor.is_meta:
-        return f"meta {tensor.untyped_storage()._cdata}", int(tensor.storage_offset()) * tensor.element_size()
-    return _spelled(tensor.device), tensor.data_ptr()
+        return ("meta", tensor.untyped_storage()._cdata), int(tensor.storage_offset()) * tensor.element_size()
+    return tensor.device, tensor.data_ptr()
 
 
 def overlaps(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, str]]:
@@ -57,7 +62,7 @@ def overlaps(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, str]]:
 
     Only tensors whose address ranges meet are compared with each other: strided ones byte by byte.
     """
-    spans: dict[str, list[tuple[int, int, str]]] = defaultdict(list)
+    spans: dict[Hashable, list[tuple[int, int, str]]] = defaultdict(list)
     for name, tensor in tensors.items():
         if plain(tensor) and tensor.numel():
             memory, start = _where(tensor)

@@ -121,7 +121,9 @@ def _unwritable(tensor: torch.Tensor, device: torch.device | None) -> str:
         return f"is a {type(tensor).__name__}, which has no plain bytes; by name only plain tensors are written"
     if tensor.is_conj() or tensor.is_neg():
         return "is a conjugated or negated view, whose bytes are no values; put its resolve_conj().resolve_neg() there"
+    if tensor.is_contiguous():
+        return ""
     strides = tensor.stride()
-    if 0 in strides and any(s == 0 and n > 1 for n, s in zip(tensor.shape, strides, strict=True)):
+    if any(s == 0 and n > 1 for n, s in zip(tensor.shape, strides, strict=True)):
         return "is an expanded tensor, several elements of which share memory"
     return ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Sequence
+from functools import cache
 
 from .steps import Step
 
@@ -18,17 +19,22 @@ def absent_from(manifest: Container[str], steps: Iterable[Step]) -> Callable[[Se
     Its likes are the tensors whose names differ from its own in numbers only, as of another layer. Where a tensor takes
     several of one kind, as of experts, every kind is expected to have all their numbers, from the first to the last.
     """
-    filled_by: dict[str, set[str]] = defaultdict(set)
-    for step in steps:
-        for destination in step.destinations:
-            filled_by[destination].update(step.sources)
-    likes: dict[str, str] = {}  # Of several likes, the one that takes most.
-    for name, sources in filled_by.items():
-        kind = _NUMBER.sub("#", name)
-        if kind not in likes or len(sources) > len(filled_by[likes[kind]]):
-            likes[kind] = name
+
+    @cache  # Only where something is absent at all.
+    def seen() -> tuple[dict[str, set[str]], dict[str, str]]:
+        filled_by: dict[str, set[str]] = defaultdict(set)
+        for step in steps:
+            for destination in step.destinations:
+                filled_by[destination].update(step.sources)
+        likes: dict[str, str] = {}  # Of several likes, the one that takes most.
+        for name, sources in filled_by.items():
+            kind = _NUMBER.sub("#", name)
+            if kind not in likes or len(sources) > len(filled_by[likes[kind]]):
+                likes[kind] = name
+        return filled_by, likes
 
     def absent(names: Sequence[str]) -> list[str]:
+        filled_by, likes = seen()
         for name in names:
             own = filled_by.get(name, set())
             like = likes.get(_NUMBER.sub("#", name), name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable
 
 from ..text import some
@@ -27,9 +28,12 @@ _KINDS = (
 )
 
 
+_A_KIND = re.compile(rf"(?:^|\.)(?:{'|'.join(_KINDS)})")
+
+
 def of_adapter(name: str) -> bool:
     """Whether it is the name of a tensor that PEFT adds to a model: of LoRA, or of another kind of adapter."""
-    return any(part.startswith(_KINDS) for part in name.split("."))
+    return _A_KIND.search(name) is not None
 
 
 def of_ranks(name: str) -> bool:

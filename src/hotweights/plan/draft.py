@@ -124,7 +124,9 @@ def draft(
         else:
             writes.add(level, step)
     local = Local(manifest, targets)
-    levelled = [*insides.steps(zip(writes.levels, writes.steps, strict=True))]
+    levelled: list[tuple[int, Step]] = list(zip(writes.levels, writes.steps, strict=True))
+    if insides:
+        levelled = list(insides.steps(levelled))
     if whole is not manifest or wide is not targets:
         levelled = list(local.steps(levelled))
     ties = tuple(local.ties(insides.ties(writes.ties)))

@@ -17,7 +17,7 @@ from .steps import Copy, Program, Step, Target
 
 def outer_manifest(manifest: Manifest) -> Manifest:
     """The manifest with wrappers in place of the tensors inside them."""
-    if not any(spec.shell for spec in manifest.values()):
+    if not manifest.wrapped:
         return manifest
     specs = {_outer(spec).name: _outer(spec) for spec in manifest.values()}
     origins = {

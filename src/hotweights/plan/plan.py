@@ -68,6 +68,8 @@ class LoadPlan:
 
     def names(self, fate: Fate) -> tuple[str, ...]:
         """The names with this fate, sorted."""
+        if fate not in self.fates.values():  # Most are of one fate, and this asks for all of them.
+            return ()
         return tuple(sorted(name for name, reached in self.fates.items() if reached is fate))
 
     def by_level(self) -> Iterator[tuple[Step, ...]]:

@@ -64,7 +64,8 @@ class Writes:
         self._whole: dict[str, Copy] = {}
         self._parts: dict[str, list[tuple[Box, Step]]] = defaultdict(list)
         self._exact: dict[tuple[str, Box], Copy] = {}  # the last copy to exactly this box
-        self._history: dict[str, list[tuple[Box, bool]]] = defaultdict(list)  # boxes in order; was it a copy?
+        # Boxes in order, ``None`` for all of it; was it a copy?
+        self._history: dict[str, list[tuple[Box | None, bool]]] = defaultdict(list)
 
     def add(self, level: int, step: Step) -> None:
         """Add a step of this level. One that only repeats or ties an earlier one is not kept among the steps."""
@@ -73,21 +74,21 @@ class Writes:
             self._add_program(step)
         else:
             name, box = step.destination, step.into
-            homes = [(name, box)] if box is None else self._sharing.homes(name, box)
+            homes = [] if box is None else self._sharing.homes(name, box)
             if len(homes) > 1:
                 self._add_spread(step, homes)
             else:
-                step = self._plain(Copy(step.source, homes[0][0], step.of, homes[0][1]))
+                if homes:
+                    step = self._plain(Copy(step.source, homes[0][0], step.of, homes[0][1]))
                 if not self._add_copy(step):
                     return
         self.steps.append(step)
         self.levels.append(level)
 
-    def _add_spread(self, step: Copy, homes: Sequence[tuple[str, Box | None]]) -> None:
+    def _add_spread(self, step: Copy, homes: Sequence[tuple[str, Box]]) -> None:
         """A copy into memory that several names share side by side."""
         self.fates.setdefault(step.source, Fate.WRITTEN)
         for name, box in homes:
-            assert box is not None
             self._parts[self._targets[name].owner].append((box, step))
             self._history[self._targets[name].owner].append((box, True))
 
@@ -106,13 +107,12 @@ class Writes:
         if target is None:  # A tensor that no name leads to, in a list or an attribute.
             return True
         owner, into = target.owner, step.into
-        box = target.box if into is None else into
         before = self._whole.get(owner) if into is None else self._exact.get((owner, into))
         again = before is not None and owner in self._alone and before.source != step.source
-        if before is not None and not again and self._stands(owner, box):
+        if before is not None and not again and self._stands(owner, target.box if into is None else into):
             self._add_tie(before, step)
             return False
-        self._history[owner].append((box, True))
+        self._history[owner].append((into, True))
         if into is None:
             self._whole[owner] = step
             self._check_whole(step, self._manifest[step.source], target)
@@ -124,7 +124,8 @@ class Writes:
 
     def _stands(self, owner: str, box: Box) -> bool:
         """Whether these bytes are as a copy wrote them. Only then a second copy to them is a tie."""
-        for other, copied in reversed(self._history[owner]):
+        for written, copied in reversed(self._history[owner]):
+            other = self._targets[owner].box if written is None else written
             if other == box:
                 return copied
             if meets(other, box):
@@ -234,7 +235,8 @@ class Writes:
     def _boxes_by_owner(self) -> Callable[[str], list[Box]]:
         """A function that gives what is written to the bytes of an owner, under whatever name."""
         parts = [(owner, box) for owner, several in self._parts.items() for box, _ in several]
-        shared = self._sharing.pooled([*parts, *((owner, self._targets[owner].box) for owner in self._whole)])
+        whole = [(owner, target.box) for owner in self._whole if (target := self._targets[owner]).memory]
+        shared = self._sharing.pooled([*parts, *whole])
         return lambda owner: shared(owner) or [box for box, _ in self._parts.get(owner, ())]
 
     def overlaps(self, overlapping: Iterable[tuple[str, str]]) -> Iterator[str]:

@@ -25,7 +25,7 @@ from .dcp.source import DcpSource
 from .files.shards import Paths
 from .files.source import FileSource
 from .iterator import IteratorSource
-from .objects.address import SCHEMES, Parts, check_store, connect, is_store, parts_of, within
+from .objects.address import SCHEMES, Parts, check_store, connect, downloaded, is_store, parts_of, within
 from .objects.source import ObjectSource
 from .pairs import Pair
 from .readers.source import READERS, ReaderSource
@@ -181,6 +181,8 @@ def open(
         UsageError: ``what`` is nothing of these; or ``variant`` or ``subfolder`` is given where no directory is.
     """
     source = _opened(what, reader, variant, subfolder, gather, digests, store, cache_dir)
+    if rename is None:
+        return source
     try:
         outer = outer_names(source.manifest)
         return renamed(source, renamed_inside(outer, new_names(dict.fromkeys(outer.values()), rename)))
@@ -213,9 +215,14 @@ def _opened(
         raise UsageError(f"gather= is for the DTensors of a mapping or a module; this is a {type(what).__name__}")
     if is_paths(what):
         paths = [os.fsdecode(path) for path in ([what] if isinstance(what, (str, os.PathLike)) else what)]
-        if is_store(store) or (addresses := _addresses(paths)):
+        addresses = [] if is_store(store) else _addresses(paths)
+        if is_store(store) or addresses:
             if reader != "hotweights":
                 raise UsageError(f"the reader {reader!r} reads files, no stores; leave reader= out for {paths[0]}")
+            if addresses and addresses[0].scheme == "hf":
+                found = downloaded(addresses, store, variant, subfolder)
+                if found is not None:
+                    return FileSource(found if len(found) > 1 else found[0], variant=variant, digests=digests)
             cache = None if cache_dir is None else {"cache_dir": cache_dir}
             places = within(store, paths, cache) if is_store(store) else connect(addresses, _with(store, cache))
             return ObjectSource(places, variant=variant, subfolder=subfolder, digests=digests)

@@ -16,21 +16,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..arguments import check_kind, check_path
-from ..errors import CheckpointError, Closed, HotweightsError, StoreError, UsageError
+from ..errors import CheckpointError, HotweightsError
 from ..notices import log
 from ..text import some
 from .dcp.place import BYTES as DCP_BYTES
 from .dcp.place import NAME as DCP_NAME
 from .dcp.place import DcpPlace, dcp_place, unfinished_dcp
 from .files.listing import list_checkpoint
-from .objects.address import Address
-from .objects.run import Pointer, Published, Run, is_run, open_run
-from .objects.service import Pin
+from .objects.run import Pointer, Published, Run
 
-_WEIGHTS = ".safetensors"
-_INDEX = ".safetensors.index.json"
-_DEADLINE = 60.0  # seconds, for a store that does not answer; ``store=`` may say otherwise
+WEIGHTS, INDEX = ".safetensors", ".safetensors.index.json"
+"""How the names of files of weights end, and of what names several."""
 
 
 class Version(NamedTuple):
@@ -51,7 +47,7 @@ class Version(NamedTuple):
         return os.fspath(self.path)
 
 
-class _Status(NamedTuple):
+class Status(NamedTuple):
     """What the file system says of a file. Who writes it changes at least one of these."""
 
     inode: int
@@ -60,76 +56,17 @@ class _Status(NamedTuple):
     changed: int  # Cannot be set by hand: it shows writers that put the modification time back, as rsync does.
 
 
-_Files = dict[str, _Status]
+Files = dict[str, Status]
+"""What lies in one place, by name."""
 
 
 @dataclass(slots=True)
 class _Seen:
     """How the files of one place were when they were last looked at, and since when. ``judged``: and what they are."""
 
-    files: _Files
+    files: Files
     since: float
     judged: bool = False
-
-
-def follow(
-    directory: str | os.PathLike[str],
-    *,
-    interval: float = 1.0,
-    timeout: float | None = None,
-    latest: bool = False,
-    marker: str | None = None,
-    pattern: str = "*",
-    store: object = None,
-) -> Versions:
-    """Iterate over the checkpoints that appear in a directory, or in a store, each when its writer is done with it.
-
-    A version is a directory within this one, or this one itself when its files are written anew. It is given when all
-    of its files are there and none has changed for one interval; one that is there already is given first. It is
-    never given twice. What is broken is logged once and passed over until it changes.
-    docs/ci.md says what cannot be seen. Where a ``Sender`` publishes, it is what that has published.
-
-    Args:
-        directory: where to look. It must be there. Or an address in a store, such as ``s3://bucket/runs``.
-        interval: seconds between two looks, and for which no file may have changed.
-        timeout: seconds to wait for the next version; the iteration ends after that. ``None`` waits until ``close``.
-        latest: give the newest of those that are ready, by the time of its writing, and none of the others, now or
-            later, also if the newest turns out to be unfit: a server that comes back after a night takes the last
-            version, not each of the night's. Without it every version is given, the oldest first.
-        marker: name of a file that the writer writes last into each version, such as ``"DONE"``.
-        pattern: which directories within this one are versions: ``"step-*"``.
-        store: of an address: options, or a store of obstore, or a file system of fsspec, see ``hotweights.open``.
-
-    Raises:
-        UsageError: there is no such directory, or the arguments make no sense.
-    """
-    for name, seconds in (("interval", interval), ("timeout", timeout if timeout is not None else 1.0)):
-        if (
-            isinstance(seconds, bool)
-            or not isinstance(seconds, int | float)
-            or not 0 < seconds <= threading.TIMEOUT_MAX
-        ):
-            raise UsageError(f"{name}= is a number of seconds above zero; found {seconds!r}")
-    if marker is not None and (not marker or os.path.basename(marker) != marker):
-        raise UsageError(f"marker= is the name of a file within each version, such as 'DONE'; found {marker!r}")
-    check_kind("pattern", pattern, str, 'a pattern of names, such as "step-*"')
-    if store is None:
-        check_path(directory)
-    options = (interval, timeout, latest, marker, pattern)
-    if store is not None or is_run(os.fsdecode(directory)):
-        run = open_run(os.fsdecode(directory), store, _DEADLINE)
-        if isinstance(run.where, Path):
-            return Versions(_there(run.where), *options)
-        return RemoteVersions(run, *options)
-    return Versions(_there(Path(directory).expanduser()), *options)
-
-
-def _there(place: Path) -> Path:
-    if not os.path.isdir(place):
-        is_file = os.path.exists(place)
-        cure = "name the directory that it lies in" if is_file else f"make it first: mkdir -p {place}"
-        raise UsageError(f"{place}: there is {'a file' if is_file else 'no such directory'}; {cure}")
-    return place
 
 
 class Versions:
@@ -152,7 +89,7 @@ class Versions:
         self._clock = clock
         self._closed = threading.Event()
         self._seen: dict[Any, _Seen] = {}
-        self._given: dict[Any, set[tuple[_Status, ...]]] = {}
+        self._given: dict[Any, set[tuple[Status, ...]]] = {}
         self._published: set[str] = set()  # folders that were given because a sender had published them
         self._newest = 0  # when the newest version that was given was written
         self._ready: deque[Version] = deque()
@@ -187,7 +124,7 @@ class Versions:
                 log(logging.WARNING, "%s: %s", self._directory, self._unmatched)
         return matching
 
-    def _waits(self, place: Any, files: _Files) -> str | None:
+    def _waits(self, place: Any, files: Files) -> str | None:
         """Why nothing is known of this place yet, where that may stay so for ever."""
         if _holds_weights(files):
             lacks = self._marker is not None and self._marker not in files
@@ -267,7 +204,7 @@ class Versions:
             self._absent = True
             return []
         self._absent = False
-        itself = any(name.endswith(_WEIGHTS) for name in names)
+        itself = any(name.endswith(WEIGHTS) for name in names)
         matching = self._match(
             (name for name in names if name[0] != "."),
             lambda name: not itself and _holds_weights(self._files(self._directory / name)),
@@ -303,7 +240,7 @@ class Versions:
             return None
         return self._unless_given(place, weights)
 
-    def _unless_given(self, place: Any, weights: _Files) -> tuple[int, Version] | None:
+    def _unless_given(self, place: Any, weights: Files) -> tuple[int, Version] | None:
         # Without the change time: a hard link to a file, or another mode, makes no other version of it.
         content = tuple(status._replace(changed=0) for _, status in sorted(weights.items()))
         given = self._given.setdefault(place, set())
@@ -319,12 +256,12 @@ class Versions:
         """What the directory itself is called."""
         return str(self._directory.resolve().name)
 
-    def _check_order(self, place: Path, files: _Files, weights: _Files) -> None:
+    def _check_order(self, place: Path, files: Files, weights: Files) -> None:
         """Raise ``CheckpointError`` if a file of weights is newer than what is written last."""
         if self._marker is not None:
             last = [self._marker]
         else:  # Beside a whole file its index says nothing.
-            last = [name for name in files if name.endswith(_INDEX) and name.removesuffix(".index.json") not in weights]
+            last = [name for name in files if name.endswith(INDEX) and name.removesuffix(".index.json") not in weights]
             last = [DCP_NAME] if DCP_NAME in weights else last
         # Hubs' clients bring the files in any order, and rename each into its place when it is whole.
         if (
@@ -342,15 +279,15 @@ class Versions:
                 cause="unfinished",
             )
 
-    def _files(self, place: Path) -> _Files:
+    def _files(self, place: Path) -> Files:
         """The files of weights in this place, their indexes and the marker."""
-        files: _Files = {}
+        files: Files = {}
         try:
             names = os.listdir(place)
         except OSError:
             return files  # It was removed.
         for name in names:
-            if name.endswith((_WEIGHTS, _INDEX, DCP_BYTES)) or name in (DCP_NAME, self._marker):
+            if name.endswith((WEIGHTS, INDEX, DCP_BYTES)) or name in (DCP_NAME, self._marker):
                 try:
                     status = os.stat(place / name)
                 except OSError:
@@ -359,7 +296,7 @@ class Versions:
                     files[name] = _status(status)
         return files
 
-    def _weights(self, place: Any) -> _Files:
+    def _weights(self, place: Any) -> Files:
         """The files of weights of the version in this place. Raises ``CheckpointError`` if one is absent, or broken."""
         paths = list_checkpoint(place).files if (saved := dcp_place(place, None)) is None else _dcp_files(saved)
         try:
@@ -378,90 +315,8 @@ def _why(error: HotweightsError) -> str:
     return str(error)
 
 
-class RemoteVersions(Versions):
-    """What ``follow`` gives for an address. All objects are listed at once, with their sizes, times and tags."""
-
-    def __init__(self, run: Run, *options: Any) -> None:
-        super().__init__(run.where, *options)  # type: ignore[arg-type]
-        self._run = run
-        self._listed: dict[Address, _Files] = {}
-        self._answered = False
-
-    def look(self) -> list[Version]:
-        """See ``Versions``.
-
-        Raises:
-            StoreError: the store refused the first time. Later it is logged, and waited for.
-        """
-        try:
-            found = super().look()
-        except Closed:
-            if not self._closed.is_set():
-                raise
-            return []
-        except StoreError as error:
-            if not self._answered:
-                raise
-            if not self._absent:
-                log(logging.WARNING, "%s cannot be listed; waiting for it: %s", self._directory, error)
-            self._absent = True
-            return []
-        self._absent, self._answered = False, True
-        return found
-
-    def close(self) -> None:
-        """See ``Versions``."""
-        super().close()
-        self._run.close()
-
-    def _pointer(self) -> Pointer | None:
-        try:
-            return self._run.read()[0]
-        except StoreError:
-            raise
-        except CheckpointError:
-            return None
-
-    def _path(self, folder: str) -> Path | str:
-        return f"{self._run.address}/{folder}".rstrip("/")
-
-    def _name(self) -> str:
-        return str(self._directory.name)
-
-    def _places(self) -> list[Any]:
-        """Where versions may lie. What lies there is listed for all of them."""
-        self._listed = {self._directory: {}}
-        objects = [
-            (*path.rpartition("/")[::2], pin)
-            for path, pin in sorted(self._directory.store.below(self._directory.key).items())
-            if path.endswith((_WEIGHTS, _INDEX)) or path.rpartition("/")[2] == self._marker
-        ]
-        folders = {folder for folder, _, _ in objects}
-        within = self._match(
-            sorted(folder for folder in folders if folder and not folder.startswith(".") and "/" not in folder),
-            lambda _: "" not in folders,
-        )
-        for folder, name, pin in objects:
-            if not folder or folder in within:
-                self._listed.setdefault(self._directory / folder, {})[name] = _remote_status(pin)
-        return list(self._listed)
-
-    def _files(self, place: Address) -> _Files:  # type: ignore[override]
-        return self._listed.get(place, {})
-
-    def _weights(self, place: Address) -> _Files:
-        place.store.forget()  # What was opened at an earlier look and not taken may be another version by now.
-        paths = list_checkpoint(place).files
-        return {name: status for name, status in self._files(place).items() if str(place / name) in paths}
-
-    def _check_order(self, place: Any, files: _Files, weights: _Files) -> None:
-        # An object is there when it is whole, and those that upload many bring them in any order.
-        if self._marker is not None:
-            super()._check_order(place, files, weights)
-
-
-def _holds_weights(files: _Files) -> bool:
-    return DCP_NAME in files or any(name.endswith(_WEIGHTS) for name in files)
+def _holds_weights(files: Files) -> bool:
+    return DCP_NAME in files or any(name.endswith(WEIGHTS) for name in files)
 
 
 def _dcp_files(place: DcpPlace) -> Sequence[str]:
@@ -478,19 +333,14 @@ def _elsewhere(place: Path, *, deeper: bool) -> str | None:
         if torch_files := [name for name in names if name.endswith((".bin", ".pt", ".pth"))]:
             return f"has no safetensors, which is what is followed, but {some(torch_files, 1)}"
         folders = [name for name in names if name[0] != "." and os.path.isdir(place / name)] if deeper else []
-        held = [name for name in folders if any(file.endswith(_WEIGHTS) for file in os.listdir(place / name))]
+        held = [name for name in folders if any(file.endswith(WEIGHTS) for file in os.listdir(place / name))]
     except OSError:
         return None  # It was removed.
     return f"has its weights a level deeper, in {some(held, 3)}; follow that folder: {place}" if held else None
 
 
-def _remote_status(pin: Pin) -> _Status:
-    modified = pin.modified.timestamp() if isinstance(pin.modified, datetime) else 0.0
-    return _Status(hash(pin.tag), pin.size, int(modified * 1e9), 0)
-
-
-def _status(status: os.stat_result) -> _Status:
-    return _Status(status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+def _status(status: os.stat_result) -> Status:
+    return Status(status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

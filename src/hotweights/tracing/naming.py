@@ -38,6 +38,8 @@ def names_for(manifest: Manifest, rename: Rename | None, match: Match) -> dict[s
     Raises:
         PlanError: names become the same one, or fit several tensors.
     """
+    if rename is None and not manifest.wrapped:
+        return {name: fresh for name, fresh in match(manifest).items() if name != fresh}
     outer = outer_names(manifest)
     said = new_names(dict.fromkeys(outer.values()), rename)
     means = match(said.values())

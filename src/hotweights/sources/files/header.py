@@ -233,7 +233,7 @@ def _spec(name: str, entry: _RawEntry, problems: list[str], view: View) -> Tenso
     bits = FORMAT_DTYPES[entry.dtype][0]
     count = math.prod(entry.shape)
     # torch multiplies the strides from the nonzero lengths: [2**62, 0] overflows, though it is empty.
-    if (count or math.prod(filter(None, entry.shape))) > _LARGEST:
+    if count > _LARGEST or (not count and math.prod(filter(None, entry.shape)) > _LARGEST):
         problems.append(f"tensor {name!r}: shape {list(entry.shape)} has more elements than any memory")
         return None
     if count * bits % 8:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from ...arguments import check_count, check_kind, check_seconds, shown
-from ...errors import MissingPackage, UsageError
+from ...errors import MissingPackage, StoreError, UsageError
+from ...notices import log
 from ..files.place import Remote
 from .cache import LIMIT, Cache
 from .filesystem import Filesystem
 from .hub import OPTIONS as HUB_OPTIONS
-from .hub import Hub, repository
+from .hub import Hub, offline, repository
+from .hub_cache import HubCache
 from .object import Object
 from .service import Obstore, Service
 from .store import Store
@@ -31,6 +35,7 @@ _AT = ("abfs", "abfss", "hf")  # where no user stands before that sign
 _OBJECTS = (".safetensors", ".json", ".bin", ".pt", ".pth")  # How the names of objects end; others are directories.
 _OURS = ("deadline", "requests", "cache_dir", "cache_nbytes")
 _ENDPOINTS = ("endpoint", "endpoint_url", "base_url")  # how the options end that name a server
+_HUB_LOGIN = "set HF_TOKEN, or run `hf auth login`; gated models are granted on their pages"
 _RETRIES = 10  # of the package itself, where it writes
 _OF_CLIENT = """
 allow_http allow_invalid_certificates connect_timeout default_headers http1_only http2_only pool_idle_timeout
@@ -100,7 +105,7 @@ def connect(addresses: Sequence[Parts], options: object, *, writes: bool = False
     service: Service
     if addresses[0].scheme == "hf":
         service = _hub(addresses[0], options)
-        ours["login"] = "set HF_TOKEN, or run `hf auth login`; gated models are granted on their pages"
+        ours["login"] = _HUB_LOGIN
     else:
         service = Obstore(_package_store(addresses[0], options, ours.get("deadline", 60.0) if writes else None))
     store = Store(service, addresses[0].shown, **ours)
@@ -119,6 +124,52 @@ def cache_of(folder: Any, nbytes: Any) -> Cache | None:
     check_kind("cache_dir", folder, (str, os.PathLike), "the path of a directory")
     check_count(1, **{} if nbytes is None else {"cache_nbytes": nbytes})
     return None if folder is None else Cache(folder, LIMIT if nbytes is None else nbytes)
+
+
+def downloaded(
+    addresses: Sequence[Parts], options: object, variant: str | None, subfolder: str | None
+) -> list[Path] | None:
+    """Where the hub's own client has put what these addresses of a hub name; ``None`` if it has not, or not all.
+
+    A commit never changes, and nobody is asked. Of a branch or a tag the hub is asked to which commit it leads now;
+    where it gives no answer, it is the one to which it led when it was downloaded.
+
+    Raises:
+        CheckpointError: no hub may be asked, by ``HF_HUB_OFFLINE``, and it is not here; it says what to type.
+    """
+    cache = HubCache(repository(addresses[0].host)[0], os.environ)
+    keys = [f"{parts.key}/{subfolder or ''}".strip("/") for parts in addresses]
+
+    def whole(commit: str | None, *, usual: bool) -> list[Path] | None:
+        places = [cache.place(commit, key, variant, usual=usual) for key in keys]
+        return [place for place in places if place is not None] if None not in places else None
+
+    if offline(os.environ):
+        if (found := whole(cache.commit, usual=False)) is None:
+            raise cache.absent(keys)
+        return found
+    found = whole(cache.commit, usual=True)
+    if found is None or cache.is_commit:
+        return found
+    try:
+        return whole(_commit(addresses[0], options), usual=True)
+    except StoreError as error:
+        log(logging.WARNING, "%s; so what was downloaded before is read: %s", error, found[0])
+        return found
+
+
+def _commit(parts: Parts, options: object) -> str | None:
+    """The commit that a hub's revision leads to now. The hub has as long to say so as its own clients give it."""
+    assert options is None or isinstance(options, Mapping)  # by ``check_store``
+    hub = _hub(parts, {name: value for name, value in (options or {}).items() if name not in _OURS})
+    said = os.environ.get("HF_HUB_ETAG_TIMEOUT", "")
+    patience = float(said) if said.isdecimal() and int(said) else 10.0
+    store = Store(hub, parts.shown, deadline=min(patience, (options or {}).get("deadline", patience)), login=_HUB_LOGIN)
+    try:
+        store.names("")
+    finally:
+        store.close()
+    return hub.commit
 
 
 def _hub(parts: Parts, options: dict[str, Any]) -> Hub:

@@ -1,6 +1,7 @@
 """Hub: a model on a hub, ``hf://org/name@revision``, asked as its own clients ask: by its web addresses.
 
-The revision is looked up once; from then on only the commit is asked for that it led to. Nothing is kept on disk.
+The revision is looked up once; from then on only the commit is asked for that it led to. Nothing is kept on disk;
+what the hub's own clients have kept there is in ``hub_cache.py``.
 """
 
 from __future__ import annotations
@@ -58,10 +59,6 @@ class Hub:
     """A service that reads one repository. ``open_store`` makes a store of the package for a web address."""
 
     def __init__(self, which: Repository, options: dict[str, Any], open_store: Callable[[str, dict[str, str]], Any]):
-        if os.environ.get("HF_HUB_OFFLINE", os.environ.get("TRANSFORMERS_OFFLINE", "")).upper() in _YES:
-            raise UsageError(
-                f"{which.shown}: HF_HUB_OFFLINE says that no hub may be asked; give the folder that `hf download` made"
-            )
         endpoint = options.get("endpoint") or os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
         self._endpoint = str(endpoint).rstrip("/")
         token = _token(options.get("token"))
@@ -69,6 +66,11 @@ class Hub:
         self._which, self._open_store = which, open_store
         self._lock = asyncio.Lock()
         self._commit: tuple[str, Obstore, frozenset[str]] | None = None  # Set once, in the loop's thread.
+
+    @property
+    def commit(self) -> str | None:
+        """The commit that the revision led to; ``None`` before anything was asked."""
+        return None if self._commit is None else self._commit[0]
 
     async def get(self, key: str, start: int, stop: int, pin: Pin | None) -> Body:
         """See ``Service``. The tags of mirrors differ, and what a commit holds never does."""
@@ -155,7 +157,15 @@ def _token(given: object) -> str | None:
         return None
 
 
+def home(environ: Mapping[str, str]) -> str:
+    """The folder in which the hub's clients keep everything."""
+    return environ.get("HF_HOME") or os.path.join(environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+
+
+def offline(environ: Mapping[str, str]) -> bool:
+    """Whether no hub may be asked, as its clients read it."""
+    return (environ.get("HF_HUB_OFFLINE") or environ.get("TRANSFORMERS_OFFLINE") or "").upper() in _YES
+
+
 def _token_file(environ: Mapping[str, str]) -> Path:
-    cache = environ.get("XDG_CACHE_HOME") or "~/.cache"
-    home = environ.get("HF_HOME") or os.path.join(cache, "huggingface")
-    return Path(os.path.expandvars(environ.get("HF_TOKEN_PATH") or os.path.join(home, "token"))).expanduser()
+    return Path(os.path.expandvars(environ.get("HF_TOKEN_PATH") or os.path.join(home(environ), "token"))).expanduser()
