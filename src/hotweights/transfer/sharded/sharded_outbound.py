@@ -113,8 +113,11 @@ class ShardedOutbound(Outbound):
     def _send_tiles(self) -> None:
         self._asking, requests, order = self._requests()
         wishes = [wanted for peer in self._members for wanted in peer.wanted]
-        self._casts = {(place, want.tensor): want.rounded for place, wish in enumerate(wishes) for want in wish}
-        rounded = {number: dtype for number in order if (dtype := self._rounding(number, requests[number]))}
+        self._casts = {
+            (place, want.tensor): want.rounded for place, wish in enumerate(wishes) for want in wish if want.rounded
+        }
+        casts = order if self._casts else ()
+        rounded = {number: dtype for number in casts if (dtype := self._rounding(number, requests[number]))}
         tiling = self._tiling.rounded(rounded) if rounded else self._tiling
         tiling.begin(self._lead.far)
         for number in order:
