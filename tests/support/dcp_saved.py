@@ -62,3 +62,45 @@ def load_dcp(folder, tensors):
         warnings.simplefilter("ignore")
         dcp.load(state, checkpoint_id=folder)
     return state
+
+
+class OfRank(torch.Tensor):
+    """What one rank holds of an ``InParts``: one of its parts, or none."""
+
+    @staticmethod
+    def __new__(cls, tensor, offsets):
+        return torch.Tensor._make_subclass(cls, tensor)
+
+    def __init__(self, tensor, offsets):
+        self.parts = {offsets: tensor.parts[offsets].contiguous()} if offsets is not None else {}
+
+    __create_write_items__ = InParts.__create_write_items__
+    __create_chunk_list__ = InParts.__create_chunk_list__
+    __get_tensor_shard__ = InParts.__get_tensor_shard__
+
+
+def save_rank_parts(folder, state, ranks, **options):
+    """What so many ranks write by ``HuggingFaceStorageWriter(save_distributed=True)``, each its parts."""
+    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True, **options)
+    planners, plans = [], []
+    for rank in range(ranks):
+        held = {}
+        for name, tensor in state.items():
+            held[name] = tensor if isinstance(tensor, InParts) else tensor.contiguous()
+            if isinstance(tensor, InParts):
+                offsets = [*tensor.parts]
+                assert len(offsets) <= ranks  # torch's writer keeps one part of each tensor in a file.
+                held[name] = OfRank(tensor, offsets[rank] if rank < len(offsets) else None)
+        planners.append(dcp.DefaultSavePlanner())
+        planners[-1].set_up_planner(held, writer.storage_meta(), rank == 0)
+        writer.reset(None)
+        writer.set_up_storage_writer(rank == 0)
+        plans.append(writer.prepare_local_plan(planners[-1].create_local_plan()))
+    plans, metadata = planners[0].create_global_plan(plans)
+    plans = writer.prepare_global_plan(plans)
+    written = [
+        writer.write_data(planner.finish_plan(plan), planner).wait()
+        for planner, plan in zip(planners, plans, strict=True)
+    ]
+    writer.finish(metadata, written)
+    return folder

@@ -298,7 +298,13 @@ class Versions:
 
     def _weights(self, place: Any) -> Files:
         """The files of weights of the version in this place. Raises ``CheckpointError`` if one is absent, or broken."""
-        paths = list_checkpoint(place).files if (saved := dcp_place(place, None)) is None else _dcp_files(saved)
+        saved = dcp_place(place, None)
+        if saved is not None and saved.parts and self._marker is None:
+            raise CheckpointError(
+                f"{place}: each rank wrote its parts of the tensors, and nothing says when all have done so; write a "
+                'file when dcp.save has returned, and name it: hotweights.follow(..., marker="DONE")'
+            )
+        paths = list_checkpoint(place).files if saved is None else _dcp_files(saved)
         try:
             return {os.path.relpath(path, place): _status(os.stat(path)) for path in paths}
         except OSError as error:

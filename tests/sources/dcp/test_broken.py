@@ -4,7 +4,6 @@ import contextlib
 import pickle
 import re
 import shutil
-import warnings
 import zipfile
 
 import pytest
@@ -16,7 +15,6 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 
 import hotweights as hw
-from hotweights.testing import assert_same_bits
 
 
 @pytest.fixture
@@ -299,25 +297,6 @@ def test_a_dcp_file_in_safetensors(tmp_path):
     save_dcp(tmp_path / "ck", {"w": torch.ones(6, 4)}, serialization_format=SerializationFormat.SAFETENSORS)
     with hw.open(tmp_path / "ck") as source, pytest.raises(hw.CheckpointError, match=r"is no torch.save of a tensor"):
         dict(source.tensors())
-
-
-def saved_as_safetensors(place, weight, **options):
-    writer = dcp.HuggingFaceStorageWriter(str(place), save_distributed=True, **options)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dcp.save({"w": weight, "b": torch.ones(2)}, storage_writer=writer)
-    return place
-
-
-def test_parts_in_safetensors(tmp_path):
-    place = saved_as_safetensors(tmp_path / "parts", InParts(torch.arange(24.0).view(6, 4), ([2, 4], [])))
-    refused(place, r"shard-00001-model-00001-of-00001.safetensors, parts of tensors that HuggingFaceStorageWriter")
-
-
-def test_the_advice_for_parts_in_safetensors_can_be_followed(tmp_path):
-    weight = torch.arange(24.0).view(6, 4)
-    with hw.open(saved_as_safetensors(tmp_path / "whole", weight, enable_consolidation=True)) as source:
-        assert_same_bits(dict(source.tensors()), {"w": weight, "b": torch.ones(2)})
 
 
 def test_a_variant_of_it(folder):

@@ -43,8 +43,11 @@ def sharded(kind, count, seed):
     return model
 
 
-def _saves(rank, kind, folder, count):
+def _saves(rank, kind, folder, count, parts):
     model = sharded(kind, count, seed=1)
+    if parts:
+        dcp.save(model.state_dict(), storage_writer=dcp.HuggingFaceStorageWriter(folder, save_distributed=True))
+        return {name: whole(tensor) for name, tensor in model.state_dict().items()}
     optimiser = torch.optim.AdamW(model.parameters(), foreach=False)
     model(torch.ones(2, 64)).backward()
     optimiser.step()
@@ -68,19 +71,22 @@ def _loads(rank, kind, folder, count, saved):
     return report.bytes_read, sum(tensor.nbytes for tensor in here.values())
 
 
-def test_saved_by_four_and_loaded_by_two(tmp_path):
-    check_each(tmp_path, "fsdp", ["fsdp"])
+@pytest.mark.parametrize(("kind", "parts"), [("fsdp", False), ("fsdp x tp", True)])
+def test_saved_by_four_and_loaded_by_two(tmp_path, kind, parts):
+    check_each(tmp_path, kind, ["fsdp"], parts)
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("parts", [False, True])
 @pytest.mark.parametrize("kind", ["fsdp", "tp", "fsdp x tp", "hsdp"])
-def test_every_mesh(tmp_path, kind):
-    check_each(tmp_path, kind, ["fsdp", "tp"])
+def test_every_mesh(tmp_path, kind, parts):
+    check_each(tmp_path, kind, ["fsdp", "tp"], parts)
 
 
-def check_each(tmp_path, kind, by):
+def check_each(tmp_path, kind, by, parts):
+    """``parts``: in safetensors, of each rank its own."""
     folder = tmp_path / "step-3"
-    saved = on_ranks(tmp_path, _saves, kind, str(folder), 4, count=4)[0]
+    saved = on_ranks(tmp_path, _saves, kind, str(folder), 4, parts, count=4)[0]
     for loaded in by:
         for read, here in on_ranks(tmp_path, _loads, loaded, str(folder), 2, saved):
             assert read == here  # Its slices, and not a byte more.
@@ -88,6 +94,8 @@ def check_each(tmp_path, kind, by):
     report = hw.load(plain, folder, verify="loader")
     assert all(torch.equal(tensor, saved[name]) for name, tensor in plain.state_dict().items())
     assert report.bytes_read >= sum(tensor.nbytes for tensor in saved.values())
+    if parts:
+        return
     theirs = load_dcp(folder, {f"model.{name}": tensor for name, tensor in saved.items()})
     assert all(torch.equal(theirs[f"model.{name}"], tensor) for name, tensor in plain.state_dict().items())
 

@@ -5,7 +5,7 @@ import hashlib
 
 import pytest
 import torch
-from dcp_saved import InParts, load_dcp, save_dcp
+from dcp_saved import InParts, load_dcp, save_dcp, save_rank_parts
 from torch import nn
 
 import hotweights as hw
@@ -45,7 +45,7 @@ def in_parts():
     return tensors, state
 
 
-@pytest.fixture(params=["whole", "in parts", "four files", "file each", "nested"])
+@pytest.fixture(params=["whole", "in parts", "four files", "file each", "nested", "rank parts"])
 def case(request, tmp_path):
     folder = tmp_path / "step-1"
     if request.param in ("in parts", "four files", "file each"):
@@ -53,6 +53,11 @@ def case(request, tmp_path):
         options = {"single_file_per_rank": False} if request.param == "file each" else {}
         save_dcp(folder, state, files=4 if request.param == "four files" else 1, **options)
         return functools.partial(hw.open, folder), tensors
+    if request.param == "rank parts":
+        tensors, state = in_parts()
+        kinds = every_kind()
+        save_rank_parts(folder, state | kinds, 12, fqn_to_index_mapping={n: 1 + len(n) % 3 for n in tensors | kinds})
+        return functools.partial(hw.open, folder), tensors | kinds
     tensors = every_kind()
     state = {"model": tensors, "optim": {"state": {"x": bits(3)}, "lr": 0.1}, "step": 7}
     save_dcp(folder, state if request.param == "nested" else tensors)

@@ -8,7 +8,7 @@ import torch
 
 import hotweights as hw
 from hotweights.transfer.flow import GREETING, TOKEN
-from hotweights.transfer.sharded.rank_flow import RankInflow, RankOutflow, is_dense, packed
+from hotweights.transfer.sharded.rank_flow import RankInflow, RankOutflow, packed
 from hotweights.transfer.sharded.words import Patch, Task
 
 
@@ -28,13 +28,13 @@ def slot(value):
     return torch.full((4096,), value, dtype=torch.uint8)
 
 
-COLUMNS = Task((Patch(0, (0, 0), (4, 8), 128, (32, 1)), Patch(0, (0, 0), (2, 4), 256, (16, 1))), hashed=False)
+COLUMNS = (Patch(0, (0, 0), (4, 8), 0, (32, 1)), Patch(0, (0, 0), (2, 4), 128, (16, 1)))
 
 
 def test_parts_go_where_they_belong(ends):
     inflow, outflow = ends
-    theirs, landings = packed([(COLUMNS, 128)])
-    assert [patch.into for patch in theirs[0].patches] == [128, 160]
+    theirs, landings = packed([Task(128, (0,), COLUMNS, hashed=False)])
+    assert [patch.into for patch in theirs[0].patches] == [0, 32]
     here = slot(0)
     inflow.expect(7, 1, here, landings)
     there = torch.arange(4096).to(torch.uint8)
@@ -49,8 +49,7 @@ def test_parts_go_where_they_belong(ends):
 
 def test_a_round_that_is_over_writes_no_slot_any_more(ends):
     inflow, outflow = ends
-    task = Task((Patch(0, (0,), (4096,), 0, (1,)),), hashed=True)
-    theirs, landings = packed([(task, 0)])
+    theirs, landings = packed([Task(0, (0,), (Patch(0, (0,), (4096,), 0, (1,)),), hashed=True)])
     here, old, new = slot(0), slot(9), slot(5)
     inflow.expect(1, 0, here, landings)
     outflow.give(1, 0, old, theirs)
@@ -73,15 +72,10 @@ def test_a_round_that_is_over_writes_no_slot_any_more(ends):
 
 def test_more_than_was_asked_for_is_refused(ends):
     inflow, outflow = ends
-    theirs, landings = packed([(COLUMNS, 0)])
+    theirs, landings = packed([Task(0, (0,), COLUMNS, hashed=False)])
     inflow.expect(1, 0, slot(0), landings[:1])
     there = slot(1)
     outflow.give(1, 0, there, theirs)
     outflow.flush()
     with pytest.raises(hw.ProtocolError, match="it gave 40 bytes of slot 0, where 32 were asked for"):
         inflow.fill()
-
-
-def test_what_is_dense():
-    assert is_dense((1, 4, 1, 2), (999, 2, 17, 1))
-    assert not is_dense((4, 2), (4, 1))

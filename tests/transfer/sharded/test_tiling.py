@@ -59,13 +59,10 @@ def sent(tiling, holdings, number, requests, limit):
     counted = {place: torch.zeros(spec.nbytes, dtype=torch.uint8) for place, _ in requests}
     for job in tiling.jobs(number, requests, limit):
         slot = torch.full((4096 + limit,), 0xEE, dtype=torch.uint8)
-        for rank, patches in job.patches.items():
-            alone = len(job.patches) == len(patches) == 1
-            moved = tuple(
-                patch.__class__(patch.row, patch.begin, patch.lengths, 64 + patch.into, patch.strides)
-                for patch in patches
-            )
-            digests = fill(slot, [Task(moved, alone)], holdings[rank])
+        for rank, rows, patches, in_a_row in job.shares:
+            alone = len(job.shares) == len(patches) == 1
+            digests = fill(slot, [Task(64, rows, patches, alone)], holdings[rank])
+            assert not in_a_row or len(patches) == 1
             content = slot[64 : 64 + job.range.size]
             assert not alone or digests == (xxh3_64_intdigest(content.numpy()),)
             assert digest_of(slot, 64, job.range.size) == xxh3_64_intdigest(content.numpy())
@@ -160,7 +157,7 @@ def test_long_boxes_are_chunks_of_their_owners_in_turn(as_rank):
     holdings = held_by(as_rank, 4, make)
     tiling = tiling_of(holdings)
     jobs = list(tiling.jobs(0, [(0, ())], 128 * 1024))
-    assert [list(job.patches) for job in jobs] == [[0], [1], [2], [3], [0], [1], [2], [3]]
+    assert [[share.rank for share in job.shares] for job in jobs] == [[0], [1], [2], [3], [0], [1], [2], [3]]
     columns = [(place, (Range(place * 1024, 1024, 400, 2048),)) for place in range(2)]
     arrived = sent(tiling, holdings, 0, columns, 128 * 1024)
     for place, (part,) in columns:
@@ -203,7 +200,9 @@ def test_replicas_share_the_work(as_rank):
     holdings = held_by(as_rank, 3, lambda rank: {f"w{number}": torch.ones(8) for number in range(6)})
     tiling = tiling_of(holdings)
     tiling.begin()
-    owners = [list(job.patches) for number in range(6) for job in tiling.jobs(number, [(0, ())], 4096)]
+    owners = [
+        [share.rank for share in job.shares] for number in range(6) for job in tiling.jobs(number, [(0, ())], 4096)
+    ]
     assert sorted(itertools.chain(*owners)) == [0, 0, 1, 1, 2, 2]
 
 

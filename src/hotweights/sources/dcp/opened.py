@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -19,14 +19,21 @@ def open_files(
 ) -> tuple[dict[str, File], list[str]]:
     """The files that hold these tensors, by their names in the checkpoint; and what is wrong with the others."""
     holding = Counter(file for tensor in tensors.values() for file in {stored.file for stored in stored_of(tensor)})
+    there, problems = [], []
+    for name in sorted(holding):
+        if os.path.exists(directory / name):
+            there.append(name)
+            continue
+        problems.append(f"{directory / name}: {NAME} names it for {holding[name]} tensors, but there is no such file")
+    files, broken = open_parts(directory, there, undo)
+    return files, problems + broken
+
+
+def open_parts(directory: Path, names: Iterable[str], undo: ExitStack) -> tuple[dict[str, File], list[str]]:
+    """The files of these names; and why others cannot be opened."""
     files: dict[str, File] = {}
     problems = []
-    for name in sorted(holding):
-        if not os.path.exists(directory / name):
-            problems.append(
-                f"{directory / name}: {NAME} names it for {holding[name]} tensors, but there is no such file"
-            )
-            continue
+    for name in names:
         try:
             files[name] = File(str(directory / name))
             undo.callback(files[name].close)

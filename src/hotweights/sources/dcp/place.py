@@ -24,10 +24,14 @@ _SAFETENSORS = ".safetensors"
 
 
 class DcpPlace(NamedTuple):
-    """A DCP checkpoint: its directory, and the dict that is asked for."""
+    """A DCP checkpoint: its directory, and the dict that is asked for.
+
+    ``parts`` are names of safetensors, where each rank wrote some and no ``.metadata`` says what they hold.
+    """
 
     directory: Path
     branch: str | None
+    parts: tuple[str, ...] = ()
 
 
 def dcp_place(what: object, subfolder: str | None) -> DcpPlace | None:
@@ -38,23 +42,37 @@ def dcp_place(what: object, subfolder: str | None) -> DcpPlace | None:
     Raises:
         CheckpointError: safetensors lie beside it, and nothing says which is meant.
     """
+    if isinstance(what, Sequence) and not isinstance(what, (str, bytes)):
+        return _listed(what) if subfolder is None else None
     if not isinstance(what, (str, os.PathLike)):
         return None
     path = Path(os.fsdecode(what)).expanduser()
     if path.name == NAME and path.is_file():
         return DcpPlace(path.parent, subfolder)
-    if subfolder is None:
-        return DcpPlace(path, None) if _is_meant(path) else None
-    if subfolder != OUTERMOST and os.path.isdir(path / subfolder):
-        return DcpPlace(path / subfolder, None) if _is_meant(path / subfolder) else None
-    return DcpPlace(path, subfolder) if _is_meant(path) else None
+    if subfolder is not None and subfolder != OUTERMOST and os.path.isdir(path / subfolder):
+        return _within(path / subfolder, None)
+    return _within(path, subfolder)
 
 
-def _is_meant(directory: Path) -> bool:
-    if not os.path.isfile(directory / NAME):  # Unlike Path.is_file, false for names that are too long.
-        return False
-    names = os.listdir(directory)
-    if others := sorted(name for name in names if name.endswith(_SAFETENSORS) and not name.startswith(".")):
+def _listed(what: Sequence[object]) -> DcpPlace | None:
+    """A list of parts, which may lie on several disks. A single one is a file like others: somebody looks into it."""
+    if not all(isinstance(path, (str, os.PathLike)) for path in what):
+        return None
+    paths = list(dict.fromkeys(os.path.abspath(os.path.expanduser(os.fsdecode(path))) for path in what))  # type: ignore[arg-type]
+    if len(paths) < 2 or not all(_PART.fullmatch(os.path.basename(path)) for path in paths):
+        return None
+    return DcpPlace(Path(os.path.dirname(paths[0])), None, tuple(paths))
+
+
+def _within(directory: Path, branch: str | None) -> DcpPlace | None:
+    try:
+        names = sorted(os.listdir(directory))
+    except (OSError, ValueError):  # It is no directory, or not ours to list; whoever opens it says so.
+        return None
+    if not is_dcp(names) or not os.path.isfile(directory / NAME):
+        parts = rank_parts(names)
+        return DcpPlace(directory, branch, parts) if parts else None
+    if others := [name for name in names if name.endswith(_SAFETENSORS) and not name.startswith(".")]:
         raise CheckpointError(
             f"{directory}: holds a DCP checkpoint, and safetensors beside it; open the one you mean",
             [
@@ -62,7 +80,7 @@ def _is_meant(directory: Path) -> bool:
                 f"{some(others, 3)}: hotweights.open({[str(directory / name) for name in others]!r})",
             ],
         )
-    return True
+    return DcpPlace(directory, branch)
 
 
 def is_dcp(names: Iterable[str]) -> bool:
@@ -70,18 +88,20 @@ def is_dcp(names: Iterable[str]) -> bool:
     return NAME in names
 
 
-_PART = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
+_PART = re.compile(r"shard-(\d+)-model-\d+-of-\d+\.safetensors")
 
 
-def parts_of_dcp(names: Iterable[str]) -> str | None:
-    """Why the safetensors of these names are no checkpoint, if each holds one rank's parts under the tensors' names."""
-    parts = [name for name in names if _PART.fullmatch(name)]
-    if not parts or any(name.endswith(_SAFETENSORS) and name not in parts for name in names):
-        return None
-    return (
-        f"holds {some(parts, 3)}, parts of tensors that HuggingFaceStorageWriter(save_distributed=True) wrote; save "
-        "with enable_consolidation=True too, or with FileSystemWriter"
-    )
+def rank_parts(names: Iterable[str]) -> tuple[str, ...]:
+    """Which of these safetensors hold each the parts of one rank, under the whole tensors' names; none, or all."""
+    weights = [name for name in names if name.endswith(_SAFETENSORS) and not name.startswith(".")]
+    return tuple(weights) if all(map(_PART.fullmatch, weights)) else ()
+
+
+def absent_ranks(names: Iterable[str]) -> str:
+    """Which ranks wrote nothing, by the numbers in the names of these parts. The last ones nobody can know of."""
+    there = {int(match[1]) for name in names if (match := _PART.fullmatch(os.path.basename(name)))}
+    lacking = [f"shard-{number:05}-*" for number in range(1, max(there, default=0)) if number not in there]
+    return f"there is no {some(lacking, 5)}; was it copied or saved to its end?" if lacking else ""
 
 
 def unfinished_dcp(names: Sequence[str]) -> str | None:

@@ -33,10 +33,11 @@ from ..streams import LeaseStream, ahead, digest_of_leases
 from .archive import Plain, Unreadable, find_plain
 from .branch import find_branch
 from .call import JointRead, Orders, ReadCall, check_read, fitting, in_rows
-from .opened import cut_off, open_files, stored_of
+from .headers import read_headers
+from .opened import cut_off, open_files, open_parts, stored_of
 from .pieces import Mosaic, faults
-from .place import NAME, DcpPlace
-from .saved import SavedTensor, Stored, read_saved
+from .place import NAME, DcpPlace, absent_ranks
+from .saved import Saved, SavedTensor, Stored, read_saved
 from .strips import Strip, single, strip
 
 
@@ -66,23 +67,41 @@ class DcpSource(ClosedByOwner):
         self._closed = False
 
     def _open(self, place: DcpPlace, undo: ExitStack) -> None:
-        self._said = File(str(place.directory / NAME))
-        undo.callback(self._said.close)
-        saved = read_saved(self._said.path, self._said.pread(self._said.size, 0))
+        self._said: File | None = None  # where it is no header that says what was saved
+        self._plain: dict[Stored, Plain] = {}  # Filled as parts are read; two threads may find the same.
+        self._texts: dict[str, dict[str, str]] = {}
+        self._files: dict[str, File] = {}
+        saved, problems = self._saved(place, undo)
         branch = find_branch(self.path, saved.tensors, saved.keys, place.branch)
         tensors = {name: saved.tensors[origin] for origin, name in branch.names.items()}
-        problems = [problem for name, tensor in tensors.items() for problem in faults(name, tensor)]
-        self._files, broken = open_files(place.directory, tensors, undo)
-        problems += broken + cut_off(self._files, tensors)
+        problems += [problem for name, tensor in tensors.items() for problem in faults(name, tensor)]
+        if self._said is not None:
+            self._files, broken = open_files(place.directory, tensors, undo)
+            problems += broken + cut_off(self._files, tensors)
+        elif problems and (absent := absent_ranks(place.parts)):
+            problems.append(absent)
         if problems:
             raise CheckpointError(f"{self.path}: the checkpoint is broken", problems, cause="bad_part")
         self._numbers = {name: number for number, name in enumerate(self._files)}
         homes = sorted(map(self._home, tensors, tensors.values()), key=lambda home: home.position)
         self._homes = {home.spec.name: home for home in homes}
         self._manifest = Manifest(home.spec for home in homes)
-        self._plain: dict[Stored, Plain] = {}  # Filled as parts are read; two threads may find the same.
-        self._others = saved.others
         self._warnings = _passed_over(self.path, branch.others)
+        if absent := absent_ranks(place.parts):
+            self._warnings += (f"{self.path}: {absent} It is whole if those ranks had nothing to write",)
+
+    def _saved(self, place: DcpPlace, undo: ExitStack) -> tuple[Saved, list[str]]:
+        """What was saved; and what is wrong with files that say so themselves."""
+        if place.parts:
+            self._files, broken = open_parts(place.directory, place.parts, undo)
+            headers = read_headers(self._files)
+            self._plain, self._texts = headers.plain, headers.texts
+            return headers.saved, broken + headers.problems
+        self._said = File(str(place.directory / NAME))
+        undo.callback(self._said.close)
+        saved = read_saved(self._said.path, self._said.pread(self._said.size, 0))
+        self._texts = {self._said.path: dict.fromkeys(saved.others, "no tensor")}
+        return saved, []
 
     @property
     def manifest(self) -> Manifest:
@@ -91,13 +110,13 @@ class DcpSource(ClosedByOwner):
 
     @property
     def files(self) -> tuple[str, ...]:
-        """The paths of the checkpoint's files: those that hold tensors, and ``.metadata``, which says where."""
-        return (*(file.path for file in self._files.values()), self._said.path)
+        """The paths of the checkpoint's files: those that hold tensors, and ``.metadata``, if that says where."""
+        return tuple(file.path for file in self._every_file())
 
     @property
     def metadata(self) -> dict[str, dict[str, str]]:
         """What the checkpoint holds besides tensors, by the path of the file that says so."""
-        return {self._said.path: dict.fromkeys(self._others, "no tensor")}
+        return {path: dict(texts) for path, texts in self._texts.items()}
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -109,9 +128,12 @@ class DcpSource(ClosedByOwner):
         return self._homes[name].position
 
     def file_of(self, name: str) -> str:
-        """The path of the file that holds the tensor; of ``.metadata``, which says what it is, if several hold it."""
-        files = {stored.file for stored in stored_of(self._homes[name].saved)}
-        return self._files[files.pop()].path if len(files) == 1 else self._said.path
+        """The path of the file that holds the tensor; if several hold it, of ``.metadata``, or else of the first."""
+        home = self._homes[name]
+        files = {stored.file for stored in stored_of(home.saved)}
+        if self._said is not None and len(files) != 1:
+            return self._said.path
+        return self.files[home.position[0]]
 
     def leases(self, *, guard: Guard = "off", pool: Pool | None = None, io: IOMode = "auto") -> LeaseStream:
         """Stream every tensor as a lease on the pool's memory, in the manifest's order, reading one slot ahead.
@@ -161,7 +183,7 @@ class DcpSource(ClosedByOwner):
             if memory is not None:
                 straight.put(strips, memory)
             elif not strips:
-                straight.segments.append(Segment(self._said, 0, 0, read.into))
+                straight.segments.append(Segment(self._every_file()[-1], 0, 0, read.into))
             elif len(strips) == 1 and single(strips[0]):
                 straight.segments.append(Segment(strips[0].file, strips[0].lying.offset, read.nbytes, read.into))
             else:
@@ -176,7 +198,7 @@ class DcpSource(ClosedByOwner):
         self._check_open()
         if self._proof is not None:
             self._proof.check()
-        for file in (self._said, *self._files.values()):
+        for file in self._every_file():
             file.check()
 
     def digest(self, *, io: IOMode = "auto") -> Digest:
@@ -189,11 +211,14 @@ class DcpSource(ClosedByOwner):
         self._closed = True
         if self._proof is not None:
             self._proof.close()
-        for file in (self._said, *self._files.values()):
+        for file in self._every_file():
             file.close()
 
     def __repr__(self) -> str:
         return f"<DcpSource {self.path!r}: {len(self._manifest)} tensors in {len(self._files)} files>"
+
+    def _every_file(self) -> list[File]:
+        return [*self._files.values(), *([] if self._said is None else [self._said])]
 
     def _begin(self) -> None:
         self._check_open()

@@ -14,7 +14,7 @@ from typing import NamedTuple, overload
 
 from ...errors import CheckpointError
 from ...text import some
-from ..dcp.place import is_dcp, parts_of_dcp, unfinished_dcp
+from ..dcp.place import is_dcp, rank_parts, unfinished_dcp
 from .index import files_named_by, lies_outside
 from .layout import DIFFUSERS, Layout
 from .place import Place, Remote, exists, is_dir, names_in, text_of
@@ -109,8 +109,14 @@ def find(directory: Place, layout: Layout, variant: str | None = None) -> Choice
         CheckpointError: none, or several, and nothing says which; it says what to type.
     """
     names = names_in(directory)
-    if (why := parts_of_dcp(names)) is not None:
-        raise CheckpointError(f"{directory}: {why}", cause="other_format")
+    if parts := rank_parts(names):
+        remote = isinstance(directory, Remote)
+        cure = "download the folder, and open that" if remote else f"hotweights.open({str(directory)!r}) does so"
+        raise CheckpointError(
+            f"{directory}: holds {some(parts, 3)}, in which each rank of a trainer wrote its parts of tensors; only "
+            f"our own reader puts these together, and on disk; {cure}",
+            cause="other_format",
+        )
     choice = _choose(directory, names, layout, variant)
     if "model_index.json" in names and not (choice and choice.known):
         itself = f", or open {directory / choice.files[0]} itself" if choice and choice.files else ""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from msgspec.structs import replace
 from xxhash import xxh3_64_intdigest
 
 from ...boxes import Box, row_major, view
@@ -29,7 +30,10 @@ def fill(memory: torch.Tensor, tasks: Sequence[Task], held: Holding) -> tuple[in
     for task in tasks:
         digest = None
         for patch in task.patches:
-            digest = _copy(memory, *_cast(patch, held, task.dtype), hashed=task.hashed)
+            tensor, dtype = held.tensors[row := task.rows[patch.row]], held.dtypes[row]
+            dtype = getattr(torch, task.dtype) if task.dtype else dtype
+            there = replace(patch, into=task.start + patch.into)
+            digest = _copy(memory, *_cast(there, tensor, dtype), hashed=task.hashed)
         if task.hashed:
             assert digest is not None, "of a task that is hashed there is one patch"
             digests.append(digest)
@@ -41,15 +45,13 @@ def digest_of(memory: torch.Tensor, start: int, nbytes: int) -> int:
     return xxh3_64_intdigest(buffer(memory.data_ptr() + start, nbytes))
 
 
-def _cast(patch: Patch, held: Holding, to: str) -> tuple[Patch, torch.Tensor]:
+def _cast(patch: Patch, tensor: torch.Tensor, dtype: torch.dtype) -> tuple[Patch, torch.Tensor]:
     """The patch, and the tensor that it is of; where another dtype is sent, the box alone, as that."""
-    tensor = held.tensors[patch.row]
-    dtype = getattr(torch, to) if to else held.dtypes[patch.row]
     if tensor.dtype == dtype:
         return patch, tensor
     box = tuple(slice(at, at + length) for at, length in zip(patch.begin, patch.lengths[:-1], strict=False))
     begin = (*(0 for _ in box), patch.begin[-1])
-    return Patch(patch.row, begin, patch.lengths, patch.into, patch.strides), tensor[box].to(dtype)
+    return replace(patch, begin=begin), tensor[box].to(dtype)
 
 
 def _copy(memory: torch.Tensor, patch: Patch, tensor: torch.Tensor, *, hashed: bool) -> int | None:

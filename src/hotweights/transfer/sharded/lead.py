@@ -1,10 +1,9 @@
-"""Lead: rank 0 of a sharded trainer. It meets the other ranks, and hears in each round what they hold."""
+"""Lead: rank 0 of a sharded trainer. It hears in each round what all ranks hold, and tells them how that ended."""
 
 from __future__ import annotations
 
 import contextlib
 import secrets
-import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -23,19 +22,16 @@ from ...errors import (
     UsageError,
 )
 from ...text import some
-from ..address import check_peer
 from ..audience import Audience
-from ..network import NetworkDoor
 from ..report import SendReport
 from ..unwritten import of_two_steps
 from ..waits import Waker, left
 from .copies import Twins, digests_of, twins_of, unequal
+from .entrance import Entrance
 from .group_place import NEW, GroupPlace, leave_mark
 from .holding import Holding, said_of
-from .link import Link
-from .meeting_place import Accepting, MeetingPlace
-from .network_link import NetworkLink
-from .rank_flow import RankInflow
+from .known_rank import KnownRank, RankWatch
+from .meeting_place import MeetingPlace
 from .round_end import failed, succeeded
 from .tiling import Tiling
 from .words import (
@@ -47,7 +43,6 @@ from .words import (
     Describe,
     Described,
     Here,
-    Join,
     Leave,
     Mapped,
     SlotMemory,
@@ -58,7 +53,6 @@ from .words import (
 TICK = 1.0
 """Seconds between two words to the ranks while a round goes on."""
 
-_SHOWN = 20  # of those that were sent away
 _FLUSH = 10.0  # seconds in which a rank takes what it is told last
 
 
@@ -66,44 +60,6 @@ class Arrived(NamedTuple):
     """All that a rank on another host was to give of a slot is there."""
 
     slot: int
-
-
-class KnownRank:
-    """A rank, as the lead knows it.
-
-    Attributes:
-        rank: in the group.
-        link: to it.
-        name: for people.
-        flow: for bytes, of a rank on another host.
-        here: what it last said that it sends.
-        left: the last round that it gave up, and why.
-        described: what it last said it holds.
-        compared: the digests that it said last.
-        checked: what was last written while it was read.
-    """
-
-    def __init__(self, rank: int, link: Link, pid: int) -> None:
-        where = f" on {link.host}" if link.host else ""
-        self.rank, self.link, self.name = rank, link, f"rank {rank} (process {pid}{where})"
-        self.flow = None if link.shares else RankInflow()
-        self.here: Here | None = None
-        self.left: Leave | None = None
-        self.described: Described | None = None
-        self.compared: Compared | None = None
-        self.checked: Checked | None = None
-        self.mapped = False
-
-    @property
-    def ready(self) -> bool:
-        """Whether it can fill slots."""
-        return self.mapped and (self.flow is None or self.flow.connection is not None)
-
-    def close(self) -> None:
-        """End its connections."""
-        self.link.close()
-        if self.flow is not None:
-            self.flow.close()
 
 
 @signals.held_throughout
@@ -120,7 +76,6 @@ class Lead:
             UsageError: nobody can listen there.
         """
         self._group, self.place, self._timeout = group, place, timeout
-        self.ranks: dict[int, KnownRank] = {}
         self.round = 0
         self._lost: list[str] = []
         self._stopped = False
@@ -129,17 +84,14 @@ class Lead:
         self._twins: list[Twins] = []
         self._told = False  # whether the ranks know the rows of these
         self._tilings: dict[tuple[bytes, ...], Tiling] = {}
+        self._watch: RankWatch | None = None  # once all are there
         self._waker = Waker()
-        self._listeners: list[Accepting] = []
-        self._audience: Audience | None = None  # while ranks come where receivers do
-        self._refused: list[str] = []
         try:
-            for where in places:
-                self._listeners.append(where.listen())
+            self._entrance = Entrance(places, place.size)
         except BaseException:
-            self._stop_listening()
             self._waker.close()
             raise
+        self.ranks = self._entrance.ranks
 
     def meet(self, audience: Audience) -> None:
         """Wait until all ranks are there, and have mapped the slots.
@@ -147,7 +99,7 @@ class Lead:
         Raises:
             TransferTimeout: some did not come. Those that did were told so in the same words.
         """
-        self._audience, slots = audience, audience.slots
+        self._entrance.audience, slots = audience, audience.slots
         mark = leave_mark(self._group, secrets.token_hex(16))
         memory = SlotMemory(len(slots.memories), slots.slot_nbytes, self._timeout, mark)
         try:
@@ -161,19 +113,16 @@ class Lead:
         for rank in self.ranks.values():
             rank.link.send(Complete())
         self._flush()
-        self._stop_listening()
+        self._entrance.close()
+        self._watch = RankWatch(self.ranks.values())
 
     def _introduce(self, rank: KnownRank, memory: SlotMemory, descriptor: int) -> None:
         if rank.flow is None:
             rank.link.send(memory, descriptor=descriptor)
             return
-        for door in self._doors:
+        for door in self._entrance.doors:
             door.await_flow(rank.flow)
         rank.link.send(replace(memory, token=rank.flow.token))
-
-    @property
-    def _doors(self) -> list[NetworkDoor]:
-        return [] if self._audience is None else self._audience.doors
 
     @property
     def far(self) -> frozenset[int]:
@@ -207,9 +156,8 @@ class Lead:
 
     def heard(self) -> Iterator[tuple[KnownRank, Word | Arrived]]:
         """What came of this round. Of a rank that is gone it is that it leaves."""
-        for rank in list(self.ranks.values()):
-            if not rank.link.is_open:
-                continue
+        began = time.monotonic()
+        for rank in self._due(began):
             try:
                 rank.link.flush()
                 while (word := rank.link.read()) is not None:
@@ -220,22 +168,34 @@ class Lead:
                     yield rank, Arrived(slot)
             except (PeerLost, ProtocolError) as error:
                 self._lost.append(f"{rank.name}: {error}")
+                self._unwatch(rank)
                 rank.close()
                 rank.left = Leave(self.round, str(error))
                 yield rank, rank.left
-        if time.monotonic() - self._ticked >= TICK:
-            self._ticked = time.monotonic()
+        if began - self._ticked >= TICK:
+            self._ticked = began
             for rank in self.ranks.values():
                 if rank.link.is_open and not rank.link.unsent:
                     rank.link.send(Tick(self.round))
 
+    def _due(self, now: float) -> list[KnownRank]:
+        """Those to look at: all of them at each tick, which finds links that are cut; else those that spoke."""
+        there = [rank for rank in self.ranks.values() if rank.link.is_open]
+        if self._watch is None or now - self._ticked >= TICK:
+            return there
+        spoken = self._watch.spoken()
+        return [rank for rank in there if rank in spoken or rank.link.unsent]
+
+    def _unwatch(self, rank: KnownRank) -> None:
+        if self._watch is not None:
+            self._watch.forget_rank(rank)
+
     def sockets(self) -> list[tuple[Any, bool]]:
         """What to wait for."""
         ranks = [rank for rank in self.ranks.values() if rank.link.is_open]
-        flows = [rank.flow.connection for rank in ranks if rank.flow is not None]
-        return [(rank.link.socket, rank.link.unsent) for rank in ranks] + [
-            (flow, False) for flow in flows if flow is not None
-        ]
+        if self._watch is None:
+            return [(each, each is rank.link.socket and rank.link.unsent) for rank in ranks for each in rank.sockets]
+        return [self._watch.wanted(), *((rank.link.socket, True) for rank in ranks if rank.link.unsent)]
 
     def looked(self) -> None:
         """Whoever waits for receivers calls this between two looks.
@@ -251,6 +211,7 @@ class Lead:
         """A rank stands still: whatever it does later, it does it alone."""
         rank = self.ranks[number]
         self._lost.append(f"{rank.name}: it stood still")
+        self._unwatch(rank)
         rank.link.say_goodbye("rank 0 gave this rank up, which stood still")
 
     def fail(self, version: str | int, error: BaseException) -> None:
@@ -266,18 +227,14 @@ class Lead:
     def close(self, reason: str = "rank 0 closed its sender") -> None:
         """Let go. May be called twice."""
         for rank in self.ranks.values():
+            self._unwatch(rank)
             rank.link.say_goodbye(reason)
             rank.close()
-        self._stop_listening()
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
+        self._entrance.close()
         self._waker.close()
-
-    def _stop_listening(self) -> None:
-        for listener in self._listeners:
-            listener.close()
-        self._listeners.clear()
-        for door in self._doors:
-            door.turn_ranks_away()
-        self._audience = None
 
     def _agree(self, version: str | int, held: Holding | UsageError) -> Tiling:
         """What all ranks hold together.
@@ -404,78 +361,25 @@ class Lead:
 
     def _await_all(self) -> None:
         deadline = time.monotonic() + self._timeout
-        strangers: list[tuple[Link, int]] = []
         while True:
-            self._admit(strangers)
-            missing = [number for number in range(1, self.place.size) if number not in self.ranks]
-            if not missing:
+            self._entrance.admit()
+            if not (missing := self._entrance.missing):
                 return
             if not left(deadline):
                 one = some([str(number) for number in missing])
                 raise TransferTimeout(
                     f"rank {one} of {self.place.size} did not make its Sender within {self._timeout:g} s; each rank "
                     f"of group= makes one, at the same address",
-                    self._refused,
+                    self._entrance.refused,
                 )
-            sockets = [*self._open(), *((link.socket, link.unsent) for link, _ in strangers)]
-            self._wait([*sockets, *self.sockets()], min(TICK, left(deadline)))
-
-    def _open(self) -> list[tuple[socket.socket, bool]]:
-        """Where ranks come in."""
-        doors = [*(listener.sockets() for listener in self._listeners), *(door.sockets() for door in self._doors)]
-        return [(waiting, False) for sockets in doors for waiting in sockets]
-
-    def _admit(self, strangers: list[tuple[Link, int]]) -> None:
-        """Take those who connect, and hear which rank each of them is."""
-        for listener in self._listeners:
-            while (accepted := listener.accept()) is not None:
-                try:
-                    strangers.append((Link(accepted), check_peer(accepted)))
-                except ProtocolError:
-                    accepted.close()
-        if self._audience is not None:
-            self._audience.admit()
-        for door in self._doors:
-            strangers += [(NetworkLink(waiting, tls), 0) for waiting, tls in door.take_ranks()]
-        for stranger in list(strangers):
-            link, pid = stranger
-            try:
-                link.flush()
-                word = link.read()
-                if word is None:
-                    continue
-                strangers.remove(stranger)
-                self._place_of(link, pid, word)
-            except (PeerLost, ProtocolError) as error:
-                strangers.remove(stranger) if stranger in strangers else None
-                self._refused = [*self._refused, f"{link.host or f'process {pid}'}: {error}"][-_SHOWN:]
-                link.say_goodbye(str(error))
-        for number, rank in list(self.ranks.items()):  # One that gave up is waited for again.
-            try:
-                rank.link.read()
-            except (PeerLost, ProtocolError):
-                rank.close()
-                del self.ranks[number]
-
-    def _place_of(self, link: Link, pid: int, word: Word) -> None:
-        if not isinstance(word, Join):
-            raise ProtocolError("a rank says first which it is")
-        if word.size != self.place.size or not 0 < word.rank < word.size:
-            raise ProtocolError(
-                f"rank {word.rank} of {word.size} came to rank 0 of {self.place.size}: its process group is a stale "
-                "one, or another"
-            )
-        if word.rank in self.ranks:
-            raise ProtocolError(f"rank {word.rank} is here already: {self.ranks[word.rank].name}; end one of the two")
-        self.ranks[word.rank] = KnownRank(word.rank, link, pid or word.pid)
+            self._wait([*self._entrance.sockets(), *self.sockets()], min(TICK, left(deadline)))
 
     def _until(self, pending: Callable[[], list[KnownRank]], deed: str, title: str = "") -> None:
         """Wait until no rank is pending; ``title`` begins the error."""
         deadline = time.monotonic() + self._timeout
         before = f"{title}: " if title else ""
         while True:
-            if self._audience is not None:  # Connections for bytes come there.
-                self._audience.admit()
+            self._entrance.admit_flows()
             for _ in self.heard():
                 pass
             for rank in self.ranks.values():
@@ -487,7 +391,7 @@ class Lead:
             if not left(deadline):
                 who = some([str(rank.rank) for rank in waiting])
                 raise TransferTimeout(f"{before}rank {who} did not {deed} within {self._timeout:g} s")
-            self._wait([*self._open(), *self.sockets()], min(TICK, left(deadline)))
+            self._wait([*self._entrance.flow_sockets(), *self.sockets()], min(TICK, left(deadline)))
 
     def _wait(self, sockets: list[tuple[Any, bool]], seconds: float) -> None:
         self._waker.wait(sockets, seconds, lambda: self._stopped)

@@ -13,7 +13,7 @@ import torch
 from msgspec.structs import replace
 
 from ... import signals
-from ...boxes import Box, row_major, view
+from ...boxes import Box, contiguous, row_major, view
 from ...errors import PeerLost, ProtocolError
 from ..carriers.sockets import SocketOutflow
 from ..channel import close_in_children
@@ -25,18 +25,17 @@ _STRAIGHT = 64 * 1024  # bytes that are worth a call of their own into the slot
 _SCRAP = 1024 * 1024  # bytes thrown away at once
 
 
-def packed(tasks: Sequence[tuple[Task, int]]) -> tuple[tuple[Task, ...], list[Box]]:
+def packed(tasks: Sequence[Task]) -> tuple[tuple[Task, ...], list[Box]]:
     """The tasks for a rank on another host, whose parts of each chunk lie there side by side; and where they go here.
 
-    Args:
-        tasks: each with the first byte of its chunk. A chunk has room for all parts of it.
+    A chunk has room for all parts of it.
     """
     theirs, landings = [], []
-    for task, start in tasks:
-        patches, into = [], start
+    for task in tasks:
+        patches, into = [], 0
         for patch in task.patches:
             patches.append(replace(patch, into=into, strides=row_major(patch.lengths)))
-            landings.append(Box(torch.uint8, patch.lengths, patch.strides, patch.into))
+            landings.append(Box(torch.uint8, patch.lengths, patch.strides, task.start + patch.into))
             into += landings[-1].nbytes
         theirs.append(replace(task, patches=tuple(patches)))
     return tuple(theirs), landings
@@ -45,17 +44,7 @@ def packed(tasks: Sequence[tuple[Task, int]]) -> tuple[tuple[Task, ...], list[Bo
 def stretch_of(task: Task) -> tuple[int, int]:
     """First byte and end of what a packed task makes of a slot."""
     first, last = task.patches[0], task.patches[-1]
-    return first.into, last.into + math.prod(last.lengths)
-
-
-def is_dense(lengths: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether a box of bytes is one run of them, in row-major order."""
-    expected = 1
-    for length, stride in zip(reversed(lengths), reversed(strides), strict=True):
-        if length > 1 and stride != expected:
-            return False
-        expected *= length
-    return True
+    return task.start + first.into, task.start + last.into + math.prod(last.lengths)
 
 
 @signals.held_throughout
@@ -96,7 +85,7 @@ class _Coming:
 
     @staticmethod
     def _goes_straight(part: Box) -> bool:
-        return part.nbytes >= _STRAIGHT and is_dense(part.shape, part.stride)
+        return part.nbytes >= _STRAIGHT and contiguous(part)
 
     def _run(self, begin: int, end: int) -> None:
         if end > begin:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from msgspec.structs import replace
 
 from ... import signals
 from ...errors import TransferAborted, UsageError
@@ -25,9 +24,9 @@ from ..shared_memory import WriteSlots, aligned
 from .filling import digest_of, fill
 from .holding import Holding
 from .lead import TICK, Arrived, Lead, left_by
-from .rank_flow import is_dense, packed
+from .rank_flow import packed
 from .tiling import ChunkJob, Tiling
-from .words import Fill, Leave, Packed, Patch, Task
+from .words import Fill, Leave, Packed, Task
 
 
 @dataclass(eq=False)
@@ -114,8 +113,11 @@ class ShardedOutbound(Outbound):
     def _send_tiles(self) -> None:
         self._asking, requests, order = self._requests()
         wishes = [wanted for peer in self._members for wanted in peer.wanted]
-        self._casts = {(place, want.tensor): want.rounded for place, wish in enumerate(wishes) for want in wish}
-        rounded = {number: dtype for number in order if (dtype := self._rounding(number, requests[number]))}
+        self._casts = {
+            (place, want.tensor): want.rounded for place, wish in enumerate(wishes) for want in wish if want.rounded
+        }
+        casts = order if self._casts else ()
+        rounded = {number: dtype for number in casts if (dtype := self._rounding(number, requests[number]))}
         tiling = self._tiling.rounded(rounded) if rounded else self._tiling
         tiling.begin(self._lead.far)
         for number in order:
@@ -171,12 +173,11 @@ class ShardedOutbound(Outbound):
         work, self._next = self._next, None
         if work is None:
             return
-        tasks: dict[int, list[tuple[Task, int]]] = {}
+        tasks: dict[int, list[Task]] = {}
         for number, (job, offset, dtype) in enumerate(work.jobs):
-            alone = self._hashed and len(job.patches) == 1 and all(_is_one_run(own) for own in job.patches.values())
-            for rank, patches in job.patches.items():
-                own = tuple(replace(patch, into=patch.into + offset) for patch in patches)
-                tasks.setdefault(rank, []).append((Task(own, alone, dtype), offset))
+            alone = self._hashed and len(job.shares) == 1 and job.shares[0].in_a_row
+            for rank, rows, patches, _ in job.shares:
+                tasks.setdefault(rank, []).append(Task(offset, rows, patches, alone, dtype))
                 if alone:
                     work.hashed.setdefault(rank, []).append(number)
         self._in_work.append(work)
@@ -186,11 +187,11 @@ class ShardedOutbound(Outbound):
             self._have_filled(rank, work.slot, tasks[rank])
         if 0 in tasks:
             with self._timeline.event(self._filling):
-                self._note(work, 0, fill(self._slots.memories[work.slot], [task for task, _ in tasks[0]], self._held))
+                self._note(work, 0, fill(self._slots.memories[work.slot], tasks[0], self._held))
         self._look()
 
-    def _have_filled(self, number: int, slot: int, tasks: Sequence[tuple[Task, int]]) -> None:
-        rank, theirs = self._lead.ranks[number], tuple(task for task, _ in tasks)
+    def _have_filled(self, number: int, slot: int, tasks: Sequence[Task]) -> None:
+        rank, theirs = self._lead.ranks[number], tuple(tasks)
         if rank.flow is not None:
             theirs, landings = packed(tasks)
             rank.flow.expect(self._lead.round, slot, self._slots.memories[slot], landings)
@@ -285,7 +286,3 @@ class ShardedOutbound(Outbound):
             for rank in late:
                 self._lead.part_with(rank)
             raise TransferAborted("the update was aborted", said)
-
-
-def _is_one_run(patches: Sequence[Patch]) -> bool:
-    return len(patches) == 1 and is_dense(patches[0].lengths, patches[0].strides)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from msgspec.structs import replace
 
-from ...boxes import Box, row_major
+from ...boxes import Box, contiguous, row_major
 from ...errors import UsageError
 from ...manifest import TensorSpec
 from ...ranges import Range, disjoint, pieces_of, range_of, shared, within
@@ -22,6 +22,7 @@ from .words import Patch
 
 _LONG = 64 * 1024  # bytes of one rank that are worth a chunk of their own; shorter ones are put together in the slot
 _KEPT = 500_000  # chunks that are kept, of tensors that others are like
+_CHOICES = 256  # of holders, for which the shares of a chunk are kept
 _FAR = 1 << 60  # more bytes than any rank gives
 _MANY = 64  # ranges of several runs that are compared with each other
 
@@ -71,21 +72,41 @@ class ChunkJob(NamedTuple):
         tensor: its number.
         range: the bytes.
         asking: the places of who wants it.
-        patches: by rank; ``into`` counts from the chunk's first byte.
+        shares: what each rank does.
     """
 
     tensor: int
     range: Range
     asking: frozenset[int]
-    patches: Mapping[int, tuple[Patch, ...]]
+    shares: Sequence[Share]
+
+
+class Share(NamedTuple):
+    """What one rank does for a chunk.
+
+    Attributes:
+        rank: which.
+        rows: of its table, that the patches are of; in a ``Cut``, ``Holder.place`` of each.
+        patches: as a ``Task`` has them.
+        in_a_row: whether they are one run of bytes.
+    """
+
+    rank: int
+    rows: tuple[int, ...]
+    patches: tuple[Patch, ...]
+    in_a_row: bool
 
 
 class Cut(NamedTuple):
-    """A chunk of a tensor, of any that lies in the same tiles; and its boxes."""
+    """A chunk of a tensor, of any that lies in the same tiles; and its boxes.
+
+    ``shares`` are made once for each choice of holders: their number in ``Tiles.holders``, for each box.
+    """
 
     range: Range
     asking: frozenset[int]
     boxes: tuple[PartBox, ...]
+    shares: dict[tuple[int, ...], tuple[Share, ...]]
 
 
 class Tiling:
@@ -154,21 +175,33 @@ class Tiling:
             if self._kept + len(cuts) > _KEPT:
                 self._cuts, self._kept = {}, 0
             self._cuts[key], self._kept = cuts, self._kept + len(cuts)
+        rows = tile.rows
         for cut in cuts:
-            yield ChunkJob(number, cut.range, cut.asking, self._patches(tile, cut.boxes))
+            shares = self._shares(tile.tiles, cut)
+            its = [
+                Share(rank, tuple([rows[place] for place in places]), patches, in_a_row)
+                for rank, places, patches, in_a_row in shares
+            ]
+            yield ChunkJob(number, cut.range, cut.asking, its)
 
-    def _patches(self, tile: TiledTensor, boxes: Sequence[PartBox]) -> dict[int, tuple[Patch, ...]]:
-        patches: dict[int, tuple[Patch, ...]] = {}
-        mosaic, holders, loads = tile.tiles.mosaic, tile.tiles.holders, self._loads
-        for box in boxes:
+    def _shares(self, tiles: Tiles, cut: Cut) -> tuple[Share, ...]:
+        """Who gives what: of copies, always the rank that has given least."""
+        holders, loads = tiles.holders, self._loads
+        choice = []
+        for box in cut.boxes:
             able = holders[box.number]
-            holder = able[0] if len(able) == 1 else min(able, key=lambda holder: loads[holder.rank])
-            loads[holder.rank] += math.prod(box.lengths)
-            offsets = mosaic.parts[box.number].offsets
-            local = (*(at + b - o for at, b, o in zip(holder.at, box.begin, offsets, strict=False)), box.begin[-1])
-            patch = Patch(tile.rows[holder.place], local, box.lengths, box.into, box.strides)
-            patches[holder.rank] = (*patches.get(holder.rank, ()), patch)
-        return patches
+            best = 0
+            if len(able) > 1:
+                given = [loads[holder.rank] for holder in able]
+                best = given.index(min(given))
+            loads[able[best].rank] += math.prod(box.lengths)
+            choice.append(best)
+        chosen = tuple(choice)
+        if (shares := cut.shares.get(chosen)) is None:
+            if len(cut.shares) >= _CHOICES:
+                cut.shares.clear()
+            shares = cut.shares[chosen] = _shares(tiles, cut.boxes, chosen)
+        return shares
 
     def _tile(self, name: str, own: Sequence[tuple[int, int, TableRow]], problems: list[str]) -> TiledTensor | None:
         kinds: dict[tuple[str, tuple[int, ...]], int] = {}
@@ -217,6 +250,26 @@ class Tiling:
 _NAME = "\0"  # stands for a tensor's name
 
 
+def _shares(tiles: Tiles, boxes: Sequence[PartBox], choice: Sequence[int]) -> tuple[Share, ...]:
+    by_rank: dict[int, tuple[list[int], list[Patch]]] = {}
+    for box, number in zip(boxes, choice, strict=True):
+        holder, offsets = tiles.holders[box.number][number], tiles.mosaic.parts[box.number].offsets
+        places, patches = by_rank.setdefault(holder.rank, ([], []))
+        if holder.place not in places:
+            places.append(holder.place)
+        local = (*(at + b - o for at, b, o in zip(holder.at, box.begin, offsets, strict=False)), box.begin[-1])
+        patches.append(Patch(places.index(holder.place), local, box.lengths, box.into, box.strides))
+    return tuple(
+        Share(
+            rank,
+            tuple(places),
+            tuple(patches),
+            len(patches) == 1 and contiguous(Box(torch.uint8, patches[0].lengths, patches[0].strides, 0)),
+        )
+        for rank, (places, patches) in by_rank.items()
+    )
+
+
 def _cuts(tile: TiledTensor, requests: Sequence[tuple[int, tuple[Range, ...]]], limit: int) -> Iterator[Cut]:
     everything = (Range(0, tile.spec.nbytes),)
     ranges = [ranges or everything for _, ranges in requests]
@@ -229,12 +282,12 @@ def _cuts(tile: TiledTensor, requests: Sequence[tuple[int, tuple[Range, ...]]], 
     if (own := _apart(mosaic, wanted, boxes)) is None:
         for part, asking, _ in wanted:
             for piece in pieces_of(part, limit):
-                yield Cut(piece, asking, tuple(mosaic.cut(piece)) if piece.size else ())
+                yield Cut(piece, asking, tuple(mosaic.cut(piece)) if piece.size else (), {})
         return
     by_owner: dict[int, list[Cut]] = {}
     for (_, asking, _), cut, parts in zip(wanted, boxes, own, strict=True):
         for box, whole in zip(cut, parts, strict=True):
-            pieces = (Cut(part, asking, tuple(mosaic.cut(part))) for part in pieces_of(whole, limit))
+            pieces = (Cut(part, asking, tuple(mosaic.cut(part)), {}) for part in pieces_of(whole, limit))
             by_owner.setdefault(box.number, []).extend(pieces)
     yield from _in_turn(list(by_owner.values()))
 

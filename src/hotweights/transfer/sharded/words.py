@@ -10,7 +10,7 @@ import msgspec
 from ...errors import ProtocolError
 from .holding import Table
 
-PROTOCOL = 2  # another number for every change of what words hold
+PROTOCOL = 3  # another number for every change of what words hold
 MAX_WORD = 1024 * 1024 * 1024  # bytes; the table of 60,000 tensors takes about 5 MB
 HEADER = struct.Struct("<4sHI")  # magic, protocol, bytes that follow
 _MAGIC = b"hotr"
@@ -82,10 +82,10 @@ class Patch(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     """A box of a rank's tensor, and where it goes. The last dimension is the bytes of an element.
 
     Attributes:
-        row: of the rank's table.
+        row: which of the task's rows.
         begin: the first index in the rank's tensor.
         lengths: of the box.
-        into: where its first byte goes, counted from the slot's first byte.
+        into: where its first byte goes, counted from the chunk's first byte.
         strides: bytes between neighbours there.
     """
 
@@ -97,11 +97,18 @@ class Patch(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
 
 
 class Task(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
-    """What a rank does for one chunk of a slot. ``hashed``: all of the chunk is its, and it says the chunk's digest.
+    """What a rank does for one chunk of a slot. Of tensors that are alike only ``start`` and ``rows`` differ.
 
-    ``dtype`` is what it casts its elements to, where that is not what its table says.
+    Attributes:
+        start: first byte of the chunk in the slot.
+        rows: of the rank's table, those that are read.
+        patches: what of them, and where it goes.
+        hashed: all of the chunk is its, and it says the chunk's digest.
+        dtype: what it casts its elements to, where that is not what its table says.
     """
 
+    start: int
+    rows: tuple[int, ...]
     patches: tuple[Patch, ...]
     hashed: bool
     dtype: str = ""
