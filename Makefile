@@ -75,6 +75,7 @@ test-verl-part: $(VERL_VENV)/.installed
 	OMP_NUM_THREADS=1 $(VERL_BIN)/python -m pytest tests/ray/test_one_node.py
 
 # With the real Ray, in an environment of its own, 1.5 GB: on one host, and as root on three that are network namespaces.
+# The latter takes ten minutes beside other work.
 test-ray: $(RAY_VENV)/.installed
 	OMP_NUM_THREADS=1 $(RAY_BIN)/python -m pytest tests/ray
 

@@ -109,6 +109,7 @@ def ours(
     *,
     digests: bool,
     keys: str | None = None,
+    carrier: str = "sockets",
 ) -> Run:
     sender = stack.enter_context(
         hw.Sender(
@@ -118,6 +119,7 @@ def ours(
             slot_nbytes=options.slot,
             keys=keys,
             insecure=keys is None,
+            carrier=carrier,
         )
     )
     workers = [

@@ -34,3 +34,12 @@ def test_decision():
     command = [sys.executable, ROOT / "benchmarks" / "decision.py", "--members", "20", "--repeats", "1"]
     done = subprocess.run(command, check=True, timeout=100, capture_output=True, text=True)
     assert "20 members" in done.stdout
+
+
+def test_carriers():
+    """Every receiver has the right bytes, or it ends with an error."""
+    flags = ["--size", "1MB", "--tensors", "4", "--rounds", "2"]
+    command = [sys.executable, ROOT / "benchmarks" / "carriers.py", *flags]
+    done = subprocess.run(command, check=True, timeout=100, capture_output=True, text=True)
+    assert "socket copy" in done.stdout
+    assert "gloo send/recv" in done.stdout

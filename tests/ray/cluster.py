@@ -113,7 +113,7 @@ class Cluster:
         for node in self._nodes:
             node.wait(30)
 
-    def run(self, scenario, number=2, timeout=420):
+    def run(self, scenario, number=2, timeout=800):
         """Run a scenario of ``scenarios.py`` in a driver on a host. Returns what it has found."""
         host = self.hosts.names[number]
         about = {

@@ -79,9 +79,13 @@ class Killer:
 
 
 class Child:
-    """A forked process and a pipe to it; it must end before its deadline. Use it in a ``with``."""
+    """A forked process and a pipe to it; it must end before its deadline. Use it in a ``with``.
 
-    def __init__(self, work, *arguments):
+    With ``fresh`` it is a new one instead, which has none of this process's libraries.
+    """
+
+    def __init__(self, work, *arguments, fresh=False):
+        context = multiprocessing.get_context("spawn" if fresh else "fork")
         self._pipe, theirs = context.Pipe()
         self.process = context.Process(target=_run, args=(work, theirs, arguments), daemon=True)
         self.process.start()

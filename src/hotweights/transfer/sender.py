@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any, Literal, overload
 
 import torch
-from torch import nn
 
 from .. import signals
 from ..arguments import check_choices, check_count, check_flags, check_seconds, check_version
@@ -19,23 +18,16 @@ from ..errors import Closed, HotweightsError, TransferError, UsageError
 from ..forked import alone_in_a_fork
 from ..manifest import Manifest
 from ..memory import devices
-from ..memory.wrappers import is_wrapper
-from ..model.as_saved import as_saved
-from ..rename import Rename, new_names
-from ..sources.contracts import InMemory, Source, warnings_of
-from ..sources.iterator import from_iterator
+from ..rename import Rename
+from ..sources.contracts import Source, warnings_of
 from ..sources.objects.run import is_run
-from ..sources.opening import AnySource, is_pairs, opened
-from ..sources.pairs import pairs_of
-from ..sources.renamed import renamed
-from ..sources.state_dict import StateSource, check_whole
-from ..text import some
+from ..sources.opening import AnySource
 from ..timeline import Timeline
 from .audience import Audience
 from .carriers.table import DEFAULT, carrier_of
-from .copying import wrapped
 from .endpoint import any_remote, endpoints_of
 from .outbound import Outbound
+from .payload import in_memory, payload
 from .publication import Publication, check_none_connects
 from .register_table import register_of
 from .report import SendReport
@@ -46,7 +38,7 @@ from .sharded.meeting import met, ranks_in
 from .sharded.rank import Rank
 from .sharded.sharded_outbound import ShardedOutbound
 from .sharded.tiling import Tiling
-from .unwritten import of_two_steps, watching
+from .unwritten import unwritten_check
 
 OnLost = Literal["abort", "drop"]
 """When a receiver is lost during an update: nobody takes the version, or all others do."""
@@ -265,10 +257,9 @@ class Sender:
             if self._ranks is None:
                 if dtype is not None:
                     raise UsageError("dtype= is for a Sender with group=; leave it out: workers cast by themselves")
-                source = stack.enter_context(_opened(tensors, manifest, rename))
-                _check_bare(source)
-                send = partial(self._send, source, version, receivers, show_progress, _unwritten(source))
-                given: Sequence[torch.Tensor] = _lying(source)
+                source = stack.enter_context(payload(tensors, manifest, rename))
+                send = partial(self._send, source, version, receivers, show_progress, unwritten_check(source))
+                given: Sequence[torch.Tensor] = in_memory(source)
             else:
                 held = self._held(stack, tensors, manifest, rename, dtype, version)
                 send = partial(self._send_held, held, version, receivers, show_progress)
@@ -446,65 +437,3 @@ class Sender:
             self._sending.release()
             if self._closed:
                 self.close()
-
-
-@contextmanager
-@signals.held
-def _opened(tensors: Any, manifest: Manifest | None, rename: Rename | None) -> Iterator[Source]:
-    """What is to be sent, as a source; one that is made here is closed here."""
-    if rename is not None:
-        with _opened(tensors, manifest, None) as source:
-            yield renamed(source, new_names(source.manifest, rename))
-    elif not is_pairs(tensors):
-        with opened(as_saved(tensors) if isinstance(tensors, nn.Module) else tensors) as source:
-            yield source
-    elif manifest is not None:
-        with from_iterator(tensors, manifest) as promised:
-            yield promised
-    else:
-        with StateSource(_collected(tensors)) as state:
-            yield state
-
-
-def _lying(source: Source) -> list[torch.Tensor]:
-    """Those that lie in memory. What computes them may be queued still, on a stream of this thread."""
-    return [source.borrow(name) for name in source.manifest] if isinstance(source, InMemory) else []
-
-
-def _unwritten(source: Source) -> Callable[[], object]:
-    """What raises ``UsageError`` if a tensor in memory was written after this call, as far as torch counts writes.
-
-    Digests are of what was read, so they fit also where some tensors are of the next step by then.
-    """
-    if not isinstance(source, InMemory):
-        return bool
-
-    written = watching(lambda: ((name, source.borrow(name)) for name in source.manifest))
-
-    def check() -> None:
-        if names := written():
-            raise UsageError(of_two_steps(names))
-
-    return check
-
-
-def _collected(pairs: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The tensors by name; no copies."""
-    tensors: dict[str, torch.Tensor] = {}
-    twice = set()
-    for name, tensor in pairs_of(pairs):
-        if name in tensors:
-            twice.add(name)
-        tensors[name] = tensor
-    if twice:
-        raise UsageError(f"two tensors have one name: {some(sorted(twice))}")
-    return tensors
-
-
-def _check_bare(source: Source) -> None:
-    """Wrappers are refused before anybody is told of the version; in a stream they are met later."""
-    check_whole(source.manifest)
-    if isinstance(source, InMemory):
-        tensors = ((name, source.borrow(name)) for name in source.manifest)
-        if wrappers := {name: tensor for name, tensor in tensors if is_wrapper(tensor)}:
-            raise UsageError(f"cannot send {some(list(wrappers))}: {wrapped(next(iter(wrappers.values())))}")

@@ -29,7 +29,8 @@ _DEVICE = 0  # host memory
 _PACKAGES = ("nixl", "nixl_cu12", "nixl_cu13")  # The first one names one of the others.
 
 
-def _api() -> Any:
+def library() -> Any:
+    """The package that is installed, which it imports."""
     for package in _PACKAGES:
         if importlib.util.find_spec(package) is not None:
             return importlib.import_module(f"{package}._api")
@@ -49,7 +50,7 @@ class AgentEnd:
 
     def open(self) -> None:
         """Make the agent. The ends know of each other with the first piece."""
-        api = _api()
+        api = library()
         config = api.nixl_agent_config(True, False, 0, backends=["UCX"])
         self._agent = api.nixl_agent(secrets.token_hex(16), config)
 
@@ -127,5 +128,5 @@ class AgentEnd:
         self._registered.clear()
 
 
-_api()
+library()
 CARRIER = Carrier("nixl", partial(ThreadOutflow, AgentEnd), partial(ThreadInflow, AgentEnd))
