@@ -62,7 +62,7 @@ def test_commands_and_flags():
         *"--json --limit --reader --variant --subfolder --quiet --files-from --help".split(),
     }
     assert flags("verify") == {
-        *"--json --digests --write --files-from --quiet --variant --subfolder --help".split(),
+        *"--json --digests --write --files-from --quiet --reader --variant --subfolder --help".split(),
     }
     assert flags("diff") == {"--json", "--variant", "--subfolder", "--help"}
     assert flags("copy") == {"--json", "--shard-size", "--variant", "--subfolder", "--help"}
