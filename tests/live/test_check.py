@@ -257,9 +257,9 @@ def test_overlapping_tensors_are_shown_and_hidden_together():
     memory = torch.arange(8.0)
     live = {"low": memory[:4], "high": memory[2:6], "low again": memory[:4], "other": memory[5:]}
     staged = Staged(live, Mirror(MemoryLayout(live), host.host_copy))
-    staged.deliver("low", torch.full((4,), 7.0))
-    staged.deliver("low again", torch.full((4,), 7.0))
-    staged.deliver("high", torch.full((4,), 9.0))
+    staged.deliver([("low", torch.full((4,), 7.0))])
+    staged.deliver([("low again", torch.full((4,), 7.0))])
+    staged.deliver([("high", torch.full((4,), 9.0))])
     for _ in range(2):
         staged.show()
         assert memory.tolist() == [7, 7, 9, 9, 9, 9, 6, 7]

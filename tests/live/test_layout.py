@@ -135,8 +135,8 @@ def test_overlapping_tensors_come_back_together(way):
     live = {"low": memory[:4], "high": memory[2:]}
     for commits in (False, True):
         found = way(live, Mirror(MemoryLayout(live), host_copy))
-        found.deliver("low", torch.full((4,), 7.0))
-        found.deliver("high", torch.full((4,), 9.0))
+        found.deliver([("low", torch.full((4,), 7.0))])
+        found.deliver([("high", torch.full((4,), 9.0))])
         found.commit() if commits else found.abort()
         assert memory.tolist() == ([7, 7, 9, 9, 9, 9] if commits else [0, 1, 2, 3, 4, 5])
 

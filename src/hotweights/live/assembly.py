@@ -85,7 +85,7 @@ class Assembly:
         opened = self._opened(group)
         with self._reading(group):
             execute(group.plan, source, opened.destinations, self.done, **options)  # type: ignore[arg-type]
-        if close:
+        if close and not group.deferred:
             self._close(opened)
         else:
             self._late.append(opened)
@@ -155,11 +155,18 @@ class Assembly:
         """Close the groups that are left, when everything has come."""
         for group in list(self.todo):  # What takes no tensor is filled and processed all the same.
             self._complete(self._opened(group))
-        self._late.sort(key=lambda late: late.group.deferred)
-        while self._late:  # What processing replaces must not be held until the last layer.
+        # In the order of a first load, whatever order they came in: one may read another.
+        order = {group: number for number, group in enumerate(self._job.groups)}
+        self._late.sort(key=lambda late: (late.group.deferred, order.get(late.group, -1)))
+        while self._late and not self._late[0].group.deferred:
             self._close(self._late.pop(0))
+        if self._late:
+            with nullcontext() if self._job.first else self._turn.briefly(), self.processing.showing():
+                while self._late:  # What processing replaces must not be held until the last layer.
+                    self._close(self._late.pop(0))
         self._fall_back()
         self.processing.settle()
+        self._strategy.take_back()
 
     def _filling(self, opened: _Open) -> Filling:
         if opened.filling is None:
@@ -218,6 +225,7 @@ class Assembly:
             memory = self._strategy.memory_for(group.touched, self._job.partial & group.touched)
         else:
             scratch = Mirror(self._job.layout, host.scratch)
+            self._strategy.lend(group.names, scratch)
             memory = {name: scratch[name] for name in group.names}
             self.done.hold_scratch(scratch.nbytes)
         return _Open(group, scratch, {**live, **memory})

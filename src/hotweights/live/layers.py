@@ -165,9 +165,9 @@ class Layer:
         self._twins = {key: _twin(tensor, twins) for key, tensor in held.tensors() if has_bytes(tensor)}
         self._format = held.replaced(self._twins)
 
-    def contents(self) -> Contents:
-        """What the module holds now."""
-        held = contents(self.module, self._own)
+    def contents(self, held: Contents | None = None) -> Contents:
+        """What the module holds now; or what it held, if that is given."""
+        held = held or contents(self.module, self._own)
         shared = {path: item for path, item in held.holders.items() if id(item.holder) in self._shared}
         others = frozenset(path for path, _ in tensors_in(shared)) - self.acted if shared else frozenset()
         return held._replace(others=others)

@@ -9,6 +9,7 @@ import torch
 
 from ..boxes import Box, box_of, extent, view
 from ..memory.aliases import has_bytes
+from . import open_layers
 
 _GRAIN = 64  # bytes; spans begin on a multiple, so that every tensor in one keeps its alignment
 
@@ -50,6 +51,16 @@ class MemoryLayout:
     def box(self, name: str) -> Box:
         """The tensor within its span."""
         return self._places[name].box
+
+    def like(self, name: str, other: MemoryLayout) -> bool:
+        """Whether the tensor lies alone in its span of host memory, here and in the other layout, and lies the same."""
+        here, there = self.of(name), other.of(name)
+        return (
+            not (open_layers.is_device(self.devices[here]) or open_layers.is_device(other.devices[there]))
+            and (self.box(name), self.nbytes[here]) == (other.box(name), other.nbytes[there])
+            and set(self.names(here)) == set(other.names(there))
+            and len(self.inside(here)) == 1
+        )
 
     def together(self) -> Iterator[list[str]]:
         """The names of each span."""
@@ -98,11 +109,34 @@ class Mirror:
         self.layout = layout
         self._make = make
         self._memory: dict[int, torch.Tensor] = {}
+        self._borrowed: set[int] = set()
 
     @property
     def nbytes(self) -> int:
-        """Bytes taken so far."""
-        return sum(memory.nbytes for memory in self._memory.values())
+        """Bytes taken so far; what another lends is that one's."""
+        return sum(memory.nbytes for span, memory in self._memory.items() if span not in self._borrowed)
+
+    def lend(self, names: Iterable[str], to: Mirror) -> Iterator[int]:
+        """Let tensors of another mirror lie in this one's memory, where both have the same room for the same tensors.
+
+        That is host memory which holds one tensor, under one name or several. Gives the numbers of the spans lent.
+        """
+        for name in names:
+            if name in self.layout and name in to.layout and self.layout.like(name, to.layout):
+                here, there = self.layout.of(name), to.layout.of(name)
+                if there not in to._memory:
+                    if here in self._memory:
+                        self.take_back(here)  # An update that was aborted did not.
+                    to._memory[there] = self._at(here)
+                    to._borrowed.add(there)
+                    yield here
+
+    def take_back(self, span: int) -> None:
+        """Own the bytes of a span alone: if anything else still refers to its memory, take other memory for them."""
+        memory = self._memory[span]
+        if uses(memory) > _ALONE:
+            del self._memory[span]
+            self._at(span).copy_(memory)
 
     def lacking(self, names: Iterable[str]) -> int:
         """Bytes that would have to be taken for these tensors, as far as they have bytes."""
@@ -110,8 +144,19 @@ class Mirror:
         return sum(self.layout.nbytes[span] for span in wanted - self._memory.keys())
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        span = self.layout.of(name)
+        return view(self._at(self.layout.of(name)), self.layout.box(name))
+
+    def _at(self, span: int) -> torch.Tensor:
         memory = self._memory.get(span)
         if memory is None:
             memory = self._memory[span] = self._make(self.layout.nbytes[span], self.layout.devices[span])
-        return view(memory, self.layout.box(name))
+        return memory
+
+
+def uses(tensor: torch.Tensor) -> int:
+    """How many tensors, arrays and the like refer to the memory of this one."""
+    count: int = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+    return count
+
+
+_ALONE = uses(torch.empty(0))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,10 +18,10 @@ from ..timeline import Timeline
 from .groups import LayerGroup
 from .job import Job
 from .kernels import processes
-from .layers import Contents, Dressing, Layer, put_back
+from .layers import Contents, Dressing, Layer, put, put_back
 from .layout import Mirror
 from .merge import differences
-from .strategy import Strategy
+from .strategy import Shown, Strategy
 
 
 class Processing:
@@ -35,6 +36,7 @@ class Processing:
         self.begun: list[LayerGroup] = []
         self.replaced: list[str] = []
         self._shared: list[tuple[Layer, object, dict[Any, object]]] = []
+        self._shown: Shown | None = None  # while the model shows what was made so far
         self._job = job
         self._strategy = strategy
         self._timeline = timeline
@@ -62,11 +64,28 @@ class Processing:
 
         ``ready`` is called when they are open and not yet processed. Nobody may read the model meanwhile.
         """
-        live = [layer.contents() for layer in group.layers]
-        with self._strategy.showing(self._job.model) if group.deferred else nullcontext():
-            made = self._processed(group, scratch, ready)
+        shown = self._shown
+        live = [layer.contents(shown and shown.live.get(layer.module)) for layer in group.layers]
+        made = self._processed(group, scratch, ready, live if shown is None else None)
         with self._timeline.event("write", group.name):
-            self._hand_over(group, scratch, live, made)
+            names = self._hand_over(group, scratch, live, made)
+        if shown is not None and shown.live:
+            for layer, held in zip(group.layers, made, strict=True):
+                put(layer.module, held)
+            shown.show(names, {layer.module for layer in group.layers})
+
+    @contextmanager
+    @signals.held
+    def showing(self) -> Iterator[None]:
+        """Inside, layers see what all others made before them: the deferred ones. Nobody may read the model meanwhile.
+
+        It is entered once for all of them, for it walks the model.
+        """
+        with self._strategy.showing(self._job.model) as self._shown:
+            try:
+                yield
+            finally:
+                self._shown = None
 
     def settle(self) -> None:
         """Give what several layers share the state that the last of them made, in the order of the first load."""
@@ -75,7 +94,8 @@ class Processing:
         for _, holder, changes in sorted(self._shared, key=lambda change: order[change[0]]):
             self._strategy.attribute(holder, changes)
 
-    def _hand_over(self, group: LayerGroup, scratch: Mirror, live: list[Contents], made: list[Contents]) -> None:
+    def _hand_over(self, group: LayerGroup, scratch: Mirror, live: list[Contents], made: list[Contents]) -> list[str]:
+        """Give the strategy what came of a group. Returns the names of the tensors that it got."""
         pairs = [*zip(group.layers, made, strict=True)]
         now = {layer.full(key): tensor for layer, held in pairs for key, tensor in held.tensors()}
         idle = self._untouched(group, now | {name: scratch[name] for name in group.without_layer}) - self._job.acted
@@ -86,28 +106,31 @@ class Processing:
             for layer, old, new in zip(group.layers, live, made, strict=True)
         ]
         apart = [(name, scratch[name]) for name in group.without_layer if name not in idle and name in self._job.live]
-        for name, value in (*(pair for difference in made_new for pair in difference.values), *apart):
-            self._strategy.deliver(name, value)
+        values = [*(pair for difference in made_new for pair in difference.values), *apart]
+        self._strategy.deliver(values)
         for holder, attributes in (pair for difference in made_new for pair in difference.attributes):
             self._strategy.attribute(holder, attributes)
         for layer, difference in zip(group.layers, made_new, strict=True):
             self._shared += [(layer, *pair) for pair in difference.attributes if layer.shares(pair[0])]
         self.replaced += [name for difference in made_new for name in difference.replaced]
+        return [name for name, _ in values]
 
     @signals.held
-    def _processed(self, group: LayerGroup, scratch: Mirror, ready: Callable[[], None]) -> list[Contents]:
-        """What the layers hold after processing. The model is as it was when this returns."""
-        # Hardly any group has tensors without a layer, and a walk over the model for each layer would be quadratic.
-        all_places = places(self._job.model) if group.without_layer else ()
-        apart = [(place, place.tensor) for place in all_places if place.name in group.without_layer]
-        before = [(layer, layer.contents()) for layer in group.layers]
+    def _processed(
+        self, group: LayerGroup, scratch: Mirror, ready: Callable[[], None], held: list[Contents] | None
+    ) -> list[Contents]:
+        """What the layers hold after processing. The model is as it was when this returns: they hold ``held``."""
+        apart = [(place, place.tensor) for place in self._apart(group)]
+        held = [layer.contents() for layer in group.layers] if held is None else held
+        before = [*zip(group.layers, held, strict=True)]
         dressing: Dressing = {}
         try:
             for place, tensor in apart:
                 place.put(dressed(scratch[place.name], tensor))
             opened = [layer.open(scratch.__getitem__, dressing) for layer in group.layers]
             ready()
-            opened = [_after_loading(layer, held) for layer, held in zip(group.layers, opened, strict=True)]
+            if self._job.plan.fallback or len(group.layers) > 1:  # Loading code ran, or another layer was opened.
+                opened = [_after_loading(layer, held) for layer, held in zip(group.layers, opened, strict=True)]
             for layer in group.layers:
                 self._process(layer)
             made = [layer.contents() for layer in group.layers]
@@ -116,6 +139,20 @@ class Processing:
             return made
         finally:
             _put_back(before, apart)
+
+    def _apart(self, group: LayerGroup) -> list[Place]:
+        """Where the tensors of the group lie that belong to none of its layers."""
+        return [place for name in group.without_layer for place in self._places.get(name, ())]
+
+    @cached_property
+    def _places(self) -> dict[str, list[Place]]:
+        """The places of all tensors without a layer. A walk over the model for each group would be quadratic."""
+        names = {name for group in self._job.groups for name in group.without_layer}
+        found: dict[str, list[Place]] = {}
+        for place in places(self._job.model) if names else ():
+            if place.name in names:
+                found.setdefault(place.name, []).append(place)
+        return found
 
     @signals.held
     def _process(self, layer: Layer) -> None:

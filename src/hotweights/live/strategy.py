@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -13,13 +14,14 @@ from .. import signals
 from ..errors import LiveModelError
 from ..memory import host
 from ..memory.aliases import has_bytes
-from ..memory.copies import copy_all
+from ..memory.copies import copy_all, spares_threads
 from ..memory.exchange import exchange_bytes
+from ..memory.extents import Extents
 from ..memory.wrappers import is_wrapper
 from ..model.materialise import dressed
 from ..text import size
 from .attributes import amend, assign, exchanged, state_of
-from .layers import contents, modules_held, put, put_back
+from .layers import Contents, contents, modules_held, put, put_back
 from .layout import Mirror
 
 Atomic = Literal["staged", "journal", False]
@@ -32,6 +34,18 @@ Atomic = Literal["staged", "journal", False]
 
 Changes = Mapping[Any, object]
 """What changes in the state of a module, a tensor or a holder: new values by key, or ``attributes.ABSENT``."""
+
+
+class Shown(NamedTuple):
+    """What a model shows of the new version before it is committed.
+
+    Attributes:
+        live: what is live of each module whose contents were exchanged.
+        show: exchanges what was delivered since, by name, in all modules but these.
+    """
+
+    live: Mapping[nn.Module, Contents]
+    show: Callable[[Iterable[str], Container[nn.Module]], object]
 
 
 class Strategy(Protocol):
@@ -51,14 +65,20 @@ class Strategy(Protocol):
         Those of ``partial`` hold their old bytes, for not all will be written.
         """
 
-    def deliver(self, name: str, value: torch.Tensor) -> None:
-        """Take the new value of a live tensor. ``value`` itself is not kept."""
+    def lend(self, names: Iterable[str], scratch: Mirror) -> None:
+        """Give scratch memory in which the values are collected anyway, as far as that has the same layout."""
+
+    def take_back(self) -> None:
+        """See that nothing else refers to what was lent, when all values are delivered."""
+
+    def deliver(self, pairs: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Take the new values of live tensors, by name. The values themselves are not kept."""
 
     def attribute(self, holder: object, changes: Changes) -> None:
         """Take what changes in the state of a live module, tensor or holder."""
 
-    def showing(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Inside, the model holds what was delivered so far in place of what is live."""
+    def showing(self, model: nn.Module) -> AbstractContextManager[Shown]:
+        """Inside, the model holds what was delivered before, in place of what is live; afterwards it is as before."""
 
     def show(self) -> int:
         """Make the model version M so that ``hide`` can take it back. Returns how many bytes this call wrote."""
@@ -89,12 +109,19 @@ class InPlace:
         self._keep(names)
         return {name: self._live[name] for name in names}
 
-    def deliver(self, name: str, value: torch.Tensor) -> None:
-        """Copy into the live tensor."""
-        if _takes_bytes(name, self._live[name]):
-            self._keep([name])
-            self.wrote = True
-            host.copy_bytes(self._live[name], value)
+    def lend(self, names: Iterable[str], scratch: Mirror) -> None:
+        """None: layers are processed beside the live tensors, and no copy of the new ones is kept."""
+
+    def take_back(self) -> None:
+        """Nothing was lent."""
+
+    def deliver(self, pairs: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Copy into the live tensors."""
+        for name, value in pairs:
+            if _takes_bytes(name, self._live[name]):
+                self._keep([name])
+                self.wrote = True
+                _copy(self._live[name], value)
 
     def attribute(self, holder: object, changes: Changes) -> None:
         """Change it in place."""
@@ -103,9 +130,9 @@ class InPlace:
 
     @contextmanager
     @signals.held
-    def showing(self, model: nn.Module) -> Iterator[None]:
+    def showing(self, model: nn.Module) -> Iterator[Shown]:
         """The model holds it already."""
-        yield
+        yield Shown({}, lambda names, but: None)
 
     def show(self) -> int:
         """The model holds it already."""
@@ -155,7 +182,7 @@ class Journal(InPlace):
             if span not in self._saved:
                 self.touched = True
                 for name in layout.inside(span):
-                    host.copy_bytes(self._mirror[name], self._live[name])
+                    _copy(self._mirror[name], self._live[name])
                 self._saved.add(span)
 
 
@@ -170,6 +197,7 @@ class Staged:
         self._mirror = mirror
         self.wrote = self.touched = False
         self._staged: dict[str, None] = {}
+        self._lent: set[int] = set()  # numbers of spans that scratch lies in
         self._held: list[tuple[object, dict[Any, object]]] = []
         self._shown: dict[int, None] = {}  # numbers of spans that hold version M, while the mirror holds N
         self._before: list[tuple[object, dict[Any, object]]] = []
@@ -179,16 +207,34 @@ class Staged:
         self.touched = True
         names = [name for name in names if name in self._mirror.layout]
         for name in set(partial).intersection(names):
-            host.copy_bytes(self._mirror[name], self._live[name])
+            _copy(self._mirror[name], self._live[name])
         self._staged.update(dict.fromkeys(names))
         return {name: self._mirror[name] for name in names}
 
-    def deliver(self, name: str, value: torch.Tensor) -> None:
-        """Keep a copy of the value for the commit."""
-        if _takes_bytes(name, self._live[name]):
-            self.touched = True
-            host.copy_bytes(self._mirror[name], value)
-            self._staged[name] = None
+    def lend(self, names: Iterable[str], scratch: Mirror) -> None:
+        """Give the memory of the copy: where processing leaves a value as it lies, it need not be copied there."""
+        lent = set(self._mirror.lend(names, scratch))
+        self.touched |= bool(lent)
+        self._lent |= lent
+
+    def take_back(self) -> None:
+        """What processing made may refer to what it was given: a closure over a weight. That keeps its memory."""
+        while self._lent:
+            self._mirror.take_back(self._lent.pop())
+
+    def deliver(self, pairs: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Keep copies of the values for the commit."""
+        of = self._mirror.layout.of
+        pairs = [(name, value) for name, value in pairs if _takes_bytes(name, self._live[name])]
+        self.touched |= bool(pairs)
+        self._staged.update((name, None) for name, _ in pairs)
+        moved = {of(name) for name, value in pairs if not _is_same(value, self._mirror[name])}
+        pairs = [(name, value) for name, value in pairs if of(name) in moved]
+        # Processing may have exchanged two tensors, or transposed one where it lay.
+        written = Extents(self._mirror[name] for name, _ in pairs)
+        apart = [(name, value.clone() if written.meets(value) else value) for name, value in pairs]
+        for name, value in apart:
+            _copy(self._mirror[name], value)
 
     def attribute(self, holder: object, changes: Changes) -> None:
         """Remember the changes for the commit."""
@@ -196,27 +242,36 @@ class Staged:
 
     @contextmanager
     @signals.held
-    def showing(self, model: nn.Module) -> Iterator[None]:
-        """Put what was collected into the model's places; at the end, take it out again."""
-        shown = {id(self._live[name]): self._value(name) for name in self._staged}
-        modules = modules_held(model)
+    def showing(self, model: nn.Module) -> Iterator[Shown]:
+        """Put what was collected into the model's places; at the end, take it out again. It walks the whole model."""
         own = frozenset(map(id, model.modules()))
-        before = [(module, contents(module, own)) for module in modules]
-        try:
-            for module, held in before:
+        before = {module: contents(module, own) for module in modules_held(model)}
+        owners: dict[int, list[nn.Module]] = defaultdict(list)
+        for module, held in before.items():
+            for identity in {id(tensor) for _, tensor in held.tensors()}:
+                owners[identity].append(module)
+
+        def show(names: Iterable[str], but: Container[nn.Module]) -> None:
+            shown = {id(self._live[name]): self._value(name) for name in names if name in self._staged}
+            for module in {module for identity in shown for module in owners.get(identity, ()) if module not in but}:
+                held = contents(module, own)
                 put(
                     module,
                     held.replaced({key: shown[id(tensor)] for key, tensor in held.tensors() if id(tensor) in shown}),
                 )
+
+        try:
+            show(self._staged, ())
+            shown = {id(self._live[name]): self._value(name) for name in self._staged} if self._held else {}
             for holder, changes in self._held:
                 if not isinstance(holder, torch.Tensor):
                     amend(
                         holder,
                         {key: exchanged("", value, lambda _, t: shown.get(id(t), t)) for key, value in changes.items()},
                     )
-            yield
+            yield Shown(before, show)
         finally:
-            put_back(before)
+            put_back(before.items())
 
     def _value(self, name: str) -> torch.Tensor:
         live = self._live[name]
@@ -274,6 +329,22 @@ class Staged:
     def abort(self) -> None:
         """Nothing live was written, but for what is shown."""
         self.hide()
+
+
+def _copy(target: torch.Tensor, value: torch.Tensor) -> None:
+    if spares_threads(target, value):
+        copy_all([(target, value)])
+    else:
+        host.copy_bytes(target, value)
+
+
+def _is_same(value: torch.Tensor, place: torch.Tensor) -> bool:
+    """Whether they are the same elements of the same memory, so that there is nothing to copy."""
+    return (
+        (value.device, value.dtype, value.shape) == (place.device, place.dtype, place.shape)
+        and (value.data_ptr(), value.stride()) == (place.data_ptr(), place.stride())
+        and not (value.is_conj() or value.is_neg())
+    )
 
 
 def _takes_bytes(name: str, live: torch.Tensor) -> bool:

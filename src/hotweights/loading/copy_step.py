@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 import torch
 
 from ..boxes import view
+from ..memory.copies import copy_alone
 from ..plan.plan import LoadPlan
 from ..plan.steps import Copy, Program
 from .replay import run_program
@@ -55,10 +56,20 @@ def written_nbytes(step: Copy, destinations: Destinations) -> int:
     return destinations[step.destination].nbytes if step.into is None else step.into.nbytes
 
 
-def copy_now(step: Copy, tensor: torch.Tensor, destinations: Destinations, done: Tally) -> torch.device:
-    """Copy from the source ``tensor``, which the returned device may still read when this returns."""
+def copy_now(
+    step: Copy, tensor: torch.Tensor, destinations: Destinations, done: Tally, *, threads: bool = True
+) -> torch.device:
+    """Copy from the source ``tensor``, which the returned device may still read when this returns.
+
+    ``threads`` is whether torch's may do it: they are faster where nobody else wants the processors, and far slower
+    elsewhere.
+    """
     place = place_of(step, destinations)
     part = part_of(step, tensor)
-    place.copy_(part if part.shape == place.shape else part.reshape(place.shape), non_blocking=True)
+    part = part if part.shape == place.shape else part.reshape(place.shape)
+    if threads:
+        place.copy_(part, non_blocking=True)
+    else:
+        copy_alone(place, part)
     done.bytes_written += place.nbytes
     return place.device

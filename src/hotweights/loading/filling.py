@@ -54,7 +54,11 @@ class Filling:
             self.kept[name] = own()
             self._done.hold_scratch(tensor.nbytes)
         with writing_mode(self._inference):
-            return {copy_now(step, tensor, self._destinations, self._done) for step in self._copies.get(name, ())}
+            return {
+                # Who sends tensors one by one works beside this: torch's threads would wait for its.
+                copy_now(step, tensor, self._destinations, self._done, threads=False)
+                for step in self._copies.get(name, ())
+            }
 
     def placed(self, name: str) -> None:
         """Count one of ``missing`` as copied: its bytes came straight to where its only copy would have put them."""

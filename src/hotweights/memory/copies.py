@@ -19,6 +19,8 @@ _PIECE = 8 * 1024 * 1024  # bytes; a thread that is held up keeps the others wai
 _WORTH = 32 * 1024 * 1024  # bytes for each thread
 _THREADS = 8  # more are no faster: they wait for the memory
 
+_THREADED = 64 * 1024  # bytes; smaller ones torch copies without threads
+
 Piece = tuple[int, int, int]
 """Where to, where from, and how many bytes."""
 
@@ -44,6 +46,22 @@ def copy_all(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
         else:
             pieces.extend(pieces_of(target, value, _PIECE))
     on_threads(pieces, move)
+
+
+def copy_alone(target: torch.Tensor, value: torch.Tensor) -> None:
+    """Copy one tensor without torch's threads, where the calling code has autograd off.
+
+    Where the tensors lie on a device, its queue may still read ``value`` when this returns.
+    """
+    if spares_threads(target, value):
+        copy_all([(target, value)])
+    else:
+        target.copy_(value, non_blocking=True)
+
+
+def spares_threads(target: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether ``copy_all`` can do for torch, and torch would use threads."""
+    return target.nbytes > _THREADED and is_one_block(target, value)
 
 
 def pieces_of(target: torch.Tensor, value: torch.Tensor, size: int) -> Iterator[Piece]:

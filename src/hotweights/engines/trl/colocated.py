@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +16,7 @@ from ...manifest import Manifest, TensorSpec
 from ...sources.pairs import Pair
 from ..vllm.attached import as_loaded, attached, updatable
 from ..vllm.engine import OfflineEngine, done, emptied
+from ..vllm.layers import wrapped_by_lora
 from ..vllm.ranks import Ranks, Refused, words_of
 from .sync import Sync, SyncOptions
 
@@ -97,13 +98,14 @@ class _Taken:
         self._update: Update | None = None
         self._failure: Exception | None = None
         self._began = time.monotonic()
+        self._wrappers = wrapped_by_lora(model)
 
     def feed(self, pairs: Iterable[tuple[str, Tensor]]) -> None:
         """Stands for ``load_weights``."""
         if self._failure is not None:
             return
         try:
-            with as_loaded(self._model, self._config):
+            with self._as_loaded():
                 if self._update is None:  # Not before: TRL wakes a sleeping engine first.
                     self._update = updatable(self._model, self._config).begin(self._manifest)
                 self._update.feed(pairs)
@@ -127,7 +129,7 @@ class _Taken:
                 raise
             raise self._failure from refused
         assert self._update is not None
-        with as_loaded(self._model, self._config):
+        with self._as_loaded():
             self._update.commit(version)
         return time.monotonic() - self._began
 
@@ -136,8 +138,11 @@ class _Taken:
             return
         if self._update is None:
             raise UsageError("the trainer handed over no tensor")
-        with as_loaded(self._model, self._config):
+        with self._as_loaded():
             self._update.prepare()
+
+    def _as_loaded(self) -> AbstractContextManager[None]:
+        return as_loaded(self._model, self._config, self._wrappers)
 
     def abort(self) -> None:
         """Nothing after a commit. May be called twice."""

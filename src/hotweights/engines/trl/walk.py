@@ -59,11 +59,16 @@ def _core(model: nn.Module) -> nn.Module:
 
 
 def _reverting(core: nn.Module) -> Any:
-    """What gives a tensor as it is saved; ``None`` where that is as it is, or is made of several."""
+    """What gives a tensor as it is saved; ``None`` where that is as it is, or is made of several.
+
+    Called for each tensor it costs as much as a small one's copy.
+    """
     modeling = sys.modules.get("transformers.modeling_utils")
     if modeling is None or not isinstance(core, modeling.PreTrainedModel) or hasattr(core, "hf_quantizer"):
         return None
-    conversions = getattr(core, "_weight_conversions", None) or ()
-    if any(len(conversion.target_patterns) > 1 for conversion in conversions):
+    conversions = getattr(core, "_weight_conversions", None)
+    if conversions is not None and not conversions:  # None is for models whose kind says what they are saved as.
+        return None
+    if any(len(conversion.target_patterns) > 1 for conversion in conversions or ()):
         return None
     return getattr(modeling, "revert_weight_conversion", None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -13,6 +13,9 @@ from ... import signals
 from ...errors import UsageError
 from ...live.model import LiveModel
 from ...live.state import State
+
+if TYPE_CHECKING:  # It imports vLLM.
+    from .layers import Wrapped
 
 
 class _Attached:
@@ -88,17 +91,20 @@ def _sleeps() -> bool:
 
 @contextmanager
 @signals.held
-def as_loaded(model: nn.Module, vllm_config: Any) -> Iterator[None]:
-    """Inside, what processing looks at (vLLM's config, the default dtype, layers) is as it was for the first load."""
+def as_loaded(model: nn.Module, vllm_config: Any, wrappers: Wrapped | None = None) -> Iterator[None]:
+    """Inside, what processing looks at (vLLM's config, the default dtype, layers) is as it was for the first load.
+
+    Whoever enters it for each tensor gives ``wrapped_by_lora(model)``: it walks the model.
+    """
     from vllm.config import set_current_vllm_config
     from vllm.utils.torch_utils import set_default_torch_dtype
 
-    from .layers import without_lora
+    from .layers import without_lora, wrapped_by_lora
 
     with (
         set_current_vllm_config(vllm_config),
         set_default_torch_dtype(vllm_config.model_config.dtype),
         torch.inference_mode(False),  # Tensors made inside could not be written outside.
-        without_lora(model),
+        without_lora(wrapped_by_lora(model) if wrappers is None else wrappers),
     ):
         yield

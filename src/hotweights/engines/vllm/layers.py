@@ -105,15 +105,23 @@ def unwrap(model: nn.Module) -> None:
             info.reset()
 
 
-@contextmanager
-def without_lora(model: nn.Module) -> Iterator[None]:
-    """Inside, the layers that LoRA has wrapped stand in the place of their wrappers."""
-    wrappers = [
+Wrapped = list[tuple[nn.Module, str, nn.Module]]
+"""The wrappers that LoRA has put around layers of a model: what has each, under which name, and it."""
+
+
+def wrapped_by_lora(model: nn.Module) -> Wrapped:
+    """All of them. It walks the model."""
+    return [
         (parent, key, child)
         for parent in model.modules()
         for key, child in parent._modules.items()
         if child is not None and type(child).__module__.startswith("vllm.lora.") and hasattr(child, "base_layer")
     ]
+
+
+@contextmanager
+def without_lora(wrappers: Wrapped) -> Iterator[None]:
+    """Inside, the layers that LoRA has wrapped stand in the place of their wrappers."""
     try:
         for parent, key, wrapper in wrappers:
             parent._modules[key] = wrapper.base_layer  # type: ignore[assignment]
