@@ -191,8 +191,7 @@ def plan(options: argparse.Namespace, console: Console) -> None:
                     nbytes += sum(len(encode(Fill(1, 0, tuple(own)))) for own in tasks.values())
                     tasks, filled = {}, 0
                 for share in job.shares:
-                    task = Task(filled, share.rows, share.patches, share.in_a_row and len(job.shares) == 1)
-                    tasks.setdefault(share.rank, []).append(task)
+                    tasks.setdefault(share.rank, []).append(job.task(share, filled, hashed=True))
                 filled += job.range.size
                 jobs += 1
         return jobs, nbytes

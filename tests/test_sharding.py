@@ -96,6 +96,19 @@ def test_fsdp_over_tensor_parallel_interleaves(as_rank):
     assert seen == [0, 6, 3, 9]
 
 
+def test_an_equal_mesh_of_another_group_has_its_own_place(as_rank):
+    """What is known of a mesh is not taken for one that torch calls equal."""
+    found = []
+    for rank in (1, 2):
+        as_rank(rank, 4)
+        mesh = init_device_mesh("cpu", (4,))
+        tensor = DTensor.from_local(torch.ones(3, 8), mesh, [Shard(0)], run_check=False)
+        found.append((mesh, local(tensor)[1].blocks[0].start))
+    (mesh, first), (other, second) = found
+    assert mesh == other
+    assert (first, second) == ((3, 0), (6, 0))
+
+
 def test_what_is_not_known_is_a_problem(as_rank):
     as_rank(0, 2)
     mesh = init_device_mesh("cpu", (2,))

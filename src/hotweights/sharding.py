@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -128,21 +129,59 @@ def _all(shape: tuple[int, ...]) -> Block:
     return Block(zeros, zeros, shape)
 
 
+class _Mesh:
+    """What was asked of a DeviceMesh, and the parts of tensors that lie on it.
+
+    torch works out ranks and coordinate at each call, which took most of the time of sending small tensors.
+    """
+
+    def __init__(self, mesh: Any) -> None:
+        self.mesh = weakref.ref(mesh)
+        self.ranks: tuple[int, ...] = tuple(mesh.mesh.flatten().tolist())
+        self.shape: tuple[int, ...] = tuple(mesh.shape)
+        self.coordinate: Sequence[int] | None = mesh.get_coordinate()
+        self.parts: dict[object, Part] = {}
+
+
+_MESHES: dict[int, _Mesh] = {}  # by identity: an equal mesh of another process group may have another coordinate
+_MOST_MESHES, _MOST_PARTS = 100, 10_000
+
+
+def _known(mesh: Any) -> _Mesh:
+    known = _MESHES.get(id(mesh))
+    if known is None or known.mesh() is not mesh:
+        if len(_MESHES) >= _MOST_MESHES:
+            _MESHES.clear()
+        known = _MESHES[id(mesh)] = _Mesh(mesh)
+    return known
+
+
 def _part_of(tensor: Any, held: tuple[int, ...]) -> Part:
     """Which part a DTensor's local tensor is, whose shape is ``held``."""
-    shape, mesh, placements = tuple(tensor.shape), tensor.device_mesh, tensor.placements
-    placed = f"{list(placements)} on mesh {tuple(mesh.shape)}"
+    mesh = _known(tensor.device_mesh)
+    shape, placements = tuple(tensor.shape), tuple(tensor.placements)
+    # In words: to some versions of torch a _StridedShard equals a Shard.
+    key = (shape, held, *((repr(each), getattr(each, "split_factor", 1)) for each in placements))
+    part = mesh.parts.get(key)
+    if part is None:
+        if len(mesh.parts) >= _MOST_PARTS:
+            mesh.parts.clear()
+        part = mesh.parts[key] = _part_on(mesh, shape, placements, held)
+    return part
+
+
+def _part_on(mesh: _Mesh, shape: tuple[int, ...], placements: tuple[Any, ...], held: tuple[int, ...]) -> Part:
+    placed = f"{list(placements)} on mesh {mesh.shape}"
     if any(placement.is_partial() for placement in placements):
         return Part(shape, (), placed, "each rank holds a summand of it (Partial)")
-    coordinate = mesh.get_coordinate()
-    if coordinate is None:
+    if mesh.coordinate is None:
         return Part(shape, (), placed, "this rank is not in its mesh")
     splits = tuple(
         None if placement.is_replicate() else (placement.dim % len(shape), getattr(placement, "split_factor", 1))
         for placement in placements
     )
-    layout = MeshLayout(tuple(mesh.mesh.flatten().tolist()), tuple(mesh.shape), splits)
-    runs = layout.runs(shape, coordinate)
+    layout = MeshLayout(mesh.ranks, mesh.shape, splits)
+    runs = layout.runs(shape, mesh.coordinate)
     lengths = tuple(sum(length for _, length in along) for along in runs)
     if lengths != held:
         return Part(shape, (), placed, f"its placements say {list(lengths)} for this rank, which holds {list(held)}")

@@ -18,7 +18,6 @@ from hotweights.ranges import Range
 from hotweights.transfer.sharded.filling import digest_of, fill
 from hotweights.transfer.sharded.holding import holding
 from hotweights.transfer.sharded.tiling import Tiling
-from hotweights.transfer.sharded.words import Task
 
 
 @pytest.fixture
@@ -59,10 +58,11 @@ def sent(tiling, holdings, number, requests, limit):
     counted = {place: torch.zeros(spec.nbytes, dtype=torch.uint8) for place, _ in requests}
     for job in tiling.jobs(number, requests, limit):
         slot = torch.full((4096 + limit,), 0xEE, dtype=torch.uint8)
-        for rank, rows, patches, in_a_row in job.shares:
-            alone = len(job.shares) == len(patches) == 1
-            digests = fill(slot, [Task(64, rows, patches, alone)], holdings[rank])
-            assert not in_a_row or len(patches) == 1
+        for share in job.shares:
+            task = job.task(share, 64, hashed=True)
+            alone = task.hashed
+            assert alone or len(job.shares) > 1 or not share.in_a_row
+            digests = fill(slot, [task], holdings[share.rank])
             content = slot[64 : 64 + job.range.size]
             assert not alone or digests == (xxh3_64_intdigest(content.numpy()),)
             assert digest_of(slot, 64, job.range.size) == xxh3_64_intdigest(content.numpy())

@@ -175,11 +175,11 @@ class ShardedOutbound(Outbound):
             return
         tasks: dict[int, list[Task]] = {}
         for number, (job, offset, dtype) in enumerate(work.jobs):
-            alone = self._hashed and len(job.shares) == 1 and job.shares[0].in_a_row
-            for rank, rows, patches, _ in job.shares:
-                tasks.setdefault(rank, []).append(Task(offset, rows, patches, alone, dtype))
-                if alone:
-                    work.hashed.setdefault(rank, []).append(number)
+            for share in job.shares:
+                task = job.task(share, offset, dtype, hashed=self._hashed)
+                tasks.setdefault(share.rank, []).append(task)
+                if task.hashed:
+                    work.hashed.setdefault(share.rank, []).append(number)
         self._in_work.append(work)
         now = time.monotonic()
         for rank in sorted(tasks.keys() - {0}):

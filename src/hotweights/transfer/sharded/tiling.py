@@ -18,10 +18,10 @@ from ...sources.dcp.pieces import Mosaic, PartBox, faults
 from ...sources.dcp.saved import SavedPart, SavedTensor
 from ...text import some
 from .holding import BLOCKS, WHOLE, Table, TableRow
-from .words import Patch
+from .words import Patch, Task
 
 _LONG = 64 * 1024  # bytes of one rank that are worth a chunk of their own; shorter ones are put together in the slot
-_KEPT = 500_000  # chunks that are kept, of tensors that others are like
+_KEPT = 200_000  # chunks that are kept, of tensors that others are like
 _CHOICES = 256  # of holders, for which the shares of a chunk are kept
 _FAR = 1 << 60  # more bytes than any rank gives
 _MANY = 64  # ranges of several runs that are compared with each other
@@ -65,6 +65,24 @@ class TiledTensor(NamedTuple):
     rows: tuple[int, ...]
 
 
+class Share(NamedTuple):
+    """What one rank does for a chunk of any tensor that lies in the same tiles.
+
+    Attributes:
+        rank: which.
+        places: ``Holder.place`` of each row of its table that the patches are of.
+        patches: as a ``Task`` has them.
+        in_a_row: whether they are one run of bytes.
+        nbytes: how many it gives.
+    """
+
+    rank: int
+    places: tuple[int, ...]
+    patches: tuple[Patch, ...]
+    in_a_row: bool
+    nbytes: int
+
+
 class ChunkJob(NamedTuple):
     """A chunk of a slot, and which rank does what for it.
 
@@ -73,39 +91,34 @@ class ChunkJob(NamedTuple):
         range: the bytes.
         asking: the places of who wants it.
         shares: what each rank does.
+        rows: as ``TiledTensor`` has them.
     """
 
     tensor: int
     range: Range
     asking: frozenset[int]
-    shares: Sequence[Share]
-
-
-class Share(NamedTuple):
-    """What one rank does for a chunk.
-
-    Attributes:
-        rank: which.
-        rows: of its table, that the patches are of; in a ``Cut``, ``Holder.place`` of each.
-        patches: as a ``Task`` has them.
-        in_a_row: whether they are one run of bytes.
-    """
-
-    rank: int
+    shares: tuple[Share, ...]
     rows: tuple[int, ...]
-    patches: tuple[Patch, ...]
-    in_a_row: bool
+
+    def task(self, share: Share, start: int, dtype: str = "", *, hashed: bool = False) -> Task:
+        """What its rank is told, where the chunk begins at ``start``. Of what it makes alone it says the digest."""
+        alone = hashed and share.in_a_row and len(self.shares) == 1
+        # Most trainers have one table, and so one row of each tensor.
+        rows = self.rows if len(self.rows) == 1 else tuple([self.rows[place] for place in share.places])
+        return Task(start, rows, share.patches, alone, dtype)
 
 
 class Cut(NamedTuple):
     """A chunk of a tensor, of any that lies in the same tiles; and its boxes.
 
-    ``shares`` are made once for each choice of holders: their number in ``Tiles.holders``, for each box.
+    ``shares`` are made once for each choice of holders: their number in ``Tiles.holders``, for each box. ``fixed`` are
+    those of a chunk of which there are no copies.
     """
 
     range: Range
     asking: frozenset[int]
     boxes: tuple[PartBox, ...]
+    fixed: tuple[Share, ...] | None
     shares: dict[tuple[int, ...], tuple[Share, ...]]
 
 
@@ -175,27 +188,23 @@ class Tiling:
             if self._kept + len(cuts) > _KEPT:
                 self._cuts, self._kept = {}, 0
             self._cuts[key], self._kept = cuts, self._kept + len(cuts)
-        rows = tile.rows
+        loads = self._loads
         for cut in cuts:
-            shares = self._shares(tile.tiles, cut)
-            its = [
-                Share(rank, tuple([rows[place] for place in places]), patches, in_a_row)
-                for rank, places, patches, in_a_row in shares
-            ]
-            yield ChunkJob(number, cut.range, cut.asking, its)
+            shares = self._chosen(tile.tiles, cut) if cut.fixed is None else cut.fixed
+            for share in shares:
+                loads[share.rank] += share.nbytes
+            yield ChunkJob(number, cut.range, cut.asking, shares, tile.rows)
 
-    def _shares(self, tiles: Tiles, cut: Cut) -> tuple[Share, ...]:
-        """Who gives what: of copies, always the rank that has given least."""
-        holders, loads = tiles.holders, self._loads
+    def _chosen(self, tiles: Tiles, cut: Cut) -> tuple[Share, ...]:
+        """Who gives what: of copies, the rank that has given least."""
+        loads = self._loads
+        given: dict[int, int] = {}  # by what was chosen here
         choice = []
         for box in cut.boxes:
-            able = holders[box.number]
-            best = 0
-            if len(able) > 1:
-                given = [loads[holder.rank] for holder in able]
-                best = given.index(min(given))
-            loads[able[best].rank] += math.prod(box.lengths)
-            choice.append(best)
+            able = [holder.rank for holder in tiles.holders[box.number]]
+            rank = min(able, key=lambda rank: loads[rank] + given.get(rank, 0))
+            given[rank] = given.get(rank, 0) + math.prod(box.lengths)
+            choice.append(able.index(rank))
         chosen = tuple(choice)
         if (shares := cut.shares.get(chosen)) is None:
             if len(cut.shares) >= _CHOICES:
@@ -250,6 +259,12 @@ class Tiling:
 _NAME = "\0"  # stands for a tensor's name
 
 
+def _cut(tiles: Tiles, part: Range, asking: frozenset[int]) -> Cut:
+    boxes = tuple(tiles.mosaic.cut(part)) if part.size else ()
+    alone = all(len(tiles.holders[box.number]) == 1 for box in boxes)
+    return Cut(part, asking, boxes, _shares(tiles, boxes, [0] * len(boxes)) if alone else None, {})
+
+
 def _shares(tiles: Tiles, boxes: Sequence[PartBox], choice: Sequence[int]) -> tuple[Share, ...]:
     by_rank: dict[int, tuple[list[int], list[Patch]]] = {}
     for box, number in zip(boxes, choice, strict=True):
@@ -265,6 +280,7 @@ def _shares(tiles: Tiles, boxes: Sequence[PartBox], choice: Sequence[int]) -> tu
             tuple(places),
             tuple(patches),
             len(patches) == 1 and contiguous(Box(torch.uint8, patches[0].lengths, patches[0].strides, 0)),
+            sum(math.prod(patch.lengths) for patch in patches),
         )
         for rank, (places, patches) in by_rank.items()
     )
@@ -282,12 +298,12 @@ def _cuts(tile: TiledTensor, requests: Sequence[tuple[int, tuple[Range, ...]]], 
     if (own := _apart(mosaic, wanted, boxes)) is None:
         for part, asking, _ in wanted:
             for piece in pieces_of(part, limit):
-                yield Cut(piece, asking, tuple(mosaic.cut(piece)) if piece.size else (), {})
+                yield _cut(tile.tiles, piece, asking)
         return
     by_owner: dict[int, list[Cut]] = {}
     for (_, asking, _), cut, parts in zip(wanted, boxes, own, strict=True):
         for box, whole in zip(cut, parts, strict=True):
-            pieces = (Cut(part, asking, tuple(mosaic.cut(part)), {}) for part in pieces_of(whole, limit))
+            pieces = (_cut(tile.tiles, part, asking) for part in pieces_of(whole, limit))
             by_owner.setdefault(box.number, []).extend(pieces)
     yield from _in_turn(list(by_owner.values()))
 
