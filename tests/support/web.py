@@ -228,6 +228,8 @@ class Proxy(_Server):
         self.upstream = url.removeprefix("http://")
         self.faults = deque()
         self.always = None  # a fault for every request that has no other
+        # The same for what changes something. The server has done it by then: it is the answer that is lost.
+        self.faults_of_writes, self.always_of_writes = deque(), None
         self.asked = []
         self.nbytes = 0
         self.released = threading.Event()  # ends what stalls
@@ -253,6 +255,9 @@ class _Passing(_Quiet):
             fault = proxy.always
             if self.command == "GET" and span and proxy.faults:
                 fault = proxy.faults.popleft()
+            if self.command not in ("GET", "HEAD"):
+                fault = proxy.always_of_writes or fault
+                fault = proxy.faults_of_writes.popleft() if proxy.faults_of_writes else fault
         upstream = http.client.HTTPConnection(proxy.upstream, timeout=20)
         try:
             upstream.request(self.command, self.path, sent, dict(self.headers))

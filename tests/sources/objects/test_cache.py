@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from web import HubServer, stall, status
 
 import hotweights as hw
@@ -68,6 +69,39 @@ def test_ranks_in_threads_that_want_parts_read_each_block_once(serve, checkpoint
         found = list(ranks.map(lambda span: read(proxy.url, tmp_path / "cache", *span), spans))
     assert all(as_expected(part, *span) for part, span in zip(found, spans, strict=True))
     assert proxy.nbytes <= ALL + 17 * 64 * 1024
+
+
+class Half(nn.Module):
+    """A rank's half of ``weight``."""
+
+    def __init__(self, rank):
+        super().__init__()
+        self.weight, self.rank = nn.Parameter(torch.zeros(512, 2560)), rank
+
+    def load_weights(self, weights):
+        for _, tensor in weights:
+            self.weight.data.copy_(tensor.chunk(2)[self.rank])
+
+
+def test_receivers_updates_and_routes_of_one_host_share_one_download(serve, tmp_path):
+    """One worker polls; the others are given ``receiver.path``, as in docs/objects.md."""
+    whole = torch.randn(1024, 2560)  # 10 MiB: two blocks
+    with hw.Sender(tmp_path / "run") as sender:
+        sender.send({"weight": whole}, version=7)
+    proxy, cache = serve(tmp_path / "run"), {"cache_dir": tmp_path / "cache"}
+    lives = [hw.LiveModel(Half(rank)) for rank in range(2)]
+    with hw.Receiver(f"{proxy.url}/m", store=cache) as receiver:
+        assert receiver.poll() == 7
+        lives[0].load(receiver)
+        with hw.open(receiver.path, store=cache) as source:
+            lives[1].load(source, version=7)
+    parts = [Half(rank) for rank in range(2)]
+    with hw.open(receiver.path, store=cache) as source:
+        for part in parts:
+            hw.route(source, [hw.Component("", part)])
+    for pair in ([live.model for live in lives], parts):
+        assert torch.equal(torch.cat([half.weight for half in pair]), whole)
+    assert proxy.nbytes < whole.nbytes + 8 * 64 * 1024  # and what is read to open each, and the pointer
 
 
 def dies(url, folder):

@@ -108,7 +108,8 @@ def _plan_jobs(segments: Sequence[Segment], limit: int, gap: int = 0) -> list[_J
         if by_slot and nbytes > limit:
             raise UsageError(f"a sink's read of {nbytes} bytes does not fit into a slot; at most {limit} do")
         between = offset - end
-        joins = file is last and by_slot is slot and 0 <= between <= gap and len(shares) < _IOV_MAX - 1
+        fits = gap > 0 or len(shares) < _IOV_MAX - 1  # A request has no such bound.
+        joins = file is last and by_slot is slot and 0 <= between <= gap and fits
         if joins and 0 < nbytes <= room - between:
             if between:
                 shares.append((between, 0, waste[:between]))

@@ -36,7 +36,7 @@ _OBJECTS = (".safetensors", ".json", ".bin", ".pt", ".pth")  # How the names of 
 _OURS = ("deadline", "requests", "cache_dir", "cache_nbytes")
 _ENDPOINTS = ("endpoint", "endpoint_url", "base_url")  # how the options end that name a server
 _HUB_LOGIN = "set HF_TOKEN, or run `hf auth login`; gated models are granted on their pages"
-_RETRIES = 10  # of the package itself, where it writes
+_RETRIES = 100  # of the package itself, where it writes: until the deadline
 _OF_CLIENT = """
 allow_http allow_invalid_certificates connect_timeout default_headers http1_only http2_only pool_idle_timeout
 pool_max_idle_per_host proxy_url timeout read_timeout http2_keep_alive_interval http2_keep_alive_timeout
@@ -211,7 +211,10 @@ def _package_store(parts: Parts, options: dict[str, object], retries: float | No
         client.setdefault("allow_http", True)  # It is written out.
     limits: dict[str, Any] = {"retry_config": {"max_retries": 0}}  # ``Store`` tries again, and counts.
     if retries is not None:
-        limits = {"retry_config": {"max_retries": _RETRIES, "retry_timeout": timedelta(seconds=retries)}}
+        # They end before the deadline: the last answer says more than that none came in time.
+        pause = {"init_backoff": timedelta(seconds=0.05), "max_backoff": timedelta(seconds=max(0.1, retries / 10))}
+        until = timedelta(seconds=0.7 * retries)
+        limits = {"retry_config": {"max_retries": _RETRIES, "retry_timeout": until, "backoff": {**pause, "base": 2}}}
     if client:  # Else not: these replace all that variables such as AWS_ALLOW_HTTP say.
         limits["client_options"] = client
     url, problem = f"{parts.scheme}://{parts.host}", ""

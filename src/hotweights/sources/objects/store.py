@@ -34,6 +34,7 @@ HEAD = 64 * 1024
 _ASK = 0.1  # seconds after which a wait asks whether it has ended
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 5.0  # seconds between two tries; each is about twice the one before
 _LOGIN = "set those of this store, or give store={...}"
+_SLOWEST = 1024 * 1024  # bytes in a second, at which an upload still counts as one that goes on
 _LOGINS = 3  # tries after which credentials that worked before count as expired
 
 
@@ -196,11 +197,14 @@ class Store:
 
     def put(self, key: str, content: Path | bytes, mode: object) -> dict[str, str]:
         """Write an object, whole or not at all, see ``Service.put``. Errors are those of its package."""
-        return self._wait(self._ask(self._service.put(key, content, mode)))
+        nbytes = len(content) if isinstance(content, bytes) else content.stat().st_size
+        # Whether a part of it has arrived is not seen: the package tries each again, and says when it gives up.
+        patience = self.deadline + nbytes / _SLOWEST
+        return self._wait(self._ask(self._within(patience, self._service.put(key, content, mode))))
 
     def delete(self, key: str) -> None:
         """Delete an object. Errors are those of its package."""
-        self._wait(self._ask(self._service.delete(key)))
+        self._wait(self._ask(self._within(self.deadline, self._service.delete(key))))
 
     def close(self) -> None:
         """End every request and every wait. May be called twice."""
@@ -267,6 +271,10 @@ class Store:
         opened = await self._tries(self.path(key), first)
         self._answered = True
         return opened
+
+    async def _within(self, seconds: float, work: Coroutine[Any, Any, T]) -> T:
+        async with asyncio.timeout(seconds):
+            return await work
 
     async def _tries(self, what: str, ask: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Ask until there is an answer."""
