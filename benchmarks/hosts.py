@@ -9,7 +9,7 @@ compares its parameters with what was sent, outside the timing.
 
 * *socket copy*: one TCP connection to each receiver, ``sendall`` from each tensor, ``recv_into`` each parameter.
   Nothing is checked, and whoever dies leaves parameters of two versions.
-* *keys*: control goes through TLS. Bytes never do.
+* *keys*: control goes through TLS. *Encrypted*: the weights too, by ``encrypt="all"``.
 """
 
 from __future__ import annotations
@@ -110,6 +110,7 @@ def ours(
     digests: bool,
     keys: str | None = None,
     carrier: str = "sockets",
+    encrypt: Any = "control",
 ) -> Run:
     sender = stack.enter_context(
         hw.Sender(
@@ -120,6 +121,7 @@ def ours(
             keys=keys,
             insecure=keys is None,
             carrier=carrier,
+            encrypt=encrypt,
         )
     )
     workers = [
@@ -149,6 +151,7 @@ def measure(options: argparse.Namespace, hosts: list[str], where: tuple[str, int
         }
         if keys is not None:
             ways["in place, digests, keys"] = ours(options, hosts, where, stack, digests=True, keys=keys)
+            ways["the same, encrypted"] = ours(options, hosts, where, stack, digests=True, keys=keys, encrypt="all")
         trainer = Layers(options.size, options.tensors)
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         for number in range(options.rounds + 2):

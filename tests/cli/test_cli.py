@@ -50,7 +50,8 @@ def test_commands_and_flags():
         {*"--allow-missing --allow-unexpected --allow-mismatched --cast".split()},
     )
     assert flags("send") == shared | {
-        *"--to --receivers --version --on-lost --digests --no-digests --carrier --keys --insecure --trace".split()
+        *"--to --receivers --version --on-lost --digests --no-digests".split(),
+        *"--carrier --encrypt --keys --insecure --trace".split(),
     }
     assert flags("receive") == shared | allowing | {
         *"--from --model --device --versions --offer-timeout --keys --insecure --relay".split()

@@ -25,7 +25,7 @@ NOBODY_READS = 141  # what a shell says of a program that SIGPIPE ended
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _OPTIONS = (
     "variant|subfolder|reader|cast|overflow|shard_size|dtype|digests|device|threads|io|interval|timeout|offer_timeout|"
-    "marker|pattern|latest|on_lost|carrier|receivers|keys|insecure|relay|allow_missing|allow_unexpected|"
+    "marker|pattern|latest|on_lost|carrier|encrypt|receivers|keys|insecure|relay|allow_missing|allow_unexpected|"
     "allow_mismatched"
 )
 _ARGUMENT = re.compile(rf"\b({_OPTIONS})=(?:([\"'])([^\"']+)\2|True\b|torch\.(\w+)|(?=[\s;,:]|\.(?!\.)|DIR\b|$))")

@@ -25,6 +25,9 @@ def send(
     carrier: Annotated[
         Literal["sockets", "pg", "nixl"], typer.Option(help="How the bytes get to other hosts: docs/hosts.md.")
     ] = "sockets",
+    encrypt: Annotated[
+        Literal["control", "all"], typer.Option(help="Between hosts with keys: all but the weights, or those too.")
+    ] = "control",
     keys: flags.Keys = None,
     insecure: flags.Insecure = False,
     trace: Annotated[
@@ -48,6 +51,7 @@ def send(
                 on_lost=on_lost,
                 digests=digests,
                 carrier=carrier,
+                encrypt=encrypt,
                 keys=keys,
                 insecure=insecure,
             ) as sender,

@@ -18,7 +18,8 @@ from urllib.parse import urlsplit
 from .. import signals
 from ..errors import TransferError, UsageError
 from ..notices import log
-from .carriers.table import CARRIERS, DEFAULT, carrier_of
+from .carriers.table import CARRIERS, DEFAULT, carrier_told
+from .carriers.tls import TlsInflow, TlsOutflow
 from .channel import Channel
 from .door import BACKLOG, PATIENCE, SILENT, Door, Guest, cannot_listen
 from .flow import GREETING, TOKEN, Carrier, Inflow
@@ -74,7 +75,12 @@ class NetworkEndpoint:
             AddressTaken: somebody else does.
             UsageError: this host has no such address, or the carrier is unknown or not installed.
         """
-        by = carrier_of(carrier)
+        by = _told(carrier)
+        if by.outflow is TlsOutflow and self._keys is None:
+            raise UsageError(
+                f"encrypt='all' needs keys=, and {self.address} has none: make some with hotweights keys DIR --hosts "
+                f"{self._host}, and give keys=DIR to both ends"
+            )
         addresses = _resolved(self._host, self._port)
         family, _, _, _, where = addresses[0]
         if not _is_loopback(self._host) and ipaddress.ip_address(str(where[0]).partition("%")[0]).is_loopback:
@@ -109,11 +115,14 @@ class NetworkEndpoint:
         Raises:
             UsageError: there is no key for this host.
         """
+        context = self._context(connecting)
+        return None if context is None else Tls(context, server=False, host=self._host)
+
+    def _context(self, connecting: socket.socket) -> ssl.SSLContext | None:
         if self._keys is None:
             return None
         here = (self._host,) if _is_loopback(self._host) else ()  # Then this host is called so, too.
-        context = self._keys.connecting((str(connecting.getsockname()[0]), *here))
-        return Tls(context, server=False, host=self._host)
+        return self._keys.connecting((str(connecting.getsockname()[0]), *here))
 
     def flow(self, token: bytes, carrier: str) -> Inflow:
         """A connection for bytes, to the sender that gave this token.
@@ -127,7 +136,14 @@ class NetworkEndpoint:
         connecting = self.reach()
         if connecting is None:
             raise TransferError(f"the name of {self._host} is not known any more")
-        return by.inflow(connecting, token)
+        flow = by.inflow(connecting, token)
+        if isinstance(flow, TlsInflow):
+            context = self._context(connecting)
+            if context is None:
+                flow.close()
+                raise TransferError("the sender encrypts the weights, and this end has no keys=")
+            flow.protect(context, self._host)
+        return flow
 
     def reach(self) -> socket.socket | None:
         """A socket on its way there; ``None`` while that cannot be. The caller closes it.
@@ -178,12 +194,13 @@ class NetworkEndpoint:
 
 def _told(carrier: str) -> Carrier:
     """The carrier that a sender names."""
-    if carrier not in CARRIERS:
+    by = carrier_told(carrier)
+    if by is None:
         known = ", ".join(CARRIERS)
         raise TransferError(
             f"the sender's carrier is {carrier[:NAME]!r}, and this hotweights has {known}; install the same one on both"
         )
-    return carrier_of(carrier)
+    return by
 
 
 def _parted(address: str) -> tuple[str, int]:
@@ -283,6 +300,9 @@ class NetworkDoor:
             self._unknown[accepted] = _Stranger()
             self._let_silent_go()
         flow = self._carrier.outflow()
+        if isinstance(flow, TlsOutflow):
+            assert self._context is not None
+            flow.protect(self._context)
         self._flows[flow.token] = flow
         return Guest(channel, f"somebody at {channel.host}", flow)
 

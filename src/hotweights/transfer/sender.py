@@ -24,7 +24,7 @@ from ..sources.objects.run import is_run
 from ..sources.opening import AnySource
 from ..timeline import Timeline
 from .audience import Audience
-from .carriers.table import DEFAULT, carrier_of
+from .carriers.table import DEFAULT, ENCRYPTED, carrier_of
 from .endpoint import any_remote, endpoints_of
 from .outbound import Outbound
 from .payload import in_memory, payload
@@ -42,6 +42,9 @@ from .unwritten import unwritten_check
 
 OnLost = Literal["abort", "drop"]
 """When a receiver is lost during an update: nobody takes the version, or all others do."""
+
+Encrypt = Literal["control", "all"]
+"""What is encrypted between hosts: all but the weights, or the weights too."""
 
 Sendable = AnySource | Iterable[tuple[str, torch.Tensor]] | Sharded
 
@@ -67,6 +70,7 @@ class Sender:
         insecure: bool = False,
         decision: str | None = None,
         carrier: str = DEFAULT,
+        encrypt: Encrypt = "control",
         keep: int | None = None,
         store: object = None,
         group: Any = None,
@@ -96,6 +100,8 @@ class Sender:
                 Without it those on other hosts are in doubt then.
             carrier: how bytes get to other hosts, docs/hosts.md: ``"sockets"``; ``"pg"``, a group of torch.distributed
                 for each receiver; or ``"nixl"``. Receivers and relays are told.
+            encrypt: what TLS protects between hosts that have keys: ``"control"``, which is all but the weights, or
+                ``"all"``; see docs/hosts.md for what that costs. Receivers and relays are told.
             keep: where versions are published: how many stay there, 3 by default; older ones are deleted.
             store: of an address in a store: options, or a store of obstore, see ``hotweights.open``.
             group: the process group of a sharded trainer, each rank of which makes a sender, docs/sharded-trainers.md.
@@ -108,7 +114,7 @@ class Sender:
             MissingPackage: the carrier needs a package that is not installed.
             TransferTimeout: not all ranks of ``group`` came.
         """
-        check_choices(on_lost=(on_lost, OnLost))
+        check_choices(on_lost=(on_lost, OnLost), encrypt=(encrypt, Encrypt))
         check_count(1, receivers=receivers, slots=slots, slot_nbytes=slot_nbytes)
         check_flags(digests=digests, compare_copies=compare_copies)
         check_seconds(timeout=timeout)
@@ -127,6 +133,7 @@ class Sender:
                 insecure=(insecure, False),
                 decision=(decision, None),
                 carrier=(carrier, DEFAULT),
+                encrypt=(encrypt, "control"),
                 group=(group, None),
             )
             self._way = Publication(address, keep=keep, store=store, timeout=timeout)  # type: ignore[arg-type]
@@ -141,6 +148,9 @@ class Sender:
                 raise UsageError(
                     f"carrier= is for receivers on other hosts, and {address!r} is on this one; leave it out"
                 )
+            if encrypt == "all":
+                _check_encrypted(address, carrier, group)
+                carrier = ENCRYPTED
             endpoints = endpoints_of(address, keys=keys, insecure=insecure)  # type: ignore[arg-type]
             audience = partial(
                 Audience,
@@ -437,3 +447,15 @@ class Sender:
             self._sending.release()
             if self._closed:
                 self.close()
+
+
+def _check_encrypted(address: Any, carrier: str, group: Any) -> None:
+    """Raise ``UsageError`` where something would go unencrypted all the same."""
+    if carrier != DEFAULT:
+        raise UsageError(f"encrypt='all' is for carrier='{DEFAULT}': what {carrier!r} brings is not encrypted")
+    if group is not None:
+        raise UsageError(
+            "encrypt='all' is not for group=: what ranks send to one another is not encrypted; leave it out"
+        )
+    if not any_remote(address):
+        raise UsageError(f"encrypt='all' is for receivers on other hosts, and {address!r} is on this one; leave it out")

@@ -32,10 +32,22 @@ def _nixl() -> Carrier:
     return CARRIER
 
 
+def _tls() -> Carrier:
+    from .tls import CARRIER
+
+    return CARRIER
+
+
 CARRIERS: Mapping[str, Callable[[], Carrier]] = {"sockets": _sockets, "pg": _process_group, "nixl": _nixl}
 """What there is. Calling one imports what it needs."""
 
 DEFAULT = "sockets"
+
+ENCRYPTED = "tls"
+"""What ``Sender(encrypt="all")`` means to receivers: the default one, encrypted."""
+
+TOLD = {**CARRIERS, ENCRYPTED: _tls}
+"""What a sender may tell a receiver."""
 
 
 def carrier_of(name: str) -> Carrier:
@@ -49,3 +61,12 @@ def carrier_of(name: str) -> Carrier:
         known = ", ".join(map(repr, CARRIERS))
         raise UsageError(f"carrier= says how bytes travel between hosts, and is one of {known}; found {name!r}")
     return CARRIERS[name]()
+
+
+def carrier_told(name: str) -> Carrier | None:
+    """The carrier that a sender tells of; ``None`` if there is none of that name here.
+
+    Raises:
+        UsageError, MissingPackage: as ``carrier_of``.
+    """
+    return TOLD[name]() if name in TOLD else None
