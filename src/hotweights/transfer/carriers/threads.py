@@ -100,6 +100,7 @@ class Mover:
         self._moved = 0  # and only the mover's here.
         self._failure = ""
         self._stopped = False
+        self._met = False
         threading.Thread(target=self._run, name="hotweights carrier", daemon=True).start()
 
     @property
@@ -129,8 +130,10 @@ class Mover:
         """End soon. May be called twice."""
         self._stopped = True
         self._pieces.put(None)
-        self._wire.stop()
-        self._end.stop()
+        # Two ends that meet are let meet: gloo waits for ever for one that has told its address and never comes.
+        if self._met:
+            self._wire.stop()
+            self._end.stop()
         self.bell.close()
 
     def forget(self) -> None:
@@ -141,6 +144,7 @@ class Mover:
     def _run(self) -> None:
         try:
             self._end.open()
+            self._met = True
             while not self._stopped and (piece := self._pieces.get()) is not None:
                 self._end.move(*piece)
                 self._moved += 1
