@@ -3,6 +3,8 @@
 import os
 import re
 import shlex
+import shutil
+import socket
 import ssl
 
 import pytest
@@ -11,7 +13,7 @@ from typer.testing import CliRunner
 import hotweights as hw
 from hotweights.cli import app
 from hotweights.transfer.handed_keys import files_of
-from hotweights.transfer.keys import Keys
+from hotweights.transfer.keys import Keys, make_keys
 
 pytest.importorskip("cryptography")
 
@@ -50,6 +52,33 @@ def test_who_has_no_keys_is_told_what_to_type(tmp_path):
         hw.Sender("tcps://127.0.0.1:0", keys=tmp_path / "my keys")
     assert typed(str(told.value)).exit_code == 0
     hw.Sender("tcps://127.0.0.1:0", keys=tmp_path / "my keys").close()
+
+
+def test_what_lacks_beside_keys_that_are_there_is_named(tmp_path):
+    keys = tmp_path / "keys"
+    make(keys, "127.0.0.1")
+    (tmp_path / "bare").mkdir()
+    shutil.copy(keys / "ca.pem", tmp_path / "bare")
+    with pytest.raises(hw.UsageError, match=r"has ca\.pem, and no host's key; .* where ca\.key of the same job is"):
+        hw.Receiver("tcps://127.0.0.1:1", keys=tmp_path / "bare")
+    (keys / "ca.pem").rename(tmp_path / "ca.pem")
+    for act in (lambda: hw.Receiver("tcps://127.0.0.1:1", keys=keys), lambda: make_keys(keys, ["127.0.0.1"])):
+        with pytest.raises(hw.UsageError, match=r"ca\.pem is missing, beside keys for 127\.0\.0\.1; copy it"):
+            act()
+    shutil.copy(tmp_path / "ca.pem", keys)
+    hw.Receiver("tcps://127.0.0.1:1", keys=keys).close()
+
+
+def test_a_sender_listens_at_all_addresses_with_the_key_of_its_name(tmp_path):
+    keys = tmp_path / "keys"
+    with pytest.raises(hw.UsageError, match=r"0\.0\.0\.0:0 can be reached from other hosts") as told:
+        hw.Sender("tcps://0.0.0.0:0")
+    assert f"--hosts {socket.gethostname()};" in str(told.value)
+    with pytest.raises(hw.UsageError, match=r"0\.0\.0\.0 is every address of a host"):
+        make_keys(keys, ["0.0.0.0"])
+    assert not keys.exists()
+    make(keys, "localhost")
+    assert Keys(keys).pick(["0.0.0.0"]) == "localhost"
 
 
 def test_a_file_of_keys_is_no_directory_of_keys(tmp_path):

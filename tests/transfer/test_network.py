@@ -171,7 +171,7 @@ def test_workers_on_both_sides_of_the_network_decide_together(failing, address, 
         if failing is None:
             report = sending.send(Tiny(2), version=2)
             assert report.nbytes <= report.network_nbytes < report.nbytes + 4096  # once, to the one on another host
-            assert "to other hosts" in str(report)
+            assert "over the network" in str(report)
             assert set(report.committed) == {
                 f"rank0 (process {os.getpid()})",
                 f"rank1 (process {os.getpid()} on 127.0.0.1)",

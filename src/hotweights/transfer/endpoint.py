@@ -44,6 +44,7 @@ def endpoint_of(address: str, *, keys: str | os.PathLike[str] | None = None, ins
     if scheme not in SCHEMES:
         bare = isinstance(address, str) and address.startswith(("/", "./", "../"))
         meant = f". If the path of a socket is meant: unix:{address}" if bare else ""
+        meant = f". Is tcps:{address.partition(':')[2]} meant?" if scheme in ("tcp", "tls", "http", "https") else meant
         raise UsageError(
             "an address looks like unix:/tmp/trainer/socket, tcps://trainer:7600, ray:job or env:; "
             f"this is {address!r}{meant}"

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import UsageError
-from .keys import check_no_file, make_keys
+from .keys import check_no_file, lacking, make_keys
 
 _CA, _SECRET = "ca.pem", "ca.key"
 
@@ -91,7 +91,7 @@ def files_of(directory: str | os.PathLike[str]) -> dict[str, bytes]:
     except OSError as error:
         raise UsageError(f"the keys in {directory} cannot be read: {error}") from error
     if _CA not in found:
-        raise UsageError(f"there are no keys in {directory}; make some with: hotweights keys {directory} --hosts HOST")
+        raise lacking(Path(directory))
     return found
 
 

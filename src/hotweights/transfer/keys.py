@@ -37,9 +37,9 @@ class Keys:
         """
         self.directory = Path(directory)
         check_no_file(self.directory)
-        self._hosts = sorted(path.stem for path in self.directory.glob("*.pem") if path.stem != _CA)
+        self._hosts = _hosts_in(self.directory)
         if not (self.directory / f"{_CA}.pem").is_file() or not self._hosts:
-            raise UsageError(f"there are no keys in {self.directory}; make some with: {_advice(self.directory)}")
+            raise lacking(self.directory)
 
     def serving(self, names: Sequence[str]) -> ssl.SSLContext:
         """How to answer whoever connects to a host of one of these names.
@@ -85,7 +85,7 @@ class Keys:
                 return candidate
         if len(self._hosts) == 1:
             return self._hosts[0]
-        called = list(dict.fromkeys((*names, name)))
+        called = [called for called in dict.fromkeys((*names, name)) if not is_any(called)]
         raise UsageError(
             f"no key in {self.directory} is for this host, which is called {' or '.join(called)}; there are keys for "
             f"{some(self._hosts)}. Make one with: {_advice(self.directory, called[0])}"
@@ -100,6 +100,28 @@ def check_no_file(directory: Path) -> None:
     """
     if directory.is_file():
         raise UsageError(f"keys= is a directory, and {directory} is a file; give its folder: {directory.parent}")
+
+
+def lacking(directory: Path) -> UsageError:
+    """The error of a directory in which files of a job's keys are not there."""
+    path, hosts = directory / f"{_CA}.pem", _hosts_in(directory)
+    if hosts and not path.is_file():
+        return UsageError(f"{path} is missing, beside keys for {some(hosts)}; copy it from where those were made")
+    if path.is_file() and not (directory / f"{_CA}.key").is_file():
+        return UsageError(
+            f"{directory} has {path.name}, and no host's key; make one for this host where ca.key of the same job is, "
+            f"with: hotweights keys DIR --hosts {socket.gethostname()}; and copy its .pem to {directory}"
+        )
+    return UsageError(f"there are no keys in {directory}; make some with: {_advice(directory)}")
+
+
+def is_any(host: str) -> bool:
+    """Whether it stands for all addresses of a host: it can be listened at, and is no name of the host."""
+    return host in ("0.0.0.0", "::")
+
+
+def _hosts_in(directory: Path) -> list[str]:
+    return sorted(path.stem for path in directory.glob("*.pem") if path.stem != _CA)
 
 
 def _advice(directory: Path, host: str = "HOST") -> str:
@@ -128,12 +150,19 @@ def make_keys(directory: str | os.PathLike[str], hosts: Iterable[str], *, days: 
         raise UsageError(f"these are no names of hosts: {some(wrong)}")
     if not names:
         raise UsageError("a key is for a host; name at least one")
+    if wild := [name for name in names if is_any(name)]:
+        raise UsageError(
+            f"{wild[0]} is every address of a host, and nobody connects to it; name what workers write in "
+            "tcps://HOST:PORT. A sender at tcps://0.0.0.0:PORT uses the key of this host's name, or the only one"
+        )
     try:
         import cryptography  # noqa: F401
     except ImportError as error:
         raise MissingPackage("cryptography", "hosts") from error
     home = Path(directory)
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if _hosts_in(home) and not (home / f"{_CA}.pem").exists():
+        raise lacking(home)
     if taken := [name for name in names if (home / f"{name}.pem").exists()]:
         raise UsageError(f"{home} has keys for {some(taken)}; remove those files first, or name other hosts")
     authority, new = _authority(home, days)

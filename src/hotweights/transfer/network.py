@@ -24,7 +24,7 @@ from .channel import Channel
 from .door import BACKLOG, PATIENCE, SILENT, Door, Guest, cannot_listen
 from .flow import GREETING, TOKEN, Carrier, Inflow
 from .handed_keys import HandedKeys
-from .keys import Keys
+from .keys import Keys, is_any
 from .messages import NAME
 from .network_channel import NetworkChannel, host_of
 from .states import Side
@@ -62,9 +62,10 @@ class NetworkEndpoint:
         self._told: set[str] = set()  # why it could not be reached
         self._keys = keys if keys is None or isinstance(keys, HandedKeys) else Keys(keys)
         if keys is None and not insecure and not _is_loopback(self._host):
+            named = socket.gethostname() if is_any(self._host) else self._host
             raise UsageError(
                 f"{address} can be reached from other hosts, where without keys anybody could send or take weights. "
-                f"Make some with: hotweights keys DIR --hosts {self._host}; and give keys=DIR to both ends. In a "
+                f"Make some with: hotweights keys DIR --hosts {named}; and give keys=DIR to both ends. In a "
                 "network where everybody may do so, insecure=True goes without"
             )
 

@@ -217,9 +217,10 @@ class PeerGroup:
                 who = [peer.shown for peer in self.peers if peer.ready or (peer.relay and not peer.size)]
                 names = f"connected: {some(who)}" if who else f"nobody is connected to {', '.join(self.addresses)}"
                 came = f"{there} of {count} receivers were there after {self._timeout:g} s"
-                longer = "If they need longer to come, raise timeout= of the sender."
                 gone = tuple(self._gone)
                 self._gone.clear()
+                # Who came and was refused says why. Waiting longer does not help.
+                longer = "" if gone else "If they need longer to come, raise timeout= of the sender."
                 raise TransferTimeout(f"{came}; {names}", gone, advice=longer)
             self.listen(left(deadline), beside)
 

@@ -17,6 +17,7 @@ from ..memory.guards import Guard
 from ..sources.contracts import Request
 from ..sources.objects.run import is_run
 from ..sources.streams import LeaseStream
+from ..text import short
 from ..timeline import Timeline
 from .connection import Connection
 from .endpoint import endpoint_of
@@ -304,8 +305,10 @@ class StoreReceiver(Following, Receiver):
 
 
 def _check_name(name: object) -> None:
-    if not isinstance(name, str) or len(name) > NAME or not name.isprintable():
-        raise UsageError(f"name= is at most {NAME} printable characters; found {str(name)[:NAME]!r}")
+    if not isinstance(name, str):
+        raise UsageError(f"name= is a str, such as 'rank0'; found {short(name)}, which is of {type(name).__name__}")
+    if len(name) > NAME or not name.isprintable():
+        raise UsageError(f"name= is at most {NAME} printable characters; found {name[:NAME]!r}")
 
 
 class _VersionStream(LeaseStream):

@@ -103,7 +103,7 @@ class SendReport:
         sent = f"{size(self.nbytes)} in {self.tensors} tensors in {self.seconds:.3f} s ({speed}){after}"
         rows = (
             ("sent", sent),
-            *((("network", f"{size(self.network_nbytes)} to other hosts"),) if self.network_nbytes else ()),
+            *((("network", f"{size(self.network_nbytes)} over the network"),) if self.network_nbytes else ()),
             ("version", f"{self.version!r}, {self._whereabouts()}"),
             *breakdown(self.events),
             *(("host", str(host)) for host in self.hosts if self.network_nbytes),
