@@ -79,7 +79,8 @@ test-verl-part: $(VERL_VENV)/.installed
 test-ray: $(RAY_VENV)/.installed
 	OMP_NUM_THREADS=1 $(RAY_BIN)/python -m pytest tests/ray
 
-check: lint test
+# Beside test-all it does not run again what that ran.
+check: lint $(if $(filter test-all,$(MAKECMDGOALS)),,test)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
