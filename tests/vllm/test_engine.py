@@ -49,7 +49,7 @@ def _failing_half_way(talker: Talker, source: str):
     from hotweights.engines.vllm.attached import attached
 
     live = attached(talker.model)
-    process = live._process
+    process = live._once._process
     layers = sum(live._is_processed(name, module) for name, module in live.model.named_modules())
     calls = []
 
@@ -59,11 +59,11 @@ def _failing_half_way(talker: Talker, source: str):
             raise RuntimeError("the kernel is broken")
         process(layer)
 
-    live._process = failing
+    live._once._process = failing
     try:
         return _refusal(talker, source)
     finally:
-        live._process = process
+        live._once._process = process
 
 
 @pytest.mark.parametrize("name", cases.CASES)

@@ -31,7 +31,7 @@ def doom(worker, rank, phase):
         return
     when, what = phase.split()
     if what == "processing":
-        attached(worker.get_model())._process = lambda layer: kill()
+        attached(worker.get_model())._once._process = lambda layer: kill()
         return
     places = {
         "receive_weights": (Backend, "receive_weights"),

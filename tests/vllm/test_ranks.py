@@ -17,7 +17,7 @@ def fail_on(worker, rank, count):
     if worker.rank != rank:
         return
     live = attached(worker.get_model())
-    process = live.__dict__.setdefault("_process_before", live._process)
+    process = live.__dict__.setdefault("_process_before", live._once._process)
     calls = []
 
     def failing(layer):
@@ -26,7 +26,7 @@ def fail_on(worker, rank, count):
             raise RuntimeError("this rank is broken")
         process(layer)
 
-    live._process = process if count < 0 else failing
+    live._once._process = process if count < 0 else failing
 
 
 def send(path, address):
