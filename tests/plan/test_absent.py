@@ -118,3 +118,18 @@ def test_what_a_rank_leaves_to_others_is_no_warning():
     report = hw.load(Rank(), checkpoint())
     assert len(report.tensors[hw.Fate.SKIPPED]) == 8
     assert report.warnings == ()
+
+
+def test_bytes_that_two_write_are_told_with_both_shapes():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qk = nn.Parameter(torch.zeros(4, 2))
+
+        def load_weights(self, pairs):
+            for name, weight in pairs:
+                self.qk.data[:3].copy_(weight) if name == "q" else self.qk.data[2:].copy_(weight)
+
+    with pytest.raises(hw.PlanError) as caught:
+        hw.load(Twice(), {"q": torch.ones(3, 2), "k": torch.ones(2, 2)})
+    assert caught.value.problems == ("qk: bytes written twice, from q [3, 2] and from k [2, 2]",)
