@@ -230,3 +230,11 @@ def test_what_loading_code_has_quantised_is_not_processed_unasked(kind):
     )
     live.load(tensors())
     assert torch.equal(live.model.a.weight, made.t())
+
+
+def test_processing_that_returns_another_layer_is_refused():
+    """What it returns was dropped, without a word."""
+    live = hw.LiveModel(Engine(), process=lambda layer: nn.Linear(2, 2))
+    with pytest.raises(hw.UsageError, match="process= returned a Linear, which nobody would use"):
+        live.load(tensors())
+    hw.LiveModel(Engine(), process=lambda layer: layer.eval()).load(tensors())

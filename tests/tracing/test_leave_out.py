@@ -1,5 +1,6 @@
 """Leaving out what no plan can repeat: what it costs, and which tensors go together."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -110,3 +111,15 @@ def test_a_line_that_nobody_knows_is_called_unknown():
 
     plan = hw.trace(Gradient(2, 2), nn.Module.state_dict(nn.Linear(2, 2)))
     assert {line.where for line in plan.graph_breaks} == {"an unknown line of Gradient's loading code"}
+
+
+@pytest.mark.parametrize("load", [hw.load, lambda model, *args, **kwargs: hw.LiveModel(model).load(*args, **kwargs)])
+def test_a_report_says_what_went_to_the_model_s_own_code_and_was_not_proven(load):
+    report = load(Rebinding(), nn.Module.state_dict(Rebinding()), verify="loader")
+    assert report.proven == 0
+    (warning,) = [warning for warning in report.warnings if "proven" in warning]
+    assert warning.startswith('verify="loader": proven 0 of 4 tensors of the model; the rest was loaded by')
+    assert "all 4 tensors were given to the model's own loading code" in str(report)
+    report = load(Asking(), nn.Module.state_dict(Asking()), verify="loader")
+    assert "proven 2 of 4 tensors" in str(report)
+    assert "2 of these 4 tensors were given to the model's own loading code" in str(report)

@@ -8,10 +8,11 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch import nn
 
 from .. import signals
 from ..dtypes import DType, format_name
-from ..errors import PlanError
+from ..errors import PlanError, UsageError
 from ..failure import blame
 from ..memory.aliases import has_bytes
 from ..model.materialise import dressed
@@ -184,7 +185,12 @@ class Processing:
     def _process(self, layer: Layer) -> None:
         with self._timeline.event("process", layer.name), torch.no_grad():
             try:
-                self._job.process(layer.module)
+                made = self._job.process(layer.module)
+                if isinstance(made, nn.Module) and made is not layer.module:
+                    raise UsageError(
+                        f"process= returned a {type(made).__name__}, which nobody would use; it changes the layer that "
+                        "it is given, in place, and returns None"
+                    )
             except Exception as error:
                 named = f"layer {layer.name}" if layer.name else "the model itself"
                 blame(error, f"the processing of {named} ({type(layer.module).__name__})")

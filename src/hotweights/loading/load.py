@@ -58,7 +58,7 @@ from .fallback import fall_back
 from .initialise import InitMissing, check_init_missing, initialise, left_on_meta, told
 from .report import LoadReport, Tally
 from .requests import bytes_to_read, requests_of
-from .verify import Verify, check_verifiable, verifier
+from .verify import Verify, check_verifiable, unprovable, verifier
 
 
 @signals.watched
@@ -237,6 +237,8 @@ def load(
         kernels = processed(model)
         warnings = (*warnings_of(source), *told(model, left, init_missing), *_unprocessed(model, called))
         warnings = (*warnings, *scaleless(plan.manifest, plan.casts))
+        if verify == "loader":
+            warnings = (*warnings, *unprovable(plan, done.proven))
         if own_code:
             warnings = (*warnings, *unused(plan, f"{type(model).__name__}.load_weights"))
         if kernels:
