@@ -440,7 +440,7 @@ class TestLoad:
             told = run("load", "m.safetensors", "--model", "made_here:norm", "--dtype", "BF16")
             assert (told.exit_code, "leave it out" in told.stderr) == (2, True)
             for command in ("plan", "load"):
-                for wrong in ("torch.nn", "made_here.py:norm", "made_here.py"):
+                for wrong in ("torch.nn", "made_here.py:norm", "made_here.py", "made_here"):
                     told = run(command, "m.safetensors", "--model", wrong)
                     if not os.path.exists(wrong):
                         assert (told.exit_code, "write package.module:factory" in told.stderr) == (2, True)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import hotweights as hw
-from hotweights.live.kernels import noting_calls
+from hotweights.model.process_calls import noting_calls
 
 
 class Transposing:
@@ -189,3 +189,52 @@ def test_models_that_load_in_threads_leave_no_trace_in_the_class():
     other.__exit__(None, None, None)
     assert (by_one, by_other) == ([], [second, second])
     assert Transposing.process_weights_after_loading is before
+
+
+class Quantising(Engine):
+    """Its loading code quantises inline, where a ``quant_method`` transposes."""
+
+    def load_weights(self, weights):
+        for name, tensor in weights:
+            self.get_parameter(name).data.copy_(tensor)
+        self.a.weight = nn.Parameter((self.a.weight * 2).to(torch.int8), requires_grad=False)
+
+
+class QuantisingData(Engine):
+    def load_weights(self, weights):
+        for name, tensor in weights:
+            self.get_parameter(name).data.copy_(tensor)
+        self.a.weight.requires_grad_(False)
+        self.a.weight.data = (self.a.weight.data * 2).to(torch.int8)
+
+
+@pytest.mark.parametrize("kind", [Quantising, QuantisingData])
+def test_what_loading_code_has_quantised_is_not_processed_unasked(kind):
+    """It was, once more and without a word."""
+    live = hw.LiveModel(kind())
+    with pytest.raises(hw.PlanError, match="once too often") as caught:
+        live.load(tensors())
+    assert caught.value.problems == (f"a.weight: F32 [3, 3] before; {kind.__name__}.load_weights left it as I8 [3, 3]",)
+    assert live.state is hw.State.EMPTY
+    assert live.model.a.weight.dtype == torch.float32
+    made = (tensors()["a.weight"] * 2).to(torch.int8)
+    options = "process=lambda layer: None", "layers=lambda layer: hasattr(layer, 'quant_method')"
+    assert all(option in caught.value.advice for option in options)
+    live = hw.LiveModel(kind(), process=lambda layer: None)
+    live.load(tensors())
+    assert torch.equal(live.model.a.weight, made)
+    live = hw.LiveModel(
+        kind(),
+        process=lambda layer: layer.quant_method.process_weights_after_loading(layer),
+        layers=lambda layer: hasattr(layer, "quant_method"),
+    )
+    live.load(tensors())
+    assert torch.equal(live.model.a.weight, made.t())
+
+
+def test_processing_that_returns_another_layer_is_refused():
+    """What it returns was dropped, without a word."""
+    live = hw.LiveModel(Engine(), process=lambda layer: nn.Linear(2, 2))
+    with pytest.raises(hw.UsageError, match="process= returned a Linear, which nobody would use"):
+        live.load(tensors())
+    hw.LiveModel(Engine(), process=lambda layer: layer.eval()).load(tensors())

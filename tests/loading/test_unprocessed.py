@@ -86,3 +86,21 @@ def test_processed_under_another_name():
     shared = Quantised()
     live = hw.LiveModel(nn.ModuleDict({"x": shared, "y": shared}), layers=["y"])
     assert not warnings(live.load({"x.weight": torch.ones(2, 2)}))
+
+
+class Processing(nn.ModuleDict):
+    def load_weights(self, weights):
+        for name, weight in weights:
+            self.get_parameter(name).data.copy_(weight)
+        for layer in self.values():
+            if hasattr(layer, "quant_method"):
+                layer.quant_method.process_weights_after_loading(layer)
+
+
+def test_loading_code_that_processes_by_itself_is_not_told_to_do_it_once_more():
+    made = Processing({"a": Quantised(), "c": Attention()})
+    (warning,) = warnings(hw.load(made, {"a.weight": torch.ones(2, 2), "c.weight": torch.ones(2, 2)}))
+    assert warning.startswith("c: to be processed")
+    assert made["a"].weight.tolist() == [[0.5, 0.5], [0.5, 0.5]]
+    only = Processing({"a": Quantised()})
+    assert not warnings(hw.load(only, {"a.weight": torch.ones(2, 2)}))

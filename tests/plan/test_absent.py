@@ -118,3 +118,46 @@ def test_what_a_rank_leaves_to_others_is_no_warning():
     report = hw.load(Rank(), checkpoint())
     assert len(report.tensors[hw.Fate.SKIPPED]) == 8
     assert report.warnings == ()
+
+
+def test_bytes_that_two_write_are_told_with_both_shapes():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qk = nn.Parameter(torch.zeros(4, 2))
+
+        def load_weights(self, pairs):
+            for name, weight in pairs:
+                self.qk.data[:3].copy_(weight) if name == "q" else self.qk.data[2:].copy_(weight)
+
+    with pytest.raises(hw.PlanError) as caught:
+        hw.load(Twice(), {"q": torch.ones(3, 2), "k": torch.ones(2, 2)})
+    assert caught.value.problems == ("qk: bytes written twice, from q [3, 2] and from k [2, 2]",)
+
+
+class Slicing(nn.Module):
+    """Each source tensor fills as many rows as it has."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(2, 4, bias=False) for _ in range(3))
+
+    def load_weights(self, pairs):
+        for name, weight in pairs:
+            layer, _, part = name.rpartition(".")
+            own = self.get_submodule(layer).weight.data
+            rows = own[: len(weight)] if part == "q" else own[2 : 2 + len(weight)]
+            rows.copy_(weight)
+
+
+def test_the_part_of_another_shape_than_its_likes_is_named_and_not_allowed():
+    short = {f"layers.{layer}.{part}": torch.ones(2, 2) for layer in range(3) for part in "qk"}
+    hw.load(Slicing(), short)
+    short["layers.1.k"] = torch.ones(1, 2)
+    with pytest.raises(hw.PlanError) as caught:
+        hw.load(Slicing(), short)
+    assert caught.value.problems == (
+        "layers.1.weight: partial; 6 of 8 elements would be written, from layers.1.k, layers.1.q; "
+        "layers.1.k is [1, 2], and [2, 2] in 2 other layers",
+    )
+    assert "allow_partial" not in caught.value.advice

@@ -1,5 +1,6 @@
 """Leaving out what no plan can repeat: what it costs, and which tensors go together."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -74,3 +75,51 @@ def test_layers_that_differ_by_their_number_are_left_out_together(monkeypatch):
     plan = hw.trace(Deep(), {name: torch.ones(value.shape) for name, value in Deep().state_dict().items()})
     assert set(plan.fallback) == {name for name in Deep().state_dict() if ".asked." in name}
     assert len(records) == 4  # two runs, and two that see whether what is left out can be loaded apart
+
+
+class Rebinding(nn.Module):
+    """Its loading code gives a module a new parameter, and a parameter a gradient, which nobody is seen to give."""
+
+    def __init__(self):
+        super().__init__()
+        self.plain, self.buffered = nn.Linear(2, 2, bias=False), nn.BatchNorm1d(2, affine=False)
+
+    def load_weights(self, pairs):
+        for name, tensor in pairs:
+            if name == "plain.weight":
+                self.plain.weight = nn.Parameter(tensor * 2, requires_grad=False)
+            else:
+                self.get_buffer(name).copy_(tensor)
+        self.buffered.register_buffer("running_mean", self.buffered.running_mean + 1)
+        self.plain.requires_grad_(True)
+
+
+def test_the_line_that_rebinds_is_told_and_not_the_caller_s():
+    plan = hw.trace(Rebinding(), nn.Module.state_dict(Rebinding()))
+    first = Rebinding.load_weights.__code__.co_firstlineno
+    lines = {line.what: line.where for line in plan.graph_breaks}
+    assert lines["rebinding plain.weight"] == f"{__file__}:{first + 3}"
+    assert lines["rebinding buffered.running_mean"] == f"{__file__}:{first + 6}"
+
+
+def test_a_line_that_nobody_knows_is_called_unknown():
+    class Gradient(nn.Linear):
+        def load_weights(self, pairs):
+            for name, tensor in pairs:
+                self.get_parameter(name).data.copy_(tensor)
+            self.weight.requires_grad_(False)
+
+    plan = hw.trace(Gradient(2, 2), nn.Module.state_dict(nn.Linear(2, 2)))
+    assert {line.where for line in plan.graph_breaks} == {"an unknown line of Gradient's loading code"}
+
+
+@pytest.mark.parametrize("load", [hw.load, lambda model, *args, **kwargs: hw.LiveModel(model).load(*args, **kwargs)])
+def test_a_report_says_what_went_to_the_model_s_own_code_and_was_not_proven(load):
+    report = load(Rebinding(), nn.Module.state_dict(Rebinding()), verify="loader")
+    assert report.proven == 0
+    (warning,) = [warning for warning in report.warnings if "proven" in warning]
+    assert warning.startswith('verify="loader": proven 0 of 4 tensors of the model; the rest was loaded by')
+    assert "all 4 tensors were given to the model's own loading code" in str(report)
+    report = load(Asking(), nn.Module.state_dict(Asking()), verify="loader")
+    assert "proven 2 of 4 tensors" in str(report)
+    assert "2 of these 4 tensors were given to the model's own loading code" in str(report)

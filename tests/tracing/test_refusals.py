@@ -77,7 +77,7 @@ def test_an_update_says_what_the_live_version_had():
     live.load(tensors(), version="day-1")
     with pytest.raises(hw.UpdateAborted) as caught:
         live.update(tensors(lower=torch.ones(1, 2)), version="day-2")
-    assert caught.value.problems[0].endswith("; in the live version it is F32 [2, 2]")
+    assert caught.value.problems[0].endswith("; in the live version's checkpoint it is F32 [2, 2]")
 
 
 def test_what_the_code_catches_is_not_blamed():

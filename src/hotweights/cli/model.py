@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable
 from difflib import get_close_matches
 from importlib import import_module
+from importlib.machinery import PathFinder
 from traceback import extract_tb
 
 import torch
@@ -36,7 +37,7 @@ def model_from(text: str, dtype: torch.dtype | None = None, *, device: str | Non
         UsageError: there is no such factory, a dtype is given for one, it fails, or it makes no model.
         CheckpointError: there is no usable configuration.
     """
-    if not os.path.exists(text) and _NEARLY.fullmatch(text):
+    if not os.path.exists(text) and (_NEARLY.fullmatch(text) or _is_module(text)):
         raise UsageError(f"--model {text}: there is no such directory; of a factory write package.module:factory")
     match = _FACTORY.fullmatch(text)
     if match is None or os.path.exists(text):
@@ -74,6 +75,12 @@ def say_idle(model: nn.Module, names: Iterable[str], **patterns: list[str] | Non
                 similar = f"; similar: {near[0]}" if near else ""
                 said = f"--{option.replace('_', '-')} {pattern}: matches no tensor of the model or the checkpoint"
                 typer.echo(f"warning: {said}{similar}", err=True)
+
+
+def _is_module(text: str) -> bool:
+    """Whether it names a module that can be imported from here."""
+    path = [os.getcwd(), *sys.path]
+    return text.isidentifier() and PathFinder.find_spec(text, path) is not None
 
 
 def _place_of(error: BaseException) -> str:

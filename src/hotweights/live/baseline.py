@@ -28,6 +28,7 @@ from .groups import LayerGroup, coverage, elements, groups_of
 from .job import Job
 from .layers import Dressing, Layer, layers_of
 from .layout import MemoryLayout, Mirror
+from .once import process_by_quant_method
 from .plans import Found, Options, Plans
 from .strategy import Atomic, InPlace, Journal, Staged, Strategy, check_room
 
@@ -148,6 +149,7 @@ class Baseline:
             warnings=(*found.warnings, *self.warnings),
             kernels=self.kernels,
             by=self._by,
+            unasked=processed if process is process_by_quant_method else frozenset(),
         )
 
     def _tensors(self, plan: LoadPlan) -> dict[str, torch.Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Set
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,7 @@ class Job:
     Attributes:
         model: the model.
         process: processes one layer.
+        unasked: layers that it processes by their ``quant_method``, as nobody gave a ``process=``.
         plan: the whole plan.
         in_place: the group that is written into live tensors, without scratch.
         groups: the groups that are filled in scratch and processed.
@@ -57,3 +58,4 @@ class Job:
     kernels: Extents
     by: By | None = None
     warnings: tuple[str, ...] = ()
+    unasked: Set[nn.Module] = frozenset()

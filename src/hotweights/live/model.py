@@ -31,7 +31,7 @@ from ..forked import alone_in_a_fork
 from ..gc_pause import without_collection
 from ..loading.apart import apart
 from ..loading.initialise import InitMissing, check_init_missing, initialise, left_on_meta
-from ..loading.verify import Verify, verifier
+from ..loading.verify import Verify, unprovable, verifier
 from ..manifest import Manifest
 from ..memory.digest import Digest
 from ..memory.pool import Pool
@@ -323,8 +323,9 @@ class LiveModel:
                     verify=prove,
                     show_progress=show_progress,
                 )
-            proven = 0 if prove is None else prove.proven
-            return replace(report, proven=proven)
+            if prove is None:
+                return report
+            return replace(report, proven=prove.proven, warnings=(*report.warnings, *unprovable(plan, prove.proven)))
 
     def _options(self, allowed: Sequence[Patterns], cast: Cast | None, by: By | None) -> Options:
         """What every load allows; and note the names by which the model's tensors are called from now on."""

@@ -11,6 +11,7 @@ from torch import nn
 from .. import signals
 from ..errors import PlanError
 from ..manifest import Manifest
+from ..model.process_calls import noting_calls
 from ..model.processed import processed_among
 from ..model.survey import By, own_loader
 from ..model.unprocessed import unprocessed
@@ -20,7 +21,6 @@ from ..text import some
 from .kernels import (
     is_processing,
     memory_of,
-    noting_calls,
     own_of,
     processes,
     processes_itself,

@@ -319,7 +319,8 @@ def _telling_what_was(last: LoadPlan, manifest: Manifest) -> Iterator[None]:
                 return problem.partition(LACKS)[0] + (f"{LACKS}{some(lacking, 3)}" if lacking else "")
             before, now = last.manifest.get(name), manifest.get(name)
             if before is not None and now is not None and before != now and str(list(before.shape)) not in problem:
-                return f"{problem}; in the live version it is {format_name(before.dtype)} {list(before.shape)}"
+                was = f"{format_name(before.dtype)} {list(before.shape)}"
+                return f"{problem}; in the live version's checkpoint it is {was}"
             return problem
 
         error.explain(known)

@@ -8,8 +8,11 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch import nn
 
 from .. import signals
+from ..dtypes import DType, format_name
+from ..errors import PlanError, UsageError
 from ..failure import blame
 from ..memory.aliases import has_bytes
 from ..model.materialise import dressed
@@ -48,6 +51,7 @@ class Processing:
             self.begun.append(group)
         for layer in group.layers:
             before, where = layer.contents(), _whereabouts(layer)
+            self._refuse_quantised(layer, before)
             self._process(layer)
             layer.processed(before, layer.contents())
             # In place it may have changed values, which nobody sees: then a quant_method is taken at its word.
@@ -57,6 +61,29 @@ class Processing:
         for name in group.names if group.layers else ():
             self._job.live.pop(name, None)
         self._job.acted.update(group.unwritten - self._untouched(group, now))
+
+    def _refuse_quantised(self, layer: Layer, now: Contents) -> None:
+        """Refuse a layer that the model's own loading code has quantised. Who gives ``process=`` has chosen."""
+        if layer.module not in self._job.unasked or not processes(layer.module):
+            return
+        targets = self._job.plan.targets
+        made = ((layer.full(key), tensor) for key, tensor in now.own())
+        found = [
+            f"{name}: {format_name(spec.dtype)} {list(spec.shape)} before; {code} left it as "
+            f"{format_name(tensor.dtype)} {list(tensor.shape)}"
+            for code in [f"{type(self._job.model).__name__}.load_weights"]
+            for name, tensor in made
+            if name in targets and _is_quantised((spec := targets[name].spec).dtype, tensor.dtype)
+        ]
+        if found:
+            raise PlanError(
+                f"layer {layer.name} is quantised when its quant_method would process it, which may be once too often",
+                found,
+                advice="If the loading code has done all: LiveModel(model, process=lambda layer: None). If the "
+                "quant_method is to process what it made: LiveModel(model, process=lambda layer: "
+                "layer.quant_method.process_weights_after_loading(layer), layers=lambda layer: "
+                "hasattr(layer, 'quant_method')).",
+            )
 
     @signals.held
     def run(self, group: LayerGroup, scratch: Mirror, *, ready: Callable[[], None]) -> None:
@@ -158,7 +185,12 @@ class Processing:
     def _process(self, layer: Layer) -> None:
         with self._timeline.event("process", layer.name), torch.no_grad():
             try:
-                self._job.process(layer.module)
+                made = self._job.process(layer.module)
+                if isinstance(made, nn.Module) and made is not layer.module:
+                    raise UsageError(
+                        f"process= returned a {type(made).__name__}, which nobody would use; it changes the layer that "
+                        "it is given, in place, and returns None"
+                    )
             except Exception as error:
                 named = f"layer {layer.name}" if layer.name else "the model itself"
                 blame(error, f"the processing of {named} ({type(layer.module).__name__})")
@@ -168,6 +200,13 @@ class Processing:
         """Names of tensors that no step writes, and that hold what they held before the first load."""
         initial = self._job.initial
         return {name for name in group.unwritten & initial.keys() & now.keys() if _same_bits(initial[name], now[name])}
+
+
+def _is_quantised(before: DType, now: torch.dtype) -> bool:
+    """Whether what were floats of two bytes or more are integers, or floats of one byte."""
+    if not isinstance(before, torch.dtype) or not before.is_floating_point or before.itemsize < 2:
+        return False
+    return now.itemsize == 1 or not (now.is_floating_point or now.is_complex)
 
 
 def _whereabouts(layer: Layer) -> dict[str, tuple[int, int]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from ..loading.report import fates, proven
+from ..loading.report import fates, given, proven
 from ..plan.steps import Fate
 from ..text import as_html, counts, rate, short, size, some, table
 from ..timeline import TimelineEvent, breakdown, save_events
@@ -120,6 +120,7 @@ class UpdateReport:
         if self.open_bytes:
             rows.append(("open", f"{self.open_layers} layers, {size(self.open_bytes)} of device memory at peak"))
         rows += fates(self.tensors, self.casts)
+        rows += given(self.tensors, self.planned)
         rows += proven(self.proven)
         rows += [("not loaded", f"{name}: {shapes}") for name, shapes in self.mismatched.items()]
         if self.kept:

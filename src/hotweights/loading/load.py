@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import chain
@@ -25,6 +25,7 @@ from ..model.materialise import materialise, put_back
 from ..model.merged import refuse_merged
 from ..model.offloading import refuse_own_code, refuse_unwritable
 from ..model.places import places
+from ..model.process_calls import noting_calls
 from ..model.processed import in_words, processed
 from ..model.reachable import attributes, reachable
 from ..model.survey import By, Survey, own_loader, survey
@@ -57,7 +58,7 @@ from .fallback import fall_back
 from .initialise import InitMissing, check_init_missing, initialise, left_on_meta, told
 from .report import LoadReport, Tally
 from .requests import bytes_to_read, requests_of
-from .verify import Verify, check_verifiable, verifier
+from .verify import Verify, check_verifiable, unprovable, verifier
 
 
 @signals.watched
@@ -188,6 +189,9 @@ def load(
             check_verifiable(seen)
         source = fitted(source, rename, match_for(model, seen.names, by))
         stack.enter_context(naming_files(source))
+        own_code = own_loader(model, by) is not None
+        # Code that processes layers itself does so while it is traced, or when it loads what falls back.
+        called = stack.enter_context(noting_calls(model.modules())) if own_code else []
         if plan is None:
             make = partial(_trace, whole, source.manifest, target_device, allowed, cast, by)
             options = (target_device, allowed, cast, by, source.manifest.origins, outer_prefix(whole))
@@ -231,9 +235,11 @@ def load(
             if isinstance(source, Participant):
                 stack.enter_context(source.decision())
         kernels = processed(model)
-        warnings = (*warnings_of(source), *told(model, left, init_missing), *_unprocessed(model))
+        warnings = (*warnings_of(source), *told(model, left, init_missing), *_unprocessed(model, called))
         warnings = (*warnings, *scaleless(plan.manifest, plan.casts))
-        if own_loader(model, by) is not None:
+        if verify == "loader":
+            warnings = (*warnings, *unprovable(plan, done.proven))
+        if own_code:
             warnings = (*warnings, *unused(plan, f"{type(model).__name__}.load_weights"))
         if kernels:
             warnings = (*warnings, in_words(kernels))
@@ -350,9 +356,9 @@ def _report(plan: LoadPlan, done: Tally, pool: Pool, seconds: float, warnings: t
     )
 
 
-def _unprocessed(model: nn.Module) -> tuple[str, ...]:
-    """A warning for layers that are not ready to compute."""
-    if not (names := unprocessed(model)):
+def _unprocessed(model: nn.Module, called: Collection[nn.Module]) -> tuple[str, ...]:
+    """A warning for layers that are not ready to compute: those that the loading code has not ``called`` itself."""
+    if not (names := unprocessed(model, lambda _, layer: layer in called)):
         return ()
     return (
         f"{some(names, 3)}: to be processed after loading (process_weights_after_loading), which hotweights.load does "

@@ -52,6 +52,17 @@ def fates(tensors: Mapping[Fate, tuple[str, ...]], casts: Mapping[str, str]) -> 
     ]
 
 
+def given(tensors: Mapping[Fate, tuple[str, ...]], planned: int) -> list[tuple[str, str]]:
+    """The row of a report that says how many tensors the model's own code got. What it did with each is not known."""
+    used = sum(len(tensors.get(fate, ())) for fate in (Fate.WRITTEN, Fate.CAST, Fate.TIED))
+    if used <= planned:
+        return []
+    some_of = f"all {used}" if not planned else f"{used - planned} of these {used}"
+    return [
+        ("by code", f"{some_of} tensors were given to the model's own loading code, which may have passed over some")
+    ]
+
+
 def proven(tensors: int) -> list[tuple[str, str]]:
     """The row of a report that says what ``verify="loader"`` proved."""
     return (
@@ -126,6 +137,7 @@ class LoadReport:
             ("memory", f"buffers {size(self.peak_buffer_bytes)}, scratch {size(self.peak_scratch_bytes)} at peak"),
         ]
         rows += fates(self.tensors, self.casts)
+        rows += given(self.tensors, self.planned)
         rows += proven(self.proven)
         rows += [("not loaded", f"{name}: {shapes}") for name, shapes in self.mismatched.items()]
         rows += [("fell back", reason) for reason in self.fell_back]

@@ -63,6 +63,16 @@ def verifier(model: nn.Module, source: Source, by: By | None = None) -> Verifier
     return Verifier(model, load, source)
 
 
+def unprovable(plan: LoadPlan, proven: int) -> tuple[str, ...]:
+    """A warning of what ``verify="loader"`` could not compare: nothing but the model's own code has loaded it."""
+    if not plan.fallback:
+        return ()
+    return (
+        f'verify="loader": proven {proven} of {proven + len(plan.unproven)} tensors of the model; the rest was loaded '
+        "by the model's own code, with which nothing can be compared",
+    )
+
+
 def check_verifiable(seen: Survey) -> None:
     """See that the model's own loading code can write to what the survey found.
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from functools import cache
 
+from ..manifest import TensorSpec
 from .steps import Step
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
@@ -46,6 +47,28 @@ def absent_from(manifest: Container[str], steps: Iterable[Step]) -> Callable[[Se
         return []
 
     return absent
+
+
+def unlike_in(manifest: Mapping[str, TensorSpec]) -> Callable[[Sequence[str]], list[str]]:
+    """A function of names of the source: what is said of those whose shape is not that of most of their likes."""
+
+    @cache  # Only where something is wrong at all.
+    def seen() -> dict[str, Counter[tuple[int, ...]]]:
+        shapes: dict[str, Counter[tuple[int, ...]]] = defaultdict(Counter)
+        for name, spec in manifest.items():
+            shapes[_NUMBER.sub("#", name)][spec.shape] += 1
+        return shapes
+
+    def unlike(names: Sequence[str]) -> list[str]:
+        found = []
+        for name in names:
+            own, shapes = manifest[name].shape, seen()[_NUMBER.sub("#", name)]
+            usual, count = shapes.most_common(1)[0]
+            if usual != own and count > shapes[own]:
+                found.append(f"{name} is {list(own)}, and {list(usual)} in {count} other layers")
+        return found
+
+    return unlike
 
 
 def _moved(source: str, like: str, name: str) -> str:

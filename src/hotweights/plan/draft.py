@@ -14,7 +14,7 @@ from ..dtypes import Cast, format_name
 from ..errors import PlanError
 from ..manifest import Manifest
 from ..text import some
-from .absent import absent_from
+from .absent import absent_from, unlike_in
 from .adapters import by_parts, homeless_adapter, of_adapter, of_ranks
 from .inside import Insides, outer_manifest, outer_targets
 from .local import Local, whole_manifest, whole_targets
@@ -143,6 +143,8 @@ def draft(
     may_miss, may_be_partial = matches(both(allowed.missing, rules.allow_missing)), matches(allowed.partial)
     partial: dict[str, str] = {}
     absent_for = absent_from(whole, writes.steps)
+    unlike_of = unlike_in(whole)
+    misshapen: set[str] = set()  # partial, as a source tensor has not the shape of its likes
     unproven: list[str] = []
     kept = {name for step in (*mismatched, *unlike) for name in step.destinations}
     gaps = list(writes.gaps())
@@ -158,7 +160,11 @@ def draft(
         elif tolerated:
             fates.update(dict.fromkeys(gap.names, fate))
         elif gap.written:
-            partial[gap.names[0]] = _in_words(gap, absent_for(gap.names), writes.sources_of(gap.names))
+            by = writes.sources_of(gap.names)
+            partial[gap.names[0]] = _in_words(gap, absent_for(gap.names), by)
+            if odd := unlike_of(by):
+                partial[gap.names[0]] += f"; {some(odd, 3)}"
+                misshapen.add(gap.names[0])
         else:
             missing.update(dict.fromkeys(gap.names, _in_words(gap, absent_for(gap.names))))
             lacking.update(dict.fromkeys(gap.names, gap.spec.shape))
@@ -221,7 +227,9 @@ def draft(
     elif not quantised and not homeless_parts:
         lacks = dict.fromkeys(source for gap in gaps if gap.written for source in absent_for(gap.names))
         advice += [f"{whole.called(name)} was not used{said}" for name, said in misspelt(whole, unused, lacks).items()]
-        advice += _allowing(missing, partial, unexpected, whole, wide)
+        # To allow what a misshapen part leaves unwritten would keep old bytes there.
+        may_be_meant = [name for name in partial if name not in misshapen]
+        advice += _allowing(missing, may_be_meant, unexpected, whole, wide)
     lacking = {name: shape for name, shape in lacking.items() if name in missing}
     meant = misspelt(whole, unexpected, lacking)
     if not stopped:

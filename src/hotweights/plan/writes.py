@@ -254,7 +254,10 @@ class Writes:
             for start, stop, number in spans:
                 meant = owner in self._alone and parts[last][0] == parts[number][0]
                 if start < reach and not meant and _both_write(parts[last], parts[number]):
-                    first, second = parts[last][1].sources[0], parts[number][1].sources[0]
+                    first, second = (
+                        f"{name} {list(self._manifest[name].shape)}"
+                        for name in (parts[last][1].sources[0], parts[number][1].sources[0])
+                    )
                     yield f"{owner}: bytes written twice, from {first} and from {second}"
                 reach, last = max((reach, last), (stop, number))
             if owner in self._whole and any(isinstance(step, Copy) for _, step in parts):

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from .fake_weight import SCALAR_TAKERS, VALUE_READS, FakeWeight, Scalar
+from .fake_weight import SCALAR_TAKERS, VALUE_READS, FakeWeight, Scalar, line_of_the_model
 from .recorder import Recorder
 from .replaced import Replaced
 
@@ -72,9 +72,14 @@ _tracing = _Tracing()
 
 @contextmanager
 def no_swaps(recorder: Recorder) -> Iterator[None]:
-    """Refuse ``torch.utils.swap_tensors`` in this thread: it exchanges what two tensors are, and no mode sees it."""
+    """Refuse ``torch.utils.swap_tensors`` in this thread: it exchanges what two tensors are, and no mode sees it.
+
+    And note at which line a module is given another tensor: that it was is found out when the code has run.
+    """
     before = _tracing.recorder
-    with _SWAPS.meanwhile():
+    with ExitStack() as stack:
+        for function in (_SWAPS, *_GIVES):
+            stack.enter_context(function.meanwhile())
         _tracing.recorder = recorder
         try:
             yield
@@ -89,3 +94,18 @@ def _swap(first: torch.Tensor, second: torch.Tensor) -> None:
 
 
 _SWAPS = Replaced(torch.utils, "swap_tensors", _swap)
+
+
+def _giving(name: str) -> Replaced:
+    """A method that gives a module a tensor or a part, and notes the line that calls it."""
+
+    def give(module: nn.Module, key: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        if _tracing.recorder is not None and isinstance(value, (torch.Tensor, nn.Module)):
+            _tracing.recorder.given(value, line_of_the_model())
+        replaced.original(module, key, value, *args, **kwargs)
+
+    replaced = Replaced(nn.Module, name, give)
+    return replaced
+
+
+_GIVES = [_giving(name) for name in ("__setattr__", "register_parameter", "register_buffer")]

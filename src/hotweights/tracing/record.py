@@ -115,7 +115,9 @@ def record(
         held = list(_held(change.now, recorder))
         if change.of_state or held:
             where = change.where.removeprefix(f"{type(model).__name__}.")
-            recorder.refuse(f"{'rebinding' if change.of_state else 'keeping'} {where}", held)
+            # The line that runs now is the caller's; and a gradient, or an item of a list, is given by nobody we see.
+            line = recorder.line_of(change.now) or f"an unknown line of {type(model).__name__}'s loading code"
+            recorder.refuse(f"{'rebinding' if change.of_state else 'keeping'} {where}", held, line)
     return Recording(
         recorder.records,
         recorder.graph_breaks,

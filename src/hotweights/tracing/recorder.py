@@ -6,6 +6,7 @@ It sees what goes through torch's dispatcher; what does not is the concern of ``
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -91,6 +92,7 @@ class Recorder:
         self.constants: dict[str, torch.Tensor] = {}
         self.state_read: set[str] = set()
         self.failed: list[FailedOp] = []
+        self._given: dict[int, tuple[weakref.ref[Any], str]] = {}  # by identity, which another may have later
         self.active = True
         self._lock = threading.RLock()
         self._memories: dict[int, Memory] = {}  # by the address of the storage object
@@ -150,6 +152,15 @@ class Recorder:
         return ValueRead(
             f"{what} at {where} asks for what {', '.join(sources) or 'the model'} does not have while it is traced"
         )
+
+    def given(self, value: object, where: str) -> None:
+        """Note at which line of the model's code a module was given this tensor or part."""
+        self._given[id(value)] = weakref.ref(value), where
+
+    def line_of(self, value: object) -> str | None:
+        """The line at which a module was given it, if that is known."""
+        ref, where = self._given.get(id(value), (None, None))
+        return where if ref is not None and ref() is value else None
 
     def knows(self, tensor: torch.Tensor) -> bool:
         """Whether it is a fake tensor, or lies in memory of the model or in memory that took a fake tensor."""
