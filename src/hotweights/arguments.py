@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, get_args
 
 from .errors import UnknownName, UsageError
@@ -77,6 +78,30 @@ def check_callable(**options: object) -> None:
     for name, value in options.items():
         if value is not None and not callable(value):
             raise UsageError(f"{name}= is a function, or None; found {shown(value)}")
+
+
+def check_takes_one(called: str, function: Callable[..., object], argument: str) -> None:
+    """Raise ``UsageError`` for a function that is async, or that cannot be called with one argument, ``argument``."""
+    name = getattr(function, "__qualname__", repr(function))
+    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
+        raise UsageError(
+            f"{called} {name} is async, and nobody would await it; give a function that is not. Where it must reach an "
+            "event loop: asyncio.run_coroutine_threadsafe(work(), loop)"
+        )
+    if not takes_one(function):
+        takes = inspect.signature(function)
+        raise UsageError(f"{called} {name} is called with one argument, {argument}; it takes {takes}")
+
+
+def takes_one(function: Callable[..., object]) -> bool:
+    """Whether it can be called with one argument; also where nothing tells."""
+    try:
+        inspect.signature(function).bind(None)
+    except TypeError:
+        return False
+    except ValueError:  # A builtin without a signature.
+        return True
+    return True
 
 
 def check_timeout(timeout: object) -> None:

@@ -254,6 +254,32 @@ def test_timeouts_of_a_reader():
     run(main())
 
 
+def test_a_thread_behind_an_update_that_waits_is_told_that_nothing_is_written():
+    live = live_model()
+
+    def forward():
+        with live.serving(0.01) as version:
+            return version
+
+    async def main():
+        entered = asyncio.Event()
+
+        async def updates():  # Begun outside of serving().
+            await entered.wait()
+            await live.update_async(version_of(2), version=2)
+
+        update = asyncio.create_task(updates())
+        async with live.serving():
+            entered.set()
+            await waits_to_write(live)
+            with pytest.raises(TimeoutError, match=r"waits until 1 of serving\(\).*nothing is written yet.*to_thread"):
+                await asyncio.get_running_loop().run_in_executor(None, forward)
+            assert await asyncio.to_thread(forward) == 1  # What it advises.
+        await update
+
+    run(main())
+
+
 def test_a_reader_that_is_cancelled_while_it_waits_holds_nothing():
     live = live_model("journal")
 

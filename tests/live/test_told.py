@@ -180,3 +180,37 @@ def test_for_a_buffer_on_meta_only_what_works_is_advised(tmp_path):
     built = hw.build(tmp_path / "saved", factory=Rotary, device="cpu")
     assert torch.equal(built.inv_freq, model.inv_freq)
     assert torch.equal(built.proj.weight, model.proj.weight)
+
+
+class AsyncCall:
+    async def __call__(self, version):
+        raise AssertionError("nobody awaits it")
+
+
+async def async_hook(version):
+    raise AssertionError("nobody awaits it")
+
+
+def test_a_hook_that_would_never_run_is_refused_when_it_is_given():
+    live, called = loaded(), []
+    for hook in (async_hook, AsyncCall()):
+        with pytest.raises(hw.UsageError, match=r"on_commit: .* is async, and nobody would await it"):
+            live.on_commit(hook)
+    for wrong in (lambda: None, lambda version, more: None):
+        with pytest.raises(hw.UsageError, match=r"is called with one argument, the version; it takes \("):
+            live.on_commit(wrong)
+    live.on_commit(called.append)
+    live.on_commit(lambda version=None, *more: called.append(version))
+    live.update(weights(3.0), version=3)
+    assert called == [3, 3]
+    live.on_commit(lambda version: async_hook(version))
+    with pytest.raises(hw.CommitHookError, match="returned a coroutine, which nobody would await"):
+        live.update(weights(4.0), version=4)
+    assert called == [3, 3, 4, 4]
+
+
+def test_a_process_that_would_never_run_is_refused():
+    with pytest.raises(hw.UsageError, match=r"process=.* is async"):
+        hw.LiveModel(nn.Linear(4, 4), process=async_hook)
+    with pytest.raises(hw.UsageError, match=r"process=.* called with one argument, the module; it takes"):
+        hw.LiveModel(nn.Linear(4, 4), process=lambda: None)

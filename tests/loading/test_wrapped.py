@@ -368,3 +368,24 @@ def test_a_parametrised_model_on_meta_loads_without_a_word_of_torch():
         model = parametrised()
     hw.load(model, source, device="cpu")
     assert torch.equal(model.weight, source.weight)
+
+
+class Trunk(nn.Module):
+    def __init__(self, head: str, trunk: str = "trunk"):
+        super().__init__()
+        self.add_module(trunk, nn.Sequential(*(nn.Linear(2, 2) for _ in range(8))))
+        self.add_module(head, nn.ModuleDict({"dense": nn.Linear(2, 2), "norm": nn.LayerNorm(2)}))
+
+
+@pytest.mark.parametrize("trunk", ["trunk", "body"])
+def test_no_head_is_advised_for_another_because_its_names_end_alike(trunk):
+    model, source = Trunk("pooler"), Trunk("transform", trunk).state_dict()
+    with pytest.raises(hw.PlanError, match="pooler") as refused:
+        hw.load(model, source)
+    said = str(refused.value)
+    assert '"pooler' not in said.partition("If that is meant")[0]
+    assert "transform.dense.bias: unexpected" in said
+    if trunk == "body":  # Most of the source; what that advises is true of the trunk.
+        assert 'begin with "body." where the model\'s begin with "trunk.": rename={"body.": "trunk."}' in said
+    else:
+        assert "rename={" not in said

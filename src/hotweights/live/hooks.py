@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 from .. import signals
-from ..arguments import shown
+from ..arguments import check_takes_one, shown
 from ..errors import CommitHookError, UsageError
 
 
@@ -19,6 +20,7 @@ class Hooks:
         """Call it too, from now on."""
         if not callable(hook):
             raise UsageError(f"on_commit takes a function, which is called with the version; found {shown(hook)}")
+        check_takes_one("a hook of on_commit:", hook, "the version")
         self._hooks.append(hook)
 
     @signals.held
@@ -30,7 +32,12 @@ class Hooks:
         problems = []
         for hook in self._hooks:
             try:
-                hook(version)
+                answer = hook(version)
+                if inspect.iscoroutine(answer):  # A task of a loop runs by itself.
+                    answer.close()
+                    raise UsageError(
+                        "it returned a coroutine, which nobody would await; give a function that is not async"
+                    )
             except BaseException as error:
                 problems.append(f"{getattr(hook, '__qualname__', hook)}: {error!r}")
                 failures.append(error)

@@ -6,7 +6,6 @@ dtypes and attributes of its tensors, and its own attributes. It is kept as twin
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 
 from .. import signals
-from ..arguments import patterns_from
+from ..arguments import patterns_from, takes_one
 from ..errors import LiveModelError, UsageError
 from ..memory.aliases import has_bytes
 from ..memory.wrappers import leaves
@@ -332,7 +331,7 @@ def selected(selection: Selection, model: nn.Module, option: str, idle: list[str
     ``option`` is what the caller gave it as; to ``idle`` is added what is said of patterns that match nothing.
     """
     if callable(selection):
-        if not _takes_one(selection):
+        if not takes_one(selection):
             raise UsageError(f"{option}= is a function of one argument, a module, or patterns of names of modules")
         return lambda _, module: selection(module)
     (patterns,) = patterns_from(**{option: selection})
@@ -356,16 +355,6 @@ def selected(selection: Selection, model: nn.Module, option: str, idle: list[str
         idle.append(said)
     match = matches(patterns)
     return lambda name, _: any(map(match, names_of(name)))
-
-
-def _takes_one(function: Callable[..., object]) -> bool:
-    try:
-        inspect.signature(function).bind(None)
-    except TypeError:
-        return False
-    except ValueError:  # It has no signature that can be read.
-        return True
-    return True
 
 
 def layers_of(model: nn.Module, chosen: Callable[[str, nn.Module], bool]) -> dict[nn.Module, list[str]]:

@@ -64,7 +64,7 @@ class ReadWriteLock:
             self._check_writer(blocks=True)
             # Behind a writer that waits for another task of this thread it would wait for ever: that task cannot run.
             if not any(map(_of_this_loop, self._readers)):
-                self._wait(self._lets_in, timeout, "an update is writing")
+                self._wait(self._lets_in, timeout, self._why_shut)
             return self._enter()
 
     async def begin_reading_async(self, timeout: float | None, take: Callable[[Hold], None]) -> None:
@@ -72,7 +72,7 @@ class ReadWriteLock:
         end = None if timeout is None else time.monotonic() + timeout
         while (changed := self._entered(take)) is not None:
             try:
-                await asyncio.wait((changed,), timeout=_left(end, timeout, "an update is writing"))
+                await asyncio.wait((changed,), timeout=_left(end, timeout, self._why_shut))
             finally:
                 with self._changed, suppress(ValueError):
                     self._awaiting.remove(changed)
@@ -119,7 +119,7 @@ class ReadWriteLock:
             self._waiting += 1
             try:
                 try:
-                    self._wait(self._is_free, timeout, "the model is being read")
+                    self._wait(self._is_free, timeout, lambda: "the model is being read")
                 except TimeoutError as error:
                     raise StillRead(*error.args) from None
                 self._writer = Hold(self)
@@ -161,6 +161,16 @@ class ReadWriteLock:
             return self._open == threading.get_ident()
         return not self._waiting or bool(self._own())
 
+    def _why_shut(self) -> str:
+        """Why readers do not enter."""
+        if self._writer is not None or not self._readers:
+            return "an update is writing"
+        return (
+            f"an update waits until {len(self._readers)} of serving() that were entered before are left, and goes "
+            "first; nothing is written yet. Where one of them waits for this thread: loop.run_in_executor starts one "
+            "that is not within its task's serving(), asyncio.to_thread one that is"
+        )
+
     def _check_writer(self, *, blocks: bool) -> None:
         """Refuse a reader that would wait for a writer that waits for it, or for the loop that it blocks."""
         if self._writer is None or self._lets_in():
@@ -196,7 +206,7 @@ class ReadWriteLock:
                 changed.get_loop().call_soon_threadsafe(_wake, changed)
 
     @signals.held
-    def _wait(self, ready: Callable[[], bool], timeout: float | None, why: str) -> None:
+    def _wait(self, ready: Callable[[], bool], timeout: float | None, why: Callable[[], str]) -> None:
         end = None if timeout is None else time.monotonic() + timeout
         while not ready():
             left = _left(end, timeout, why)
@@ -204,11 +214,11 @@ class ReadWriteLock:
             signals.deliver()
 
 
-def _left(end: float | None, timeout: float | None, why: str) -> float | None:
+def _left(end: float | None, timeout: float | None, why: Callable[[], str]) -> float | None:
     """How many seconds of the timeout are left."""
     left = None if end is None else end - time.monotonic()
     if left is not None and left <= 0:
-        raise TimeoutError(f"waited {timeout:g} seconds: {why}")
+        raise TimeoutError(f"waited {timeout:g} seconds: {why()}")
     return left
 
 

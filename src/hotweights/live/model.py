@@ -20,6 +20,7 @@ from ..arguments import (
     check_flags,
     check_kind,
     check_model,
+    check_takes_one,
     check_timeout,
     check_version,
     device_from,
@@ -113,6 +114,8 @@ class LiveModel:
         check_model(model)
         check_atomic(atomic)
         check_callable(process=process)
+        if process is not None:
+            check_takes_one("process=", process, "the module")
         check_flags(keep_previous=keep_previous)
         if keep_previous and atomic is False:
             raise UsageError(

@@ -63,7 +63,7 @@ def misnamed(manifest: Manifest, unexpected: Collection[str], missing: Collectio
     """How most of the ``unexpected`` names become ``missing`` ones, if it is by a prefix or very few of them."""
     said = {name: manifest.origins.get(name, name) for name in manifest}  # ``rename=`` is given the source's own.
     ours = {said[name]: name for name in unexpected}
-    found = _found(ours, missing)
+    found = _evident(_found(ours, missing), len(said))
     if len(found) < 2 or 2 * len(found) < min(len(ours), len(missing)):
         return None
     rename = _without_harm(found, [name for name in said.values() if name not in ours])
@@ -96,6 +96,26 @@ def _found(names: Iterable[str], missing: Iterable[str]) -> dict[str, tuple[str,
             del left[name]
             lacking.discard(after + name[len(before) :])
     return found
+
+
+def _evident(found: Mapping[str, tuple[str, str]], total: int) -> dict[str, tuple[str, str]]:
+    """What is a wrapper more or less, or most of a source of ``total`` names.
+
+    Two heads of other words, such as ``pooler.dense`` and ``transform.dense``, may end alike: to advise one for the
+    other would load wrong weights.
+    """
+    counts = Counter(found.values())
+    large = {pair for pair, count in counts.items() if 4 * count > total}
+    if 2 * sum(counts[pair] for pair in large) <= total:
+        large = set()
+    return {name: pair for name, pair in found.items() if pair in large or _is_wrapper(*pair)}
+
+
+def _is_wrapper(before: str, after: str) -> bool:
+    """Whether one has all parts of the other, in their order, and more of them."""
+    shorter, longer = sorted((before.split(".")[:-1], after.split(".")[:-1]), key=len)
+    rest = iter(longer)
+    return all(part in rest for part in shorter)
 
 
 def _without_harm(found: Mapping[str, tuple[str, str]], fitting: Collection[str]) -> dict[str, str] | None:
