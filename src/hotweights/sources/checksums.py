@@ -58,7 +58,7 @@ class Proof:
         if text.lstrip().startswith("{"):
             if digests is None:
                 raise UsageError(
-                    f'{checksums} has digests of tensors, which only reader="hotweights" compares; leave reader= out, '
+                    f"{checksums} has digests of tensors, which this reader does not compare; leave reader= out, "
                     "or give lines of sha256sum"
                 )
             said = _tensors_in(checksums, text)
