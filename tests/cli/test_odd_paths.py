@@ -175,10 +175,12 @@ def test_the_advice_for_a_torch_file_by_another_name_can_be_followed(tmp_path):
 def test_links_that_lead_nowhere_as_shards(tmp_path):
     place = write_checkpoint(tmp_path, {"a": torch.zeros(2), "b": torch.ones(4)}, shards=2)
     shard = place / "model-00002-of-00002.safetensors"
-    for target in ("nowhere", shard.name):
+    for target, where in (("nowhere", "nowhere"), (shard.name, "in a circle")):
         shard.unlink()
         shard.symlink_to(target)
-        assert "but it is a link that leads nowhere" in run(["inspect", place]).stderr
+        assert f"but it is a link that leads {where}" in run(["inspect", place]).stderr
+    (tmp_path / "loop.safetensors").symlink_to("loop.safetensors")
+    assert "a link that leads in a circle" in run(["inspect", tmp_path / "loop.safetensors"]).stderr
 
 
 def test_a_list_that_cannot_be_read_or_is_empty(tmp_path):

@@ -6,6 +6,7 @@ import glob
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -204,9 +205,14 @@ def _choose_folder(directory: Place, names: Sequence[str], layout: Layout) -> st
         return ""
     if len(folders) > _SHOWN:
         least = "at least " if len(names) > _COMPONENTS else ""  # Not all of them were looked into.
+        every = (
+            ""
+            if isinstance(directory, Remote)
+            else f", or list all: hotweights inspect {shlex.quote(str(directory))}/*"
+        )
         return (
-            f"; {least}{len(folders)} folders in it are checkpoints; open one of them, such as {folders[0]!r}, by its "
-            "own path"
+            f"; {least}{len(folders)} folders in it hold weights; open one of them by its own path, such as "
+            f"{directory / folders[0]}{every}"
         )
     return f"; choose one: {' or '.join(f'subfolder={json.dumps(name)}' for name in folders)}"
 
