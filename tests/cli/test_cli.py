@@ -201,6 +201,15 @@ def test_inspect_does_not_wait_for_torch(checkpoint):
     assert "2 tensors" in done.stdout
 
 
+def test_what_is_misspelt_is_told_with_what_was_meant(checkpoint, tmp_path):
+    told = run("inpect", checkpoint)
+    assert (told.exit_code, "did you mean inspect?" in told.stderr) == (2, True)
+    told = run("copy", checkpoint, tmp_path / "to", "--dtype", "BF16")
+    assert (told.exit_code, "--dtype; hotweights convert has it" in told.stderr) == (2, True)
+    assert run("convert", checkpoint, tmp_path / "to", "--dtype", "BF16").exit_code == 0
+    assert "hotweights" not in run("copy", checkpoint, tmp_path / "more", "--nothing").stderr.partition("Error")[2]
+
+
 def test_version():
     assert run("--version").output == f"{hotweights.__version__}\n"
 

@@ -150,6 +150,20 @@ def test_every_cause_in_the_code_is_documented():
     assert causes() - found <= {"missing_shard", "duplicate_tensor", "several", "invalid", "changed", "store"}
 
 
+@pytest.mark.parametrize("name", ["model.safetensors.incomplete", "model.safetensors.crdownload"])
+def test_a_download_alone_is_unfinished(name, tmp_path):
+    (tmp_path / name).write_bytes(b"x")
+    assert printed("inspect", tmp_path, code=1)["error"]["cause"] == "unfinished"
+
+
+def test_random_bytes_are_no_safetensors(tmp_path):
+    (tmp_path / "m.safetensors").write_bytes(bytes(range(200, 250)))
+    error = printed("inspect", tmp_path / "m.safetensors", code=1)["error"]
+    assert error["cause"] == "not_safetensors"
+    assert "no safetensors file: its first 8 bytes say a header of " in error["message"]
+    assert error["message"].endswith(", and the file has 50")
+
+
 def test_causes_of_folders(tmp_path):
     whole = write_checkpoint(tmp_path / "whole", {"a": torch.zeros(2), "b": torch.ones(4)}, shards=2)
     (tmp_path / "none").mkdir()

@@ -143,15 +143,31 @@ def test_weights_of_two_formats_beside_each_other(zoo, tmp_path):
 
 def test_the_advice_for_bin_files_can_be_typed(zoo, tmp_path):
     told = run(["verify", zoo / "only.bin"]).stderr
-    assert "--reader torch of inspect, verify, load and convert opens .bin files" in told
+    assert "; --reader torch opens .bin files" in told
     for command in ("inspect", "verify"):
         assert run([command, zoo / "only.bin", "--reader", "torch"]).exit_code == 0
     assert run(["convert", zoo / "only.bin", tmp_path / "to", "--reader", "torch"]).exit_code == 0
+    told = run(["diff", zoo / "only.bin", zoo / "good"]).stderr  # A command that has no --reader.
+    (line,) = re.findall(r"`hotweights (convert .* NEW --reader torch)` \(then give NEW here\)", told)
+    assert run([*shlex.split(line.replace("NEW", str(tmp_path / "new")))]).exit_code == 0
+    assert run(["diff", zoo / "only.bin", zoo / "good"]).exit_code == 2
+    assert run(["diff", tmp_path / "new", tmp_path / "to"]).exit_code == 0
+
+
+def test_digests_of_a_torch_file_are_compared_by_the_command_that_wrote_them(zoo, tmp_path):
+    line = ["verify", zoo / "only.bin", "--reader", "torch"]
+    assert run([*line, "--write", tmp_path / "list.json"]).exit_code == 0
+    assert run([*line, "--digests", tmp_path / "list.json"]).exit_code == 0
+
+
+def test_safetensors_under_the_reader_of_torch(zoo):
+    told = run(["inspect", zoo / "good", "--reader", "torch"]).stderr
+    assert "it holds model.safetensors: leave --reader torch out" in told
 
 
 def test_the_advice_for_a_torch_file_by_another_name_can_be_followed(tmp_path):
     torch.save({"a": torch.zeros(2)}, tmp_path / "m.safetensors")
-    assert "rename it to .bin: --reader torch of" in run(["inspect", tmp_path / "m.safetensors"]).stderr
+    assert "rename it to .bin: --reader torch opens" in run(["inspect", tmp_path / "m.safetensors"]).stderr
     (tmp_path / "m.safetensors").rename(tmp_path / "m.bin")
     assert run(["inspect", tmp_path / "m.bin", "--reader", "torch"]).exit_code == 0
 
@@ -159,10 +175,12 @@ def test_the_advice_for_a_torch_file_by_another_name_can_be_followed(tmp_path):
 def test_links_that_lead_nowhere_as_shards(tmp_path):
     place = write_checkpoint(tmp_path, {"a": torch.zeros(2), "b": torch.ones(4)}, shards=2)
     shard = place / "model-00002-of-00002.safetensors"
-    for target in ("nowhere", shard.name):
+    for target, where in (("nowhere", "nowhere"), (shard.name, "in a circle")):
         shard.unlink()
         shard.symlink_to(target)
-        assert "but it is a link that leads nowhere" in run(["inspect", place]).stderr
+        assert f"but it is a link that leads {where}" in run(["inspect", place]).stderr
+    (tmp_path / "loop.safetensors").symlink_to("loop.safetensors")
+    assert "a link that leads in a circle" in run(["inspect", tmp_path / "loop.safetensors"]).stderr
 
 
 def test_a_list_that_cannot_be_read_or_is_empty(tmp_path):

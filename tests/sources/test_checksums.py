@@ -95,6 +95,16 @@ def test_the_file_and_both_digests_are_named(checkpoint, files, tmp_path):
     assert "it may hold tensors of both versions" in "".join(caught.value.__notes__)
 
 
+def test_where_all_tensors_differ_that_is_said_once(checkpoint, tmp_path):
+    with hw.open(checkpoint) as source:
+        (tmp_path / "list").write_text(json.dumps(source.digest().as_dict()))
+    hw.save(checkpoint, tmp_path / "half", dtype=torch.float16)
+    with pytest.raises(hw.CheckpointError) as caught:
+        hw.load(model(), tmp_path / "half", digests=tmp_path / "list", cast="loader")
+    (problem,) = caught.value.problems
+    assert "6 of 6 tensors differ: another checkpoint, or another dtype" in problem
+
+
 @pytest.mark.parametrize("atomic", ["staged", "journal"])
 def test_a_live_model_keeps_its_version(atomic, checkpoint, files, digests):
     live = hw.LiveModel(model(), atomic=atomic)

@@ -122,6 +122,13 @@ def test_whatever_can_be_read_again_has_a_digest(tmp_path):
             assert source.digest() == saved
 
 
+def test_a_name_that_was_cut_short_is_told_with_the_first_that_begins_so(tmp_path):
+    for name in ("ok-000", "ok-001", "ok-200"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(hw.CheckpointError, match=r"did you mean .*/ok-000"):
+        hw.open(tmp_path / "ok-00")
+
+
 def test_a_path_that_leads_nowhere_is_told_with_its_neighbour(tmp_path):
     hw.save(torch.nn.Linear(2, 2), tmp_path / "step-100")
     with pytest.raises(hw.CheckpointError, match="no such file or directory; did you mean ") as caught:

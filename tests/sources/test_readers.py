@@ -276,10 +276,42 @@ class TestTorch:
                 return open, (str(ran), "w")
 
         (tmp_path / "model.pt").write_bytes(pickle.dumps({"w": Evil()}))
-        with pytest.raises(hw.CheckpointError, match="weights_only=True refuses") as caught:
+        with pytest.raises(hw.CheckpointError, match=r"is a pickle that calls _?io\.open") as caught:
             hw.open(tmp_path / "model.pt", reader="torch")
         assert not ran.exists()
-        assert "weights_only` set to `False" not in str(caught.value)
+        assert caught.value.cause == "pickle_with_code"
+        for old in (False, True):
+            torch.save({"w": Evil()}, tmp_path / "model.pt", _use_new_zipfile_serialization=not old)
+            with pytest.raises(hw.CheckpointError, match=r"is a pickle that calls _?io\.open") as caught:
+                hw.open(tmp_path / "model.pt", reader="torch")
+            assert caught.value.cause == "pickle_with_code"
+            assert "weights_only" not in str(caught.value)
+        assert not ran.exists()
+
+    @pytest.mark.parametrize("protocol", [2, 4])
+    def test_a_plain_pickle_is_called_that(self, protocol, tmp_path):
+        (tmp_path / "model.pt").write_bytes(pickle.dumps({"w": [1.0]}, protocol))
+        with pytest.raises(hw.CheckpointError, match=r"is a plain pickle, and no file of torch\.save"):
+            hw.open(tmp_path / "model.pt", reader="torch")
+
+    def test_files_of_torch_before_1_6(self, tmp_path):
+        torch.save({"w": torch.ones(3)}, tmp_path / "model.pt", _use_new_zipfile_serialization=False)
+        with hw.open(tmp_path / "model.pt", reader="torch") as source:
+            assert list(source.manifest) == ["w"]
+
+    def test_digests_of_tensors_are_compared(self, tmp_path):
+        path, said = tmp_path / "model.pt", tmp_path / "digests"
+        torch.save({"w": torch.ones(3), "n": torch.tensor(2)}, path)
+        with hw.open(path, reader="torch") as source:
+            said.write_text(json.dumps(source.digest().as_dict()))
+        with hw.open(path, reader="torch", digests=said) as source:
+            assert list(dict(source.tensors())) == ["w", "n"]
+        torch.save({"w": torch.zeros(3), "n": torch.tensor(2)}, path)
+        with (
+            hw.open(path, reader="torch", digests=said) as source,
+            pytest.raises(hw.CheckpointError, match=r"tensor 'w': digest \w+ expected"),
+        ):
+            source.digest()
 
     @pytest.mark.parametrize(
         ("content", "words"),

@@ -7,6 +7,7 @@ written, or a defect; 130 interrupted; 141 nobody reads the output. Of ``diff``:
 from __future__ import annotations
 
 import sys
+from difflib import get_close_matches
 from importlib import import_module
 from typing import Annotated, Any
 
@@ -51,6 +52,21 @@ class Commands(TyperGroup):
         single.command(cmd_name)(getattr(import_module(f".{COMMANDS[cmd_name]}", __package__), cmd_name))
         command: Any = typer.main.get_command(single)
         options, invoke = {option for each in command.params for option in each.opts}, command.invoke
+        parse = command.parse_args
+
+        def parse_so(context: Any, args: list[str]) -> Any:
+            try:
+                return parse(context, args)
+            except Exception as error:  # Of typer's own click, which has no public name.
+                wrong = getattr(error, "option_name", None)
+                for other in COMMANDS if wrong and wrong not in options else ():
+                    if other != cmd_name and COMMANDS[other] == COMMANDS[cmd_name]:
+                        theirs = {option for each in self.get_command(ctx, other).params for option in each.opts}
+                        if wrong in theirs:
+                            context.fail(f"No such option: {wrong}; hotweights {other} has it")
+                raise
+
+        command.parse_args = parse_so
 
         def invoke_so(context: Any) -> Any:
             with running(options):
@@ -58,6 +74,12 @@ class Commands(TyperGroup):
 
         command.invoke = invoke_so
         return command
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that was typed; of one that is misspelt, what was meant is said."""
+        if args and args[0] not in COMMANDS and (near := get_close_matches(args[0], COMMANDS, n=1)):
+            ctx.fail(f"No such command {args[0]!r}; did you mean {near[0]}?")
+        return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         """Import the command and run it."""

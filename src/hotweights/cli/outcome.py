@@ -149,14 +149,20 @@ def running(options: Set[str]) -> Iterator[None]:
 
 def _as_option(match: re.Match[str]) -> str:
     options = _options.get()
-    whose = " of inspect, verify, load and convert" if match[1] == "reader" else ""
-    if not whose and options is not None and f"--{match[1].replace('_', '-')}" not in options:
-        return f"{match[0]} in Python"
     value = match[3] or match[4]
     option = f"--{match[1].replace('_', '-')}"
+    if options is not None and option not in options:
+        return _by_convert(match, value) if match[1] == "reader" and value else f"{match[0]} in Python"
     if value is None:
         return option if match.string[match.end() :][:3] != "DIR" else f"{option} "
-    return f"{option} {shlex.quote(value)}{whose}"
+    return f"{option} {shlex.quote(value)}"
+
+
+def _by_convert(match: re.Match[str], reader: str) -> str:
+    """How what only another reader opens comes to a command that has none."""
+    path = match.string[match.string.rfind("\n", 0, match.start()) + 1 : match.start()].partition(": ")[0].strip()
+    what = shlex.quote(path) if os.path.isdir(path) or path.endswith((".bin", ".pt", ".pth")) else "PATH"
+    return f"`hotweights convert {what} NEW --reader {shlex.quote(reader)}` (then give NEW here)"
 
 
 def _print_error(error: BaseException, as_json: bool, json_lines: bool, about: Mapping[str, object] | None) -> None:

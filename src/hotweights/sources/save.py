@@ -6,7 +6,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -142,7 +142,9 @@ def _save(
         try:
             files, each, warnings = _write(source, specs, place, limit, free_text, beside, narrowing)
         except OSError as error:
-            raise SaveError(f"{place}: nothing was saved: {error.strerror or error}") from error
+            files_above = [folder for folder in _above(place) if folder.is_file()]
+            why = f"{files_above[0]} is a file, no directory" if files_above else error.strerror or error
+            raise SaveError(f"{place}: nothing was saved: {why}") from error
     return SaveReport(
         path=str(place),
         files=files,
@@ -254,6 +256,10 @@ def _placed(where: str | os.PathLike[str], store: object) -> Iterator[Path | Add
         yield address
     finally:
         address.store.close()
+
+
+def _above(place: Path | Address) -> Sequence[Path]:
+    return place.parents if isinstance(place, Path) else ()
 
 
 def _limit(shard_size: int | str | None, place: Path | Address) -> int:

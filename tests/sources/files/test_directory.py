@@ -530,4 +530,6 @@ def test_a_file_that_went_away_while_its_descriptor_was_lent(tmp_path, few_descr
 def test_of_many_checkpoints_in_a_folder_one_is_named(tmp_path):
     for number in range(30):
         hw.save({"weight": torch.ones(2)}, tmp_path / f"night-{number:02}")
-    assert "30 folders in it are checkpoints; open one of them, such as 'night-" in str(refused(tmp_path))
+    told = str(refused(tmp_path))
+    assert f"30 folders in it hold weights; open one of them by its own path, such as {tmp_path}/night-" in told
+    assert f"or list all: hotweights inspect {tmp_path}/*" in told

@@ -6,6 +6,7 @@ import glob
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -123,7 +124,10 @@ def find(directory: Place, layout: Layout, variant: str | None = None) -> Choice
         folders = _choose_folder(directory, names, layout)
         raise CheckpointError(f"{directory}: holds a pipeline of several models{folders}{itself}", cause="ambiguous")
     if choice is None:
-        raise CheckpointError(_nothing(directory, names, layout, variant), cause="no_weights")
+        begun = variant is None and _begun(names, layout)
+        why = _nothing(directory, names, layout, variant)
+        # Spelt out twice: a test finds every cause by these words.
+        raise CheckpointError(why, cause="unfinished") if begun else CheckpointError(why, cause="no_weights")
     return choice
 
 
@@ -176,12 +180,23 @@ def _nothing(directory: Place, names: Sequence[str], layout: Layout, variant: st
         return f"{directory}: no {layout.stems[0]}.{variant}{layout.suffix} in this directory{cure}"
     if layout.suffix == ".safetensors" and (why := unfinished_dcp(names)) is not None:
         return f"{directory}: {why}"
+    if layout.suffix == ".bin" and (whole := [name for name in names if name.endswith(".safetensors")]):
+        return f'{directory}: no *.bin in this directory; it holds {some(whole, 3)}: leave reader="torch" out'
     content = f"it holds {some(names, 5)}" if names else "it is empty"
     if layout.suffix != ".bin" and any(name.endswith(".bin") for name in names):
         content += '; reader="torch" opens .bin files'
-    if begun := [name for name in names if layout.suffix in name and not name.startswith(".")]:
+    if begun := _begun(names, layout):
         content += f"; the download of {begun[0]} has not ended"
     return f"{directory}: no *{layout.suffix} in this directory; {content}{_choose_folder(directory, names, layout)}"
+
+
+def _begun(names: Iterable[str], layout: Layout) -> list[str]:
+    """Files of weights whose download has not ended."""
+    return [
+        name
+        for name in names
+        if layout.suffix in name and not name.startswith(".") and _PART_OF_DOWNLOAD.fullmatch(name)
+    ]
 
 
 def _choose_folder(directory: Place, names: Sequence[str], layout: Layout) -> str:
@@ -190,9 +205,14 @@ def _choose_folder(directory: Place, names: Sequence[str], layout: Layout) -> st
         return ""
     if len(folders) > _SHOWN:
         least = "at least " if len(names) > _COMPONENTS else ""  # Not all of them were looked into.
+        every = (
+            ""
+            if isinstance(directory, Remote)
+            else f", or list all: hotweights inspect {shlex.quote(str(directory))}/*"
+        )
         return (
-            f"; {least}{len(folders)} folders in it are checkpoints; open one of them, such as {folders[0]!r}, by its "
-            "own path"
+            f"; {least}{len(folders)} folders in it hold weights; open one of them by its own path, such as "
+            f"{directory / folders[0]}{every}"
         )
     return f"; choose one: {' or '.join(f'subfolder={json.dumps(name)}' for name in folders)}"
 

@@ -376,9 +376,19 @@ def _fingerprint(status: os.stat_result) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
+def leads_nowhere(link: str | os.PathLike[str]) -> str:
+    """What a link is that cannot be followed."""
+    try:
+        os.stat(link)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return "a link that leads in a circle"
+    return "a link that leads nowhere"
+
+
 def _why(path: str, error: OSError | ValueError) -> str:
     if getattr(error, "errno", None) in (errno.ENOENT, errno.ELOOP) and os.path.islink(path):
-        return "a link that leads nowhere"
+        return leads_nowhere(path)
     return str(getattr(error, "strerror", error))
 
 

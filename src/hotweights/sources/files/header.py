@@ -104,6 +104,12 @@ def read_header(file: str, size: int, pread: Callable[[int, int], bytes], view: 
             f"{file}: {size} bytes are too few for a safetensors file, whose header alone needs 8", cause="truncated"
         )
     # Both bounds come before the allocation: a forged length of 2^60 bytes would take all memory.
+    if nbytes > MAX_HEADER_NBYTES and nbytes > size - 8:
+        raise CheckpointError(
+            f"{file}: no safetensors file: its first 8 bytes say a header of {nbytes} bytes, where at most "
+            f"{MAX_HEADER_NBYTES} are allowed, and the file has {size}",
+            cause="not_safetensors",
+        )
     if nbytes > MAX_HEADER_NBYTES:
         raise CheckpointError(
             f"{file}: header of {nbytes} bytes; at most {MAX_HEADER_NBYTES} are allowed", cause="header_too_large"

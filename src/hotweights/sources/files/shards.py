@@ -16,7 +16,7 @@ from ...errors import CheckpointError, Problem, StoreError, UsageError
 from ...text import some
 from ..checksums import Digests, Proof
 from .directory import find, folder_in, snapshot, unfinished
-from .file import File
+from .file import File, leads_nowhere
 from .header import FileHeader
 from .index import disagreements, files_named_by, lies_outside, read_index
 from .layout import SAFETENSORS, Layout
@@ -145,7 +145,7 @@ def open_checkpoint(
     """
     place = _place(what) if isinstance(what, (str, os.PathLike)) else None
     if place is not None and not exists(place):
-        broken = " (a link that leads nowhere)" if os.path.islink(place) else ""
+        broken = f" ({leads_nowhere(place)})" if isinstance(place, Path) and os.path.islink(place) else ""
         raise CheckpointError(
             f"{place}: there is no such file or directory{broken or _neighbour(place)}", cause="not_found"
         )
@@ -357,7 +357,11 @@ def _open_indexed(
         tensors = sum(1 for shard in weight_map.values() if index.parent / shard == path)
         told = (
             f"{path}: named by the index for {tensors} tensors, but "
-            + ("it is a link that leads nowhere" if os.path.islink(path) else "there is no such file")
+            + (
+                f"it is {leads_nowhere(path)}"
+                if isinstance(path, Path) and os.path.islink(path)
+                else "there is no such file"
+            )
             + _begun(beside if path.parent == index.parent else _beside(path.parent), [path.name])
         )
         problems.append(Problem(told, "missing_shard"))
@@ -371,7 +375,8 @@ def _neighbour(place: Place) -> str:
         names = names_in(place.parent) if isinstance(place, Path) else []
     except CheckpointError:  # The folder is not there either, or not ours to list.
         return ""
-    near = get_close_matches(place.name, names, n=1, cutoff=0.8)
+    near = get_close_matches(place.name, names, n=len(names) or 1, cutoff=0.8)
+    near = sorted(name for name in near if name.startswith(place.name)) or near
     return f"; did you mean {place.parent / near[0]}?" if near else ""
 
 

@@ -6,6 +6,8 @@ holds one file in memory at a time.
 
 from __future__ import annotations
 
+import pickletools
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -18,6 +20,9 @@ from ..files.layout import DIFFUSERS, Layout
 from ..files.place import Readable
 from ..pairs import Pair
 from .reader import Reader
+
+_LOOKED_AT = 1 << 20  # bytes of a pickle
+_TORCH_SAVED = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the number with which files of torch.save began before 1.6
 
 
 def _parse(file: Readable) -> FileHeader:
@@ -57,20 +62,64 @@ def _strange(name: object, value: object) -> str | None:
 
 
 def _load(path: str, device: str) -> Mapping[str, torch.Tensor]:
+    _refuse_plain_pickle(path)
     try:
         loaded: Mapping[str, torch.Tensor] = torch.load(path, map_location=device, weights_only=True)
     except MemoryError:
         raise
     except Exception as error:  # A broken file raises KeyError, EOFError, UnpicklingError, RuntimeError and others.
+        if called := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise _with_code(path, called[1]) from None  # Torch's text says how to run it all the same.
         raise CheckpointError(
             f"{path}: torch.load with weights_only=True refuses it: {_reason(error)}", cause="other_format"
         ) from error
     return loaded
 
 
+def _refuse_plain_pickle(path: str) -> None:
+    """Refuse what pickle has written without torch.save, which torch would call an unsupported operand."""
+    with open(path, "rb") as file:
+        start = file.read(_LOOKED_AT)
+    if start[:1] != b"\x80" or _TORCH_SAVED in start[:64]:
+        return
+    if called := _called(start):
+        raise _with_code(path, called)
+    raise CheckpointError(
+        f"{path}: is a plain pickle, and no file of torch.save; where you trust it, load it as it was written, and "
+        "torch.save the dictionary of tensors in it",
+        cause="other_format",
+    )
+
+
+def _called(pickled: bytes) -> str | None:
+    """The first function or class that a pickle names; nothing is run."""
+    texts: list[str] = []
+    try:
+        for opcode, value, _ in pickletools.genops(pickled):
+            if opcode.name in ("GLOBAL", "INST"):
+                return str(value).replace(" ", ".")
+            if opcode.name == "STACK_GLOBAL":
+                return ".".join(texts[-2:])
+            if "UNICODE" in opcode.name:
+                texts.append(str(value))
+    except ValueError:  # It ends too early, or is none.
+        pass
+    return None
+
+
+def _with_code(path: str, called: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: is a pickle that calls {called}: it holds code, or objects of a class, beside tensors, and is not "
+        "opened. Where you trust whoever wrote it, torch.save its dictionary of tensors alone",
+        cause="pickle_with_code",
+    )
+
+
 def _reason(error: Exception) -> str:
     # Torch's text begins with how to load the file all the same, and run whatever code it holds.
     text = str(error).partition("WeightsUnpickler error:")[2] or str(error)
+    if "weights_only" in text:
+        return f"{type(error).__name__}: it holds more than tensors and plain values"
     return f"{type(error).__name__}: {text.strip().partition(chr(10))[0]}"
 
 
