@@ -189,7 +189,7 @@ def opened_twice(_):
     return lambda: hw.open(source), lambda: hw.load(linear(), source)
 
 
-@advice(hw.CheckpointError, 'reader="torch" opens those')
+@advice(hw.CheckpointError, 'reader="torch" of hotweights.open, whose source load and update take, opens those')
 def a_torch_file(path):
     file = path / "model.safetensors"
     torch.save(state(), file)
@@ -199,8 +199,20 @@ def a_torch_file(path):
     def advised():
         with hw.open(named, reader="torch") as source:
             hw.load(linear(), source)
+            live_of().update(source)
 
     return lambda: hw.load(linear(), file), advised
+
+
+@advice(hw.UpdateAborted, 'reader="torch" of hotweights.open, whose source load and update take, opens .bin files')
+def a_folder_of_torch_files(path):
+    torch.save(state(), path / "pytorch_model.bin")
+
+    def advised():
+        with hw.open(path, reader="torch") as source:
+            live_of().update(source)
+
+    return lambda: live_of().update(path), advised
 
 
 @advice(hw.CheckpointError, "holds several checkpoints", "open the one you mean")
@@ -384,6 +396,17 @@ def a_parameter_that_was_replaced(_):
         live_of(copy.deepcopy(live.model))
         live.model.weight = old
         live.update(state())
+
+    return lambda: live.update(state()), advised
+
+
+@advice(hw.UpdateAborted, "was torch.float32, and is torch.float16 now", 'load(source, cast="floats")')
+def a_model_that_was_cast(_):
+    live = live_of()
+    live.model.half()
+
+    def advised():
+        hw.LiveModel(linear().half()).load(state(), cast="floats")
 
     return lambda: live.update(state()), advised
 

@@ -106,6 +106,7 @@ class Stop:
 
     def __init__(self) -> None:
         self.asked = False
+        self.begun = False  # Set before ``asked`` is looked at: work that has not begun never will, once it was asked.
 
     def run(self, work: Callable[[], _Result]) -> _Result:
         """Do the work in this thread.
@@ -113,6 +114,7 @@ class Stop:
         Raises:
             Stopped: ``asked`` was set, by another thread, before the work had ended.
         """
+        self.begun = True
         before, _thread.stop = _thread.stop, self
         try:
             deliver()

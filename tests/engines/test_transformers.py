@@ -627,3 +627,11 @@ class TestBuiltOnMeta:
         hw.load(model, saved("llama").directory, device="cpu", allow_missing="score.*", allow_unexpected="lm_head.*")
         assert torch.equal(model.score.weight, before)
         assert not hasattr(model.score.weight, "_is_hf_initialized")
+
+
+def test_a_directory_that_is_misspelt_is_told_by_its_name(tmp_path):
+    (tmp_path / "model-dir").mkdir()
+    with pytest.raises(hw.CheckpointError, match=r"did you mean .*model-dir\?"):
+        engine.build(tmp_path / "modle-dir")
+    with pytest.raises(hw.CheckpointError, match=r"no such directory\. Give the one"):
+        engine.build(tmp_path / "another")

@@ -5,6 +5,7 @@ import contextvars
 import inspect
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import pytest
@@ -250,6 +251,31 @@ def test_timeouts_of_a_reader():
                     await apart(reading(live, timeout))
         assert not live._current.guard._awaiting
         assert await reading(live, 0) == 1
+
+    run(main())
+
+
+def test_an_update_that_has_no_thread_yet_is_cancelled_at_once():
+    live, go_on = live_model(), threading.Event()
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        with ThreadPoolExecutor(1) as only:
+            loop.set_default_executor(only)
+            try:
+                busy = loop.run_in_executor(None, go_on.wait)
+                update = asyncio.create_task(live.update_async(version_of(2), version=2))
+                await asyncio.sleep(0)  # It has begun, and waits for the thread.
+                update.cancel()
+                for _ in range(20):
+                    await asyncio.sleep(0)
+                assert update.cancelled()
+                assert not busy.done()
+            finally:
+                go_on.set()
+            await busy
+            await live.update_async(version_of(3), version=3)
+        assert (live.version, live.status()["committed"]) == (3, 2)
 
     run(main())
 

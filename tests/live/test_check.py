@@ -88,7 +88,11 @@ def finite(model):
         (lambda model: float("nan"), hw.UsageError, r"returned nan; a check returns True or None where"),
         (lambda model: "no", hw.UsageError, "returned 'no'; a check returns True or None"),
         (lambda model: 0.3, hw.UsageError, r"returned 0\.3; .* Of a number return a comparison"),
-        (lambda model: torch.tensor([True, False]), hw.UsageError, "returned Tensor"),
+        (
+            lambda model: torch.tensor([True, False]),
+            hw.UsageError,
+            r"returned Tensor; .*values bool\(values\.all",
+        ),
         (lambda model: torch.tensor(float("nan")), hw.UsageError, "returned Tensor"),
     ],
 )

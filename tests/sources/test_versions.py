@@ -229,6 +229,34 @@ class TestOnce:
         write_checkpoint(tmp_path / ".step-2.saving", TENSORS)
         assert follower.settle() == ["step-1"]
 
+    def test_a_link_that_alone_matches_is_told(self, tmp_path):
+        write_checkpoint(tmp_path / "step-1", TENSORS)
+        (tmp_path / "latest").symlink_to("step-1")
+        follower = Follower(tmp_path, pattern="latest")
+        assert follower.settle() == []
+        assert "is a link to step-1, beside it, which does not match" in follower.versions.passed_over["latest"]
+        follower = Follower(tmp_path, pattern="*")  # What it advises.
+        assert follower.settle() == ["step-1"]
+        assert not follower.versions.passed_over
+
+    def test_a_directory_that_is_removed_is_told_until_it_is_there_again(self, tmp_path):
+        place = tmp_path / "run"
+        place.mkdir()
+        follower = Follower(place)
+        assert follower.settle() == []
+        assert not follower.versions.passed_over
+        place.rmdir()
+        assert follower.settle() == []
+        assert "cannot be listed; waiting for it" in follower.versions.passed_over["run"]
+        write_checkpoint(place / "step-1", TENSORS)
+        assert follower.settle() == ["step-1"]
+        assert not follower.versions.passed_over
+
+    @pytest.mark.parametrize("marker", [["DONE"], 3, b"DONE"])
+    def test_a_marker_is_a_name(self, marker, tmp_path):
+        with pytest.raises(hw.UsageError, match=r"marker= is the name of a file within each version"):
+            hw.follow(tmp_path, marker=marker)
+
 
 class TestOrder:
     def steps(self, tmp_path, *numbers):

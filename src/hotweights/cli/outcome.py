@@ -32,6 +32,7 @@ _ARGUMENT = re.compile(rf"\b({_OPTIONS})=(?:([\"'])([^\"']+)\2|True\b|torch\.(\w
 
 
 _OPENED = re.compile(r"\bhotweights\.open\(([\"'])([^\"']+)\1\)")  # To a command the path itself is given.
+_OF_OPEN = re.compile(r" of hotweights\.open, whose source load and update take,")  # A command has an option for it.
 _CALL = r"\bhotweights(?:\.\w+)+\((?:[^()]|\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\))*\)"
 _ONLY_PYTHON = r"\b(?:store|cache_dir|rename|init_missing|allow_partial|by|manifest|process|components|factory)="
 _PYTHON = re.compile(rf"{_CALL}|{_ONLY_PYTHON}(?:\{{[^}}]*\}}|[\"'][^\"']*[\"']|\w+)?(?! in Python)")
@@ -133,6 +134,7 @@ def typed(text: str) -> str:
 
     What the command that runs has no option for is said to be Python's: nobody would find it by ``--help``.
     """
+    text = _OF_OPEN.sub("", text)
     text = _ARGUMENT.sub(_as_option, _OPENED.sub(lambda match: shlex.quote(match[2]), text))
     return text if _options.get() is None else _PYTHON.sub(lambda match: f"{match[0]} in Python", text)
 

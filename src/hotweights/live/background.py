@@ -42,7 +42,10 @@ async def in_background(work: Callable[[], _Result]) -> _Result:
         return await asyncio.shield(running)
     except asyncio.CancelledError:
         stop.asked = True
-        await asyncio.wait((running,))
+        if not stop.begun:  # It waits for a thread of the executor, which may take long.
+            running.cancel()
+        else:
+            await asyncio.wait((running,))
         raise
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Container, Iterable, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -229,7 +229,23 @@ class Baseline:
                 [f"{name}: is another module now" for name in lost],
             )
         now = self._tensors(self.plans.first) if self._where else {}
+        self._refuse_cast(now)
         _refuse_moved(name for name, where in self._where.items() if name not in now or _where(now[name]) != where)
+
+    def _refuse_cast(self, now: Mapping[str, torch.Tensor]) -> None:
+        problems = [
+            f"{name}: was {dtype}, and is {now[name].dtype} now"
+            for name, where in self._where.items()
+            for dtype in where
+            if name in now and isinstance(dtype, torch.dtype) and dtype != now[name].dtype
+        ]
+        if problems:
+            raise LiveModelError(
+                "tensors have another dtype than after the load, as by model.half() or model.to(dtype). Drop this live "
+                "model, build the model anew in that dtype, and load it: hotweights.LiveModel(model).load(source, "
+                'cast="floats")',
+                problems,
+            )
 
     def strategy(self, atomic: Atomic, job: Job) -> Strategy:
         """Where the bytes of an update go until it commits.

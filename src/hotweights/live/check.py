@@ -41,7 +41,7 @@ def ask(check: Check, model: nn.Module) -> None:
     if not _is_truth(answer):
         raise UsageError(
             f"check={name}: returned {shown(answer)}; a check returns True or None where the version may serve, and "
-            "False where not, or raises. Of a number return a comparison"
+            "False where not, or raises. Of a number return a comparison, and of several values bool(values.all())"
         )
     if not answer:
         raise LiveModelError(f"check={name}: returned {answer!r} for the new version")

@@ -54,7 +54,7 @@ def used_up(previous: object, named: str | int | None) -> str:
     new = "an update that was aborted" if named is None else f"version {named!r}, which did not become live,"
     return (
         f"{new} used up the memory in which {previous.version!r} was kept. "
-        f"live.update() takes {previous.version!r} again from its source"
+        f"live.update(source, version={previous.version!r}) takes it again from its source"
     )
 
 
@@ -110,7 +110,7 @@ def _put_back(current: Current, previous: Previous) -> str | int:
     current.previous = None
     current.gone = (
         f"version {current.version!r} was taken back already, and one step back is all there is. "
-        f"live.update() takes {current.version!r} again from its source"
+        f"live.update(source, version={current.version!r}) takes it again from its source"
     )
     current.record.note_rollback(current.version, previous.report)
     try:

@@ -53,6 +53,7 @@ def follow(
             or not 0 < seconds <= threading.TIMEOUT_MAX
         ):
             raise UsageError(f"{name}= is a number of seconds above zero; found {seconds!r}")
+    check_kind("marker", marker, str, 'the name of a file within each version, such as "DONE"')
     if marker is not None and (not marker or os.path.basename(marker) != marker):
         raise UsageError(f"marker= is the name of a file within each version, such as 'DONE'; found {marker!r}")
     check_kind("pattern", pattern, str, 'a pattern of names, such as "step-*"')

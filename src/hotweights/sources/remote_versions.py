@@ -42,9 +42,9 @@ class RemoteVersions(Versions):
                 raise
             if not self._absent:
                 log(logging.WARNING, "%s cannot be listed; waiting for it: %s", self._directory, error)
-            self._absent = True
+            self._absent = f"it cannot be listed; waiting for it: {error}"
             return []
-        self._absent, self._answered = False, True
+        self._absent, self._answered = "", True
         return found
 
     def close(self) -> None:

@@ -93,7 +93,8 @@ class Versions:
         self._published: set[str] = set()  # folders that were given because a sender had published them
         self._newest = 0  # when the newest version that was given was written
         self._ready: deque[Version] = deque()
-        self._absent = False
+        self._absent = ""  # why it cannot be listed
+        self._aliases: dict[str, str] = {}
         self._passed_over: dict[Path, str] = {}
         self._unmatched = ""
 
@@ -102,14 +103,15 @@ class Versions:
         """What lies there and is not given: by name, and why. For a health endpoint, say.
 
         It is broken; or waits for its marker; or has no safetensors, or has them a level deeper. A version is among
-        them until it changes or is gone. Where no name matches ``pattern``, the directory is there, and says so.
+        them until it changes or is gone. Where no name matches ``pattern``, or the directory was removed, the directory
+        itself is there, and says so.
         """
         passed_over = dict(self._passed_over)  # Whoever asks is in another thread, often.
         for place, seen in list(self._seen.items()):
             if not seen.judged and (why := self._waits(place, seen.files)):
                 passed_over[place] = why
-        unmatched = {self._name(): why} if (why := self._unmatched) else {}
-        return {**unmatched, **{place.name: why for place, why in sorted(passed_over.items())}}
+        whole = {self._name(): why} if (why := self._absent or self._unmatched) else {}
+        return {**whole, **self._aliases, **{place.name: why for place, why in sorted(passed_over.items())}}
 
     def _match(self, names: Iterable[str], others: Callable[[str], bool] = bool) -> list[str]:
         """The names that match the pattern. Where none does, those of the ``others`` that are versions are noted."""
@@ -201,16 +203,24 @@ class Versions:
         except OSError as error:
             if not self._absent:
                 log(logging.WARNING, "%s cannot be listed; waiting for it: %s", self._directory, error.strerror)
-            self._absent = True
+            self._absent = f"it cannot be listed; waiting for it: {error.strerror}"
+            self._aliases, self._unmatched = {}, ""
             return []
-        self._absent = False
+        self._absent = ""
         itself = any(name.endswith(WEIGHTS) for name in names)
         matching = self._match(
             (name for name in names if name[0] != "."),
             lambda name: not itself and _holds_weights(self._files(self._directory / name)),
         )
-        within = [self._directory / name for name in matching]
-        return [self._directory, *(place for place in within if os.path.isdir(place) and not self._is_alias(place))]
+        within = [place for name in matching if os.path.isdir(place := self._directory / name)]
+        aliases = {place: place.resolve().name for place in within if self._is_alias(place)}
+        self._aliases = {
+            place.name: f"is a link to {other}, beside it, which does not match pattern={self._pattern!r}; versions "
+            'are given by their own names: pattern="*"'
+            for place, other in aliases.items()
+            if not fnmatch.fnmatch(other, self._pattern)
+        }
+        return [self._directory, *(place for place in within if place not in aliases)]
 
     def _is_alias(self, place: Path) -> bool:
         """A link such as ``latest`` to a version beside it, which would be given twice."""

@@ -16,6 +16,7 @@ from ...errors import CheckpointError, MissingPackage
 from ...model.materialise import materialise
 from ...model.places import Place, places
 from ...plan.patterns import matches
+from ...sources.files.shards import neighbour
 from ...tracing.transformers import ignored_when_missing
 
 
@@ -43,8 +44,8 @@ def build(config_dir: str | os.PathLike[str], *, dtype: torch.dtype | None = Non
         raise CheckpointError(f"{directory}: is a file; give the directory in which the model's config.json lies")
     if not directory.is_dir():
         raise CheckpointError(
-            f"{directory}: there is no such directory. Give the one with the model's config.json; a name on the hub is "
-            "downloaded first: hf download ORG/NAME prints the directory"
+            f"{directory}: there is no such directory{neighbour(directory)}. Give the one with the model's "
+            "config.json; a name on the hub is downloaded first: hf download ORG/NAME prints the directory"
         )
     # transformers would take the name of a directory that does not exist for a name on the hub, and fetch it.
     if not (directory / "config.json").is_file():

@@ -184,7 +184,7 @@ def _nothing(directory: Place, names: Sequence[str], layout: Layout, variant: st
         return f'{directory}: no *.bin in this directory; it holds {some(whole, 3)}: leave reader="torch" out'
     content = f"it holds {some(names, 5)}" if names else "it is empty"
     if layout.suffix != ".bin" and any(name.endswith(".bin") for name in names):
-        content += '; reader="torch" opens .bin files'
+        content += '; reader="torch" of hotweights.open, whose source load and update take, opens .bin files'
     if begun := _begun(names, layout):
         content += f"; the download of {begun[0]} has not ended"
     return f"{directory}: no *{layout.suffix} in this directory; {content}{_choose_folder(directory, names, layout)}"

@@ -29,7 +29,8 @@ _POINTER = b"version https://git-lfs.github.com/spec/"
 BEGINNING = 512  # the block of a tar archive, which has its name near the end
 """Bytes that tell the formats apart."""
 _ELSEWHERE = {
-    b"PK\x03\x04": 'a zip archive (if torch.save wrote it, rename it to .bin: reader="torch" opens those)',
+    b"PK\x03\x04": 'a zip archive (if torch.save wrote it, rename it to .bin: reader="torch" '
+    "of hotweights.open, whose source load and update take, opens those)",
     b"GGUF": "a GGUF file",
     b"\x1f\x8b": "a gzip archive",
     b"\xfd7zXZ": "an xz archive",

@@ -147,7 +147,7 @@ def open_checkpoint(
     if place is not None and not exists(place):
         broken = f" ({leads_nowhere(place)})" if isinstance(place, Path) and os.path.islink(place) else ""
         raise CheckpointError(
-            f"{place}: there is no such file or directory{broken or _neighbour(place)}", cause="not_found"
+            f"{place}: there is no such file or directory{broken or neighbour(place)}", cause="not_found"
         )
     if place is not None and is_dir(place):
         return _open_directory(folder_in(snapshot(place), subfolder, layout), layout, variant)
@@ -369,7 +369,7 @@ def _open_indexed(
     return shards, problems + broken
 
 
-def _neighbour(place: Place) -> str:
+def neighbour(place: Place) -> str:
     """Which name beside a path that leads nowhere is nearly its own."""
     try:
         names = names_in(place.parent) if isinstance(place, Path) else []
