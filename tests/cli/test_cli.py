@@ -210,6 +210,15 @@ def test_what_is_misspelt_is_told_with_what_was_meant(checkpoint, tmp_path):
     assert "hotweights" not in run("copy", checkpoint, tmp_path / "more", "--nothing").stderr.partition("Error")[2]
 
 
+def test_dtypes_that_are_offered_are_taken(checkpoint, tmp_path):
+    told = run("convert", checkpoint, tmp_path / "to", "--dtype", "list")
+    assert told.exit_code == 2
+    known = told.stderr.strip().partition("known are: ")[2].split(", ")
+    assert {"BF16", "F16", "F32"} <= {*known}
+    for name in known:
+        assert run("convert", checkpoint, tmp_path / name, "--dtype", name).exit_code == 0
+
+
 def test_version():
     assert run("--version").output == f"{hotweights.__version__}\n"
 

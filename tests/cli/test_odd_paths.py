@@ -19,7 +19,7 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 +
 ODD = {
     "nothing": "there is no such file or directory",
     "dangling": "a link that leads nowhere",
-    "loop": "a link that leads nowhere",
+    "loop": "a link that leads in a circle",
     "empty": "it is empty",
     "only.bin": "opens .bin files",
     "dangling.d": "model.safetensors: cannot be opened: a link that leads nowhere",

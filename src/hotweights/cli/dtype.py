@@ -9,6 +9,13 @@ import torch
 from ..dtypes import FORMAT_DTYPES
 from ..errors import UnknownName
 
+_QUANTISED = ("F4", "F8_E8M0")  # A tool that quantises writes these.
+
+
+def _is_float(torch_name: str) -> bool:
+    dtype = getattr(torch, torch_name, None)
+    return dtype is not None and bool(dtype.is_floating_point)
+
 
 def dtype_from(name: str | None) -> torch.dtype | None:
     """The dtype of this name; ``None`` for ``None``. Raises ``UnknownName``."""
@@ -19,5 +26,6 @@ def dtype_from(name: str | None) -> torch.dtype | None:
     short = re.sub(r"^fp(?=\d)", "float", short)  # fp16, as many write float16
     dtype = getattr(torch, known.get(short.upper(), short), None)
     if not isinstance(dtype, torch.dtype):
-        raise UnknownName("dtype", name, known)
+        floats = [each for each, torch_name in known.items() if each not in _QUANTISED and _is_float(torch_name)]
+        raise UnknownName("dtype", name, floats)  # What models and checkpoints are made of; the others are refused.
     return dtype
