@@ -85,6 +85,8 @@ def parse_flags(script, *flags):
 
     argparse.ArgumentParser.parse_args = parsed
     path = ROOT / script
+    for other in path.parent.glob("*.py"):  # Tests may have imported modules of these names from elsewhere.
+        sys.modules.pop(other.stem, None)
     sys.argv, sys.path[0:0] = [script, *flags], [str(path.parent)]
     runpy.run_path(str(path), run_name="__main__")
     sys.exit("it parses no flags")
