@@ -232,7 +232,7 @@ class TestTorch:
     def test_our_own_reader_says_who_opens_them(self, tmp_path):
         torch.save(SEED, tmp_path / "pytorch_model.bin")
         for place in (tmp_path, tmp_path / "pytorch_model.bin"):
-            with pytest.raises(hw.CheckpointError, match='reader="torch" of .* opens'):
+            with pytest.raises(hw.CheckpointError, match=r'reader="torch" of .* opens'):
                 hw.open(place)
 
     def sharded(self, directory):
