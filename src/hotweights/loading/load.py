@@ -362,5 +362,6 @@ def _unprocessed(model: nn.Module, called: Collection[nn.Module]) -> tuple[str, 
         return ()
     return (
         f"{some(names, 3)}: to be processed after loading (process_weights_after_loading), which hotweights.load does "
-        "not do; do it now, or load by hotweights.LiveModel, which does it, and does it anew for each update",
+        "not do; do it now, if the model's own loading code has not quantised them itself, or load by "
+        "hotweights.LiveModel, which does it, and does it anew for each update",
     )
