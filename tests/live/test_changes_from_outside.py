@@ -72,7 +72,7 @@ def test_a_converted_model_is_refused_and_unharmed(convert):
     live, new = loaded(model), tensors(model, 1)
     convert(model)
     before = {name: one.clone() for name, one in model.state_dict().items()}
-    with pytest.raises(hw.UpdateAborted, match="make a new live model"):
+    with pytest.raises(hw.UpdateAborted, match="Drop this live model, build the model anew"):
         live.update(new)
     assert holds(model, before)
     again = hw.LiveModel(model)
