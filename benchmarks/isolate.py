@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 _POLL = 0.003  # seconds between two looks at the child's memory
 
 
@@ -66,6 +68,7 @@ def call(function: Callable[[Stage], Any], *, watch: bool) -> tuple[Any, Peak]:
 
 
 def _child(function: Callable[[Stage], Any], pipe: multiprocessing.connection.Connection) -> None:
+    torch.set_num_threads(1)  # The parent's threads are not here: torch would wait for them for ever.
     try:
         outcome = function(Stage(pipe))
     except BaseException as error:  # the parent raises it
