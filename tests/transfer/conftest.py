@@ -43,6 +43,18 @@ def descriptor_name(number):
 
 
 @pytest.fixture(scope="module")
+def jobs(tmp_path_factory):
+    """The keys of two jobs."""
+    pytest.importorskip("cryptography")
+    from hotweights.transfer.keys import make_keys
+
+    directories = [tmp_path_factory.mktemp(name) / "keys" for name in ("one", "two")]
+    for directory in directories:
+        make_keys(directory, ["127.0.0.1", "elsewhere"])
+    return directories
+
+
+@pytest.fixture(scope="module")
 def hosts():
     """Three hosts, which are network namespaces."""
     if reason := why_not():

@@ -26,18 +26,6 @@ def address():
     return free_address()
 
 
-@pytest.fixture(scope="module")
-def jobs(tmp_path_factory):
-    """The keys of two jobs."""
-    pytest.importorskip("cryptography")
-    from hotweights.transfer.keys import make_keys
-
-    directories = [tmp_path_factory.mktemp(name) / "keys" for name in ("one", "two")]
-    for directory in directories:
-        make_keys(directory, ["127.0.0.1"])
-    return directories
-
-
 class Network:
     def __init__(self, address, keys):
         self._address, self._keys = address, keys

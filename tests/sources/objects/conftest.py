@@ -13,6 +13,18 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs obstore: pip install 'hotweights[cloud]'"))
 
 
+OF_HUBS = """HF_TOKEN HUGGING_FACE_HUB_TOKEN HF_TOKEN_PATH HF_HUB_OFFLINE TRANSFORMERS_OFFLINE HF_HUB_CACHE
+HUGGINGFACE_HUB_CACHE HF_HUB_DISABLE_IMPLICIT_TOKEN HF_ENDPOINT""".split()
+
+
+@pytest.fixture(autouse=True)
+def no_hub(monkeypatch, tmp_path):
+    """Nothing says which hub is asked, or by whom; tests of other folders have set that there is no network."""
+    for name in OF_HUBS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+
+
 @pytest.fixture
 def serve():
     """Serves a folder; gives the proxy before the server, whose address is ``proxy.url + "/m"``."""

@@ -13,15 +13,6 @@ from hotweights.testing import write_checkpoint
 from hotweights.testing.checks import assert_same_bits
 
 TENSORS = {"weight": torch.randn(200, 300), "bias": torch.randn(200)}
-OF_HUBS = """HF_TOKEN HUGGING_FACE_HUB_TOKEN HF_TOKEN_PATH HF_HUB_OFFLINE TRANSFORMERS_OFFLINE HF_HUB_CACHE
-HUGGINGFACE_HUB_CACHE HF_HUB_DISABLE_IMPLICIT_TOKEN""".split()
-
-
-@pytest.fixture(autouse=True)
-def nobody(monkeypatch, tmp_path):
-    for name in OF_HUBS:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
 
 
 @pytest.fixture

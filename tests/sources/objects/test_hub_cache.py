@@ -17,15 +17,6 @@ from hotweights.testing.checks import assert_same_bits
 OLD = {"weight": torch.randn(20, 30), "bias": torch.randn(20)}
 NEW = {name: tensor + 1 for name, tensor in OLD.items()}
 COMMIT, OTHER = HubServer.commit, "f" * 40
-OF_HUBS = """HF_TOKEN HUGGING_FACE_HUB_TOKEN HF_TOKEN_PATH HF_HUB_OFFLINE TRANSFORMERS_OFFLINE HF_HUB_CACHE
-HUGGINGFACE_HUB_CACHE HF_ENDPOINT""".split()
-
-
-@pytest.fixture(autouse=True)
-def nobody(monkeypatch, tmp_path):
-    for name in OF_HUBS:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
 
 
 def cached(hub, commit=COMMIT, tensors=OLD, *, repo="models--org--name", refs=("main",), shards=2):

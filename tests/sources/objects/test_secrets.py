@@ -142,8 +142,7 @@ def test_no_fault_tells_a_secret(place, start, monkeypatch, caplog, recwarn):
         ("hf://org/name", {"token": SECRET, "nonsense": SECRET}),
     ],
 )
-def test_what_is_refused_before_anything_is_asked_tells_no_secret(address, options, caplog, monkeypatch):
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)  # Set for tests of other folders; then only the cache is read.
+def test_what_is_refused_before_anything_is_asked_tells_no_secret(address, options, caplog):
     with pytest.raises(hw.UsageError) as error:
         hw.open(address, store=options or None)
     assert SECRET not in "".join(traceback.format_exception(error.value))
