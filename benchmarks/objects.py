@@ -320,7 +320,7 @@ def main() -> None:
             f"{flags.delay * 1000:g} ms": {"delay": flags.delay},
             f"{flags.rate / 1e6:g} MB/s": {"rate": flags.rate},
         }
-        table = Table("link", "tensors", "contender", "seconds", "processor", "MB/s", "ratio", "requests")
+        columns = "seconds", "processor", "MB/s", "ratio", "requests"
         with serving(Path(folder)) as port:
             for case, model in models.items():  # First: in a fork nobody can use obstore once it was used here.
                 results[f"memory, {case}"] = memory(f"http://127.0.0.1:{port}/{case}", model)
@@ -337,11 +337,12 @@ def main() -> None:
                         hw.load(model, f"{url}/{case}/model.safetensors")
                         requests = asked()
                     best = min(seconds[name][0] for name in seconds if name.startswith("obstore") and name != LOADED)
+                    table = Table("contender", *columns, title=f"{link}, {case}")
                     for name, (took, processor) in seconds.items():
                         cells = [f"{took:.3f}", f"{processor:.3f}", f"{size / took / 1e6:.0f}", f"{best / took:.2f}"]
-                        table.add_row(link, case, name, *cells, str(requests) if name == "hw.load" else "")
+                        table.add_row(name, *cells, str(requests) if name == "hw.load" else "")
+                    console.print(table)  # each as it is known: the next may take minutes
                     results[f"{link}, {case}"] = {**seconds, "nbytes": size, "requests": requests}
-    console.print(table)
     console.print({name: f"{value / 2**20:.0f} MiB" for name, value in results.items() if isinstance(value, int)})
     if flags.json:
         flags.json.write_text(json.dumps(results, indent=1))
