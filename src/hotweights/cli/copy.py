@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import typer
 
-from ..errors import SaveError, UsageError
+from ..errors import CheckpointError, SaveError, UsageError
 from ..text import some
 from . import flags
+from .deadline import Deadline, deadline_of
 from .outcome import ending, print_json, shown
 from .output import check_target
 
@@ -35,11 +36,12 @@ def copy(
     shard_size: ShardSize = None,
     variant: flags.Variant = None,
     subfolder: flags.Subfolder = None,
+    deadline: Deadline = None,
     as_json: flags.Json = False,
 ) -> None:
     """Copy a checkpoint, with the configuration beside it, all or nothing; then read the copy and compare it."""
     with ending(as_json=as_json, about={"from": path, "path": to}):
-        _copy(From(path, "hotweights", variant, subfolder), to, As(None, "error", shard_size), as_json)
+        _copy(From(path, "hotweights", variant, subfolder), to, As(None, "error", shard_size), deadline, as_json)
 
 
 def convert(
@@ -54,11 +56,12 @@ def convert(
     reader: flags.Reader = "hotweights",
     variant: flags.Variant = None,
     subfolder: flags.Subfolder = None,
+    deadline: Deadline = None,
     as_json: flags.Json = False,
 ) -> None:
     """Write a checkpoint anew: another dtype, other shards, or .bin (--reader torch) as safetensors."""
     with ending(as_json=as_json, about={"from": path, "path": to}):
-        _copy(From(path, reader, variant, subfolder), to, As(dtype, overflow, shard_size), as_json)
+        _copy(From(path, reader, variant, subfolder), to, As(dtype, overflow, shard_size), deadline, as_json)
 
 
 class From(NamedTuple):
@@ -78,16 +81,17 @@ class As(NamedTuple):
     shard_size: str | None
 
 
-def _copy(which: From, to: str, how: As, as_json: bool) -> None:
+def _copy(which: From, to: str, how: As, deadline: float | None, as_json: bool) -> None:
     from ..sources.files.belongings import Belongings, belongings
     from ..sources.opening import open as open_source  # They wait for torch, which wrong usage need not.
     from ..sources.save import save
     from .dtype import dtype_from
 
     path, reader, variant, subfolder = which
+    seconds = deadline_of(deadline, (path, to))
     if os.path.realpath(path) == os.path.realpath(to):
         raise UsageError(f"{to}: is what is read; name another place")
-    with open_source(path, reader=reader, variant=variant, subfolder=subfolder) as source:
+    with open_source(path, reader=reader, variant=variant, subfolder=subfolder, deadline=seconds(path)) as source:
         check_target(to, source.files)
         along = Belongings()
         if os.path.isdir(path) and (os.path.isdir(to) or not to.endswith(".safetensors")):
@@ -99,8 +103,9 @@ def _copy(which: From, to: str, how: As, as_json: bool) -> None:
             dtype=dtype_from(how.dtype),
             overflow=how.overflow,
             beside=along.files,
+            deadline=seconds(to),
         )
-    _compare(report)
+    _compare(report, seconds(to))
     if as_json:
         print_json({"from": path, **report.as_dict(), "beside": list(along.files), "left": along.left})
         return
@@ -112,12 +117,15 @@ def _copy(which: From, to: str, how: As, as_json: bool) -> None:
         typer.echo(f"      left  {shown(name)}: {why}")
 
 
-def _compare(report: SaveReport) -> None:
+def _compare(report: SaveReport, deadline: float | None) -> None:
     from ..sources.opening import open as open_source
 
-    with open_source(report.path) as written:
-        if (digest := written.digest()) != report.digest:
-            wrong = [name for name, known in report.digest.tensors.items() if digest.tensors.get(name) != known]
-            raise SaveError(
-                f"{report.path}: what was written reads back otherwise; the disk is not to be trusted", wrong
-            )
+    try:
+        with open_source(report.path, deadline=deadline) as written:
+            digest = written.digest()
+    except CheckpointError as error:
+        error.add_note(f"{report.path} was written whole by then; what failed is to read it back and compare it")
+        raise
+    if digest != report.digest:
+        wrong = [name for name, known in report.digest.tensors.items() if digest.tensors.get(name) != known]
+        raise SaveError(f"{report.path}: what was written reads back otherwise; the disk is not to be trusted", wrong)

@@ -21,8 +21,8 @@ from .hub import OPTIONS as HUB_OPTIONS
 from .hub import Hub, offline, repository
 from .hub_cache import HubCache
 from .object import Object
-from .service import Obstore, Service
-from .store import Store
+from .service import UPLOAD_PART, Obstore, Service
+from .store import DEADLINE, SLOWEST, Store
 
 SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "abfss", "http", "https", "hf")
 """What addresses of stores begin with."""
@@ -37,6 +37,8 @@ _OURS = ("deadline", "requests", "cache_dir", "cache_nbytes")
 _ENDPOINTS = ("endpoint", "endpoint_url", "base_url")  # how the options end that name a server
 _HUB_LOGIN = "set HF_TOKEN, or run `hf auth login`; gated models are granted on their pages"
 _RETRIES = 100  # of the package itself, where it writes: until the deadline
+_VARIABLES = {"s3": "AWS", "s3a": "AWS", "gs": "GOOGLE", "az": "AZURE", "abfs": "AZURE", "abfss": "AZURE"}
+_USUAL_TIMEOUT = 30.0  # seconds that the package gives a request by itself
 _OF_CLIENT = """
 allow_http allow_invalid_certificates connect_timeout default_headers http1_only http2_only pool_idle_timeout
 pool_max_idle_per_host proxy_url timeout read_timeout http2_keep_alive_interval http2_keep_alive_timeout
@@ -75,6 +77,12 @@ def parts_of(text: str) -> Parts | None:
     return Parts(scheme, host, key)
 
 
+def is_address(text: str) -> bool:
+    """Whether it leads to a store, the web or a hub."""
+    parts = parts_of(text)
+    return parts is not None and parts.scheme in SCHEMES
+
+
 def _refuse_bare(text: str) -> None:
     """Refuse a scheme alone: without what follows it, it would be looked for as a file."""
     match = _BARE.fullmatch(text)
@@ -89,7 +97,7 @@ def _refuse_bare(text: str) -> None:
 def connect(addresses: Sequence[Parts], options: object, *, writes: bool = False) -> list[Address]:
     """A connection to the store of these addresses. Nothing is asked yet. The caller closes their ``store``.
 
-    With ``writes`` the package itself tries requests again: what is written cannot go on where a try ended.
+    With ``writes`` the package itself tries again what is written: a part of an object is known to it alone.
 
     Raises:
         MissingPackage: ``obstore`` is not installed.
@@ -101,13 +109,17 @@ def connect(addresses: Sequence[Parts], options: object, *, writes: bool = False
     check_seconds(**{f'store={{"{name}"}}': value for name, value in ours.items() if name == "deadline"})
     check_count(1, **{f'store={{"{name}"}}': value for name, value in ours.items() if name == "requests"})
     keys = [_key(parts) for parts in addresses]
+    deadline = ours.get("deadline", DEADLINE)
     cache = cache_of(ours.pop("cache_dir", None), ours.pop("cache_nbytes", None))
     service: Service
     if addresses[0].scheme == "hf":
-        service = _hub(addresses[0], options)
+        service = _hub(addresses[0], options, deadline)
         ours["login"] = _HUB_LOGIN
     else:
-        service = Obstore(_package_store(addresses[0], options, ours.get("deadline", 60.0) if writes else None))
+        # So few parts are on their way that a slow link is done with each before it counts as stalled.
+        uploads = max(1, min(8, int(deadline * SLOWEST / UPLOAD_PART)))
+        reading, writing = (_package_store(addresses[0], dict(options), deadline, each) for each in (False, writes))
+        service = Obstore(reading, writing, uploads)
     store = Store(service, addresses[0].shown, **ours)
     store.cache = cache
     return [Address(store, key) for key in keys]
@@ -172,14 +184,14 @@ def _commit(parts: Parts, options: object) -> str | None:
     return hub.commit
 
 
-def _hub(parts: Parts, options: dict[str, Any]) -> Hub:
+def _hub(parts: Parts, options: dict[str, Any], deadline: float = DEADLINE) -> Hub:
     of_hub = {name: options.pop(name) for name in HUB_OPTIONS if name in options}
 
     def open_store(base: str, headers: dict[str, str]) -> Any:
         given = {**headers, **options.get("default_headers", {})}
         scheme, _, host = base.partition("://")
         headed = {**options, "default_headers": given} if given else dict(options)
-        return _package_store(Parts(scheme, host, ""), headed, None)
+        return _package_store(Parts(scheme, host, ""), headed, deadline, False)
 
     if unknown := options.keys() - {*_OF_CLIENT}:
         raise UsageError(f"{parts.shown}: store= has options that a hub does not know: {', '.join(sorted(unknown))}")
@@ -197,7 +209,7 @@ def _key(parts: Parts) -> str:
     return unquote(parts.key).strip("/")
 
 
-def _package_store(parts: Parts, options: dict[str, object], retries: float | None) -> Any:
+def _package_store(parts: Parts, options: dict[str, object], deadline: float, writes: bool) -> Any:
     try:
         import obstore  # noqa: F401  # First: where it is not, the error names it.
         from obstore.store import HTTPStore, from_url
@@ -205,18 +217,20 @@ def _package_store(parts: Parts, options: dict[str, object], retries: float | No
         if error.name != "obstore":
             raise
         raise MissingPackage("obstore", "cloud") from error
-    client = {name: options.pop(name) for name in _OF_CLIENT if name in options}
+    given = {name: options.pop(name) for name in _OF_CLIENT if name in options}
     endpoints = [str(value) for name, value in options.items() if name.lower().endswith(_ENDPOINTS)]
-    if parts.scheme == "http" or any(value.startswith("http://") for value in endpoints):
-        client.setdefault("allow_http", True)  # It is written out.
     limits: dict[str, Any] = {"retry_config": {"max_retries": 0}}  # ``Store`` tries again, and counts.
-    if retries is not None:
+    timeout = max(_USUAL_TIMEOUT, deadline)  # ``Store`` sees when nothing comes.
+    if writes:
         # They end before the deadline: the last answer says more than that none came in time.
-        pause = {"init_backoff": timedelta(seconds=0.05), "max_backoff": timedelta(seconds=max(0.1, retries / 10))}
-        until = timedelta(seconds=0.7 * retries)
+        pause = {"init_backoff": timedelta(seconds=0.05), "max_backoff": timedelta(seconds=max(0.1, deadline / 10))}
+        until = timedelta(seconds=0.7 * deadline)
         limits = {"retry_config": {"max_retries": _RETRIES, "retry_timeout": until, "backoff": {**pause, "base": 2}}}
-    if client:  # Else not: these replace all that variables such as AWS_ALLOW_HTTP say.
-        limits["client_options"] = client
+        timeout = 0.45 * deadline  # for a part that is written, so that there is a second try
+    client: dict[str, object] = {"timeout": timedelta(seconds=timeout), **_of_variables(parts.scheme)}
+    if parts.scheme == "http" or any(value.startswith("http://") for value in endpoints):
+        client["allow_http"] = True  # It is written out.
+    limits["client_options"] = client | given
     url, problem = f"{parts.scheme}://{parts.host}", ""
     try:
         if parts.scheme.startswith("http"):
@@ -231,8 +245,17 @@ def _package_store(parts: Parts, options: dict[str, object], retries: float | No
         problem = f"there is no option {unknown[1]!r}" if unknown else f"{type(error).__name__} by obstore"
         if "Account must be specified" in str(error):
             problem = 'its account is not known: set AZURE_STORAGE_ACCOUNT_NAME, or store={"account_name": name}'
-    given = f"; store= has {', '.join(sorted([*options, *client]))}" if options or client else ""
-    raise UsageError(f"{parts.shown}: this store cannot be used: {problem}{given}")
+    has = f"; store= has {', '.join(sorted([*options, *given]))}" if options or given else ""
+    raise UsageError(f"{parts.shown}: this store cannot be used: {problem}{has}")
+
+
+def _of_variables(scheme: str) -> dict[str, str]:
+    """What variables such as ``AWS_ALLOW_HTTP`` say of the client. The package forgets them when it is given any."""
+    if scheme not in _VARIABLES:
+        return {}
+    said = {name.lower(): value for name, value in os.environ.items()}
+    names = {name: f"{_VARIABLES[scheme]}_{name}".lower() for name in _OF_CLIENT if name != "default_headers"}
+    return {name: said[variable] for name, variable in names.items() if variable in said}
 
 
 class Address(Remote):
@@ -310,23 +333,53 @@ def is_store(store: object) -> bool:
     return _of(store, "obstore") or _of(store, "fsspec")
 
 
+def no_address(**options: object) -> None:
+    """Raise ``UsageError`` if an option is given that only addresses have."""
+    for name, value in options.items():
+        if value is not None:
+            raise UsageError(f"{name}= is for addresses, such as s3://bucket/model; leave it out")
+
+
+def with_options(store: object, *, deadline: float | None = None, **more: object) -> object:
+    """Options, with those besides that are not ``None``.
+
+    Raises:
+        UsageError: one is said twice.
+    """
+    assert store is None or isinstance(store, Mapping)  # by ``check_store``
+    said = {name: value for name, value in {"deadline": deadline, **more}.items() if value is not None}
+    if twice := said.keys() & (store or {}).keys():
+        name = min(twice)
+        raise UsageError(f'{name}= and store={{"{name}"}}: one of them')
+    if deadline is not None:
+        check_seconds(deadline=deadline)
+    return {**(store or {}), **said} if said else store
+
+
 def within(
-    store: object, paths: Iterable[str], options: Mapping[str, object] | None = None, *, writes: bool = False
+    store: object,
+    paths: Iterable[str],
+    *,
+    writes: bool = False,
+    deadline: float | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
 ) -> list[Address]:
     """Places in a store of the caller's, which stays open. The caller closes their ``store``.
 
     Raises:
         UsageError: it is to be written to, and is a file system.
     """
-    if not _of(store, "obstore"):
+    deadline = DEADLINE if deadline is None else deadline
+    check_seconds(deadline=deadline)
+    service: Service = Obstore(store) if _of(store, "obstore") else Filesystem(store)
+    shown = type(store).__name__
+    if isinstance(service, Filesystem):
         if writes:
             raise UsageError("file systems of fsspec are only read; save to a directory, and upload that")
         protocol = getattr(store, "protocol", "")
-        name = protocol if isinstance(protocol, str) else protocol[0]
-        mine = Store(Filesystem(store), f"{name}:/")
-    else:
-        mine = Store(Obstore(store), type(store).__name__)
-    mine.cache = cache_of((options or {}).get("cache_dir"), None)
+        shown = f"{protocol if isinstance(protocol, str) else protocol[0]}:/"
+    mine = Store(service, shown, deadline=deadline, longer="deadline=seconds waits longer")
+    mine.cache = cache_of(cache_dir, None)
     return [Address(mine, path.strip("/")) for path in paths]
 
 

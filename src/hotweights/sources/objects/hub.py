@@ -97,7 +97,7 @@ class Hub:
         """See ``Service``."""
         raise UsageError(f"{self._which.shown}: a commit never changes; open it, or another revision, by its address")
 
-    async def put(self, key: str, content: Path | bytes, mode: object) -> dict[str, str]:
+    async def put(self, key: str, content: Path | bytes, mode: object) -> None:
         """See ``Service``."""
         raise NotImplementedError
 

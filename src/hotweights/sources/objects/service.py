@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import compress
 from pathlib import Path
 from typing import Any, Protocol
@@ -63,25 +63,22 @@ class Service(Protocol):
     async def below(self, key: str) -> dict[str, Pin]:
         """Every object below this key, by what its key has after that."""
 
-    async def put(self, key: str, content: Path | bytes, mode: object) -> dict[str, str]:
-        """Write an object from a file, whole or not at all; ``mode`` says over what, in obstore's words.
-
-        Returns the mode of the ``put`` that writes over what was written.
-        """
+    async def put(self, key: str, content: Path | bytes, mode: object) -> None:
+        """Write an object from a file, whole or not at all; ``mode`` says over what, in obstore's words."""
 
     async def delete(self, key: str) -> None:
         """Delete an object."""
 
 
-_UPLOAD_PART = 8 * 1024 * 1024
+UPLOAD_PART = 8 * 1024 * 1024
+"""Bytes of one request of a larger object that is written."""
+_RETRIED = re.compile(r"after (\d+) retries")
 _STATUS = re.compile(r"status code: (\d{3})(?: ([A-Za-z][A-Za-z -]*))?")
 _CODE = re.compile(r"<Code>(\w{1,60})</Code>")
 _OF_CREDENTIALS = ("ExpiredToken", "TokenRefreshRequired", "RequestTimeTooSkewed", "InvalidToken")
 _BRIEF = ("RequestTimeout", "SlowDown", "ServerBusy")
 _HTTP = "its endpoint is not encrypted, which was not allowed"
 _WORDS = (
-    ("timed out", "it took too long"),
-    ("TimedOut", "it took too long"),
     ("Connection refused", "the connection was refused"),
     ("ConnectionRefused", "the connection was refused"),
     ("dns error", "its host has no address"),
@@ -103,15 +100,24 @@ class Refusal:
     ignores_ranges: bool = False
     replaced: bool = False
     beyond: bool = False  # the range begins behind the object's end
+    gone: bool = False
+    tries: int = 1  # how often the package itself has asked
 
     @classmethod
     def of(cls, error: BaseException) -> Refusal:
         """What an exception of a package means."""
+        retried = _RETRIED.search(str(error))
+        return replace(cls._of(error), tries=1 + int(retried[1] if retried else 0))
+
+    @classmethod
+    def _of(cls, error: BaseException) -> Refusal:
         kind, text = type(error).__name__, str(error)
         if isinstance(error, ValueError) and "was asked for" in text:
             return cls(text, again=True)
-        if isinstance(error, TimeoutError):
+        if isinstance(error, TimeoutError) or "timed out" in text or "TimedOut" in text:
             return NOTHING
+        if isinstance(error, FileNotFoundError):
+            return cls("404 Not Found", again=False, gone=True)
         status, code = _STATUS.search(text), _CODE.search(text)
         answer = " ".join(filter(None, [status[1] if status else "", _reason(status), code[1] if code else ""]))
         number = int(status[1]) if status else 0
@@ -147,13 +153,18 @@ def package_error(error: BaseException) -> bool:
 
 
 class Obstore:
-    """A store that the package ``obstore`` reaches: S3, Google, Azure, HTTP, and what its users bring."""
+    """A store that the package ``obstore`` reaches: S3, Google, Azure, HTTP, and what its users bring.
 
-    def __init__(self, store: Any) -> None:
+    ``writing`` is the same one for what is written, where another one is to try again. At most ``uploads`` parts of an
+    object that is written are on their way.
+    """
+
+    def __init__(self, store: Any, writing: Any = None, uploads: int = 8) -> None:
         import obstore
 
         self._package: Any = obstore
         self._store = store
+        self._writing, self._uploads = writing or store, uploads
         self._lists = type(store).__name__ != "HTTPStore"
 
     async def get(self, key: str, start: int, stop: int, pin: Pin | None) -> Body:
@@ -193,18 +204,17 @@ class Obstore:
             found.update({each["path"][len(key) :].lstrip("/"): _pin(each) for each in batch})
         return found
 
-    async def put(self, key: str, content: Path | bytes, mode: object) -> dict[str, str]:
+    async def put(self, key: str, content: Path | bytes, mode: object) -> None:
         """See ``Service``."""
         size = len(content) if isinstance(content, bytes) else content.stat().st_size
-        options: dict[str, Any] = {"chunk_size": max(_UPLOAD_PART, size // 9000)}  # S3 takes 10,000 of them.
+        options: dict[str, Any] = {"chunk_size": max(UPLOAD_PART, size // 9000)}  # S3 takes 10,000 of them.
         if mode != "overwrite":
             options["use_multipart"] = False  # Only then are conditions kept.
-        said = await self._package.put_async(self._store, key, content, mode=mode, max_concurrency=8, **options)
-        return Pin(size, said.get("e_tag"), None, said.get("version")).only_over
+        await self._package.put_async(self._writing, key, content, mode=mode, max_concurrency=self._uploads, **options)
 
     async def delete(self, key: str) -> None:
         """See ``Service``."""
-        await self._package.delete_async(self._store, key)
+        await self._package.delete_async(self._writing, key)
 
     async def _there(self, key: str) -> bool:
         try:
