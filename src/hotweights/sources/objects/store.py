@@ -443,8 +443,9 @@ class _Tries:
         if pause is not None:
             return pause
         what, said = self._what, self.told
-        if refusal.replaced or refusal.gone:
+        if refusal.replaced or refusal.gone or refusal.beyond:
             how = "went away while it was open" if refusal.gone else "was replaced after it was opened"
+            how += ", and ends before these bytes" if refusal.beyond else ""
             raise CheckpointChanged(f"{what}: the object {how}; the store said {said}")
         if refusal.ignores_ranges:
             raise StoreError(
