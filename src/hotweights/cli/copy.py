@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
@@ -16,6 +19,7 @@ from .outcome import ending, print_json, shown
 from .output import check_target
 
 if TYPE_CHECKING:
+    from ..sources.files.belongings import Belongings
     from ..sources.save import SaveReport
 
 # No Path: it would make one slash of the two in an address.
@@ -82,7 +86,6 @@ class As(NamedTuple):
 
 
 def _copy(which: From, to: str, how: As, deadline: float | None, as_json: bool) -> None:
-    from ..sources.files.belongings import Belongings, belongings
     from ..sources.opening import open as open_source  # They wait for torch, which wrong usage need not.
     from ..sources.save import save
     from .dtype import dtype_from
@@ -93,18 +96,16 @@ def _copy(which: From, to: str, how: As, deadline: float | None, as_json: bool) 
         raise UsageError(f"{to}: is what is read; name another place")
     with open_source(path, reader=reader, variant=variant, subfolder=subfolder, deadline=seconds(path)) as source:
         check_target(to, source.files)
-        along = Belongings()
-        if os.path.isdir(path) and (os.path.isdir(to) or not to.endswith(".safetensors")):
-            along = belongings(Path(source.files[0]).parent, source.files)
-        report = save(
-            source,
-            to,
-            shard_size=how.shard_size,
-            dtype=dtype_from(how.dtype),
-            overflow=how.overflow,
-            beside=along.files,
-            deadline=seconds(to),
-        )
+        with _along(path, to, source) as along:
+            report = save(
+                source,
+                to,
+                shard_size=how.shard_size,
+                dtype=dtype_from(how.dtype),
+                overflow=how.overflow,
+                beside=along.files,
+                deadline=seconds(to),
+            )
     _compare(report, seconds(to))
     if as_json:
         print_json({"from": path, **report.as_dict(), "beside": list(along.files), "left": along.left})
@@ -115,6 +116,23 @@ def _copy(which: From, to: str, how: As, deadline: float | None, as_json: bool) 
         typer.echo(f"    beside  {len(along.files)} files: {shown(some(list(along.files), 5))}")
     for name, why in along.left.items():
         typer.echo(f"      left  {shown(name)}: {why}")
+
+
+@contextmanager
+def _along(path: str, to: str, source: Any) -> Iterator[Belongings]:
+    """What lies beside the weights, as files on this disk."""
+    from ..sources.files.belongings import Belongings, belongings
+    from ..sources.objects.address import names_a_folder
+    from ..sources.objects.source import ObjectSource
+
+    takes = os.path.isdir(to) or not to.endswith(".safetensors")
+    if not takes or not (os.path.isdir(path) or names_a_folder(path)):
+        yield Belongings()
+    elif isinstance(source, ObjectSource):
+        with TemporaryDirectory(prefix="hotweights-") as folder:
+            yield source.belongings(Path(folder))
+    else:
+        yield belongings(Path(source.files[0]).parent, source.files)
 
 
 def _compare(report: SaveReport, deadline: float | None) -> None:

@@ -1,4 +1,4 @@
-"""Objects that are replaced, removed or cut short while a command or a function reads them: one error, and nothing half.
+"""Objects that are replaced, removed or cut short while a command or a function reads them: one error, nothing half.
 
 The server changes them between two requests of one reading: some of its bytes are old ones.
 """
@@ -61,7 +61,9 @@ def changing(folder, request):
         yield f"{web.url}/{KEY}"
 
 
-SAYS = r"m/model\.safetensors bytes \d+\.\.\d+: the object (was replaced after it was opened|went away while it was open)"
+SAYS = (
+    r"m/model\.safetensors bytes \d+\.\.\d+: the object (was replaced after it was opened|went away while it was open)"
+)
 
 COMMANDS = {
     "verify": ["verify", "ADDRESS"],

@@ -83,6 +83,11 @@ def is_address(text: str) -> bool:
     return parts is not None and parts.scheme in SCHEMES
 
 
+def names_a_folder(text: str) -> bool:
+    """Whether it is an address, and not that of one object."""
+    return is_address(text) and not text.endswith(_OBJECTS)
+
+
 def _refuse_bare(text: str) -> None:
     """Refuse a scheme alone: without what follows it, it would be looked for as a file."""
     match = _BARE.fullmatch(text)

@@ -63,6 +63,9 @@ class Service(Protocol):
     async def below(self, key: str) -> dict[str, Pin]:
         """Every object below this key, by what its key has after that."""
 
+    async def tree(self, key: str) -> list[str]:
+        """The names of all objects below this key, those in folders by ``folder/name``."""
+
     async def put(self, key: str, content: Path | bytes, mode: object) -> None:
         """Write an object from a file, whole or not at all; ``mode`` says over what, in obstore's words."""
 
@@ -189,8 +192,7 @@ class Obstore:
     async def names(self, key: str) -> list[str]:
         """See ``Service``. The web has no lists: it is asked for what ``from_pretrained`` looks for."""
         if not self._lists:
-            there = await asyncio.gather(*(self._there(f"{key}/{name}".lstrip("/")) for name in USUAL))
-            return list(compress(USUAL, there))
+            return await self._those_of(USUAL, key)
         listed = await self._package.list_with_delimiter_async(self._store, prefix=key or None)
         paths = [each["path"] for each in listed["objects"]] + list(listed["common_prefixes"])
         return [path.rstrip("/").rpartition("/")[2] for path in paths]
@@ -204,6 +206,10 @@ class Obstore:
             found.update({each["path"][len(key) :].lstrip("/"): _pin(each) for each in batch})
         return found
 
+    async def tree(self, key: str) -> list[str]:
+        """See ``Service``. The web is asked for what models usually have beside their weights."""
+        return list(await self.below(key)) if self._lists else await self._those_of(BESIDE, key)
+
     async def put(self, key: str, content: Path | bytes, mode: object) -> None:
         """See ``Service``."""
         size = len(content) if isinstance(content, bytes) else content.stat().st_size
@@ -215,6 +221,10 @@ class Obstore:
     async def delete(self, key: str) -> None:
         """See ``Service``."""
         await self._package.delete_async(self._writing, key)
+
+    async def _those_of(self, names: tuple[str, ...], key: str) -> list[str]:
+        there = await asyncio.gather(*(self._there(f"{key}/{name}".lstrip("/")) for name in names))
+        return list(compress(names, there))
 
     async def _there(self, key: str) -> bool:
         try:
@@ -234,6 +244,12 @@ USUAL = (
     *("diffusion_pytorch_model.fp16.safetensors", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"),
 )
 """The names of weights that are looked for where nothing can be listed."""
+BESIDE = (
+    *("config.json", "generation_config.json", "adapter_config.json", "preprocessor_config.json"),
+    *("processor_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "README.md", "LICENSE"),
+)
+"""The same of what lies beside weights."""
 
 
 def _pin(meta: Any) -> Pin:

@@ -182,6 +182,10 @@ class Store:
         """Every object below a key, by what its key has after that."""
         return self._wait(self._ask(self._tries(f"{self.path(key)}: its list", lambda: self._service.below(key))))
 
+    def tree(self, key: str) -> list[str]:
+        """The names of all objects below a key, as far as the store can tell them."""
+        return self._wait(self._ask(self._tries(f"{self.path(key)}: its list", lambda: self._service.tree(key))))
+
     def head(self, key: str) -> Pin:
         """The object as it is now. ``FileNotFoundError`` if there is none."""
         return self._wait(self._ask(self._tries(self.path(key), lambda: self._service.head(key))))
