@@ -119,9 +119,8 @@ def trace(
             elif prefix := _prefix_that_goes(model, seen, promised, where, allowed, by):
                 error.advice = f'All fits without "{prefix}" before each name: rename={{"{prefix}": ""}}.'
             known = [*seen.names, *promised, *promised.origins.values(), *chain.from_iterable(others.values())]
-            if unmatched := idle(
-                known, **dict(zip(given, several, strict=True))
-            ):  # One that is misspelt allows nothing.
+            # One that is misspelt allows nothing.
+            if unmatched := idle(known, **dict(zip(given, several, strict=True))):
                 error.advice = "\n".join(filter(None, (error.advice, *unmatched[:_SAID])))
             if layers:
                 raise telling(error, layers) from error

@@ -75,8 +75,8 @@ def _load(path: str, device: str) -> Mapping[str, torch.Tensor]:
             raise _with_code(path, called[1]) from None  # Torch's text says how to run it all the same.
         if (protocol := _protocol(path)) > _READ_SAFELY:
             raise CheckpointError(
-                f"{path}: is written by pickle protocol {protocol}, and torch.load with weights_only=True reads protocols "
-                f"2 and {_READ_SAFELY}; where you trust whoever wrote it, torch.load it with weights_only=False, and "
+                f"{path}: is written by pickle protocol {protocol}, and torch.load with weights_only=True reads 2 and "
+                f"{_READ_SAFELY}; where you trust whoever wrote it, torch.load it with weights_only=False, and "
                 "torch.save it without pickle_protocol=",
                 cause="other_format",
             ) from error
