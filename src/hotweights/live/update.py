@@ -60,15 +60,16 @@ class Update:
         turn: WriteTurn,
         limit: int | None,
         fed: FedNames,
-        asked: Asked | None = None,
+        check: Callable[[], object] | None,
+        named: str | int | None = None,
     ) -> None:
         """For ``begin`` and ``begin_first``, while the live model is reserved; the end of the update lets go of it."""
         self._current = current
         self._baseline = baseline
         self._strategy = strategy
         self._fed = fed
-        self._check_by = None if asked is None else asked.check
-        self._named = None if asked is None else asked.version  # the new version, for messages
+        self._check_by = check
+        self._named = named  # the new version, for messages
         self._attempt = Attempt(job, strategy, OpenLayers(limit, warned=current.warned), turn, fed, timeline)
         self._watcher = signals.watch()
         current.begin(self._attempt)
@@ -84,10 +85,11 @@ class Update:
         process: Callable[[nn.Module], object],
         limit: int | None,
         fed: FedNames,
+        check: Callable[[], object] | None = None,
     ) -> Update:
         """The first load, straight into the model's own tensors."""
-        timeline, turn = Timeline(), WriteTurn(current.guard)
-        return cls(current, baseline, baseline.first_job(process), InPlace(baseline.live), timeline, turn, limit, fed)
+        timeline, turn, job = Timeline(), WriteTurn(current.guard), baseline.first_job(process)
+        return cls(current, baseline, job, InPlace(baseline.live), timeline, turn, limit, fed, check)
 
     @classmethod
     @signals.held
@@ -119,7 +121,7 @@ class Update:
             raise
         except Exception as error:
             raise aborted(current, asked.version, "was refused", error, timeline) from error
-        return cls(current, baseline, job, strategy, timeline, turn, limit, fed, asked)
+        return cls(current, baseline, job, strategy, timeline, turn, limit, fed, asked.check, asked.version)
 
     @property
     def manifest(self) -> Manifest:

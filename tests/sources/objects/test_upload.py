@@ -24,7 +24,7 @@ class Memory:
         address, service = (import_module(f"hotweights.sources.objects.{name}") for name in ("address", "service"))
         self.obstore, self.store = obstore, obstore.store.MemoryStore()
         self.done, self.before = [], {}
-        monkeypatch.setattr(address, "_package_store", lambda *options: self.store)
+        monkeypatch.setattr(address, "package_store", lambda *options: self.store)
         for what in ("put", "delete"):
             monkeypatch.setattr(service.Obstore, what, self.noting(what, getattr(service.Obstore, what)))
 

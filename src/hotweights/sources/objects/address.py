@@ -6,16 +6,16 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from ...arguments import check_count, check_kind, check_seconds, shown
-from ...errors import MissingPackage, StoreError, UsageError
+from ...errors import StoreError, UsageError
 from ...notices import log
 from ..files.place import Remote
 from .cache import LIMIT, Cache
+from .client import OF_CLIENT, package_store
 from .filesystem import Filesystem
 from .hub import OPTIONS as HUB_OPTIONS
 from .hub import Hub, offline, repository
@@ -34,17 +34,24 @@ _BARE = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(/{0,3})")
 _AT = ("abfs", "abfss", "hf")  # where no user stands before that sign
 _OBJECTS = (".safetensors", ".json", ".bin", ".pt", ".pth")  # How the names of objects end; others are directories.
 _OURS = ("deadline", "requests", "cache_dir", "cache_nbytes")
-_ENDPOINTS = ("endpoint", "endpoint_url", "base_url")  # how the options end that name a server
-_HUB_LOGIN = "set HF_TOKEN, or run `hf auth login`; gated models are granted on their pages"
-_RETRIES = 100  # of the package itself, where it writes: until the deadline
-_VARIABLES = {"s3": "AWS", "s3a": "AWS", "gs": "GOOGLE", "az": "AZURE", "abfs": "AZURE", "abfss": "AZURE"}
-_USUAL_TIMEOUT = 30.0  # seconds that the package gives a request by itself
-_OF_CLIENT = """
-allow_http allow_invalid_certificates connect_timeout default_headers http1_only http2_only pool_idle_timeout
-pool_max_idle_per_host proxy_url timeout read_timeout http2_keep_alive_interval http2_keep_alive_timeout
-http2_keep_alive_while_idle default_content_type randomize_addresses
-proxy_ca_certificate proxy_excludes root_certificate user_agent
-""".split()
+_WEB_LOGIN = 'give what the server asks for as store={"default_headers": {"Authorization": "Bearer TOKEN"}}'
+_S3_LOGIN = (
+    "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for a bucket that everybody may read. "
+    "S3 says this of what is not there, too, where it may not be listed"
+)
+_AZURE_LOGIN = "set AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN"
+_LOGIN = {
+    "http": _WEB_LOGIN,
+    "https": _WEB_LOGIN,
+    "s3": _S3_LOGIN,
+    "s3a": _S3_LOGIN,
+    "gs": "set GOOGLE_SERVICE_ACCOUNT or GOOGLE_APPLICATION_CREDENTIALS to the file of an account that may read it",
+    "az": _AZURE_LOGIN,
+    "abfs": _AZURE_LOGIN,
+    "abfss": _AZURE_LOGIN,
+    "hf": "set HF_TOKEN, or run `hf auth login`; gated models are granted on their pages",
+}
+"""What to do where a store refuses the credentials, by scheme."""
 
 
 class Parts(NamedTuple):
@@ -119,13 +126,15 @@ def connect(addresses: Sequence[Parts], options: object, *, writes: bool = False
     service: Service
     if addresses[0].scheme == "hf":
         service = _hub(addresses[0], options, deadline)
-        ours["login"] = _HUB_LOGIN
     else:
         # So few parts are on their way that a slow link is done with each before it counts as stalled.
         uploads = max(1, min(8, int(deadline * SLOWEST / UPLOAD_PART)))
-        reading, writing = (_package_store(addresses[0], dict(options), deadline, each) for each in (False, writes))
+        url = f"{addresses[0].scheme}://{addresses[0].host}"
+        reading, writing = (
+            package_store(url, addresses[0].shown, dict(options), deadline, each) for each in (False, writes)
+        )
         service = Obstore(reading, writing, uploads)
-    store = Store(service, addresses[0].shown, **ours)
+    store = Store(service, addresses[0].shown, login=_LOGIN[addresses[0].scheme], **ours)
     store.cache = cache
     return [Address(store, key) for key in keys]
 
@@ -181,7 +190,9 @@ def _commit(parts: Parts, options: object) -> str | None:
     hub = _hub(parts, {name: value for name, value in (options or {}).items() if name not in _OURS})
     said = os.environ.get("HF_HUB_ETAG_TIMEOUT", "")
     patience = float(said) if said.isdecimal() and int(said) else 10.0
-    store = Store(hub, parts.shown, deadline=min(patience, (options or {}).get("deadline", patience)), login=_HUB_LOGIN)
+    store = Store(
+        hub, parts.shown, deadline=min(patience, (options or {}).get("deadline", patience)), login=_LOGIN["hf"]
+    )
     try:
         store.names("")
     finally:
@@ -194,11 +205,10 @@ def _hub(parts: Parts, options: dict[str, Any], deadline: float = DEADLINE) -> H
 
     def open_store(base: str, headers: dict[str, str]) -> Any:
         given = {**headers, **options.get("default_headers", {})}
-        scheme, _, host = base.partition("://")
         headed = {**options, "default_headers": given} if given else dict(options)
-        return _package_store(Parts(scheme, host, ""), headed, deadline, False)
+        return package_store(base, parts.shown, headed, deadline, False)
 
-    if unknown := options.keys() - {*_OF_CLIENT}:
+    if unknown := options.keys() - {*OF_CLIENT}:
         raise UsageError(f"{parts.shown}: store= has options that a hub does not know: {', '.join(sorted(unknown))}")
     return Hub(repository(parts.host)[0], of_hub, open_store)
 
@@ -212,55 +222,6 @@ def _key(parts: Parts) -> str:
             "only, and is often a secret; download the object, and give its path"
         )
     return unquote(parts.key).strip("/")
-
-
-def _package_store(parts: Parts, options: dict[str, object], deadline: float, writes: bool) -> Any:
-    try:
-        import obstore  # noqa: F401  # First: where it is not, the error names it.
-        from obstore.store import HTTPStore, from_url
-    except ModuleNotFoundError as error:
-        if error.name != "obstore":
-            raise
-        raise MissingPackage("obstore", "cloud") from error
-    given = {name: options.pop(name) for name in _OF_CLIENT if name in options}
-    endpoints = [str(value) for name, value in options.items() if name.lower().endswith(_ENDPOINTS)]
-    limits: dict[str, Any] = {"retry_config": {"max_retries": 0}}  # ``Store`` tries again, and counts.
-    timeout = max(_USUAL_TIMEOUT, deadline)  # ``Store`` sees when nothing comes.
-    if writes:
-        # They end before the deadline: the last answer says more than that none came in time.
-        pause = {"init_backoff": timedelta(seconds=0.05), "max_backoff": timedelta(seconds=max(0.1, deadline / 10))}
-        until = timedelta(seconds=0.7 * deadline)
-        limits = {"retry_config": {"max_retries": _RETRIES, "retry_timeout": until, "backoff": {**pause, "base": 2}}}
-        timeout = 0.45 * deadline  # for a part that is written, so that there is a second try
-    client: dict[str, object] = {"timeout": timedelta(seconds=timeout), **_of_variables(parts.scheme)}
-    if parts.scheme == "http" or any(value.startswith("http://") for value in endpoints):
-        client["allow_http"] = True  # It is written out.
-    limits["client_options"] = client | given
-    url, problem = f"{parts.scheme}://{parts.host}", ""
-    try:
-        if parts.scheme.startswith("http"):
-            if options:
-                raise UsageError(f"{parts.shown}: store= has options that the web does not know: {', '.join(options)}")
-            return HTTPStore(url, **limits)
-        return from_url(url, config=options, **limits)
-    except UsageError:
-        raise
-    except Exception as error:  # Its text may quote a secret.
-        unknown = re.search(r"'(\w+)' is not", str(error)) if "Unknown" in type(error).__name__ else None
-        problem = f"there is no option {unknown[1]!r}" if unknown else f"{type(error).__name__} by obstore"
-        if "Account must be specified" in str(error):
-            problem = 'its account is not known: set AZURE_STORAGE_ACCOUNT_NAME, or store={"account_name": name}'
-    has = f"; store= has {', '.join(sorted([*options, *given]))}" if options or given else ""
-    raise UsageError(f"{parts.shown}: this store cannot be used: {problem}{has}")
-
-
-def _of_variables(scheme: str) -> dict[str, str]:
-    """What variables such as ``AWS_ALLOW_HTTP`` say of the client. The package forgets them when it is given any."""
-    if scheme not in _VARIABLES:
-        return {}
-    said = {name.lower(): value for name, value in os.environ.items()}
-    names = {name: f"{_VARIABLES[scheme]}_{name}".lower() for name in _OF_CLIENT if name != "default_headers"}
-    return {name: said[variable] for name, variable in names.items() if variable in said}
 
 
 class Address(Remote):

@@ -9,9 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import random
 import threading
-import time
 from bisect import bisect_right
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Future, wait
@@ -21,10 +19,11 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from ... import signals
-from ...errors import CheckpointChanged, CheckpointError, Closed, StoreError, UsageError
+from ...errors import CheckpointChanged, CheckpointError, Closed, UsageError
 from ..files.file import Buffer
 from .cache import BLOCK, Cache
-from .service import NOTHING, Pin, Refusal, Service, package_error
+from .service import Pin, Refusal, Service, package_error
+from .tries import Tries
 
 T = TypeVar("T")
 
@@ -35,12 +34,10 @@ DEADLINE = 60.0
 HEAD = 64 * 1024
 """Bytes that are read when an object is opened: the header of most files lies in them."""
 _ASK = 0.1  # seconds after which a wait asks whether it has ended
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 5.0  # seconds between two tries; each is about twice the one before
-_LOGIN = "set those of this store, or give store={...}"
+_LOGIN = "give it a store that has some"
 _LONGER = 'store={"deadline": seconds} waits longer'
 SLOWEST = 1024 * 1024
 """Bytes in a second, at which an upload still counts as one that goes on."""
-_LOGINS = 3  # tries after which credentials that worked before count as expired
 
 
 # The threads of the package that asks are not in a forked child, and whoever asks there waits for ever.
@@ -292,13 +289,16 @@ class Store:
         self._answered = True
         return opened
 
+    def _begin_tries(self, what: str) -> Tries:
+        return Tries(what, self.deadline, self.login, self.longer)
+
     async def _written(self, key: str, nbytes: int, write: Callable[[], Coroutine[Any, Any, None]]) -> Refusal | None:
         """Write until it is done. Returns the last answer if it is not.
 
         The package has tried again what it may: not what has a condition and stalls. Whether a part of a large object
         has arrived is not seen here; it has as long as that would take.
         """
-        tries = _Tries(self, self.path(key))
+        tries = self._begin_tries(self.path(key))
         while True:
             try:
                 async with asyncio.timeout(tries.left() + nbytes / SLOWEST):
@@ -316,7 +316,7 @@ class Store:
 
     async def _tries(self, what: str, ask: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Ask until there is an answer."""
-        tries = _Tries(self, what)
+        tries = self._begin_tries(what)
         while True:
             try:
                 async with self._free, asyncio.timeout(tries.patience()):
@@ -377,7 +377,7 @@ class Store:
     async def _part(self, key: str, pin: Pin, places: _Places, base: int, start: int, stop: int) -> None:
         """Read one range, each try from where the last one ended."""
         what = f"{self.path(key)} bytes {start}..{stop}"
-        tries = _Tries(self, what)
+        tries = self._begin_tries(what)
         while start < stop:
             try:
                 async with self._free, asyncio.timeout(tries.patience()) as limit:
@@ -398,76 +398,6 @@ class Store:
                 refusal = Refusal.of(error)
             if start < stop:
                 await asyncio.sleep(tries.pause_or_raise(refusal, self._answered))
-
-
-class _Tries:
-    """How often one thing was asked for, how long that may go on, and what is said when it may not."""
-
-    def __init__(self, store: Store, what: str) -> None:
-        self._deadline = store.deadline
-        self._login, self._longer = store.login, store.longer
-        self._what = what
-        self._count = 0
-        self._answer = ""
-        self._since: float | None = None  # the first try, or the last bytes that came
-
-    def progress(self) -> None:
-        """Something came."""
-        self._count, self._since = 0, _now()
-
-    def left(self) -> float:
-        """Seconds of the deadline that are left."""
-        if self._since is None:
-            self._since = _now()
-        return max(0.001, self._since + self._deadline - _now())
-
-    def patience(self) -> float:
-        """Seconds for which the next step may bring nothing: half of the deadline, so that there is a second try."""
-        return min(self._deadline / 2, self.left())
-
-    @property
-    def told(self) -> str:
-        """The last answer, and how often there was none that helped."""
-        return f"{self._answer} ({self._count} tries)" if self._count > 1 else self._answer
-
-    def pause(self, refusal: Refusal, answered: bool) -> float | None:
-        """Seconds to wait before the next try; ``None`` if there is none."""
-        self._count += refusal.tries
-        if refusal != NOTHING or not self._answer:  # The last try may have had no time for an answer.
-            self._answer = refusal.answer
-        if not (answered and self._count < _LOGINS if refusal.login else refusal.again):
-            return None
-        pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** min(self._count - 1, 10))
-        pause *= random.uniform(0.5, 1)  # Without chance all readers would come back at once.
-        return None if pause >= self.left() else float(pause)
-
-    def pause_or_raise(self, refusal: Refusal, answered: bool) -> float:
-        """Seconds to wait before the next try of reading. Raises ``CheckpointError`` if there is none."""
-        pause = self.pause(refusal, answered)
-        if pause is not None:
-            return pause
-        what, said = self._what, self.told
-        if refusal.replaced or refusal.gone or refusal.beyond:
-            how = "went away while it was open" if refusal.gone else "was replaced after it was opened"
-            how += ", and ends before these bytes" if refusal.beyond else ""
-            raise CheckpointChanged(f"{what}: the object {how}; the store said {said}")
-        if refusal.ignores_ranges:
-            raise StoreError(
-                f"{what}: this store sends {said}, so parts cannot be read; download it, and give the folder"
-            )
-        if refusal.login:
-            cure = "they have expired, perhaps" if answered else self._login
-            raise StoreError(f"{what}: the store refused the credentials, or asks for some: {said}; {cure}")
-        if not refusal.again:
-            raise StoreError(f"{what}: the store refused: {said}")
-        raise StoreError(
-            f"{what}: not to be had within {self._deadline:g} s; {self._count} tries, the last answer: {self._answer}. "
-            f"{self._longer}"
-        )
-
-
-def _now() -> float:
-    return time.monotonic()
 
 
 class _Places:
