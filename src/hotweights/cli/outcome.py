@@ -32,7 +32,7 @@ _ARGUMENT = re.compile(rf"\b({_OPTIONS})=(?:([\"'])([^\"']+)\2|True\b|torch\.(\w
 
 
 _OPENED = re.compile(r"\bhotweights\.open\(([\"'])([^\"']+)\1\)")  # To a command the path itself is given.
-_DEADLINE = 'store={"deadline": seconds}'
+_DEADLINE = re.compile(r'hotweights\.open\(address, store=\{"deadline": seconds\}\)|store=\{"deadline": seconds\}')
 _OF_OPEN = re.compile(r" of hotweights\.open, whose source load and update take,")  # A command has an option for it.
 _CALL = r"\bhotweights(?:\.\w+)+\((?:[^()]|\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\))*\)"
 _ONLY_PYTHON = r"\b(?:store|cache_dir|rename|init_missing|allow_partial|by|manifest|process|components|factory)="
@@ -137,7 +137,7 @@ def typed(text: str) -> str:
     """
     text = _OF_OPEN.sub("", text)
     if "--deadline" in (_options.get() or ()):
-        text = text.replace(_DEADLINE, "--deadline SECONDS")
+        text = _DEADLINE.sub("--deadline SECONDS", text)
     text = _ARGUMENT.sub(_as_option, _OPENED.sub(lambda match: shlex.quote(match[2]), text))
     return text if _options.get() is None else _PYTHON.sub(lambda match: f"{match[0]} in Python", text)
 

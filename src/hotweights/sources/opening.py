@@ -44,6 +44,9 @@ from .renamed import renamed
 from .state_dict import StateSource
 from .versions import Version
 
+# Also where a load or an update opens it, which have no option for it.
+_LONGER = 'hotweights.open(address, store={"deadline": seconds}) waits longer'
+
 AnySource = Paths | Mapping[str, torch.Tensor] | nn.Module | Source | IteratorSource
 
 
@@ -253,7 +256,8 @@ def _opened(
             if is_store(store):
                 places = within(store, paths, deadline=deadline, cache_dir=cache_dir)
             else:
-                places = connect(addresses, with_options(store, deadline=deadline, cache_dir=cache_dir))
+                options = with_options(store, deadline=deadline, cache_dir=cache_dir)
+                places = connect(addresses, options, longer=_LONGER)
             return ObjectSource(places, variant=variant, subfolder=subfolder, digests=digests)
         no_address(store=store, deadline=deadline, cache_dir=cache_dir)
         for path in paths:

@@ -22,7 +22,7 @@ from .hub import Hub, offline, repository
 from .hub_cache import HubCache
 from .object import Object
 from .service import UPLOAD_PART, Obstore, Service
-from .store import DEADLINE, SLOWEST, Store
+from .store import DEADLINE, LONGER, SLOWEST, Store
 
 SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "abfss", "http", "https", "hf")
 """What addresses of stores begin with."""
@@ -106,7 +106,9 @@ def _refuse_bare(text: str) -> None:
         raise UsageError(f"{match[1]}://: the address ends after its scheme; is a variable not set? Give {cure}")
 
 
-def connect(addresses: Sequence[Parts], options: object, *, writes: bool = False) -> list[Address]:
+def connect(
+    addresses: Sequence[Parts], options: object, *, writes: bool = False, longer: str = LONGER
+) -> list[Address]:
     """A connection to the store of these addresses. Nothing is asked yet. The caller closes their ``store``.
 
     With ``writes`` the package itself tries again what is written: a part of an object is known to it alone.
@@ -134,7 +136,7 @@ def connect(addresses: Sequence[Parts], options: object, *, writes: bool = False
             package_store(url, addresses[0].shown, dict(options), deadline, each) for each in (False, writes)
         )
         service = Obstore(reading, writing, uploads)
-    store = Store(service, addresses[0].shown, login=_LOGIN[addresses[0].scheme], **ours)
+    store = Store(service, addresses[0].shown, login=_LOGIN[addresses[0].scheme], longer=longer, **ours)
     store.cache = cache
     return [Address(store, key) for key in keys]
 

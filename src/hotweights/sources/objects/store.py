@@ -35,7 +35,8 @@ HEAD = 64 * 1024
 """Bytes that are read when an object is opened: the header of most files lies in them."""
 _ASK = 0.1  # seconds after which a wait asks whether it has ended
 _LOGIN = "give it a store that has some"
-_LONGER = 'store={"deadline": seconds} waits longer'
+LONGER = 'store={"deadline": seconds} waits longer'
+"""What to do where the deadline is too short, of whatever takes ``store=``."""
 SLOWEST = 1024 * 1024
 """Bytes in a second, at which an upload still counts as one that goes on."""
 
@@ -107,7 +108,7 @@ class Store:
         deadline: float = DEADLINE,
         requests: int = 16,
         login: str = _LOGIN,
-        longer: str = _LONGER,
+        longer: str = LONGER,
     ) -> None:
         self.shown = shown
         self.login, self.longer = login, longer
