@@ -124,7 +124,7 @@ class LiveModel:
             )
         if memory_limit is not None:
             check_count(0, memory_limit=memory_limit)
-        self.model = model
+        self._model = model
         by_default = _has_tensors if process is not None else processes
         self._core = unwrapped(model)
         self._idle: list[str] = []  # what is said of patterns that match nothing
@@ -139,6 +139,11 @@ class LiveModel:
         self._baseline: Baseline | None = None  # None until the first load begins, and again when that fails.
         self._match: Match = as_they_are  # Known from the first load on: processing changes names.
         self._others: dict[str, tuple[str, ...]] = {}
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that it was made with. It stays this one: another module needs a live model of its own."""
+        return self._model
 
     def __repr__(self) -> str:
         return f"<LiveModel of {type(self.model).__name__}: version {self.version!r}, {self.state.value}>"
@@ -320,12 +325,15 @@ class LiveModel:
                 self._baseline = Baseline(self._core, plan, options, self._is_processed, self._is_deferred, unknown)
                 others = own(self._core, self._current)
                 self._baseline.warnings = (*others, *self._idle, *self._once.unprocessed())
-                update = Update.begin_first(self._current, self._baseline, self._once.process, self._limit, fed, asks)
+                named = version_of(origin, version)
+                update = Update.begin_first(
+                    self._current, self._baseline, self._once.process, self._limit, fed, asks, named
+                )
                 self._baseline.warnings = self._baseline.warnings[len(others) :]  # It is said once.
             with update:
                 report = update.run(
                     weights,
-                    version_of(origin, version),
+                    named,
                     io=io,
                     threads=threads,
                     pool=pool,

@@ -33,7 +33,7 @@ from .job import Job
 from .lock import StillRead, WriteTurn
 from .open_layers import OpenLayers
 from .previous import Previous, used_up
-from .record import tell_commit
+from .record import in_a_line, tell_commit
 from .report import UpdateReport
 from .state import Current, State
 from .strategy import InPlace, Strategy
@@ -86,10 +86,11 @@ class Update:
         limit: int | None,
         fed: FedNames,
         check: Callable[[], object] | None = None,
+        named: str | int | None = None,
     ) -> Update:
         """The first load, straight into the model's own tensors."""
         timeline, turn, job = Timeline(), WriteTurn(current.guard), baseline.first_job(process)
-        return cls(current, baseline, job, InPlace(baseline.live), timeline, turn, limit, fed, check)
+        return cls(current, baseline, job, InPlace(baseline.live), timeline, turn, limit, fed, check, named)
 
     @classmethod
     @signals.held
@@ -112,9 +113,11 @@ class Update:
         turn = WriteTurn(current.guard, asked.timeout, timeline.note)
         try:
             refuse_frozen()
+            current.guard.check_writable()
             baseline.prove()
-            with turn.briefly(), timeline.event("plan"):
-                found = baseline.plans.find(manifest, asked.only, baseline.live, asked.cast)
+            with timeline.event("plan"):
+                find = baseline.plans.find
+                found = find(manifest, asked.only, baseline.live, asked.cast, alone=turn.briefly)
             job = baseline.job(process, found, promised=manifest is not None)
             strategy = baseline.strategy(asked.atomic, job)
         except UsageError:
@@ -416,9 +419,11 @@ class Update:
 
     def _note(self, error: BaseException) -> None:
         """Take note of what ended this update and is raised as it is. Ctrl-C says nothing of itself."""
-        said = None
+        said, what = None, _called(self._named)
+        if self._attempt.job.first:
+            what = "the first load" + (f", of {what}," if self._named is not None else "")
+            said = f"{what} failed: {in_a_line(error)}"
         if not isinstance(error, Exception):
-            what = "the first load" if self._attempt.job.first else _called(self._named)
             said = f"{what} was ended by {_ending(error)}; {self._current}"
         deed = "load" if self._attempt.job.first else "update"
         report = failure_report(self._attempt.timeline, deed, self._named)
