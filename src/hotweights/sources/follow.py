@@ -67,7 +67,8 @@ def follow(
     if store is not None or is_run(os.fsdecode(directory)):
         if not is_store(store):
             with_options(store, deadline=deadline)  # It refuses what makes no sense.
-        run = open_run(os.fsdecode(directory), store, DEADLINE if deadline is None else deadline)
+        seconds = DEADLINE if deadline is None else deadline
+        run = open_run(os.fsdecode(directory), store, seconds, said_by="deadline")
         if isinstance(run.where, Path):
             no_address(deadline=deadline)
             return Versions(_there(run.where), *options)

@@ -58,6 +58,16 @@ def test_a_command_ends_after_it_and_says_how_to_wait_longer(bucket, tmp_path, c
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("command", ["send DIR --to az://b/run", "receive --from az://b/run --model DIR"])
+def test_where_versions_are_published_it_is_the_timeout(bucket, tmp_path, command):
+    write_checkpoint(tmp_path, TENSORS)
+    BertConfig = pytest.importorskip("transformers").BertConfig
+    BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=9).save_pretrained(tmp_path)
+    done = CliRunner().invoke(app, [*command.replace("DIR", str(tmp_path)).split(), "--timeout", "0.3"])
+    assert done.exit_code == 1
+    assert "503 Service Unavailable. --timeout SECONDS waits longer" in " ".join(done.output.split())
+
+
 FUNCTIONS = {
     "open": lambda **options: hw.open("az://b/m", **options).close(),
     "save": lambda **options: hw.save(TENSORS, "az://b/new", **options),
@@ -77,8 +87,9 @@ def test_a_function_takes_it_as_an_option_of_the_store(bucket, function):
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_a_function_takes_it_by_itself(bucket, function):
     named = "timeout" if function.startswith("a ") else "deadline"
-    with pytest.raises(hw.StoreError, match=r"within 0\.3 s; \d+ tries"):
+    with pytest.raises(hw.StoreError, match=r"within 0\.3 s; \d+ tries") as error:
         FUNCTIONS[function](**{named: 0.3})
+    assert function in ("open", "save") or f"{named}=seconds waits longer" in str(error.value)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
@@ -89,7 +100,7 @@ def test_a_store_of_the_caller_has_it_too(bucket, function):
     mine = AzureStore("b", retry_config={"max_retries": 0})
     with pytest.raises(hw.StoreError, match=r"within 0\.3 s; \d+ tries") as error:
         FUNCTIONS[function](store=mine, **{named: 0.3})
-    assert "deadline=seconds waits longer" in str(error.value)
+    assert f"{named}=seconds waits longer" in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -331,6 +331,7 @@ def within(
     writes: bool = False,
     deadline: float | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
+    longer: str = "deadline=seconds waits longer",
 ) -> list[Address]:
     """Places in a store of the caller's, which stays open. The caller closes their ``store``.
 
@@ -346,7 +347,7 @@ def within(
             raise UsageError("file systems of fsspec are only read; save to a directory, and upload that")
         protocol = getattr(store, "protocol", "")
         shown = f"{protocol if isinstance(protocol, str) else protocol[0]}:/"
-    mine = Store(service, shown, deadline=deadline, longer="deadline=seconds waits longer")
+    mine = Store(service, shown, deadline=deadline, longer=longer)
     mine.cache = cache_of(cache_dir, None)
     return [Address(mine, path.strip("/")) for path in paths]
 

@@ -25,6 +25,7 @@ import msgspec
 from ...errors import AddressTaken, CheckpointError, StoreError, UsageError
 from ..files.writer import sync
 from .address import SCHEMES, WRITTEN, Address, check_store, connect, is_store, parts_of, within
+from .store import LONGER
 
 POINTER = "latest.json"
 """The object that names the versions."""
@@ -96,8 +97,10 @@ def is_run(address: object, store: object = None) -> bool:
     return scheme in ("file", *SCHEMES)
 
 
-def open_run(address: str | os.PathLike[str], store: object, deadline: float, *, writes: bool = False) -> Run:
-    """The run at an address, or at a path; nothing is asked yet. The caller closes it.
+def open_run(
+    address: str | os.PathLike[str], store: object, deadline: float, *, writes: bool = False, said_by: str = "timeout"
+) -> Run:
+    """The run at an address, or at a path; nothing is asked yet. The caller closes it. ``said_by`` names the deadline.
 
     Raises:
         UsageError: it is no place of versions, or none that can be written to.
@@ -105,8 +108,9 @@ def open_run(address: str | os.PathLike[str], store: object, deadline: float, *,
     """
     check_store(store)
     text = os.fsdecode(address).rstrip("/")
+    longer = f"{said_by}=seconds waits longer"
     if is_store(store):
-        (place,) = within(store, [text], writes=writes, deadline=deadline)
+        (place,) = within(store, [text], writes=writes, deadline=deadline, longer=longer)
         return Run(_InStore(place), text, store)
     parts = None if isinstance(address, os.PathLike) else parts_of(text)
     if parts is not None and parts.scheme == "hf":
@@ -122,7 +126,8 @@ def open_run(address: str | os.PathLike[str], store: object, deadline: float, *,
         )
     assert store is None or isinstance(store, Mapping)  # by ``check_store``
     options = {"deadline": deadline, **(store or {})}
-    (place,) = connect([parts], options, writes=writes)
+    longer = LONGER if "deadline" in (store or {}) else longer
+    (place,) = connect([parts], options, writes=writes, longer=longer)
     return Run(_InStore(place), text, options)
 
 
