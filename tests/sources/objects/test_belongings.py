@@ -19,6 +19,7 @@ BESIDE = {
     "chat_template.jinja": b"{{ messages }}",
     "pytorch_model.bin": b"other weights",
     ".gitattributes": b"*.safetensors lfs",
+    "model-v2.saving.json": b"[]",  # of an upload that was killed
     "assets/vocab.txt": b"a b",
     "assets/deep/merges.txt": b"a b",
     ".cache/huggingface/x.metadata": b"",
@@ -71,6 +72,7 @@ def test_a_copy_from_a_store_is_a_copy_of_the_directory(folder, azure, tmp_path)
     assert copied("az://b/m", tmp_path / "of store") == copied(folder, tmp_path / "of disk")
     assert there(tmp_path / "of store") == there(tmp_path / "of disk")
     assert "2_Dense/model.safetensors" in there(tmp_path / "of store")
+    assert not [name for name in there(tmp_path / "of store") if "saving" in name]
 
 
 def test_a_copy_from_one_place_of_a_store_to_another(folder, azure, tmp_path):

@@ -14,9 +14,10 @@ from ...errors import CheckpointError
 # Weights, and what trainers put beside them, by their names: the copy has its own, and other formats are other weights.
 _WEIGHTS = re.compile(
     r".*\.(safetensors|bin|pt|pth|ckpt|gguf|ggml|onnx|onnx_data|h5|keras|msgpack|npz|npy|pkl|pdparams|distcp|tflite|pb|"
-    r"ot|engine|mlmodel|nemo|index\.json|incomplete|part|crdownload)|.*\.onnx[._]data.*",
+    r"ot|engine|mlmodel|nemo|index\.json|saving\.json|incomplete|part|crdownload)|.*\.onnx[._]data.*",
     re.IGNORECASE,
 )
+_OF_WEIGHTS = (".index.json", ".saving.json")  # Indexes, and journals of uploads: not worth a word.
 MODULES = "modules.json"
 """Of sentence-transformers: each module has a folder, and a dense one has weights in it."""
 
@@ -55,7 +56,7 @@ def belongings(directory: Path, weights: tuple[str, ...] = ()) -> Belongings:
             if os.path.isdir(entry.path):  # DirEntry.is_dir fails for a link that leads to itself.
                 _folder(Path(entry.path), inside, found, whole=entry.name in named)
             elif _WEIGHTS.fullmatch(entry.name):
-                if not entry.name.endswith(".index.json"):
+                if not entry.name.endswith(_OF_WEIGHTS):
                     found.left[entry.name] = "weights of another format, or of a trainer"
             elif (why := _unfit(Path(entry.path), inside)) is not None:
                 found.left[entry.name] = why
@@ -91,7 +92,7 @@ def belong(names: Iterable[str], weights: Collection[str], modules: bytes) -> tu
             left[f"{folder}/"] = f"holds weights: {holding[folder]}"
         elif slash or not _WEIGHTS.fullmatch(name):
             along.append(name)
-        elif name not in weights and not name.endswith(".index.json"):
+        elif name not in weights and not name.endswith(_OF_WEIGHTS):
             left[name] = "weights of another format, or of a trainer"
     return along, left
 
