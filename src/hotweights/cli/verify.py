@@ -44,9 +44,7 @@ def verify(
         may_write("--write", write, is_digests)
         everything = paths_from(paths, files_from, "verify")
         if write is not None and len(everything) > 1:
-            raise UsageError(
-                f"--write is for one path, and there are {len(everything)}; --json prints the same of each"
-            )
+            raise UsageError(f"--write is for one path, and there are {len(everything)}; write a file for each")
         if len(everything) != 1 or files_from is not None:
             raise typer.Exit(for_each(everything, read, as_json=as_json))
     (path,) = everything

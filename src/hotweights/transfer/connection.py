@@ -21,6 +21,10 @@ from .shared_memory import OwnSlots, ReadSlots
 from .states import Session
 from .waits import Waker, left
 
+_NO_OFFER = (
+    "the sender is there and offered nothing: it still trains, perhaps, or waits for other receivers; "
+    "offer_timeout= waits longer"
+)
 QUIET = 10.0
 """Seconds after which it is logged that no sender is there."""
 
@@ -110,7 +114,7 @@ class Connection:
         """
         deadline = time.monotonic() + seconds
         quiet = time.monotonic() + QUIET
-        self._last = "the sender offered nothing" if self.connected else "nobody listens there"
+        self._last = _NO_OFFER if self.connected else "nobody listens there"
         with self._using:
             while left(deadline):
                 try:
@@ -348,7 +352,7 @@ class Connection:
             return False
         self._channel = channel
         channel.send(Hello(os.getpid(), self._name, self._crew, bool(self._account or self._epoch)))
-        self._last = "the sender offered nothing"
+        self._last = _NO_OFFER
         return True
 
     @signals.whole  # That a slot is being filled is known by the frame that said so: it must not be lost.

@@ -28,6 +28,10 @@ from .waits import Waker, left
 
 _AT_ONCE = 16  # connections that are taken between two looks at the clock
 _LOOK = 1.0  # seconds between two looks at links to other hosts
+_NOT_THERE = (
+    "If they need longer to come, raise timeout= of the sender. If they came and gave up waiting, raise their "
+    "offer_timeout=. Else their logs say what they refused."
+)
 _SHOWN = 20  # of those that left while others were waited for
 
 
@@ -220,7 +224,7 @@ class PeerGroup:
                 gone = tuple(self._gone)
                 self._gone.clear()
                 # Who came and was refused says why. Waiting longer does not help.
-                longer = "" if gone else "If they need longer to come, raise timeout= of the sender."
+                longer = "" if gone else _NOT_THERE
                 raise TransferTimeout(f"{came}; {names}", gone, advice=longer)
             self.listen(left(deadline), beside)
 

@@ -47,9 +47,14 @@ def build(config_dir: str | os.PathLike[str], *, dtype: torch.dtype | None = Non
             f"{directory}: there is no such directory{neighbour(directory)}. Give the one with the model's "
             "config.json; a name on the hub is downloaded first: hf download ORG/NAME prints the directory"
         )
+    otherwise = (
+        "; a model of your own is made by a factory: --model package.module:factory, or hotweights.build(factory=)"
+    )
     # transformers would take the name of a directory that does not exist for a name on the hub, and fetch it.
     if not (directory / "config.json").is_file():
-        raise CheckpointError(f"{directory}: has no config.json of transformers, which says what model it is")
+        raise CheckpointError(
+            f"{directory}: has no config.json of transformers, which says what model it is{otherwise}"
+        )
     with _our_errors(directory):
         config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         make = _maker(transformers, config)
