@@ -240,8 +240,13 @@ def _blocks(runs: Sequence[Sequence[Run]]) -> Iterator[Block]:
 
 def is_fsdp(kind: type) -> bool:
     """Whether it is the class of a module for which ``fully_shard`` was called."""
-    base = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    base = _fsdp()
     return base is not None and issubclass(kind, base)
+
+
+def _fsdp() -> Any:
+    """The class that ``fully_shard`` gives modules; ``None`` where nobody has imported it."""
+    return getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
 
 
 def shards_of(module: Any) -> Iterator[tuple[torch.nn.Module, str, torch.Tensor]]:
@@ -258,9 +263,10 @@ def shards_of(module: Any) -> Iterator[tuple[torch.nn.Module, str, torch.Tensor]
 
 def reshard(modules: Iterable[torch.nn.Module]) -> None:
     """Let FSDP2 drop what it has gathered: after a write, the next forward must gather anew. It sends nothing."""
-    for module in modules:
-        if is_fsdp(type(module)):
-            module.reshard()  # type: ignore[operator]
+    base: Any = _fsdp()
+    for module in () if base is None else modules:  # Else nobody walks a model of 20,000 modules for this.
+        if isinstance(module, base):
+            module.reshard()
 
 
 def is_fsdps(hook: Any) -> bool:

@@ -51,7 +51,7 @@ def test_commands_and_flags():
     )
     assert flags("send") == shared | {
         *"--to --receivers --version --on-lost --digests --no-digests".split(),
-        *"--carrier --encrypt --keys --insecure --trace".split(),
+        *"--carrier --encrypt --keys --insecure --trace --deadline".split(),
     }
     assert flags("receive") == shared | allowing | {
         *"--from --model --device --versions --offer-timeout --keys --insecure --relay".split()
@@ -60,30 +60,28 @@ def test_commands_and_flags():
     assert flags("relay") == {*"--from --to --keys --insecure --name --timeout --help".split()}
     assert flags("keys") == {"--hosts", "--days", "--help"}
     assert flags("inspect") == {
-        *"--json --limit --reader --variant --subfolder --quiet --files-from --help".split(),
+        *"--json --limit --reader --variant --subfolder --deadline --quiet --files-from --help".split(),
     }
     assert flags("verify") == {
-        *"--json --digests --write --files-from --quiet --reader --variant --subfolder --help".split(),
+        *"--json --digests --write --files-from --quiet --reader --variant --subfolder --deadline --help".split(),
     }
-    assert flags("diff") == {"--json", "--variant", "--subfolder", "--help"}
-    assert flags("copy") == {"--json", "--shard-size", "--variant", "--subfolder", "--help"}
+    assert flags("diff") == {*"--json --variant --subfolder --deadline --help".split()}
+    assert flags("copy") == {*"--json --shard-size --variant --subfolder --deadline --help".split()}
     assert flags("convert") == {
-        *"--json --shard-size --dtype --overflow --reader --variant --subfolder --help".split(),
+        *"--json --shard-size --dtype --overflow --reader --variant --subfolder --deadline --help".split(),
     }
     assert flags("follow") == {
-        *"--versions --interval --timeout --latest --marker --pattern --json --help".split(),
+        *"--versions --interval --timeout --latest --marker --pattern --deadline --json --help".split(),
     }
     assert flags("plan") == {
         *"--model --order --explain --save --limit --fleet --json --help".split(),
         *allowing,
-        *("--variant", "--subfolder"),
+        *("--variant", "--subfolder", "--deadline"),
     }
     assert flags("load") == {
         *"--model --reader --device --dtype --io --threads".split(),
         *allowing,
-        "--variant",
-        "--subfolder",
-        *"--json --help".split(),
+        *"--variant --subfolder --deadline --json --help".split(),
     }
     assert flags("demo") == {"--help"}
     assert "Exit codes: 0 done, 1 refused, 2 wrong usage, 3 the output" in run("--help").output

@@ -295,6 +295,7 @@ class TestNothingIsLost:
         ("insecure=True goes without", "--insecure goes without"),
         ("device='cuda' is no device", "--device cuda is no device"),
         ("hotweights.open(path, digests=...)", "hotweights.open(path, digests=...)"),
+        ("deadline= is more than 0 s", "--deadline is more than 0 s"),
     ],
 )
 def test_options_are_as_they_are_typed(said, shown):

@@ -4,11 +4,13 @@ import hashlib
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from web import Web, served
 
 import hotweights as hw
 from hotweights.sources import checksums
@@ -68,15 +70,28 @@ WAYS = {
 }
 
 
+@contextmanager
+def on_disk(folder):
+    yield folder
+
+
+@contextmanager
+def on_the_web(folder):
+    pytest.importorskip("obstore")
+    with Web(served(folder)) as web:
+        yield f"{web.url}/m"
+
+
+@pytest.mark.parametrize("place", [on_disk, on_the_web], ids=lambda place: place.__name__)
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_to_read_is_checked(way, checkpoint, files, digests, tmp_path, monkeypatch):
+def test_every_way_to_read_is_checked(way, place, checkpoint, files, digests, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     read = WAYS[way]
-    with hw.open(checkpoint, digests=digests) as source:
+    with place(checkpoint) as where, hw.open(where, digests=digests) as source:
         read(source)
         read(source)  # The files are known by now.
     spoil(files[1])
-    with hw.open(checkpoint, digests=digests) as source:
+    with place(checkpoint) as where, hw.open(where, digests=digests) as source:
         with pytest.raises(hw.CheckpointError, match=r"is not what .*digests says") as caught:
             read(source)
         assert len(caught.value.problems) == 1
@@ -149,6 +164,11 @@ def test_names_that_several_files_have(tmp_path):
     (tmp_path / "pipe" / "SHA256SUMS").write_text(lines)
     for name in ("vae", "unet"):
         with hw.open(tmp_path / "pipe", subfolder=name, digests=tmp_path / "pipe" / "SHA256SUMS") as source:
+            dict(source.tensors())
+        with (
+            on_the_web(tmp_path / "pipe") as where,
+            hw.open(where, subfolder=name, digests=tmp_path / "pipe" / "SHA256SUMS") as source,
+        ):
             dict(source.tensors())
     (tmp_path / "elsewhere").write_text(lines)
     with pytest.raises(hw.CheckpointError, match="put the list into the folder that its paths begin in"):

@@ -356,3 +356,88 @@ BROKEN_FOLDERS = [
     *(there_are_no_weights, one_name_is_in_two_shards),
 ]
 """Each breaks a ``sound`` folder, so that it is refused."""
+
+
+# --- folders that are sound, and hold more, or by other names --------------------------------------------------------
+
+
+def a_whole_file_lies_beside_the_shards(folder):
+    write_safetensors(folder / "model.safetensors", TENSORS)
+
+
+def shards_of_another_number_lie_there(folder):
+    write_safetensors(folder / "model-00001-of-00002.safetensors", {"old": torch.zeros(1)})
+
+
+def an_old_index_lies_beside_a_whole_file(folder):
+    (folder / TWO).unlink()
+    write_safetensors(folder / "model.safetensors", TENSORS)
+
+
+def downloads_of_others_have_begun(folder):
+    (folder / "model-00004-of-00004.safetensors.incomplete").write_bytes(b"x")
+    (folder / "model.safetensors.tmp").write_bytes(b"x")
+
+
+def tools_have_put_things_beside(folder):
+    for name in ("adapter_model", "pytorch_lora_weights", "optimizer", "consolidated", "original/model"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        write_safetensors(folder / f"{name}.safetensors", {"other": torch.zeros(1)})
+    for name in ("._model.safetensors", ".DS_Store", "training_args.bin", "pytorch_model.bin"):
+        (folder / name).write_bytes(b"no weights")
+
+
+def the_index_is_missing(folder):
+    (folder / INDEX).unlink()
+
+
+def the_index_has_another_name(folder):
+    (folder / INDEX).rename(folder / "unet.safetensors.index.json")
+
+
+def the_index_leads_into_a_folder(folder):
+    (folder / "sub").mkdir()
+    (folder / TWO).rename(folder / "sub" / TWO)
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"] = {n: f"sub/{file}" if file == TWO else file for n, file in index["weight_map"].items()}
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def a_shard_holds_more_than_the_index_names(folder):
+    index = json.loads((folder / INDEX).read_text())
+    del index["weight_map"]["layers.1.weight"]
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def a_tensor_is_in_two_shards_and_the_index_decides(folder):
+    write_safetensors(folder / "more.safetensors", {"layers.1.weight": torch.ones(2), "more": torch.ones(1)})
+    _mapped(folder, more="more.safetensors")
+
+
+def the_config_names_the_file(folder):
+    (folder / "config.json").write_text('{"transformers_weights": "mine.safetensors"}')
+    write_safetensors(folder / "mine.safetensors", {"mine": torch.ones(2)})
+
+
+def diffusers_has_its_own_index(folder):
+    _only(folder, "diffusion_pytorch_model.safetensors", "shard.safetensors")
+    index = {"weight_map": {"weight": "shard.safetensors"}}
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def one_variant_lies_alone(folder):
+    _only(folder, "model.fp16.safetensors")
+
+
+def something_lies_alone(folder):
+    _only(folder, "v1.5-pruned.safetensors")
+
+
+ODD_FOLDERS = [
+    *(a_whole_file_lies_beside_the_shards, shards_of_another_number_lie_there, an_old_index_lies_beside_a_whole_file),
+    *(downloads_of_others_have_begun, tools_have_put_things_beside, the_index_is_missing, the_index_has_another_name),
+    *(the_index_leads_into_a_folder, a_shard_holds_more_than_the_index_names),
+    *(a_tensor_is_in_two_shards_and_the_index_decides, the_config_names_the_file, diffusers_has_its_own_index),
+    *(one_variant_lies_alone, something_lies_alone),
+]
+"""Each changes a ``sound`` folder, which is opened all the same, perhaps with a warning."""

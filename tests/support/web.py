@@ -302,6 +302,12 @@ def reset(handler, *answer):
     _break(handler)
 
 
+def silent(handler, *answer):
+    """No answer, not even its beginning."""
+    handler.server.released.wait(30)
+    _break(handler)
+
+
 def cut(part):
     """The connection ends within the body, after this part of it."""
 

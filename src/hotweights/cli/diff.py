@@ -11,6 +11,7 @@ import typer
 
 from ..text import columns, counts
 from . import flags
+from .deadline import Deadline, deadline_of
 from .outcome import ending, print_json, shown
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def diff(
     second: flags.Checkpoint,
     variant: flags.Variant = None,
     subfolder: flags.Subfolder = None,
+    deadline: Deadline = None,
     as_json: flags.Json = False,
 ) -> None:
     """Compare two checkpoints, tensor by tensor. The exit code is 0 if they are equal, 1 if they differ, 2 for trouble.
@@ -37,7 +39,7 @@ def diff(
     with ending(as_json=as_json, code=TROUBLE, about=about), ExitStack() as stack:
         from ..sources.difference import differences  # It waits for torch, which wrong usage need not.
 
-        left, right = _opened((first, second), variant, subfolder, stack)
+        left, right = _opened((first, second), variant, subfolder, deadline, stack)
         found = list(differences(left, right))
         if as_json:
             print_json({**about, "equal": not found, "differences": [each.as_dict() for each in found]})
@@ -50,16 +52,17 @@ def diff(
 
 
 def _opened(
-    paths: Sequence[str], variant: str | None, subfolder: str | None, stack: ExitStack
+    paths: Sequence[str], variant: str | None, subfolder: str | None, deadline: float | None, stack: ExitStack
 ) -> list[FileSource | DcpSource]:
     """A single file, such as a copy of the variant, has no others to choose from."""
     from ..sources.opening import open as open_source
 
+    seconds = deadline_of(deadline, paths)
     chosen = [path for path in paths if os.path.isdir(path)] or paths
     found: list[FileSource | DcpSource] = []
     for path in paths:
         choice = (variant, subfolder) if path in chosen else (None, None)
-        found.append(open_source(path, variant=choice[0], subfolder=choice[1]))
+        found.append(open_source(path, variant=choice[0], subfolder=choice[1], deadline=seconds(path)))
         stack.push(found[-1])
     return found
 

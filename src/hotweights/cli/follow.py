@@ -10,6 +10,7 @@ import typer
 from ..errors import CheckpointError
 from ..sources.follow import follow as versions_in
 from . import flags
+from .deadline import Deadline
 from .outcome import ending, shown
 
 
@@ -23,13 +24,20 @@ def follow(
     latest: Annotated[bool, typer.Option("--latest", help="Of several that are ready only the newest.")] = False,
     marker: Annotated[str | None, typer.Option(help="A file that is written last into each version.")] = None,
     pattern: Annotated[str, typer.Option(help="Which directories are versions, such as step-*.")] = "*",
+    deadline: Deadline = None,
     as_json: flags.JsonLines = False,
 ) -> None:
     """Print the name and the path of each checkpoint that appears in a directory, when it is whole."""
     with (
         ending(as_json=as_json, json_lines=True, about={"path": str(directory)}),
         versions_in(
-            directory, interval=interval, timeout=timeout, latest=latest, marker=marker, pattern=pattern
+            directory,
+            interval=interval,
+            timeout=timeout,
+            latest=latest,
+            marker=marker,
+            pattern=pattern,
+            deadline=deadline,
         ) as arriving,
     ):
         count = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -14,6 +15,7 @@ from ..sources.dcp.place import dcp_place
 from ..sources.files.listing import Listed, Listing, list_checkpoint
 from ..text import columns, counts, size
 from . import flags
+from .deadline import Deadline, deadline_of
 from .outcome import ending, print_json, shown
 from .several import for_each, paths_from
 
@@ -27,12 +29,13 @@ def inspect(
     reader: flags.Reader = "hotweights",
     variant: flags.Variant = None,
     subfolder: flags.Subfolder = None,
+    deadline: Deadline = None,
 ) -> None:
     """List the tensors of a checkpoint and check its files; of several, say a line for each. No weight is read."""
-    which = Which(reader, variant, subfolder)
     about = None if files_from is None else {"path": str(files_from)}
     with ending(as_json=as_json, json_lines=files_from is not None, about=about):
         everything = paths_from(paths, files_from, "inspect")
+        which = Which(reader, variant, subfolder, deadline_of(deadline, everything))
     if quiet or len(everything) != 1 or files_from is not None:
         with ending(as_json=as_json):
             raise typer.Exit(for_each(everything, lambda path: _of_several(path, which, quiet), as_json=as_json))
@@ -58,17 +61,18 @@ class Which(NamedTuple):
     reader: str
     variant: str | None
     subfolder: str | None
+    deadline: Callable[[str], float | None]
 
 
 def _list(path: str, which: Which) -> Listing:
-    reader, variant, subfolder = which
+    reader, variant, subfolder, deadline = which
     # Neither an address nor a hub's name: what is not there is said without torch, too.
     local = os.path.exists(path) or (":" not in path and os.path.isdir(os.path.dirname(path) or "."))
     if reader == "hotweights" and local and dcp_place(path, subfolder) is None:
         return list_checkpoint(path, variant=variant, subfolder=subfolder)
     from ..sources.opening import open as open_source  # Waits for torch, and says what a path that is none may be.
 
-    with open_source(path, reader=reader, variant=variant, subfolder=subfolder) as source:
+    with open_source(path, reader=reader, variant=variant, subfolder=subfolder, deadline=deadline(path)) as source:
         tensors = tuple(Listed(spec, source.file_of(spec.name), None) for spec in source.manifest.values())
         return Listing(source.files, source.metadata, source.warnings, tensors)
 

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from . import flags
+from .deadline import Deadline, deadline_of
 from .noise import hide_noise
 from .outcome import ending, print_json, shown
 
@@ -32,17 +33,19 @@ def load(
     allow_mismatched: flags.AllowMismatched = None,
     variant: flags.Variant = None,
     subfolder: flags.Subfolder = None,
+    deadline: Deadline = None,
     as_json: flags.Json = False,
 ) -> None:
     """Build a model from its config, load a checkpoint into it, and report. The model is thrown away."""
     with ending(as_json=as_json, about={"path": path}):
+        seconds = deadline_of(deadline, [path])
         hide_noise()
         from ..loading.load import load as load_weights  # They wait for torch, which wrong usage need not.
         from ..sources.opening import open as open_source
         from .dtype import dtype_from
         from .model import model_from
 
-        with open_source(path, reader=reader, variant=variant, subfolder=subfolder) as source:
+        with open_source(path, reader=reader, variant=variant, subfolder=subfolder, deadline=seconds(path)) as source:
             built = model_from(model, dtype_from(dtype), device=device)
             report = load_weights(
                 built,

@@ -26,12 +26,13 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _OPTIONS = (
     "variant|subfolder|reader|cast|overflow|shard_size|dtype|digests|device|threads|io|interval|timeout|offer_timeout|"
     "marker|pattern|latest|on_lost|carrier|encrypt|receivers|keys|insecure|relay|allow_missing|allow_unexpected|"
-    "allow_mismatched"
+    "allow_mismatched|deadline"
 )
 _ARGUMENT = re.compile(rf"\b({_OPTIONS})=(?:([\"'])([^\"']+)\2|True\b|torch\.(\w+)|(?=[\s;,:]|\.(?!\.)|DIR\b|$))")
 
 
 _OPENED = re.compile(r"\bhotweights\.open\(([\"'])([^\"']+)\1\)")  # To a command the path itself is given.
+_DEADLINE = re.compile(r'hotweights\.open\(address, store=\{"deadline": seconds\}\)|store=\{"deadline": seconds\}')
 _OF_OPEN = re.compile(r" of hotweights\.open, whose source load and update take,")  # A command has an option for it.
 _CALL = r"\bhotweights(?:\.\w+)+\((?:[^()]|\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\))*\)"
 _ONLY_PYTHON = r"\b(?:store|cache_dir|rename|init_missing|allow_partial|by|manifest|process|components|factory)="
@@ -137,6 +138,8 @@ def typed(text: str) -> str:
     What the command that runs has no option for is said to be Python's: nobody would find it by ``--help``.
     """
     text = _OF_OPEN.sub("", text)
+    if "--deadline" in (_options.get() or ()):
+        text = _DEADLINE.sub("--deadline SECONDS", text)
     text = _ARGUMENT.sub(_as_option, _OPENED.sub(lambda match: shlex.quote(match[2]), text))
     return text if _options.get() is None else _PYTHON.sub(lambda match: f"{match[0]} in Python", text)
 

@@ -10,6 +10,7 @@ import typer
 from ..errors import PlanFileError
 from ..text import columns
 from . import flags
+from .deadline import Deadline, deadline_of
 from .fleet import print_fleet
 from .noise import hide_noise
 from .outcome import ending, print_json
@@ -37,6 +38,7 @@ def plan(
     cast: flags.Casts = None,
     variant: flags.Variant = None,
     subfolder: flags.Subfolder = None,
+    deadline: Deadline = None,
     fleet: Annotated[
         str | None,
         typer.Option(help="Instead: what a version costs between many hosts, on paper, such as hosts=125,gbits=400."),
@@ -51,12 +53,13 @@ def plan(
         raise typer.BadParameter("a checkpoint is needed, and --model; or --fleet", param_hint="PATH")
     with ending(as_json=as_json, about={"path": path}):
         may_write("--save", save, is_plan)
+        seconds = deadline_of(deadline, [path])
         hide_noise()
         from ..sources.opening import open as open_source  # They wait for torch, which wrong usage need not.
         from ..tracing.trace import trace
         from .model import model_from
 
-        with open_source(path, variant=variant, subfolder=subfolder) as source:
+        with open_source(path, variant=variant, subfolder=subfolder, deadline=seconds(path)) as source:
             built = model_from(model)
             load_plan = trace(
                 built,

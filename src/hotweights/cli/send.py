@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from . import flags
+from .deadline import Deadline, deadline_of
 from .outcome import ending, print_json
 from .output import is_timeline, may_write
 
@@ -30,6 +31,7 @@ def send(
     ] = "control",
     keys: flags.Keys = None,
     insecure: flags.Insecure = False,
+    deadline: Deadline = None,
     trace: Annotated[
         Path | None,
         typer.Option(help="Write what the time was spent on, with a track for each host, for a trace viewer."),
@@ -43,7 +45,7 @@ def send(
 
         may_write("--trace", trace, is_timeline)
         with (
-            open_source(path) as source,
+            open_source(path, deadline=deadline_of(deadline, [path])(path)) as source,
             Sender(
                 to,
                 receivers=receivers,

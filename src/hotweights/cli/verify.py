@@ -9,6 +9,7 @@ import typer
 
 from ..errors import UsageError
 from . import flags
+from .deadline import Deadline, deadline_of
 from .outcome import ending, print_json, shown
 from .output import is_digests, may_write
 from .several import for_each, paths_from
@@ -25,6 +26,7 @@ def verify(
     reader: flags.Reader = "hotweights",
     variant: flags.Variant = None,
     subfolder: flags.Subfolder = None,
+    deadline: Deadline = None,
     as_json: flags.JsonOfSeveral = False,
 ) -> None:
     """Read every byte of checkpoints, compare them with their digests, and print the digest of all tensors of each."""
@@ -33,7 +35,9 @@ def verify(
         from ..sources.checksums import write_digests  # They wait for torch, which wrong usage need not.
         from ..sources.opening import open as open_source
 
-        with open_source(path, reader=reader, variant=variant, subfolder=subfolder, digests=digests) as source:
+        with open_source(
+            path, reader=reader, variant=variant, subfolder=subfolder, digests=digests, deadline=seconds(path)
+        ) as source:
             digest = source.digest()
         if write is not None:
             write_digests(digest, write)
@@ -43,6 +47,7 @@ def verify(
     with ending(as_json=as_json, json_lines=files_from is not None, about=about):
         may_write("--write", write, is_digests)
         everything = paths_from(paths, files_from, "verify")
+        seconds = deadline_of(deadline, everything)
         if write is not None and len(everything) > 1:
             raise UsageError(f"--write is for one path, and there are {len(everything)}; write a file for each")
         if len(everything) != 1 or files_from is not None:

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
@@ -21,10 +21,12 @@ from ..errors import CheckpointChanged, CheckpointError, Closed, UsageError
 
 if TYPE_CHECKING:  # It needs torch, and files are listed without that.
     from ..memory.digest import Digest
+    from .files.place import Readable
 
 _LINE = re.compile(r"(?P<digest>[0-9a-fA-F]{64}) [ *](?P<name>.+)")
 _TAGGED = re.compile(r"SHA256 \((?P<name>.+)\) = (?P<digest>[0-9a-fA-F]{64})")
 _PIECE = 1024 * 1024
+_OF_STORE = 32 * _PIECE  # some requests at once
 
 Digests: TypeAlias = "Callable[[threading.Event], Digest]"
 """Reads every tensor and gives their digests; ``Closed`` where the event is set meanwhile."""
@@ -38,13 +40,18 @@ class Proof:
     """
 
     def __init__(
-        self, checkpoint: str, files: Sequence[str], names: Sequence[str], checksums: Path, digests: Digests | None
+        self,
+        checkpoint: str,
+        files: Mapping[str, Readable | None],
+        names: Sequence[str],
+        checksums: Path,
+        digests: Digests | None,
     ) -> None:
         """Read the list; of the files nothing is read before ``begin``.
 
         Args:
             checkpoint: what it is called.
-            files: paths of its files; none where they are not on a disk.
+            files: paths of its files; and what reads those that are not on a disk.
             names: of its tensors.
             checksums: the file with the list.
             digests: makes the digests of its tensors; ``None`` where nobody can.
@@ -65,15 +72,10 @@ class Proof:
             problems = [f"tensor {name!r}: expected, and not there" for name in said.keys() - {*names}]
             problems += [f"tensor {name!r}: not in the list" for name in names if name not in said]
             self._work: list[Callable[[], list[str]]] = [partial(self._tensors, said, digests)]
-        elif not files:
-            raise UsageError(
-                f"{checksums} has digests of files, which are compared on a disk only; give what hotweights verify "
-                "--write makes, the digests of tensors"
-            )
         else:
             found = {file: _said_of(file, checksums, text) for file in files}
             problems = [f"{os.path.basename(file)}: not in the list" for file, said in found.items() if said is None]
-            self._work = [partial(self._file, os.path.abspath(file), said) for file, said in found.items() if said]
+            self._work = [partial(self._file, file, files[file], said) for file, said in found.items() if said]
         if problems:
             raise CheckpointError(self._title, problems, cause="digests_differ")
         self._stopped = threading.Event()
@@ -127,18 +129,28 @@ class Proof:
             ]
         return problems
 
-    def _file(self, path: str, said: str) -> list[str]:
+    def _file(self, path: str, readable: Readable | None, said: str) -> list[str]:
         digest = hashlib.sha256()
+        for piece in self._of_disk(os.path.abspath(path)) if readable is None else self._of_store(readable):
+            if self._stopped.is_set():
+                raise Closed(f"{path} was closed")
+            digest.update(piece)
+        found = digest.hexdigest()
+        return [] if found == said else [f"{os.path.basename(path)}: sha256 {said} expected, found {found}"]
+
+    def _of_disk(self, path: str) -> Iterator[bytes]:
         try:
             with open(path, "rb") as file:
                 while piece := file.read(_PIECE):
-                    if self._stopped.is_set():
-                        raise Closed(f"{path} was closed")
-                    digest.update(piece)
+                    yield piece
         except OSError as error:
             raise CheckpointChanged(f"{path}: cannot be read any more: {error.strerror}") from error
-        found = digest.hexdigest()
-        return [] if found == said else [f"{os.path.basename(path)}: sha256 {said} expected, found {found}"]
+
+    def _of_store(self, readable: Readable) -> Iterator[bytearray]:
+        for start in range(0, readable.size, _OF_STORE):
+            piece = bytearray(min(_OF_STORE, readable.size - start))
+            readable.read_into([piece], start, self._stopped.is_set)
+            yield piece
 
 
 def _text_of(path: Path) -> str:
@@ -172,6 +184,9 @@ def _said_of(file: str, checksums: Path, text: str) -> str | None:
         )
     here = os.path.abspath(file)
     paths = [digest for name, digest in said if os.path.abspath(checksums.parent / name) == here]
+    if "://" in file:  # The list lies elsewhere: the longest of its paths that the address ends with.
+        ends = [(len(name), digest) for name, digest in said if file.endswith(f"/{os.path.normpath(name)}")]
+        paths = [digest for _, digest in sorted(ends)]
     names = {digest for name, digest in said if os.path.basename(name) == os.path.basename(file)}
     if paths:
         return paths[-1]

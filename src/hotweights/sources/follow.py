@@ -9,11 +9,11 @@ from pathlib import Path
 from ..arguments import check_kind, check_path
 from ..errors import UsageError
 from .files.shards import neighbour
+from .objects.address import check_store, is_store, no_address, with_options
 from .objects.run import is_run, open_run
+from .objects.store import DEADLINE
 from .remote_versions import RemoteVersions
 from .versions import Versions
-
-_DEADLINE = 60.0  # seconds, for a store that does not answer; ``store=`` may say otherwise
 
 
 def follow(
@@ -25,6 +25,7 @@ def follow(
     marker: str | None = None,
     pattern: str = "*",
     store: object = None,
+    deadline: float | None = None,
 ) -> Versions:
     """Iterate over the checkpoints that appear in a directory, or in a store, each when its writer is done with it.
 
@@ -43,6 +44,8 @@ def follow(
         marker: name of a file that the writer writes last into each version, such as ``"DONE"``.
         pattern: which directories within this one are versions: ``"step-*"``.
         store: of an address: options, or a store of obstore, or a file system of fsspec, see ``hotweights.open``.
+        deadline: of an address: seconds in which a store must answer a look, all tries together; 60 by default. One
+            that has answered before is waited for, and a warning says so.
 
     Raises:
         UsageError: there is no such directory, or the arguments make no sense.
@@ -60,12 +63,17 @@ def follow(
     check_kind("pattern", pattern, str, 'a pattern of names, such as "step-*"')
     if store is None:
         check_path(directory)
+    check_store(store)
     options = (interval, timeout, latest, marker, pattern)
     if store is not None or is_run(os.fsdecode(directory)):
-        run = open_run(os.fsdecode(directory), store, _DEADLINE)
+        if not is_store(store):
+            with_options(store, deadline=deadline)  # It refuses what makes no sense.
+        run = open_run(os.fsdecode(directory), store, DEADLINE if deadline is None else deadline)
         if isinstance(run.where, Path):
+            no_address(deadline=deadline)
             return Versions(_there(run.where), *options)
         return RemoteVersions(run, *options)
+    no_address(deadline=deadline)
     return Versions(_there(Path(directory).expanduser()), *options)
 
 

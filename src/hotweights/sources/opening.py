@@ -25,13 +25,27 @@ from .dcp.source import DcpSource
 from .files.shards import Paths
 from .files.source import FileSource
 from .iterator import IteratorSource
-from .objects.address import SCHEMES, Parts, check_store, connect, downloaded, is_store, parts_of, within
+from .objects.address import (
+    SCHEMES,
+    Parts,
+    check_store,
+    connect,
+    downloaded,
+    is_store,
+    no_address,
+    parts_of,
+    with_options,
+    within,
+)
 from .objects.source import ObjectSource
 from .pairs import Pair
 from .readers.source import READERS, ReaderSource
 from .renamed import renamed
 from .state_dict import StateSource
 from .versions import Version
+
+# Also where a load or an update opens it, which have no option for it.
+_LONGER = 'hotweights.open(address, store={"deadline": seconds}) waits longer'
 
 AnySource = Paths | Mapping[str, torch.Tensor] | nn.Module | Source | IteratorSource
 
@@ -104,6 +118,9 @@ def open(
     variant: str | None = ...,
     subfolder: str | None = ...,
     digests: str | os.PathLike[str] | None = ...,
+    store: object = ...,
+    deadline: float | None = ...,
+    cache_dir: str | os.PathLike[str] | None = ...,
 ) -> FileSource | DcpSource: ...
 @overload
 def open(
@@ -113,6 +130,9 @@ def open(
     variant: str | None = ...,
     subfolder: str | None = ...,
     digests: str | os.PathLike[str] | None = ...,
+    store: object = ...,
+    deadline: float | None = ...,
+    cache_dir: str | os.PathLike[str] | None = ...,
 ) -> FileSource | DcpSource | ReaderSource: ...
 @overload
 def open(what: Mapping[str, torch.Tensor] | torch.nn.Module, *, gather: bool = ...) -> StateSource: ...
@@ -123,6 +143,9 @@ def open(
     variant: str | None = ...,
     subfolder: str | None = ...,
     digests: str | os.PathLike[str] | None = ...,
+    store: object = ...,
+    deadline: float | None = ...,
+    cache_dir: str | os.PathLike[str] | None = ...,
 ) -> FileSource | DcpSource | StateSource: ...
 @overload
 def open(
@@ -134,6 +157,9 @@ def open(
     subfolder: str | None = ...,
     gather: bool = ...,
     digests: str | os.PathLike[str] | None = ...,
+    store: object = ...,
+    deadline: float | None = ...,
+    cache_dir: str | os.PathLike[str] | None = ...,
 ) -> Source: ...
 def open(
     what: Paths | Mapping[str, torch.Tensor] | torch.nn.Module,
@@ -145,6 +171,7 @@ def open(
     gather: bool = False,
     digests: str | os.PathLike[str] | None = None,
     store: object = None,
+    deadline: float | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> Source:
     """Open a source of weights. The caller closes it; use it in a ``with``.
@@ -171,6 +198,8 @@ def open(
         store: of an address: options of the store, such as ``{"endpoint": "http://localhost:9000"}``, of its client,
             and ``"deadline"`` and ``"requests"``. By default the variables that the cloud's own tools read. Or a store
             of obstore, or a file system of fsspec, in which the path lies; it stays yours, and open.
+        deadline: of an address: seconds in which something of each request must come, all tries together; 60 by
+            default.
         cache_dir: of an address: a directory of this host in which processes share what they read, so that each byte
             comes once; 100 GB at most, or ``store={"cache_nbytes": …}``.
 
@@ -180,7 +209,7 @@ def open(
         MissingPackage: the reader's package is not installed.
         UsageError: ``what`` is nothing of these; or ``variant`` or ``subfolder`` is given where no directory is.
     """
-    source = _opened(what, reader, variant, subfolder, gather, digests, store, cache_dir)
+    source = _opened(what, reader, variant, subfolder, gather, digests, store, deadline, cache_dir)
     if rename is None:
         return source
     try:
@@ -199,6 +228,7 @@ def _opened(
     gather: bool,
     digests: str | os.PathLike[str] | None,
     store: object,
+    deadline: float | None,
     cache_dir: str | os.PathLike[str] | None,
 ) -> FileSource | DcpSource | ReaderSource | StateSource:
     if isinstance(what, Version):  # A tuple, but no list of paths.
@@ -220,13 +250,16 @@ def _opened(
             if reader != "hotweights":
                 raise UsageError(f"the reader {reader!r} reads files, no stores; leave reader= out for {paths[0]}")
             if addresses and addresses[0].scheme == "hf":
-                found = downloaded(addresses, store, variant, subfolder)
+                found = downloaded(addresses, with_options(store, deadline=deadline), variant, subfolder)
                 if found is not None:
                     return FileSource(found if len(found) > 1 else found[0], variant=variant, digests=digests)
-            cache = None if cache_dir is None else {"cache_dir": cache_dir}
-            places = within(store, paths, cache) if is_store(store) else connect(addresses, _with(store, cache))
+            if is_store(store):
+                places = within(store, paths, deadline=deadline, cache_dir=cache_dir)
+            else:
+                options = with_options(store, deadline=deadline, cache_dir=cache_dir)
+                places = connect(addresses, options, longer=_LONGER)
             return ObjectSource(places, variant=variant, subfolder=subfolder, digests=digests)
-        _no_store(store, cache_dir)
+        no_address(store=store, deadline=deadline, cache_dir=cache_dir)
         for path in paths:
             check_path(path)
         if isinstance(what, (str, os.PathLike)):
@@ -240,7 +273,7 @@ def _opened(
                 return DcpSource(place, digests)
             return FileSource(what, variant=variant, subfolder=subfolder, digests=digests)
         return ReaderSource(what, reader, variant=variant, subfolder=subfolder, digests=digests)
-    _no_store(store, cache_dir)
+    no_address(store=store, deadline=deadline, cache_dir=cache_dir)
     if (variant, subfolder) != (None, None):
         raise _no_directory(what)
     if digests is not None:
@@ -260,11 +293,6 @@ def _opened(
     )
 
 
-def _with(options: object, more: Mapping[str, object] | None) -> object:
-    assert options is None or isinstance(options, Mapping)  # by ``check_store``
-    return options if more is None else {**(options or {}), **more}
-
-
 def _no_directory(what: object) -> UsageError:
     return UsageError(
         f"variant= and subfolder= choose among the files of a directory; this is a {type(what).__name__}; leave them "
@@ -275,13 +303,6 @@ def _no_directory(what: object) -> UsageError:
 def _no_files(what: object) -> UsageError:
     cure = "open it with hotweights.open(path, digests=...)" if isinstance(what, Source) else "leave it out"
     return UsageError(f"digests= says what files hold; this is a {type(what).__name__}; {cure}")
-
-
-def _no_store(store: object, cache_dir: object) -> None:
-    if cache_dir is not None:
-        raise UsageError("cache_dir= is for addresses, such as s3://bucket/model; leave it out")
-    if store is not None:
-        raise UsageError("store= is for addresses, such as s3://bucket/model; leave it out")
 
 
 def _addresses(texts: Sequence[str]) -> list[Parts]:

@@ -27,7 +27,17 @@ from .files.staging import Beside, Staging
 from .files.writer import Writer, unwritable
 from .iterator import from_iterator
 from .narrowing import Narrowing, Overflow
-from .objects.address import WRITTEN, Address, check_store, connect, is_store, parts_of, within
+from .objects.address import (
+    WRITTEN,
+    Address,
+    check_store,
+    connect,
+    is_store,
+    no_address,
+    parts_of,
+    with_options,
+    within,
+)
 from .objects.upload import Upload
 from .opening import AnySource, is_pairs, opened
 from .pairs import Pair
@@ -93,6 +103,7 @@ def save(
     metadata: Mapping[str, str] | None = None,
     beside: Beside = (),
     store: object = None,
+    deadline: float | None = None,
 ) -> SaveReport:
     """Save tensors as safetensors: all of them, or nothing. One tensor is in memory at a time besides the source's own.
 
@@ -114,13 +125,14 @@ def save(
             there, which may be ``"folder/name"``, to files. A new directory appears with them; in one that exists they
             follow the weights, and no other content of a file in a folder is replaced.
         store: of an address: options, or a store of obstore, see ``hotweights.open``.
+        deadline: of an address: seconds in which a store must answer, all tries together; 60 by default.
 
     Raises:
         SaveError: the format cannot hold a tensor, or the files cannot be written.
         UsageError: the arguments make no sense together.
     """
     began = time.perf_counter()
-    with _placed(where, store) as place:
+    with _placed(where, store, deadline) as place:
         return _save(what, place, shard_size, _narrowing(dtype, overflow), metadata, beside, began)
 
 
@@ -224,7 +236,7 @@ def _is_utf8(text: str) -> bool:
 
 
 @contextmanager
-def _placed(where: str | os.PathLike[str], store: object) -> Iterator[Path | Address]:
+def _placed(where: str | os.PathLike[str], store: object, deadline: float | None) -> Iterator[Path | Address]:
     if isinstance(where, Address):  # Its store is the caller's.
         yield where
         return
@@ -234,15 +246,14 @@ def _placed(where: str | os.PathLike[str], store: object) -> Iterator[Path | Add
     check_store(store)
     parts = parts_of(text)
     if is_store(store):
-        (address,) = within(store, [text], writes=True)
+        (address,) = within(store, [text], writes=True, deadline=deadline)
         try:
             yield address
         finally:
             address.store.close()
         return
     if parts is None:
-        if store is not None:
-            raise UsageError("store= is for addresses, such as s3://bucket/model; leave it out")
+        no_address(store=store, deadline=deadline)
         check_path(text)
         yield Path(text).expanduser()
         return
@@ -251,7 +262,7 @@ def _placed(where: str | os.PathLike[str], store: object) -> Iterator[Path | Add
             f"{parts.shown}/...: addresses that can be written to begin with "
             f"{', '.join(f'{name}://' for name in WRITTEN)}; save to a directory, and upload that"
         )
-    (address,) = connect([parts], store, writes=True)
+    (address,) = connect([parts], with_options(store, deadline=deadline), writes=True)
     try:
         yield address
     finally:

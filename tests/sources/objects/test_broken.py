@@ -3,12 +3,14 @@
 import re
 
 import pytest
-from broken_files import BROKEN_FILES, BROKEN_FOLDERS, INDEX, LYING_INDEXES, TENSORS, sound
+import torch
+from broken_files import BROKEN_FILES, BROKEN_FOLDERS, INDEX, LYING_INDEXES, ODD_FOLDERS, TENSORS, sound
 from web import Bucket, served
 
 import hotweights as hw
 from hotweights.errors import CheckpointError
 from hotweights.testing import assert_same_bits
+from hotweights.testing.checkpoints import write_safetensors
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +71,39 @@ def test_an_index_that_lies_is_refused_as_the_file_is(bucket, tmp_path, case):
 def test_a_folder_is_refused_as_the_directory_is(bucket, tmp_path, breaks):
     breaks(sound(tmp_path))
     assert "s3://b/m" in assert_refused_as_files_are(bucket, tmp_path)
+
+
+@pytest.mark.parametrize("change", ODD_FOLDERS, ids=lambda change: change.__name__)
+def test_a_folder_is_opened_as_the_directory_is(bucket, tmp_path, change):
+    change(sound(tmp_path))
+    bucket.files = served(tmp_path)
+    with hw.open("s3://b/m", store=bucket.options) as of_store, hw.open(tmp_path) as of_files:
+        assert list(of_store.files) == [in_store(file, tmp_path) for file in of_files.files]
+        assert list(of_store.warnings) == [in_store(warning, tmp_path) for warning in of_files.warnings]
+        assert_same_bits(dict(of_store.tensors()), dict(of_files.tensors()))
+
+
+@pytest.mark.parametrize("names", [["a", "b"], ["a", "absent"], ["a", "broken"], ["a", "a"], ["sub/a", "a"]], ids=str)
+def test_a_list_is_refused_or_opened_as_that_of_files_is(bucket, tmp_path, names):
+    (tmp_path / "sub").mkdir()
+    for name in ("a", "b", "sub/a"):
+        write_safetensors(tmp_path / f"{name}.safetensors", {"w": torch.ones(2), name: torch.empty(0)})
+    (tmp_path / "broken.safetensors").write_bytes(b"<html>")
+    bucket.files = served(tmp_path)
+
+    def said(where, **options):
+        try:
+            with hw.open([f"{where}/{name}.safetensors" for name in names], **options) as source:
+                return list(source.files)
+        except CheckpointError as error:
+            return [str(error).partition("\n")[0], *error.problems]
+
+    of_store = said("s3://b/m", store={**bucket.options, "deadline": 5})
+    if "absent" in names:
+        assert "s3://b/m/absent.safetensors: there is no such object" in of_store[-1]
+    else:
+        assert of_store == [in_store(text, tmp_path) for text in said(tmp_path)]
+    assert len(names) != len(set(names)) or len(of_store) > 1
 
 
 @pytest.mark.parametrize("page", [1, 2, 1000])

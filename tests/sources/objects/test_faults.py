@@ -81,7 +81,7 @@ def test_a_second_try_goes_on_where_the_first_ended(serve, checkpoint):
 def hurried(monkeypatch, step):
     """A clock that goes on by so much with each look at it: what is late does not depend on the machine."""
     clock = itertools.count(0, step)
-    monkeypatch.setattr(import_module("hotweights.sources.objects.store"), "_now", lambda: next(clock))
+    monkeypatch.setattr(import_module("hotweights.sources.objects.tries"), "_now", lambda: next(clock))
     return clock
 
 

@@ -19,7 +19,7 @@ def store(monkeypatch):
     """A store of obstore in memory, which every address leads to, too."""
     memory = pytest.importorskip("obstore").store.MemoryStore()
     address = import_module("hotweights.sources.objects.address")
-    monkeypatch.setattr(address, "_package_store", lambda *options: memory)
+    monkeypatch.setattr(address, "package_store", lambda *options: memory)
     return memory
 
 

@@ -98,7 +98,7 @@ def test_no_fault_tells_a_secret(place, start, monkeypatch, caplog, recwarn):
         errors.append(error.value)
 
     clock = itertools.count(0, 30)
-    monkeypatch.setattr(import_module("hotweights.sources.objects.store"), "_now", lambda: next(clock))
+    monkeypatch.setattr(import_module("hotweights.sources.objects.tries"), "_now", lambda: next(clock))
     store = {**options, "deadline": 100}
     with hw.open(address, store=store) as source:
         told = [repr(source), source.path, *source.files, repr(source._store)]
@@ -109,7 +109,7 @@ def test_no_fault_tells_a_secret(place, start, monkeypatch, caplog, recwarn):
         proxy.always = fault
         fails(lambda: hw.open(address, store=store))
     if not address.startswith(("http", "hf")):
-        monkeypatch.setattr("hotweights.sources.objects.address._RETRIES", 0)
+        monkeypatch.setattr("hotweights.sources.objects.client._RETRIES", 0)
         for fault in ("403", "404", "500", "a reset"):
             proxy.always = FAULTS[fault]
             fails(lambda: hw.save({"a": torch.arange(9)}, f"{address}/new", store=store))

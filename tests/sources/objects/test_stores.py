@@ -10,9 +10,10 @@ import urllib.request
 import pytest
 import torch
 from torch import nn
-from web import Proxy, cut, reset, status
+from web import Proxy, cut, reset, silent, status
 
 import hotweights as hw
+from hotweights.sources.objects.address import connect, parts_of
 from hotweights.testing import write_checkpoint
 from hotweights.testing.checks import assert_same_bits
 
@@ -101,6 +102,66 @@ def test_s3_through_faults(moto, bucket, tmp_path, fault):
             proxy.faults.append(fault)
             assert_same_bits(dict(source.tensors()), TENSORS)
         assert not proxy.faults
+
+
+LARGE = {"a": torch.arange(1_200_000, dtype=torch.int64)}  # More than goes into one request.
+
+
+@pytest.fixture
+def of_parts():
+    """A fault for parts of a large object only, once or for ever; and how often a part was sent."""
+
+    def fault(handler, *answer):
+        if "partNumber=" not in handler.path:
+            return answer
+        fault.parts += 1
+        return silent(handler) if fault.parts <= fault.silent else answer
+
+    fault.parts = 0
+    return fault
+
+
+def test_a_part_that_stalls_is_sent_again_within_the_deadline(moto, bucket, of_parts):
+    with Proxy(moto) as proxy:
+        of_parts.silent, proxy.always_of_writes = 1, of_parts
+        hw.save(LARGE, f"s3://{bucket}/m", store={"endpoint": proxy.url, "deadline": 6})
+    assert of_parts.parts == 3
+    with hw.open(f"s3://{bucket}/m") as source:
+        assert_same_bits(dict(source.tensors()), LARGE)
+
+
+def test_parts_that_go_on_stalling_are_one_error_and_nothing_is_there(moto, bucket, of_parts):
+    with Proxy(moto) as proxy:
+        of_parts.silent, proxy.always_of_writes = 100, of_parts
+        refused = pytest.raises(hw.SaveError, match=r"nothing was saved: the store said: nothing came \(\d+ tries\)")
+        with refused as error:
+            hw.save(LARGE, f"s3://{bucket}/m", store={"endpoint": proxy.url}, deadline=1)
+    assert 'store={"deadline": seconds} waits longer' in str(error.value)
+    with pytest.raises(hw.CheckpointError, match="it is empty"):
+        hw.open(f"s3://{bucket}/m")
+
+
+@pytest.mark.parametrize(
+    ("deadline", "writing", "reading", "uploads"), [(10, "4s 500ms", "30s", 1), (600, "4m 30s", "10m", 8)]
+)
+def test_the_client_waits_for_one_request_as_the_deadline_allows(bucket, deadline, writing, reading, uploads):
+    address = parts_of(f"s3://{bucket}/m")
+    (place,) = connect([address], {"deadline": deadline}, writes=True)
+    place.store.close()
+    service = place.store._service
+    assert service._writing.client_options["timeout"] == writing
+    assert service._store.client_options["timeout"] == reading
+    assert service._uploads == uploads
+
+
+def test_options_do_not_hide_what_variables_say_of_the_client(moto, bucket, monkeypatch):
+    """The endpoint, and that it may be without encryption, are variables."""
+    hw.save(TENSORS, f"s3://{bucket}/m", store={"user_agent": "mine"})
+    with hw.open(f"s3://{bucket}/m", store={"user_agent": "mine"}) as source:
+        assert_same_bits(dict(source.tensors()), TENSORS)
+    monkeypatch.setenv("AWS_PROXY_URL", "http://127.0.0.1:1")
+    with pytest.raises(hw.StoreError, match="the connection was refused"):
+        hw.open(f"s3://{bucket}/m", deadline=0.3)
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ class Memory:
         address, service = (import_module(f"hotweights.sources.objects.{name}") for name in ("address", "service"))
         self.obstore, self.store = obstore, obstore.store.MemoryStore()
         self.done, self.before = [], {}
-        monkeypatch.setattr(address, "_package_store", lambda *options: self.store)
+        monkeypatch.setattr(address, "package_store", lambda *options: self.store)
         for what in ("put", "delete"):
             monkeypatch.setattr(service.Obstore, what, self.noting(what, getattr(service.Obstore, what)))
 
@@ -137,7 +137,7 @@ def test_an_upload_that_fails_leaves_what_was_there(memory):
     with pytest.raises(
         hw.SaveError, match=r"model-v2-00002.*nothing was saved: the store said: the connection"
     ) as error:
-        hw.save(NEW, ADDRESS, shard_size=800)
+        hw.save(NEW, ADDRESS, shard_size=800, deadline=0.2)
     assert "secret" not in str(error.value)
     assert memory.names() >= before
     assert_same_bits(read(), OLD)
@@ -242,7 +242,7 @@ def test_what_fails_when_the_new_version_is_in_its_place_is_a_warning(memory):
         raise ConnectionError
 
     memory.before["delete", "run/model-00001-of-00002.safetensors"] = fails
-    report = hw.save(NEW, ADDRESS, shard_size=800)
+    report = hw.save(NEW, ADDRESS, shard_size=800, deadline=0.2)
     assert "model-00001-of-00002.safetensors: the new version is complete, but then this failed" in report.warnings[0]
     assert_same_bits(read(), NEW)
 

@@ -62,7 +62,9 @@ class DcpSource(ClosedByOwner):
         with ExitStack() as undo:
             self._open(place, undo)
             if digests is not None:
-                self._proof = Proof(self.path, self.files, [*self._manifest], Path(digests), self._digests)
+                self._proof = Proof(
+                    self.path, dict.fromkeys(self.files), [*self._manifest], Path(digests), self._digests
+                )
             undo.pop_all()
         self._closed = False
 

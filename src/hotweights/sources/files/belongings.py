@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +17,8 @@ _WEIGHTS = re.compile(
     r"ot|engine|mlmodel|nemo|index\.json|incomplete|part|crdownload)|.*\.onnx[._]data.*",
     re.IGNORECASE,
 )
-_MODULES = "modules.json"  # of sentence-transformers: each module has a folder, and a dense one has weights in it
+MODULES = "modules.json"
+"""Of sentence-transformers: each module has a folder, and a dense one has weights in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,34 @@ def belongings(directory: Path, weights: tuple[str, ...] = ()) -> Belongings:
             f"{error.filename or directory}: cannot be listed: {error.strerror}", cause="cannot_open"
         ) from error
     return found
+
+
+def belong(names: Iterable[str], weights: Collection[str], modules: bytes) -> tuple[list[str], dict[str, str]]:
+    """The same of a place that has no links: which of its files go along, and what does not, and why.
+
+    Args:
+        names: all files there, those in folders by ``folder/name``.
+        weights: those that are read.
+        modules: what ``modules.json`` holds, or nothing.
+    """
+    along: list[str] = []
+    left: dict[str, str] = {}
+    named = _modules_in(modules)
+    seen = [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
+    holding: dict[str, str] = {}  # folders, and the weights that they hold
+    for name in sorted(seen):
+        folder, slash, rest = name.partition("/")
+        if slash and folder not in named and _WEIGHTS.fullmatch(os.path.basename(name)):
+            holding.setdefault(folder, rest)
+    for name in sorted(seen):
+        folder, slash, _ = name.partition("/")
+        if slash and folder in holding:
+            left[f"{folder}/"] = f"holds weights: {holding[folder]}"
+        elif slash or not _WEIGHTS.fullmatch(name):
+            along.append(name)
+        elif name not in weights and not name.endswith(".index.json"):
+            left[name] = "weights of another format, or of a trainer"
+    return along, left
 
 
 def _folder(folder: Path, inside: tuple[str, ...], found: Belongings, *, whole: bool) -> None:
@@ -121,7 +150,13 @@ def _inside(directory: Path) -> tuple[str, ...]:
 def _modules(directory: Path) -> set[str]:
     """The folders that a ``modules.json`` names."""
     try:
-        modules = json.loads((directory / _MODULES).read_bytes())
-        return {module["path"] for module in modules if isinstance(module["path"], str)}
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return _modules_in((directory / MODULES).read_bytes())
+    except OSError:
+        return set()
+
+
+def _modules_in(content: bytes) -> set[str]:
+    try:
+        return {module["path"] for module in json.loads(content) if isinstance(module["path"], str)}
+    except (ValueError, TypeError, KeyError, RecursionError):
         return set()

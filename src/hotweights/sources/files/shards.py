@@ -75,7 +75,7 @@ class Checkpoint:
         if checksums is None:
             return self
         try:
-            files = [shard.file.path for shard in self.shards if isinstance(shard.file, File)]
+            files = {shard.file.path: None if isinstance(shard.file, File) else shard.file for shard in self.shards}
             names = [entry.spec.name for shard in self.shards for entry in shard.header.entries]
             return replace(self, proof=Proof(path, files, names, Path(checksums), digests))
         except BaseException:

@@ -6,23 +6,23 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from ...arguments import check_count, check_kind, check_seconds, shown
-from ...errors import MissingPackage, StoreError, UsageError
+from ...errors import StoreError, UsageError
 from ...notices import log
 from ..files.place import Remote
 from .cache import LIMIT, Cache
+from .client import OF_CLIENT, package_store
 from .filesystem import Filesystem
 from .hub import OPTIONS as HUB_OPTIONS
 from .hub import Hub, offline, repository
 from .hub_cache import HubCache
 from .object import Object
-from .service import Obstore, Service
-from .store import Store
+from .service import UPLOAD_PART, Obstore, Service
+from .store import DEADLINE, LONGER, SLOWEST, Store
 
 SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "abfss", "http", "https", "hf")
 """What addresses of stores begin with."""
@@ -34,7 +34,6 @@ _BARE = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(/{0,3})")
 _AT = ("abfs", "abfss", "hf")  # where no user stands before that sign
 _OBJECTS = (".safetensors", ".json", ".bin", ".pt", ".pth")  # How the names of objects end; others are directories.
 _OURS = ("deadline", "requests", "cache_dir", "cache_nbytes")
-_ENDPOINTS = ("endpoint", "endpoint_url", "base_url")  # how the options end that name a server
 _WEB_LOGIN = 'give what the server asks for as store={"default_headers": {"Authorization": "Bearer TOKEN"}}'
 _S3_LOGIN = (
     "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for a bucket that everybody may read. "
@@ -53,13 +52,6 @@ _LOGIN = {
     "hf": "set HF_TOKEN, or run `hf auth login`; gated models are granted on their pages",
 }
 """What to do where a store refuses the credentials, by scheme."""
-_RETRIES = 100  # of the package itself, where it writes: until the deadline
-_OF_CLIENT = """
-allow_http allow_invalid_certificates connect_timeout default_headers http1_only http2_only pool_idle_timeout
-pool_max_idle_per_host proxy_url timeout read_timeout http2_keep_alive_interval http2_keep_alive_timeout
-http2_keep_alive_while_idle default_content_type randomize_addresses
-proxy_ca_certificate proxy_excludes root_certificate user_agent
-""".split()
 
 
 class Parts(NamedTuple):
@@ -92,6 +84,17 @@ def parts_of(text: str) -> Parts | None:
     return Parts(scheme, host, key)
 
 
+def is_address(text: str) -> bool:
+    """Whether it leads to a store, the web or a hub."""
+    parts = parts_of(text)
+    return parts is not None and parts.scheme in SCHEMES
+
+
+def names_a_folder(text: str) -> bool:
+    """Whether it is an address, and not that of one object."""
+    return is_address(text) and not text.endswith(_OBJECTS)
+
+
 def _refuse_bare(text: str) -> None:
     """Refuse a scheme alone: without what follows it, it would be looked for as a file."""
     match = _BARE.fullmatch(text)
@@ -103,10 +106,12 @@ def _refuse_bare(text: str) -> None:
         raise UsageError(f"{match[1]}://: the address ends after its scheme; is a variable not set? Give {cure}")
 
 
-def connect(addresses: Sequence[Parts], options: object, *, writes: bool = False) -> list[Address]:
+def connect(
+    addresses: Sequence[Parts], options: object, *, writes: bool = False, longer: str = LONGER
+) -> list[Address]:
     """A connection to the store of these addresses. Nothing is asked yet. The caller closes their ``store``.
 
-    With ``writes`` the package itself tries requests again: what is written cannot go on where a try ended.
+    With ``writes`` the package itself tries again what is written: a part of an object is known to it alone.
 
     Raises:
         MissingPackage: ``obstore`` is not installed.
@@ -118,13 +123,20 @@ def connect(addresses: Sequence[Parts], options: object, *, writes: bool = False
     check_seconds(**{f'store={{"{name}"}}': value for name, value in ours.items() if name == "deadline"})
     check_count(1, **{f'store={{"{name}"}}': value for name, value in ours.items() if name == "requests"})
     keys = [_key(parts) for parts in addresses]
+    deadline = ours.get("deadline", DEADLINE)
     cache = cache_of(ours.pop("cache_dir", None), ours.pop("cache_nbytes", None))
     service: Service
     if addresses[0].scheme == "hf":
-        service = _hub(addresses[0], options)
+        service = _hub(addresses[0], options, deadline)
     else:
-        service = Obstore(_package_store(addresses[0], options, ours.get("deadline", 60.0) if writes else None))
-    store = Store(service, addresses[0].shown, login=_LOGIN[addresses[0].scheme], **ours)
+        # So few parts are on their way that a slow link is done with each before it counts as stalled.
+        uploads = max(1, min(8, int(deadline * SLOWEST / UPLOAD_PART)))
+        url = f"{addresses[0].scheme}://{addresses[0].host}"
+        reading, writing = (
+            package_store(url, addresses[0].shown, dict(options), deadline, each) for each in (False, writes)
+        )
+        service = Obstore(reading, writing, uploads)
+    store = Store(service, addresses[0].shown, login=_LOGIN[addresses[0].scheme], longer=longer, **ours)
     store.cache = cache
     return [Address(store, key) for key in keys]
 
@@ -190,16 +202,15 @@ def _commit(parts: Parts, options: object) -> str | None:
     return hub.commit
 
 
-def _hub(parts: Parts, options: dict[str, Any]) -> Hub:
+def _hub(parts: Parts, options: dict[str, Any], deadline: float = DEADLINE) -> Hub:
     of_hub = {name: options.pop(name) for name in HUB_OPTIONS if name in options}
 
     def open_store(base: str, headers: dict[str, str]) -> Any:
         given = {**headers, **options.get("default_headers", {})}
-        scheme, _, host = base.partition("://")
         headed = {**options, "default_headers": given} if given else dict(options)
-        return _package_store(Parts(scheme, host, ""), headed, None)
+        return package_store(base, parts.shown, headed, deadline, False)
 
-    if unknown := options.keys() - {*_OF_CLIENT}:
+    if unknown := options.keys() - {*OF_CLIENT}:
         raise UsageError(f"{parts.shown}: store= has options that a hub does not know: {', '.join(sorted(unknown))}")
     return Hub(repository(parts.host)[0], of_hub, open_store)
 
@@ -213,44 +224,6 @@ def _key(parts: Parts) -> str:
             "only, and is often a secret; download the object, and give its path"
         )
     return unquote(parts.key).strip("/")
-
-
-def _package_store(parts: Parts, options: dict[str, object], retries: float | None) -> Any:
-    try:
-        import obstore  # noqa: F401  # First: where it is not, the error names it.
-        from obstore.store import HTTPStore, from_url
-    except ModuleNotFoundError as error:
-        if error.name != "obstore":
-            raise
-        raise MissingPackage("obstore", "cloud") from error
-    client = {name: options.pop(name) for name in _OF_CLIENT if name in options}
-    endpoints = [str(value) for name, value in options.items() if name.lower().endswith(_ENDPOINTS)]
-    if parts.scheme == "http" or any(value.startswith("http://") for value in endpoints):
-        client.setdefault("allow_http", True)  # It is written out.
-    limits: dict[str, Any] = {"retry_config": {"max_retries": 0}}  # ``Store`` tries again, and counts.
-    if retries is not None:
-        # They end before the deadline: the last answer says more than that none came in time.
-        pause = {"init_backoff": timedelta(seconds=0.05), "max_backoff": timedelta(seconds=max(0.1, retries / 10))}
-        until = timedelta(seconds=0.7 * retries)
-        limits = {"retry_config": {"max_retries": _RETRIES, "retry_timeout": until, "backoff": {**pause, "base": 2}}}
-    if client:  # Else not: these replace all that variables such as AWS_ALLOW_HTTP say.
-        limits["client_options"] = client
-    url, problem = f"{parts.scheme}://{parts.host}", ""
-    try:
-        if parts.scheme.startswith("http"):
-            if options:
-                raise UsageError(f"{parts.shown}: store= has options that the web does not know: {', '.join(options)}")
-            return HTTPStore(url, **limits)
-        return from_url(url, config=options, **limits)
-    except UsageError:
-        raise
-    except Exception as error:  # Its text may quote a secret.
-        unknown = re.search(r"'(\w+)' is not", str(error)) if "Unknown" in type(error).__name__ else None
-        problem = f"there is no option {unknown[1]!r}" if unknown else f"{type(error).__name__} by obstore"
-        if "Account must be specified" in str(error):
-            problem = 'its account is not known: set AZURE_STORAGE_ACCOUNT_NAME, or store={"account_name": name}'
-    given = f"; store= has {', '.join(sorted([*options, *client]))}" if options or client else ""
-    raise UsageError(f"{parts.shown}: this store cannot be used: {problem}{given}")
 
 
 class Address(Remote):
@@ -328,23 +301,53 @@ def is_store(store: object) -> bool:
     return _of(store, "obstore") or _of(store, "fsspec")
 
 
+def no_address(**options: object) -> None:
+    """Raise ``UsageError`` if an option is given that only addresses have."""
+    for name, value in options.items():
+        if value is not None:
+            raise UsageError(f"{name}= is for addresses, such as s3://bucket/model; leave it out")
+
+
+def with_options(store: object, *, deadline: float | None = None, **more: object) -> object:
+    """Options, with those besides that are not ``None``.
+
+    Raises:
+        UsageError: one is said twice.
+    """
+    assert store is None or isinstance(store, Mapping)  # by ``check_store``
+    said = {name: value for name, value in {"deadline": deadline, **more}.items() if value is not None}
+    if twice := said.keys() & (store or {}).keys():
+        name = min(twice)
+        raise UsageError(f'{name}= and store={{"{name}"}}: one of them')
+    if deadline is not None:
+        check_seconds(deadline=deadline)
+    return {**(store or {}), **said} if said else store
+
+
 def within(
-    store: object, paths: Iterable[str], options: Mapping[str, object] | None = None, *, writes: bool = False
+    store: object,
+    paths: Iterable[str],
+    *,
+    writes: bool = False,
+    deadline: float | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
 ) -> list[Address]:
     """Places in a store of the caller's, which stays open. The caller closes their ``store``.
 
     Raises:
         UsageError: it is to be written to, and is a file system.
     """
-    if not _of(store, "obstore"):
+    deadline = DEADLINE if deadline is None else deadline
+    check_seconds(deadline=deadline)
+    service: Service = Obstore(store) if _of(store, "obstore") else Filesystem(store)
+    shown = type(store).__name__
+    if isinstance(service, Filesystem):
         if writes:
             raise UsageError("file systems of fsspec are only read; save to a directory, and upload that")
         protocol = getattr(store, "protocol", "")
-        name = protocol if isinstance(protocol, str) else protocol[0]
-        mine = Store(Filesystem(store), f"{name}:/")
-    else:
-        mine = Store(Obstore(store), type(store).__name__)
-    mine.cache = cache_of((options or {}).get("cache_dir"), None)
+        shown = f"{protocol if isinstance(protocol, str) else protocol[0]}:/"
+    mine = Store(service, shown, deadline=deadline, longer="deadline=seconds waits longer")
+    mine.cache = cache_of(cache_dir, None)
     return [Address(mine, path.strip("/")) for path in paths]
 
 

@@ -49,7 +49,11 @@ class Filesystem:
         start = str(self._files._strip_protocol(key)).rstrip("/")
         return {path[len(start) :].lstrip("/"): _pin_of(said) for path, said in found.items()}
 
-    async def put(self, key: str, content: Path | bytes, mode: object) -> dict[str, str]:
+    async def tree(self, key: str) -> list[str]:
+        """See ``Service``."""
+        return list(await self.below(key))
+
+    async def put(self, key: str, content: Path | bytes, mode: object) -> None:
         """See ``Service``."""
         raise NotImplementedError
 

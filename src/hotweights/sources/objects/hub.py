@@ -97,7 +97,13 @@ class Hub:
         """See ``Service``."""
         raise UsageError(f"{self._which.shown}: a commit never changes; open it, or another revision, by its address")
 
-    async def put(self, key: str, content: Path | bytes, mode: object) -> dict[str, str]:
+    async def tree(self, key: str) -> list[str]:
+        """See ``Service``."""
+        start = f"{key}/" if key else ""
+        _, names = await self._files()
+        return sorted(name[len(start) :] for name in names if name.startswith(start))
+
+    async def put(self, key: str, content: Path | bytes, mode: object) -> None:
         """See ``Service``."""
         raise NotImplementedError
 

@@ -16,8 +16,8 @@ class Object:
         opened = store.opened(key)
         self.path = store.path(key)
         self.size = opened.pin.size
+        self.key = key
         self._store = store
-        self._key = key
         self._pin = opened.pin
         self._start = opened.start
         self._closed = False
@@ -44,7 +44,7 @@ class Object:
             if len(piece) < len(memory):
                 break
         if done < nbytes:
-            self._store.read(self._key, self._pin, rest(buffers, done), offset + done, ended)
+            self._store.read(self.key, self._pin, rest(buffers, done), offset + done, ended)
 
     def check(self) -> None:
         """Raise ``Closed`` if it is. Whether it is the same object is seen in each answer."""
@@ -59,7 +59,7 @@ class Object:
         """
         self.check()
         try:
-            changed = self._pin.changed(self._store.head(self._key))
+            changed = self._pin.changed(self._store.head(self.key))
         except FileNotFoundError:
             changed = "it went away"
         if changed:

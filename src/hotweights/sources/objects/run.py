@@ -25,7 +25,6 @@ import msgspec
 from ...errors import AddressTaken, CheckpointError, StoreError, UsageError
 from ..files.writer import sync
 from .address import SCHEMES, WRITTEN, Address, check_store, connect, is_store, parts_of, within
-from .service import Refusal, package_error
 
 POINTER = "latest.json"
 """The object that names the versions."""
@@ -107,7 +106,7 @@ def open_run(address: str | os.PathLike[str], store: object, deadline: float, *,
     check_store(store)
     text = os.fsdecode(address).rstrip("/")
     if is_store(store):
-        (place,) = within(store, [text], writes=writes)
+        (place,) = within(store, [text], writes=writes, deadline=deadline)
         return Run(_InStore(place), text, store)
     parts = None if isinstance(address, os.PathLike) else parts_of(text)
     if parts is not None and parts.scheme == "hf":
@@ -234,7 +233,7 @@ class _InStore:
         return None if found is None else (found[0], found[1].only_over)
 
     def write(self, content: bytes, over: Tag) -> Tag:
-        refusal = self._refused(content, dict(over) or "create")
+        refusal = self.where.store.put(self._key, content, dict(over) or "create")
         try:
             found = self.read()
         except StoreError as error:
@@ -246,18 +245,10 @@ class _InStore:
             raise _taken(self.where)
         raise StoreError(f"{self.where}/{POINTER}: was not written; the store said: {refusal.answer}")
 
-    def _refused(self, content: bytes, mode: object) -> Refusal | None:
-        try:
-            self.where.store.put(self._key, content, mode)
-        except Exception as error:
-            if not package_error(error):
-                raise
-            return Refusal.of(error)
-        return None
-
     def probe(self) -> None:
         content, tag = self.read() or (b"", {})
-        refusal = self._refused(content, {**_NEVER, **({"version": "1"} if "version" in tag else {})})
+        never = {**_NEVER, **({"version": "1"} if "version" in tag else {})}
+        refusal = self.where.store.put(self._key, content, never)
         if refusal is None or not tag:
             raise StoreError(
                 f"{self.where}: this store ignores conditions (If-Match), so two trainers would write over each "
@@ -273,14 +264,7 @@ class _InStore:
         # The index first: nobody opens what has lost some of its shards.
         for name in sorted((self.where / folder).names(), key=lambda name: not name.endswith(".json")):
             place = self.where / folder / name
-            refusal = None
-            try:
-                self.where.store.delete(place.key)
-            except Exception as error:
-                if not package_error(error):
-                    raise
-                refusal = Refusal.of(error)
-            if refusal is not None:
+            if (refusal := self.where.store.delete(place.key)) is not None:
                 raise StoreError(f"{place}: was not deleted; the store said: {refusal.answer}")
 
     def close(self) -> None:

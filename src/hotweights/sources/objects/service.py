@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import compress
 from pathlib import Path
 from typing import Any, Protocol
@@ -63,25 +63,25 @@ class Service(Protocol):
     async def below(self, key: str) -> dict[str, Pin]:
         """Every object below this key, by what its key has after that."""
 
-    async def put(self, key: str, content: Path | bytes, mode: object) -> dict[str, str]:
-        """Write an object from a file, whole or not at all; ``mode`` says over what, in obstore's words.
+    async def tree(self, key: str) -> list[str]:
+        """The names of all objects below this key, those in folders by ``folder/name``."""
 
-        Returns the mode of the ``put`` that writes over what was written.
-        """
+    async def put(self, key: str, content: Path | bytes, mode: object) -> None:
+        """Write an object from a file, whole or not at all; ``mode`` says over what, in obstore's words."""
 
     async def delete(self, key: str) -> None:
         """Delete an object."""
 
 
-_UPLOAD_PART = 8 * 1024 * 1024
+UPLOAD_PART = 8 * 1024 * 1024
+"""Bytes of one request of a larger object that is written."""
+_RETRIED = re.compile(r"after (\d+) retries")
 _STATUS = re.compile(r"status code: (\d{3})(?: ([A-Za-z][A-Za-z -]*))?")
 _CODE = re.compile(r"<Code>(\w{1,60})</Code>")
 _OF_CREDENTIALS = ("ExpiredToken", "TokenRefreshRequired", "RequestTimeTooSkewed", "InvalidToken")
 _BRIEF = ("RequestTimeout", "SlowDown", "ServerBusy")
 _HTTP = "its endpoint is not encrypted, which was not allowed"
 _WORDS = (
-    ("timed out", "it took too long"),
-    ("TimedOut", "it took too long"),
     ("Connection refused", "the connection was refused"),
     ("ConnectionRefused", "the connection was refused"),
     ("dns error", "its host has no address"),
@@ -103,15 +103,24 @@ class Refusal:
     ignores_ranges: bool = False
     replaced: bool = False
     beyond: bool = False  # the range begins behind the object's end
+    gone: bool = False
+    tries: int = 1  # how often the package itself has asked
 
     @classmethod
     def of(cls, error: BaseException) -> Refusal:
         """What an exception of a package means."""
+        retried = _RETRIED.search(str(error))
+        return replace(cls._of(error), tries=1 + int(retried[1] if retried else 0))
+
+    @classmethod
+    def _of(cls, error: BaseException) -> Refusal:
         kind, text = type(error).__name__, str(error)
         if isinstance(error, ValueError) and "was asked for" in text:
             return cls(text, again=True)
-        if isinstance(error, TimeoutError):
+        if isinstance(error, TimeoutError) or "timed out" in text or "TimedOut" in text:
             return NOTHING
+        if isinstance(error, FileNotFoundError):
+            return cls("404 Not Found", again=False, gone=True)
         status, code = _STATUS.search(text), _CODE.search(text)
         answer = " ".join(filter(None, [status[1] if status else "", _reason(status), code[1] if code else ""]))
         number = int(status[1]) if status else 0
@@ -147,13 +156,18 @@ def package_error(error: BaseException) -> bool:
 
 
 class Obstore:
-    """A store that the package ``obstore`` reaches: S3, Google, Azure, HTTP, and what its users bring."""
+    """A store that the package ``obstore`` reaches: S3, Google, Azure, HTTP, and what its users bring.
 
-    def __init__(self, store: Any) -> None:
+    ``writing`` is the same one for what is written, where another one is to try again. At most ``uploads`` parts of an
+    object that is written are on their way.
+    """
+
+    def __init__(self, store: Any, writing: Any = None, uploads: int = 8) -> None:
         import obstore
 
         self._package: Any = obstore
         self._store = store
+        self._writing, self._uploads = writing or store, uploads
         self._lists = type(store).__name__ != "HTTPStore"
 
     async def get(self, key: str, start: int, stop: int, pin: Pin | None) -> Body:
@@ -178,8 +192,7 @@ class Obstore:
     async def names(self, key: str) -> list[str]:
         """See ``Service``. The web has no lists: it is asked for what ``from_pretrained`` looks for."""
         if not self._lists:
-            there = await asyncio.gather(*(self._there(f"{key}/{name}".lstrip("/")) for name in USUAL))
-            return list(compress(USUAL, there))
+            return await self._those_of(USUAL, key)
         listed = await self._package.list_with_delimiter_async(self._store, prefix=key or None)
         paths = [each["path"] for each in listed["objects"]] + list(listed["common_prefixes"])
         return [path.rstrip("/").rpartition("/")[2] for path in paths]
@@ -193,18 +206,25 @@ class Obstore:
             found.update({each["path"][len(key) :].lstrip("/"): _pin(each) for each in batch})
         return found
 
-    async def put(self, key: str, content: Path | bytes, mode: object) -> dict[str, str]:
+    async def tree(self, key: str) -> list[str]:
+        """See ``Service``. The web is asked for what models usually have beside their weights."""
+        return list(await self.below(key)) if self._lists else await self._those_of(BESIDE, key)
+
+    async def put(self, key: str, content: Path | bytes, mode: object) -> None:
         """See ``Service``."""
         size = len(content) if isinstance(content, bytes) else content.stat().st_size
-        options: dict[str, Any] = {"chunk_size": max(_UPLOAD_PART, size // 9000)}  # S3 takes 10,000 of them.
+        options: dict[str, Any] = {"chunk_size": max(UPLOAD_PART, size // 9000)}  # S3 takes 10,000 of them.
         if mode != "overwrite":
             options["use_multipart"] = False  # Only then are conditions kept.
-        said = await self._package.put_async(self._store, key, content, mode=mode, max_concurrency=8, **options)
-        return Pin(size, said.get("e_tag"), None, said.get("version")).only_over
+        await self._package.put_async(self._writing, key, content, mode=mode, max_concurrency=self._uploads, **options)
 
     async def delete(self, key: str) -> None:
         """See ``Service``."""
-        await self._package.delete_async(self._store, key)
+        await self._package.delete_async(self._writing, key)
+
+    async def _those_of(self, names: tuple[str, ...], key: str) -> list[str]:
+        there = await asyncio.gather(*(self._there(f"{key}/{name}".lstrip("/")) for name in names))
+        return list(compress(names, there))
 
     async def _there(self, key: str) -> bool:
         try:
@@ -224,6 +244,12 @@ USUAL = (
     *("diffusion_pytorch_model.fp16.safetensors", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"),
 )
 """The names of weights that are looked for where nothing can be listed."""
+BESIDE = (
+    *("config.json", "generation_config.json", "adapter_config.json", "preprocessor_config.json"),
+    *("processor_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "README.md", "LICENSE"),
+)
+"""The same of what lies beside weights."""
 
 
 def _pin(meta: Any) -> Pin:

@@ -9,33 +9,36 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import random
 import threading
-import time
 from bisect import bisect_right
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Future, wait
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from ... import signals
-from ...errors import CheckpointChanged, CheckpointError, Closed, StoreError, UsageError
+from ...errors import CheckpointChanged, CheckpointError, Closed, UsageError
 from ..files.file import Buffer
 from .cache import BLOCK, Cache
-from .service import NOTHING, Pin, Refusal, Service, package_error
+from .service import Pin, Refusal, Service, package_error
+from .tries import Tries
 
 T = TypeVar("T")
 
 PART = 8 * 1024 * 1024
 """Bytes of one request at most."""
+DEADLINE = 60.0
+"""Seconds in which something of each request must come, if nobody says."""
 HEAD = 64 * 1024
 """Bytes that are read when an object is opened: the header of most files lies in them."""
 _ASK = 0.1  # seconds after which a wait asks whether it has ended
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 5.0  # seconds between two tries; each is about twice the one before
 _LOGIN = "give it a store that has some"
-_SLOWEST = 1024 * 1024  # bytes in a second, at which an upload still counts as one that goes on
-_LOGINS = 3  # tries after which credentials that worked before count as expired
+LONGER = 'store={"deadline": seconds} waits longer'
+"""What to do where the deadline is too short, of whatever takes ``store=``."""
+SLOWEST = 1024 * 1024
+"""Bytes in a second, at which an upload still counts as one that goes on."""
 
 
 # The threads of the package that asks are not in a forked child, and whoever asks there waits for ever.
@@ -94,13 +97,21 @@ class Store:
             gets them anew with each.
         requests: how many at once.
         login: what to do where credentials are refused.
+        longer: what to do where the deadline is too short.
     """
 
     def __init__(
-        self, service: Service, shown: str, *, deadline: float = 60.0, requests: int = 16, login: str = _LOGIN
+        self,
+        service: Service,
+        shown: str,
+        *,
+        deadline: float = DEADLINE,
+        requests: int = 16,
+        login: str = _LOGIN,
+        longer: str = LONGER,
     ) -> None:
         self.shown = shown
-        self.login = login
+        self.login, self.longer = login, longer
         self.deadline = deadline
         self.requests = requests
         self.cache: Cache | None = None  # Whoever makes the store may give it one, before it is asked.
@@ -169,6 +180,10 @@ class Store:
         """Every object below a key, by what its key has after that."""
         return self._wait(self._ask(self._tries(f"{self.path(key)}: its list", lambda: self._service.below(key))))
 
+    def tree(self, key: str) -> list[str]:
+        """The names of all objects below a key, as far as the store can tell them."""
+        return self._wait(self._ask(self._tries(f"{self.path(key)}: its list", lambda: self._service.tree(key))))
+
     def head(self, key: str) -> Pin:
         """The object as it is now. ``FileNotFoundError`` if there is none."""
         return self._wait(self._ask(self._tries(self.path(key), lambda: self._service.head(key))))
@@ -195,16 +210,19 @@ class Store:
             self.read(key, opened.pin, [memoryview(content)[len(opened.start) :]], len(opened.start))
         return bytes(content), opened.pin
 
-    def put(self, key: str, content: Path | bytes, mode: object) -> dict[str, str]:
-        """Write an object, whole or not at all, see ``Service.put``. Errors are those of its package."""
-        nbytes = len(content) if isinstance(content, bytes) else content.stat().st_size
-        # Whether a part of it has arrived is not seen: the package tries each again, and says when it gives up.
-        patience = self.deadline + nbytes / _SLOWEST
-        return self._wait(self._ask(self._within(patience, self._service.put(key, content, mode))))
+    def put(self, key: str, content: Path | bytes, mode: object) -> Refusal | None:
+        """Write an object, whole or not at all, see ``Service.put``. Returns why it was not written.
 
-    def delete(self, key: str) -> None:
-        """Delete an object. Errors are those of its package."""
-        self._wait(self._ask(self._within(self.deadline, self._service.delete(key))))
+        It may be there all the same: an answer may have been lost. Where ``mode`` has a condition, the next try was
+        refused for that then; whoever reads the object knows.
+        """
+        nbytes = len(content) if isinstance(content, bytes) else content.stat().st_size
+        return self._wait(self._ask(self._written(key, nbytes, lambda: self._service.put(key, content, mode))))
+
+    def delete(self, key: str) -> Refusal | None:
+        """Delete an object, if it is there. Returns why it was not deleted."""
+        refusal = self._wait(self._ask(self._written(key, 0, lambda: self._service.delete(key))))
+        return None if refusal is not None and refusal.gone else refusal
 
     def close(self) -> None:
         """End every request and every wait. May be called twice."""
@@ -272,13 +290,34 @@ class Store:
         self._answered = True
         return opened
 
-    async def _within(self, seconds: float, work: Coroutine[Any, Any, T]) -> T:
-        async with asyncio.timeout(seconds):
-            return await work
+    def _begin_tries(self, what: str) -> Tries:
+        return Tries(what, self.deadline, self.login, self.longer)
+
+    async def _written(self, key: str, nbytes: int, write: Callable[[], Coroutine[Any, Any, None]]) -> Refusal | None:
+        """Write until it is done. Returns the last answer if it is not.
+
+        The package has tried again what it may: not what has a condition and stalls. Whether a part of a large object
+        has arrived is not seen here; it has as long as that would take.
+        """
+        tries = self._begin_tries(self.path(key))
+        while True:
+            try:
+                async with asyncio.timeout(tries.left() + nbytes / SLOWEST):
+                    await write()
+                return None
+            except Exception as error:
+                if not package_error(error):
+                    raise
+                refusal = Refusal.of(error)
+            pause = tries.pause(refusal, self._answered)
+            if pause is None:
+                cure = f"; {self.longer}" if refusal.again else ""
+                return replace(refusal, answer=f"{tries.told}{cure}")
+            await asyncio.sleep(pause)
 
     async def _tries(self, what: str, ask: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Ask until there is an answer."""
-        tries = _Tries(self, what)
+        tries = self._begin_tries(what)
         while True:
             try:
                 async with self._free, asyncio.timeout(tries.patience()):
@@ -289,7 +328,7 @@ class Store:
                 if not package_error(error):
                     raise
                 refusal = Refusal.of(error)
-            await asyncio.sleep(tries.pause(refusal, self._answered))
+            await asyncio.sleep(tries.pause_or_raise(refusal, self._answered))
 
     async def _read(self, key: str, pin: Pin, places: _Places, start: int) -> None:
         stop = start + places.nbytes
@@ -338,15 +377,14 @@ class Store:
 
     async def _part(self, key: str, pin: Pin, places: _Places, base: int, start: int, stop: int) -> None:
         """Read one range, each try from where the last one ended."""
-        path = self.path(key)
-        tries = _Tries(self, f"{path} bytes {start}..{stop}")
-        refusal: Refusal | None
+        what = f"{self.path(key)} bytes {start}..{stop}"
+        tries = self._begin_tries(what)
         while start < stop:
             try:
                 async with self._free, asyncio.timeout(tries.patience()) as limit:
                     body = await self._service.get(key, start, stop, pin)
                     if changed := pin.changed(body.pin):
-                        raise CheckpointChanged(f"{path}: the object was replaced after it was opened: {changed}")
+                        raise CheckpointChanged(f"{what}: the object was replaced after it was opened: {changed}")
                     async for chunk in body.chunks:
                         if start + len(chunk) > stop:
                             raise ValueError("more than was asked for")
@@ -355,71 +393,12 @@ class Store:
                         tries.progress()
                         limit.reschedule(self._loop.time() + tries.patience())
                 refusal = Refusal(f"a body that ended {stop - start} bytes early", again=True)
-            except FileNotFoundError:
-                refusal = None
             except Exception as error:
                 if not package_error(error):
                     raise
                 refusal = Refusal.of(error)
-            if refusal is None:
-                raise CheckpointChanged(f"{path}: the object went away while it was open")
             if start < stop:
-                await asyncio.sleep(tries.pause(refusal, self._answered))
-
-
-class _Tries:
-    """How often one thing was asked for, how long that may go on, and what is said when it may not."""
-
-    def __init__(self, store: Store, what: str) -> None:
-        self._deadline = store.deadline
-        self._login = store.login
-        self._what = what
-        self._count = 0
-        self._answer = ""
-        self._since: float | None = None  # the first try, or the last bytes that came
-
-    def progress(self) -> None:
-        """Something came."""
-        self._count, self._since = 0, _now()
-
-    def patience(self) -> float:
-        """Seconds for which the next step may bring nothing: half of the deadline, so that there is a second try."""
-        if self._since is None:
-            self._since = _now()
-        return max(0.001, min(self._deadline / 2, self._since + self._deadline - _now()))
-
-    def pause(self, refusal: Refusal, answered: bool) -> float:
-        """Seconds to wait before the next try. Raises ``CheckpointError`` if there is none."""
-        self._count += 1
-        if refusal is not NOTHING or not self._answer:  # The last try may have had no time for an answer.
-            self._answer = refusal.answer
-        said, what = self._answer, self._what
-        tries = f" ({self._count} tries)" if self._count > 1 else ""
-        if refusal.replaced:
-            raise CheckpointChanged(f"{what}: the object was replaced after it was opened; the store said {said}")
-        if refusal.ignores_ranges:
-            raise StoreError(
-                f"{what}: this store sends {said}, so parts cannot be read; download it, and give the folder"
-            )
-        if refusal.login and not (answered and self._count < _LOGINS):
-            cure = "they have expired, perhaps" if answered else self._login
-            raise StoreError(f"{what}: the store refused the credentials, or asks for some: {said}{tries}; {cure}")
-        if not refusal.again and not refusal.login:
-            raise StoreError(f"{what}: the store refused: {said}{tries}")
-        assert self._since is not None
-        left = self._since + self._deadline - _now()
-        pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** min(self._count - 1, 10))
-        pause *= random.uniform(0.5, 1)  # Without chance all readers would come back at once.
-        if pause >= left:
-            raise StoreError(
-                f"{what}: not to be had within {self._deadline:g} s; {self._count} tries, the last answer: {said}. "
-                f'store={{"deadline": seconds}} waits longer'
-            )
-        return float(pause)
-
-
-def _now() -> float:
-    return time.monotonic()
+                await asyncio.sleep(tries.pause_or_raise(refusal, self._answered))
 
 
 class _Places:

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import xxhash
 
-from ...errors import CheckpointError, Closed, SaveError
+from ...errors import HotweightsError, SaveError
 from ..files.place import text_of
 from ..files.staging import INDEX, WHOLE, Draft, replaced_by, shard_names
 from .address import Address
-from .service import Refusal, package_error
+from .service import Refusal
 
 _JOURNAL = re.compile(r"model(-v\d+)?\.saving\.json")
 _PIECE = 8 * 1024 * 1024
@@ -70,7 +70,7 @@ class Upload(Draft):
         place = self._address / name
         found = self._address.store.content(place.key)
         if found is None:
-            refusal = self._put_content(place, journal, "create")
+            refusal = self._address.store.put(place.key, journal, "create")
             if refusal is None:
                 return True
             if not refusal.replaced:
@@ -97,7 +97,7 @@ class Upload(Draft):
         else:
             self._put(last, mode=self._only_over_what_was_found())
         for name in self._beside if self._into else ():
-            self._afterwards(name, self._put)
+            self._afterwards(name, self._put_beside)
         old = self._old | ({self._journal} if self._journal else set())
         # First what readers take before an index: until then they see the old version.
         for name in sorted(old - {*names}, key=lambda name: (name != WHOLE, not _JOURNAL.fullmatch(name))):
@@ -127,7 +127,7 @@ class Upload(Draft):
 
     def _put(self, name: str, to: Address | None = None, *, mode: object = "overwrite") -> None:
         place, file = to or self._address / name, self.folder / name
-        refusal = self._put_content(place, file, mode)
+        refusal = self._address.store.put(place.key, file, mode)
         if refusal is None:
             return
         if refusal.replaced:  # By another save of the same, or by a first try whose answer was lost.
@@ -138,20 +138,15 @@ class Upload(Draft):
         kept = "; what was uploaded stays, and the same save again goes on with it" if self._journal else ""
         raise SaveError(f"{place}: nothing was saved: {said}{kept}")
 
-    def _put_content(self, place: Address, content: Path | bytes, mode: object) -> Refusal | None:
-        try:
-            self._address.store.put(place.key, content, mode)
-        except Exception as error:
-            if isinstance(error, Closed) or not package_error(error):
-                raise
-            return Refusal.of(error)
-        return None
+    def _put_beside(self, name: str) -> Refusal | None:
+        return self._address.store.put((self._address / name).key, self.folder / name, "overwrite")
 
-    def _afterwards(self, name: str, do: Callable[[str], object]) -> None:
+    def _afterwards(self, name: str, do: Callable[[str], Refusal | None]) -> None:
         try:
-            do(name)
+            said = refusal.answer if (refusal := do(name)) else ""
         except Exception as error:
-            said = str(error) if isinstance(error, (SaveError, CheckpointError)) else Refusal.of(error).answer
+            said = str(error) if isinstance(error, HotweightsError) else Refusal.of(error).answer
+        if said:
             self.warnings.append(f"{self._address / name}: the new version is complete, but then this failed: {said}")
 
     def __exit__(self, *error: object) -> None:
