@@ -88,9 +88,26 @@ def class_named(transformers: Any, config: Any) -> Any:
     for architecture in (getattr(config, "architectures", None) or ())[:1]:
         model_class = getattr(transformers, architecture, None)
         if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
-            raise CheckpointError(f"transformers {transformers.__version__} has no model {architecture!r}")
+            raise CheckpointError(
+                f"transformers {transformers.__version__} has no model {architecture!r}"
+                + ("" if of_own_code(config) is None else f"; {_OWN_CODE}")
+            )
         return model_class
     return transformers.AutoModel
+
+
+_OWN_CODE = (
+    "the checkpoint brings its own code, and hotweights.engines.transformers.from_pretrained(..., "
+    "trust_remote_code=True) runs it"
+)
+
+
+def of_own_code(config: Any) -> str | None:
+    """The ``AutoModel`` that makes a configuration's model by code that lies beside it; ``None`` if there is none."""
+    found: dict[str, Any] = getattr(config, "auto_map", None) or {}
+    models = {name: str(where).rpartition(".")[2] for name, where in found.items() if name.startswith("AutoModel")}
+    architecture = next(iter(getattr(config, "architectures", None) or ()), models.get("AutoModel"))
+    return next((name for name, model in models.items() if model == architecture), None)
 
 
 def keep_dtypes(model: Any, plan: Mapping[str, torch.dtype]) -> list[tuple[Place, torch.Tensor]]:
