@@ -57,7 +57,7 @@ def test_commands_and_flags():
         *"--from --model --device --versions --offer-timeout --keys --insecure --relay".split()
     }
     assert flags("resolve") == {*"--keys --insecure --wait --commit --abort --json --help".split()}
-    assert flags("relay") == {*"--from --to --keys --insecure --name --timeout --help".split()}
+    assert flags("relay") == {*"--from --to --keys --insecure --name --timeout --keep --help".split()}
     assert flags("keys") == {"--hosts", "--days", "--help"}
     assert flags("inspect") == {
         *"--json --limit --reader --variant --subfolder --quiet --files-from --help".split(),
