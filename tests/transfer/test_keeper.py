@@ -164,6 +164,24 @@ def test_without_a_sender_it_gives_what_it_has_and_the_next_sender_goes_on(train
         assert take(worker)[1] == 8
 
 
+def test_the_epoch_of_what_is_kept_is_told_to_the_next_sender(trainer, worker):
+    """Where nobody else knows it any more: who was given that version listens to no sender of a smaller one."""
+    with keeping(trainer, worker):
+        with receiver(worker) as source:
+            for step in (1, 2):
+                with sender(trainer) as sending:
+                    thread = Thread(lambda: dict(source.tensors()))
+                    sending.send(Tiny(step), version=step)
+                    thread.result()
+        with sender(trainer) as sending, receiver(worker) as late:
+            while sending.connected or not any(peer.relay for peer in sending._way._group.peers):
+                pass
+            assert dict(late.tensors())["two"].float().unique().tolist() == [2.0]
+            thread = Thread(lambda: dict(late.tensors()))
+            sending.send(Tiny(3), version=3)
+            assert thread.result()["two"].float().unique().tolist() == [3.0]
+
+
 @pytest.mark.parametrize("keep", ["1kB", 15_000])
 def test_where_there_is_no_room_nothing_is_kept_and_that_is_said(keep, trainer, worker, caplog):
     """Of two versions of 12 kB none fits, or one at a time."""
@@ -207,10 +225,10 @@ def follow_to(address, last):
     return seen
 
 
-def test_a_newer_version_does_not_wait_for_a_latecomer_that_stands_still(trainer, worker, monkeypatch):
+def test_a_newer_version_does_not_wait_for_a_latecomer_that_stands_still(trainer, worker, monkeypatch, caplog):
     began, give = threading.Event(), Handout.give
     monkeypatch.setattr(Handout, "give", lambda handout: (began.set(), give(handout)))
-    with keeping(trainer, worker), sender(trainer, timeout=2.0) as sending, receiver(worker) as source:
+    with keeping(trainer, worker), sender(trainer, timeout=4.0) as sending, receiver(worker) as source:
         thread = Thread(lambda: dict(source.tensors()))
         sending.send(Tiny(1), version=1)
         thread.result()
@@ -221,6 +239,8 @@ def test_a_newer_version_does_not_wait_for_a_latecomer_that_stands_still(trainer
             sending.send(Tiny(2), version=2)
             thread.result()
             assert dict(idle.tensors())["two"].float().unique().tolist() == [2.0]
+    assert "was not given to idle" in caplog.text
+    assert "the sender has a newer version; it comes next" in caplog.text
 
 
 def test_a_latecomer_that_cannot_take_it_waits_for_the_next(trainer, worker, caplog):
@@ -231,6 +251,8 @@ def test_a_latecomer_that_cannot_take_it_waits_for_the_next(trainer, worker, cap
         with receiver(worker, name="other model") as source:
             with pytest.raises(ValueError, match="no room"):
                 fail(source)
+            # It was no member. As one that had kept the version before, it would be taken for a vote.
+            assert source._connection._account is None
             thread = Thread(lambda: dict(source.tensors()))
             sending.send(Tiny(2), version=2)
             assert thread.result()["two"].float().unique().tolist() == [2.0]
@@ -284,8 +306,10 @@ def sent_at_last(sending, model, version):
 
 
 def relay_that_dies(pipe, trainer, worker, at):
-    """It dies at its ``at``-th point while it gives what it keeps."""
-    with Relay(trainer, worker, timeout=TIMEOUT, keep="1MB") as relay, Killer(at) as killer:
+    """It dies at its ``at``-th point while it gives what it keeps; or when all are prepared."""
+    if at is None:
+        Handout._ask = lambda handout: os.kill(os.getpid(), signal.SIGKILL)
+    with Relay(trainer, worker, timeout=TIMEOUT, keep="1MB") as relay, Killer(-1 if at is None else at) as killer:
         give = relay._give
 
         def giving(*arguments):
@@ -310,21 +334,44 @@ def come_late(pipe, address):
             pipe.send((live.version, None if live.version is None else value_of(live.model), live.state))
 
 
+@pytest.mark.parametrize("chained", [False, True])
+def test_who_is_prepared_takes_it_whatever_becomes_of_the_relay(chained, trainer, worker, tmp_path):
+    """Its group has taken the version before: there is nothing to be in doubt about."""
+    between, local = free_address(), f"unix:{tmp_path / 'other' / 'socket'}"
+    with contextlib.ExitStack() as stack:
+        sending = stack.enter_context(sender(trainer))
+        with Child(relay_that_dies, trainer, [worker, between], None) as killed:
+            thread = Thread(take, worker)
+            sending.send(Tiny(1), version=1)
+            thread.result()
+            if chained:
+                stack.enter_context(keeping(between, local))
+            late = stack.enter_context(Child(come_late, local if chained else between))
+            assert killed.heard() is None
+        assert killed.exitcode == -signal.SIGKILL
+        assert late.heard() == (1, 1.0, hw.State.SERVING)
+        late.process.kill()
+
+
 def test_a_relay_killed_while_it_gives_leaves_a_latecomer_whole(trainer, worker):
-    """It has that version or none, is never in doubt, and takes part in the next one through the next relay."""
+    """It has that version or none, is never in doubt, and takes part in the next one through the next relay.
+
+    Over the network, where nobody can read what was decided.
+    """
+    doors = [worker, between := free_address()]
     seen = set()
     for at in range(0, 100, 4):
         with contextlib.ExitStack() as stack:
             sending = stack.enter_context(sender(trainer))
-            with Child(relay_that_dies, trainer, worker, at) as killed:
+            with Child(relay_that_dies, trainer, doors, at) as killed:
                 thread = Thread(take, worker)
                 sending.send(Tiny(1), version=1)
                 thread.result()
-                late = stack.enter_context(Child(come_late, worker))
+                late = stack.enter_context(Child(come_late, between))
                 if survived := killed.heard() is not None:
                     killed.say("end")
             assert killed.exitcode == (0 if survived else -signal.SIGKILL)
-            with Child(relay_process, trainer, worker) as after:
+            with Child(relay_process, trainer, doors) as after:
                 assert len(sent_at_last(sending, Tiny(3), version=3).committed) == 1
                 after.say("end")
                 after.heard()

@@ -73,7 +73,7 @@ class Inbound:
             record=record,
             update=offer.kept or frame.update,
             place=offer.place,
-            is_elsewhere=not offer.kept and (offer.relayed or ballot is None or record is not None),
+            is_elsewhere=offer.relayed or ballot is None or record is not None,
             is_kept=bool(offer.kept),
         )
         self._hashed = offer.digests
