@@ -4,9 +4,9 @@
     make schedules N=500 SEED=7    # the same choices again
 
 After each schedule every worker that lives tells its history. It is a fault if a worker is torn; if it does not serve
-what it says, or goes back to an older version; if of a version that must be all or none one worker has it and another, that took part and is not in
-doubt, has not; or if the last version, sent when everything is back, does not reach everybody. Some relays keep versions
-for workers that come later, which take them for themselves.
+what it says, or goes back to an older version; if of a version that must be all or none one worker has it and another,
+that took part and is not in doubt, has not; or if the last version, sent when everything is back, does not reach
+everybody. Some relays keep versions for workers that come later, which take them for themselves.
 """
 
 from __future__ import annotations
@@ -271,8 +271,8 @@ def main():
                 faults = schedule.run()
             if faults:
                 bad += 1
-                told = f"drop={schedule.drop}, relays={schedule.relayed}, keep={schedule.keep}, {schedule.atomic}, {schedule.log}"
-                print(f"schedule {number}: {told}", *faults, sep="\n  ", flush=True)
+                told = f"drop={schedule.drop}, relays={schedule.relayed}, keep={schedule.keep}, {schedule.atomic}"
+                print(f"schedule {number}: {told}, {schedule.log}", *faults, sep="\n  ", flush=True)
             if number % 20 == 19:
                 print(f"{time.monotonic() - began:.0f} s: {number + 1} schedules, {bad} with faults", flush=True)
     print(f"{bad} with faults, seed {seed}")
