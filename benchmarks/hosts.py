@@ -9,6 +9,8 @@ compares its parameters with what was sent, outside the timing.
 
 * *socket copy*: one TCP connection to each receiver, ``sendall`` from each tensor, ``recv_into`` each parameter.
   Nothing is checked, and whoever dies leaves parameters of two versions.
+* *gloo broadcast*: of each tensor from rank 0 by a group of torch.distributed, as vLLM and verl send weights by NCCL;
+  straight into the parameters. Nothing is checked, and who is lost hangs all others until a deadline.
 * *keys*: control goes through TLS. *Encrypted*: the weights too, by ``encrypt="all"``.
 
     python benchmarks/hosts.py --relays 1000   # as root: through relays, where links carry 1,000 Mbit/s
@@ -28,6 +30,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -47,6 +50,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 from namespaces import Hosts, enter, why_not
 
 Run = Callable[[nn.Module, float], float]
+WAIT = timedelta(seconds=60)
 
 
 def _view(tensor: torch.Tensor) -> memoryview:
@@ -66,6 +70,61 @@ def from_socket(pipe: Connection, nbytes: int, tensors: int, host: str, address:
             connected.sendall(b"d")
             check(model, value)
             pipe.send("done")
+
+
+def gloo_group(rank: int, size: int, here: str, where: tuple[str, int]) -> Any:
+    gloo: Any = torch.distributed.ProcessGroupGloo
+    options = gloo._Options()
+    options._threads, options._timeout = 1, WAIT
+    options._devices = [gloo.create_device(hostname=here)]
+    store = torch.distributed.TCPStore(*where, size, rank == 0, timeout=WAIT, wait_for_workers=False)
+    return gloo(store, rank, size, options)
+
+
+def broadcast(group: Any, model: nn.Module) -> None:
+    from_rank_0 = torch.distributed.BroadcastOptions()
+    from_rank_0.rootRank = 0
+    for parameter in model.parameters():
+        group.broadcast([parameter.detach().view(torch.uint8)], from_rank_0).wait()
+
+
+def from_broadcast(
+    pipe: Connection, nbytes: int, tensors: int, host: str, here: str, rank: int, size: int, where: tuple[str, int]
+) -> None:
+    if host:
+        enter(host)
+    model, group = Layers(nbytes, tensors), None
+    while (value := pipe.recv()) is not None:
+        group = group or gloo_group(rank, size, here, where)
+        broadcast(group, model)
+        pipe.send("there")
+        check(model, value)
+        pipe.send("done")
+
+
+def by_broadcast(options: argparse.Namespace, hosts: list[tuple[str, str]], where: str, stack: ExitStack) -> Run:
+    """``hosts``: name and address of each."""
+    size, store, group = 1 + len(hosts), (where, 29500 + len(hosts)), None
+    workers = [
+        stack.enter_context(Worker(from_broadcast, options.size, options.tensors, host, here, rank, size, store))
+        for rank, (host, here) in enumerate(hosts, 1)
+    ]
+
+    def run(trainer: nn.Module, value: float) -> float:
+        nonlocal group
+        for worker in workers:
+            worker.pipe.send(value)
+        group = group or gloo_group(0, size, where, store)
+        began = time.perf_counter()
+        broadcast(group, trainer)
+        for worker in workers:
+            worker.pipe.recv()
+        took = time.perf_counter() - began
+        for worker in workers:
+            worker.pipe.recv()
+        return took
+
+    return run
 
 
 def receiving(
@@ -236,10 +295,14 @@ def turns(ways: dict[str, Run], trainer: nn.Module, rounds: int) -> dict[str, fl
     return {name: statistics.median(found[2:]) for name, found in seconds.items()}
 
 
-def measure(options: argparse.Namespace, hosts: list[str], where: tuple[str, int], keys: str | None) -> dict[str, Any]:
+def measure(
+    options: argparse.Namespace, named: list[tuple[str, str]], where: tuple[str, int], keys: str | None
+) -> dict[str, Any]:
+    hosts = [host for host, _ in named]
     with ExitStack() as stack:
         ways = {
             "socket copy": plain(options, hosts, where, stack),
+            "gloo broadcast": by_broadcast(options, named, where[0], stack),
             "in place": ours(options, hosts, where, stack, digests=False),
             "in place, digests": ours(options, hosts, where, stack, digests=True),
         }
@@ -272,14 +335,18 @@ def main() -> None:
     torch.set_num_threads(1)
     with ExitStack() as stack:
         if reason := why_not():
-            hosts, where, between = ["", ""], "127.0.0.1", f"by loopback: {reason}"
+            hosts, where, between = [("", "127.0.0.1")] * 2, "127.0.0.1", f"by loopback: {reason}"
         else:
             made = stack.enter_context(Hosts())
             enter(made.names[2])
             if options.relays is not None:
                 Console().print(by_relays(options, made))
                 return
-            hosts, where, between = made.names[:2], made.addresses[2], "between network namespaces"
+            hosts, where, between = (
+                list(zip(made.names, made.addresses, strict=True))[:2],
+                made.addresses[2],
+                "between network namespaces",
+            )
         keys = make_keys(stack.enter_context(tempfile.TemporaryDirectory()), where)
         table = Table("", "one receiver", "two receivers, on two hosts", title=f"{options.size / 1e6:.0f} MB {between}")
         one, two = (measure(options, hosts[:count], (where, 0), keys) for count in (1, 2))
