@@ -54,10 +54,10 @@ def test_commands_and_flags():
         *"--carrier --encrypt --keys --insecure --trace --deadline".split(),
     }
     assert flags("receive") == shared | allowing | {
-        *"--from --model --device --versions --offer-timeout --keys --insecure --relay".split()
+        *"--from --model --device --versions --offer-timeout --keys --insecure --relay --keep".split()
     }
     assert flags("resolve") == {*"--keys --insecure --wait --commit --abort --json --help".split()}
-    assert flags("relay") == {*"--from --to --keys --insecure --name --timeout --help".split()}
+    assert flags("relay") == {*"--from --to --keys --insecure --name --timeout --keep --help".split()}
     assert flags("keys") == {"--hosts", "--days", "--help"}
     assert flags("inspect") == {
         *"--json --limit --reader --variant --subfolder --deadline --quiet --files-from --help".split(),

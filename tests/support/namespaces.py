@@ -61,6 +61,13 @@ class Hosts:
         """Cut a host off the switch, ``"down"``, or connect it again, ``"up"``."""
         _ip("-n", self._switch, "link", "set", self.names[number], state)
 
+    def limit(self, number, mbit):
+        """Let so many Mbit/s into a host, and as many out of it; with ``None`` what comes."""
+        shape = ("tbf", "rate", f"{mbit}mbit", "burst", "512k", "latency", "100ms") if mbit else ()
+        for namespace, device in ((self.names[number], "eth0"), (self._switch, self.names[number])):
+            words = ("tc", "-n", namespace, "qdisc", "replace" if mbit else "del", "dev", device, "root", *shape)
+            subprocess.run(words, check=True, capture_output=True, timeout=20)
+
     def __exit__(self, *error):
         for name in (*self.names, self._switch):
             with contextlib.suppress(subprocess.CalledProcessError):

@@ -60,6 +60,7 @@ class Connection:
         self._channel: Channel | None = None
         self._slots: ReadSlots | OwnSlots | None = None
         self._filling: Frame | None = None  # what was said of a slot whose bytes are still on their way
+        self._ahead: Frame | None = None  # what ``peek`` saw
         self._stopped = False
         self._account: Account | None = None  # what became of the last update here
         self._epoch = 0  # of the last lead
@@ -273,6 +274,9 @@ class Connection:
             TransferError: there is no memory for the slots.
         """
         channel = self._running()
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            return ahead
         try:
             channel.flush()
             frame = self._read(channel)
@@ -283,6 +287,15 @@ class Connection:
             self._map(frame.message, frame.descriptors)
             return None
         return frame
+
+    def peek(self) -> bool:
+        """Whether ``step`` has a frame now.
+
+        Raises:
+            TransferError: as ``step``.
+        """
+        self._ahead = self.step()
+        return self._ahead is not None
 
     def rest(self, seconds: float = 0.0) -> None:
         """Wait until something may have come; or for so many seconds, by default until it is time to look again."""
@@ -305,7 +318,7 @@ class Connection:
         with self._using:
             channel, self._channel = self._channel, None
             slots, self._slots = self._slots, None
-            self._filling = None
+            self._filling = self._ahead = None
             if channel is not None:
                 channel.say_goodbye(reason) if reason else channel.close()
             if slots is not None:
