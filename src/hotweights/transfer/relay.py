@@ -281,7 +281,7 @@ class Onward(Outbound):
             manifest = list(specs_of(offer).values())
             if not self._members:
                 raise TransferAborted("no worker is here any more")
-            relayed = msgspec.structs.replace(offer, relayed=True)
+            relayed = msgspec.structs.replace(offer, relayed=True, origins=())  # All bytes come to this relay.
             report = self._run(offer.version, manifest, lambda: relayed, self._stream)
         except TransferIncomplete:
             self._done("")

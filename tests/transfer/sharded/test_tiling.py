@@ -60,8 +60,8 @@ def sent(tiling, holdings, number, requests, limit):
         slot = torch.full((4096 + limit,), 0xEE, dtype=torch.uint8)
         for share in job.shares:
             task = job.task(share, 64, hashed=True)
-            alone = task.hashed
-            assert alone or len(job.shares) > 1 or not share.in_a_row
+            alone = len(job.shares) == 1
+            assert task.hashed is task.whole is alone
             digests = fill(slot, [task], holdings[share.rank])
             content = slot[64 : 64 + job.range.size]
             assert not alone or digests == (xxh3_64_intdigest(content.numpy()),)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from msgspec.structs import replace
 
-from ...boxes import Box, contiguous, row_major
+from ...boxes import Box, row_major
 from ...errors import UsageError
 from ...manifest import TensorSpec
 from ...ranges import Range, disjoint, pieces_of, range_of, shared, within
@@ -72,14 +72,12 @@ class Share(NamedTuple):
         rank: which.
         places: ``Holder.place`` of each row of its table that the patches are of.
         patches: as a ``Task`` has them.
-        in_a_row: whether they are one run of bytes.
         nbytes: how many it gives.
     """
 
     rank: int
     places: tuple[int, ...]
     patches: tuple[Patch, ...]
-    in_a_row: bool
     nbytes: int
 
 
@@ -102,10 +100,10 @@ class ChunkJob(NamedTuple):
 
     def task(self, share: Share, start: int, dtype: str = "", *, hashed: bool = False) -> Task:
         """What its rank is told, where the chunk begins at ``start``. Of what it makes alone it says the digest."""
-        alone = hashed and share.in_a_row and len(self.shares) == 1
+        whole = len(self.shares) == 1
         # Most trainers have one table, and so one row of each tensor.
         rows = self.rows if len(self.rows) == 1 else tuple([self.rows[place] for place in share.places])
-        return Task(start, rows, share.patches, alone, dtype)
+        return Task(start, rows, share.patches, hashed and whole, dtype, whole)
 
 
 class Cut(NamedTuple):
@@ -172,7 +170,7 @@ class Tiling:
         return self._rounded[key]
 
     def begin(self, far: Collection[int] = ()) -> None:
-        """Nobody has given anything yet. Who is ``far`` gives only what nobody else has: its bytes go further."""
+        """Nobody has given anything yet. Who is ``far`` gives only what nobody else has: its bytes go twice."""
         self._loads = [_FAR if rank in far else 0 for rank in range(len(self._numbers))]
 
     def jobs(self, number: int, requests: Sequence[tuple[int, tuple[Range, ...]]], limit: int) -> Iterator[ChunkJob]:
@@ -196,15 +194,19 @@ class Tiling:
             yield ChunkJob(number, cut.range, cut.asking, shares, tile.rows)
 
     def _chosen(self, tiles: Tiles, cut: Cut) -> tuple[Share, ...]:
-        """Who gives what: of copies, the rank that has given least."""
+        """Who gives what: of copies, the rank that has given least. One that has all of the chunk gives all of it."""
         loads = self._loads
-        given: dict[int, int] = {}  # by what was chosen here
-        choice = []
-        for box in cut.boxes:
-            able = [holder.rank for holder in tiles.holders[box.number]]
-            rank = min(able, key=lambda rank: loads[rank] + given.get(rank, 0))
-            given[rank] = given.get(rank, 0) + math.prod(box.lengths)
-            choice.append(able.index(rank))
+        able = [[holder.rank for holder in tiles.holders[box.number]] for box in cut.boxes]
+        if has_all := set(able[0]).intersection(*able[1:]):
+            one = min(has_all, key=lambda rank: (loads[rank], rank))
+            choice = [ranks.index(one) for ranks in able]
+        else:
+            given: dict[int, int] = {}  # by what was chosen here
+            choice = []
+            for box, ranks in zip(cut.boxes, able, strict=True):
+                rank = min(ranks, key=lambda rank: loads[rank] + given.get(rank, 0))
+                given[rank] = given.get(rank, 0) + math.prod(box.lengths)
+                choice.append(ranks.index(rank))
         chosen = tuple(choice)
         if (shares := cut.shares.get(chosen)) is None:
             if len(cut.shares) >= _CHOICES:
@@ -279,7 +281,6 @@ def _shares(tiles: Tiles, boxes: Sequence[PartBox], choice: Sequence[int]) -> tu
             rank,
             tuple(places),
             tuple(patches),
-            len(patches) == 1 and contiguous(Box(torch.uint8, patches[0].lengths, patches[0].strides, 0)),
             sum(math.prod(patch.lengths) for patch in patches),
         )
         for rank, (places, patches) in by_rank.items()
