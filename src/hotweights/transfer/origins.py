@@ -85,15 +85,6 @@ class OriginInflow(SlotInflow):
             return []
 
     def _lose(self, reason: str) -> None:
-        if not self.expects:
-            log(
-                logging.WARNING,
-                "%s cannot be reached at %s, port %d; what it holds comes by way of rank 0: %s",
-                self.origin.name,
-                self.origin.host,
-                self.origin.port,
-                reason,
-            )
         self.lost, self.since = reason, time.monotonic()
 
 
@@ -104,6 +95,7 @@ class Origins:
     def __init__(self) -> None:
         self._flows: dict[int, OriginInflow] = {}  # by rank
         self._lacking: dict[int, set[int]] = {}  # by fill, the ranks whose bytes are not there
+        self._logged = False
 
     @property
     def lacking(self) -> bool:
@@ -125,7 +117,16 @@ class Origins:
     def greet(self) -> None:
         """Say to all of them who this is, as far as they are reached."""
         for flow in self._flows.values():
-            flow.greet()
+            if not flow.greet() and flow.lost and not self._logged:
+                self._logged = True  # Of 256 that a firewall keeps away one is enough.
+                log(
+                    logging.WARNING,
+                    "%s cannot be reached at %s, port %d; what it holds comes by way of rank 0: %s",
+                    flow.origin.name,
+                    flow.origin.host,
+                    flow.origin.port,
+                    flow.lost,
+                )
 
     @property
     def awaited(self) -> Iterator[tuple[Waitable, bool]]:

@@ -14,6 +14,7 @@ from ... import signals
 from ...errors import TransferAborted, UsageError
 from ...manifest import Manifest
 from ...ranges import Range, scaled
+from ...text import some
 from ...timeline import Timeline
 from ..flow import GAP, Waitable
 from ..messages import Chunk, Offer, described
@@ -104,6 +105,7 @@ class ShardedOutbound(Outbound):
         self._reached: dict[int, frozenset[int]] = {}  # by rank, the places in ``_asking`` of those who come to it
         self._told: SlotInWork | None = None  # what receivers are being told of
         self._given: dict[int, list[tuple[int, tuple[tuple[int, int], ...]]]] = {}  # of that, by rank, as in ``Give``
+        self._givers: dict[int, set[int]] = {}  # of each slot, the ranks that send some of it themselves
 
     def give(self, version: str | int) -> SendReport:
         """Offer, send, decide, as ``Outbound.run``.
@@ -126,9 +128,10 @@ class ShardedOutbound(Outbound):
     def _meet(self) -> None:
         """Give receivers the time to come to ranks of other hosts. What a receiver cannot reach goes by this one."""
         deadline = time.monotonic() + PATIENCE
-        with self._timeline.event("wait for ranks"):
-            while self._direct.unsure and left(deadline):
-                self._look(left(deadline))
+        if self._direct.unsure:
+            with self._timeline.event("wait for ranks"):
+                while self._direct.unsure and left(deadline):
+                    self._look(left(deadline))
         self._direct.settle()
         self._reached = {
             rank: frozenset(place for place, peer in enumerate(self._asking) if self._direct.reaches(peer, rank))
@@ -279,6 +282,11 @@ class ShardedOutbound(Outbound):
         for peer in [peer for peer in self._members if peer.place == word.place]:
             self._lose(peer, f"{rank} cannot send it anything any more: {word.reason}")
 
+    def _late(self, peer: Peer, deed: str) -> str:
+        givers = set[int]().union(*(self._givers.get(slot, ()) for slot in peer.holds))
+        owed = f"; rank {some([str(rank) for rank in sorted(givers)])} had bytes for it" if givers else ""
+        return super()._late(peer, deed) + owed
+
     def _lose(self, peer: Peer, reason: str) -> None:
         super()._lose(peer, reason)
         self._direct.dismiss(peer)  # Before a slot that it held is filled again.
@@ -313,6 +321,7 @@ class ShardedOutbound(Outbound):
             self._slots.roll.note_fill(work.slot, fill_number)
             self._told, self._given = work, {}
             self._tell(work.slot, packed, fill_number, self._asking)
+            self._givers[work.slot] = set(self._given)
             for rank, to in self._given.items():
                 self._lead.ranks[rank].link.send(Give(self._lead.round, work.slot, fill_number, tuple(to)))
 
