@@ -149,7 +149,8 @@ class ShardedOutbound(Outbound):
         tiling = self._tiling.rounded(rounded) if rounded else self._tiling
         self._meet()
         everyone = len(self._asking)
-        tiling.begin([rank for rank in self._lead.far if len(self._reached.get(rank, ())) < everyone])
+        far = [rank for rank in self._lead.far if len(self._reached.get(rank, ())) < everyone]
+        tiling.begin(far, apart=any(self._reached.values()))
         for number in order:
             self._tensors += 1
             own, dtype = requests[number], rounded.get(number, "")

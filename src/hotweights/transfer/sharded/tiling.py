@@ -24,7 +24,8 @@ _LONG = 64 * 1024  # bytes of one rank that are worth a chunk of their own; shor
 _KEPT = 200_000  # chunks that are kept, of tensors that others are like
 _CHOICES = 256  # of holders, for which the shares of a chunk are kept
 _FAR = 1 << 60  # more bytes than any rank gives
-_MANY = 64  # ranges of several runs that are compared with each other
+_MANY = 64  # ranges of several runs that are chunks of their own: their ranks do it faster in fewer chunks,
+_MORE = 100_000  # unless what they share must go by way of the rank that leads
 
 
 class Holder(NamedTuple):
@@ -137,6 +138,7 @@ class Tiling:
         self._rounded: dict[tuple[tuple[int, str], ...], Tiling] = {}
         self._known: dict[object, Tiles] = {}
         self._loads = [0] * len(numbers)
+        self._many = _MANY
         self._cuts: dict[object, list[Cut]] = {}  # Most layers are alike, and so is what is wanted of them.
         self._kept = 0
         rows: dict[str, list[tuple[int, int, TableRow]]] = {}
@@ -169,8 +171,12 @@ class Tiling:
             self._rounded = {key: Tiling(tables, self._numbers)}  # Workers ask for the same each time.
         return self._rounded[key]
 
-    def begin(self, far: Collection[int] = ()) -> None:
-        """Nobody has given anything yet. Who is ``far`` gives only what nobody else has: its bytes go twice."""
+    def begin(self, far: Collection[int] = (), *, apart: bool = False) -> None:
+        """Nobody has given anything yet. Who is ``far`` gives only what nobody else has: its bytes go twice.
+
+        ``apart``: chunks are of one rank wherever that can be.
+        """
+        self._many = _MORE if apart else _MANY
         self._loads = [_FAR if rank in far else 0 for rank in range(len(self._numbers))]
 
     def jobs(self, number: int, requests: Sequence[tuple[int, tuple[Range, ...]]], limit: int) -> Iterator[ChunkJob]:
@@ -179,10 +185,10 @@ class Tiling:
         Long boxes of one rank are chunks of their own, of several ranks in turn; what is short is put together.
         """
         tile = self.tensors[number]
-        key = (id(tile.tiles), tuple(requests), limit)  # The tiles live as long as this.
+        key = (id(tile.tiles), tuple(requests), limit, self._many)  # The tiles live as long as this.
         cuts = self._cuts.get(key)
         if cuts is None:
-            cuts = list(_cuts(tile, requests, limit))
+            cuts = list(_cuts(tile, requests, limit, self._many))
             if self._kept + len(cuts) > _KEPT:
                 self._cuts, self._kept = {}, 0
             self._cuts[key], self._kept = cuts, self._kept + len(cuts)
@@ -287,7 +293,7 @@ def _shares(tiles: Tiles, boxes: Sequence[PartBox], choice: Sequence[int]) -> tu
     )
 
 
-def _cuts(tile: TiledTensor, requests: Sequence[tuple[int, tuple[Range, ...]]], limit: int) -> Iterator[Cut]:
+def _cuts(tile: TiledTensor, requests: Sequence[tuple[int, tuple[Range, ...]]], limit: int, many: int) -> Iterator[Cut]:
     everything = (Range(0, tile.spec.nbytes),)
     ranges = [ranges or everything for _, ranges in requests]
     wanted = [
@@ -296,7 +302,7 @@ def _cuts(tile: TiledTensor, requests: Sequence[tuple[int, tuple[Range, ...]]], 
     ]
     mosaic = tile.tiles.mosaic
     boxes = [list(mosaic.cut(part)) if part.size else [] for part, _, _ in wanted]
-    if (own := _apart(mosaic, wanted, boxes)) is None:
+    if (own := _apart(mosaic, wanted, boxes, many)) is None:
         for part, asking, _ in wanted:
             for piece in pieces_of(part, limit):
                 yield _cut(tile.tiles, piece, asking)
@@ -310,7 +316,10 @@ def _cuts(tile: TiledTensor, requests: Sequence[tuple[int, tuple[Range, ...]]], 
 
 
 def _apart(
-    mosaic: Mosaic, wanted: Sequence[tuple[Range, frozenset[int], list[tuple[Range, ...]]]], cut: list[list[PartBox]]
+    mosaic: Mosaic,
+    wanted: Sequence[tuple[Range, frozenset[int], list[tuple[Range, ...]]]],
+    cut: list[list[PartBox]],
+    many: int,
 ) -> list[list[Range]] | None:
     """The boxes of what is wanted as ranges, if each of them is one, and long, and receivers can tell them apart."""
     if all(len(boxes) <= 1 for boxes in cut):
@@ -328,7 +337,7 @@ def _apart(
             return None
         ranges.append([part for part in own if part is not None])
     flat = [part for own in ranges for part in own]
-    few = len(flat) <= _MANY or all(part.count == 1 for part in flat)
+    few = len(flat) <= many or all(part.count == 1 for part in flat)
     return ranges if few and disjoint(flat) else None
 
 
