@@ -1,6 +1,8 @@
 """Bytes of ranks on other hosts go straight to receivers, and not by way of the host of rank 0."""
 
 import itertools
+import os
+import signal
 from contextlib import ExitStack
 
 import pytest
@@ -126,3 +128,27 @@ def test_a_receiver_that_dies_is_left_out(folder, at):
             assert ranks.heard() == ["ready"] * 2
             assert ranks.send("broad", 3, 3) == [("sent", "3")] * 2
             assert other.heard() == (3, 3.0, "")
+
+
+def test_a_rank_that_stands_still_is_named_and_receivers_stay(folder):
+    """They wait for its bytes, and hear of the abort all the same."""
+    address = free_address()
+    with Child(follow, address, None, "journal", Broad) as worker:
+        with trainer(folder, address, 3, far=(1, 2), **OPTIONS | {"timeout": 5}) as ranks:
+            assert ranks.heard() == ["ready"] * 3
+            assert ranks.send("broad", 1, 1) == [("sent", "1")] * 3
+            assert worker.heard() == (1, 1.0, "")
+            ranks.order("stop", 0, 15, [1])
+            ranks.order("broad", 2, 2)
+            for kind, words in ranks.heard([0, 2]):
+                assert kind in ("TransferAborted", "TransferTimeout")
+                assert "rank 1" in words
+            version, value, said = worker.heard()
+            assert (version, value) == (1, 1.0)
+            assert "rank 1" in said, said
+            os.kill(ranks.ranks[1].process.pid, signal.SIGCONT)
+            ranks.heard([1])
+        with trainer(folder, address, 2, far=(1,), **OPTIONS) as ranks:
+            assert ranks.heard() == ["ready"] * 2
+            assert ranks.send("broad", 3, 3) == [("sent", "3")] * 2
+            assert worker.heard() == (3, 3.0, "")
