@@ -3,8 +3,10 @@
 import socket
 from contextlib import ExitStack, closing
 
+import msgspec
 import pytest
 import torch
+from ends import Thread, receiver, sender
 
 import hotweights as hw
 from hotweights.ranges import Range
@@ -12,6 +14,8 @@ from hotweights.transfer import origins as module
 from hotweights.transfer.flow import GREETING
 from hotweights.transfer.messages import Chunk, Filled, Origin
 from hotweights.transfer.origins import Origins
+from hotweights.transfer.outbound import Outbound
+from hotweights.transfer.peers import Peer
 from hotweights.transfer.slot_flow import SlotOutflow
 
 PART = 100_000  # bytes of a chunk
@@ -144,3 +148,31 @@ def test_a_rank_that_is_not_reached_is_logged(caplog):
             origins.greet()
     assert "rank 3 (process 9) cannot be reached at 127.0.0.1, port" in caplog.text
     assert "what it holds comes by way of rank 0" in caplog.text
+
+
+def test_an_abort_is_heard_while_a_rank_owes_bytes(monkeypatch):
+    """The rank may be dead, or stand still. The next version comes over the same connections."""
+
+    def failing():
+        yield from content.items()
+        raise ValueError("no more")
+
+    def take():
+        with receiver(sending.address) as source:
+            with pytest.raises(hw.TransferAborted, match="no more"):
+                dict(source.tensors())
+            return dict(source.tensors())
+
+    content = {name: torch.full((1024,), 3.0) for name in "ab"}
+    with socket.create_server(("127.0.0.1", 0)) as silent, sender("tcps://127.0.0.1:0") as sending:
+        origin = Origin(1, "rank 1", *silent.getsockname(), b"t" * 32)
+        with monkeypatch.context() as patched:
+            own, over = Outbound._own, Peer.hand_over
+            patched.setattr(Outbound, "_own", lambda *what: msgspec.structs.replace(own(*what), origins=(origin,)))
+            patched.setattr(Peer, "hand_over", lambda *what: over(*what, (1,) * len(what[3])))
+            worker = Thread(take)
+            with pytest.raises(ValueError, match="no more"):
+                sending.send(failing(), version=1, manifest=hw.open(content).manifest)
+            there = sending.connected
+        assert sending.send(content, version=2).committed == there
+        assert {name: tensor.unique().tolist() for name, tensor in worker.result().items()} == {"a": [3], "b": [3]}
