@@ -30,6 +30,7 @@ class Direct:
         self._tried: WeakKeyDictionary[Peer, set[int]] = WeakKeyDictionary()  # ranks that were waited for in vain
         self._peers: dict[int, Peer] = {}  # by place
         self._met: set[tuple[int, int]] = set()  # place and rank
+        self._waiting: set[tuple[int, int]] = set()  # those that may come still
         self._settled: frozenset[tuple[int, int]] = frozenset()
         self._round = 0
 
@@ -46,6 +47,11 @@ class Direct:
         for number, known in self.ranks.items():
             tokens = tuple((place, self._tokens[peer][number]) for place, peer in self._peers.items())
             known.link.send(Expect(round, tokens))
+        self._waiting = {
+            (place, number)
+            for place, peer in self._peers.items()
+            for number in self.ranks.keys() - self._tried.get(peer, set())
+        }
 
     def origins(self, peer: Peer) -> tuple[Origin, ...]:
         """What this receiver is told of them."""
@@ -58,27 +64,30 @@ class Direct:
 
     def note(self, rank: int, places: Iterable[int]) -> None:
         """These have come to a rank."""
-        self._met.update((place, rank) for place in places)
+        pairs = {(place, rank) for place in places}
+        self._met |= pairs
+        self._waiting -= pairs
 
     @property
     def unsure(self) -> bool:
         """Whether some may come still."""
-        return any(self._missing(place, peer) - self._tried.get(peer, set()) for place, peer in self._peers.items())
+        return bool(self._waiting)
 
     def settle(self) -> None:
         """Whoever has come by now takes bytes of this version so."""
         self._settled = frozenset(self._met)
-        for place, peer in self._peers.items():
-            tried = self._tried.setdefault(peer, set())
-            if new := self._missing(place, peer) - tried:
-                which = some([str(rank) for rank in sorted(new)])
-                log(
-                    logging.WARNING,
-                    "%s did not reach rank %s of the trainer at its host; bytes go by way of rank 0",
-                    peer.name,
-                    which,
-                )
-            tried |= new
+        late: dict[int, list[int]] = {}
+        for place, rank in sorted(self._waiting):
+            late.setdefault(place, []).append(rank)
+        for place, ranks in late.items():
+            peer, which = self._peers[place], some([str(rank) for rank in ranks])
+            self._tried.setdefault(peer, set()).update(ranks)
+            log(
+                logging.WARNING,
+                "%s did not reach rank %s of the trainer at its host; bytes go by way of rank 0",
+                peer.name,
+                which,
+            )
 
     def reaches(self, peer: Peer, rank: int) -> bool:
         """Whether the rank sends to this receiver itself."""
@@ -88,9 +97,7 @@ class Direct:
         """A receiver was lost. What ranks still have for it is not sent."""
         if self._peers.get(peer.place) is peer:
             del self._peers[peer.place]
+            self._waiting -= {pair for pair in self._waiting if pair[0] == peer.place}
             self._tokens.pop(peer, None)
             for rank in self.ranks.values():
                 rank.link.send(Dismiss(self._round, peer.place))
-
-    def _missing(self, place: int, peer: Peer) -> set[int]:
-        return {rank for rank in self.ranks if (place, rank) not in self._met}
