@@ -366,10 +366,7 @@ class Outbound:
             # After a look: it may have answered in time while this process stood still.
             for peer in late:
                 if peer in pending() and not left(max(start, peer.moved) + self._timeout):
-                    self._lose(peer, self._late(peer, deed))
-
-    def _late(self, peer: Peer, deed: str) -> str:
-        return f"it did not {deed} within {self._timeout:g} s"
+                    self._lose(peer, f"it did not {deed} within {self._timeout:g} s")
 
     def _look(self, seconds: float = 0.0) -> None:
         """Wait until something comes, for ``seconds`` at most, and take it."""

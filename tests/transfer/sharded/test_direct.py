@@ -10,6 +10,7 @@ from processes import Child, follow
 from shard_ranks import Broad, relayed, trainer, until_third, works
 
 from hosts import free_address
+from hotweights.transfer.sharded import sharded_outbound
 
 LEAD = "tcps://10.77.0.3:7611"
 OPTIONS = {"slot_nbytes": 65536, "timeout": 20}
@@ -17,9 +18,16 @@ ALL = sum(tensor.nbytes for tensor in Broad().state_dict().values())
 THEIRS = ALL - 400 * 400  # less rank 0's rows of the first
 
 
+@pytest.fixture
+def patient(monkeypatch):
+    """Has rank 0 wait so long for receivers to come to ranks, however busy the machine is."""
+    return lambda seconds: monkeypatch.setattr(sharded_outbound, "PATIENCE", seconds)
+
+
 @pytest.mark.parametrize(("relays", "way"), [(False, ""), (True, ""), (False, "unreachable"), (True, "blackhole")])
-def test_the_host_of_rank_0_carries_what_is_its_own(folder, hosts, tmp_path, relays, way):
+def test_the_host_of_rank_0_carries_what_is_its_own(folder, hosts, tmp_path, patient, relays, way):
     """Ranks and a worker are on each of two other hosts. What a worker cannot reach comes by rank 0 all the same."""
+    patient(0.5 if way else 60.0)
     ours = [hosts.names[2], hosts.names[0], hosts.names[1]]
     to = [f"unix:{tmp_path / name / 'socket'}" if relays else LEAD for name in hosts.names[:2]]
     with ExitStack() as stack:
@@ -38,13 +46,14 @@ def test_the_host_of_rank_0_carries_what_is_its_own(folder, hosts, tmp_path, rel
             theirs = sent - 2 * 400 * 400
             if not way:  # All that is said of three slots, too.
                 assert max(taken, theirs) < 0.05 * THEIRS
-            else:  # Of each rank the worker of one host cannot be reached.
+            else:  # Of each rank the worker of one host cannot be reached, and that of its own maybe later.
                 assert THEIRS < taken < 1.05 * THEIRS
-                assert THEIRS < theirs < 1.05 * THEIRS
+                assert THEIRS < theirs < 2.05 * THEIRS
 
 
-def test_of_copies_each_host_gives_its_share_once_to_each_host(folder, hosts, tmp_path):
+def test_of_copies_each_host_gives_its_share_once_to_each_host(folder, hosts, tmp_path, patient):
     """Two workers on one host have a relay, and take every byte once; what lies on their host crosses no network."""
+    patient(60.0)
     ours = [hosts.names[2], hosts.names[0], hosts.names[1]]
     near = f"unix:{tmp_path / 'run' / 'socket'}"
     with ExitStack() as stack:

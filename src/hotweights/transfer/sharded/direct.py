@@ -17,8 +17,8 @@ from ..peers import Peer
 from .known_rank import KnownRank
 from .words import Dismiss, Expect
 
-PATIENCE = 1.0
-"""Seconds in which a receiver comes to the ranks, the first time."""
+PATIENCE = 3.0
+"""Seconds in which a receiver comes to the ranks, the first time. Thousandths are enough where nothing is busy."""
 
 
 class Direct:

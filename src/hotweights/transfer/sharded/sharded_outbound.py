@@ -23,6 +23,7 @@ from ..peers import Peer, PeerGroup
 from ..register import Register
 from ..report import SendReport
 from ..shared_memory import WriteSlots, aligned
+from ..states import SessionState
 from ..waits import left
 from .direct import PATIENCE
 from .filling import digest_of, fill
@@ -281,14 +282,13 @@ class ShardedOutbound(Outbound):
 
     def _sever(self, rank: str, word: Severed) -> None:
         for peer in [peer for peer in self._members if peer.place == word.place]:
-            self._lose(peer, f"{rank} cannot send it anything any more: {word.reason}")
-
-    def _late(self, peer: Peer, deed: str) -> str:
-        givers = set[int]().union(*(self._givers.get(slot, ()) for slot in peer.holds))
-        owed = f"; rank {some([str(rank) for rank in sorted(givers)])} had bytes for it" if givers else ""
-        return super()._late(peer, deed) + owed
+            super()._lose(peer, f"{rank} cannot send it anything any more: {word.reason}")
+            self._direct.dismiss(peer)
 
     def _lose(self, peer: Peer, reason: str) -> None:
+        if peer.state is SessionState.STREAMING and peer.channel.socket.fileno() >= 0:
+            givers = set[int]().union(*(self._givers.get(slot, ()) for slot in peer.holds))
+            reason += f"; rank {some([str(rank) for rank in sorted(givers)])} had bytes for it" if givers else ""
         super()._lose(peer, reason)
         self._direct.dismiss(peer)  # Before a slot that it held is filled again.
 
