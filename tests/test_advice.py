@@ -548,6 +548,14 @@ def live_model_of_an_engine_that_has_processed(folder):
     return lambda: hw.LiveModel(late).load(halves()), lambda: hw.LiveModel(early).load(halves())
 
 
+@advice(hw.PlanError, "load before that; hotweights.LiveModel, made before, loads into processed layers again")
+def load_into_an_engine_that_has_processed(folder):
+    late, early = Halves(), hw.LiveModel(Halves())
+    late.plain.quant_method = early.model.plain.quant_method = Transposing()
+    late.plain.quant_method.process_weights_after_loading(late.plain)
+    return lambda: hw.load(late, halves()), lambda: (early.load(halves()), early.update(halves()))
+
+
 class WantsDict(Halves):
     def load_weights(self, weights):
         super().load_weights(weights.items())
@@ -574,3 +582,16 @@ def test_an_engine_that_passes_over_every_name_is_told_that_nothing_fits():
     hw.load(Passing(), halves("base."), rename={"base.": ""})
     with pytest.raises(hw.PlanError, match=r'rename=\{"base\."'):
         hw.load(Passing(), halves("base."))
+
+
+def test_a_pattern_that_matches_nothing_is_told_where_something_does_not_fit():
+    short = {name: tensor for name, tensor in halves().items() if name != "plain.weight"}
+    misspelt = {"allow_missing": ["plane.weight", re.compile("none")], "allow_unexpected": "plain.*"}
+    for load in (hw.load, lambda model, *args, **options: hw.LiveModel(model).load(*args, **options)):
+        with pytest.raises(hw.PlanError) as caught:
+            load(Halves(), short, **misspelt)
+        said = str(caught.value)
+        assert "allow_missing='plane.weight' matches no tensor of the model or the checkpoint; similar: plain.w" in said
+        assert "allow_missing=re.compile('none') matches no" in said
+        assert "allow_unexpected" not in said
+        load(Halves(), halves(), **misspelt)  # Nothing is lost by it there.

@@ -153,6 +153,8 @@ def shown(value: object) -> str:
 def check_version(version: object) -> None:
     """Raise ``UsageError`` unless it can name a version, or is ``None``."""
     if version is not None and (not isinstance(version, (str, int)) or isinstance(version, bool)):
-        raise UsageError(f"a version is a str or an int; this is a {type(version).__name__}")
+        name = getattr(version, "name", None)
+        cure = f"; give its name, version={name!r}, or leave version= out" if isinstance(name, str) else ""
+        raise UsageError(f"a version is a str or an int; this is a {type(version).__name__}{cure}")
     if version == "":
         raise UsageError('a version\'s name is not empty; found "". Leave version= out for the number of commits')

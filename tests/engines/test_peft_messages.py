@@ -18,8 +18,8 @@ def plain():
     return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
 
 
-def adapted(base=None):
-    return peft.get_peft_model(copy.deepcopy(base or plain()), peft.LoraConfig(**CONFIG))
+def adapted(base=None, **config):
+    return peft.get_peft_model(copy.deepcopy(base or plain()), peft.LoraConfig(**{**CONFIG, **config}))
 
 
 class Engine(nn.Module):
@@ -63,6 +63,24 @@ def test_a_worker_without_adapters_is_told_what_these_names_are(model, source):
     live.update(copy.deepcopy(trained).merge_and_unload(), version="day-2")
     inputs = torch.randn(3, 4)
     torch.testing.assert_close((live.model.layers if model is Engine else live.model)(inputs), trained(inputs))
+
+
+@pytest.mark.parametrize("source", [whole, alone, lambda trained: trained])
+@pytest.mark.parametrize(("theirs", "ours"), [(["0", "1"], ["0"]), (["1"], ["0"]), (["0"], ["0", "1"])])
+def test_adapters_on_other_layers_are_called_that_and_the_advice_works(theirs, ours, source):
+    base = plain()
+    trained, live = adapted(base, target_modules=theirs), served(adapted(base, target_modules=ours))
+    taking = {"only": "*lora_*"} if source is alone else {}
+    with pytest.raises(hw.UpdateAborted) as caught:
+        live.update(source(trained), **taking)
+    said = str(caught.value)
+    assert f"The source's adapter is on {', '.join(theirs)}, the model's on {', '.join(ours)}. Give the model" in said
+    for other in ("under the adapters", "load_adapter", "allow_"):
+        assert other not in said
+    live = served(adapted(base, target_modules=theirs))
+    live.update(source(trained), **taking)
+    inputs = torch.randn(3, 4)
+    torch.testing.assert_close(live.model(inputs), trained(inputs))
 
 
 def test_who_means_the_model_under_an_adapter_may_say_so():

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from served import WAYS, bias, live_model, output, runs, same, state, version_of
+from served import WAYS, Model, bias, live_model, output, process, runs, same, state, version_of
 from torch import nn
 
 import hotweights as hw
@@ -35,6 +35,12 @@ def by_pushes(live, number, check):
 
 
 ACTS = (by_update, by_stream, by_pushes)
+
+
+def loaded(number):
+    live = hw.LiveModel(Model(), process=process, layers="processed")
+    live.load(version_of(number), allow_missing="tied.weight")
+    return live.model
 
 
 @pytest.mark.parametrize("act", ACTS)
@@ -215,6 +221,49 @@ def test_a_report_names_the_check():
     report = live_model().update(version_of(2), check=runs)
     assert "check" in [event.what for event in report.events]
     assert json.dumps(report.as_dict())
+
+
+# The first load.
+
+
+@pytest.mark.parametrize("refusal", [refuses, lambda model: 1 / 0])
+def test_a_first_load_that_is_refused_leaves_a_model_that_loads_the_version_before(refusal):
+    live, seen = hw.LiveModel(Model(), process=process, layers="processed"), []
+
+    def check(model):
+        with live.serving():  # It is let in, though nothing is live.
+            seen.append(output(model))
+        return refusal(model)
+
+    with pytest.raises((hw.LiveModelError, ZeroDivisionError)) as caught:
+        live.load(version_of(2), version=2, allow_missing="tied.weight", check=check)
+    assert "check=" in str(caught.value) + "".join(getattr(caught.value, "__notes__", ()))
+    assert (live.version, live.state) == (None, hw.State.EMPTY)
+    assert "check=" in live.status()["last_error"]
+    with pytest.raises(hw.LiveModelError, match="nothing was loaded yet"), live.serving():
+        pass
+    live.load(version_of(1), version=1, allow_missing="tied.weight", check=runs)
+    assert seen == [output(loaded(2))]
+    assert output(live.model) == output(loaded(1))
+    live.update(version_of(3), version=3, check=finite)
+    assert output(live.model) == output(loaded(3))
+
+
+def test_a_first_load_on_the_meta_device_is_checked_with_its_values():
+    with torch.device("meta"):
+        model = nn.Linear(4, 4)
+    live, source = hw.LiveModel(model), nn.Linear(4, 4)
+    with pytest.raises(hw.LiveModelError):
+        live.load(source, device="cpu", check=refuses)
+    assert live.model.weight.is_meta
+    live.load(source, device="cpu", check=lambda model: torch.equal(model.weight, source.weight))
+    assert live.state is hw.State.SERVING
+
+
+def test_a_first_check_that_makes_no_sense_is_refused_before_anything_is_read():
+    live = hw.LiveModel(nn.Linear(4, 4))
+    with pytest.raises(hw.UsageError, match="check"):
+        live.load("nowhere", check="finite")
 
 
 # The exchange.

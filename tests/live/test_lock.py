@@ -83,9 +83,9 @@ def test_a_forward_sees_one_version(atomic, process):
     assert model.between.wait(WAIT)
     waits, begin_writing = threading.Event(), ReadWriteLock.begin_writing
 
-    def told(timeout):
+    def told(*given, **options):
         waits.set()  # From here on the update can only wait for the reader.
-        return begin_writing(live._current.guard, timeout)
+        return begin_writing(live._current.guard, *given, **options)
 
     live._current.guard.begin_writing = told
     writer = Thread(lambda: live.update(weights(2), version=2))
@@ -285,3 +285,79 @@ def test_who_is_interrupted_when_the_lock_was_just_taken_lets_readers_in():
         pass
     assert not turn.held
     lock.end_reading(lock.begin_reading(10))
+
+
+@contextlib.contextmanager
+def somebody_reading(live):
+    """Inside, a thread reads; what is given lets it go."""
+    inside, may_leave = threading.Event(), threading.Event()
+
+    def reader():
+        with live.serving():
+            inside.set()
+            assert may_leave.wait(WAIT)
+
+    thread = threading.Thread(target=reader)
+    thread.start()
+    assert inside.wait(WAIT)
+    yield may_leave.set
+    thread.join()
+
+
+def loaded_linear():
+    live = hw.LiveModel(nn.Linear(2, 2))
+    live.load(nn.Linear(2, 2), version=1)
+    return live
+
+
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_a_version_like_the_one_before_waits_for_readers_only_at_its_end(by_hand):
+    """Its plan is known, so that nobody has to leave the model for it."""
+    live, weights = loaded_linear(), dict(nn.Linear(2, 2).state_dict())
+    with somebody_reading(live) as let_go:
+
+        def pairs():
+            for pair in weights.items():
+                with live.serving(timeout=WAIT):  # More readers come in meanwhile.
+                    yield pair
+            let_go()
+
+        if by_hand:
+            with live.begin(timeout=WAIT) as update:
+                update.feed(pairs())
+                update.commit(2)
+        else:
+            live.update(hw.from_iterator(pairs(), hw.open(weights).manifest), version=2, timeout=WAIT)
+    assert live.version == 2
+
+
+def test_a_version_of_other_dtypes_is_planned_when_nobody_reads():
+    live = loaded_linear()
+    with somebody_reading(live) as let_go:
+        with pytest.raises(hw.UpdateAborted, match="not taken"):
+            live.begin(hw.open(nn.Linear(2, 2).half()).manifest, timeout=0.01)
+        let_go()
+    live.update(nn.Linear(2, 2).half(), timeout=WAIT)
+
+
+def test_a_timeout_that_several_waits_share_is_told_whole():
+    live = loaded_linear()
+    turn = WriteTurn(live._current.guard, 0.01)
+    turn.take()
+    turn.give_back()
+    with somebody_reading(live) as let_go:
+        with pytest.raises(TimeoutError, match=r"waited 0\.01 seconds(, all waits together)?: the model is being read"):
+            turn.take()
+        let_go()
+
+
+def test_a_part_like_one_before_is_planned_once():
+    live, part = loaded_linear(), {"bias": torch.ones(2)}
+    live.update(part, only="bias")
+    with somebody_reading(live) as let_go, live.begin(hw.open(part).manifest, only="bias", timeout=WAIT) as update:
+        let_go()
+        update.feed({"bias": torch.full((2,), 3.0)})
+        update.commit()
+    assert live.model.bias.tolist() == [3.0, 3.0]
+    with pytest.raises(hw.UpdateAborted, match="weight"):  # What is asked for is another part.
+        live.update(part, only="*")

@@ -44,10 +44,10 @@ def test_an_empty_model_has_a_status():
     live = hw.LiveModel(torch.nn.Linear(2, 2))
     assert numbers(live) == (None, "empty", 0, 0)
     assert live.status()["last_report"] is live.status()["seconds_since_commit"] is None
-    with pytest.raises(ValueError, match="no more"):
+    with pytest.raises(ValueError, match="the first load failed: no more"):
         live.load(hw.from_iterator(broken(), hw.open(live.model).manifest))
     assert numbers(live) == (None, "empty", 0, 1)
-    assert live.status()["last_error"] == "no more"
+    assert live.status()["last_error"] == "the first load failed: no more"
 
 
 def broken():

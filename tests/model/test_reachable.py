@@ -56,3 +56,27 @@ def test_what_leads_back_to_itself_ends():
     loop.append(loop)
     model.itself = [model]
     assert reachable(model) == {}
+
+
+@pytest.mark.parametrize("depth", range(13))
+def test_tensors_of_layers_are_reached_at_any_depth(depth):
+    """Also where an attribute of another part leads there, through whatever lies between."""
+    leaf = inner = nn.Module()
+    leaf.kept, leaf.table = [[torch.ones(2)]], {"a": {"b": torch.ones(2)}}
+    for _ in range(depth):
+        inner = nn.ModuleDict({"of": inner})
+    model = nn.ModuleDict({"first": nn.Module(), "inner": inner})
+    model["first"].others = [inner]
+    path = "inner." + "of." * depth
+    assert len(reachable(model)) == 2
+    assert list(reachable(model)) == [f"{path}kept[0][0]", f"{path}table['a']['b']"]
+
+
+@pytest.mark.parametrize("depth", range(13))
+def test_tensors_of_parts_that_are_not_registered_are_reached_at_any_depth(depth):
+    leaf = inner = nn.Linear(2, 2)
+    for _ in range(depth):
+        inner = nn.Sequential(inner)
+    model = nn.Module()
+    model.inner = [inner]
+    assert {id(tensor) for tensor in reachable(model).values()} == {id(leaf.weight), id(leaf.bias)}

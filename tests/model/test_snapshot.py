@@ -64,3 +64,34 @@ def test_values_of_tensors_are_no_matter_of_a_snapshot():
     model[0].weight.data.fill_(7)
     assert not snapshot.put_back()
     assert (model[0].weight == 7).all()
+
+
+def nested(depth):
+    """A layer so many modules deep, and its path."""
+    leaf = model = made()[0]
+    for _ in range(depth):
+        model = nn.ModuleDict({"of": model})
+    return nn.Sequential(model), leaf, "0." + "of." * depth
+
+
+@pytest.mark.parametrize("depth", range(13))
+def test_a_layer_may_lie_at_any_depth(depth):
+    model, layer, path = nested(depth)
+    snapshot, weight = Snapshot(model), layer.weight
+    layer.weight = nn.Parameter(torch.ones(1))
+    layer.method.names.append("b")
+    assert {change.where for change in snapshot.put_back()} == {f"{path}weight", f"{path}method.names"}
+    assert layer.weight is weight
+    assert layer.method.names == ["a"]
+
+
+@pytest.mark.parametrize("depth", range(13))
+def test_parts_that_are_not_registered_are_put_back_too(depth):
+    hidden, layer, _ = nested(depth)
+    model = nn.Module()
+    model.inner = [hidden]
+    snapshot, weight = Snapshot(model), layer.weight
+    layer.weight = nn.Parameter(torch.ones(1))
+    (change,) = snapshot.put_back()
+    assert change.of_state
+    assert layer.weight is weight

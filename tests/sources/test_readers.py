@@ -294,6 +294,19 @@ class TestTorch:
         with pytest.raises(hw.CheckpointError, match=r"is a plain pickle, and no file of torch\.save"):
             hw.open(tmp_path / "model.pt", reader="torch")
 
+    @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+    @pytest.mark.parametrize("zipped", [True, False])
+    @pytest.mark.parametrize("protocol", [4, 5])
+    def test_a_later_pickle_protocol_is_called_that_and_the_advice_works(self, protocol, zipped, tmp_path):
+        path = tmp_path / "model.pt"
+        options = {"pickle_protocol": protocol, "_use_new_zipfile_serialization": zipped}
+        torch.save({"w": torch.ones(2)}, path, **options)
+        with pytest.raises(hw.CheckpointError, match=f"is written by pickle protocol {protocol}"):
+            hw.open(path, reader="torch")
+        torch.save(torch.load(path, weights_only=False), path)
+        with hw.open(path, reader="torch") as source:
+            assert list(source.manifest) == ["w"]
+
     def test_files_of_torch_before_1_6(self, tmp_path):
         torch.save({"w": torch.ones(3)}, tmp_path / "model.pt", _use_new_zipfile_serialization=False)
         with hw.open(tmp_path / "model.pt", reader="torch") as source:

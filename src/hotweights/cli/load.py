@@ -40,17 +40,10 @@ def load(
         from ..loading.load import load as load_weights  # They wait for torch, which wrong usage need not.
         from ..sources.opening import open as open_source
         from .dtype import dtype_from
-        from .model import model_from, say_idle
+        from .model import model_from
 
         with open_source(path, reader=reader, variant=variant, subfolder=subfolder) as source:
             built = model_from(model, dtype_from(dtype), device=device)
-            say_idle(
-                built,
-                source.manifest,
-                allow_missing=allow_missing,
-                allow_unexpected=allow_unexpected,
-                allow_mismatched=allow_mismatched,
-            )
             report = load_weights(
                 built,
                 source,

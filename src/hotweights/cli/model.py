@@ -5,21 +5,17 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterable
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.machinery import PathFinder
 from traceback import extract_tb
 
 import torch
-import typer
 from torch import nn
 
 from ..engines import transformers
 from ..engines.build import move_real, parameters_to_meta
 from ..errors import UsageError
-from ..model.survey import survey
-from ..plan.patterns import matches
 
 _FACTORY = re.compile(r"(?P<module>[^\W\d]\w*(\.[^\W\d]\w*)*):(?P<name>[^\W\d]\w*(\.[^\W\d]\w*)*)")
 
@@ -60,21 +56,6 @@ def model_from(text: str, dtype: torch.dtype | None = None, *, device: str | Non
     if device is not None:
         move_real(made, torch.device(device))
     return made
-
-
-def say_idle(model: nn.Module, names: Iterable[str], **patterns: list[str] | None) -> None:
-    """Say which patterns match nothing: neither a tensor of the model nor one of the checkpoint, whose ``names`` come.
-
-    That is said before what fails: a pattern that was misspelt allows nothing.
-    """
-    known = [*survey(model).names, *names]
-    for option, several in patterns.items():
-        for pattern in several or ():
-            if not any(map(matches([pattern]), known)):
-                near = get_close_matches(pattern, known, n=1)
-                similar = f"; similar: {near[0]}" if near else ""
-                said = f"--{option.replace('_', '-')} {pattern}: matches no tensor of the model or the checkpoint"
-                typer.echo(f"warning: {said}{similar}", err=True)
 
 
 def _is_module(text: str) -> bool:

@@ -54,17 +54,10 @@ def plan(
         hide_noise()
         from ..sources.opening import open as open_source  # They wait for torch, which wrong usage need not.
         from ..tracing.trace import trace
-        from .model import model_from, say_idle
+        from .model import model_from
 
         with open_source(path, variant=variant, subfolder=subfolder) as source:
             built = model_from(model)
-            say_idle(
-                built,
-                source.manifest,
-                allow_missing=allow_missing,
-                allow_unexpected=allow_unexpected,
-                allow_mismatched=allow_mismatched,
-            )
             load_plan = trace(
                 built,
                 source.manifest,

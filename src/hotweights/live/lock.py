@@ -13,6 +13,7 @@ from .. import signals
 from ..errors import UsageError
 
 _SLICE = 0.1  # seconds; signals that come while a thread waits are delivered this often
+_READ = "the model is being read"
 
 
 class StillRead(TimeoutError):
@@ -107,26 +108,36 @@ class ReadWriteLock:
             self.end_writing(hold)
 
     @signals.held
-    def begin_writing(self, timeout: float | None = None) -> Hold:
-        """Enter ``writing``; ``end_writing`` leaves it.
+    def begin_writing(self, timeout: float | None = None, *, of: float | None = None) -> Hold:
+        """Enter ``writing``; ``end_writing`` leaves it. ``timeout`` is what is left ``of`` one for several waits.
 
         Raises:
             TimeoutError: readers did not leave within ``timeout`` seconds.
         """
         with self._changed:
-            if self._own() or any(map(_of_this_loop, (*self._readers, self._writer))):
-                raise _would_wait_for_itself(within=bool(self._own()))
+            of = timeout if of is None else of
+            self._refuse_own()
             self._waiting += 1
             try:
                 try:
-                    self._wait(self._is_free, timeout, lambda: "the model is being read")
+                    self._wait(self._is_free, timeout, lambda: _READ)
                 except TimeoutError as error:
-                    raise StillRead(*error.args) from None
+                    several = f"waited {of:g} seconds, all waits together: {_READ}"
+                    raise StillRead(str(error) if of == timeout else several) from None
                 self._writer = Hold(self)
             finally:
                 self._waiting -= 1
                 self._tell()
             return _noted(self._writer)
+
+    def check_writable(self) -> None:
+        """See that whoever writes here next need not wait for itself.
+
+        Raises:
+            UsageError: this thread or task reads or writes, or another task of its loop does.
+        """
+        with self._changed:
+            self._refuse_own()
 
     @contextmanager
     @signals.held
@@ -151,6 +162,10 @@ class ReadWriteLock:
             self._end(hold)
 
     # Under the condition.
+
+    def _refuse_own(self) -> None:
+        if self._own() or any(map(_of_this_loop, (*self._readers, self._writer))):
+            raise _would_wait_for_itself(within=bool(self._own()))
 
     def _is_free(self) -> bool:
         return self._writer is None and not self._readers
@@ -263,7 +278,7 @@ class WriteTurn:
         self._lock = lock
         self._note = note
         self._hold: Hold | None = None
-        self._left = timeout
+        self._left = self._whole = timeout
         self._since = 0.0
         self._before = 0.0
         self.waited = 0.0
@@ -292,7 +307,7 @@ class WriteTurn:
         """
         if self._hold is None:
             began = time.perf_counter()
-            self._hold = self._lock.begin_writing(self._left)
+            self._hold = self._lock.begin_writing(self._left, of=self._whole)
             self._since = time.perf_counter()
             self.waited += self._since - began
             if self._note is not None:

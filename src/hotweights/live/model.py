@@ -124,7 +124,7 @@ class LiveModel:
             )
         if memory_limit is not None:
             check_count(0, memory_limit=memory_limit)
-        self.model = model
+        self._model = model
         by_default = _has_tensors if process is not None else processes
         self._core = unwrapped(model)
         self._idle: list[str] = []  # what is said of patterns that match nothing
@@ -139,6 +139,11 @@ class LiveModel:
         self._baseline: Baseline | None = None  # None until the first load begins, and again when that fails.
         self._match: Match = as_they_are  # Known from the first load on: processing changes names.
         self._others: dict[str, tuple[str, ...]] = {}
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that it was made with. It stays this one: another module needs a live model of its own."""
+        return self._model
 
     def __repr__(self) -> str:
         return f"<LiveModel of {type(self.model).__name__}: version {self.version!r}, {self.state.value}>"
@@ -259,6 +264,7 @@ class LiveModel:
         verify: Verify = "off",
         show_progress: bool | None = None,
         rename: Rename | None = None,
+        check: Check | None = None,
         by: By | None = None,
         variant: str | None = None,
         subfolder: str | None = None,
@@ -267,12 +273,17 @@ class LiveModel:
         """Load for the first time, layer by layer; each is processed when it is complete.
 
         The arguments are those of ``hotweights.load``; what is allowed here is allowed to every update too. With
-        ``verify="loader"`` all is proven before the first layer is processed.
+        ``verify="loader"`` all is proven before the first layer is processed. ``check`` is that of ``update``: where it
+        refuses, nothing is loaded, and another version can be.
 
         Raises:
             PlanError, CheckpointError, PlanDiffers: as ``hotweights.load``; except for the last, nothing was changed.
-            Exception: what failed while loading. The model is in checkpoint format again, its values are undefined.
+            LiveModelError: ``check`` returned ``False``.
+            Exception: what failed while loading, or what ``check`` raised.
+
+        After the last two the model is in checkpoint format again, and its values are undefined.
         """
+        asks = self._asks(check)
         check_version(version)
         check_choices(
             verify=(verify, Verify),
@@ -314,12 +325,15 @@ class LiveModel:
                 self._baseline = Baseline(self._core, plan, options, self._is_processed, self._is_deferred, unknown)
                 others = own(self._core, self._current)
                 self._baseline.warnings = (*others, *self._idle, *self._once.unprocessed())
-                update = Update.begin_first(self._current, self._baseline, self._once.process, self._limit, fed)
+                named = version_of(origin, version)
+                update = Update.begin_first(
+                    self._current, self._baseline, self._once.process, self._limit, fed, asks, named
+                )
                 self._baseline.warnings = self._baseline.warnings[len(others) :]  # It is said once.
             with update:
                 report = update.run(
                     weights,
-                    version_of(origin, version),
+                    named,
                     io=io,
                     threads=threads,
                     pool=pool,
@@ -539,10 +553,12 @@ class LiveModel:
         timeout: float | None,
         check: Check | None,
     ) -> Asked:
-        check_callable(check=check)
         patterns = None if only is None else patterns_from(only=only)[0]
-        asks = None if check is None else partial(ask, check, self.model)
-        return Asked(self._atomic if atomic is None else atomic, patterns, cast, timeout, asks)
+        return Asked(self._atomic if atomic is None else atomic, patterns, cast, timeout, self._asks(check))
+
+    def _asks(self, check: Check | None) -> Callable[[], object] | None:
+        check_callable(check=check)
+        return None if check is None else partial(ask, check, self.model)
 
     def _check_loaded(self) -> None:
         if self._baseline is None:

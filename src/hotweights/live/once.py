@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from torch import nn
@@ -11,6 +10,7 @@ from torch import nn
 from .. import signals
 from ..errors import PlanError
 from ..manifest import Manifest
+from ..model.looks_processed import advise_of_processed
 from ..model.process_calls import noting_calls
 from ..model.processed import processed_among
 from ..model.survey import By, own_loader
@@ -31,13 +31,7 @@ from .kernels import (
 Process = Callable[[nn.Module], object]
 _IsProcessed = Callable[[str, nn.Module], bool]
 
-_SHAPES = re.compile(r"\[([\d, ]+)\] expected.*?\[([\d, ]+)\] found")
-_PACKED = re.compile(r"(.+)\.[^.]+: missing; (I|U|F8)\S* ")
-_BY_AN_ENGINE = (
-    "{names}: is not as in this checkpoint, but as processing may leave it. If an engine has processed layers of this "
-    "model already (process_weights_after_loading), make the LiveModel before that, and let its load process them; if "
-    "nobody has, this checkpoint is another model's."
-)
+_MADE_BEFORE = "make the LiveModel before that, and let its load process them"
 
 
 def process_by_quant_method(layer: nn.Module) -> None:
@@ -129,12 +123,8 @@ class Once:
                     "load_weights of its own. Give load the checkpoint that it was loaded from."
                 )
             elif "processed by a LiveModel" not in error.advice:
-                names = self._kernels_in(error.problems, manifest)
-                lines = error.advice.splitlines()
-                if names:  # To allow its names would leave such a layer without weights.
-                    lines = [line for line in lines if "allow_" not in line]
-                    lines.append(_BY_AN_ENGINE.format(names=some(names, 3)))
-                error.advice = "\n".join(lines)
+                layers = {name: layer for layer, name in self._layers().items()}
+                advise_of_processed(error, manifest, layers, _MADE_BEFORE)
             raise
 
     def _by_both(self, called: list[nn.Module]) -> list[nn.Module]:
@@ -148,21 +138,6 @@ class Once:
     def _is_done(self, name: str, layer: nn.Module) -> bool:
         return layer in self._by_code or (self._is_processed(name, layer) and processes(layer))
 
-    def _kernels_in(self, problems: Sequence[str], manifest: Manifest) -> list[str]:
-        """The processed layers of which a problem tells such a shape, or integers for floats, as processing makes."""
-        layers = {name: layer for layer, name in self._layers().items() if name}
-        found: dict[str, None] = {}
-        for problem in problems:
-            name = max((name for name in layers if f"{name}." in problem), key=len, default=None)
-            if name is None:
-                continue
-            shapes, packed = _SHAPES.search(problem), _PACKED.match(problem) and f"{name}.weight" in manifest
-            if packed or (
-                shapes and (_is_unlike_itself(layers[name]) or _made_by_processing(*map(_shape, shapes.groups())))
-            ):
-                found[name] = None
-        return [*found]
-
     def _twice(self, called: list[nn.Module], who: str = "") -> PlanError:
         names = self._layers()
         several = [names.get(layer) or type(layer).__name__ for layer in dict.fromkeys(called)]
@@ -170,33 +145,3 @@ class Once:
             "layers would be processed twice" + ("" if who else "; nothing was read or written"),
             [processes_itself(f"{type(self._model).__name__}.load_weights", several, who)],
         )
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    return tuple(map(int, text.split(",")))
-
-
-def _is_unlike_itself(layer: nn.Module) -> bool:
-    """Whether a weight is not of the sizes that the layer was made with, as far as it keeps them as Linear does."""
-    sizes = getattr(layer, "out_features", None), getattr(layer, "in_features", None)
-    weight = layer._parameters.get("weight")
-    return None not in sizes and weight is not None and tuple(weight.shape) != sizes
-
-
-def _made_by_processing(held: tuple[int, ...], read: tuple[int, ...]) -> bool:
-    """Whether a tensor of one shape may be what processing made of the other: turned round, packed anew, padded.
-
-    A rank's part of a tensor, or another model's size, is neither.
-    """
-    if held == read:
-        return False
-    turned = len(held) == len(read) and all(own >= of for own, of in zip(held, reversed(read), strict=True))
-    padded = len(held) == len(read) and all(own >= of for own, of in zip(held, read, strict=True))
-    return sorted(held) == sorted(read) or _elements(held) == _elements(read) or (turned and not padded)
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    count = 1
-    for length in shape:
-        count *= length
-    return count

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -125,6 +125,7 @@ class Plans:
         self._kept: list[tuple[LoadPlan, Cast]] = [
             (first, options.cast or ("error" if own_loader(model, options.by) is None else "loader"))
         ]
+        self._parts: list[tuple[Patterns, LoadPlan, Cast]] = []  # of partial updates, by what only= was
         may_lack = both(options.allow_missing, options.allow_mismatched)
         self.optional = OptionalTensors(model, first, may_lack, layout, unknown)
 
@@ -159,20 +160,23 @@ class Plans:
         only: Patterns | None,
         live: Mapping[str, torch.Tensor],
         cast: Cast | None = None,
+        *,
+        alone: Callable[[], AbstractContextManager[None]],
     ) -> Found:
-        """The plan for a manifest, and its groups. The caller sees that nobody reads the model meanwhile.
+        """The plan for a manifest, and its groups. A plan that is kept is found while others read the model.
 
         Args:
             manifest: what will come; by default what the live version came by.
             only: names of the model's tensors that are updated, and no others.
             live: every live tensor by name.
             cast: which casts are done; by default those of the first load, or of floats.
+            alone: inside, nobody reads the model: to make a plan, its loading code is run.
 
         Raises:
             PlanError: it lists everything that does not fit.
         """
         casts = self._options.for_update(self._model, cast)
-        plan = self._whole(self.last.manifest if manifest is None else manifest, only, live, casts)
+        plan = self._whole(self.last.manifest if manifest is None else manifest, only, live, casts, alone)
         if only is None:
             groups = groups_of(plan, self._layers, self._layout)
             absent = self.optional.absent(plan, coverage(plan))
@@ -188,26 +192,39 @@ class Plans:
         return Found(plan, in_place, self._concerned(concerned, plan, only), frozenset(), kept, casts, told)
 
     def _whole(
-        self, manifest: Manifest, only: Patterns | None, live: Mapping[str, torch.Tensor], cast: Cast
+        self,
+        manifest: Manifest,
+        only: Patterns | None,
+        live: Mapping[str, torch.Tensor],
+        cast: Cast,
+        alone: Callable[[], AbstractContextManager[None]],
     ) -> LoadPlan:
-        for plan, allowed in self._kept:
+        parts = [(plan, allowed) for of, plan, allowed in self._parts if of == only]
+        for plan, allowed in self._kept if only is None else (*parts, *self._kept):
             if plan.casts and _STRICT.index(allowed) > _STRICT.index(cast):
                 continue  # It may do casts that are not asked for.
             same = plan.manifest is manifest or list(plan.manifest.values()) == list(manifest.values())
-            if same and (not plan.state_read or digests(reachable(self._model), plan.state_read) == plan.digests):
+            if same and (not plan.state_read or self._is_as_read(plan, alone)):
                 return plan
         may: list[str] = []
         if only is not None:
             chosen = _chosen(self.first, only)
             may = [name for name in self.first.targets if not chosen(name)]
-        with self._in_checkpoint_format(live), _telling_what_was(self.last, manifest):
+        with alone(), self._in_checkpoint_format(live), _telling_what_was(self.last, manifest):
             meta = {name for name, tensor in survey(self._model).tensors.items() if tensor.is_meta}
             unloaded = meta - {name for name in self.first.targets if elements(self.covers, self.first, name)}
             plan = self._options.traced(self._model, manifest, torch.device("cpu"), [*may, *unloaded], cast)
         if only is None:
             self._check(plan)
             self._kept = [self._kept[0], (plan, cast), *self._kept[1:]][:_KEPT]
+        else:
+            self._parts = [(only, plan, cast), *self._parts][:_KEPT]
         return plan
+
+    def _is_as_read(self, plan: LoadPlan, alone: Callable[[], AbstractContextManager[None]]) -> bool:
+        """Whether the model's tensors hold what its loading code read of them when this plan was made."""
+        with alone():
+            return digests(reachable(self._model), plan.state_read) == plan.digests
 
     def _check(self, plan: LoadPlan) -> None:
         """See that an update writes what the first load wrote, and reads only initial values that were kept."""

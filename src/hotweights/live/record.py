@@ -56,7 +56,7 @@ class Record:
 
     def note_error(self, error: BaseException, said: str | None = None) -> None:
         """Take note of what went wrong, be it that the version is live, and say so."""
-        self.error, self._error_since = said or _in_a_line(error), time.monotonic()
+        self.error, self._error_since = said or in_a_line(error), time.monotonic()
         log_if_heard(logging.WARNING, "%s", self.error)
 
     def status(self) -> dict[str, object]:
@@ -96,5 +96,6 @@ def _since(then: float | None) -> float | None:
     return None if then is None else time.monotonic() - then
 
 
-def _in_a_line(error: BaseException) -> str:
+def in_a_line(error: BaseException) -> str:
+    """The first line of what an error says, and who raised it."""
     return said_by(error, next(iter(str(error).splitlines()), repr(error)))

@@ -84,9 +84,9 @@ class Serving:
     @signals.held
     def _version(self) -> str | int | None:
         # What the model holds, not what runs: an update of a torn model has not mended it before it has committed.
-        if self._current.holds is State.EMPTY:
+        if not self._current.checking and self._current.holds is State.EMPTY:
             raise LiveModelError("nothing was loaded yet, so there is nothing to serve; call load first")
-        if self._current.holds is State.TORN and not self._current.checking:
+        if not self._current.checking and self._current.holds is State.TORN:
             raise LiveModelError(
                 "the model is torn: it holds tensors of two versions; call update with a complete source"
             )

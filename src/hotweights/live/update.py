@@ -33,7 +33,7 @@ from .job import Job
 from .lock import StillRead, WriteTurn
 from .open_layers import OpenLayers
 from .previous import Previous, used_up
-from .record import tell_commit
+from .record import in_a_line, tell_commit
 from .report import UpdateReport
 from .state import Current, State
 from .strategy import InPlace, Strategy
@@ -60,15 +60,16 @@ class Update:
         turn: WriteTurn,
         limit: int | None,
         fed: FedNames,
-        asked: Asked | None = None,
+        check: Callable[[], object] | None,
+        named: str | int | None = None,
     ) -> None:
         """For ``begin`` and ``begin_first``, while the live model is reserved; the end of the update lets go of it."""
         self._current = current
         self._baseline = baseline
         self._strategy = strategy
         self._fed = fed
-        self._check_by = None if asked is None else asked.check
-        self._named = None if asked is None else asked.version  # the new version, for messages
+        self._check_by = check
+        self._named = named  # the new version, for messages
         self._attempt = Attempt(job, strategy, OpenLayers(limit, warned=current.warned), turn, fed, timeline)
         self._watcher = signals.watch()
         current.begin(self._attempt)
@@ -84,10 +85,12 @@ class Update:
         process: Callable[[nn.Module], object],
         limit: int | None,
         fed: FedNames,
+        check: Callable[[], object] | None = None,
+        named: str | int | None = None,
     ) -> Update:
         """The first load, straight into the model's own tensors."""
-        timeline, turn = Timeline(), WriteTurn(current.guard)
-        return cls(current, baseline, baseline.first_job(process), InPlace(baseline.live), timeline, turn, limit, fed)
+        timeline, turn, job = Timeline(), WriteTurn(current.guard), baseline.first_job(process)
+        return cls(current, baseline, job, InPlace(baseline.live), timeline, turn, limit, fed, check, named)
 
     @classmethod
     @signals.held
@@ -110,16 +113,18 @@ class Update:
         turn = WriteTurn(current.guard, asked.timeout, timeline.note)
         try:
             refuse_frozen()
+            current.guard.check_writable()
             baseline.prove()
-            with turn.briefly(), timeline.event("plan"):
-                found = baseline.plans.find(manifest, asked.only, baseline.live, asked.cast)
+            with timeline.event("plan"):
+                find = baseline.plans.find
+                found = find(manifest, asked.only, baseline.live, asked.cast, alone=turn.briefly)
             job = baseline.job(process, found, promised=manifest is not None)
             strategy = baseline.strategy(asked.atomic, job)
         except UsageError:
             raise
         except Exception as error:
             raise aborted(current, asked.version, "was refused", error, timeline) from error
-        return cls(current, baseline, job, strategy, timeline, turn, limit, fed, asked)
+        return cls(current, baseline, job, strategy, timeline, turn, limit, fed, asked.check, asked.version)
 
     @property
     def manifest(self) -> Manifest:
@@ -414,9 +419,11 @@ class Update:
 
     def _note(self, error: BaseException) -> None:
         """Take note of what ended this update and is raised as it is. Ctrl-C says nothing of itself."""
-        said = None
+        said, what = None, _called(self._named)
+        if self._attempt.job.first:
+            what = "the first load" + (f", of {what}," if self._named is not None else "")
+            said = f"{what} failed: {in_a_line(error)}"
         if not isinstance(error, Exception):
-            what = "the first load" if self._attempt.job.first else _called(self._named)
             said = f"{what} was ended by {_ending(error)}; {self._current}"
         deed = "load" if self._attempt.job.first else "update"
         report = failure_report(self._attempt.timeline, deed, self._named)

@@ -16,11 +16,13 @@ from torch import nn
 from .. import signals
 from ..arguments import check_choices, check_flags, check_kind, check_model, device_from, patterns_from
 from ..dtypes import Cast
+from ..errors import PlanError
 from ..forked import alone_in_a_fork
 from ..gc_pause import without_collection
 from ..manifest import Manifest
 from ..memory.extents import renew
 from ..memory.pool import Pool
+from ..model.looks_processed import advise_of_processed
 from ..model.materialise import materialise, put_back
 from ..model.merged import refuse_merged
 from ..model.offloading import refuse_own_code, refuse_unwritable
@@ -59,6 +61,8 @@ from .initialise import InitMissing, check_init_missing, initialise, left_on_met
 from .report import LoadReport, Tally
 from .requests import bytes_to_read, requests_of
 from .verify import Verify, check_verifiable, unprovable, verifier
+
+_LOAD_BEFORE = "load before that; hotweights.LiveModel, made before, loads into processed layers again and again"
 
 
 @signals.watched
@@ -198,7 +202,8 @@ def load(
             # Code of the model's own may depend on what no key can see.
             keep = seen.plain if cache is None else cache
             plain = seen if seen.plain and not has_rules(model) else None
-            plan = planned(model, plain, source.manifest, options, make, cache_dir) if keep or cache_dir else make()
+            with _telling_processed(model, source.manifest):
+                plan = planned(model, plain, source.manifest, options, make, cache_dir) if keep or cache_dir else make()
         else:
             check(plan, model, source.manifest, target_device)
         if plan.fallback:
@@ -266,6 +271,19 @@ def _trace(
         cast=cast,
         by=by,
     )
+
+
+@contextmanager
+def _telling_processed(model: nn.Module, manifest: Manifest) -> Iterator[None]:
+    """Inside, the error of a plan says which layers an engine may have processed."""
+    try:
+        yield
+    except PlanError as error:
+        if "processed by a LiveModel" not in error.advice:
+            processes = {*unprocessed(model)}
+            layers = {name: layer for name, layer in model.named_modules() if name in processes}
+            advise_of_processed(error, manifest, layers, _LOAD_BEFORE)
+        raise
 
 
 def _slowest(destinations: Mapping[str, torch.Tensor]) -> torch.device:

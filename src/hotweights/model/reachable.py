@@ -33,10 +33,11 @@ def reachable(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def attributes(modules: Iterable[tuple[str, nn.Module]], seen: set[int]) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor that attributes of these modules lead to, by path, but those whose ids are in ``seen``."""
+    each: dict[nn.Module, str] = {}
     for prefix, module in modules:
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
+        each.setdefault(module, prefix)
+    seen |= set(map(id, each))  # A walk that came to one of them from elsewhere might end within it.
+    for module, prefix in each.items():
         inside = module.__dict__
         for key in inside if len(inside) > len(MODULE_PRIVATE) else ():
             value = inside[key]

@@ -42,17 +42,22 @@ class Snapshot:
         self._state: set[int] = set()  # the dictionaries that make up the state
         self._classes: list[tuple[str, Any, type]] = []
         self._grads: list[tuple[str, torch.Tensor, bool, torch.Tensor | None]] = []
-        for prefix, module in model.named_modules():
-            where = prefix or type(model).__name__
-            self._classes.append((where, module, type(module)))
-            self._state |= {id(module._parameters), id(module._buffers), id(module._modules)}
-            self._hold(where, module.__dict__, 0)
-            for key, tensor in (*module._parameters.items(), *module._buffers.items()):
-                if tensor is not None:
-                    name = f"{prefix}.{key}" if prefix else key
-                    self._classes.append((name, tensor, type(tensor)))
-                    self._grads.append((name, tensor, tensor.requires_grad, tensor.grad if tensor.is_leaf else None))
-                    self._hold(name, tensor.__dict__, 0)
+        # Each is held for itself: one that attributes lead to may lie deeper than a walk from there would go.
+        self._modules = [*model.named_modules()]
+        self._known = {id(module) for _, module in self._modules}
+        for prefix, module in self._modules:  # It grows meanwhile.
+            self._hold_module(prefix, module, prefix or type(model).__name__)
+
+    def _hold_module(self, prefix: str, module: nn.Module, where: str) -> None:
+        self._classes.append((where, module, type(module)))
+        self._state |= {id(module._parameters), id(module._buffers), id(module._modules)}
+        self._hold(where, module.__dict__, 0)
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                name = f"{prefix}.{key}" if prefix else key
+                self._classes.append((name, tensor, type(tensor)))
+                self._grads.append((name, tensor, tensor.requires_grad, tensor.grad if tensor.is_leaf else None))
+                self._hold(name, tensor.__dict__, 0)
 
     def _hold(self, where: str, container: Any, depth: int) -> None:
         if id(container) in self._seen or depth > _DEPTH:
@@ -62,6 +67,11 @@ class Snapshot:
         items = container.items() if isinstance(container, dict) else enumerate(container)
         for key, item in items:
             if type(item) in _NO_CONTAINERS or isinstance(item, _OPAQUE):
+                continue
+            if isinstance(item, nn.Module):
+                if id(item) not in self._known:
+                    self._known.add(id(item))
+                    self._modules.append((_within(where, key), item))
                 continue
             if not isinstance(item, _CONTAINERS):
                 item = getattr(item, "__dict__", None)  # an object's attributes are a container too

@@ -26,7 +26,7 @@ LEAVES: frozenset[type] = frozenset(
 """Types whose instances lead to no tensor. Of subclasses that is not known: ask for ``type(value)``."""
 
 DEPTH = 6
-"""So many steps from a module a walk goes."""
+"""So many steps from a module a walk goes. Those from a module to its parts and attributes do not count."""
 
 _ENDS = (str, int, float, type, types.ModuleType, torch.Tensor)
 
@@ -55,8 +55,9 @@ def walk(path: str, value: object, seen: set[int], depth: int = 0) -> Iterator[t
     seen.add(id(value))
     yield path, value
     if not isinstance(value, _ENDS):
+        further = depth if isinstance(value, nn.Module) else depth + 1
         for step, item in _steps(value):
-            yield from walk(path + step, item, seen, depth + 1)
+            yield from walk(path + step, item, seen, further)
 
 
 def _steps(value: Any) -> Iterator[tuple[str, object]]:

@@ -41,11 +41,14 @@ def of_ranks(name: str) -> bool:
     return any(part.startswith(("lora_A", "lora_B", "lora_embedding_")) for part in name.split("."))
 
 
-def homeless_adapter(names: Collection[str], targets: Iterable[str], *, alone: bool) -> tuple[str, str]:
+def homeless_adapter(
+    names: Collection[str], manifest: Collection[str], targets: Collection[str], *, alone: bool
+) -> tuple[str, str]:
     """What is wrong, and what to do, where ``names`` of an adapter have no place among ``targets``.
 
     Args:
-        names: of tensors of the source.
+        names: of tensors of the source, for people.
+        manifest: names of all tensors of the source.
         targets: names of the model's tensors.
         alone: whether the source has nothing but an adapter.
     """
@@ -55,7 +58,7 @@ def homeless_adapter(names: Collection[str], targets: Iterable[str], *, alone: b
         sorted(names), 3
     )
     if has_one:
-        return problem, (
+        return problem, _on_other_layers(manifest, targets) or (
             "The model has an adapter of another name or shape. hotweights.engines.peft.load_adapter(model, source, "
             "adapter_name=) fills one by the names that peft.get_peft_model_state_dict gives."
         )
@@ -69,11 +72,34 @@ def homeless_adapter(names: Collection[str], targets: Iterable[str], *, alone: b
     return problem, f"Without its adapter the model would compute as its base does. {merge}; {give}."
 
 
-def by_parts(manifest: Collection[str], targets: Iterable[str], missing: Collection[str]) -> str:
+def _on_other_layers(manifest: Iterable[str], targets: Iterable[str]) -> str:
+    """What to do where the source's adapter is on other layers than the model's; or nothing."""
+    theirs, ours = _layers_with_adapter(manifest), _layers_with_adapter(targets)
+    if theirs == ours:
+        return ""
+    kinds = ({layer.rpartition(".")[2] for layer in layers} for layers in (theirs, ours))
+    shown = [some(sorted(names), 3) for names in kinds]
+    if shown[0] == shown[1]:
+        shown = [some(sorted(layers), 3) for layers in (theirs - ours or theirs, ours - theirs or ours)]
+    return (
+        f"The source's adapter is on {shown[0]}, the model's on {shown[1]}. Give the model one on the same layers: "
+        "peft.get_peft_model(model, config) with the target_modules of the source's adapter_config.json, before the "
+        "first load."
+    )
+
+
+def _layers_with_adapter(names: Iterable[str]) -> set[str]:
+    found = ((name, _A_KIND.search(name)) for name in names)
+    return {name[: match.start()].removeprefix("base_model.model.") for name, match in found if match is not None}
+
+
+def by_parts(manifest: Collection[str], targets: Collection[str], missing: Collection[str]) -> str:
     """What to do where a model has adapters, and a source is one of them alone or the model under them; or nothing."""
     if not any(map(of_adapter, targets)) or not missing:
         return ""
     if all(map(of_adapter, missing)):
+        if any(map(of_adapter, manifest)):
+            return _on_other_layers(manifest, targets)
         return (
             "This source is the model under the adapters: hotweights.engines.peft.load_base(model, source) loads it, "
             "and they stay. If adapters are merged into it they would count twice: load it into a model without them, "

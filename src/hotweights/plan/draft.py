@@ -203,7 +203,7 @@ def draft(
     if homeless_parts := [name for name in (*unexpected, *passed_over) if of_adapter(name)]:
         # To allow them would load the model under the adapter, and drop what was trained.
         alone = all(map(of_adapter, whole))
-        problem, cure = homeless_adapter(list(map(whole.called, homeless_parts)), wide, alone=alone)
+        problem, cure = homeless_adapter(list(map(whole.called, homeless_parts)), whole, wide, alone=alone)
         wrong.add(problem)
         advice.append(cure)
         unexpected = [name for name in unexpected if not of_adapter(name)]
@@ -213,7 +213,7 @@ def draft(
     if missing and not whole:
         advice.append("The source holds no tensors at all; an iterator that was read before gives none.")
     elif other_part := by_parts(whole, wide, missing):
-        advice.append(other_part)
+        advice += [other_part] if other_part not in advice else []
     elif own_code and missing and not (writes.steps or traced.fallback or mismatched):
         advice.append("Nothing of the source fits: the model's own loading code knows none of these names.")
     elif missing and unexpected and len(unexpected) == len(whole):

@@ -6,6 +6,7 @@ import fnmatch
 import json
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from itertools import takewhile
 
 Patterns = str | re.Pattern[str] | Iterable[str | re.Pattern[str]]
@@ -25,6 +26,19 @@ def matches(patterns: Patterns) -> Callable[[str], bool]:
         for pattern in several
     ]
     return lambda name: name in literal or any(test(name) for test in tests)
+
+
+def idle(names: Collection[str], **patterns: Patterns) -> list[str]:
+    """What is said of patterns, given by the argument that takes them, that match none of the names."""
+    said = []
+    for option, several in patterns.items():
+        for pattern in _several(several):
+            if any(map(matches(pattern), names)):
+                continue
+            near = get_close_matches(pattern, names, n=1) if isinstance(pattern, str) else []
+            similar = f"; similar: {near[0]}" if near else ""
+            said.append(f"{option}={pattern!r} matches no tensor of the model or the checkpoint{similar}.")
+    return said
 
 
 def both(first: Patterns, second: Patterns) -> list[str | re.Pattern[str]]:

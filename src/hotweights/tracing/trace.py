@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from itertools import chain
 
 import torch
 from torch import nn
@@ -26,7 +27,7 @@ from ..model.survey import By, LoadingCode, Survey, counters, extra_states, load
 from ..names import outer_prefix, unwrapped
 from ..plan.draft import Allowed, Traced, draft
 from ..plan.inside import outer_manifest
-from ..plan.patterns import Patterns, both, matches, widened
+from ..plan.patterns import Patterns, both, idle, matches, widened
 from ..plan.plan import LoadPlan
 from ..plan.steps import Copy, Fate
 from ..plan.writes import fits
@@ -38,6 +39,8 @@ from .fit import complete
 from .frameworks import rules_for
 from .leave_out import trace_code
 from .naming import match_for, names_for
+
+_SAID = 3  # patterns that match nothing: a list that many models share has many
 
 
 @signals.watched
@@ -79,12 +82,13 @@ def trace(
         UsageError: an argument is of the wrong kind.
     """
     check_model(model, manifest)
-    missing, partly, unexpected, mismatched = patterns_from(
-        allow_missing=allow_missing,
-        allow_partial=allow_partial,
-        allow_unexpected=allow_unexpected,
-        allow_mismatched=allow_mismatched,
-    )
+    given = {
+        "allow_missing": allow_missing,
+        "allow_partial": allow_partial,
+        "allow_unexpected": allow_unexpected,
+        "allow_mismatched": allow_mismatched,
+    }
+    missing, partly, unexpected, mismatched = several = patterns_from(**given)
     where = device_from(device)
     check_choices(**({"by": (by, By)} if by is not None else {}))
     outer, model = outer_prefix(model), unwrapped(model)
@@ -114,6 +118,10 @@ def trace(
                 error.advice = cure if lost else "\n".join(filter(None, (error.advice, cure)))
             elif prefix := _prefix_that_goes(model, seen, promised, where, allowed, by):
                 error.advice = f'All fits without "{prefix}" before each name: rename={{"{prefix}": ""}}.'
+            known = [*seen.names, *promised, *promised.origins.values(), *chain.from_iterable(others.values())]
+            # One that is misspelt allows nothing.
+            if unmatched := idle(known, **dict(zip(given, several, strict=True))):
+                error.advice = "\n".join(filter(None, (error.advice, *unmatched[:_SAID])))
             if layers:
                 raise telling(error, layers) from error
             raise

@@ -141,7 +141,7 @@ def test_google_by_its_usual_variables(tmp_path, monkeypatch):
         assert_same_bits(read("gs://b/m", options), TENSORS)
         assert {unquote(path) for method, path, *_ in server.asked if method == "PUT"} == {"/b/m/model.safetensors"}
         monkeypatch.delenv("GOOGLE_SERVICE_ACCOUNT")
-        with pytest.raises(hw.StoreError, match="refused the credentials"):
+        with pytest.raises(hw.StoreError, match=r"refused the credentials.*; set GOOGLE_SERVICE_ACCOUNT or"):
             hw.open("gs://b/m", store=server.options)
 
 
@@ -162,6 +162,8 @@ def test_azure_by_its_usual_variables(monkeypatch, variables, begins):
             assert_same_bits(read(address, options), TENSORS)
         assert all(begins or query["sig"] == "hush" for _, _, query, _ in server.asked)
         if begins:
-            with pytest.raises(hw.StoreError, match="refused the credentials") as error:
+            with pytest.raises(
+                hw.StoreError, match=r"refused the credentials.*; set AZURE_STORAGE_ACCOUNT_KEY"
+            ) as error:
                 hw.open("az://b/m", store={**server.options, "account_key": ""})
             assert variables["ACCOUNT_KEY"] not in str(error.value)

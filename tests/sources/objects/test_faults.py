@@ -1,5 +1,6 @@
 """Everything that a store may do wrong. What fails once is got by another try; what goes on failing is one error."""
 
+import ast
 import hashlib
 import itertools
 import os
@@ -184,10 +185,14 @@ def test_credentials_that_expire_for_good_are_said(serve, checkpoint):
         assert len(proxy.ranges) - before == 3
 
 
-def test_credentials_that_never_were_good_are_refused_at_once():
-    refused = pytest.raises(hw.StoreError, match="refused the credentials, or asks for some: 401")
-    with Web({"m/model.safetensors": b"x" * 100}, needs="Basic dXNlcjpodXNo") as web, refused:
-        hw.open(f"{web.url}/m/model.safetensors", store={"deadline": 30})
+def test_credentials_that_never_were_good_are_refused_at_once_and_the_advice_works(checkpoint):
+    content = (checkpoint / "model.safetensors").read_bytes()
+    with Web({"m/model.safetensors": content}, needs="Bearer TOKEN") as web:
+        address = f"{web.url}/m/model.safetensors"
+        with pytest.raises(hw.StoreError, match="refused the credentials, or asks for some: 401") as error:
+            hw.open(address, store={"deadline": 30})
+        advised = ast.literal_eval(str(error.value).partition("store=")[2])
+        hw.open(address, store=advised).close()
 
 
 def test_a_server_that_ignores_ranges_is_found_out_when_it_is_opened(checkpoint):

@@ -35,7 +35,24 @@ _AT = ("abfs", "abfss", "hf")  # where no user stands before that sign
 _OBJECTS = (".safetensors", ".json", ".bin", ".pt", ".pth")  # How the names of objects end; others are directories.
 _OURS = ("deadline", "requests", "cache_dir", "cache_nbytes")
 _ENDPOINTS = ("endpoint", "endpoint_url", "base_url")  # how the options end that name a server
-_HUB_LOGIN = "set HF_TOKEN, or run `hf auth login`; gated models are granted on their pages"
+_WEB_LOGIN = 'give what the server asks for as store={"default_headers": {"Authorization": "Bearer TOKEN"}}'
+_S3_LOGIN = (
+    "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for a bucket that everybody may read. "
+    "S3 says this of what is not there, too, where it may not be listed"
+)
+_AZURE_LOGIN = "set AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN"
+_LOGIN = {
+    "http": _WEB_LOGIN,
+    "https": _WEB_LOGIN,
+    "s3": _S3_LOGIN,
+    "s3a": _S3_LOGIN,
+    "gs": "set GOOGLE_SERVICE_ACCOUNT or GOOGLE_APPLICATION_CREDENTIALS to the file of an account that may read it",
+    "az": _AZURE_LOGIN,
+    "abfs": _AZURE_LOGIN,
+    "abfss": _AZURE_LOGIN,
+    "hf": "set HF_TOKEN, or run `hf auth login`; gated models are granted on their pages",
+}
+"""What to do where a store refuses the credentials, by scheme."""
 _RETRIES = 100  # of the package itself, where it writes: until the deadline
 _OF_CLIENT = """
 allow_http allow_invalid_certificates connect_timeout default_headers http1_only http2_only pool_idle_timeout
@@ -105,10 +122,9 @@ def connect(addresses: Sequence[Parts], options: object, *, writes: bool = False
     service: Service
     if addresses[0].scheme == "hf":
         service = _hub(addresses[0], options)
-        ours["login"] = _HUB_LOGIN
     else:
         service = Obstore(_package_store(addresses[0], options, ours.get("deadline", 60.0) if writes else None))
-    store = Store(service, addresses[0].shown, **ours)
+    store = Store(service, addresses[0].shown, login=_LOGIN[addresses[0].scheme], **ours)
     store.cache = cache
     return [Address(store, key) for key in keys]
 
@@ -164,7 +180,9 @@ def _commit(parts: Parts, options: object) -> str | None:
     hub = _hub(parts, {name: value for name, value in (options or {}).items() if name not in _OURS})
     said = os.environ.get("HF_HUB_ETAG_TIMEOUT", "")
     patience = float(said) if said.isdecimal() and int(said) else 10.0
-    store = Store(hub, parts.shown, deadline=min(patience, (options or {}).get("deadline", patience)), login=_HUB_LOGIN)
+    store = Store(
+        hub, parts.shown, deadline=min(patience, (options or {}).get("deadline", patience)), login=_LOGIN["hf"]
+    )
     try:
         store.names("")
     finally:

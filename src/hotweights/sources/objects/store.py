@@ -33,7 +33,7 @@ HEAD = 64 * 1024
 """Bytes that are read when an object is opened: the header of most files lies in them."""
 _ASK = 0.1  # seconds after which a wait asks whether it has ended
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 5.0  # seconds between two tries; each is about twice the one before
-_LOGIN = "set those of this store, or give store={...}"
+_LOGIN = "give it a store that has some"
 _SLOWEST = 1024 * 1024  # bytes in a second, at which an upload still counts as one that goes on
 _LOGINS = 3  # tries after which credentials that worked before count as expired
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import pickletools
 import re
+import zipfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 
 import torch
 
@@ -21,6 +23,7 @@ from ..files.place import Readable
 from ..pairs import Pair
 from .reader import Reader
 
+_READ_SAFELY = 3  # the latest pickle protocol whose instructions torch's safe reader knows
 _LOOKED_AT = 1 << 20  # bytes of a pickle
 _TORCH_SAVED = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # the number with which files of torch.save began before 1.6
 
@@ -70,10 +73,30 @@ def _load(path: str, device: str) -> Mapping[str, torch.Tensor]:
     except Exception as error:  # A broken file raises KeyError, EOFError, UnpicklingError, RuntimeError and others.
         if called := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise _with_code(path, called[1]) from None  # Torch's text says how to run it all the same.
+        if (protocol := _protocol(path)) > _READ_SAFELY:
+            raise CheckpointError(
+                f"{path}: is written by pickle protocol {protocol}, and torch.load with weights_only=True reads 2 and "
+                f"{_READ_SAFELY}; where you trust whoever wrote it, torch.load it with weights_only=False, and "
+                "torch.save it without pickle_protocol=",
+                cause="other_format",
+            ) from error
         raise CheckpointError(
             f"{path}: torch.load with weights_only=True refuses it: {_reason(error)}", cause="other_format"
         ) from error
     return loaded
+
+
+def _protocol(path: str) -> int:
+    """The pickle protocol of a file of torch.save; 0 where it cannot be told."""
+    with open(path, "rb") as file, suppress(zipfile.BadZipFile, StopIteration, OSError, NotImplementedError):
+        if zipfile.is_zipfile(file):
+            archive = zipfile.ZipFile(file)
+            start = archive.open(next(name for name in archive.namelist() if name.endswith("/data.pkl"))).read(2)
+        else:
+            file.seek(0)
+            start = file.read(2)
+        return start[1] if start[:1] == b"\x80" else 0
+    return 0
 
 
 def _refuse_plain_pickle(path: str) -> None:
