@@ -380,15 +380,18 @@ class Connection:
                 raise
         if self._filling is None:
             frame = channel.read()
+            if frame is not None and isinstance(frame.message, Offer):
+                slots.origins.meet(frame.message.origins)
             if frame is None or not isinstance(frame.message, Filled):
-                slots.flow.greet()
+                slots.greet()
                 return frame
             slots.expect(frame.message)
             self._filling = frame
+        assert isinstance(self._filling.message, Filled)
         try:
-            if not slots.flow.fill():
+            if not slots.fill(self._filling.message.fill):
                 channel.look()
-                return None
+                return self._aborted(channel, slots) if slots.origins.lacking and channel.brings(Abort) else None
         except PeerLost:
             while channel.read() is not None:  # The sender may have said why it hung up.
                 continue
@@ -396,12 +399,22 @@ class Connection:
         frame, self._filling = self._filling, None
         return frame
 
+    def _aborted(self, channel: Channel, slots: OwnSlots) -> Frame | None:
+        """The abort that came. The ranks that were to fill a slot may have died: it is waited for no more.
+
+        What the sender itself has sent comes before all that it sends later, so it is still expected.
+        """
+        self._filling = None
+        while (frame := channel.read()) is not None and not isinstance(frame.message, Abort):
+            if isinstance(frame.message, Filled):
+                slots.expect(frame.message)
+        slots.give_up()
+        return frame
+
     def _awaited(self, channel: Channel) -> list[tuple[Waitable, bool]]:
         """The sockets to wait for, and whether until they can be written to."""
         awaited: list[tuple[Waitable, bool]] = [(channel.socket, channel.unsent)]
-        if isinstance(self._slots, OwnSlots) and (self._filling is not None or self._slots.flow.greets):
-            awaited.append(self._slots.flow.awaited)
-        return awaited
+        return [*awaited, *self._slots.awaited] if isinstance(self._slots, OwnSlots) else awaited
 
     def _accepted(self, frame: Frame) -> Frame | None:
         """The offer in a frame, if there is one and it still stands."""

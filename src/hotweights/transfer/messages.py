@@ -108,12 +108,31 @@ class Welcome(_Message, frozen=True):
     carrier: str = ""
 
 
+class Origin(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
+    """A rank of a sharded trainer that gives receivers bytes itself, on another host than the sender.
+
+    Attributes:
+        rank: its number.
+        name: for people.
+        host: its address.
+        port: where it listens there.
+        token: what this receiver shows it.
+    """
+
+    rank: int
+    name: str
+    host: str
+    port: int
+    token: bytes
+
+
 class Offer(_Message, frozen=True):
     """A version and its tensors: name, dtype, shape. On one host the ballot comes with it as a descriptor.
 
     If it is ``relayed``, the ballot holds what this host's relay heard of the decision, which falls elsewhere.
     ``register`` says where the decision stands, if in one. The receiver, or the first relay before it, has this
-    ``place`` at the lead. Of two leads the one with the larger ``epoch`` is the present one.
+    ``place`` at the lead. Of two leads the one with the larger ``epoch`` is the present one. Some bytes may come from
+    the ``origins``, if the receiver connects to them.
     ``kept`` is 0; or a group has taken the version before, by this update, and a relay has kept it: who is prepared
     takes it, whatever becomes of the relay.
     """
@@ -126,6 +145,7 @@ class Offer(_Message, frozen=True):
     place: int = 0
     epoch: int = 0
     kept: int = 0
+    origins: tuple[Origin, ...] = ()
 
 
 class Wanted(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
@@ -178,11 +198,15 @@ class Chunk(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
 
 
 class Filled(_Message, frozen=True):
-    """A slot that may be read; it does not change until it is released, and bears this fill until then."""
+    """A slot that may be read; it does not change until it is released, and bears this fill until then.
+
+    ``origins``, where there are some: of each chunk, the rank that gives its bytes, or 0 where the sender does.
+    """
 
     slot: int
     chunks: tuple[Chunk, ...]
     fill: int
+    origins: tuple[int, ...] = ()
 
 
 class Release(_Message, frozen=True):
@@ -327,6 +351,12 @@ def decode(raw: bytes | bytearray) -> Message:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, OverflowError) as error:
         raise ProtocolError(f"a frame holds no message: {error}") from error
     return message
+
+
+def is_kind(raw: bytes | bytearray, kind: type[Message]) -> bool:
+    """Whether the body of a frame holds a message of this kind, by how it begins."""
+    word = kind_of(kind).encode()
+    return raw[1 : 2 + len(word)] == bytes([0xA0 | len(word)]) + word
 
 
 def specs_of(offer: Offer) -> Manifest:

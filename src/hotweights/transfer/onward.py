@@ -111,7 +111,7 @@ class Onward(Outbound):
                 raise TransferAborted("no worker is here any more")
             if self._keeper is not None:
                 self._collected = self._keeper.begin(offer, self._update, manifest)
-            relayed = msgspec.structs.replace(offer, relayed=True)
+            relayed = msgspec.structs.replace(offer, relayed=True, origins=())  # All bytes come to this relay.
             report = self._run(offer.version, list(manifest.values()), lambda: relayed, self._stream)
         except TransferIncomplete:
             self._done("")

@@ -241,10 +241,13 @@ class Outbound:
             workers = set(own[: len(peer.names)])  # but for what it keeps itself
             chunks = tuple(chunk for chunk, wanting in packed if not wanting.isdisjoint(own))
             if chunks and peer in self._members:
-                peer.hand_over(slot, self._slots.memories[slot], chunks, fill)
+                self._hand_to(peer, slot, chunks, fill)
                 self._pace.shared(peer, sum(chunk.nbytes * len(workers & wanting) for chunk, wanting in packed))
         self._advance(sum(chunk.nbytes for chunk, _ in packed))
         self._timeline.note("hand over slots", "", began)
+
+    def _hand_to(self, peer: Peer, slot: int, chunks: tuple[Chunk, ...], fill: int) -> None:
+        peer.hand_over(slot, self._slots.memories[slot], chunks, fill)
 
     def _free_slot(self) -> int:
         with self._timeline.event("wait for a free slot"):
@@ -326,7 +329,7 @@ class Outbound:
             seconds=time.monotonic() - self._began,
             waited=dict(self._waited),
             events=tuple(self._timeline.events),
-            network_nbytes=sum(peer.flow.nbytes for peer in self._members if peer.flow is not None),
+            network_nbytes=sum(peer.network_nbytes for peer in self._members),
             since_epoch=self._timeline.since_epoch,
             hosts=self._pace.reports(self._members, self._timeline.began),
         )
