@@ -24,7 +24,6 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from datetime import timedelta
 from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
@@ -35,23 +34,13 @@ from rich.table import Table
 from torch import nn
 
 import hotweights as hw
-from hosts import Hosts, Run, enter, ours, plain, why_not
+from hosts import Hosts, Run, enter, gloo_group, ours, plain, why_not
 from hotweights.transfer.carriers.table import carrier_of
 from load import parse_size
 from transfer import Layers, Worker, check
 
 LIMITS = {"sockets": 1.3, "pg": 1.5, "nixl": 1.2}
-WAIT = timedelta(seconds=60)
 LOOK = 0.0002  # seconds between two looks at a write, as the carrier's
-
-
-def _group(rank: int, here: str, where: tuple[str, int]) -> Any:
-    gloo: Any = torch.distributed.ProcessGroupGloo
-    options = gloo._Options()
-    options._threads, options._timeout = 1, WAIT
-    options._devices = [gloo.create_device(hostname=here)]
-    store = torch.distributed.TCPStore(*where, 2, rank == 0, timeout=WAIT, wait_for_workers=False)
-    return gloo(store, rank, 2, options)
 
 
 def from_group(pipe: Connection, nbytes: int, tensors: int, host: str, here: str) -> None:
@@ -59,7 +48,7 @@ def from_group(pipe: Connection, nbytes: int, tensors: int, host: str, here: str
         enter(host)
     model, group = Layers(nbytes, tensors), None
     while (value := pipe.recv()) is not None:
-        group = group or _group(1, here, pipe.recv())
+        group = group or gloo_group(1, 2, here, pipe.recv())
         for parameter in model.parameters():
             group.recv([parameter], 0, 0).wait()
         pipe.send("there")
@@ -76,7 +65,7 @@ def by_group(options: argparse.Namespace, host: str, here: str, where: str, stac
         worker.pipe.send(value)
         if group is None:
             worker.pipe.send((where, 29500))
-            group = _group(0, where, (where, 29500))
+            group = gloo_group(0, 2, where, (where, 29500))
         began = time.perf_counter()
         for parameter in trainer.parameters():
             group.send([parameter], 1, 0).wait()

@@ -174,6 +174,7 @@ def plan(options: argparse.Namespace, console: Console) -> None:
     table = Table(layouts, rows)
     digest, hashing = _timed(table.digest)
     tiling, proving = _timed(lambda: Tiling([table], [0] * options.ranks))
+    tiling.begin(apart=True)  # So many ranks are on many hosts, and send for themselves.
 
     def requests(number: int) -> list[tuple[int, tuple[Range, ...]]]:
         spec = tiling.tensors[number].spec
@@ -220,7 +221,7 @@ def main() -> None:
     parser.add_argument("--plan-tensors", type=int, default=60_000)
     parser.add_argument("--ranks", type=int, default=256, help="of the plan")
     parser.add_argument("--workers", type=int, default=64, help="of the plan")
-    parser.add_argument("--every", type=int, default=100, help="count the chunks of one tensor in so many")
+    parser.add_argument("--every", type=int, default=101, help="count the chunks of one tensor in so many")
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.size -= options.size % (options.tensors * RANKS * 2 * 1024)  # whole rows of 1024 on every rank

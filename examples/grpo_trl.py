@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import shutil
 import signal
@@ -31,6 +32,7 @@ ENGINE = {
     "dtype": "bfloat16",
     "max_model_len": 256,
     "max_num_batched_tokens": 256,
+    "max_num_seqs": 16,
     "kv_cache_memory_bytes": 64 << 20,
     "enforce_eager": True,
 }
@@ -86,6 +88,14 @@ def wait_until_ready(server: subprocess.Popen[bytes], url: str, log: Path, secon
     raise SystemExit(f"the server did not start:\n{log.read_text(errors='replace')[-5000:]}")
 
 
+def prepare_engines() -> None:
+    """Import vLLM in a process of which others are forked, while this one waits for the server."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(
+        ["vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker"]
+    )
+    multiprocessing.forkserver.ensure_running()
+
+
 def fresh(checkpoint: str) -> list[int]:
     """What a fresh engine says, loaded by vLLM's own default. Runs in a process of its own."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -113,6 +123,7 @@ def main(folder: Path) -> None:
     said: list[list[int]] = []
     saved: list[str] = []
     try:
+        prepare_engines()
         from datasets import Dataset
         from transformers.utils import logging
         from trl import GRPOConfig, GRPOTrainer
@@ -162,9 +173,7 @@ def main(folder: Path) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(server.pid, signal.SIGTERM)
         server.wait()
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker"])
-    with processes.Pool(1, maxtasksperchild=1) as pool:
+    with multiprocessing.get_context("forkserver").Pool(1, maxtasksperchild=1) as pool:
         expected = pool.map(fresh, saved, chunksize=1)
     wrong = [step for step in range(STEPS + 1) if said[step] != expected[step]]
     if wrong:

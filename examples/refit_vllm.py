@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import shutil
 import signal
@@ -27,6 +28,7 @@ ENGINE = {
     "dtype": "bfloat16",
     "max_model_len": 256,
     "max_num_batched_tokens": 256,
+    "max_num_seqs": 16,
     "kv_cache_memory_bytes": 64 << 20,
     "enforce_eager": True,
     "skip_tokenizer_init": True,
@@ -70,6 +72,14 @@ def asked(url: str, model: Path) -> list[int]:
     return tokens
 
 
+def prepare_engines() -> None:
+    """Import vLLM in a process of which others are forked, while this one waits for the server."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(
+        ["vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker"]
+    )
+    multiprocessing.forkserver.ensure_running()
+
+
 def fresh(checkpoint: str) -> list[int]:
     """What a fresh engine says, loaded by vLLM's own default. Runs in a process of its own."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -104,6 +114,7 @@ def main(folder: Path) -> None:
     log = folder / "server.log"
     server = serve(start, port, log)
     try:
+        prepare_engines()
         wait_until_ready(server, url, log)
         client = HTTPClient(url)
         engine = WeightTransferTrainerFactory.trainer_init(
@@ -126,9 +137,7 @@ def main(folder: Path) -> None:
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait()
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker"])
-    with processes.Pool(1, maxtasksperchild=1) as pool:
+    with multiprocessing.get_context("forkserver").Pool(1, maxtasksperchild=1) as pool:
         expected = pool.map(fresh, [str(folder / f"step-{step}") for step in range(4)], chunksize=1)
     wrong = [step for step in range(4) if said[step] != expected[step]]
     if wrong:

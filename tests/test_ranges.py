@@ -1,5 +1,7 @@
 """Ranges against sets of bytes: what is cut is what was asked for, each byte once."""
 
+import itertools
+
 import torch
 from examples import examples
 from hypothesis import given
@@ -82,6 +84,14 @@ def test_disjoint_is_never_said_of_what_is_not(asked, other):
     assert apart or not disjoint((asked, other))
     if asked.count == other.count == 1:
         assert disjoint((asked, other)) == apart
+
+
+@examples(200)
+@given(st.lists(anything | strided, min_size=2, max_size=5))
+def test_several_are_disjoint_when_each_two_are(asked):
+    assert disjoint(asked) <= all(disjoint(pair) for pair in itertools.combinations(asked, 2))
+    if disjoint(asked):
+        assert len(union(asked)) == sum(part.size for part in asked)
 
 
 @examples(100)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -56,6 +57,24 @@ def check_count(least: int, **options: object) -> None:
     for name, value in options.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise UsageError(f"{name}= is a whole number of at least {least}; found {shown(value)}")
+
+
+def nbytes_from(**option: object) -> int:
+    """The bytes that an option says, as a number or such as ``"5GB"`` or ``"500MiB"``; at least one.
+
+    Raises:
+        UsageError: it is none of these.
+    """
+    ((name, value),) = option.items()
+    units = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)(i?)B?", str(value), re.IGNORECASE)
+    if isinstance(value, bool) or match is None:
+        raise UsageError(f'{name}= is a number of bytes, or such as "5GB" or "500MiB"; found {value!r}')
+    unit = units[match[2].upper()]
+    nbytes = int(float(match[1]) * (1024 ** round(math.log10(unit) / 3) if match[3] else unit))
+    if nbytes < 1:
+        raise UsageError(f"{name}= is at least one byte; found {value!r}")
+    return nbytes
 
 
 def check_seconds(*, or_zero: bool = False, **options: object) -> None:

@@ -182,16 +182,19 @@ class CheckpointError(_Problems):
 
     Attributes:
         cause: why in a word, for programs; docs/ci.md lists them.
+        causes: all of them, where it is ``"several"``; else that one.
     """
 
     cause = "invalid"
+    causes: tuple[str, ...] = ()
 
     def __init__(self, title: str, problems: Iterable[str] = (), *, advice: str = "", cause: str | None = None) -> None:
         several = [*problems]
         super().__init__(title, several, advice=advice)
         causes = {problem.cause if isinstance(problem, Problem) else cause or self.cause for problem in several}
         if cause is not None or causes:
-            self.cause = (cause or self.cause) if not causes else causes.pop() if len(causes) == 1 else "several"
+            self.cause = (cause or self.cause) if not causes else min(causes) if len(causes) == 1 else "several"
+        self.causes = tuple(sorted(causes)) or (self.cause,)
 
 
 class CheckpointChanged(CheckpointError):

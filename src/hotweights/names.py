@@ -17,6 +17,7 @@ _INSIDE: dict[tuple[str, str], str] = {
     ("peft.tuners.tuners_utils", "BaseTuner"): "model",
     ("peft.tuners.tuners_utils", "BaseTunerLayer"): "base_layer",
     ("peft.utils.other", "AuxiliaryTrainingWrapper"): "original_module",
+    ("peft.utils.other", "TrainableTokensWrapper"): "token_adapter",
 }
 """Classes that wrap another module, and the child that is that module. They are known by class, never by a child's
 name: a model may call a part of its own ``module``. Nothing is imported to find out.
@@ -53,6 +54,21 @@ def _peeled(model: nn.Module) -> tuple[str, nn.Module]:
             break
         prefix, model = f"{prefix}{key}.", child
     return prefix, model
+
+
+def under_adapters(model: nn.Module) -> Iterator[str]:
+    """The names of all parameters and buffers but those that adapters of PEFT bring."""
+    stack = [("", model)]
+    while stack:
+        prefix, module = stack.pop()
+        key = inside(type(module)) if type(module).__module__.startswith("peft.") else None
+        if key is None:
+            yield from (prefix + name for name in (*module._parameters, *module._buffers))
+        stack += [
+            (f"{prefix}{name}.", child)
+            for name, child in module._modules.items()
+            if child is not None and key in (None, name)
+        ]
 
 
 def bare_names(model: nn.Module) -> dict[str, tuple[str, str]]:

@@ -105,8 +105,15 @@ def disjoint(ranges: Sequence[Range]) -> bool:
     if all(run.count == 1 for run in ranges):
         ordered = sorted(ranges, key=_start)
         return all(run.stop <= following.start for run, following in itertools.pairwise(ordered))
-    cells = _cells(ranges)
-    return cells is not None and all(len(_asking(cell, cells)) == 1 for cell in cells)
+    if (cells := _cells(ranges)) is None:
+        return False
+    above: list[_Cell] = []  # those that reach into the row
+    for cell in sorted(cells):
+        above = [other for other in above if other[1] > cell[0]]
+        if any(b0 < cell[3] and cell[2] < b1 for _, _, b0, b1 in above):
+            return False
+        above.append(cell)
+    return True
 
 
 def shared(requests: Sequence[tuple[Range, ...]]) -> list[tuple[Range, frozenset[int]]]:

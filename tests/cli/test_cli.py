@@ -54,10 +54,10 @@ def test_commands_and_flags():
         *"--carrier --encrypt --keys --insecure --trace --deadline".split(),
     }
     assert flags("receive") == shared | allowing | {
-        *"--from --model --device --versions --offer-timeout --keys --insecure --relay".split()
+        *"--from --model --device --versions --offer-timeout --keys --insecure --relay --keep".split()
     }
     assert flags("resolve") == {*"--keys --insecure --wait --commit --abort --json --help".split()}
-    assert flags("relay") == {*"--from --to --keys --insecure --name --timeout --help".split()}
+    assert flags("relay") == {*"--from --to --keys --insecure --name --timeout --keep --help".split()}
     assert flags("keys") == {"--hosts", "--days", "--help"}
     assert flags("inspect") == {
         *"--json --limit --reader --variant --subfolder --deadline --quiet --files-from --help".split(),
@@ -412,7 +412,8 @@ class TestFollow:
         result = run(*line, "--marker", "DONE")
         why = "waits for DONE, the marker that its writer writes last"
         assert json.loads(result.stdout) == {"path": str(steps), "passed_over": {"step-1": why, "step-2": why}}
-        assert len(run(*line).stdout.splitlines()) == 2
+        all_of_them = run("follow", steps, "--interval", "0.001", "--versions", "2", "--json")
+        assert len(all_of_them.stdout.splitlines()) == 2
 
     def test_no_directory(self, tmp_path):
         assert run("follow", tmp_path / "runs").exit_code == 2
@@ -652,7 +653,8 @@ def test_demo():
     assert "StaleLease" in done.stdout
     assert done.stdout.count("equal to a cold load, bit for bit") == 2  # as it is, and in int8
     assert done.stdout.count("none of a mix") == 2
-    assert not done.stderr
+    waiting = "waiting for a sender at"  # It is logged where a busy machine is slow to start one.
+    assert not [line for line in done.stderr.splitlines() if not line.startswith(waiting)]
     assert "SIGKILL, with" in done.stdout
     workers = [line for line in done.stdout.splitlines() if "workers  both at" in line]
     assert [line.split("'")[1] for line in workers] == ["step-1", "step-2", "step-3", "step-3", "step-5"]

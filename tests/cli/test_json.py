@@ -175,6 +175,7 @@ def test_causes_of_folders(tmp_path):
     second.write_bytes((tmp_path / "second").read_bytes()[:-1])
     assert printed("verify", whole, code=1)["error"]["cause"] == "truncated"
     first.write_bytes(b"")
-    assert printed("diff", whole, tmp_path / "second", code=2)["error"]["cause"] == "several"
+    error = printed("diff", whole, tmp_path / "second", code=2)["error"]
+    assert (error["cause"], error["causes"]) == ("several", ["empty", "truncated"])
     plan = printed("plan", tmp_path / "second", "--model", "torch.nn:Nothing", code=2)
     assert plan["error"]["cause"] == "usage_error"

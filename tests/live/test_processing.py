@@ -229,3 +229,33 @@ def test_a_dropped_model_takes_its_hidden_state_with_it(atomic):
         assert gone() is None
     finally:
         gc.enable()
+
+
+class Scaled(nn.Module):
+    """A model with a buffer of its own, so that it is a layer, and a part of itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.ones(2))
+        self.part = nn.Linear(2, 2, bias=False)
+
+
+def halve(layer):
+    if isinstance(layer, nn.Linear):
+        layer.weight = nn.Parameter(layer.weight.detach() / 2, requires_grad=False)
+
+
+def test_a_process_that_walks_into_the_parts_of_a_layer_is_refused():
+    def walking(model):
+        for module in model.modules():
+            halve(module)
+
+    weights = {"scale": torch.ones(2), "part.weight": torch.ones(2, 2)}
+    live = hw.LiveModel(Scaled(), process=walking)
+    with pytest.raises(hw.LiveModelError, match="the processing of Scaled replaced tensors of part, which would be"):
+        live.load(weights)
+    assert live.state is hw.State.EMPTY
+    for advised in ({"process": halve}, {"process": walking, "layers": "part"}):
+        live = hw.LiveModel(Scaled(), **advised)
+        live.load(weights)
+        assert live.model.part.weight.tolist() == [[0.5, 0.5], [0.5, 0.5]]

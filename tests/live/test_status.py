@@ -44,7 +44,7 @@ def test_an_empty_model_has_a_status():
     live = hw.LiveModel(torch.nn.Linear(2, 2))
     assert numbers(live) == (None, "empty", 0, 0)
     assert live.status()["last_report"] is live.status()["seconds_since_commit"] is None
-    with pytest.raises(ValueError, match="the first load failed: no more"):
+    with pytest.raises(ValueError, match="no more"):
         live.load(hw.from_iterator(broken(), hw.open(live.model).manifest))
     assert numbers(live) == (None, "empty", 0, 1)
     assert live.status()["last_error"] == "the first load failed: no more"
@@ -133,6 +133,8 @@ def test_a_rollback_is_the_last_act():
     with pytest.raises(hw.UpdateAborted, match="version 'three' has a source that cannot be opened; version 1 is live"):
         live.update("/nowhere", version="three")
     assert (live.status()["last_act"], live.status()["taken_back"]) == ("failure", "two")
+    with pytest.raises(hw.UpdateAborted, match=r"version 'four' has a source that broke while it was read.*no more"):
+        live.update(hw.from_iterator(broken()), version="four")
     live.update(version_of(3), version="three")
     status = live.status()
     assert (status["last_act"], status["taken_back"], status["last_report"]["version"]) == ("update", None, "three")

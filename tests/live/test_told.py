@@ -70,7 +70,7 @@ def test_the_first_load_raises_what_was_raised_and_notes_the_layer():
     with pytest.raises(RuntimeError, match="a scale is zero") as caught:
         live.load(weights(2.0))
     assert caught.value.__notes__ == ["hotweights: raised by the processing of layer proj (Linear)"]
-    assert live.status()["last_error"].startswith("the processing of layer proj (Linear) raised")
+    assert live.status()["last_error"].startswith("the first load failed: the processing of layer proj (Linear) raised")
     assert live.status()["last_failure"]["deed"] == "load"
 
 

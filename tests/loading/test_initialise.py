@@ -50,7 +50,7 @@ class TestWhatStaysOnMeta:
         assert not any(tensor.is_meta for tensor in model.state_dict().values())
         if load is not loaded_live:
             assert "1.weight" in report.warnings[0]
-            assert "init_missing=True" in report.warnings[0]
+            assert "reset_parameters gave them new ones" in report.warnings[0]
 
     @both
     def test_is_filled_by_a_function_that_gets_its_name(self, load):

@@ -78,8 +78,9 @@ def relayed():
         time.sleep(0.2)
     found["relays after"] = [len(named(host, "ray::RayRelay")) for host in ABOUT["hosts"].values()]
     with hw.Sender(ADDRESS, receivers=5, timeout=120) as sender:
-        found["started"] = len(start_relays(ADDRESS, timeout=180))
+        found["started"] = len(start_relays(ADDRESS, timeout=180, keep="1GB"))
         found["third"] = sent(sender, 3, workers)
+        found["late"] = [state_of(worker.take.remote()) for worker in workers_on([one])]
     return found
 
 

@@ -127,6 +127,8 @@ def test_a_sender_that_is_not_there_is_waited_for_and_polled_without_waiting(nod
     assert whereabouts("ray:nobody") is None
     with pytest.raises(hw.TransferError, match="no sender is at ray:nobody"):
         start_relays("ray:nobody")
+    with pytest.raises(hw.UsageError, match="keep="):
+        start_relays("ray:nobody", keep="much")
 
 
 def test_what_cannot_be(node, tmp_path):

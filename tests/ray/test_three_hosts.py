@@ -13,6 +13,7 @@ def test_versions_come_through_one_relay_for_each_host(cluster):
         assert (took, said) == (5, "")
         assert workers == [[version, float(version), ""]] * 5
         assert network == 2 * found["nbytes"]  # Four workers are on two other hosts.
+    assert found["late"] == [[3, 3.0, ""]]  # Its host's relay keeps the last version.
     assert sum("on 10.77.0.1" in name for name in found["connected"]) == 2, found["connected"]
     assert len({*found["through"][:2]}) == len({*found["through"][2:4]}) == 1
     assert len({*found["through"]}) == 3

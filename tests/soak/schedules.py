@@ -4,8 +4,9 @@
     make schedules N=500 SEED=7    # the same choices again
 
 After each schedule every worker that lives tells its history. It is a fault if a worker is torn; if it does not serve
-what it says; if of a version that must be all or none one worker has it and another, that took part and is not in
-doubt, has not; or if the last version, sent when everything is back, does not reach everybody.
+what it says, or goes back to an older version; if of a version that must be all or none one worker has it and another,
+that took part and is not in doubt, has not; or if the last version, sent when everything is back, does not reach
+everybody. Some relays keep versions for workers that come later, which take them for themselves.
 """
 
 from __future__ import annotations
@@ -72,10 +73,10 @@ def train(pipe, host, address, drop):
             pipe.send(said)
 
 
-def relay(pipe, host, source, to):
+def relay(pipe, host, source, to, keep):
     if host:
         enter(host)
-    with Relay(source, to, insecure=True, timeout=TIMEOUT) as running:
+    with Relay(source, to, insecure=True, timeout=TIMEOUT, keep=keep) as running:
         running.run()
 
 
@@ -103,6 +104,8 @@ def _work(pipe, host, address, atomic):
                 if not isinstance(cause, hw.TransferError):
                     raise
             tried = receiver.version if receiver.version != before or live.version == receiver.version else None
+            if tried != live.version and receiver._inbound is not None and receiver._inbound.member._is_kept:
+                tried = None  # It came too late to be a member.
             pipe.send((tried, live.version, None if live.version is None else value_of(live.model), doubt))
 
 
@@ -115,6 +118,8 @@ class Schedule:
         self.address = f"tcps://{where}:{20000 + number % 10000}"
         self.drop, self.relayed = chance.random() < 0.4, [chance.random() < 0.6 for _ in range(2)]
         self.atomic = chance.choice(["staged", "journal"])
+        # Of 12 kB each: none, one at a time, or two.
+        self.keep = [chance.choice([None, "15kB", "1MB"]) for _ in range(2)]
         self.log, self.faults, self.seen = [], [], {}
         self.trainer = self.start(train, 2, self.address, self.drop)
         self.relays = [self.start_relay(host) if self.relayed[host] else None for host in range(2)]
@@ -129,7 +134,7 @@ class Schedule:
         return f"unix:{self.folder / f'{host}' / 'socket'}"
 
     def start_relay(self, host):
-        return self.start(relay, host, self.address, self.socket(host))
+        return self.start(relay, host, self.address, self.socket(host), self.keep[host])
 
     def start_worker(self, host):
         return self.start(work, host, self.socket(host) if self.relayed[host] else self.address, self.atomic)
@@ -224,6 +229,9 @@ class Schedule:
     def judge(self):
         taken, left = {}, {}
         for name, history in self.seen.values():
+            had = [live for _, live, _, _ in history if live is not None]
+            if had != sorted(had):
+                self.faults.append(f"{name}: it went back: {had}")
             for tried, live, value, doubt in history:
                 if live is not None and value != float(live):
                     self.faults.append(f"{name}: torn: {live} is served as {value}")
@@ -263,8 +271,8 @@ def main():
                 faults = schedule.run()
             if faults:
                 bad += 1
-                told = f"drop={schedule.drop}, relays={schedule.relayed}, {schedule.atomic}, {schedule.log}"
-                print(f"schedule {number}: {told}", *faults, sep="\n  ", flush=True)
+                told = f"drop={schedule.drop}, relays={schedule.relayed}, keep={schedule.keep}, {schedule.atomic}"
+                print(f"schedule {number}: {told}, {schedule.log}", *faults, sep="\n  ", flush=True)
             if number % 20 == 19:
                 print(f"{time.monotonic() - began:.0f} s: {number + 1} schedules, {bad} with faults", flush=True)
     print(f"{bad} with faults, seed {seed}")

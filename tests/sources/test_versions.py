@@ -369,10 +369,14 @@ class TestWaiting:
 
 class TestRefusals:
     def test_places(self, tmp_path):
-        with pytest.raises(hw.UsageError, match=r"no such directory; make it first: mkdir -p (.+)") as caught:
+        with pytest.raises(
+            hw.UsageError, match=r"no such directory; where it is still to come, make it first: mkdir"
+        ) as caught:
             hw.follow(tmp_path / "runs")
         os.makedirs(str(caught.value).partition("mkdir -p ")[2])
         hw.follow(tmp_path / "runs").close()
+        with pytest.raises(hw.UsageError, match=r"no such directory; did you mean .*runs\?$"):
+            hw.follow(tmp_path / "runz")
         (tmp_path / "file").touch()
         with pytest.raises(hw.UsageError, match="name the directory that it lies in"):
             hw.follow(tmp_path / "file")

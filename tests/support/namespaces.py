@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
 import shutil
 import signal
@@ -60,6 +61,30 @@ class Hosts:
     def link(self, number, state):
         """Cut a host off the switch, ``"down"``, or connect it again, ``"up"``."""
         _ip("-n", self._switch, "link", "set", self.names[number], state)
+
+    def limit(self, number, mbit):
+        """Let so many Mbit/s into a host, and as many out of it; with ``None`` what comes."""
+        shape = ("tbf", "rate", f"{mbit}mbit", "burst", "512k", "latency", "100ms") if mbit else ()
+        for namespace, device in ((self.names[number], "eth0"), (self._switch, self.names[number])):
+            words = ("tc", "-n", namespace, "qdisc", "replace" if mbit else "del", "dev", device, "root", *shape)
+            subprocess.run(words, check=True, capture_output=True, timeout=20)
+
+    @contextlib.contextmanager
+    def apart(self, number, other, kind):
+        """Two hosts do not reach each other: one is told so, ``"unreachable"``, or hears nothing, ``"blackhole"``."""
+        words = "-n", self.names[number], "route", "{}", kind, f"{self.addresses[other]}/32"
+        _ip(*(word.format("add") for word in words))
+        try:
+            yield
+        finally:
+            _ip(*(word.format("del") for word in words))
+
+    def carried(self, number):
+        """Bytes that a host's interface has taken and sent until now."""
+        words = ["ip", "-n", self.names[number], "-s", "-j", "link", "show", "eth0"]
+        said = subprocess.run(words, check=True, capture_output=True, timeout=20).stdout
+        counts = json.loads(said)[0]["stats64"]
+        return counts["rx"]["bytes"], counts["tx"]["bytes"]
 
     def __exit__(self, *error):
         for name in (*self.names, self._switch):

@@ -141,9 +141,9 @@ def value_of(model):
     return value
 
 
-def follow(pipe, address, at=None, atomic="journal"):
+def follow(pipe, address, at=None, atomic="journal", model=Tiny):
     """Take versions until the third; after each attempt, say what is live. A killer is armed after the first."""
-    live = hw.LiveModel(Tiny(), atomic=atomic)
+    live = hw.LiveModel(model(), atomic=atomic)
     with receiver(address) as source, Killer(-1 if at is None else at) as killer:
         while live.version != 3:
             said = ""

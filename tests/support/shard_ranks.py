@@ -13,18 +13,35 @@ import torch.testing._internal.distributed.fake_pg  # it registers the backend
 from ends import Thread, receiver
 from namespaces import enter
 from processes import Child, Tiny, value_of
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial
 
 import hotweights as hw
+from hotweights.transfer.relay import Relay
 from hotweights.transfer.sharded import meeting_place
 from hotweights.transfer.sharded import rank as rank_module
 from hotweights.transfer.sharded.filling import fill
 from hotweights.transfer.sharded.link import Link
+from hotweights.transfer.slot_flow import SlotOutflow
+
+
+class Broad(nn.Module):
+    """More than rank 0 has to bring: chunks that their ranks send themselves."""
+
+    def __init__(self, value=0.0):
+        super().__init__()
+        self.one = nn.Parameter(torch.full((1200, 100), float(value)), requires_grad=False)
+        self.two = nn.Parameter(torch.full((7,), float(value)).bfloat16(), requires_grad=False)
+        self.three = nn.Parameter(torch.full((64, 1000), float(value)), requires_grad=False)
 
 
 def content(kind, rank, size, value):
     """What a rank sends of a ``Tiny``: some rows of one tensor, and all of the other."""
+    if kind == "copies":
+        return Broad(value).state_dict()
+    if kind == "broad":
+        return broad(rank, size, value)
     full = Tiny(value).state_dict()
     rows = full["one"].chunk(size)
     start = sum(len(part) for part in rows[:rank])
@@ -46,6 +63,15 @@ def content(kind, rank, size, value):
     return [*own, ("two", full["two"])]
 
 
+def broad(rank, size, value):
+    """What a rank sends of a ``Broad``: some rows of one, all of the second, and the last rank all of the third."""
+    full = Broad(value).state_dict()
+    rows = full["one"].chunk(size)
+    start = sum(len(part) for part in rows[:rank])
+    third = [("three", full["three"])] if rank == size - 1 else []
+    return [hw.Shard("one", rows[rank], offset=(start, 0), shape=(1200, 100)), ("two", full["two"]), *third]
+
+
 def failing():
     yield "two", torch.ones(7).bfloat16()
     raise ValueError("no more")
@@ -61,7 +87,10 @@ def filling_and_writing(memory, tasks, held):
 
 
 class LinkKiller:
-    """Kills, stops or interrupts this process before or after its ``at``-th word, said or heard, once it is armed."""
+    """Kills, stops or interrupts this process before or after its ``at``-th word, said or heard, once it is armed.
+
+    A part of a slot that is given away is a word, too.
+    """
 
     def __init__(self, at):
         self.left, self.armed, self.signal = at, False, signal.SIGKILL
@@ -74,7 +103,7 @@ class LinkKiller:
             self.left -= 1
 
     def __enter__(self):
-        send, read = Link.send, Link.read
+        send, read, give = Link.send, Link.read, SlotOutflow.give
 
         def sending(link, word, **options):
             self.point()
@@ -87,7 +116,13 @@ class LinkKiller:
                 self.point()
             return word
 
+        def giving(flow, *what):
+            self.point()
+            give(flow, *what)
+            self.point()
+
         self._patches = [mock.patch.object(Link, "send", sending), mock.patch.object(Link, "read", reading)]
+        self._patches.append(mock.patch.object(SlotOutflow, "give", giving))
         for patch in self._patches:
             patch.start()
         return self
@@ -180,11 +215,41 @@ def trainer(folder, address, size, *, ranks=None, **options):
                     rank.say(None)
 
 
+def relays(pipe, host, source, to):
+    """A relay on a host, until it is killed."""
+    enter(host)
+    with Relay(source, to, insecure=True, timeout=60) as running:
+        pipe.send("there")
+        running.run()
+
+
+def works(pipe, host, address, model=Tiny):
+    """A worker on a host: it takes versions until one is called ``last``, and says each."""
+    enter(host)
+    live = hw.LiveModel(model())
+    with receiver(address, insecure=address.startswith("tcps"), timeout=60, offer_timeout=60) as source:
+        while live.version != "last":
+            try:
+                live.load(source) if live.version is None else live.update(source)
+            except hw.UpdateAborted:
+                continue
+            pipe.send((live.version, value_of(live.model)))
+
+
+@contextmanager
+def relayed(host, source, to):
+    """A relay on a host, meanwhile."""
+    with Child(relays, host, source, to) as relay:
+        assert relay.heard() == "there"
+        yield
+        relay.process.kill()
+
+
 class Worker:
     """Takes versions in a thread until one is called ``last``; ``values`` are those that it had."""
 
-    def __init__(self, address):
-        self.live = hw.LiveModel(Tiny())
+    def __init__(self, address, model=Tiny):
+        self.live = hw.LiveModel(model())
         self.values = []
         self._thread = Thread(self._follow, address)
 
@@ -200,6 +265,16 @@ class Worker:
     def taken(self):
         self._thread.result()
         return self.values
+
+
+def until_third(worker):
+    """The versions that it had until the third, each whole."""
+    had = set()
+    while 3 not in had:
+        version, value, _ = worker.heard(30.0)
+        assert value == version
+        had.add(version)
+    return had
 
 
 def alike(said, kind, words):

@@ -353,7 +353,7 @@ def test_a_past_and_a_verdict_travel():
 
 def test_the_past_of_a_large_group_is_short():
     """Of a relay with as many workers as there may be, too, in a group of as many relays."""
-    peers = [SimpleNamespace(place=number, name="x" * 200, wanted=((),)) for number in range(1024)]
+    peers = [SimpleNamespace(place=number, name="x" * 200, names=("x",)) for number in range(1024)]
     seats = Outbound._electors(SimpleNamespace(_members=peers))
     worker = SimpleNamespace(accounts=(Account(2**62, 1023, Known.IN_DOUBT, "x" * 200, seats),), epoch=9)
     past = past_of([worker] * 1024)

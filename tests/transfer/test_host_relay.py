@@ -68,7 +68,7 @@ def gone(tmp_path):
 
 @contextlib.contextmanager
 def two(address, keys):
-    options = {"keys": keys, "relay": True, "offer_timeout": PATIENCE, "timeout": PATIENCE}
+    options = {"keys": keys, "relay": True, "keep": "1MB", "offer_timeout": PATIENCE, "timeout": PATIENCE}
     with receiver(address, name="first", **options) as first, receiver(address, name="second", **options) as second:
         yield first, second
 
@@ -93,6 +93,9 @@ def test_two_workers_share_one_that_ends_after_them_and_comes_again_when_killed(
         threads = [Thread(take, second)]
         sending.send(CONTENT, version=3, receivers=1)
         assert_same_bits(threads[0].result(), CONTENT)
+        with receiver(address, name="late", keys=keys, relay=True) as late:  # The relay keeps what it had last.
+            assert_same_bits(take(late), CONTENT)
+            assert late.version == 3
     gone(tmp_path)
 
 
@@ -176,3 +179,9 @@ def test_it_is_for_addresses_on_the_network(address, tmp_path):
         hw.Receiver(address, relay=True)
     with pytest.raises(hw.UsageError, match="relay="):
         hw.Receiver(tmp_path, relay=True)
+    with pytest.raises(hw.UsageError, match="keep= is for relay=True"):
+        hw.Receiver("tcps://127.0.0.1:1", keep="1MB")
+    with pytest.raises(hw.UsageError, match=r"keep= is a number of bytes, or such as"):
+        hw.Receiver("tcps://127.0.0.1:1", relay=True, keep="much")
+    with pytest.raises(hw.UsageError, match="keep="):
+        hw.Receiver(tmp_path, keep="1MB")

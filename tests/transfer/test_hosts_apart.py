@@ -1,9 +1,11 @@
 """Three hosts, which are network namespaces: a trainer and two workers on each of two. Links are cut and come back."""
 
 import contextlib
+import hashlib
 import time
 
 import pytest
+import torch
 from ends import Thread, receiver, sender
 from namespaces import enter
 from processes import Child, Tiny, value_of
@@ -129,6 +131,52 @@ def test_a_host_that_is_cut_off_is_lost_soon_and_the_next_version_comes(at, rela
         trainer.say("the last")
         assert len(trainer.heard(60)) == 4
         assert all(2 not in history(worker) for worker in workers)
+
+
+def send_large(pipe, host):
+    enter(host)
+    with sender(ADDRESS, insecure=True, receivers=4, timeout=60, slots=4, slot_nbytes=1 << 18) as sending:
+        report = sending.send(large(), version="last")
+        pipe.send(
+            (report.slowest, {each.host: each.phases["take bytes"] for each in report.hosts}, report.network_nbytes)
+        )
+
+
+def take_large(pipe, host, to):
+    enter(host)
+    with receiver(to, insecure=to == ADDRESS, timeout=60, offer_timeout=60) as source:
+        pipe.send([hashlib.sha256(tensor.numpy().tobytes()).digest() for _, tensor in source.tensors()])
+
+
+def large():
+    return {f"{number}": torch.arange(500_000) + number for number in range(2)}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("relayed", [False, True], ids=["direct", "relays"])
+def test_a_host_at_a_tenth_of_the_rate_is_waited_for_and_named(relayed, hosts, tmp_path):
+    """All have the same bytes when it has them; how long that took is told of each host."""
+    with contextlib.ExitStack() as stack:
+        for number, mbit in enumerate((100, 1000)):
+            hosts.limit(number, mbit)
+            stack.callback(hosts.limit, number, None)
+        to = [ADDRESS] * 2
+        if relayed:
+            to = [f"unix:{tmp_path / name / 'socket'}" for name in hosts.names[:2]]
+            for host, address in zip(hosts.names[:2], to, strict=True):
+                running = stack.enter_context(Child(relay, host, address))
+                stack.callback(running.say, "end")
+        workers = [
+            stack.enter_context(Child(take_large, hosts.names[number // 2], to[number // 2])) for number in range(4)
+        ]
+        trainer = stack.enter_context(Child(send_large, hosts.names[2]))
+        expected = [hashlib.sha256(tensor.numpy().tobytes()).digest() for tensor in large().values()]
+        assert [worker.heard(60) for worker in workers] == [expected] * 4
+        slowest, seconds, network = trainer.heard(60)
+    nbytes = sum(tensor.nbytes for tensor in large().values())
+    assert "on 10.77.0.1" in slowest
+    assert seconds["10.77.0.1"] > 0.8 * (1 if relayed else 2) * nbytes / 12.5e6  # more is a busy machine's
+    assert nbytes <= network / (2 if relayed else 4) < 1.01 * nbytes
 
 
 @pytest.mark.long

@@ -283,15 +283,25 @@ WORDS = {
 }
 
 
+WITHOUT_TLS = {
+    "a web client": "TLS failed: http request",
+    "another protocol": "the receiver speaks no TLS, or another version of it",
+    "half a frame": "the receiver speaks no TLS, or another version of it",
+}  # what is said of them where there are keys
+
+
+@pytest.mark.parametrize("keyed", [False, True], ids=["plain", "keys"])
 @pytest.mark.parametrize("words", WORDS)
-def test_strangers_are_refused_once_and_logged(words, address, caplog):
+def test_strangers_are_refused_once_and_logged(words, keyed, request, address, caplog):
     said, reason = WORDS[words]
+    options = {"keys": request.getfixturevalue("jobs")[0]} if keyed else {}
+    reason = WITHOUT_TLS.get(words, reason) if keyed else reason
 
     def speak(stack):
         for _ in range(3):
             stack.enter_context(contextlib.closing(connected(address))).sendall(said)
 
-    logged = refused(address, speak, caplog)
+    logged = refused(address, speak, caplog, **options)
     assert len(logged) == bool(reason)
     assert all(reason in line and "127.0.0.1" in line for line in logged)
 

@@ -4,6 +4,7 @@ import os
 import re
 import signal
 
+import asynchronous
 import pytest
 from serving import Server
 from trained import by_client, fresh, life
@@ -50,6 +51,35 @@ def test_kin_and_adapters(zoo, server, tmp_path, kind, adapter):
     found = lived(zoo, server, tmp_path, kind, adapter)
     assert [version for version, _, _ in found] == [1, 2, 3]
     compare(zoo, found, (3,))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("adapter", [False, True])
+def test_an_asynchronous_trainer(zoo, server, tmp_path, adapter):
+    """Weights that it does not train are sent too; and a server that took nothing serves on."""
+    found = zoo.run(asynchronous.life, None, str(zoo.checkpoint("llama", "B")), str(tmp_path), server.url, adapter)
+    assert found[:1] + found[2:] == [1, 3]
+    assert found[1] == "OSError: the gather failed"
+    assert server.say() == fresh(zoo, str(tmp_path / "end")) != zoo.fresh("llama", "B")[1]
+
+
+@pytest.mark.long
+def test_an_asynchronous_trainer_of_experts(zoo, tmp_path):
+    """They lie in one tensor in memory; and the bias of the router is a buffer, which TRL leaves out."""
+    server = Server(zoo.checkpoint("deepseek-v3", "A"), tmp_path / "log")
+    try:
+        server.wait_until_ready()
+        zoo.run(asynchronous.life, None, str(zoo.checkpoint("deepseek-v3", "B")), str(tmp_path), server.url, False)
+        said = server.say()
+    finally:
+        server.close()
+    # Of this model a server says something else than an engine in the process that asks it.
+    other = Server(tmp_path / "end", tmp_path / "other-log", ours=())
+    try:
+        other.wait_until_ready()
+        assert other.say() == said
+    finally:
+        other.close()
 
 
 def connected(url):

@@ -36,15 +36,15 @@ def inspect(
     with ending(as_json=as_json, json_lines=files_from is not None, about=about):
         everything = paths_from(paths, files_from, "inspect")
         which = Which(reader, variant, subfolder, deadline_of(deadline, everything))
-    if len(everything) != 1 or files_from is not None:
+    if quiet or len(everything) != 1 or files_from is not None:
         with ending(as_json=as_json):
             raise typer.Exit(for_each(everything, lambda path: _of_several(path, which, quiet), as_json=as_json))
     (path,) = everything
     with ending(as_json=as_json, about={"path": path}):
         listing = _list(path, which)
-        if as_json and not quiet:
+        if as_json:
             print_json({"path": path, **_as_dict(listing)})
-        elif not quiet:
+        else:
             _print(listing, limit)
 
 

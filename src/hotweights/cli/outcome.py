@@ -116,10 +116,12 @@ def exit_code(error: HotweightsError) -> int:
 
 def as_dict(error: BaseException) -> dict[str, object]:
     """The error, for JSON."""
+    cause = getattr(error, "cause", None) or _snake(type(error).__name__)
     return {
         "error": {
             "kind": type(error).__name__,
-            "cause": getattr(error, "cause", None) or _snake(type(error).__name__),
+            "cause": cause,
+            "causes": list(getattr(error, "causes", (cause,))),
             "message": typed(str(error)),
             "problems": [typed(problem) for problem in getattr(error, "problems", ()) or (str(error),)],
             "notes": list(getattr(error, "__notes__", ())),

@@ -31,6 +31,10 @@ def receive(
     relay: Annotated[
         bool, typer.Option("--relay", help="Share the network with all on this host that say so, through one relay.")
     ] = False,
+    keep: Annotated[
+        str | None,
+        typer.Option(help="With --relay: memory in which that keeps the last version for workers that come later."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document for each version.")] = False,
 ) -> None:
     """Build a model from its config and take versions into it, in place, all or nothing. The model is thrown away."""
@@ -41,7 +45,7 @@ def receive(
         from ..transfer.receiver import Receiver
 
         with Receiver(
-            sender, timeout=timeout, offer_timeout=offer_timeout, keys=keys, insecure=insecure, relay=relay
+            sender, timeout=timeout, offer_timeout=offer_timeout, keys=keys, insecure=insecure, relay=relay, keep=keep
         ) as source:
             built = transformers.build(model)
             live = LiveModel(built)

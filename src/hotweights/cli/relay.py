@@ -23,12 +23,18 @@ def relay(
     insecure: flags.Insecure = False,
     name: Annotated[str, typer.Option(help="For people: it stands in the sender's errors.")] = "relay",
     timeout: Annotated[float, typer.Option(help="Seconds that a single wait for the sender may take.")] = 60.0,
+    keep: Annotated[
+        str | None,
+        typer.Option(help="Memory in which the last version is kept for workers that come later, such as 40GB."),
+    ] = None,
 ) -> None:
     """Run a relay, one for each host, until it is interrupted. Senders and workers may come and go."""
     logging.basicConfig(format="%(message)s")
+    if keep is not None:
+        logging.getLogger("hotweights").setLevel(logging.INFO)  # What is kept, and in how much memory.
     with ending(as_json=False):
         from ..transfer.relay import Relay  # It waits for torch, which wrong usage need not.
 
-        with Relay(sender, to, keys=keys, insecure=insecure, name=name, timeout=timeout) as running:
+        with Relay(sender, to, keys=keys, insecure=insecure, name=name, timeout=timeout, keep=keep) as running:
             typer.echo(f"relay from {sender} to {', '.join(to)}; Ctrl-C ends it", err=True)
             running.run()

@@ -49,9 +49,7 @@ def verify(
         everything = paths_from(paths, files_from, "verify")
         seconds = deadline_of(deadline, everything)
         if write is not None and len(everything) > 1:
-            raise UsageError(
-                f"--write is for one path, and there are {len(everything)}; --json prints the same of each"
-            )
+            raise UsageError(f"--write is for one path, and there are {len(everything)}; write a file for each")
         if len(everything) != 1 or files_from is not None:
             raise typer.Exit(for_each(everything, read, as_json=as_json))
     (path,) = everything

@@ -59,6 +59,8 @@ def our_errors(package: str, where: str, *, local_files_only: bool) -> Iterator[
         absent = local_files_only and not os.path.exists(where)
         cure = f"; if it is a name on the hub: `hf download {where}`" if absent else ""
         first = str(error).partition("\n")[0]
+        if "trust_remote_code" in str(error):
+            first = f"{first.partition(' You can inspect')[0]} trust_remote_code=True lets it run"
         raise CheckpointError(f"{where}: {package} makes no model of it: {first}{cure}") from error
 
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..arguments import check_model
 from ..errors import CheckpointError, MissingPackage, PlanError, UsageError
@@ -23,7 +24,7 @@ from ..live.state import State
 from ..loading.load import load
 from ..loading.report import LoadReport
 from ..model.places import places
-from ..names import inside, unwrapped
+from ..names import inside, outer_prefix, under_adapters, unwrapped
 from ..sources.contracts import Participant, Source, refusing
 from ..sources.files.directory import snapshot
 from ..sources.files.shards import Paths
@@ -46,6 +47,10 @@ _OF_THE_PAST = set(
 )
 
 
+_KINDS_MADE_OF_BASE = {"ADAMSS", "OSF", "PSOFT", "TINYLORA"}
+_INITS_THAT_CHANGE_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
+
+
 def load_adapter(
     model: LiveModel | nn.Module,
     adapter: AnySource,
@@ -56,8 +61,9 @@ def load_adapter(
 ) -> UpdateReport | LoadReport:
     """Put an adapter's weights into the model's adapter of that name, in place. All else stays as it is.
 
-    Names are those that peft writes, without the adapter's own. All of the adapter must be there, and nothing beyond.
-    Into a live model it is one update, all or nothing.
+    Names are those that peft writes, without the adapter's own. All of the adapter must be there, and nothing beyond
+    but whole embeddings, which peft saves too where the adapter is one of theirs or the vocabulary was resized. Into a
+    live model it is one update, all or nothing.
 
     Args:
         model: a live model; or a module: a ``PeftModel``, or another that holds adapters, in whatever wrappers.
@@ -68,7 +74,8 @@ def load_adapter(
         options: of ``LiveModel.update``, such as ``version``; of ``hotweights.load`` for a module.
 
     Raises:
-        PlanError: the adapter is another than the model's; nothing was read or written.
+        PlanError: the adapter is another than the model's, or ``base`` is given, and the adapter was made of another
+            base; nothing was read or written.
         CheckpointError: a file is broken.
         UpdateAborted: see ``LiveModel.update``. So for what does not fit of a ``Receiver``, whose sender is told.
         UsageError: the model has no such adapter, or the live model is empty and there is no ``base``.
@@ -81,17 +88,23 @@ def load_adapter(
         if is_paths(adapter):
             adapter = _checked(adapter, holder.peft_config[adapter_name])
         with opened(adapter) as source:
-            renamed = cache(lambda: _compared(names, source.manifest, adapter_name))
-            if not isinstance(source, Participant):
-                renamed()  # What a group is offered is compared within the update, which aborts if it does not fit.
+            if isinstance(source, Participant):
+                # What a group is offered is compared within the update, which aborts if it does not fit.
+                renamed = cache(lambda: _compared(names, dict, source.manifest, adapter_name))
+                written = {*names.values()}
+            else:
+                embeddings = partial(_embeddings, module, holder, adapter_name)
+                found = _compared(names, embeddings, source.manifest, adapter_name)
+                renamed = cache(lambda: found)
+                written = {*found.values()}
             if base is None:
                 _check_loaded(model, source)
-                return _put(model, source, renamed, {*names.values()}, options)
+                return _put(model, source, renamed, written, options)
             if not isinstance(source, FileSource):
                 raise UsageError("base= goes with an adapter that is a path; this one is none")
-            others = _all_but(module, holder, adapter_name)
+            _check_base(holder)
             with _together(base, source) as both:
-                return _put(model, both, renamed, {*_tensors(module)} - others, options)
+                return _put(model, both, renamed, _base(module, holder, adapter_name) | written, options)
 
 
 def load_base(model: LiveModel | nn.Module, base: AnySource, **options: Any) -> UpdateReport | LoadReport:
@@ -104,13 +117,16 @@ def load_base(model: LiveModel | nn.Module, base: AnySource, **options: Any) -> 
 
     Raises:
         PlanError, CheckpointError, UpdateAborted: as there.
+        PlanError: ``base`` is a path, and an adapter was made of the weights that are there; nothing was written.
         UsageError: the model has no adapters.
         MissingPackage: peft is not installed.
     """
     with refusing(base):
         module = _module(model)
-        written = {*_tensors(module)} - _all_but(module, _holder(module), None)
-        return _put(model, base, dict, written, options)
+        holder = _holder(module)
+        if is_paths(base):
+            _check_base(holder)
+        return _put(model, base, dict, _base(module, holder, None), options)
 
 
 def _put(
@@ -125,12 +141,25 @@ def _put(
     def rename(name: str) -> str:
         return names().get(name, name)
 
-    stay = _tensors(_module(model)) - {*written}
+    module = _module(model)
+    stay = _tensors(module) - {*written}
+    report: UpdateReport | LoadReport
     if not isinstance(model, LiveModel):
-        return load(model, source, rename=rename, allow_missing=_exactly(stay), **options)
-    if model.state is not State.EMPTY:
-        return model.update(source, rename=rename, only=_exactly(written) if stay else None, **options)
-    return model.load(source, rename=rename, allow_missing=_exactly(stay), **options)
+        report = load(model, source, rename=rename, allow_missing=_exactly(stay), **options)
+    elif model.state is not State.EMPTY:
+        report = model.update(source, rename=rename, only=_exactly(written) if stay else None, **options)
+    else:
+        report = model.load(source, rename=rename, allow_missing=_exactly(stay), **options)
+    _remember(module)
+    return report
+
+
+def _remember(module: nn.Module) -> None:
+    """Take copies of the rows of embeddings that peft puts back when it unmerges an adapter of single tokens."""
+    layers: list[Any] = [*module.modules()]
+    for layer in layers:
+        for name, rows in dict(getattr(layer, "trainable_tokens_original", None) or {}).items():
+            rows.detach().copy_(layer.get_base_layer().weight.detach()[layer.token_indices[name]])
 
 
 def _check_loaded(model: LiveModel | nn.Module, source: Source) -> None:
@@ -174,7 +203,7 @@ def _holder(module: nn.Module) -> Any:
     return holder
 
 
-def _names(module: nn.Module, holder: Any, adapter_name: str) -> dict[str, str]:
+def _names(module: nn.Module, holder: Any, adapter_name: str, **options: Any) -> dict[str, str]:
     """The model's names for those of an adapter's file: peft makes one of the model's tensors, which are recognised."""
     try:
         from peft.utils.save_and_load import get_peft_model_state_dict
@@ -185,11 +214,22 @@ def _names(module: nn.Module, holder: Any, adapter_name: str) -> dict[str, str]:
             f"the model has no adapter {adapter_name!r}; it has {some([*holder.peft_config])}. Before the model is "
             f"live, load_adapter(directory, adapter_name={adapter_name!r}) of peft gives it one"
         )
-    ours = {id(place.tensor): place.name for place in places(unwrapped(module))}
-    filed = get_peft_model_state_dict(
-        holder, holder.state_dict(keep_vars=True), adapter_name=adapter_name, save_embedding_layers=False
-    )
-    if odd := [name for name, tensor in filed.items() if id(tensor) not in ours]:
+    inner = unwrapped(module)
+    tensors = {place.name: place.tensor for place in places(inner)}
+    any_name = {id(tensor): name for name, tensor in tensors.items()}
+    beyond = outer_prefix(holder)
+    ours = dict(any_name)
+    state: dict[str, Tensor] = {}
+    for name, tensor in holder.state_dict(keep_vars=True).items():
+        bare = name.removeprefix(beyond)
+        state[name] = tensor.detach()  # An object for each name: a tensor that is shared has several.
+        ours[id(state[name])] = bare if tensors.get(bare) is tensor else any_name.get(id(tensor), "")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # It says where it looks for embeddings.
+        filed = get_peft_model_state_dict(
+            holder, state, adapter_name=adapter_name, **{"save_embedding_layers": False, **options}
+        )
+    if odd := [name for name, tensor in filed.items() if ours.get(id(tensor)) not in tensors]:
         raise PlanError(
             f"what peft saves of the adapter {adapter_name!r} is no tensor of the model, so it has no place; load it "
             "by peft itself; nothing was read or written",
@@ -198,13 +238,50 @@ def _names(module: nn.Module, holder: Any, adapter_name: str) -> dict[str, str]:
     return {name.removeprefix(_PREFIX): ours[id(tensor)] for name, tensor in filed.items()}
 
 
-def _all_but(module: nn.Module, holder: Any, adapter_name: str | None) -> set[str]:
-    """The tensors of all adapters but one."""
-    others = [name for name in holder.peft_config if name != adapter_name]
-    return {tensor for name in others for tensor in _names(module, holder, name).values()}
+def _embeddings(module: nn.Module, holder: Any, adapter_name: str) -> dict[str, str]:
+    """What peft saves beside an adapter of embeddings, or where the vocabulary was resized: these as they are."""
+    try:
+        return _names(module, holder, adapter_name, save_embedding_layers=True)
+    except NotImplementedError:  # A model of images, say, has none.
+        return {}
+
+
+def _base(module: nn.Module, holder: Any, adapter_name: str | None) -> set[str]:
+    """The tensors of the model under the adapters, but for what is saved with the adapters other than this one."""
+    inner = unwrapped(module)
+    tensors = {place.name: place.tensor for place in places(inner) if place.persistent}
+    others = (name for name in holder.peft_config if name != adapter_name)
+    saved = {id(tensors[tensor]) for name in others for tensor in _names(module, holder, name).values()}
+    return {name for name in under_adapters(inner) if name in tensors and id(tensors[name]) not in saved}
 
 
 # What comes.
+
+
+def _check_base(holder: Any) -> None:
+    """Refuse other weights under adapters that were computed of those that are there: they would not fit together."""
+    problems = [f"{name}: {how}" for name, config in holder.peft_config.items() if (how := _made_of_base(config))]
+    if problems:
+        raise PlanError(
+            "an adapter of the model was made of the weights under it, and goes with no others; nothing was read or "
+            "written",
+            problems,
+            advice="Load the base before the adapter is added by peft. An adapter of LoRA that save_pretrained("
+            "directory, path_initial_model_for_weight_conversion=...) of peft wrote goes with any.",
+        )
+
+
+def _made_of_base(config: Any) -> str:
+    """How an adapter was computed of the weights under it, or has changed them; empty if it was not."""
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if kind in _KINDS_MADE_OF_BASE:
+        return f"adapters of {kind} begin with a decomposition of the weights under them"
+    how = getattr(config, "init_lora_weights", None)
+    return f"init_lora_weights={how!r} has changed the weights under it" if _changes_base(how) else ""
+
+
+def _changes_base(how: object) -> bool:
+    return isinstance(how, str) and how.lower().startswith(_INITS_THAT_CHANGE_BASE)
 
 
 def _checked(adapter: Paths, expected: Any) -> Paths:
@@ -223,7 +300,7 @@ def _checked(adapter: Paths, expected: Any) -> Paths:
     differing = [
         f"{key}: {_said(value)} expected, {_said(found[key])} found"
         for key, value in expected.to_dict().items()
-        if key not in _OF_THE_PAST and key in found and value != found[key]
+        if key in found and value != found[key] and (key not in _OF_THE_PAST or _on_another_base(key, value, found))
     ]
     if differing:
         raise PlanError(
@@ -235,25 +312,49 @@ def _checked(adapter: Paths, expected: Any) -> Paths:
     return file if file.is_file() else directory
 
 
+def _on_another_base(key: str, value: object, found: Mapping[str, Any]) -> bool:
+    """Whether two adapters of LoRA lie on different weights, because the beginning of one has changed them."""
+    return key == "init_lora_weights" and (_changes_base(value) or _changes_base(found[key]))
+
+
 def _said(value: object) -> str:
     return repr(getattr(value, "value", value))  # Of an enumeration, as the file says it.
 
 
-def _compared(names: Mapping[str, str], manifest: Collection[str], adapter_name: str) -> dict[str, str]:
-    """The model's names for those of the source, which has them all, and no others."""
-    found = {name.removeprefix(_PREFIX): name for name in manifest}
+def _compared(
+    names: Mapping[str, str],
+    embeddings: Callable[[], Mapping[str, str]],
+    manifest: Collection[str],
+    adapter_name: str,
+) -> dict[str, str]:
+    """The model's names for those of the source, which has them all, and no others but perhaps whole embeddings."""
+    prefix = _prefix_of(names, manifest)
+    found = {name.removeprefix(prefix): name for name in manifest}
+    known = dict(names)
+    if found.keys() - names.keys():
+        more = embeddings()
+        known |= more if more.keys() <= found.keys() else {}  # peft saves all of them, or none.
     problems = [f"{name}: missing" for name in names.keys() - found.keys()]
-    problems += [f"{found[name]}: unexpected; the model's adapter has none" for name in found.keys() - names.keys()]
+    problems += [f"{found[name]}: unexpected; the model's adapter has none" for name in found.keys() - known.keys()]
     if problems and any("base_layer" in name.split(".") or f".{adapter_name}." in name for name in found):
         # Each of its names would be a problem: a model's own have the adapter's name in them.
         raise PlanError(
             f"the source is a whole model with adapters, not the adapter {adapter_name!r} alone; nothing was read or "
             f"written: {len(found)} names, as {some(list(found.values()), 3)}",
-            advice=f"Give peft.get_peft_model_state_dict(model, adapter_name={adapter_name!r}) in place of the model.",
+            advice=f"Give peft.get_peft_model_state_dict(model, adapter_name={adapter_name!r}, "
+            "save_embedding_layers=False) in place of the model.",
         )
     if problems:
         raise PlanError(f"the source is not the adapter {adapter_name!r}; nothing was read or written", problems)
-    return {found[name]: target for name, target in names.items()}
+    return {found[name]: target for name, target in known.items()}
+
+
+def _prefix_of(names: Collection[str], manifest: Collection[str]) -> str:
+    """What all names of a source begin with: peft's, or a component's, as diffusers writes it: ``unet.``."""
+    firsts = {name.partition(".")[0] for name in manifest}
+    if len(firsts) != 1 or any(name.startswith(_PREFIX) or name in names for name in manifest):
+        return _PREFIX
+    return f"{firsts.pop()}."
 
 
 @contextmanager

@@ -10,8 +10,8 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from ..arguments import check_seconds
-from ..errors import TransferError, TransferTimeout
+from ..arguments import check_seconds, nbytes_from
+from ..errors import TransferError, TransferTimeout, UsageError
 from ..transfer.ray_endpoint import actor_of
 from ..transfer.ray_rendezvous import RayDirections, SenderPlace
 
@@ -49,8 +49,14 @@ def whereabouts(address: str) -> Whereabouts | None:
     return Whereabouts(place.node, place.process, place.network, _asked(address, actor.relays.remote()))
 
 
-def start_relays(address: str, *, timeout: float = 60.0) -> dict[str, str]:
+def start_relays(address: str, *, timeout: float = 60.0, keep: int | str | None = None) -> dict[str, str]:
     """Start the relays of all nodes but the sender's now, and not when the first worker of a node asks.
+
+    Args:
+        address: the sender's, ``ray:NAME``.
+        timeout: seconds for all of them.
+        keep: bytes of memory, or such as ``"40GB"``, in which each keeps the last version for workers that come later;
+            also those of nodes that join after this. See ``hotweights.transfer.Relay``.
 
     Returns:
         Where they are, by node.
@@ -58,14 +64,18 @@ def start_relays(address: str, *, timeout: float = 60.0) -> dict[str, str]:
     Raises:
         TransferError: there is no sender, or a relay did not start.
         TransferTimeout: they did not start in time.
+        UsageError: with ``keep``: relays run already, and were started without it.
     """
     import ray
 
     check_seconds(timeout=timeout)
+    nbytes = None if keep is None else nbytes_from(keep=keep)
     found = whereabouts(address)
     actor = actor_of(address)
     if found is None or actor is None:
         raise TransferError(f"no sender is at {address}; make one first")
+    if nbytes is not None and not _asked(address, actor.keep.remote(nbytes)):
+        raise UsageError(f"relays of {address} run already, without keep={keep!r}; start them before any worker asks")
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] != found.node]
     deadline, started = time.monotonic() + timeout, dict[str, str]()
     while waiting := [node for node in nodes if node not in started]:

@@ -134,7 +134,7 @@ class Mirror:
     def take_back(self, span: int) -> None:
         """Own the bytes of a span alone: if anything else still refers to its memory, take other memory for them."""
         memory = self._memory[span]
-        if uses(memory) > _ALONE:
+        if _is_shared(memory):
             del self._memory[span]
             self._at(span).copy_(memory)
 
@@ -153,10 +153,10 @@ class Mirror:
         return memory
 
 
-def uses(tensor: torch.Tensor) -> int:
-    """How many tensors, arrays and the like refer to the memory of this one."""
-    count: int = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
-    return count
-
-
-_ALONE = uses(torch.empty(0))
+def _is_shared(memory: torch.Tensor) -> bool:
+    """Whether other tensors, arrays and the like refer to this memory. Where torch cannot tell, they are taken to."""
+    use_count = getattr(torch._C, "_storage_Use_Count", None)
+    if use_count is None:
+        return True
+    here, alone = (int(use_count(tensor.untyped_storage()._cdata)) for tensor in (memory, torch.empty(0)))
+    return here > alone

@@ -434,7 +434,9 @@ class LiveModel:
         with alone_in_a_fork(), without_collection(), ExitStack() as stack:
             stack.enter_context(refusing(source))
             self._check_loaded()  # Before a receiver waits for a version.
-            with self._beginning(source, version, "has a source that cannot be opened"):
+            # An iterator without a manifest is read to its end to be opened.
+            unread = "broke while it was read" if isinstance(source, IteratorSource) else "cannot be opened"
+            with self._beginning(source, version, f"has a source that {unread}"):
                 origin = stack.enter_context(opened(source, variant=variant, subfolder=subfolder, digests=digests))
             manifest = origin.manifest  # A receiver waits here. That no version came in time is no failed update.
             asked = replace(asked, version=version_of(origin, version))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 from .. import signals
-from ..errors import PlanError
+from ..errors import LiveModelError, PlanError
 from ..manifest import Manifest
 from ..model.looks_processed import advise_of_processed
 from ..model.process_calls import noting_calls
@@ -44,6 +46,7 @@ class Once:
 
     def __init__(self, model: nn.Module, process: Process | None, is_processed: _IsProcessed) -> None:
         self._model, self._process, self._is_processed = model, process, is_processed
+        self._inside: dict[nn.Module, list[nn.Module]] = {}  # of layers, those within them
         self._by_code: set[nn.Module] = set()  # those that the model's own loading code has processed by itself
 
     @property
@@ -51,7 +54,24 @@ class Once:
         """Process one layer, which must be in checkpoint format."""
         if self._process is None:
             return process_by_quant_method
-        return self._process if not self._by_code else self._process_unless_done
+        layers = self._layers()
+        inside = {layer: [part for part in layer.modules() if part in layers and part is not layer] for layer in layers}
+        self._inside = {layer: parts for layer, parts in inside.items() if parts}
+        return self._process if not (self._by_code or self._inside) else self._process_layer
+
+    def _process_layer(self, layer: nn.Module) -> None:
+        """Process one, and see that its parts, which are processed by themselves, keep their tensors."""
+        parts = self._inside.get(layer, ())
+        before = [_tensors(part) for part in parts]
+        self._process_unless_done(layer)
+        changed = [part for part, had in zip(parts, before, strict=True) if not _same(had, _tensors(part))]
+        if changed:
+            names = self._layers()
+            raise LiveModelError(
+                f"the processing of {names[layer] or type(layer).__name__} replaced tensors of "
+                f"{some([names[part] for part in changed], 3)}, which would be processed twice: process= is called for "
+                "each layer by itself. Let it leave the parts of a layer alone, or name the layers by layers="
+            )
 
     def _process_unless_done(self, layer: nn.Module) -> None:
         assert self._process is not None
@@ -145,3 +165,11 @@ class Once:
             "layers would be processed twice" + ("" if who else "; nothing was read or written"),
             [processes_itself(f"{type(self._model).__name__}.load_weights", several, who)],
         )
+
+
+def _tensors(layer: nn.Module) -> list[torch.Tensor | None]:
+    return [*layer._parameters.values(), *layer._buffers.values()]
+
+
+def _same(before: list[torch.Tensor | None], now: list[torch.Tensor | None]) -> bool:
+    return len(before) == len(now) and all(map(operator.is_, before, now))

@@ -78,8 +78,8 @@ def told(model: nn.Module, names: list[str], init_missing: InitMissing | None) -
     if not names or init_missing is not None or has_rules(model):
         return ()
     return (
-        f"{some(names, 3)}: not loaded, and initialised by their modules' reset_parameters; init_missing=True asks for "
-        "that",
+        f"{some(names, 3)}: not loaded; the model was made without values, so their modules' reset_parameters gave "
+        "them new ones",
     )
 
 

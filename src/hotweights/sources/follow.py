@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..arguments import check_kind, check_path
 from ..errors import UsageError
+from .files.shards import neighbour
 from .objects.address import check_store, is_store, no_address, with_options
 from .objects.run import is_run, open_run
 from .objects.store import DEADLINE
@@ -80,6 +81,9 @@ def follow(
 def _there(place: Path) -> Path:
     if not os.path.isdir(place):
         is_file = os.path.exists(place)
-        cure = "name the directory that it lies in" if is_file else f"make it first: mkdir -p {place}"
-        raise UsageError(f"{place}: there is {'a file' if is_file else 'no such directory'}; {cure}")
+        if is_file:
+            raise UsageError(f"{place}: there is a file; name the directory that it lies in")
+        near = neighbour(place)
+        cure = near or f"; where it is still to come, make it first: mkdir -p {place}"
+        raise UsageError(f"{place}: there is no such directory{cure}")
     return place

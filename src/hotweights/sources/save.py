@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import os
-import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..arguments import check_choices, check_kind, check_path
+from ..arguments import check_choices, check_kind, check_path, nbytes_from
 from ..dtypes import format_name, is_float
 from ..errors import SaveError, UsageError
 from ..manifest import TensorSpec
@@ -276,14 +274,7 @@ def _above(place: Path | Address) -> Sequence[Path]:
 def _limit(shard_size: int | str | None, place: Path | Address) -> int:
     if shard_size is None:
         return 2**63 if place.name.endswith(".safetensors") and not place.is_dir() else _SHARD_NBYTES
-    units = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)(i?)B?", str(shard_size), re.IGNORECASE)
-    if isinstance(shard_size, bool) or match is None:
-        raise UsageError(f'shard_size= is a number of bytes, or such as "5GB" or "500MiB"; found {shard_size!r}')
-    unit = units[match[2].upper()]
-    limit = int(float(match[1]) * (1024 ** round(math.log10(unit) / 3) if match[3] else unit))
-    if limit < 1:
-        raise UsageError(f"shard_size= is at least one byte; found {shard_size!r}")
+    limit = nbytes_from(shard_size=shard_size)
     if place.name.endswith(".safetensors") and not place.is_dir():
         raise UsageError(f"{place}: one file has no shards; with shard_size= name a directory")
     return limit

@@ -11,6 +11,30 @@ from .copying import over
 from .messages import words_of
 
 
+class _Columns:
+    """Parts that come in columns, of each from above: they need not be compared with all that came before."""
+
+    def __init__(self) -> None:
+        self._holds, self._stride = True, 0
+        self._ends: dict[tuple[int, int], int] = {}  # by the edges of a column, the row behind its last
+
+    def goes_on(self, part: Range) -> bool:
+        """Whether all parts so far are so, and no byte is in two."""
+        self._stride = self._stride or part.stride
+        if not self._holds or not self._stride or part.stride not in (0, self._stride):
+            self._holds = False
+            return False
+        row, column = divmod(part.start, self._stride)
+        edges = column, column + part.nbytes
+        end = self._ends.get(edges)
+        if end is None:
+            self._holds = edges[1] <= self._stride and all(b <= edges[0] or edges[1] <= a for a, b in self._ends)
+        else:
+            self._holds = end <= row
+        self._ends[edges] = row + part.count
+        return self._holds
+
+
 class Arrival:
     """A tensor of which some bytes have come.
 
@@ -30,6 +54,7 @@ class Arrival:
         self._ranges = ranges or (Range(0, spec.nbytes),)
         self._left = self.nbytes
         self._seen: list[Range] = []
+        self._columns = _Columns()
         self._high = 0  # Nothing has come from this byte on.
 
     @property
@@ -56,7 +81,8 @@ class Arrival:
             raise ProtocolError(f"{self.spec.name}: {words_of(part)} came; it has {self.spec.nbytes} bytes")
         if all(within(part, wanted) is None for wanted in self._ranges):
             raise ProtocolError(f"{self.spec.name}: {words_of(part)} came, which was not asked for")
-        if part.start < self._high and not all(disjoint((part, seen)) for seen in self._seen):
+        apart = self._columns.goes_on(part) or part.start >= self._high
+        if not apart and not all(disjoint((part, seen)) for seen in self._seen):
             raise ProtocolError(f"{self.spec.name}: {words_of(part)} came twice, in whole or in part")
         self._seen.append(part)
         self._high = max(self._high, part.stop)

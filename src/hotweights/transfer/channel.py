@@ -26,6 +26,7 @@ from .messages import (
     decode,
     decode_header,
     encode,
+    is_kind,
     kind_of,
 )
 from .states import Session, SessionState, Side
@@ -133,6 +134,21 @@ class Channel:
             PeerLost: the other end is gone. What it said before that can be read.
         """
         self._fill()
+
+    def brings(self, kind: type[Message]) -> bool:
+        """Whether a message of this kind came, and ``read`` gives it later.
+
+        Raises:
+            ProtocolError: what came is no frame.
+        """
+        start = 0
+        while len(raw := self._in[start : start + HEADER.size]) == HEADER.size:
+            start += HEADER.size
+            nbytes = decode_header(raw).nbytes
+            if start + nbytes <= len(self._in) and is_kind(self._in[start : start + HEADER.size], kind):
+                return True
+            start += nbytes
+        return False
 
     def say_goodbye(self, reason: str) -> None:
         """Tell the other end why nothing more will come, as far as the socket takes it, and close."""

@@ -21,6 +21,10 @@ from .shared_memory import OwnSlots, ReadSlots
 from .states import Session
 from .waits import Waker, left
 
+_NO_OFFER = (
+    "the sender is there and offered nothing: it still trains, perhaps, or waits for other receivers; "
+    "offer_timeout= waits longer"
+)
 QUIET = 10.0
 """Seconds after which it is logged that no sender is there."""
 
@@ -56,6 +60,7 @@ class Connection:
         self._channel: Channel | None = None
         self._slots: ReadSlots | OwnSlots | None = None
         self._filling: Frame | None = None  # what was said of a slot whose bytes are still on their way
+        self._ahead: Frame | None = None  # what ``peek`` saw
         self._stopped = False
         self._account: Account | None = None  # what became of the last update here
         self._epoch = 0  # of the last lead
@@ -110,7 +115,7 @@ class Connection:
         """
         deadline = time.monotonic() + seconds
         quiet = time.monotonic() + QUIET
-        self._last = "the sender offered nothing" if self.connected else "nobody listens there"
+        self._last = _NO_OFFER if self.connected else "nobody listens there"
         with self._using:
             while left(deadline):
                 try:
@@ -269,6 +274,9 @@ class Connection:
             TransferError: there is no memory for the slots.
         """
         channel = self._running()
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            return ahead
         try:
             channel.flush()
             frame = self._read(channel)
@@ -279,6 +287,15 @@ class Connection:
             self._map(frame.message, frame.descriptors)
             return None
         return frame
+
+    def peek(self) -> bool:
+        """Whether ``step`` has a frame now.
+
+        Raises:
+            TransferError: as ``step``.
+        """
+        self._ahead = self.step()
+        return self._ahead is not None
 
     def rest(self, seconds: float = 0.0) -> None:
         """Wait until something may have come; or for so many seconds, by default until it is time to look again."""
@@ -301,7 +318,7 @@ class Connection:
         with self._using:
             channel, self._channel = self._channel, None
             slots, self._slots = self._slots, None
-            self._filling = None
+            self._filling = self._ahead = None
             if channel is not None:
                 channel.say_goodbye(reason) if reason else channel.close()
             if slots is not None:
@@ -348,7 +365,7 @@ class Connection:
             return False
         self._channel = channel
         channel.send(Hello(os.getpid(), self._name, self._crew, bool(self._account or self._epoch)))
-        self._last = "the sender offered nothing"
+        self._last = _NO_OFFER
         return True
 
     @signals.whole  # That a slot is being filled is known by the frame that said so: it must not be lost.
@@ -363,15 +380,18 @@ class Connection:
                 raise
         if self._filling is None:
             frame = channel.read()
+            if frame is not None and isinstance(frame.message, Offer):
+                slots.origins.meet(frame.message.origins)
             if frame is None or not isinstance(frame.message, Filled):
-                slots.flow.greet()
+                slots.greet()
                 return frame
             slots.expect(frame.message)
             self._filling = frame
+        assert isinstance(self._filling.message, Filled)
         try:
-            if not slots.flow.fill():
+            if not slots.fill(self._filling.message.fill):
                 channel.look()
-                return None
+                return self._aborted(channel, slots) if slots.origins.lacking and channel.brings(Abort) else None
         except PeerLost:
             while channel.read() is not None:  # The sender may have said why it hung up.
                 continue
@@ -379,12 +399,22 @@ class Connection:
         frame, self._filling = self._filling, None
         return frame
 
+    def _aborted(self, channel: Channel, slots: OwnSlots) -> Frame | None:
+        """The abort that came. The ranks that were to fill a slot may have died: it is waited for no more.
+
+        What the sender itself has sent comes before all that it sends later, so it is still expected.
+        """
+        self._filling = None
+        while (frame := channel.read()) is not None and not isinstance(frame.message, Abort):
+            if isinstance(frame.message, Filled):
+                slots.expect(frame.message)
+        slots.give_up()
+        return frame
+
     def _awaited(self, channel: Channel) -> list[tuple[Waitable, bool]]:
         """The sockets to wait for, and whether until they can be written to."""
         awaited: list[tuple[Waitable, bool]] = [(channel.socket, channel.unsent)]
-        if isinstance(self._slots, OwnSlots) and (self._filling is not None or self._slots.flow.greets):
-            awaited.append(self._slots.flow.awaited)
-        return awaited
+        return [*awaited, *self._slots.awaited] if isinstance(self._slots, OwnSlots) else awaited
 
     def _accepted(self, frame: Frame) -> Frame | None:
         """The offer in a frame, if there is one and it still stands."""

@@ -116,7 +116,18 @@ def forward(peers: Iterable[Peer], verdict: Verdict) -> None:
     for peer in peers:
         if any((account.update, account.outcome) == (verdict.about, Known.IN_DOUBT) for account in peer.accounts):
             peer.channel.send(verdict)
-            peer.accounts = tuple(account for account in peer.accounts if account.update != verdict.about)
+            told = (_told(account, verdict) for account in peer.accounts)
+            peer.accounts = tuple(account for account in told if account is not None)
+
+
+def _told(account: Account, verdict: Verdict) -> Account | None:
+    """The account of who is told now what became of the update, if it is."""
+    if account.update != verdict.about:
+        return account
+    if verdict.decision is None:
+        return None
+    outcome = Known.COMMITTED if verdict.decision is Decision.COMMIT else Known.KEPT
+    return replace(account, outcome=outcome, members=())
 
 
 def past_of(peers: Sequence[Peer]) -> Past:

@@ -20,14 +20,15 @@ TOKEN = 32
 GREETING = b"\0flow"
 """What a connection for bytes says first; a token follows. No frame begins so, and nothing of TLS."""
 
-_GAP = 4096  # Bytes between two pieces that are sent with them: a piece costs more.
+GAP = 4096
+"""Bytes between two pieces that are sent with them: a piece costs more."""
 
 
 def stretches(chunks: Sequence[Chunk]) -> list[tuple[int, int]]:
     """First byte and end of what is sent of a slot for these chunks, ascending. Both ends work it out."""
     found: list[tuple[int, int]] = []
     for start, stop in sorted((chunk.offset, chunk.offset + chunk.nbytes) for chunk in chunks):
-        if found and start - found[-1][1] <= _GAP:
+        if found and start - found[-1][1] <= GAP:
             found[-1] = found[-1][0], max(stop, found[-1][1])
         else:
             found.append((start, stop))

@@ -15,6 +15,7 @@ import threading
 from pathlib import Path
 
 from .. import signals
+from ..arguments import nbytes_from
 from ..errors import HotweightsError, ProtocolError, TransferError, UsageError
 from ..notices import log
 from .address import LONGEST, UnixEndpoint, check_directory, same_file
@@ -59,12 +60,20 @@ class HostRelay:
 
     retry = 0.1
 
-    def __init__(self, address: str, *, keys: str | os.PathLike[str] | None = None, insecure: bool = False) -> None:
-        """Nothing is started yet.
+    def __init__(
+        self,
+        address: str,
+        *,
+        keys: str | os.PathLike[str] | None = None,
+        insecure: bool = False,
+        keep: int | str | None = None,
+    ) -> None:
+        """Nothing is started yet. ``keep``: as of ``Relay``; what the one says counts that starts it.
 
         Raises:
-            UsageError: it is no address on the network, or the keys do not fit it.
+            UsageError: it is no address on the network, or the keys do not fit it; or ``keep`` is no number of bytes.
         """
+        self._keep = "" if keep is None else str(nbytes_from(keep=keep))
         if is_local(address):
             raise UsageError(f"relay= is for senders on other hosts, tcps://host:port; this is {address}; leave it out")
         endpoint_of(address, keys=keys, insecure=insecure)  # Better here than in another process.
@@ -170,7 +179,15 @@ class HostRelay:
         if not sys.executable:
             raise UsageError(f"no Python can be started here; run one by hand: hotweights relay --from {self.address}")
         keys = "" if self._keys is None else os.path.abspath(self._keys)
-        words = [str(_PACKAGE), self.address, str(self._folder), keys, "insecure" * self._insecure, str(IDLE)]
+        words = [
+            str(_PACKAGE),
+            self.address,
+            str(self._folder),
+            keys,
+            "insecure" * self._insecure,
+            str(IDLE),
+            self._keep,
+        ]
         try:
             with open(self._folder / "said", "wb") as said:
                 # Through a shell that ends at once: a child of this process would be left to it when it has ended.
@@ -202,7 +219,7 @@ class HostRelay:
         return ""
 
 
-def serve(address: str, folder: str, keys: str, insecure: str, idle: str) -> None:
+def serve(address: str, folder: str, keys: str, insecure: str, idle: str, keep: str) -> None:
     """Be the relay of a host until no receiver has used it for ``idle`` seconds. Errors go to standard error."""
     logging.basicConfig(format="%(message)s")
     done = threading.Event()
@@ -213,6 +230,7 @@ def serve(address: str, folder: str, keys: str, insecure: str, idle: str) -> Non
             keys=keys or None,
             insecure=bool(insecure),
             retry_refused=False,
+            keep=keep or None,
         ) as relay:
             watch = threading.Thread(
                 target=_close_when_unused, args=(relay, Path(folder), float(idle), done), daemon=True

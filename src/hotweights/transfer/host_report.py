@@ -98,7 +98,7 @@ class Pace:
             host,
             tuple(peer.name for peer in peers),
             sum(max(1, len(peer.crew)) for peer in peers),
-            sum(peer.flow.nbytes for peer in peers if peer.flow is not None),
+            sum(peer.network_nbytes for peer in peers),
             sum(self._shared.get(peer, 0) for peer in peers),
             phases,
             events,

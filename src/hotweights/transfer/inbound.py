@@ -71,9 +71,10 @@ class Inbound:
             version=offer.version,
             timeout=timeout,
             record=record,
-            update=frame.update,
+            update=offer.kept or frame.update,
             place=offer.place,
             is_elsewhere=offer.relayed or ballot is None or record is not None,
+            is_kept=bool(offer.kept),
         )
         self._hashed = offer.digests
         self._copying = "copy and digest" if offer.digests else "copy"  # as the timeline has it

@@ -14,7 +14,7 @@ from ..timeline import Timeline
 from .ballot import Ballot
 from .connection import Connection
 from .decision import Decision, Known, of_member
-from .messages import Abort, Account, Commit, Done, Message, Prepared, Refuse, Seat, reasons_of
+from .messages import Abort, Account, Commit, Done, Message, Prepared, Refuse, Seat, reasons_of, short_version
 from .pending_leases import PendingLeases
 from .register import SharedRecord
 from .roll import Roll
@@ -22,7 +22,6 @@ from .states import SessionState
 from .waits import holding, left
 
 _LOOK = 1.0  # seconds between two looks into a register that was out of reach
-_SHOWN = 200  # characters of a version's name
 _BEFORE_VOTING = (SessionState.OFFERED, SessionState.STREAMING, SessionState.ENDED)
 
 
@@ -69,8 +68,11 @@ class Member:
         update: int,
         place: int,
         is_elsewhere: bool,
+        is_kept: bool,
     ) -> None:
         """``is_elsewhere``: whether the decision falls in a register, ``record``, or on another host.
+
+        ``is_kept``: whether a group has taken the version before, so that the decision has fallen.
 
         A ballot holds then what was heard of it, if any. ``place`` is that at the lead, also behind a relay.
         """
@@ -86,6 +88,7 @@ class Member:
         self._pending = pending
         self._timeout = timeout
         self._is_elsewhere = is_elsewhere
+        self._is_kept = is_kept
         self._record = record
         self._update, self._place = update, place
         self._resolved = False  # Whether the decision came from somebody who does not wait for what follows.
@@ -219,6 +222,8 @@ class Member:
 
         Where the decision falls elsewhere, only a commit is known here: whoever heard of it, a relay, has noted it.
         """
+        if self._is_kept:
+            return Decision.COMMIT
         standing, ballot = self._standing, self._ballot
         otherwise = None if self._is_elsewhere else Decision.ABORT
         # The others need not hear of it if it was struck.
@@ -299,8 +304,10 @@ class Member:
         return None
 
     def _note(self, outcome: Known) -> None:
+        if self._is_kept and outcome is not Known.COMMITTED:  # It is none of those that were to vote.
+            return
         members = self.electors if outcome is Known.IN_DOUBT else ()
-        self._connection.note(Account(self._update, self._place, outcome, _short(self.version), members))
+        self._connection.note(Account(self._update, self._place, outcome, short_version(self.version), members))
 
     def _doubt(self, reason: str) -> TransferInDoubt:
         return TransferInDoubt(
@@ -372,8 +379,3 @@ class Member:
         self._pending.forget()
         if self._ballot is not None:
             self._ballot.close()
-
-
-def _short(version: str | int) -> str | int:
-    """The version's name for people: what is said between two versions is short."""
-    return version if isinstance(version, int) else version[:_SHOWN]

@@ -16,7 +16,7 @@ from ..ranges import Range
 from ..text import some
 from .decision import Decision, Known
 
-PROTOCOL = 5  # another number for every change of what messages hold
+PROTOCOL = 6  # another number for every change of what messages hold
 MAX_SMALL = 16 * 1024  # bytes of a frame where only short messages may come: the longest of them is a reason
 MAX_FRAME = 32 * 1024 * 1024  # bytes; a manifest of 100,000 tensors takes about 10
 _MAGIC = b"hotw"
@@ -25,6 +25,7 @@ _REASONS = 50  # An error of 20,000 tensors must not outgrow a frame; whoever ra
 SEATS_NAMED = 100  # members that are named to all others, each by ``SEAT_NAME`` characters at most
 SEAT_NAME = 60
 REASON = 2000  # characters of a reason that are sent
+_SHOWN = 200  # characters of a version's name
 NAME = 100  # characters of a receiver's name
 HEADER = struct.Struct("<4sHHQI")  # magic, protocol, number of descriptors, update, bytes that follow
 
@@ -107,12 +108,33 @@ class Welcome(_Message, frozen=True):
     carrier: str = ""
 
 
+class Origin(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
+    """A rank of a sharded trainer that gives receivers bytes itself, on another host than the sender.
+
+    Attributes:
+        rank: its number.
+        name: for people.
+        host: its address.
+        port: where it listens there.
+        token: what this receiver shows it.
+    """
+
+    rank: int
+    name: str
+    host: str
+    port: int
+    token: bytes
+
+
 class Offer(_Message, frozen=True):
     """A version and its tensors: name, dtype, shape. On one host the ballot comes with it as a descriptor.
 
     If it is ``relayed``, the ballot holds what this host's relay heard of the decision, which falls elsewhere.
     ``register`` says where the decision stands, if in one. The receiver, or the first relay before it, has this
-    ``place`` at the lead. Of two leads the one with the larger ``epoch`` is the present one.
+    ``place`` at the lead. Of two leads the one with the larger ``epoch`` is the present one. Some bytes may come from
+    the ``origins``, if the receiver connects to them.
+    ``kept`` is 0; or a group has taken the version before, by this update, and a relay has kept it: who is prepared
+    takes it, whatever becomes of the relay.
     """
 
     version: str | int
@@ -122,6 +144,8 @@ class Offer(_Message, frozen=True):
     register: str = ""
     place: int = 0
     epoch: int = 0
+    kept: int = 0
+    origins: tuple[Origin, ...] = ()
 
 
 class Wanted(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
@@ -138,7 +162,8 @@ class Wanted(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
 class Accept(_Message, frozen=True):
     """What of the offer is wanted, each tensor once, in the order that suits best.
 
-    Of a relay, what the first of its workers wants, and then the ``others``; ``crew`` names them all.
+    Of a relay, what the first of its workers wants, and then the ``others``; ``crew`` names them all. What relays keep
+    for themselves comes last, without a name.
     """
 
     wanted: tuple[Wanted, ...]
@@ -173,11 +198,15 @@ class Chunk(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
 
 
 class Filled(_Message, frozen=True):
-    """A slot that may be read; it does not change until it is released, and bears this fill until then."""
+    """A slot that may be read; it does not change until it is released, and bears this fill until then.
+
+    ``origins``, where there are some: of each chunk, the rank that gives its bytes, or 0 where the sender does.
+    """
 
     slot: int
     chunks: tuple[Chunk, ...]
     fill: int
+    origins: tuple[int, ...] = ()
 
 
 class Release(_Message, frozen=True):
@@ -324,6 +353,12 @@ def decode(raw: bytes | bytearray) -> Message:
     return message
 
 
+def is_kind(raw: bytes | bytearray, kind: type[Message]) -> bool:
+    """Whether the body of a frame holds a message of this kind, by how it begins."""
+    word = kind_of(kind).encode()
+    return raw[1 : 2 + len(word)] == bytes([0xA0 | len(word)]) + word
+
+
 def specs_of(offer: Offer) -> Manifest:
     """The manifest in an offer.
 
@@ -369,6 +404,11 @@ def words_of(part: Range) -> str:
     if part.count == 1:
         return f"bytes {part.start} to {part.stop}"
     return f"{part.count} runs of {part.nbytes} bytes from byte {part.start} on, {part.stride} apart"
+
+
+def short_version(version: str | int) -> str | int:
+    """The version's name for people: what is said between two versions is short."""
+    return version if isinstance(version, int) else version[:_SHOWN]
 
 
 def reasons_of(error: BaseException) -> tuple[str, ...]:

@@ -234,16 +234,20 @@ class Outbound:
     ) -> None:
         began = time.perf_counter()
         self._pace.begin("release")
-        places: dict[Peer, set[int]] = {}
+        places: dict[Peer, list[int]] = {}
         for place, peer in enumerate(asking):
-            places.setdefault(peer, set()).add(place)
+            places.setdefault(peer, []).append(place)
         for peer, own in places.items():
-            chunks = tuple(chunk for chunk, wanting in packed if not own.isdisjoint(wanting))
+            workers = set(own[: len(peer.names)])  # but for what it keeps itself
+            chunks = tuple(chunk for chunk, wanting in packed if not wanting.isdisjoint(own))
             if chunks and peer in self._members:
-                peer.hand_over(slot, self._slots.memories[slot], chunks, fill)
-                self._pace.shared(peer, sum(chunk.nbytes * len(own & wanting) for chunk, wanting in packed))
+                self._hand_to(peer, slot, chunks, fill)
+                self._pace.shared(peer, sum(chunk.nbytes * len(workers & wanting) for chunk, wanting in packed))
         self._advance(sum(chunk.nbytes for chunk, _ in packed))
         self._timeline.note("hand over slots", "", began)
+
+    def _hand_to(self, peer: Peer, slot: int, chunks: tuple[Chunk, ...], fill: int) -> None:
+        peer.hand_over(slot, self._slots.memories[slot], chunks, fill)
 
     def _free_slot(self) -> int:
         with self._timeline.event("wait for a free slot"):
@@ -266,7 +270,7 @@ class Outbound:
         """All who are to vote, for those that may be in doubt later."""
         named = [peer.name[:SEAT_NAME] for peer in self._members[:SEATS_NAMED]]
         names = itertools.chain(named, itertools.repeat(""))
-        return tuple(Seat(peer.place, len(peer.wanted), name) for peer, name in zip(self._members, names, strict=False))
+        return tuple(Seat(peer.place, len(peer.names), name) for peer, name in zip(self._members, names, strict=False))
 
     def _ask(self) -> None:
         """Everybody is prepared. Whoever does not decide alone asks here; nothing can be aborted after it returns."""
@@ -325,7 +329,7 @@ class Outbound:
             seconds=time.monotonic() - self._began,
             waited=dict(self._waited),
             events=tuple(self._timeline.events),
-            network_nbytes=sum(peer.flow.nbytes for peer in self._members if peer.flow is not None),
+            network_nbytes=sum(peer.network_nbytes for peer in self._members),
             since_epoch=self._timeline.since_epoch,
             hosts=self._pace.reports(self._members, self._timeline.began),
         )
@@ -406,7 +410,7 @@ class Outbound:
         match frame.message:
             case Accept(wanted, others, crew):
                 peer.wanted, peer.crew = (wanted, *others), crew
-                if crew and len(crew) != len(peer.wanted):
+                if len(crew) > len(peer.wanted):
                     raise ProtocolError(f"{len(crew)} workers were named, and {len(peer.wanted)} said what they want")
             case Release(slots):
                 if not slots or len(set(slots)) < len(slots) or not peer.holds.issuperset(slots):

@@ -28,6 +28,10 @@ from .waits import Waker, left
 
 _AT_ONCE = 16  # connections that are taken between two looks at the clock
 _LOOK = 1.0  # seconds between two looks at links to other hosts
+_NOT_THERE = (
+    "If they need longer to come, raise timeout= of the sender. If they came and gave up waiting, raise their "
+    "offer_timeout=. Else their logs say what they refused."
+)
 _SHOWN = 20  # of those that left while others were waited for
 
 
@@ -49,6 +53,7 @@ class Peer:
         wanted: what each of them wants of the running update.
         fallen: which of them had not said that they have the version when the relay did, and why.
         holds: slots that it has not released.
+        direct: bytes that ranks of a sharded trainer send it themselves.
         said: kinds of messages that came from it.
         moved: when it last said something of the running update.
         problem: what it said was wrong when it was done.
@@ -69,6 +74,7 @@ class Peer:
     wanted: tuple[tuple[Wanted, ...], ...] = ()
     fallen: tuple[tuple[str, str], ...] = ()
     holds: set[int] = field(default_factory=set)
+    direct: int = 0
     said: set[str] = field(default_factory=set)
     moved: float = 0.0
     problem: str = ""
@@ -78,7 +84,7 @@ class Peer:
 
     def begin(self) -> None:
         """Forget the version before."""
-        self.wanted, self.crew, self.fallen, self.problem, self.moved = (), (), (), "", 0.0
+        self.wanted, self.crew, self.fallen, self.problem, self.moved, self.direct = (), (), (), "", 0.0, 0
         if self.flow is not None:
             self.flow.nbytes = 0
         self.holds.clear()
@@ -94,6 +100,11 @@ class Peer:
         """Whether a version can be offered to it."""
         attached = self.flow is None or self.flow.attached
         return self.state is SessionState.IDLE and self.size > 0 and attached and not self.telling
+
+    @property
+    def network_nbytes(self) -> int:
+        """Bytes of the running update that went to it over the network."""
+        return self.direct + (0 if self.flow is None else self.flow.nbytes)
 
     def recall(self, past: Past) -> None:
         """It told of the updates before."""
@@ -114,12 +125,19 @@ class Peer:
         """What to wait for while bytes for it are unsent, and whether until it can be written to."""
         return None if self.flow is None else self.flow.waiting
 
-    def hand_over(self, slot: int, memory: torch.Tensor, chunks: tuple[Chunk, ...], fill: int) -> None:
-        """Have it read what chunks say of a slot; it holds the slot until it has released it."""
+    def hand_over(
+        self, slot: int, memory: torch.Tensor, chunks: tuple[Chunk, ...], fill: int, origins: tuple[int, ...] = ()
+    ) -> None:
+        """Have it read what chunks say of a slot; it holds the slot until it has released it.
+
+        ``origins``: which of them other ranks send, as in ``Filled``.
+        """
         self.holds.add(slot)
-        self.channel.send(Filled(slot, chunks, fill))
+        self.channel.send(Filled(slot, chunks, fill, origins))
         if self.flow is not None:
-            self.flow.put(memory, chunks)
+            own = [chunk for chunk, rank in zip(chunks, origins, strict=True) if not rank] if origins else chunks
+            self.flow.put(memory, own)
+            self.direct += sum(chunk.nbytes for chunk, rank in zip(chunks, origins, strict=False) if rank)
 
     def part(self, reason: str) -> None:
         """End its connections, and say why."""
@@ -220,7 +238,7 @@ class PeerGroup:
                 gone = tuple(self._gone)
                 self._gone.clear()
                 # Who came and was refused says why. Waiting longer does not help.
-                longer = "" if gone else "If they need longer to come, raise timeout= of the sender."
+                longer = "" if gone else _NOT_THERE
                 raise TransferTimeout(f"{came}; {names}", gone, advice=longer)
             self.listen(left(deadline), beside)
 

@@ -16,14 +16,15 @@ _PATIENCE = 3.0  # seconds that it may take to end
 class RayRelay:
     """A relay for the workers on its node. Ray starts it again when it dies; it has the same address then."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, keep: int | None = None) -> None:
+        """``keep``: as of ``Relay``."""
         import ray
 
         self._folder = folder_on(ray.get_runtime_context(), f"relay {address}")
         self._told = RayDirections(f"unix:{self._folder / 'socket'}")
         self._relay: Relay | None = None
         try:
-            self._relay = Relay(address, self._told.address)
+            self._relay = Relay(address, self._told.address, keep=keep)
         except HotweightsError as error:
             self._told = RayDirections(problem=str(error))
             return

@@ -66,6 +66,7 @@ class RayRendezvous:
         self._chest = None if insecure else KeyChest(files)
         self._place: SenderPlace | None = None
         self._relays: dict[str, tuple[Any, Any]] = {}  # by node: the actor, and its answer to where it is
+        self._keep: int | None = None  # bytes in which they keep versions
 
     def keys_for(self, host: str) -> RayDirections:
         """Keys, for the sender itself."""
@@ -97,6 +98,12 @@ class RayRendezvous:
             return told if told.problem else RayDirections(self._place.network, told.keys)
         return RayDirections(self._place.local) if node == self._place.node else self.relay(node)
 
+    def keep(self, nbytes: int) -> bool:
+        """Relays keep versions from now on, in so many bytes. Returns whether those that run already do."""
+        if not self._relays:
+            self._keep = nbytes
+        return self._keep == nbytes
+
     def relay(self, node: str) -> RayDirections:
         """Where a node's relay is; the first to ask has it started."""
         import ray
@@ -105,7 +112,7 @@ class RayRendezvous:
         if node not in self._relays:
             where = NodeAffinitySchedulingStrategy(node, soft=False)
             kind = ray.remote(_relays()).options(num_cpus=0, max_restarts=-1, scheduling_strategy=where)
-            actor = kind.remote(self._address)
+            actor = kind.remote(self._address, self._keep)
             self._relays[node] = actor, actor.where.remote()
         actor, answer = self._relays[node]
         if not ray.wait([answer], timeout=0)[0]:

@@ -57,6 +57,7 @@ class Receiver:
         insecure: bool = False,
         reconnect: bool = True,
         relay: bool = False,
+        keep: int | str | None = None,
         interval: float | None = None,
         store: object = None,
     ) -> None:
@@ -79,6 +80,8 @@ class Receiver:
             relay: take part through a relay of this host, for ``tcps:``. The first receiver starts it, as a process of
                 its own; all others that say the same use it, so that the network is crossed once for all of them. It
                 ends ten seconds after the last one.
+            keep: with ``relay``: bytes of memory, or such as ``"40GB"``, in which it keeps the last version for workers
+                that come later, see ``Relay``. It counts of the one that starts it.
             interval: where versions are published: seconds between two looks, 1 by default.
             store: of an address in a store: options, or a store of its package, see ``hotweights.open``.
         """
@@ -89,7 +92,9 @@ class Receiver:
         _check_name(name)
         self.address = address
         self.name = name
-        self._relay = HostRelay(address, keys=keys, insecure=insecure) if relay else None
+        if keep is not None and not relay:
+            raise UsageError("keep= is for relay=True: this host's relay keeps versions; say that too, or leave it out")
+        self._relay = HostRelay(address, keys=keys, insecure=insecure, keep=keep) if relay else None
         endpoint = self._relay or endpoint_of(address, keys=keys, insecure=insecure)
         self._connection = Connection(endpoint, name, reconnect=reconnect)
         self._timeout, self._offer_timeout = timeout, offer_timeout
@@ -286,11 +291,14 @@ class StoreReceiver(Following, Receiver):
         insecure: bool = False,
         reconnect: bool = True,
         relay: bool = False,
+        keep: int | str | None = None,
         interval: float | None = None,
         store: object = None,
     ) -> None:
         """See ``Receiver``."""
-        check_none_connects(address, keys=(keys, None), insecure=(insecure, False), relay=(relay, False))
+        check_none_connects(
+            address, keys=(keys, None), insecure=(insecure, False), relay=(relay, False), keep=(keep, None)
+        )
         check_flags(reconnect=reconnect)
         _check_name(name)
         self._follow(

@@ -20,31 +20,21 @@ from ..manifest import Manifest
 from ..memory import devices
 from ..rename import Rename
 from ..sources.contracts import Source, warnings_of
-from ..sources.objects.run import is_run
 from ..sources.opening import AnySource
 from ..timeline import Timeline
 from .audience import Audience
-from .carriers.table import DEFAULT, ENCRYPTED, carrier_of
-from .endpoint import any_remote, endpoints_of
+from .carriers.table import DEFAULT
 from .outbound import Outbound
 from .payload import in_memory, payload
 from .publication import Publication, check_none_connects
-from .register_table import register_of
 from .report import SendReport
 from .send_handle import LAST_LINES, SendHandle
 from .sharded.holding import CastTo, Holding, Sharded, holding
-from .sharded.lead import Lead
-from .sharded.meeting import met, ranks_in
 from .sharded.rank import Rank
 from .sharded.sharded_outbound import ShardedOutbound
 from .sharded.tiling import Tiling
 from .unwritten import unwritten_check
-
-OnLost = Literal["abort", "drop"]
-"""When a receiver is lost during an update: nobody takes the version, or all others do."""
-
-Encrypt = Literal["control", "all"]
-"""What is encrypted between hosts: all but the weights, or the weights too."""
+from .way import Encrypt, OnLost, way_of
 
 Sendable = AnySource | Iterable[tuple[str, torch.Tensor]] | Sharded
 
@@ -119,59 +109,24 @@ class Sender:
         check_flags(digests=digests, compare_copies=compare_copies)
         check_seconds(timeout=timeout)
         check_flags(insecure=insecure)
-        self._ranks: Lead | Rank | None = None
-        self._way: Publication | Audience | Rank
-        if is_run(address, store):
-            check_none_connects(
-                address,
-                receivers=(receivers, 1),
-                slots=(slots, 4),
-                slot_nbytes=(slot_nbytes, 4 * 1024 * 1024),
-                digests=(digests, True),
-                on_lost=(on_lost, "abort"),
-                keys=(keys, None),
-                insecure=(insecure, False),
-                decision=(decision, None),
-                carrier=(carrier, DEFAULT),
-                encrypt=(encrypt, "control"),
-                group=(group, None),
-            )
-            self._way = Publication(address, keep=keep, store=store, timeout=timeout)  # type: ignore[arg-type]
-        else:
-            if keep is not None:
-                raise UsageError(f"keep= is for places where versions are published; {address!r} is none; leave it out")
-            register = None if decision is None else register_of(decision)
-            if register is not None:
-                register.probe()
-            carrier_of(carrier)  # What is not installed is said before anything is held.
-            if carrier != DEFAULT and not any_remote(address):
-                raise UsageError(
-                    f"carrier= is for receivers on other hosts, and {address!r} is on this one; leave it out"
-                )
-            if encrypt == "all":
-                _check_encrypted(address, carrier, group)
-                carrier = ENCRYPTED
-            endpoints = endpoints_of(address, keys=keys, insecure=insecure)  # type: ignore[arg-type]
-            audience = partial(
-                Audience,
-                endpoints,
-                slots=slots,
-                slot_nbytes=slot_nbytes,
-                receivers=receivers,
-                timeout=timeout,
-                digests=digests,
-                drop=on_lost == "drop",
-                carrier=carrier,
-                register=register,
-            )
-            self._ranks = None if group is None else ranks_in(group, endpoints, timeout, compare_copies)
-            match self._ranks:
-                case Rank():  # Receivers come to rank 0.
-                    self._way = self._ranks
-                case Lead():
-                    self._way = met(self._ranks, audience)
-                case None:
-                    self._way = audience()
+        self._way, self._ranks = way_of(
+            address,
+            receivers=receivers,
+            slots=slots,
+            slot_nbytes=slot_nbytes,
+            digests=digests,
+            timeout=timeout,
+            on_lost=on_lost,
+            keys=keys,
+            insecure=insecure,
+            decision=decision,
+            carrier=carrier,
+            encrypt=encrypt,
+            keep=keep,
+            store=store,
+            group=group,
+            compare_copies=compare_copies,
+        )
         self.address = self._way.address
         self._sending = threading.Lock()
         self._process = os.getpid()
@@ -447,15 +402,3 @@ class Sender:
             self._sending.release()
             if self._closed:
                 self.close()
-
-
-def _check_encrypted(address: Any, carrier: str, group: Any) -> None:
-    """Raise ``UsageError`` where something would go unencrypted all the same."""
-    if carrier != DEFAULT:
-        raise UsageError(f"encrypt='all' is for carrier='{DEFAULT}': what {carrier!r} brings is not encrypted")
-    if group is not None:
-        raise UsageError(
-            "encrypt='all' is not for group=: what ranks send to one another is not encrypted; leave it out"
-        )
-    if not any_remote(address):
-        raise UsageError(f"encrypt='all' is for receivers on other hosts, and {address!r} is on this one; leave it out")

@@ -15,8 +15,9 @@ from ..errors import ProtocolError, TransferError, UsageError
 from ..memory.addresses import PAGE
 from ..memory.host import ALIGNMENT, host_empty
 from ..notices import log
-from .flow import Inflow
+from .flow import Inflow, Waitable
 from .messages import Filled
+from .origins import Origins
 from .roll import Roll, roll_nbytes
 
 _FUTURE_WRITE = getattr(fcntl, "F_SEAL_FUTURE_WRITE", 0x10)
@@ -163,6 +164,7 @@ class OwnSlots:
 
     Attributes:
         memories: as the sender's.
+        origins: others that fill them beside the sender.
     """
 
     roll = None
@@ -175,6 +177,8 @@ class OwnSlots:
             TransferError: there is not enough memory. The flow is closed.
         """
         self._flow = flow
+        self._lacks = False  # whether something is expected by the flow that is not there
+        self.origins = Origins()
         try:
             if slots < 1 or slot_nbytes < 1 or slot_nbytes % PAGE:
                 raise ProtocolError(f"{slots} slots of {slot_nbytes} bytes were promised")
@@ -205,7 +209,38 @@ class OwnSlots:
         memory = self.memories[filled.slot]
         if any(chunk.offset < 0 or chunk.offset + chunk.nbytes > memory.numel() for chunk in filled.chunks):
             raise ProtocolError(f"what is to lie in slot {filled.slot} does not fit into its {memory.numel()} bytes")
-        self._flow.expect(memory, filled.chunks)
+        self._flow.expect(memory, self.origins.expect(filled, memory))
+        self._lacks = True
+
+    def fill(self, fill: int) -> bool:
+        """Take what has come. Returns whether the slot that bears this fill is whole, and all that was told before.
+
+        Raises:
+            PeerLost: who was to send it is gone.
+            ProtocolError: something else came.
+        """
+        self._lacks = not self._flow.fill()
+        return self.origins.fill(fill) and not self._lacks
+
+    def greet(self) -> None:
+        """Say who this is, to all who are to send something.
+
+        Raises:
+            PeerLost: the sender's flow is gone.
+        """
+        self._flow.greet()
+        self.origins.greet()
+
+    @property
+    def awaited(self) -> list[tuple[Waitable, bool]]:
+        """What to wait for. Then ``greet``, or ``fill`` if something is expected."""
+        own = [self._flow.awaited] if self._lacks or self._flow.greets else []
+        return [*own, *self.origins.awaited]
+
+    def give_up(self) -> None:
+        """Nothing that is expected is waited for."""
+        self._lacks = False
+        self.origins.drop()
 
     def bears(self, slot: int, fill: int) -> bool:
         """Always: nobody else writes to them."""
@@ -214,6 +249,7 @@ class OwnSlots:
     def close(self) -> None:
         """Let go. May be called twice."""
         self._flow.close()
+        self.origins.close()
         self.memories = ()
 
 

@@ -2,16 +2,13 @@
 
 import os
 import signal
+from contextlib import ExitStack
 
 import pytest
-from ends import receiver
-from namespaces import enter
-from processes import Child, Tiny, value_of
-from shard_ranks import Worker, alike, trainer
+from processes import Child
+from shard_ranks import Worker, alike, relayed, trainer, works
 
-import hotweights as hw
 from hosts import free_address
-from hotweights.transfer.relay import Relay
 
 LEAD = "tcps://10.77.0.3:7611"
 
@@ -81,37 +78,16 @@ def test_a_far_rank_needs_a_lead_of_its_job(folder, tmp_path):
         assert "both ends need keys= of one job" in words
 
 
-def _relay(pipe, host, to):
-    enter(host)
-    with Relay(LEAD, to, insecure=True, timeout=60) as running:
-        pipe.send("there")
-        running.run()
-
-
-def _works(pipe, host, address):
-    enter(host)
-    live = hw.LiveModel(Tiny())
-    insecure = address == LEAD
-    with receiver(address, insecure=insecure, timeout=60, offer_timeout=60) as source:
-        while live.version != "last":
-            try:
-                live.load(source) if live.version is None else live.update(source)
-            except hw.UpdateAborted:
-                continue
-            pipe.send((live.version, value_of(live.model)))
-
-
-@pytest.mark.parametrize("relayed", [False, True], ids=["direct", "relays"])
-def test_ranks_and_workers_on_three_hosts(folder, hosts, tmp_path, relayed):
+@pytest.mark.parametrize("relays", [False, True], ids=["direct", "relays"])
+def test_ranks_and_workers_on_three_hosts(folder, hosts, tmp_path, relays):
     """Rank 0 is on one, ranks and a worker on each of two others. One is cut off, and a new trainer goes on."""
     options = {"insecure": True, "receivers": 2, "timeout": 30}
     ours = [hosts.names[2], hosts.names[0], hosts.names[1], hosts.names[0]]
-    to = [f"unix:{tmp_path / name / 'socket'}" if relayed else LEAD for name in hosts.names[:2]]
-    relays = [Child(_relay, host, address) for host, address in zip(hosts.names, to, strict=False)] if relayed else []
-    try:
-        for relay in relays:
-            assert relay.heard() == "there"
-        with Child(_works, hosts.names[0], to[0]) as one, Child(_works, hosts.names[1], to[1]) as other:
+    to = [f"unix:{tmp_path / name / 'socket'}" if relays else LEAD for name in hosts.names[:2]]
+    with ExitStack() as stack:
+        for host, address in zip(hosts.names[: 2 * relays], to, strict=False):
+            stack.enter_context(relayed(host, LEAD, address))
+        with Child(works, hosts.names[0], to[0]) as one, Child(works, hosts.names[1], to[1]) as other:
             with trainer(folder, LEAD, 4, hosts=ours, **options) as ranks:
                 assert ranks.heard() == ["ready"] * 4
                 assert ranks.send("well", "first", 1) == [("sent", "first")] * 4
@@ -125,7 +101,3 @@ def test_ranks_and_workers_on_three_hosts(folder, hosts, tmp_path, relayed):
                 assert ranks.heard() == ["ready"] * 2
                 assert ranks.send("well", "last", 3) == [("sent", "last")] * 2
                 assert one.heard(60) == other.heard(60) == ("last", 3)
-    finally:
-        for relay in relays:
-            relay.process.kill()
-            relay.process.join()

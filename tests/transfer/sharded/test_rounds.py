@@ -7,7 +7,7 @@ import socket
 
 import pytest
 from processes import Child, follow
-from shard_ranks import Worker, alike, trainer
+from shard_ranks import Worker, alike, trainer, until_third
 
 
 def test_every_rank_raises_what_one_meets(folder, address):
@@ -108,16 +108,6 @@ def test_a_trainer_is_complete_or_is_none(folder, address):
         assert kind == "TransferTimeout"
         assert said.startswith("rank 1 of 2 did not make its Sender within 1 s")
         assert words in said
-
-
-def until_third(worker):
-    """The versions that it had until the third, each whole."""
-    had = set()
-    while 3 not in had:
-        version, value, _ = worker.heard(30.0)
-        assert value == version
-        had.add(version)
-    return had
 
 
 def _kill_at(folder, address, victim, at):

@@ -14,9 +14,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from xxhash import xxh3_64_intdigest
 
 import hotweights as hw
-from hotweights.ranges import Range
+from hotweights.ranges import Range, disjoint
+from hotweights.sharding import Block
 from hotweights.transfer.sharded.filling import digest_of, fill
-from hotweights.transfer.sharded.holding import holding
+from hotweights.transfer.sharded.holding import BLOCKS, Table, TableRow, holding
 from hotweights.transfer.sharded.tiling import Tiling
 
 
@@ -60,8 +61,8 @@ def sent(tiling, holdings, number, requests, limit):
         slot = torch.full((4096 + limit,), 0xEE, dtype=torch.uint8)
         for share in job.shares:
             task = job.task(share, 64, hashed=True)
-            alone = task.hashed
-            assert alone or len(job.shares) > 1 or not share.in_a_row
+            alone = len(job.shares) == 1
+            assert task.hashed is task.whole is alone
             digests = fill(slot, [task], holdings[share.rank])
             content = slot[64 : 64 + job.range.size]
             assert not alone or digests == (xxh3_64_intdigest(content.numpy()),)
@@ -144,7 +145,7 @@ def _check(as_rank, case):
             assert torch.equal(bytes_of(arrived[place], part), bytes_of(raw(full), part))
 
 
-def test_any_placement_gives_any_request_its_bytes(as_rank):
+def test_any_placement_gives_any_wantedits_bytes(as_rank):
     _check(as_rank)
 
 
@@ -204,6 +205,24 @@ def test_replicas_share_the_work(as_rank):
         [share.rank for share in job.shares] for number in range(6) for job in tiling.jobs(number, [(0, ())], 4096)
     ]
     assert sorted(itertools.chain(*owners)) == [0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("wanted", [(), (Range(0, 512, 2048, 4096),)], ids=["whole", "columns"])
+def test_where_bytes_do_not_go_by_rank_0_chunks_are_of_one_rank(wanted):
+    """Boxes of 16 x 8 ranks, for two workers that want the same, and one that wants half of the rows."""
+    boxes = [Block((128 * row, 256 * column), (0, 0), (128, 256)) for row in range(16) for column in range(8)]
+    tables = [Table((), (TableRow("w", "float16", (2048, 2048), BLOCKS, (box,)),)) for box in boxes]
+    tiling = Tiling(tables, range(128))
+    requests = [(0, wanted), (1, wanted), (2, (Range(0, 4096 * 1024),))]
+    tiling.begin()
+    assert any(len(job.shares) > 1 for job in tiling.jobs(0, requests, 4 << 20))
+    tiling.begin(apart=True)
+    jobs = list(tiling.jobs(0, requests, 4 << 20))
+    assert {len(job.shares) for job in jobs} == {1}
+    for place, ranges in requests:
+        own = [job.range for job in jobs if place in job.asking]
+        assert disjoint(own)
+        assert sum(part.size for part in own) == sum(part.size for part in ranges or [Range(0, 4096 * 2048)])
 
 
 def test_declared_boxes_and_stages_are_one_model(as_rank):

@@ -224,7 +224,8 @@ def _folders(
     models = _components(pipeline)
     if isinstance(components, str):
         components = [components]
-    asked = [*models] if components is None else [*components]
+    together = {name: [*_each(name, part)] for name, part in _whole(pipeline).items()}
+    asked = [*models] if components is None else [part for name in components for part in together.get(name, [name])]
     for name in asked:
         if name not in models:
             raise UnknownName("component", name, [*models])
@@ -261,10 +262,27 @@ def _has_variant(folder: Path, variant: str) -> bool:
 
 
 def _components(pipeline: Any) -> dict[str, nn.Module]:
+    """The models of a pipeline, by the folders in which diffusers saves them."""
+    return {folder: part for name, model in _whole(pipeline).items() for folder, part in _each(name, model).items()}
+
+
+def _whole(pipeline: Any) -> dict[str, nn.Module]:
     components = getattr(pipeline, "components", None)
     if not isinstance(components, Mapping):
         raise UsageError(f"a pipeline is a DiffusionPipeline of diffusers; found {shown(pipeline)}")
     return {name: part for name, part in components.items() if isinstance(part, nn.Module)}
+
+
+# Classes of diffusers that hold several models and save each in a folder of its own, and where they hold them.
+_SEVERAL = {"MultiControlNetModel": "nets", "MultiControlNetUnionModel": "nets", "MultiAdapter": "adapters"}
+
+
+def _each(name: str, component: nn.Module) -> dict[str, nn.Module]:
+    """The models of a component: mostly itself; else ``controlnet``, ``controlnet_1`` and so on."""
+    holds = next((_SEVERAL[kind.__name__] for kind in type(component).__mro__ if kind.__name__ in _SEVERAL), None)
+    if holds is None:
+        return {name: component}
+    return {f"{name}_{number}" if number else name: part for number, part in enumerate(getattr(component, holds))}
 
 
 # For as long as it serves.
@@ -280,8 +298,8 @@ def live(pipeline: Any, **options: Any) -> LiveModel:
     Raises:
         UsageError: a hook moves a model to the host and back (``enable_model_cpu_offload``): its addresses change.
     """
-    models = _components(pipeline)
-    if moved := [name for name, model in models.items() if type(vars(model).get("_hf_hook")).__name__ == "CpuOffload"]:
+    models, whole = _components(pipeline), _whole(pipeline)
+    if moved := [name for name, part in whole.items() if type(vars(part).get("_hf_hook")).__name__ == "CpuOffload"]:
         raise UsageError(
             f"hooks move {some(moved)} to the host and back, and a live model keeps its addresses; "
             "pipeline.remove_all_hooks() takes them off"

@@ -47,9 +47,14 @@ def build(config_dir: str | os.PathLike[str], *, dtype: torch.dtype | None = Non
             f"{directory}: there is no such directory{neighbour(directory)}. Give the one with the model's "
             "config.json; a name on the hub is downloaded first: hf download ORG/NAME prints the directory"
         )
+    otherwise = (
+        "; a model of your own is made by a factory: --model package.module:factory, or hotweights.build(factory=)"
+    )
     # transformers would take the name of a directory that does not exist for a name on the hub, and fetch it.
     if not (directory / "config.json").is_file():
-        raise CheckpointError(f"{directory}: has no config.json of transformers, which says what model it is")
+        raise CheckpointError(
+            f"{directory}: has no config.json of transformers, which says what model it is{otherwise}"
+        )
     with _our_errors(directory):
         config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         make = _maker(transformers, config)
@@ -83,9 +88,26 @@ def class_named(transformers: Any, config: Any) -> Any:
     for architecture in (getattr(config, "architectures", None) or ())[:1]:
         model_class = getattr(transformers, architecture, None)
         if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
-            raise CheckpointError(f"transformers {transformers.__version__} has no model {architecture!r}")
+            raise CheckpointError(
+                f"transformers {transformers.__version__} has no model {architecture!r}"
+                + ("" if of_own_code(config) is None else f"; {_OWN_CODE}")
+            )
         return model_class
     return transformers.AutoModel
+
+
+_OWN_CODE = (
+    "the checkpoint brings its own code, and hotweights.engines.transformers.from_pretrained(..., "
+    "trust_remote_code=True) runs it"
+)
+
+
+def of_own_code(config: Any) -> str | None:
+    """The ``AutoModel`` that makes a configuration's model by code that lies beside it; ``None`` if there is none."""
+    found: dict[str, Any] = getattr(config, "auto_map", None) or {}
+    models = {name: str(where).rpartition(".")[2] for name, where in found.items() if name.startswith("AutoModel")}
+    architecture = next(iter(getattr(config, "architectures", None) or ()), models.get("AutoModel"))
+    return next((name for name, model in models.items() if model == architecture), None)
 
 
 def keep_dtypes(model: Any, plan: Mapping[str, torch.dtype]) -> list[tuple[Place, torch.Tensor]]:

@@ -30,7 +30,7 @@ from ...sources.locating import naming_files
 from ...sources.reading import check_reading
 from ...tracing.transformers import destinations
 from ..filling import HOW, How, Loader, fill, our_errors, planned, read_as, to_meta
-from .blank import class_named, keep_dtypes
+from .blank import class_named, keep_dtypes, of_own_code
 
 Name = str | os.PathLike[str]
 
@@ -136,6 +136,8 @@ def _class_of(transformers: Any, where: str, options: dict[str, Any]) -> Any:
         trusted = bool(options.get("trust_remote_code"))
         name = _base_of(where, how) if config is None else config
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trusted, **how)
+    if options.get("trust_remote_code") and (own := of_own_code(config)) is not None:
+        return getattr(transformers, own)
     return class_named(transformers, config)
 
 

@@ -8,7 +8,7 @@ import importlib
 import itertools
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -20,7 +20,7 @@ from ...sources.pairs import Pair
 from .colocated import Colocated
 from .server import Communicator
 from .sync import SyncOptions
-from .walk import as_saved, buffers
+from .walk import Stream, as_saved, buffers
 
 _OPTIONS = [SyncOptions()]
 """What the last ``enable`` was given."""
@@ -48,6 +48,10 @@ def replace_methods(options: SyncOptions) -> None:
             _replace(transfer.WeightTransferClient, "init_weight_transfer", _init_weight_transfer)
             _replace(transfer.WeightTransferClient, "send_weights", _send_weights)
             _replace(transfer.WeightTransferClient, "destroy", _destroy)
+            trainers = vars(importlib.import_module(f"trl.experimental.{name}.{name}_trainer")).values()
+            for trainer in trainers:
+                if isinstance(trainer, type) and "_streaming_iter" in vars(trainer):
+                    _replace(trainer, "_streaming_iter", _streaming_iter)
 
 
 def _replace(owner: Any, name: str, act: Callable[..., Any]) -> None:
@@ -213,7 +217,21 @@ def _send_weights(theirs: Any, transfer: Any, iterator: Iterator[Pair]) -> None:
         return
     info = transfer._weight_update_info
     told = list(zip(info["names"], info["dtype_names"], info["shapes"], strict=True))
-    transfer.model_update_group.send(told, iterator)
+    if isinstance(iterator, Stream):
+        told = iterator.told(told)
+    try:
+        transfer.model_update_group.send(told, iterator)
+    except Exception:
+        with suppress(Exception):  # The first is the one to tell.
+            transfer.resume()  # It has the weights from before; TRL, whose server would have a mix, lets it stand.
+        raise
+
+
+def _streaming_iter(theirs: Any, trainer: Any) -> Stream:
+    transfer = trainer.weight_transfer
+    sends = transfer is None or isinstance(getattr(transfer, "model_update_group", None), Communicator)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    return Stream(model, theirs(trainer), trainer.accelerator.device, sends=sends)
 
 
 def _destroy(theirs: Any, transfer: Any) -> None:

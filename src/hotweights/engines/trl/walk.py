@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from ... import signals
+from ...sharding import is_dtensor
 from ...sources.pairs import Pair
 
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_fsdp_wrapped_module.", "modules_to_save.default.")
@@ -29,6 +31,61 @@ def buffers(model: nn.Module) -> Iterator[Pair]:
                 full = full.replace(wrapper, "")
             assert buffer is not None
             yield full, buffer
+
+
+def _frozen(model: nn.Module) -> Iterator[Pair]:
+    """Parameters that are not trained. Asynchronous trainers leave them out, unless adapters are trained."""
+    if not hasattr(model, "peft_config"):
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                yield name.removeprefix("module.").replace("_checkpoint_wrapped_module.", ""), parameter
+
+
+class Stream:
+    """What an asynchronous trainer gives for one version, and beside it what it leaves out. An iterator."""
+
+    def __init__(self, model: nn.Module, walk: Iterator[Pair], device: torch.device, *, sends: bool) -> None:
+        """Nothing is gathered yet.
+
+        Args:
+            model: that of the trainer.
+            walk: the trainer's own.
+            device: where tensors are gathered.
+            sends: whether all that is walked over is given; else only the trainer's own, and the rest is gathered
+                because other processes do.
+        """
+        self._model = model
+        self._pairs = self._given(walk, device, sends)
+
+    def told(self, trained: Iterable[tuple[str, str, Sequence[int]]]) -> list[tuple[str, str, Sequence[int]]]:
+        """What will come, by what the trainer has told of its own."""
+        own = ((name, torch.empty(tuple(shape), dtype=getattr(torch, dtype))) for name, dtype, shape in trained)
+        with torch.device("meta"):
+            rest = ((name, torch.empty(tensor.shape, dtype=tensor.dtype)) for name, tensor in self._rest())
+            saved = as_saved(self._model, itertools.chain(own, rest))
+            return [(name, str(it.dtype).removeprefix("torch."), [*it.shape]) for name, it in saved]
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> Pair:
+        return next(self._pairs)
+
+    def _rest(self) -> Iterator[Pair]:
+        return itertools.chain(_frozen(self._model), buffers(self._model))
+
+    def _given(self, walk: Iterator[Pair], device: torch.device, sends: bool) -> Iterator[Pair]:
+        if sends:
+            yield from as_saved(self._model, itertools.chain(walk, self._gathered(device)))
+        else:
+            yield from walk
+            for _ in self._gathered(device):
+                pass
+
+    def _gathered(self, device: torch.device) -> Iterator[Pair]:
+        for name, tensor in self._rest():
+            sharded: Any = tensor
+            yield name, (sharded.full_tensor() if is_dtensor(tensor) else tensor.detach()).to(device)
 
 
 def as_saved(model: nn.Module, pairs: Iterable[Pair]) -> Iterator[Pair]:

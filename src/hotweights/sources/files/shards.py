@@ -375,7 +375,7 @@ def neighbour(place: Place) -> str:
         names = names_in(place.parent) if isinstance(place, Path) else []
     except CheckpointError:  # The folder is not there either, or not ours to list.
         return ""
-    near = get_close_matches(place.name, names, n=len(names) or 1, cutoff=0.8)
+    near = get_close_matches(place.name, names, n=len(names) or 1, cutoff=0.75)
     near = sorted(name for name in near if name.startswith(place.name)) or near
     return f"; did you mean {place.parent / near[0]}?" if near else ""
 

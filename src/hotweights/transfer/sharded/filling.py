@@ -28,15 +28,14 @@ def fill(memory: torch.Tensor, tasks: Sequence[Task], held: Holding) -> tuple[in
     """
     digests = []
     for task in tasks:
-        digest = None
+        digest, one = None, len(task.patches) == 1
         for patch in task.patches:
             tensor, dtype = held.tensors[row := task.rows[patch.row]], held.dtypes[row]
             dtype = getattr(torch, task.dtype) if task.dtype else dtype
             there = replace(patch, into=task.start + patch.into)
-            digest = _copy(memory, *_cast(there, tensor, dtype), hashed=task.hashed)
+            digest = _copy(memory, *_cast(there, tensor, dtype), hashed=task.hashed and one)
         if task.hashed:
-            assert digest is not None, "of a task that is hashed there is one patch"
-            digests.append(digest)
+            digests.append(digest_of(memory, task.start, task.nbytes) if digest is None else digest)
     return tuple(digests)
 
 

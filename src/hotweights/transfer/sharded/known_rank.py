@@ -10,8 +10,8 @@ from typing import Any
 
 from ... import signals
 from ..channel import close_in_children
+from ..slot_flow import SlotInflow
 from .link import Link
-from .rank_flow import RankInflow
 from .words import Checked, Compared, Described, Here, Leave
 
 
@@ -29,18 +29,20 @@ class KnownRank:
         compared: the digests that it said last.
         checked: what was last written while it was read.
         mapped: whether it has the slots.
+        port: where receivers can come to it, on its host; 0 if they cannot.
     """
 
     def __init__(self, rank: int, link: Link, pid: int) -> None:
         where = f" on {link.host}" if link.host else ""
         self.rank, self.link, self.name = rank, link, f"rank {rank} (process {pid}{where})"
-        self.flow = None if link.shares else RankInflow()
+        self.flow = None if link.shares else SlotInflow()
         self.here: Here | None = None
         self.left: Leave | None = None
         self.described: Described | None = None
         self.compared: Compared | None = None
         self.checked: Checked | None = None
         self.mapped = False
+        self.port = 0
 
     @property
     def ready(self) -> bool:

@@ -27,6 +27,7 @@ from ..report import SendReport
 from ..unwritten import of_two_steps
 from ..waits import Waker, left
 from .copies import Twins, digests_of, twins_of, unequal
+from .direct import Direct
 from .entrance import Entrance
 from .group_place import NEW, GroupPlace, leave_mark
 from .holding import Holding, said_of
@@ -64,7 +65,13 @@ class Arrived(NamedTuple):
 
 @signals.held_throughout
 class Lead:
-    """The other ranks of the group, from rank 0. Owns its sockets; close it."""
+    """The other ranks of the group, from rank 0. Owns its sockets; close it.
+
+    Attributes:
+        round: the number of the last version.
+        ranks: by their number.
+        direct: those on other hosts to which receivers come themselves.
+    """
 
     def __init__(
         self, group: Any, place: GroupPlace, places: Sequence[MeetingPlace], timeout: float, compares: bool
@@ -85,6 +92,7 @@ class Lead:
         self._told = False  # whether the ranks know the rows of these
         self._tilings: dict[tuple[bytes, ...], Tiling] = {}
         self._watch: RankWatch | None = None  # once all are there
+        self.direct = Direct()
         self._waker = Waker()
         try:
             self._entrance = Entrance(places, place.size)
@@ -164,7 +172,7 @@ class Lead:
                     self._note(rank, word)
                     if getattr(word, "round", self.round) == self.round:
                         yield rank, word
-                for slot in rank.flow.fill() if rank.flow is not None else ():
+                for _, slot in rank.flow.fill() if rank.flow is not None else ():
                     yield rank, Arrived(slot)
             except (PeerLost, ProtocolError) as error:
                 self._lost.append(f"{rank.name}: {error}")
@@ -410,8 +418,8 @@ class Lead:
                 rank.compared = word
             case Checked(round) if round == self.round:
                 rank.checked = word
-            case Mapped():
-                rank.mapped = True
+            case Mapped(port):
+                rank.mapped, rank.port = True, port
 
     def _tell(self, outcome: Word) -> None:
         for rank in self.ranks.values():

@@ -19,12 +19,13 @@ from ..report import SendReport
 from ..waits import Waker, left
 from .copies import digests_of
 from .filling import fill
+from .giving import Giving
 from .group_place import NEW, GroupPlace, has_mark
 from .holding import Holding, said_of
 from .link import Link
 from .meeting_place import MeetingPlace
 from .network_link import NetworkLink
-from .rank_flow import RankOutflow
+from .rank_flow import RankOutflow, stretch_of
 from .round_end import error_of, report_of
 from .words import (
     Check,
@@ -34,13 +35,18 @@ from .words import (
     Complete,
     Describe,
     Described,
+    Dismiss,
+    Expect,
     Fill,
+    Give,
     Here,
     Join,
     Leave,
     Mapped,
+    Met,
     Packed,
     RoundEnd,
+    Severed,
     SlotMemory,
     Tick,
     Word,
@@ -73,27 +79,36 @@ class RankSlots:
 
 
 class FarSlots:
-    """A rank's own slots, on another host than the lead's: what it packs there goes by a flow.
+    """A rank's own slots, on another host than the lead's: what it packs there goes by flows.
 
     Attributes:
         memories: as ``RankSlots`` has them.
         flow: to the lead.
+        giving: to receivers.
     """
 
-    def __init__(self, flow: RankOutflow, slots: int, slot_nbytes: int) -> None:
-        """Takes over the flow."""
-        self.flow = flow
+    def __init__(self, flow: RankOutflow, giving: Giving, slots: int, slot_nbytes: int) -> None:
+        """Takes over the flows."""
+        self.flow, self.giving = flow, giving
         try:
             self.memories: tuple[torch.Tensor, ...] = tuple(
                 host_empty((slot_nbytes,), torch.uint8) for _ in range(slots)
             )
         except (MemoryError, RuntimeError) as error:
             flow.close()
+            giving.close()
             raise TransferError(f"no memory for {slots} slots of {slot_nbytes} bytes: {error}") from error
+
+    @property
+    def waiting(self) -> list[tuple[Waitable, bool]]:
+        """What to wait for before more can be sent."""
+        own = self.flow.waiting
+        return [*self.giving.sockets(), *(() if own is None else (own,))]
 
     def close(self) -> None:
         """Let go. May be called twice."""
         self.flow.close()
+        self.giving.close()
         self.memories = ()
 
 
@@ -189,14 +204,15 @@ class Rank:
                 "that was here before, or another"
             )
         self.slots = self._slots_of(memory)
-        self._link.send(Mapped())
+        self._link.send(Mapped(self.slots.giving.port if isinstance(self.slots, FarSlots) else 0))
         if not isinstance(self._next(), Complete):
             raise ProtocolError("rank 0 says when all ranks are there")
         return True
 
     def _slots_of(self, memory: SlotMemory) -> RankSlots | FarSlots:
         if memory.token:
-            return FarSlots(self._place.flow(memory.token), memory.slots, memory.slot_nbytes)
+            flow, giving = self._place.flow(memory.token), Giving(self._link.socket.getsockname())
+            return FarSlots(flow, giving, memory.slots, memory.slot_nbytes)
         descriptor = self._link.take_descriptor()
         if descriptor is None:
             raise ProtocolError("rank 0 sent no slots")
@@ -299,23 +315,36 @@ class Rank:
             case Check():
                 self._link.send(Checked(self._round, tuple(held.written())))  # type: ignore[union-attr]
             case Fill(_, slot, tasks):
-                digests = fill(self.slots.memories[slot], tasks, held)  # type: ignore[arg-type]
+                digests = fill(memory := self.slots.memories[slot], tasks, held)  # type: ignore[arg-type]
                 if isinstance(self.slots, FarSlots):
-                    self.slots.flow.give(self._round, slot, self.slots.memories[slot], tasks)
-                    self.slots.flow.flush()
+                    self.slots.flow.give(self._round, slot, memory, [stretch_of(task) for task in tasks if task.comes])
                 self._link.send(Packed(self._round, slot, digests))
+                self._flush()
+            case Expect() | Give() | Dismiss():
+                if not isinstance(self.slots, FarSlots):
+                    raise ProtocolError("rank 0 has a rank of its own host send bytes to receivers")
+                self.slots.giving.do(word, self.slots.memories)
+                self._flush()
 
     def _listen(self, seconds: float) -> None:
         """Wait for a word, and send what waits."""
         sockets: list[tuple[Waitable, bool]] = [(self._link.socket, self._link.unsent)]
-        flow = self.slots.flow if isinstance(self.slots, FarSlots) else None
-        if flow is not None and flow.waiting is not None:
-            sockets.append(flow.waiting)
+        if isinstance(self.slots, FarSlots):
+            sockets += self.slots.waiting
         # A link between hosts is looked at each second.
         self._wait(sockets, seconds if self._link.shares else min(seconds, _LOOK))
         self._link.flush()
-        if flow is not None:
-            flow.flush()
+        self._flush()
+
+    def _flush(self) -> None:
+        """Let receivers in, and send what waits."""
+        if not isinstance(self.slots, FarSlots):
+            return
+        self.slots.flow.flush()
+        if met := self.slots.giving.met():
+            self._link.send(Met(self._round, met))
+        for place, reason in self.slots.giving.flush():
+            self._link.send(Severed(self._round, place, reason))
 
     def _wait(self, sockets: list[tuple[Waitable, bool]], seconds: float) -> None:
         self._waker.wait(sockets, seconds, lambda: self._stopped)

@@ -8,25 +8,30 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from msgspec.structs import replace
 
 from ... import signals
 from ...errors import TransferAborted, UsageError
 from ...manifest import Manifest
 from ...ranges import Range, scaled
+from ...text import some
 from ...timeline import Timeline
-from ..flow import Waitable
+from ..flow import GAP, Waitable
 from ..messages import Chunk, Offer, described
 from ..outbound import Outbound
 from ..peers import Peer, PeerGroup
 from ..register import Register
 from ..report import SendReport
 from ..shared_memory import WriteSlots, aligned
+from ..states import SessionState
+from ..waits import left
+from .direct import PATIENCE
 from .filling import digest_of, fill
 from .holding import Holding
 from .lead import TICK, Arrived, Lead, left_by
 from .rank_flow import packed
 from .tiling import ChunkJob, Tiling
-from .words import Fill, Leave, Packed, Task
+from .words import Fill, Give, Leave, Met, Packed, Severed, Task
 
 
 @dataclass(eq=False)
@@ -40,6 +45,7 @@ class SlotInWork:
         hashed: by rank, the jobs of which it says the digest.
         digests: by the number of the job.
         halves: of ranks on other hosts that have said that they packed it, or whose bytes are there: one is missing.
+        origins: ranks that send a chunk themselves, by its first byte.
     """
 
     slot: int
@@ -48,6 +54,7 @@ class SlotInWork:
     hashed: dict[int, list[int]] = field(default_factory=dict)
     digests: dict[int, int] = field(default_factory=dict)
     halves: set[int] = field(default_factory=set)
+    origins: dict[int, int] = field(default_factory=dict)
 
 
 @signals.held_throughout
@@ -95,6 +102,11 @@ class ShardedOutbound(Outbound):
         self._asking: list[Peer] = []
         self._casts: dict[tuple[int, int], str] = {}  # to what a receiver casts a tensor, by its place
         self._checking: float | None = None  # since when the ranks are asked what was written
+        self._direct = lead.direct
+        self._reached: dict[int, frozenset[int]] = {}  # by rank, the places in ``_asking`` of those who come to it
+        self._told: SlotInWork | None = None  # what receivers are being told of
+        self._given: dict[int, list[tuple[int, tuple[tuple[int, int], ...]]]] = {}  # of that, by rank, as in ``Give``
+        self._givers: dict[int, set[int]] = {}  # of each slot, the ranks that send some of it themselves
 
     def give(self, version: str | int) -> SendReport:
         """Offer, send, decide, as ``Outbound.run``.
@@ -105,10 +117,27 @@ class ShardedOutbound(Outbound):
         specs = self._tiling.specs()
         register = "" if self._register is None else self._register.url
         try:
+            self._direct.begin(self._lead.round, self._lead.ranks.values(), self._members)
             offer = Offer(version, self._hashed, described(Manifest(specs)), register=register, epoch=self._epoch)
             return self._run(version, specs, lambda: offer, self._send_tiles)
         finally:
             self._ballot.close()
+
+    def _own(self, offer: Offer, peer: Peer) -> Offer:
+        return replace(super()._own(offer, peer), origins=self._direct.origins(peer))
+
+    def _meet(self) -> None:
+        """Give receivers the time to come to ranks of other hosts. What a receiver cannot reach goes by this one."""
+        deadline = time.monotonic() + PATIENCE
+        if self._direct.unsure:
+            with self._timeline.event("wait for ranks"):
+                while self._direct.unsure and left(deadline):
+                    self._look(left(deadline))
+        self._direct.settle()
+        self._reached = {
+            rank: frozenset(place for place, peer in enumerate(self._asking) if self._direct.reaches(peer, rank))
+            for rank in self._direct.ranks
+        }
 
     def _send_tiles(self) -> None:
         self._asking, requests, order = self._requests()
@@ -119,7 +148,10 @@ class ShardedOutbound(Outbound):
         casts = order if self._casts else ()
         rounded = {number: dtype for number in casts if (dtype := self._rounding(number, requests[number]))}
         tiling = self._tiling.rounded(rounded) if rounded else self._tiling
-        tiling.begin(self._lead.far)
+        self._meet()
+        everyone = len(self._asking)
+        far = [rank for rank in self._lead.far if len(self._reached.get(rank, ())) < everyone]
+        tiling.begin(far, apart=any(self._reached.values()))
         for number in order:
             self._tensors += 1
             own, dtype = requests[number], rounded.get(number, "")
@@ -177,6 +209,9 @@ class ShardedOutbound(Outbound):
         for number, (job, offset, dtype) in enumerate(work.jobs):
             for share in job.shares:
                 task = job.task(share, offset, dtype, hashed=self._hashed)
+                if (reached := self._reached_by(job)) and (straight := job.asking & reached):
+                    work.origins[offset] = share.rank
+                    task = replace(task, comes=straight != job.asking)
                 tasks.setdefault(share.rank, []).append(task)
                 if task.hashed:
                     work.hashed.setdefault(share.rank, []).append(number)
@@ -196,6 +231,11 @@ class ShardedOutbound(Outbound):
             theirs, landings = packed(tasks)
             rank.flow.expect(self._lead.round, slot, self._slots.memories[slot], landings)
         rank.link.send(Fill(self._lead.round, slot, theirs))
+
+    def _reached_by(self, job: ChunkJob) -> frozenset[int]:
+        """Who can be sent a chunk by the rank that makes all of it. What is short goes with what others make."""
+        share = job.shares[0] if len(job.shares) == 1 and job.range.size > GAP else None
+        return frozenset() if share is None else self._reached.get(share.rank, frozenset())
 
     def _slot_for_ranks(self) -> int:
         while not (free := self._free()):
@@ -232,9 +272,25 @@ class ShardedOutbound(Outbound):
                 self._packed(rank.rank, word)
             if isinstance(word, Arrived) and not self._over:
                 self._came(rank.rank, word.slot)
+            if isinstance(word, Met):
+                self._direct.note(rank.rank, word.places)
+            if isinstance(word, Severed) and not self._over:
+                self._sever(rank.name, word)
         if not self._over:
             self._hand_over_filled()
             self._check_late()
+
+    def _sever(self, rank: str, word: Severed) -> None:
+        for peer in [peer for peer in self._members if peer.place == word.place]:
+            super()._lose(peer, f"{rank} cannot send it anything any more: {word.reason}")
+            self._direct.dismiss(peer)
+
+    def _lose(self, peer: Peer, reason: str) -> None:
+        if peer.state is SessionState.STREAMING and peer.channel.socket.fileno() >= 0:
+            givers = set[int]().union(*(self._givers.get(slot, ()) for slot in peer.holds))
+            reason += f"; rank {some([str(rank) for rank in sorted(givers)])} had bytes for it" if givers else ""
+        super()._lose(peer, reason)
+        self._direct.dismiss(peer)  # Before a slot that it held is filled again.
 
     def _packed(self, rank: int, word: Packed) -> None:
         work = next((work for work in self._in_work if work.slot == word.slot), None)
@@ -264,7 +320,23 @@ class ShardedOutbound(Outbound):
             packed = [(self._chunk(work, number), job.asking) for number, (job, *_) in enumerate(work.jobs)]
             fill_number = self._slots.next_fill()
             self._slots.roll.note_fill(work.slot, fill_number)
+            self._told, self._given = work, {}
             self._tell(work.slot, packed, fill_number, self._asking)
+            self._givers[work.slot] = set(self._given)
+            for rank, to in self._given.items():
+                self._lead.ranks[rank].link.send(Give(self._lead.round, work.slot, fill_number, tuple(to)))
+
+    def _hand_to(self, peer: Peer, slot: int, chunks: tuple[Chunk, ...], fill: int) -> None:
+        assert self._told is not None
+        ranks = [self._told.origins.get(chunk.offset, 0) for chunk in chunks]
+        origins = tuple(rank if rank and self._direct.reaches(peer, rank) else 0 for rank in ranks)
+        peer.hand_over(slot, self._slots.memories[slot], chunks, fill, origins if any(origins) else ())
+        parts: dict[int, list[tuple[int, int]]] = {}
+        for chunk, rank in zip(chunks, origins, strict=True):
+            if rank:
+                parts.setdefault(rank, []).append((chunk.offset, chunk.offset + chunk.nbytes))
+        for rank, stretches in parts.items():
+            self._given.setdefault(rank, []).append((peer.place, tuple(stretches)))
 
     def _chunk(self, work: SlotInWork, number: int) -> Chunk:
         job, offset, dtype = work.jobs[number]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from msgspec.structs import replace
 
-from ...boxes import Box, contiguous, row_major
+from ...boxes import Box, row_major
 from ...errors import UsageError
 from ...manifest import TensorSpec
 from ...ranges import Range, disjoint, pieces_of, range_of, shared, within
@@ -24,7 +24,8 @@ _LONG = 64 * 1024  # bytes of one rank that are worth a chunk of their own; shor
 _KEPT = 200_000  # chunks that are kept, of tensors that others are like
 _CHOICES = 256  # of holders, for which the shares of a chunk are kept
 _FAR = 1 << 60  # more bytes than any rank gives
-_MANY = 64  # ranges of several runs that are compared with each other
+_MANY = 64  # ranges of several runs that are chunks of their own: their ranks do it faster in fewer chunks,
+_MORE = 100_000  # unless what they share must go by way of the rank that leads
 
 
 class Holder(NamedTuple):
@@ -72,14 +73,12 @@ class Share(NamedTuple):
         rank: which.
         places: ``Holder.place`` of each row of its table that the patches are of.
         patches: as a ``Task`` has them.
-        in_a_row: whether they are one run of bytes.
         nbytes: how many it gives.
     """
 
     rank: int
     places: tuple[int, ...]
     patches: tuple[Patch, ...]
-    in_a_row: bool
     nbytes: int
 
 
@@ -102,10 +101,10 @@ class ChunkJob(NamedTuple):
 
     def task(self, share: Share, start: int, dtype: str = "", *, hashed: bool = False) -> Task:
         """What its rank is told, where the chunk begins at ``start``. Of what it makes alone it says the digest."""
-        alone = hashed and share.in_a_row and len(self.shares) == 1
+        whole = len(self.shares) == 1
         # Most trainers have one table, and so one row of each tensor.
         rows = self.rows if len(self.rows) == 1 else tuple([self.rows[place] for place in share.places])
-        return Task(start, rows, share.patches, alone, dtype)
+        return Task(start, rows, share.patches, hashed and whole, dtype, whole)
 
 
 class Cut(NamedTuple):
@@ -139,6 +138,7 @@ class Tiling:
         self._rounded: dict[tuple[tuple[int, str], ...], Tiling] = {}
         self._known: dict[object, Tiles] = {}
         self._loads = [0] * len(numbers)
+        self._many = _MANY
         self._cuts: dict[object, list[Cut]] = {}  # Most layers are alike, and so is what is wanted of them.
         self._kept = 0
         rows: dict[str, list[tuple[int, int, TableRow]]] = {}
@@ -171,8 +171,12 @@ class Tiling:
             self._rounded = {key: Tiling(tables, self._numbers)}  # Workers ask for the same each time.
         return self._rounded[key]
 
-    def begin(self, far: Collection[int] = ()) -> None:
-        """Nobody has given anything yet. Who is ``far`` gives only what nobody else has: its bytes go further."""
+    def begin(self, far: Collection[int] = (), *, apart: bool = False) -> None:
+        """Nobody has given anything yet. Who is ``far`` gives only what nobody else has: its bytes go twice.
+
+        ``apart``: chunks are of one rank wherever that can be.
+        """
+        self._many = _MORE if apart else _MANY
         self._loads = [_FAR if rank in far else 0 for rank in range(len(self._numbers))]
 
     def jobs(self, number: int, requests: Sequence[tuple[int, tuple[Range, ...]]], limit: int) -> Iterator[ChunkJob]:
@@ -181,10 +185,10 @@ class Tiling:
         Long boxes of one rank are chunks of their own, of several ranks in turn; what is short is put together.
         """
         tile = self.tensors[number]
-        key = (id(tile.tiles), tuple(requests), limit)  # The tiles live as long as this.
+        key = (id(tile.tiles), tuple(requests), limit, self._many)  # The tiles live as long as this.
         cuts = self._cuts.get(key)
         if cuts is None:
-            cuts = list(_cuts(tile, requests, limit))
+            cuts = list(_cuts(tile, requests, limit, self._many))
             if self._kept + len(cuts) > _KEPT:
                 self._cuts, self._kept = {}, 0
             self._cuts[key], self._kept = cuts, self._kept + len(cuts)
@@ -196,15 +200,19 @@ class Tiling:
             yield ChunkJob(number, cut.range, cut.asking, shares, tile.rows)
 
     def _chosen(self, tiles: Tiles, cut: Cut) -> tuple[Share, ...]:
-        """Who gives what: of copies, the rank that has given least."""
+        """Who gives what: of copies, the rank that has given least. One that has all of the chunk gives all of it."""
         loads = self._loads
-        given: dict[int, int] = {}  # by what was chosen here
-        choice = []
-        for box in cut.boxes:
-            able = [holder.rank for holder in tiles.holders[box.number]]
-            rank = min(able, key=lambda rank: loads[rank] + given.get(rank, 0))
-            given[rank] = given.get(rank, 0) + math.prod(box.lengths)
-            choice.append(able.index(rank))
+        able = [[holder.rank for holder in tiles.holders[box.number]] for box in cut.boxes]
+        if has_all := set(able[0]).intersection(*able[1:]):
+            one = min(has_all, key=lambda rank: (loads[rank], rank))
+            choice = [ranks.index(one) for ranks in able]
+        else:
+            given: dict[int, int] = {}  # by what was chosen here
+            choice = []
+            for box, ranks in zip(cut.boxes, able, strict=True):
+                rank = min(ranks, key=lambda rank: loads[rank] + given.get(rank, 0))
+                given[rank] = given.get(rank, 0) + math.prod(box.lengths)
+                choice.append(ranks.index(rank))
         chosen = tuple(choice)
         if (shares := cut.shares.get(chosen)) is None:
             if len(cut.shares) >= _CHOICES:
@@ -279,14 +287,13 @@ def _shares(tiles: Tiles, boxes: Sequence[PartBox], choice: Sequence[int]) -> tu
             rank,
             tuple(places),
             tuple(patches),
-            len(patches) == 1 and contiguous(Box(torch.uint8, patches[0].lengths, patches[0].strides, 0)),
             sum(math.prod(patch.lengths) for patch in patches),
         )
         for rank, (places, patches) in by_rank.items()
     )
 
 
-def _cuts(tile: TiledTensor, requests: Sequence[tuple[int, tuple[Range, ...]]], limit: int) -> Iterator[Cut]:
+def _cuts(tile: TiledTensor, requests: Sequence[tuple[int, tuple[Range, ...]]], limit: int, many: int) -> Iterator[Cut]:
     everything = (Range(0, tile.spec.nbytes),)
     ranges = [ranges or everything for _, ranges in requests]
     wanted = [
@@ -295,7 +302,7 @@ def _cuts(tile: TiledTensor, requests: Sequence[tuple[int, tuple[Range, ...]]], 
     ]
     mosaic = tile.tiles.mosaic
     boxes = [list(mosaic.cut(part)) if part.size else [] for part, _, _ in wanted]
-    if (own := _apart(mosaic, wanted, boxes)) is None:
+    if (own := _apart(mosaic, wanted, boxes, many)) is None:
         for part, asking, _ in wanted:
             for piece in pieces_of(part, limit):
                 yield _cut(tile.tiles, piece, asking)
@@ -309,7 +316,10 @@ def _cuts(tile: TiledTensor, requests: Sequence[tuple[int, tuple[Range, ...]]], 
 
 
 def _apart(
-    mosaic: Mosaic, wanted: Sequence[tuple[Range, frozenset[int], list[tuple[Range, ...]]]], cut: list[list[PartBox]]
+    mosaic: Mosaic,
+    wanted: Sequence[tuple[Range, frozenset[int], list[tuple[Range, ...]]]],
+    cut: list[list[PartBox]],
+    many: int,
 ) -> list[list[Range]] | None:
     """The boxes of what is wanted as ranges, if each of them is one, and long, and receivers can tell them apart."""
     if all(len(boxes) <= 1 for boxes in cut):
@@ -327,7 +337,7 @@ def _apart(
             return None
         ranges.append([part for part in own if part is not None])
     flat = [part for own in ranges for part in own]
-    few = len(flat) <= _MANY or all(part.count == 1 for part in flat)
+    few = len(flat) <= many or all(part.count == 1 for part in flat)
     return ranges if few and disjoint(flat) else None
 
 

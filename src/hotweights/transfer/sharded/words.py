@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from typing import NamedTuple, get_args
 
@@ -10,7 +11,7 @@ import msgspec
 from ...errors import ProtocolError
 from .holding import Table
 
-PROTOCOL = 3  # another number for every change of what words hold
+PROTOCOL = 4  # another number for every change of what words hold
 MAX_WORD = 1024 * 1024 * 1024  # bytes; the table of 60,000 tensors takes about 5 MB
 HEADER = struct.Struct("<4sHI")  # magic, protocol, bytes that follow
 _MAGIC = b"hotr"
@@ -43,7 +44,12 @@ class SlotMemory(_Word, frozen=True):
 
 
 class Mapped(_Word, frozen=True):
-    """The rank has mapped the slots, or connected its flow."""
+    """The rank has mapped the slots, or connected its flow. Then receivers can come to this ``port`` of its host.
+
+    0: to none.
+    """
+
+    port: int = 0
 
 
 class Complete(_Word, frozen=True):
@@ -103,8 +109,10 @@ class Task(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=T
         start: first byte of the chunk in the slot.
         rows: of the rank's table, those that are read.
         patches: what of them, and where it goes.
-        hashed: all of the chunk is its, and it says the chunk's digest.
+        hashed: it says the digest of the chunk, all of which it makes.
         dtype: what it casts its elements to, where that is not what its table says.
+        whole: it makes all of the chunk.
+        comes: of a rank on another host, whether the lead takes the bytes; if not, only receivers do.
     """
 
     start: int
@@ -112,6 +120,13 @@ class Task(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=T
     patches: tuple[Patch, ...]
     hashed: bool
     dtype: str = ""
+    whole: bool = False
+    comes: bool = True
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes it makes."""
+        return sum(math.prod(patch.lengths) for patch in self.patches)
 
 
 class Fill(_Word, frozen=True):
@@ -128,6 +143,47 @@ class Packed(_Word, frozen=True):
     round: int
     slot: int
     digests: tuple[int, ...]
+
+
+class Expect(_Word, frozen=True):
+    """The receivers that may come to a rank on another host, by their places; each shows its token. Nobody else may."""
+
+    round: int
+    tokens: tuple[tuple[int, bytes], ...]
+
+
+class Met(_Word, frozen=True):
+    """These have come."""
+
+    round: int
+    places: tuple[int, ...]
+
+
+class Give(_Word, frozen=True):
+    """The rank sends receivers parts of a slot that it has filled: first byte and end of each, ``to`` whom by place.
+
+    It does so when the receiver is told, and in that order; ``fill`` is what it was told.
+    """
+
+    round: int
+    slot: int
+    fill: int
+    to: tuple[tuple[int, tuple[tuple[int, int], ...]], ...]
+
+
+class Dismiss(_Word, frozen=True):
+    """This receiver is lost. Nothing that the rank still has for it may be sent."""
+
+    round: int
+    place: int
+
+
+class Severed(_Word, frozen=True):
+    """Nothing can be sent to this receiver any more, and why."""
+
+    round: int
+    place: int
+    reason: str
 
 
 class Compare(_Word, frozen=True):
@@ -194,6 +250,11 @@ Word = (
     | Tick
     | Fill
     | Packed
+    | Expect
+    | Met
+    | Give
+    | Dismiss
+    | Severed
     | Compare
     | Compared
     | Check
