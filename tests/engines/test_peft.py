@@ -101,6 +101,22 @@ def test_names_and_values_of_every_kind_are_really_others(saved):
         assert not any(torch.equal(first[name], second[name]) for name in first if name.split(".")[-1] not in FIXED)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        lambda: peft.MissConfig(target_modules=["q_proj"], r=2),
+        lambda: peft.C3AConfig(target_modules=["q_proj"], block_size=8),
+        lambda: peft.RoadConfig(target_modules=["q_proj"], group_size=4),
+        lambda: peft.HRAConfig(target_modules=["q_proj"], r=2),
+    ],
+    ids=["miss", "c3a", "road", "hra"],
+)
+def test_where_the_model_has_none_the_error_says_what_it_is(config, bases, tmp_path):
+    peft.get_peft_model(base_of(bases[0]), config()).save_pretrained(tmp_path)
+    with pytest.raises(hw.PlanError, match="of a PEFT adapter, and the model has none"):
+        hw.load(base_of(bases[0]), tmp_path)
+
+
 class TestEmbeddings:
     """peft saves them whole beside an adapter that is one of theirs, or if the vocabulary has another size by now."""
 

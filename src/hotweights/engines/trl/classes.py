@@ -20,7 +20,7 @@ from ...sources.pairs import Pair
 from .colocated import Colocated
 from .server import Communicator
 from .sync import SyncOptions
-from .walk import Stream, as_saved, buffers
+from .walk import WeightStream, as_saved, buffers
 
 _OPTIONS = [SyncOptions()]
 """What the last ``enable`` was given."""
@@ -217,7 +217,7 @@ def _send_weights(theirs: Any, transfer: Any, iterator: Iterator[Pair]) -> None:
         return
     info = transfer._weight_update_info
     told = list(zip(info["names"], info["dtype_names"], info["shapes"], strict=True))
-    if isinstance(iterator, Stream):
+    if isinstance(iterator, WeightStream):
         told = iterator.told(told)
     try:
         transfer.model_update_group.send(told, iterator)
@@ -227,11 +227,11 @@ def _send_weights(theirs: Any, transfer: Any, iterator: Iterator[Pair]) -> None:
         raise
 
 
-def _streaming_iter(theirs: Any, trainer: Any) -> Stream:
+def _streaming_iter(theirs: Any, trainer: Any) -> WeightStream:
     transfer = trainer.weight_transfer
     sends = transfer is None or isinstance(getattr(transfer, "model_update_group", None), Communicator)
     model = trainer.accelerator.unwrap_model(trainer.model)
-    return Stream(model, theirs(trainer), trainer.accelerator.device, sends=sends)
+    return WeightStream(model, theirs(trainer), trainer.accelerator.device, sends=sends)
 
 
 def _destroy(theirs: Any, transfer: Any) -> None:

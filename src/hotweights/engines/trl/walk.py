@@ -41,7 +41,7 @@ def _frozen(model: nn.Module) -> Iterator[Pair]:
                 yield name.removeprefix("module.").replace("_checkpoint_wrapped_module.", ""), parameter
 
 
-class Stream:
+class WeightStream:
     """What an asynchronous trainer gives for one version, and beside it what it leaves out. An iterator."""
 
     def __init__(self, model: nn.Module, walk: Iterator[Pair], device: torch.device, *, sends: bool) -> None:
@@ -65,7 +65,7 @@ class Stream:
             saved = as_saved(self._model, itertools.chain(own, rest))
             return [(name, str(it.dtype).removeprefix("torch."), [*it.shape]) for name, it in saved]
 
-    def __iter__(self) -> Stream:
+    def __iter__(self) -> WeightStream:
         return self
 
     def __next__(self) -> Pair:
