@@ -1,8 +1,12 @@
 """Trainers of TRL that give versions to a server of vLLM: tokens are those of fresh engines, whoever fails or dies."""
 
+import json
 import os
 import re
 import signal
+import socket
+import subprocess
+import sys
 
 import asynchronous
 import pytest
@@ -80,6 +84,29 @@ def test_an_asynchronous_trainer_of_experts(zoo, tmp_path):
         assert other.say() == said
     finally:
         other.close()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("sharding", ["none", "fsdp1", "fsdp2"])
+def test_several_processes(zoo, server, tmp_path, sharding):
+    """Each holds all of the model, or a part of each tensor; the first sends. A refused version leaves none waiting."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--nnodes=1"]
+    command += [
+        "--master-addr=127.0.0.1",
+        f"--master-port={port}",
+        os.path.join(os.path.dirname(__file__), "several.py"),
+    ]
+    given = [str(zoo.checkpoint("llama", "B")), server.url, sharding, str(tmp_path)]
+    done = subprocess.run([*command, *given], capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stderr[-5000:]
+    found = json.loads((tmp_path / "0.json").read_text())
+    assert found["synced"] == found["refused"] == zoo.fresh("llama", "B")[1]
+    assert found["raised"].startswith("TransferAborted: ")
+    assert "v_proj" in found["raised"]
+    assert found["trained"] == fresh(zoo, str(tmp_path / "end")) != found["synced"]
 
 
 def connected(url):
