@@ -1,6 +1,7 @@
 """Every block of code in the README and the docs runs."""
 
 import argparse
+import gc
 import multiprocessing
 import re
 import runpy
@@ -67,6 +68,7 @@ def run(words):
         result = CliRunner().invoke(app, words[1:])
         assert result.exit_code == 0, result.output
     elif words[0] == "python":  # Benchmarks take minutes; that their flags are understood is what can be tested.
+        gc.collect()  # Not in the fork: what pages before have left may wait there for threads that it has not.
         process = multiprocessing.get_context("fork").Process(target=parse_flags, args=words[1:])
         process.start()
         process.join(100)
