@@ -68,15 +68,16 @@ def test_names_by_default_are_of_one_type():
 
 
 def test_a_timeout_counts_all_waits_of_an_update(monkeypatch):
-    """The wait before planning too: what that took is not there for the commit."""
+    """The wait before processing too: what that took is not there for the commit."""
     live, given = live_model("staged"), []
     begin = live._current.guard.begin_writing
 
-    def noted(timeout):
+    def noted(timeout, *, of):
         given.append(timeout)
-        return begin(timeout)
+        return begin(timeout, of=of)
 
     monkeypatch.setattr(live._current.guard, "begin_writing", noted)
     live.update(version_of(2), timeout=30)
     assert given[0] == 30
+    assert len(given) > 1
     assert all(second < first for first, second in pairwise(given))
