@@ -238,3 +238,30 @@ def test_processing_that_returns_another_layer_is_refused():
     with pytest.raises(hw.UsageError, match="process= returned a Linear, which nobody would use"):
         live.load(tensors())
     hw.LiveModel(Engine(), process=lambda layer: layer.eval()).load(tensors())
+
+
+class QuantisesItself(nn.Module):
+    """Its loader leaves the weight in int8."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4, bias=False)
+
+    def load_weights(self, pairs):
+        for _, tensor in pairs:
+            self.layer.weight = nn.Parameter((tensor * 10).to(torch.int8), requires_grad=False)
+
+
+def test_a_process_that_changes_what_the_loader_has_quantised_is_a_warning():
+    def quantise(layer):
+        layer.weight = nn.Parameter((layer.weight.float() * 10).to(torch.int8), requires_grad=False)
+
+    def leave(layer):
+        pass
+
+    weights = {"layer.weight": torch.ones(4, 4)}
+    report = hw.LiveModel(QuantisesItself(), process=quantise, layers="layer").load(weights)
+    (told,) = [warning for warning in report.warnings if "if both quantise" in warning]
+    assert told.startswith("layer.weight: F32 [4, 4] before; QuantisesItself.load_weights left it as I8 [4, 4]")
+    report = hw.LiveModel(QuantisesItself(), process=leave, layers="layer").load(weights)
+    assert not [warning for warning in report.warnings if "if both quantise" in warning]

@@ -294,6 +294,32 @@ class TestTorch:
         with pytest.raises(hw.CheckpointError, match=r"is a plain pickle, and no file of torch\.save"):
             hw.open(tmp_path / "model.pt", reader="torch")
 
+    @pytest.mark.parametrize(
+        ("content", "cause", "said"),
+        [
+            (b"", "empty", "the file is empty"),
+            (b"<!DOCTYPE html><html>Not found</html>", "html_page", "this is a web page"),
+            (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4\n", "lfs_pointer", "git lfs pull"),
+            (b"Access denied to this model", "text", "this is text .* it begins 'Access denied"),
+            (bytes(1000), "zeros", "it begins with zero bytes"),
+            (b"\x1f\x8b" + bytes(50), "other_format", "this is not a torch file but a gzip archive"),
+            ("safetensors", "other_format", "this is a safetensors file; rename it to .safetensors"),
+            ("cut", "truncated", "has no end .* is it truncated"),
+        ],
+    )
+    def test_what_is_no_file_of_torch_is_called_what_it_is(self, content, cause, said, tmp_path):
+        path = tmp_path / "model.bin"
+        if content == "safetensors":
+            hw.save({"w": torch.ones(2)}, tmp_path / "w.safetensors")
+            content = (tmp_path / "w.safetensors").read_bytes()
+        elif content == "cut":
+            torch.save({"w": torch.ones(2)}, path)
+            content = path.read_bytes()[:-100]
+        path.write_bytes(content)
+        with pytest.raises(hw.CheckpointError, match=said) as caught:
+            hw.open(path, reader="torch")
+        assert caught.value.cause == cause
+
     @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
     @pytest.mark.parametrize("zipped", [True, False])
     @pytest.mark.parametrize("protocol", [4, 5])

@@ -18,7 +18,7 @@ from torch import nn
 import hotweights as hw
 from hotweights import HotweightsError, Manifest, PlanError
 from hotweights.model.reachable import reachable
-from hotweights.plan.steps import Copy, Program
+from hotweights.plan.steps import Copy, Fate, Program
 from hotweights.testing import Engine, assert_same_bits, bits, engine_checkpoint, write_checkpoint
 from hotweights.tracing.fake_weight import ValueRead
 from hotweights.tracing.recorder import Recorder
@@ -753,3 +753,59 @@ def test_two_threads_trace_at_once_and_leave_nothing_behind():
     for number in range(2):
         (step,) = plans[number].steps
         assert step.of.offset == 12 * number
+
+
+class Fused(nn.Module):
+    """Its loader reads a value, so that nothing of it is planned; with ``rebinds`` it repacks a weight at its end."""
+
+    def __init__(self, rebinds=False):
+        super().__init__()
+        self.fused, self.plain = nn.Parameter(torch.full((4, 2), 7.0)), nn.Parameter(torch.full((2, 2), 7.0))
+        self.rebinds = rebinds
+
+    def load_weights(self, pairs):
+        into = {"gate": self.fused.data[:2], "up": self.fused.data[2:], "plain": self.plain.data}
+        for name, tensor in pairs:
+            if tensor.isnan().any():
+                raise ValueError(name)
+            into[name].copy_(tensor)
+        if self.rebinds:
+            self.fused = nn.Parameter(self.fused.data / 2, requires_grad=False)
+
+
+@pytest.mark.parametrize("rebinds", [False, True])
+class TestPartsOfWhatFellBack:
+    """A missing tensor leaves a part of a fused one as it was. That is refused as it is where a plan writes it."""
+
+    @property
+    def whole(self):
+        return {name: torch.ones(2, 2) for name in ("gate", "up", "plain")}
+
+    @property
+    def part(self):
+        return {name: torch.full((2, 2), 3.0) for name in ("gate", "plain")}
+
+    def test_a_load_is_refused_and_the_advice_works(self, rebinds):
+        assert hw.load(Fused(rebinds), self.whole).fell_back
+        with pytest.raises(hw.IncompleteLoad, match=r"wrote parts: fused: 50%") as caught:
+            hw.load(Fused(rebinds), self.part)
+        assert 'allow_partial="fused"' in str(caught.value)
+        model = Fused(rebinds)
+        report = hw.load(model, self.part, allow_partial="fused")
+        assert report.tensors[Fate.PARTIAL] == ("fused",)
+        scale = 0.5 if rebinds else 1
+        assert model.fused.tolist() == [[3.0 * scale] * 2] * 2 + [[7.0 * scale] * 2] * 2
+
+    @pytest.mark.parametrize("atomic", ["staged", "journal"])
+    def test_an_update_keeps_what_serves(self, rebinds, atomic):
+        live = hw.LiveModel(Fused(), atomic=atomic)
+        with pytest.raises(hw.IncompleteLoad, match=r"wrote parts: fused: 50%"):
+            live.load(self.part)
+        live.load(self.whole, version=1)
+        with pytest.raises(hw.UpdateAborted, match=r"version 1 is live: .*wrote parts: fused: 50%"):
+            live.update(self.part)
+        assert {name: tensor.unique().tolist() for name, tensor in live.model.state_dict().items()} == {
+            "fused": [1.0],
+            "plain": [1.0],
+        }
+        live.update(self.whole)

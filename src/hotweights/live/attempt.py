@@ -364,6 +364,9 @@ class Attempt:
             return (*told, *left_under(written, job.plan.names(Fate.SKIPPED)))
         if own_loader(job.model, job.by) is None:
             return told
+        if twice := self._assembly.processing.twice:
+            what = "; process= has changed it after that: if both quantise, leave one of them out"
+            told = (*told, f"{some(twice, 3)}{what}")
         return (*told, *unused(job.plan, f"{type(job.model).__name__}.load_weights"))
 
     def _fates(self) -> dict[Fate, tuple[str, ...]]:

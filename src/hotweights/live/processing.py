@@ -33,11 +33,13 @@ class Processing:
     Attributes:
         begun: groups whose processing in place, at the first load, has begun.
         replaced: qualified names of objects that processing replaced, and in which tensors cannot be seen.
+        twice: what the model's own loading code has quantised and ``process=`` has changed after that.
     """
 
     def __init__(self, job: Job, strategy: Strategy, timeline: Timeline) -> None:
         self.begun: list[LayerGroup] = []
         self.replaced: list[str] = []
+        self.twice: list[str] = []
         self._shared: list[tuple[Layer, object, dict[Any, object]]] = []
         self._shown: Shown | None = None  # while the model shows what was made so far
         self._job = job
@@ -51,39 +53,31 @@ class Processing:
             self.begun.append(group)
         for layer in group.layers:
             before, where = layer.contents(), _whereabouts(layer)
-            self._refuse_quantised(layer, before)
+            quantised = self._quantised(layer, before)
+            if quantised and layer.module in self._job.unasked and processes(layer.module):
+                raise _once_too_often(layer, quantised)
             self._process(layer)
             layer.processed(before, layer.contents())
             # In place it may have changed values, which nobody sees: then a quant_method is taken at its word.
             layer.made = processes(layer.module) or where != _whereabouts(layer)
+            self.twice += quantised if layer.made else ()
         now = {name: tensor for layer in group.layers for name, tensor in layer.tensors().items()}
         # What processing replaced must not be held until the last layer: it would double the model's memory.
         for name in group.names if group.layers else ():
             self._job.live.pop(name, None)
         self._job.acted.update(group.unwritten - self._untouched(group, now))
 
-    def _refuse_quantised(self, layer: Layer, now: Contents) -> None:
-        """Refuse a layer that the model's own loading code has quantised. Who gives ``process=`` has chosen."""
-        if layer.module not in self._job.unasked or not processes(layer.module):
-            return
+    def _quantised(self, layer: Layer, now: Contents) -> list[str]:
+        """What the model's own loading code has quantised of a layer that is to be processed."""
         targets = self._job.plan.targets
         made = ((layer.full(key), tensor) for key, tensor in now.own())
-        found = [
+        return [
             f"{name}: {format_name(spec.dtype)} {list(spec.shape)} before; {code} left it as "
             f"{format_name(tensor.dtype)} {list(tensor.shape)}"
             for code in [f"{type(self._job.model).__name__}.load_weights"]
             for name, tensor in made
             if name in targets and _is_quantised((spec := targets[name].spec).dtype, tensor.dtype)
         ]
-        if found:
-            raise PlanError(
-                f"layer {layer.name} is quantised when its quant_method would process it, which may be once too often",
-                found,
-                advice="If the loading code has done all: LiveModel(model, process=lambda layer: None). If the "
-                "quant_method is to process what it made: LiveModel(model, process=lambda layer: "
-                "layer.quant_method.process_weights_after_loading(layer), layers=lambda layer: "
-                "hasattr(layer, 'quant_method')).",
-            )
 
     @signals.held
     def run(self, group: LayerGroup, scratch: Mirror, *, ready: Callable[[], None]) -> None:
@@ -236,3 +230,15 @@ def _same_bits(initial: torch.Tensor, now: torch.Tensor) -> bool:
         return False
     raw = (tensor.detach().cpu().contiguous().view(-1).view(torch.uint8) for tensor in (initial, now))
     return torch.equal(*raw)
+
+
+def _once_too_often(layer: Layer, quantised: list[str]) -> PlanError:
+    """Nobody asked for it. Who gives ``process=`` has chosen, and is warned."""
+    return PlanError(
+        f"layer {layer.name} is quantised when its quant_method would process it, which may be once too often",
+        quantised,
+        advice="If the loading code has done all: LiveModel(model, process=lambda layer: None). If the "
+        "quant_method is to process what it made: LiveModel(model, process=lambda layer: "
+        "layer.quant_method.process_weights_after_loading(layer), layers=lambda layer: "
+        "hasattr(layer, 'quant_method')).",
+    )

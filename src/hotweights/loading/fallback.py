@@ -20,6 +20,7 @@ from ..memory.pool import Pool
 from ..model.places import Place, places
 from ..model.reachable import reachable
 from ..model.survey import By, loader_of
+from ..plan.patterns import typed
 from ..plan.plan import LoadPlan
 from ..signals import held
 from ..sources.contracts import Addressed, InMemory, Source
@@ -98,9 +99,17 @@ def fall_back(
             # It may need the tensors that were planned. As it wrote nothing, it can begin anew, with all of them.
             with torch.no_grad(), in_every_thread(lambda: watch):
                 load(tensors(source.manifest))
-        unwritten = [place.name for place in places(model) if place.name in plan.unproven and not progress.wrote(place)]
-        if unwritten:
+        owed = [place for place in places(model) if place.name in plan.unproven]
+        if unwritten := [place.name for place in owed if not progress.wrote(place)]:
             raise IncompleteLoad("the model's own loading code wrote nothing to", unwritten)
+        shares = {place.name: progress.share(place) for place in owed}
+        if torn := [name for name, share in shares.items() if share < 1]:
+            raise IncompleteLoad(
+                "the model's own loading code wrote parts",
+                [f"{name}: {shares[name]:.0%}" for name in torn],
+                advice="A tensor is missing in the source, or is smaller than it was. If the rest is to stay, "
+                f"allow it: allow_partial={typed(torn, []) or '[...] with their names'}.",
+            )
 
 
 class _Progress:
@@ -118,6 +127,13 @@ class _Progress:
     def wrote(self, place: Place) -> bool:
         """Whether it has written to this place, or put another tensor there."""
         return self._rebound(place) or self._watch.saw(place.tensor)
+
+    def share(self, place: Place) -> float:
+        """How much it has written of what was there before, of what it wrote to at all; another tensor is whole."""
+        tensor, _ = self._before.get(place.name, (place.tensor, 0))
+        if not (plain(tensor) and has_bytes(tensor)) or (self._rebound(place) and not self._watch.saw(tensor)):
+            return 1.0
+        return self._watch.share(tensor)
 
     def _rebound(self, place: Place) -> bool:
         tensor, storage = self._before.get(place.name, (None, 0))

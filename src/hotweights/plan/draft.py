@@ -152,10 +152,12 @@ def draft(
         if not gap.written and not kept.isdisjoint(gap.names):
             fates.update(dict.fromkeys(gap.names, Fate.MISMATCHED))
             continue
-        fate, may_be = (Fate.PARTIAL, may_be_partial) if gap.written else (Fate.MISSING, may_miss)
+        # Of what the model's own code writes, nobody knows how much.
+        some_of_it = bool(gap.written) or (bool(traced.fallback) and any(map(may_be_partial, gap.names)))
+        fate, may_be = (Fate.PARTIAL, may_be_partial) if some_of_it else (Fate.MISSING, may_miss)
         tolerated = any(map(may_be, gap.names))
         absent += () if gap.written else gap.names
-        if traced.fallback and not (tolerated and fate is Fate.MISSING):
+        if traced.fallback and not tolerated:
             unproven.append(gap.names[0])  # The model's own code may write it; only running that code can tell.
         elif tolerated:
             fates.update(dict.fromkeys(gap.names, fate))

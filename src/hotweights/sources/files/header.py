@@ -11,7 +11,7 @@ import json
 import math
 import shlex
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
@@ -38,7 +38,11 @@ _ELSEWHERE = {
     b"\x89HDF": "an HDF5 file",
     b"\x93NUMPY": "an array of numpy",
 }
-_ELSEWHERE |= {bytes([0x80, protocol]): "a pickle" for protocol in range(2, 6)}
+PICKLES = tuple(bytes([0x80, protocol]) for protocol in range(2, 6))
+"""How files of ``pickle`` begin."""
+ZIP = b"PK\x03\x04"
+"""How zip archives begin, such as files of ``torch.save``."""
+_ELSEWHERE |= dict.fromkeys(PICKLES, "a pickle")
 
 
 class Entry(msgspec.Struct, frozen=True, gc=False):
@@ -89,11 +93,7 @@ def read_header(file: str, size: int, pread: Callable[[int, int], bytes], view: 
     if size < 8 or nbytes > size - 8:
         # Not before: a sound header of 640 bytes begins like a pickle, one of 64 MB like a zip archive.
         refuse_other_formats(file, size, start)
-        begins = start[:40]
-        if begins.isascii() and all(letter.isprintable() or letter.isspace() for letter in begins.decode()):
-            raise CheckpointError(
-                f"{file}: this is text ({size} bytes), not the weights; it begins {begins.decode()!r}", cause="text"
-            )
+        refuse_text(file, size, start)
     if size >= 8 and nbytes == 0:
         raise CheckpointError(
             f"{file}: it begins with zero bytes where the length of its header belongs; was its space taken, and it "
@@ -123,8 +123,27 @@ def read_header(file: str, size: int, pread: Callable[[int, int], bytes], view: 
     return _parse(file, pread(nbytes, 8), data_start=8 + nbytes, size=size, view=view or as_torch)
 
 
-def refuse_other_formats(file: str, size: int, start: bytes) -> None:
-    """Refuse what is neither weights nor an index by its first bytes: a pointer, a web page, an archive."""
+def refuse_text(file: str, size: int, start: bytes) -> None:
+    """Refuse a file that begins with text."""
+    begins = start[:40]
+    if begins.isascii() and all(letter.isprintable() or letter.isspace() for letter in begins.decode()):
+        raise CheckpointError(
+            f"{file}: this is text ({size} bytes), not the weights; it begins {begins.decode()!r}", cause="text"
+        )
+
+
+def refuse_other_formats(
+    file: str, size: int, start: bytes, *, but: Collection[bytes] = (), of: str = "safetensors"
+) -> None:
+    """Refuse what is neither weights nor an index by its first bytes: a pointer, a web page, an archive.
+
+    Args:
+        file: its name, for messages.
+        size: its size in bytes.
+        start: its first bytes, ``BEGINNING`` of them or all.
+        but: what archives may begin with.
+        of: whose file it should be, for messages.
+    """
     if start.startswith(_POINTER):
         raise CheckpointError(
             f"{file}: this is a pointer to large-file storage ({size} bytes), not the weights; "
@@ -139,14 +158,14 @@ def refuse_other_formats(file: str, size: int, start: bytes) -> None:
         )
     if start[257:262] == b"ustar":
         raise CheckpointError(
-            f"{file}: this is not a safetensors file but a tar archive; unpack it: tar xf {shlex.quote(file)}",
+            f"{file}: this is not a {of} file but a tar archive; unpack it: tar xf {shlex.quote(file)}",
             cause="other_format",
         )
     for magic, what in _ELSEWHERE.items():
-        if start.startswith(magic):
+        if start.startswith(magic) and magic not in but:
             if file.endswith((".bin", ".pt", ".pth")):
                 what = what.replace("rename it to .bin: ", "")
-            raise CheckpointError(f"{file}: this is not a safetensors file but {what}", cause="other_format")
+            raise CheckpointError(f"{file}: this is not a {of} file but {what}", cause="other_format")
 
 
 def _parse(file: str, raw: bytes, *, data_start: int, size: int, view: View) -> FileHeader:

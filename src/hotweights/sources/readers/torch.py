@@ -6,6 +6,7 @@ holds one file in memory at a time.
 
 from __future__ import annotations
 
+import os
 import pickletools
 import re
 import zipfile
@@ -17,7 +18,7 @@ import torch
 
 from ...errors import CheckpointError
 from ...manifest import TensorSpec
-from ..files.header import Entry, FileHeader
+from ..files.header import BEGINNING, PICKLES, ZIP, Entry, FileHeader, refuse_other_formats, refuse_text
 from ..files.layout import DIFFUSERS, Layout
 from ..files.place import Readable
 from ..pairs import Pair
@@ -65,6 +66,7 @@ def _strange(name: object, value: object) -> str | None:
 
 
 def _load(path: str, device: str) -> Mapping[str, torch.Tensor]:
+    _refuse_other_files(path)
     _refuse_plain_pickle(path)
     try:
         loaded: Mapping[str, torch.Tensor] = torch.load(path, map_location=device, weights_only=True)
@@ -97,6 +99,30 @@ def _protocol(path: str) -> int:
             start = file.read(2)
         return start[1] if start[:1] == b"\x80" else 0
     return 0
+
+
+def _refuse_other_files(path: str) -> None:
+    """Refuse what torch.save did not write, which torch would call an unsafe pickle: a web page, say, or no byte."""
+    size = os.path.getsize(path)
+    if size == 0:
+        raise CheckpointError(f"{path}: the file is empty", cause="empty")
+    with open(path, "rb") as file:
+        start = file.read(BEGINNING)
+    if start[8:9] == b"{" and 8 + int.from_bytes(start[:8], "little") <= size:
+        raise CheckpointError(
+            f"{path}: this is a safetensors file; rename it to .safetensors, and open it without reader=",
+            cause="other_format",
+        )
+    refuse_other_formats(path, size, start, but=(ZIP, *PICKLES), of="torch")
+    refuse_text(path, size, start)
+    if not start.strip(b"\0"):
+        raise CheckpointError(
+            f"{path}: it begins with zero bytes; was its space taken, and it never written?", cause="zeros"
+        )
+    if start.startswith(ZIP) and not zipfile.is_zipfile(path):
+        raise CheckpointError(
+            f"{path}: the archive that torch.save wrote has no end ({size} bytes); is it truncated?", cause="truncated"
+        )
 
 
 def _refuse_plain_pickle(path: str) -> None:
