@@ -415,6 +415,10 @@ class TestFollow:
         all_of_them = run("follow", steps, "--interval", "0.001", "--versions", "2", "--json")
         assert len(all_of_them.stdout.splitlines()) == 2
 
+    def test_an_interval_longer_than_the_timeout_is_told(self, steps):
+        told = run("follow", steps, "--interval", "5", "--timeout", "0.01", "--versions", "1")
+        assert "nothing has changed for --interval 5 s: longer than --timeout" in told.stderr
+
     def test_no_directory(self, tmp_path):
         assert run("follow", tmp_path / "runs").exit_code == 2
 

@@ -328,6 +328,6 @@ def test_advice_is_of_the_command_or_said_to_be_of_python(tmp_path):
     told = run(["inspect", tmp_path]).stderr
     for line in told.splitlines():
         for advice in re.findall(r"hotweights\.open\(.*\)(.*)", line):
-            assert advice == " in Python"
+            assert advice.startswith(" in Python")
     (path,) = re.findall(r"a\.safetensors: (.*)", told)
     assert run(["inspect", *shlex.split(path)]).exit_code == 0

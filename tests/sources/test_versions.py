@@ -442,3 +442,23 @@ def test_what_may_be_written_still_is_not_called_broken(tmp_path):
     assert "broken" not in told["step-1"]
     assert "not a JSON object" in told["step-2"]
     assert "written still" not in told["step-2"]
+
+
+def test_files_of_the_directory_itself_match_no_pattern(tmp_path):
+    """As a trainer leaves them: checkpoints, and the final weights beside them."""
+    write_checkpoint(tmp_path / "checkpoint-1", TENSORS)
+    write_checkpoint(tmp_path, TENSORS)
+    assert Follower(tmp_path, pattern="checkpoint-*").settle() == ["checkpoint-1"]
+    assert len(Follower(tmp_path).settle()) == 2
+
+
+def test_another_shard_is_not_what_was_meant(tmp_path):
+    paths = sorted(
+        write_checkpoint(tmp_path, {"a": torch.zeros(2), "b": torch.ones(2)}, shards=2).glob("*.safetensors")
+    )
+    paths[0].unlink()
+    with pytest.raises(hw.CheckpointError) as caught:
+        hw.open(paths[0])
+    assert "did you mean" not in str(caught.value)
+    with pytest.raises(hw.CheckpointError, match=r"did you mean .*00002-of-00002"):
+        hw.open(tmp_path / "modell-00002-of-00002.safetensors")

@@ -30,7 +30,11 @@ Target = Annotated[
     ),
 ]
 ShardSize = Annotated[
-    str | None, typer.Option(help="Bytes of one file at most, such as 5GB; a larger tensor has a file of its own.")
+    str | None,
+    typer.Option(
+        help="Bytes of one file at most, such as 5GB; a larger tensor has a file of its own. By default one file, "
+        "whatever the source had."
+    ),
 ]
 
 

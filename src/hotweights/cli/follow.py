@@ -49,6 +49,8 @@ def follow(
         if as_json and arriving.passed_over:
             typer.echo(json.dumps({"path": directory, "passed_over": arriving.passed_over}))
         are = f"versions are folders like {pattern}, with safetensors in them"
+        if timeout is not None and interval >= timeout:
+            are += f", in which nothing has changed for --interval {interval:g} s: longer than --timeout"
         seen = "".join(f"; passed over {name}: {why}" for name, why in arriving.passed_over.items())
         if versions is not None:
             raise CheckpointError(

@@ -77,10 +77,11 @@ class RemoteVersions(Versions):
         folders = {folder for folder, _, _ in objects}
         within = self._match(
             sorted(folder for folder in folders if folder and not folder.startswith(".") and "/" not in folder),
-            lambda _: "" not in folders,
+            lambda _: True,
         )
+        own = {""} if self._pattern == "*" else set()
         for folder, name, pin in objects:
-            if not folder or folder in within:
+            if folder in own or folder in within:
                 self._listed.setdefault(self._directory / folder, {})[name] = _remote_status(pin)
         return list(self._listed)
 

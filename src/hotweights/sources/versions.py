@@ -207,10 +207,9 @@ class Versions:
             self._aliases, self._unmatched = {}, ""
             return []
         self._absent = ""
-        itself = any(name.endswith(WEIGHTS) for name in names)
         matching = self._match(
             (name for name in names if name[0] != "."),
-            lambda name: not itself and _holds_weights(self._files(self._directory / name)),
+            lambda name: _holds_weights(self._files(self._directory / name)),
         )
         within = [place for name in matching if os.path.isdir(place := self._directory / name)]
         aliases = {place: place.resolve().name for place in within if self._is_alias(place)}
@@ -220,7 +219,8 @@ class Versions:
             for place, other in aliases.items()
             if not fnmatch.fnmatch(other, self._pattern)
         }
-        return [self._directory, *(place for place in within if place not in aliases)]
+        own = [self._directory] if self._pattern == "*" else []
+        return [*own, *(place for place in within if place not in aliases)]
 
     def _is_alias(self, place: Path) -> bool:
         """A link such as ``latest`` to a version beside it, which would be given twice."""

@@ -153,7 +153,7 @@ def _choose(directory: Place, names: Sequence[str], layout: Layout, variant: str
     if len(candidates) > 1:
         raise CheckpointError(
             f"{directory}: holds several checkpoints, and nothing says which is meant; open the one you mean, or a "
-            "list of files where they are one checkpoint together",
+            "list of files where they are one checkpoint together: hotweights.open([file, file])",
             [_how_to_open(directory, choice, layout) for choice in candidates],
             cause="ambiguous",
         )

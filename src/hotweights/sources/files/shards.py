@@ -377,7 +377,15 @@ def neighbour(place: Place) -> str:
         return ""
     near = get_close_matches(place.name, names, n=len(names) or 1, cutoff=0.75)
     near = sorted(name for name in near if name.startswith(place.name)) or near
+    if (shard := _NUMBERED.fullmatch(place.name)) is not None:
+        near = [name for name in near if not _is_another(shard, _NUMBERED.fullmatch(name))]
     return f"; did you mean {place.parent / near[0]}?" if near else ""
+
+
+def _is_another(shard: re.Match[str], other: re.Match[str] | None) -> bool:
+    """Whether the other is another shard of the same weights."""
+    parts = ("head", "total", "tail")
+    return other is not None and other["number"] != shard["number"] and other.group(*parts) == shard.group(*parts)
 
 
 def _beside(directory: Place) -> list[str]:
