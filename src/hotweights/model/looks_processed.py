@@ -13,6 +13,7 @@ from ..manifest import Manifest
 from ..text import some
 
 _SHAPES = re.compile(r"\[([\d, ]+)\] expected.*?\[([\d, ]+)\] found")
+_CAST = re.compile(r"\bB?F(16|32|64) -> (I|U|F8)")
 _PACKED = re.compile(r"(.+)\.[^.]+: missing; (I|U|F8)\S* ")
 
 
@@ -45,7 +46,7 @@ def _looking_processed(error: PlanError, manifest: Manifest, layers: Mapping[str
         if name is None:
             continue
         shapes, packed = _SHAPES.search(problem), _PACKED.match(problem) and f"{name}.weight" in manifest
-        if packed or (
+        if packed or _CAST.search(problem) or (
             shapes and (_is_unlike_itself(layers[name]) or _made_by_processing(*map(_shape, shapes.groups())))
         ):
             found[name] = None
