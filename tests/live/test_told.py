@@ -214,3 +214,15 @@ def test_a_process_that_would_never_run_is_refused():
         hw.LiveModel(nn.Linear(4, 4), process=async_hook)
     with pytest.raises(hw.UsageError, match=r"process=.* called with one argument, the module; it takes"):
         hw.LiveModel(nn.Linear(4, 4), process=lambda: None)
+
+
+def test_a_commit_that_was_forgotten_is_logged(caplog):
+    live = loaded()
+    with live.begin() as update:
+        update.feed(weights(2.0))
+    (record,) = caplog.records
+    assert record.getMessage() == "an update was not committed before its with ended; version 1 is live"
+    caplog.clear()
+    with live.begin() as update:
+        update.abort()
+    assert not caplog.records

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -18,7 +19,7 @@ from ..loading.verify import Verifier
 from ..manifest import Manifest
 from ..memory.devices import record_event
 from ..memory.pool import Pool
-from ..notices import forgotten
+from ..notices import forgotten, log
 from ..progress import progress
 from ..sharding import reshard
 from ..sources.contracts import Addressed, InMemory, IOMode, OnDisk, Participant, Source, Timed, warnings_of
@@ -414,7 +415,9 @@ class Update:
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         was_over = self._is_over()
         self.abort()
-        if error is not None and not was_over:
+        if error is None and not was_over:
+            log(logging.WARNING, "an update was not committed before its with ended; %s", self._current)
+        elif error is not None and not was_over:
             self._note(error)
 
     def _note(self, error: BaseException) -> None:

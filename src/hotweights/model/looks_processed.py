@@ -46,8 +46,10 @@ def _looking_processed(error: PlanError, manifest: Manifest, layers: Mapping[str
         if name is None:
             continue
         shapes, packed = _SHAPES.search(problem), _PACKED.match(problem) and f"{name}.weight" in manifest
-        if packed or _CAST.search(problem) or (
-            shapes and (_is_unlike_itself(layers[name]) or _made_by_processing(*map(_shape, shapes.groups())))
+        if (
+            packed
+            or _CAST.search(problem)
+            or (shapes and (_is_unlike_itself(layers[name]) or _made_by_processing(*map(_shape, shapes.groups()))))
         ):
             found[name] = None
     return [*found]
