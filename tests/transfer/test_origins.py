@@ -139,6 +139,19 @@ def test_connections_last_as_long_as_they_are_offered(ranks):
         ranks.expect(9, 1)
 
 
+def test_who_was_refused_comes_again_with_the_next_version(ranks):
+    """A rank refuses who comes before it has heard of the token."""
+    ranks.ends.pop(2).close()
+    ranks.doors[0].settimeout(0.01)
+    ranks.origins.meet(ranks.named())
+    connected, _ = ranks.doors[1].accept()
+    ranks.origins.greet()
+    assert connected.recv(len(GREETING) + 32) == GREETING + ranks.named()[1].token
+    with pytest.raises(TimeoutError):  # The other connection stands.
+        ranks.doors[0].accept()
+    connected.close()
+
+
 def test_a_rank_that_is_not_reached_is_logged(caplog):
     with socket.create_server(("127.0.0.1", 0)) as server:
         where = server.getsockname()

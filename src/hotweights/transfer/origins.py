@@ -84,6 +84,18 @@ class OriginInflow(SlotInflow):
             self._lose(str(error))
             return []
 
+    def look(self) -> None:
+        """Find out whether the rank has ended the connection: it refuses who comes before it hears of the token."""
+        if self.lost or self._socket is None or self._greeting.pending:
+            return
+        try:
+            if not self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+                self._lose("it closed the connection")
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._lose(str(error))
+
     def _lose(self, reason: str) -> None:
         self.lost, self.since = reason, time.monotonic()
 
@@ -103,11 +115,12 @@ class Origins:
         return any(self._lacking.values())
 
     def meet(self, origins: Sequence[Origin]) -> None:
-        """Connect to those that are new, and let go of those that are no more."""
+        """Connect to those that are new or were lost, and let go of those that are no more."""
         self.drop()
         named = {origin.token for origin in origins}
         for rank, flow in list(self._flows.items()):
-            if flow.token not in named:
+            flow.look()
+            if flow.token not in named or flow.lost:
                 flow.close()
                 del self._flows[rank]
         for origin in origins:

@@ -284,6 +284,7 @@ class Rank:
                 if isinstance(word, RoundEnd):
                     return self._end(word)
                 self._do(word, held)
+            self._let_in()
             if not left(limit):
                 raise TransferTimeout(self._silence(version))
             self._listen(left(limit))
@@ -324,6 +325,7 @@ class Rank:
                 if not isinstance(self.slots, FarSlots):
                     raise ProtocolError("rank 0 has a rank of its own host send bytes to receivers")
                 self.slots.giving.do(word, self.slots.memories)
+                self._let_in()
                 self._flush()
 
     def _listen(self, seconds: float) -> None:
@@ -336,13 +338,16 @@ class Rank:
         self._link.flush()
         self._flush()
 
+    def _let_in(self) -> None:
+        """Let receivers in: when all is read that rank 0 has said, for who comes before it was told of is refused."""
+        if isinstance(self.slots, FarSlots) and (met := self.slots.giving.met()):
+            self._link.send(Met(self._round, met))
+
     def _flush(self) -> None:
-        """Let receivers in, and send what waits."""
+        """Send what waits."""
         if not isinstance(self.slots, FarSlots):
             return
         self.slots.flow.flush()
-        if met := self.slots.giving.met():
-            self._link.send(Met(self._round, met))
         for place, reason in self.slots.giving.flush():
             self._link.send(Severed(self._round, place, reason))
 
