@@ -46,7 +46,7 @@ class Once:
 
     def __init__(self, model: nn.Module, process: Process | None, is_processed: _IsProcessed) -> None:
         self._model, self._process, self._is_processed = model, process, is_processed
-        self._inside: dict[nn.Module, list[nn.Module]] = {}  # of layers, those within them
+        self._inside: dict[nn.Module, list[nn.Module]] | None = None  # of layers, those within them
         self._by_code: set[nn.Module] = set()  # those that the model's own loading code has processed by itself
 
     @property
@@ -54,14 +54,17 @@ class Once:
         """Process one layer, which must be in checkpoint format."""
         if self._process is None:
             return process_by_quant_method
-        layers = self._layers()
-        inside = {layer: [part for part in layer.modules() if part in layers and part is not layer] for layer in layers}
-        self._inside = {layer: parts for layer, parts in inside.items() if parts}
+        if self._inside is None:  # To walk the model for each update would cost more than this finds.
+            layers = self._layers()
+            parts = {
+                layer: [part for part in layer.modules() if part in layers and part is not layer] for layer in layers
+            }
+            self._inside = {layer: own for layer, own in parts.items() if own}
         return self._process if not (self._by_code or self._inside) else self._process_layer
 
     def _process_layer(self, layer: nn.Module) -> None:
         """Process one, and see that its parts, which are processed by themselves, keep their tensors."""
-        parts = self._inside.get(layer, ())
+        parts = (self._inside or {}).get(layer, ())
         before = [_tensors(part) for part in parts]
         self._process_unless_done(layer)
         changed = [part for part, had in zip(parts, before, strict=True) if not _same(had, _tensors(part))]
