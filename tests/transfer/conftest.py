@@ -10,11 +10,25 @@ import pytest
 import torch
 from namespaces import Hosts, why_not
 
+from hosts import free_address
+
 
 @pytest.fixture
 def address(tmp_path):
     """An address that nobody has."""
     return f"unix:{tmp_path / 'run' / 'socket'}"
+
+
+@pytest.fixture
+def trainer():
+    """The trainer's address, of a host."""
+    return free_address()
+
+
+@pytest.fixture
+def worker(address):
+    """The address of the relay, for workers."""
+    return address
 
 
 def held():

@@ -29,18 +29,6 @@ from hotweights.transfer.relay import Relay
 from hotweights.transfer.states import Side
 
 
-@pytest.fixture
-def trainer():
-    """The trainer's address."""
-    return free_address()
-
-
-@pytest.fixture
-def worker(tmp_path):
-    """The address of the relay, for workers."""
-    return f"unix:{tmp_path / 'run' / 'socket'}"
-
-
 @contextlib.contextmanager
 def keeping(source, to, keep=10**6, **options):
     """A relay in a thread that keeps versions."""

@@ -20,18 +20,6 @@ from hotweights.transfer.decision import Decision
 from hotweights.transfer.relay import Relay
 
 
-@pytest.fixture
-def trainer():
-    """The trainer's address."""
-    return free_address()
-
-
-@pytest.fixture
-def worker(tmp_path):
-    """The address of the relay, for workers."""
-    return f"unix:{tmp_path / 'run' / 'socket'}"
-
-
 @contextlib.contextmanager
 def relaying(source, to, **options):
     """A relay in a thread."""

@@ -55,6 +55,7 @@ from ..sources.reading import check_reading
 from ..sources.renamed import renamed
 from ..text import some
 from ..tracing.naming import Match, as_they_are, names_for
+from .aborted import aborted
 from .asked import Asked, check_atomic
 from .background import in_background, takes_what
 from .baseline import Baseline
@@ -70,7 +71,7 @@ from .report import UpdateReport
 from .serving import Serving
 from .state import Current, State
 from .strategy import Atomic
-from .update import Update, aborted
+from .update import Update
 
 
 def _has_tensors(layer: nn.Module) -> bool:

@@ -12,8 +12,8 @@ from torch import nn
 
 from .. import signals
 from ..arguments import check_version
-from ..errors import HotweightsError, TransferInDoubt, UpdateAborted, UsageError
-from ..failure import failure_report, said_by
+from ..errors import TransferInDoubt, UsageError
+from ..failure import failure_report
 from ..forked import alone_in_a_fork
 from ..loading.verify import Verifier
 from ..manifest import Manifest
@@ -25,13 +25,14 @@ from ..sharding import reshard
 from ..sources.contracts import Addressed, InMemory, IOMode, OnDisk, Participant, Source, Timed, warnings_of
 from ..sources.pairs import pairs_of, plain
 from ..timeline import Timeline
+from .aborted import aborted, called
 from .asked import Asked
 from .attempt import Attempt
 from .baseline import Baseline
 from .compiled import refuse_frozen
 from .fed_names import FedNames
 from .job import Job
-from .lock import StillRead, WriteTurn
+from .lock import WriteTurn
 from .open_layers import OpenLayers
 from .previous import Previous, used_up
 from .record import in_a_line, tell_commit
@@ -422,7 +423,7 @@ class Update:
 
     def _note(self, error: BaseException) -> None:
         """Take note of what ended this update and is raised as it is. Ctrl-C says nothing of itself."""
-        said, what = None, _called(self._named)
+        said, what = None, called(self._named)
         if self._attempt.job.first:
             what = "the first load" + (f", of {what}," if self._named is not None else "")
             said = f"{what} failed: {in_a_line(error)}"
@@ -439,48 +440,6 @@ class Update:
                 forgotten("an update was neither committed nor aborted; it is aborted now", self)
             finally:
                 self.abort()
-
-
-_SAID_FIRST = ("allow_", "by=")  # Options of advice that updates do not have.
-
-
-def aborted(
-    current: Current, version: str | int | None, what: str, error: Exception, timeline: Timeline | None = None
-) -> UpdateAborted:
-    """What tells that ``error`` ended an update, and what is live. It is recorded.
-
-    Args:
-        current: of the live model, after the abort.
-        version: the name of the version that does not become live; ``None`` if it has none yet.
-        what: became of it: ``"was refused"``, before anything was changed, or ``"failed"``.
-        error: says why.
-        timeline: what the time was spent on, if it had begun.
-    """
-    said = said_by(error, _named(error))
-    lines: list[str] = getattr(error, "advice", "").splitlines()
-    if of_load := [number for number, line in enumerate(lines) if any(option in line for option in _SAID_FIRST)]:
-        lines[of_load[-1]] += " It is said in the first load, LiveModel.load(), and holds for all updates."
-    if isinstance(error, StillRead):  # It says nothing about the version.
-        what, said = "was not taken", f"{error}. Nothing is wrong with the version: try again"
-    title: str | None = getattr(error, "title", None)
-    told = UpdateAborted(
-        f"{_called(version)} {what}; {current}: {said if title is None else said_by(error, title)}",
-        getattr(error, "problems", ()),
-        advice="\n".join(lines),
-    )
-    told.report = None if timeline is None else failure_report(timeline, "update", version)
-    current.record.note_failure(told, report=told.report)
-    return told
-
-
-def _named(error: Exception) -> str:
-    if isinstance(error, HotweightsError):
-        return str(error)
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-
-
-def _called(version: str | int | None) -> str:
-    return "the update" if version is None else f"version {version!r}"
 
 
 def _ending(error: BaseException) -> str:

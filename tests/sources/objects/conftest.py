@@ -1,6 +1,7 @@
 """What the tests of stores share. Without ``obstore`` there are none."""
 
 import pytest
+from clouds import Azure
 from web import Proxy, Web, served
 
 
@@ -41,3 +42,14 @@ def serve():
     yield start
     for server in reversed(running):
         server.__exit__()
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """A container of Azure that the variables lead to, behind a proxy."""
+    with Azure() as server, Proxy(server.url) as proxy:
+        variables = {"STORAGE_ACCOUNT_NAME": "account", "ENDPOINT": f"{proxy.url}/account", "SKIP_SIGNATURE": "true"}
+        for name, value in {**variables, "ALLOW_HTTP": "true"}.items():
+            monkeypatch.setenv(f"AZURE_{name}", value)
+        proxy.server = server
+        yield proxy

@@ -8,10 +8,9 @@ import re
 
 import pytest
 import torch
-from clouds import Azure
 from torch import nn
 from typer.testing import CliRunner
-from web import Proxy, Web, served, status
+from web import Web, served, status
 
 import hotweights as hw
 from hotweights.cli import app
@@ -106,16 +105,6 @@ def test_a_live_model_keeps_its_version(changing):
         live.update(changing, version=2)
     assert live.version == 1
     assert_same_bits(dict(live.model.state_dict()), OTHERS)
-
-
-@pytest.fixture
-def bucket(monkeypatch):
-    with Azure() as server, Proxy(server.url) as proxy:
-        variables = {"STORAGE_ACCOUNT_NAME": "account", "ENDPOINT": f"{proxy.url}/account", "SKIP_SIGNATURE": "true"}
-        for name, value in {**variables, "ALLOW_HTTP": "true"}.items():
-            monkeypatch.setenv(f"AZURE_{name}", value)
-        proxy.server = server
-        yield proxy
 
 
 @pytest.mark.parametrize("command", ["copy", "convert"])
