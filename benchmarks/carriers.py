@@ -4,8 +4,9 @@
     python benchmarks/carriers.py --size 100MB    # quicker; the cost of starting weighs more
 
 Hosts are network namespaces on a switch where this runs as root, else this host by loopback. Each process has one
-thread, but for those of gloo and UCX. All ways take turns in an order that is drawn anew for each round; shown are
-medians, and the median of each round's ratio with its quarters. Two rounds before them do not count. Every receiver
+thread, but for those of gloo and UCX. One carrier is measured after another: UCX's threads spin. It and what it stands
+on take turns in an order that is drawn anew for each round; shown are medians, and the median of each round's ratio
+with its quarters. Two rounds before them do not count. Every receiver
 compares its parameters with what was sent, outside the timing. Digests are off: what stands alone has none.
 
 * *socket copy*: ``sendall`` from each tensor, ``recv_into`` each parameter.
@@ -130,27 +131,22 @@ def by_agent(options: argparse.Namespace, host: str, stack: ExitStack) -> Run:
     return run
 
 
-def measure(
-    options: argparse.Namespace, ways: dict[str, tuple[Run, Run]], trainer: nn.Module
-) -> dict[str, list[tuple[float, float]]]:
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+def measure(options: argparse.Namespace, ways: tuple[Run, Run], trainer: nn.Module) -> list[tuple[float, float]]:
+    seconds: list[tuple[float, float]] = []
     chance = random.Random(options.seed)
     for number in range(options.rounds + 2):
         value = float(number % 100 + 1)
         for parameter in trainer.parameters():
             parameter.fill_(value)
-        turns = [(name, alone) for name in ways for alone in (False, True)]
-        chance.shuffle(turns)
-        took = {(name, alone): ways[name][alone](trainer, value) for name, alone in turns}
-        for name in ways:
-            seconds[name].append((took[name, False], took[name, True]))
-    return {name: found[2:] for name, found in seconds.items()}
+        took = {turn: ways[turn](trainer, value) for turn in chance.sample((0, 1), 2)}
+        seconds.append((took[0], took[1]))
+    return seconds[2:]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=parse_size, default=parse_size("512MB"))
-    parser.add_argument("--slot", type=parse_size, default=4 * 1024 * 1024, help="bytes of a slot")
+    parser.add_argument("--slot", type=parse_size, help="bytes of a slot; 16 MiB as they come")
     parser.add_argument("--tensors", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0, help="of the order in which ways take turns")
@@ -166,13 +162,14 @@ def main() -> None:
             enter(made.names[2])
             host, here, where = made.names[0], made.addresses[0], made.addresses[2]
             between = "between network namespaces"
-        alone: dict[str, tuple[str, Callable[[], Run]]] = {
-            "sockets": ("socket copy", partial(plain, options, [host], (where, 0), stack)),
-            "pg": ("gloo send/recv", partial(by_group, options, host, here, where, stack)),
-            "nixl": ("NIXL write", partial(by_agent, options, host, stack)),
+        alone: dict[str, tuple[str, Callable[[ExitStack], Run]]] = {
+            "sockets": ("socket copy", partial(plain, options, [host], (where, 0))),
+            "pg": ("gloo send/recv", partial(by_group, options, host, here, where)),
+            "nixl": ("NIXL write", partial(by_agent, options, host)),
         }
-        ways = {}
-        for name, (_, run) in alone.items():
+        table = Table("", "alone", "version", "ratio", "aim", title=f"{options.size / 1e6:.0f} MB {between}")
+        trainer = Layers(options.size, options.tensors)
+        for name, (stands_on, run) in alone.items():
             if options.only not in (None, name):
                 continue
             try:
@@ -180,14 +177,13 @@ def main() -> None:
             except hw.MissingPackage as error:
                 Console().print(f"{name} is left out: {error}", markup=False)
                 continue
-            ways[name] = ours(options, [host], (where, 0), stack, digests=False, carrier=name), run()
-        table = Table("", "alone", "version", "ratio", "aim", title=f"{options.size / 1e6:.0f} MB {between}")
-        for name, found in measure(options, ways, Layers(options.size, options.tensors)).items():
-            carried, stands_on = (statistics.median(column) for column in zip(*found, strict=True))
+            with ExitStack() as ends:
+                carried = ours(options, [host], (where, 0), ends, digests=False, carrier=name)
+                found = measure(options, (carried, run(ends)), trainer)
+            seconds, theirs = (statistics.median(column) for column in zip(*found, strict=True))
             low, ratio, high = statistics.quantiles([one / other for one, other in found], n=4)
             shown = f"{ratio:.2f} ({low:.2f} to {high:.2f})"
-            title = f"{alone[name][0]} {stands_on:.3f} s"
-            table.add_row(name, title, f"{carried:.3f} s", shown, f"{LIMITS[name]:.1f}")
+            table.add_row(name, f"{stands_on} {theirs:.3f} s", f"{seconds:.3f} s", shown, f"{LIMITS[name]:.1f}")
         Console().print(table)
 
 

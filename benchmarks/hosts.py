@@ -16,7 +16,8 @@ compares its parameters with what was sent, outside the timing.
     python benchmarks/hosts.py --relays 1000   # as root: through relays, where links carry 1,000 Mbit/s
 
 That measures one worker of one host behind a relay, two on that host, and one on each of two hosts whose relays follow
-one another; bytes over the network as the sender counts them, and a relay's memory above its slots, at its most.
+one another, without digests; bytes over the network as the sender counts them, and a relay's memory above its slots,
+at its most.
 """
 
 from __future__ import annotations
@@ -232,7 +233,7 @@ def through(
 ) -> tuple[Run, Callable[[], tuple[int, int]]]:
     """``counts`` of workers by host, each behind a relay; the second relay follows the first."""
     source, folder = f"tcps://{made.addresses[2]}:0", stack.enter_context(tempfile.TemporaryDirectory())
-    sender = hw.Sender(source, receivers=sum(counts), slot_nbytes=options.slot, insecure=True)
+    sender = hw.Sender(source, receivers=sum(counts), slot_nbytes=options.slot, insecure=True, digests=False)
     stack.enter_context(sender)
     source, relays, workers, networks = sender.address, [], [], []
     for number, count in enumerate(counts):
@@ -325,7 +326,7 @@ def make_keys(directory: str, host: str) -> str | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=parse_size, default=parse_size("512MB"))
-    parser.add_argument("--slot", type=parse_size, default=4 * 1024 * 1024, help="bytes of a slot")
+    parser.add_argument("--slot", type=parse_size, help="bytes of a slot; 16 MiB as they come")
     parser.add_argument("--tensors", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument(

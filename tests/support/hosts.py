@@ -28,10 +28,10 @@ def connected(address):
     return socket.create_connection(where(address), timeout=10)
 
 
-def follow(pipe, address, at=None, atomic="journal"):
+def follow(pipe, address, at=None, atomic="journal", **options):
     """Take versions until the third; after each attempt, say what is live and whether it is in doubt."""
     live = hw.LiveModel(Tiny(), atomic=atomic)
-    with receiver(address) as source, Killer(-1 if at is None else at) as killer:
+    with receiver(address, **options) as source, Killer(-1 if at is None else at) as killer:
         while live.version != 3:
             doubt = False
             try:
@@ -56,9 +56,9 @@ def history(child):
     return versions, doubted
 
 
-def relay_process(pipe, trainer, worker, at=None):
+def relay_process(pipe, trainer, worker, at=None, **options):
     """A relay; it dies at its ``at``-th point, from its second version on."""
-    with Relay(trainer, worker, timeout=TIMEOUT) as relay, Killer(-1 if at is None else at) as killer:
+    with Relay(trainer, worker, timeout=TIMEOUT, **options) as relay, Killer(-1 if at is None else at) as killer:
         hand_on, versions = relay._hand_on, []
 
         def counting(group, workers, frame):

@@ -156,9 +156,9 @@ def follow(pipe, address, at=None, atomic="journal", model=Tiny):
         killer.arm(False)
 
 
-def send_twice(pipe, address, at, decided):
+def send_twice(pipe, address, at, decided, **options):
     """Send version 1, then version 2 with a killer; ``decided`` is set when the group has decided."""
-    with sender(address, receivers=2) as sending, Killer(at, decided) as killer:
+    with sender(address, **{"receivers": 2, **options}) as sending, Killer(at, decided) as killer:
         sending.send(Tiny(1), version=1)
         killer.arm()
         sending.send(Tiny(2), version=2)

@@ -5,11 +5,12 @@ import importlib.util
 import os
 import signal
 import sys
+import threading
 import time
 
 import pytest
 import torch
-from ends import Thread, receiver, sender, tensors
+from ends import TIMEOUT, Thread, receiver, sender, tensors
 from namespaces import enter
 from processes import Child, value_of
 
@@ -19,6 +20,7 @@ from hotweights.testing import CARRIER_CONTRACT, TRANSPORT_CONTRACT, assert_same
 from hotweights.transfer import peers as peers_module
 from hotweights.transfer.carriers import process_group
 from hotweights.transfer.carriers.table import CARRIERS, carrier_of
+from hotweights.transfer.carriers.threads import ThreadInflow
 from hotweights.transfer.endpoint import endpoint_of
 from hotweights.transfer.peers import Peer
 from hotweights.transfer.relay import Relay
@@ -129,19 +131,45 @@ def test_beside_a_group_of_the_process_and_through_a_relay(name, address, tmp_pa
 
 def test_what_is_changed_on_its_way_is_noticed(address, monkeypatch):
     """Digests go through the channel, whatever brings the bytes."""
-    take = process_group.GroupEnd._receive
+    finish = process_group.GroupEnd.finish
 
-    def changing(end, piece):
-        take(end, piece)
-        piece[0] ^= 1
+    def changing(end):
+        _, piece = end._begun[0]
+        finish(end)
+        if not end._sends:
+            piece[0] ^= 1
 
-    monkeypatch.setattr(process_group.GroupEnd, "_receive", changing)
+    monkeypatch.setattr(process_group.GroupEnd, "finish", changing)
     with sender(address, carrier="pg") as sending, receiver(address) as source:
         waiting = Thread(lambda: dict(source.tensors()))
         with pytest.raises(hw.TransferAborted, match=r"a: \w+ was sent, \w+ was copied"):
             sending.send({"a": torch.arange(5.0)}, version=1)
         with pytest.raises(hw.TransferError, match="is not what the sender held"):
             waiting.result()
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_what_follows_comes_while_a_slot_is_used(name, address, monkeypatch):
+    """A library's thread goes on meanwhile: the receiver has told it of the slots behind this one."""
+    numbers = {f"{number}": torch.full((1 << 10,), float(number)) for number in range(6)}
+    told, flows, hand_over, expect = threading.Semaphore(0), [], Peer.hand_over, ThreadInflow.expect
+    monkeypatch.setattr(Peer, "hand_over", lambda peer, *what: (hand_over(peer, *what), told.release()))
+    monkeypatch.setattr(ThreadInflow, "expect", lambda flow, *what: (expect(flow, *what), flows.append(flow)))
+    slots = {"slots": 4, "slot_nbytes": 1 << 12, "digests": False}
+    with sender(address, carrier=name, **slots) as sending, receiver(address) as source:
+        sent = Thread(lambda: sending.send(numbers, version=1))
+        with source.leases() as stream:
+            taken = [next(stream).own()]
+            for _ in range(4):
+                assert told.acquire(timeout=TIMEOUT)
+            taken.append(next(stream).own())
+            assert len(flows) == 4  # this one, and two behind it
+            until = time.monotonic() + TIMEOUT
+            while flows[0]._mover.lacking:
+                assert time.monotonic() < until, "nothing comes while nobody looks"
+            taken.extend(lease.own() for lease in stream)
+        sent.result()
+    assert_same_bits(dict(zip(numbers, taken, strict=True)), numbers)
 
 
 # Whoever dies, stands still or is cut off while bytes are on their way: nothing waits for a library.

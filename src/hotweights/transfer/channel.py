@@ -135,8 +135,8 @@ class Channel:
         """
         self._fill()
 
-    def brings(self, kind: type[Message]) -> bool:
-        """Whether a message of this kind came, and ``read`` gives it later.
+    def brings(self, kind: type[Message], *, next_only: bool = False) -> bool:
+        """Whether a message of this kind came, and ``read`` gives it later; or gives it next.
 
         Raises:
             ProtocolError: what came is no frame.
@@ -147,6 +147,8 @@ class Channel:
             nbytes = decode_header(raw).nbytes
             if start + nbytes <= len(self._in) and is_kind(self._in[start : start + HEADER.size], kind):
                 return True
+            if next_only:
+                return False
             start += nbytes
         return False
 

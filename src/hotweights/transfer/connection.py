@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 
 from .. import signals
@@ -59,7 +61,7 @@ class Connection:
         self._waker = Waker()
         self._channel: Channel | None = None
         self._slots: ReadSlots | OwnSlots | None = None
-        self._filling: Frame | None = None  # what was said of a slot whose bytes are still on their way
+        self._filling: deque[Frame] = deque()  # what was said of slots whose bytes are still on their way
         self._ahead: Frame | None = None  # what ``peek`` saw
         self._stopped = False
         self._account: Account | None = None  # what became of the last update here
@@ -318,7 +320,8 @@ class Connection:
         with self._using:
             channel, self._channel = self._channel, None
             slots, self._slots = self._slots, None
-            self._filling = self._ahead = None
+            self._filling.clear()
+            self._ahead = None
             if channel is not None:
                 channel.say_goodbye(reason) if reason else channel.close()
             if slots is not None:
@@ -378,7 +381,7 @@ class Connection:
             except UsageError:  # Nobody can ever be there. The next try begins anew.
                 self.drop()
                 raise
-        if self._filling is None:
+        if not self._filling:
             frame = channel.read()
             if frame is not None and isinstance(frame.message, Offer):
                 slots.origins.meet(frame.message.origins)
@@ -386,25 +389,39 @@ class Connection:
                 slots.greet()
                 return frame
             slots.expect(frame.message)
-            self._filling = frame
-        assert isinstance(self._filling.message, Filled)
+            self._filling.append(frame)
+        first = self._filling[0].message
+        assert isinstance(first, Filled)
         try:
-            if not slots.fill(self._filling.message.fill):
+            self._look_ahead(channel, slots)
+            if not slots.fill(first.fill, len(self._filling) - 1):
                 channel.look()
                 return self._aborted(channel, slots) if slots.origins.lacking and channel.brings(Abort) else None
         except PeerLost:
             while channel.read() is not None:  # The sender may have said why it hung up.
                 continue
             raise
-        frame, self._filling = self._filling, None
-        return frame
+        return self._filling.popleft()
+
+    def _look_ahead(self, channel: Channel, slots: OwnSlots) -> None:
+        """Have the flow go on behind the first slot, as far as it does that by itself."""
+        while len(self._filling) <= slots.flow.ahead:
+            with contextlib.suppress(PeerLost):  # That is raised when all that came is used.
+                channel.look()
+            if not channel.brings(Filled, next_only=True):
+                return
+            frame = channel.read()
+            assert frame is not None
+            assert isinstance(frame.message, Filled)
+            slots.expect(frame.message)
+            self._filling.append(frame)
 
     def _aborted(self, channel: Channel, slots: OwnSlots) -> Frame | None:
         """The abort that came. The ranks that were to fill a slot may have died: it is waited for no more.
 
         What the sender itself has sent comes before all that it sends later, so it is still expected.
         """
-        self._filling = None
+        self._filling.clear()
         while (frame := channel.read()) is not None and not isinstance(frame.message, Abort):
             if isinstance(frame.message, Filled):
                 slots.expect(frame.message)

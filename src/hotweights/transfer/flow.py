@@ -89,7 +89,14 @@ class Outflow(Protocol):
 
 
 class Inflow(Protocol):
-    """A receiver's end of its flow. Nothing of it blocks; one thread uses it."""
+    """A receiver's end of its flow. Nothing of it blocks; one thread uses it.
+
+    Attributes:
+        ahead: how many slots to expect behind the first one. 0 if nothing comes but in ``take``; else the flow goes on
+            while its user copies a slot.
+    """
+
+    ahead: int
 
     @property
     def greets(self) -> bool:
@@ -97,7 +104,7 @@ class Inflow(Protocol):
 
     @property
     def awaited(self) -> tuple[Waitable, bool]:
-        """What to wait for, and whether until it can be written to. Then ``greet`` or ``fill``."""
+        """What to wait for, and whether until it can be written to. Then ``greet`` or ``take``."""
 
     def greet(self) -> bool:
         """Say to the sender which flow this is. Returns whether that is said.
@@ -109,8 +116,8 @@ class Inflow(Protocol):
     def expect(self, memory: torch.Tensor, chunks: Sequence[Chunk]) -> None:
         """What comes next are these chunks of a slot, ``uint8 [slot_nbytes]``, in which they lie."""
 
-    def fill(self) -> bool:
-        """Take what has come. Returns whether everything that was expected is there.
+    def take(self) -> int:
+        """Take what has come. Returns how many of the slots that were expected are not there yet, the last of them.
 
         Raises:
             PeerLost: the other end is gone, or nothing can come from it.

@@ -52,7 +52,7 @@ class Sender:
         *,
         receivers: int = 1,
         slots: int = 4,
-        slot_nbytes: int = 4 * 1024 * 1024,
+        slot_nbytes: int | None = None,
         digests: bool = True,
         timeout: float = 60.0,
         on_lost: OnLost = "abort",
@@ -78,7 +78,8 @@ class Sender:
                 that can be written to, ``file:///DIRECTORY``, or a ``Path``. Whoever published there is replaced.
             receivers: how many must be connected before anything is sent. All that are connected take part.
             slots: pieces of shared memory; two are enough for filling one while another is read.
-            slot_nbytes: bytes of each; best when all of them fit into the CPU's last cache. Larger tensors are split.
+            slot_nbytes: bytes of each: 4 MiB, so that all of them fit into the CPU's last cache, or 16 MiB where
+                receivers may be on other hosts. Larger tensors are split.
             digests: whether receivers compare what they copied with what this side held.
             timeout: seconds that each single wait may take.
             on_lost: what happens to an update when a receiver dies, fails or does not answer, see ``OnLost``.
@@ -105,7 +106,7 @@ class Sender:
             TransferTimeout: not all ranks of ``group`` came.
         """
         check_choices(on_lost=(on_lost, OnLost), encrypt=(encrypt, Encrypt))
-        check_count(1, receivers=receivers, slots=slots, slot_nbytes=slot_nbytes)
+        check_count(1, receivers=receivers, slots=slots, slot_nbytes=1 if slot_nbytes is None else slot_nbytes)
         check_flags(digests=digests, compare_copies=compare_copies)
         check_seconds(timeout=timeout)
         check_flags(insecure=insecure)

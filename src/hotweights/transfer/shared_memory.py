@@ -212,15 +212,18 @@ class OwnSlots:
         self._flow.expect(memory, self.origins.expect(filled, memory))
         self._lacks = True
 
-    def fill(self, fill: int) -> bool:
+    def fill(self, fill: int, behind: int) -> bool:
         """Take what has come. Returns whether the slot that bears this fill is whole, and all that was told before.
+
+        ``behind`` it so many more are expected.
 
         Raises:
             PeerLost: who was to send it is gone.
             ProtocolError: something else came.
         """
-        self._lacks = not self._flow.fill()
-        return self.origins.fill(fill) and not self._lacks
+        lacking = self._flow.take()
+        self._lacks = lacking > 0
+        return self.origins.fill(fill) and lacking <= behind
 
     def greet(self) -> None:
         """Say who this is, to all who are to send something.

@@ -24,6 +24,9 @@ OnLost = Literal["abort", "drop"]
 Encrypt = Literal["control", "all"]
 """What is encrypted between hosts: all but the weights, or the weights too."""
 
+_SLOT = 4 * 1024 * 1024
+_SLOT_BETWEEN_HOSTS = 16 * 1024 * 1024  # What each slot costs, in words and in waits, is more there.
+
 Way = Publication | Audience | Rank
 
 
@@ -32,7 +35,7 @@ def way_of(
     *,
     receivers: int,
     slots: int,
-    slot_nbytes: int,
+    slot_nbytes: int | None,
     digests: bool,
     timeout: float,
     on_lost: OnLost,
@@ -57,7 +60,7 @@ def way_of(
             address,
             receivers=(receivers, 1),
             slots=(slots, 4),
-            slot_nbytes=(slot_nbytes, 4 * 1024 * 1024),
+            slot_nbytes=(slot_nbytes, None),
             digests=(digests, True),
             on_lost=(on_lost, "abort"),
             keys=(keys, None),
@@ -79,6 +82,8 @@ def way_of(
     if encrypt == "all":
         _check_encrypted(address, carrier, group)
         carrier = ENCRYPTED
+    if slot_nbytes is None:
+        slot_nbytes = _SLOT_BETWEEN_HOSTS if any_remote(address) else _SLOT
     endpoints = endpoints_of(address, keys=keys, insecure=insecure)  # type: ignore[arg-type]
     audience = partial(
         Audience,

@@ -33,7 +33,7 @@ def what_is_put_arrives_in_its_place(make: MakeCarrier) -> None:
             chunks = (_chunk(700_000, 300_001), _chunk(0, 5), _chunk(64, 200_000), _chunk(_SLOT - 1, 1))
             outflow.put(memory, chunks)
             inflow.expect(room, chunks)
-            _until(inflow.fill, outflow, inflow)
+            _until(lambda: not inflow.take(), outflow, inflow)
             for chunk in chunks:
                 here = slice(chunk.offset, chunk.offset + chunk.range.size)
                 assert torch.equal(room[here], memory[here])
@@ -49,7 +49,7 @@ def nothing_is_as_good_as_something(make: MakeCarrier) -> None:
             memory, room = _filled(1), torch.zeros(_SLOT, dtype=torch.uint8)
             outflow.put(memory, chunks)
             inflow.expect(room, chunks)
-            _until(inflow.fill, outflow, inflow)
+            _until(lambda: not inflow.take(), outflow, inflow)
         assert torch.equal(room[:9], memory[:9])
 
 
@@ -65,23 +65,44 @@ def either_end_may_be_ahead(make: MakeCarrier) -> None:
         assert outflow.waiting is not None, "16 MiB are not on their way, and nobody has asked for them"
         assert not rooms[0].any()
         inflow.expect(rooms[0], whole)
-        _until(inflow.fill, outflow, inflow)
+        _until(lambda: not inflow.take(), outflow, inflow)
         inflow.expect(rooms[1], whole)
         for _ in range(10):
-            assert not _promptly(inflow.fill), "nothing was put, and it is there"
+            assert _promptly(inflow.take), "nothing was put, and it is there"
         outflow.put(memories[1], whole)
-        _until(inflow.fill, outflow, inflow)
+        _until(lambda: not inflow.take(), outflow, inflow)
     for memory, room in zip(memories, rooms, strict=True):
         assert torch.equal(memory, room)
+
+
+def several_slots_may_be_expected(make: MakeCarrier) -> None:
+    """Each is there before all that were expected after it, and is counted then."""
+    memories = [_filled(number) for number in range(4)]
+    rooms = [torch.zeros(_SLOT, dtype=torch.uint8) for _ in memories]
+    whole, gaps = (_chunk(0, _SLOT),), (_chunk(0, 9), _chunk(700_000, 64), _chunk(900_000, 1))
+    with _flow(make()) as (outflow, inflow):
+        for room, chunks in zip(rooms, (whole, gaps, (), whole), strict=True):
+            inflow.expect(room, chunks)
+        assert inflow.take() == 4
+        for memory, chunks in zip(memories[:2], (whole, gaps), strict=True):
+            outflow.put(memory, chunks)
+        _until(lambda: inflow.take() == 1, outflow, inflow)
+        assert torch.equal(rooms[0], memories[0])
+        assert torch.equal(rooms[1][:9], memories[1][:9])
+        assert rooms[1][900_000] == memories[1][900_000]
+        assert not rooms[3].any()
+        outflow.put(memories[3], whole)
+        _until(lambda: not inflow.take(), outflow, inflow)
+        assert torch.equal(rooms[3], memories[3])
 
 
 def a_receiver_hears_that_its_sender_is_gone(make: MakeCarrier) -> None:
     """In the midst of something: ``fill`` raises, soon, and for ever."""
     with _flow(make()) as (outflow, inflow):
         inflow.expect(torch.zeros(_SLOT, dtype=torch.uint8), (_chunk(0, _SLOT),))
-        inflow.fill()
+        inflow.take()
         outflow.close()
-        raised(PeerLost, lambda: _until(inflow.fill, outflow, inflow))
+        raised(PeerLost, lambda: _until(lambda: not inflow.take(), outflow, inflow))
 
 
 def a_sender_hears_that_its_receiver_is_gone(make: MakeCarrier) -> None:
@@ -102,7 +123,7 @@ def closing_ends_what_is_under_way(make: MakeCarrier) -> None:
             outflow.put(_filled(1, _LARGE), (_chunk(0, _LARGE),))
             outflow.flush()
             inflow.expect(room, (_chunk(0, _LARGE),) * (1 + first))
-            inflow.fill()
+            inflow.take()
             for end in (outflow, inflow)[:: 1 - 2 * first] * 2:
                 _promptly(end.close)
         until = time.monotonic() + _PATIENCE
@@ -119,7 +140,7 @@ def close_ends_a_wait_for_an_end_that_says_nothing(make: MakeCarrier) -> None:
     with _flow(make()) as (_, inflow):
         room = torch.zeros(_SLOT, dtype=torch.uint8)
         inflow.expect(room, (_chunk(0, _SLOT),))
-        assert not inflow.fill()
+        assert inflow.take() == 1
         threads = threading.active_count() - before
         _promptly(inflow.close)
         until = time.monotonic() + _PATIENCE
@@ -133,9 +154,9 @@ def another_flow_is_as_good_as_the_first(make: MakeCarrier) -> None:
     carrier = make()
     with _flow(carrier) as (outflow, inflow), _flow(carrier) as (other, inflow_of_other):
         inflow.expect(torch.zeros(_SLOT, dtype=torch.uint8), (_chunk(0, _SLOT),))
-        inflow.fill()
+        inflow.take()
         outflow.close()
-        raised(PeerLost, lambda: _until(inflow.fill, outflow, inflow))
+        raised(PeerLost, lambda: _until(lambda: not inflow.take(), outflow, inflow))
         inflow.close()
         _carries(other, inflow_of_other)
         with _flow(carrier) as (outflow, inflow):
@@ -162,7 +183,7 @@ def _carries(outflow: Outflow, inflow: Inflow) -> None:
     memory, room = _filled(7), torch.zeros(_SLOT, dtype=torch.uint8)
     outflow.put(memory, (_chunk(0, _SLOT),))
     inflow.expect(room, (_chunk(0, _SLOT),))
-    _until(inflow.fill, outflow, inflow)
+    _until(lambda: not inflow.take(), outflow, inflow)
     assert torch.equal(memory, room)
 
 
@@ -214,6 +235,7 @@ CARRIER_CONTRACT: tuple[Callable[[MakeCarrier], None], ...] = (
     what_is_put_arrives_in_its_place,
     nothing_is_as_good_as_something,
     either_end_may_be_ahead,
+    several_slots_may_be_expected,
     a_receiver_hears_that_its_sender_is_gone,
     a_sender_hears_that_its_receiver_is_gone,
     closing_ends_what_is_under_way,

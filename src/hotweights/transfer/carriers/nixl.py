@@ -11,6 +11,7 @@ import importlib.util
 import secrets
 import struct
 import threading
+from collections import deque
 from functools import partial
 from typing import Any
 
@@ -46,6 +47,7 @@ class AgentEnd:
         self._agent: Any = None
         self._peer = ""
         self._registered: dict[int, tuple[Any, torch.Tensor]] = {}  # by address
+        self._writes: deque[Any] = deque()  # what is under way, in its order
         self._stopped = threading.Event()
 
     def open(self) -> None:
@@ -54,13 +56,26 @@ class AgentEnd:
         config = api.nixl_agent_config(True, False, 0, backends=["UCX"])
         self._agent = api.nixl_agent(secrets.token_hex(16), config)
 
-    def move(self, piece: torch.Tensor, memory: torch.Tensor) -> None:
-        """Write a piece into the receiver's slot, or have it written into this one."""
+    def can_begin(self) -> bool:
+        """Whether the receiver has said where the next piece is to lie; it waits for nothing there itself."""
+        return not self._sends or self._wire.has_come
+
+    def begin(self, piece: torch.Tensor, memory: torch.Tensor) -> None:
+        """Begin to write a piece into the receiver's slot, or say where it is to be written in this one."""
         fresh = self._register(memory)
         if self._sends:
             self._write(piece)
-        else:
-            self._take(piece, fresh)
+            return
+        if fresh:
+            self._wire.say(_AGENT + self._agent.get_agent_metadata())
+        self._wire.say(_WHERE + _PLACE.pack(piece.data_ptr(), piece.numel()))
+
+    def finish(self) -> None:
+        """Wait until the first of these pieces is written."""
+        if self._sends:
+            self._written(self._writes.popleft())
+        elif self._wire.hear() != _THERE:
+            raise PeerLost("the sender's end of NIXL said something else than that it has written")
 
     def _register(self, memory: torch.Tensor) -> bool:
         """Have the library know a slot. Returns whether it did not."""
@@ -68,13 +83,6 @@ class AgentEnd:
             return False
         self._registered[memory.data_ptr()] = self._agent.register_memory([memory]), memory
         return True
-
-    def _take(self, piece: torch.Tensor, fresh: bool) -> None:
-        if fresh:
-            self._wire.say(_AGENT + self._agent.get_agent_metadata())
-        self._wire.say(_WHERE + _PLACE.pack(piece.data_ptr(), piece.numel()))
-        if self._wire.hear() != _THERE:
-            raise PeerLost("the sender's end of NIXL said something else than that it has written")
 
     def _write(self, piece: torch.Tensor) -> None:
         agent = self._agent
@@ -84,23 +92,31 @@ class AgentEnd:
         local = agent.get_xfer_descs([(piece.data_ptr(), nbytes, _DEVICE)], "cpu")
         remote = agent.get_xfer_descs([(address, nbytes, _DEVICE)], "cpu")
         handle = agent.initialize_xfer("WRITE", local, remote, self._peer, b"")
+        self._writes.append(handle)
+        agent.transfer(handle)
+
+    def _written(self, handle: Any) -> None:
         try:
-            state = agent.transfer(handle)
-            while state not in ("DONE", "ERR"):
-                # NIXL goes on for minutes when a link is cut. Whoever waits has a deadline, and stops this.
-                if self._stopped.wait(_LOOK):
-                    raise PeerLost("the flow was closed")
-                state = agent.check_xfer_state(handle)
+            self._wait(handle)
         finally:
             with contextlib.suppress(Exception):  # One that is under way cannot be let go of; the agent's end ends it.
-                agent.release_xfer_handle(handle)
-        if state == "ERR":
-            raise PeerLost("NIXL could not write to the receiver")
+                self._agent.release_xfer_handle(handle)
         self._wire.say(_THERE)
+
+    def _wait(self, handle: Any) -> None:
+        """Return when a write is through."""
+        while (state := self._agent.check_xfer_state(handle)) != "DONE":
+            if state == "ERR":
+                raise PeerLost("NIXL could not write to the receiver")
+            # NIXL goes on for minutes when a link is cut. Whoever waits has a deadline, and stops this.
+            if self._stopped.wait(_LOOK):
+                raise PeerLost("the flow was closed")
 
     def _where(self) -> tuple[int, int]:
         """Where the receiver wants the next piece."""
         while (word := self._wire.hear())[:1] == _AGENT:
+            for handle in self._writes:  # They go to an agent as it was.
+                self._wait(handle)
             if self._peer:
                 self._agent.remove_remote_agent(self._peer)
             self._peer = self._agent.add_remote_agent(word[1:]).decode()

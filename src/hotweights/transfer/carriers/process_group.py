@@ -10,6 +10,7 @@ import contextlib
 import os
 import re
 import socket
+from collections import deque
 from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
@@ -43,6 +44,7 @@ class GroupEnd:
         self._group: Any = None
         self._mark = torch.zeros(1, dtype=torch.uint8)
         self._stopped = False
+        self._begun: deque[tuple[list[Any], torch.Tensor]] = deque()  # what gloo does, and the piece, in their order
         self._ends: set[tuple[str, int]] = set()  # where the group listens, at both ends
 
     def open(self) -> None:
@@ -63,24 +65,37 @@ class GroupEnd:
             ) from error
         self._ends = {end for value in store.said.values() for host in hosts for end in _ends(value, host)}
 
-    def move(self, piece: torch.Tensor, memory: torch.Tensor) -> None:
-        """Send a piece, or receive it into its place."""
+    def can_begin(self) -> bool:
+        """Gloo never waits there."""
+        return True
+
+    def begin(self, piece: torch.Tensor, memory: torch.Tensor) -> None:
+        """Have gloo send a piece, or receive it into its place, and a mark behind it."""
+        move, other = (self._group.send, _RECEIVER) if self._sends else (self._group.recv, _SENDER)
         try:
-            self._send(piece) if self._sends else self._receive(piece)
+            works = [move([part], other, tag) for tag, part in ((_PIECE, piece), (_MARK, torch.zeros_like(self._mark)))]
         except RuntimeError as error:
             raise PeerLost(_first_line(error)) from error
+        self._begun.append((works, piece))
 
-    def _send(self, piece: torch.Tensor) -> None:
+    def finish(self) -> None:
+        """Wait until the receiver has the first of these pieces."""
+        works, _ = self._begun[0]
+        try:
+            self._sent(*works) if self._sends else self._received(*works)
+        except RuntimeError as error:
+            raise PeerLost(_first_line(error)) from error
+        self._begun.popleft()
+
+    def _sent(self, work: Any, mark: Any) -> None:
         # Kept until the other end has the piece: that is said over the wire, where ``stop`` ends the wait.
-        works = [self._group.send([part], _RECEIVER, tag) for tag, part in ((_PIECE, piece), (_MARK, self._mark))]
         self._wire.hear()
-        for work in works:
-            work.wait(_LONGEST)
+        work.wait(_LONGEST)
+        mark.wait(_LONGEST)
 
-    def _receive(self, piece: torch.Tensor) -> None:
+    def _received(self, work: Any, mark: Any) -> None:
         # Gloo never ends the wait for what has begun to come when its connection ends: a killed sender, or ``stop``.
         # It does end one for what has not begun. Things come one after another: when the mark is there, the piece is.
-        work, mark = (self._group.recv([part], _SENDER, tag) for tag, part in ((_PIECE, piece), (_MARK, self._mark)))
         if self._stopped:  # From here on ``stop`` ends the wait; before, there may have been nothing to end.
             self._shut()
         mark.wait(_LONGEST)

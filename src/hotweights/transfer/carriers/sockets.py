@@ -86,11 +86,13 @@ class SocketOutflow:
 class SocketInflow:
     """See ``Inflow``. What has come is read straight into the slots."""
 
+    ahead = 0
+
     def __init__(self, connecting: socket.socket, token: bytes) -> None:
         """Takes over a socket that is on its way to the sender."""
         self._socket = connecting
         self._greeting = Greeting(token)
-        self._views: deque[memoryview] = deque()
+        self._expected: deque[deque[memoryview]] = deque()  # of each slot what has not come
         close_in_children(self)
 
     @property
@@ -113,35 +115,42 @@ class SocketInflow:
 
     def expect(self, memory: torch.Tensor, chunks: Sequence[Chunk]) -> None:
         """What comes next are these chunks of a slot, ``uint8 [slot_nbytes]``, in which they lie."""
-        self._views.extend(bytes_of(memory, start, stop) for start, stop in stretches(chunks))
+        self._expected.append(deque(bytes_of(memory, start, stop) for start, stop in stretches(chunks)))
 
     @signals.whole
-    def fill(self) -> bool:
-        """Take what has come. Returns whether everything that was expected is there.
+    def take(self) -> int:
+        """Take what has come. Returns how many of the slots that were expected are not there yet.
 
         Raises:
             PeerLost: the connection is gone.
         """
         if not self.greet():
-            return False
+            return len(self._expected)
         try:
-            while self._views:
-                count = self._socket.recv_into(self._views[0])
-                if not count:
-                    raise PeerLost("the connection for bytes ended")
-                if count == len(self._views[0]):
-                    self._views.popleft()
-                else:
-                    self._views[0] = self._views[0][count:]
+            while self._expected:
+                if self._take_of(self._expected[0]):
+                    self._expected.popleft()
         except BlockingIOError:
-            return False
+            pass
         except OSError as error:
             raise PeerLost(f"the connection for bytes is gone: {error}") from error
-        return True
+        return len(self._expected)
+
+    def _take_of(self, views: deque[memoryview]) -> bool:
+        """Take what has come of one slot. Returns whether all of it is there."""
+        if views:
+            count = self._socket.recv_into(views[0])
+            if not count:
+                raise PeerLost("the connection for bytes ended")
+            if count == len(views[0]):
+                views.popleft()
+            else:
+                views[0] = views[0][count:]
+        return not views
 
     def close(self) -> None:
         """Let go. May be called twice."""
-        self._views.clear()
+        self._expected.clear()
         with contextlib.suppress(OSError):
             self._socket.close()
 

@@ -7,6 +7,7 @@ import queue
 import secrets
 import socket
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -26,8 +27,14 @@ class LibraryEnd(Protocol):
     def open(self) -> None:
         """Meet the other end."""
 
-    def move(self, piece: torch.Tensor, memory: torch.Tensor) -> None:
-        """Send or receive a piece of a slot, ``uint8 [n]`` of ``uint8 [slot_nbytes]``; return when that is done."""
+    def can_begin(self) -> bool:
+        """Whether ``begin`` would not wait for the other end."""
+
+    def begin(self, piece: torch.Tensor, memory: torch.Tensor) -> None:
+        """Begin to send or receive a piece of a slot, ``uint8 [n]`` of ``uint8 [slot_nbytes]``."""
+
+    def finish(self) -> None:
+        """Return when the piece that was begun first is through."""
 
     def stop(self) -> None:
         """Have whatever runs fail soon. Any thread may call it."""
@@ -38,6 +45,10 @@ class LibraryEnd(Protocol):
 
 MakeEnd = Callable[[Wire, bool], LibraryEnd]
 """Makes one, over the connection that showed the token; the sender's end where it is true."""
+
+
+AT_ONCE = 2
+"""Pieces under way at a time: one goes on while both ends tell each other that the other one is there."""
 
 
 class Bell:
@@ -80,7 +91,7 @@ class Bell:
 
 @signals.held_throughout
 class Mover:
-    """A thread that moves pieces, one after the other. It owns the library's end, and keeps memory until it has ended.
+    """A thread that moves pieces in their order. It owns the library's end, and keeps memory until it has ended.
 
     Attributes:
         bell: is rung when a piece was moved, or something failed.
@@ -98,20 +109,24 @@ class Mover:
         self._pieces: queue.SimpleQueue[tuple[torch.Tensor, torch.Tensor] | None] = queue.SimpleQueue()
         self._queued = 0  # Only the flow's thread counts here,
         self._moved = 0  # and only the mover's here.
+        self._lasts: deque[int] = deque()  # of each slot that was put, how many pieces it and those before have
         self._failure = ""
         self._stopped = False
         self._met = False
         threading.Thread(target=self._run, name="hotweights carrier", daemon=True).start()
 
     @property
-    def idle(self) -> bool:
-        """Whether everything was moved."""
-        return self._moved == self._queued
+    def lacking(self) -> int:
+        """How many slots that were put were not moved."""
+        while self._lasts and self._lasts[0] <= self._moved:
+            self._lasts.popleft()
+        return len(self._lasts)
 
     def put(self, memory: torch.Tensor, chunks: Sequence[Chunk]) -> int:
         """Move what these chunks are of a slot, after all that was put before. Returns how many bytes that is."""
         pieces = [memory[start:stop] for start, stop in stretches(chunks)]
         self._queued += len(pieces)
+        self._lasts.append(self._queued)
         for piece in pieces:
             self._pieces.put((piece, memory))
         return sum(piece.numel() for piece in pieces)
@@ -145,10 +160,7 @@ class Mover:
         try:
             self._end.open()
             self._met = True
-            while not self._stopped and (piece := self._pieces.get()) is not None:
-                self._end.move(*piece)
-                self._moved += 1
-                self.bell.ring()
+            self._move()
         except BaseException as error:
             # Words only: the frames of an error hold memory that the end is to let go of.
             self._failure = f"the connection for bytes failed: {error}"
@@ -159,6 +171,26 @@ class Mover:
             finally:
                 self._wire.stop()
                 self._wire.close()
+
+    def _move(self) -> None:
+        """Move pieces until there are no more."""
+        begun = 0
+        while not self._stopped:
+            if not begun or (begun < AT_ONCE and self._end.can_begin()):
+                try:
+                    piece = self._pieces.get(block=not begun)
+                except queue.Empty:
+                    pass
+                else:
+                    if piece is None:
+                        return
+                    self._end.begin(*piece)
+                    begun += 1
+                    continue
+            self._end.finish()
+            begun -= 1
+            self._moved += 1
+            self.bell.ring()
 
 
 @signals.held_throughout
@@ -175,7 +207,7 @@ class ThreadOutflow:
     @property
     def waiting(self) -> tuple[Waitable, bool] | None:
         """The bell, while something is unsent."""
-        return None if self._mover is None or self._mover.idle else (self._mover.bell, False)
+        return None if self._mover is None or not self._mover.lacking else (self._mover.bell, False)
 
     @property
     def attached(self) -> bool:
@@ -214,6 +246,8 @@ class ThreadOutflow:
 @signals.held_throughout
 class ThreadInflow:
     """See ``Inflow``."""
+
+    ahead = AT_ONCE
 
     def __init__(self, make: MakeEnd, connecting: socket.socket, token: bytes) -> None:
         """Takes over a socket that is on its way to the sender."""
@@ -256,17 +290,17 @@ class ThreadInflow:
         else:
             self._mover.put(memory, chunks)
 
-    def fill(self) -> bool:
-        """See what has come. Returns whether everything that was expected is there.
+    def take(self) -> int:
+        """See what has come. Returns how many of the slots that were expected are not there yet.
 
         Raises:
             PeerLost: something failed.
         """
         if not self.greet():
-            return False
+            return len(self._early)
         assert self._mover is not None
         self._mover.check()
-        return self._mover.idle
+        return self._mover.lacking
 
     def close(self) -> None:
         """Let go, soon. May be called twice."""

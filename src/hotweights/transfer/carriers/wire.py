@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
 import struct
 
@@ -58,6 +59,11 @@ class Wire:
                 raise PeerLost("the connection for bytes ended")
             came += part
         return bytes(came)
+
+    @property
+    def has_come(self) -> bool:
+        """Whether a word has begun to come, or the end of the connection."""
+        return bool(select.select([self._socket], [], [], 0)[0])
 
     def stop(self) -> None:
         """End every wait, at both ends. Any thread may call it, twice."""
