@@ -244,3 +244,18 @@ def test_a_model_on_meta_has_no_digest():
     live.load(state, device="cpu")
     with hw.open(state) as source:
         assert live.digest() == source.digest()
+
+
+def test_a_digest_is_of_what_is_live_and_not_of_what_came():
+    """A payload that is right proves nothing: a hook, a kernel or a stray write may have changed the model since."""
+    live = hw.LiveModel(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+    state = {name: torch.randn_like(tensor) for name, tensor in live.model.state_dict().items()}
+    live.load(state)
+    digest = live.digest()
+    live.on_commit(lambda version: live.model[1].bias.data.zero_())
+    live.update(state)
+    assert [name for name, of in live.digest().tensors.items() if of != digest.tensors[name]] == ["1.bias"]
+    live.model[1].bias.data.copy_(state["1.bias"])
+    assert live.digest() == digest
+    live.model[0].weight = nn.Parameter(state["0.weight"] * 2)
+    assert live.digest() != digest

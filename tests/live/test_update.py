@@ -668,3 +668,28 @@ def test_advice_that_the_first_load_could_not_follow_either_does_not_point_there
     with pytest.raises(hw.UpdateAborted, match="first load") as refused:
         live.update({"weight": torch.zeros(2, 2)})
     assert "allow_missing=" in refused.value.advice
+
+
+class Larger(nn.Module):
+    """Keeps the larger of what it has and what comes, as loading code of shards does with their scales."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.zeros(2), requires_grad=False)
+
+    def load_weights(self, pairs):
+        for _, tensor in pairs:
+            self.scale.data.copy_(torch.maximum(self.scale.data, tensor))
+
+
+@pytest.mark.parametrize("process", [None, lambda layer: None])
+def test_what_loading_code_writes_is_read_as_before_the_first_load(process):
+    """Else a version would hold what the one before it was."""
+    live = hw.LiveModel(Larger(), process=process)
+    for value in (3.0, 2.0, 4.0, 1.0):
+        scales = {f"{shard}.scale": torch.full((2,), value + number) for number, shard in enumerate("qk")}
+        live.update(scales) if live.version else live.load(scales)
+        assert live.model.scale.tolist() == [value + 1] * 2
+    with pytest.raises(hw.UpdateAborted, match="scale: is read as it was before the first load"):
+        live.update({name: tensor.double() for name, tensor in scales.items()})
+    assert live.model.scale.tolist() == [2.0] * 2

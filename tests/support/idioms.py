@@ -354,6 +354,7 @@ each(
     "P",
 )
 each("adds to what is there", lambda m, w: m.p.data.add_(w), "P")
+each("what comes less what is there", lambda m, w: m.p.data.copy_(w - m.p.data), "P")
 each("reads state that loading has not written", lambda m, w: m.p.data.copy_(w * m.g.data), "P")
 
 # --- arithmetic and operations ---------------------------------------------------------------------------------------

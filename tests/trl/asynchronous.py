@@ -51,7 +51,7 @@ def cut(pairs: Iterator[Any]) -> Iterator[Any]:
 def life(weights: str, folder: str, url: str, adapter: bool) -> list[Any]:
     """Sync what the trainer begins with, and after a change; in between one that fails. Returns how the last ended."""
     import torch
-    from trained import save
+    from trained import keep_merged, save
 
     import hotweights.engines.trl
 
@@ -64,7 +64,9 @@ def life(weights: str, folder: str, url: str, adapter: bool) -> list[Any]:
         more["peft_config"] = LoraConfig(r=4, target_modules="all-linear")
     trainer = trainer_of(weights, folder, url, **more)
     inner = trainer.accelerator.unwrap_model(trainer.model)
-    if not adapter:
+    if adapter:
+        keep_merged(trainer)
+    else:
         freeze(inner, trainer.weight_transfer._weight_update_info)
     trainer._sync_weight()
     theirs = trainer._streaming_iter

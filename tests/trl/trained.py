@@ -79,7 +79,6 @@ def trainer_of(kind: str, model: str, folder: str, adapter: bool = False, **sett
 
         more["peft_config"] = LoraConfig(r=4, target_modules="all-linear", modules_to_save=None)
     prompts = Dataset.from_dict({"prompt": [f"w{n} w{n + 1} w{n + 2}" for n in range(10, 50)]})
-    # In bfloat16 PEFT's merging and unmerging rounds the base anew each time: what is saved after a sync was not sent.
     settings = {**SETTINGS, "output_dir": folder, "model_init_kwargs": {"dtype": "float32"}, **settings}
     if kind == "OnlineDPO":
         from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
@@ -96,12 +95,24 @@ def trainer_of(kind: str, model: str, folder: str, adapter: bool = False, **sett
     return getattr(trl, f"{kind}Trainer")(model=model, reward_funcs=even, train_dataset=prompts, args=args, **more)
 
 
+def keep_merged(trainer: Any) -> None:
+    """Keep what TRL merges, for ``save``: merged anew it is another in its last bits, for unmerging rounds the base."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    merge = model.merge_adapter
+
+    def merging(*given: Any, **named: Any) -> None:
+        merge(*given, **named)
+        trainer.as_merged = copy.deepcopy(model.base_model).unload()
+
+    model.merge_adapter = merging
+
+
 def save(trainer: Any, path: str) -> None:
-    """What the trainer would generate with, as a checkpoint; adapters are merged in a copy."""
+    """What the trainer has given vLLM, as a checkpoint; adapters are in it as they were merged."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     if hasattr(model, "peft_config"):
         assert not any(getattr(module, "merged", False) for module in model.modules()), "TRL has left it merged"
-        model = copy.deepcopy(model).merge_and_unload()
+        model = trainer.as_merged
     model.save_pretrained(path)
     make_tokenizer(Path(path))
 
@@ -154,11 +165,18 @@ def life(
         small_engines()
     hotweights.engines.trl.enable(on_sync=synced, timeout=120)
     trainer = trainer_of(kind, model, folder, adapter, **settings)
+    if adapter:
+        keep_merged(trainer)
     trainer.train()
     return found
 
 
+def alone(talker: drive.Talker) -> list[int]:
+    """What it says when it is asked nothing else meanwhile: beside other prompts kernels round in another way."""
+    return by_engine(talker.llm)
+
+
 def fresh(zoo: Zoo, path: str) -> list[int]:
     """What a fresh engine of vLLM's own default says."""
-    said: list[list[int]] = zoo.run(drive.say, Path(path), options=ENGINE)
-    return said[1]
+    said: list[int] = zoo.run(alone, Path(path), options=ENGINE)
+    return said

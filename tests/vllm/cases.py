@@ -61,6 +61,39 @@ def _int8(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> dict[str,
     return made
 
 
+def _w4a16(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """As compressed-tensors packs 4 bits. Each part of a fused layer brings its shape, and they differ."""
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {
+                    "num_bits": 4,
+                    "type": "int",
+                    "symmetric": True,
+                    "strategy": "group",
+                    "group_size": 128,
+                    "dynamic": False,
+                },
+            }
+        },
+    }
+    made = {}
+    for name, tensor in tensors.items():
+        if name.endswith("_proj.weight"):
+            rows, columns = tensor.shape
+            made[name + "_packed"] = torch.randint(-(2**31), 2**31 - 1, (rows, columns // 8), dtype=torch.int32)
+            made[name + "_scale"] = tensor[:, ::128].abs() * 0.1 + 0.01
+            made[name + "_shape"] = torch.tensor([rows, columns])
+        else:
+            made[name] = tensor
+    return made
+
+
 @dataclass(frozen=True)
 class Case:
     """One kind of model.
@@ -170,6 +203,7 @@ MORE = {
             "v_head_dim": 64,
         },
     ),
+    "w4a16": Case("LlamaConfig", _BASE, convert=_w4a16),
 }
 """Those of single tests."""
 

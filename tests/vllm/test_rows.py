@@ -44,7 +44,7 @@ def rows(paths):
         ("olmoe", "qwen2-moe", "deepseek-v3"),
         ("gemma2", "olmo2", "granite"),
         ("phi3", "starcoder2", "gpt-neox"),
-        ("gpt2", "opt", "bloom"),
+        ("gpt2", "opt", "bloom", "w4a16"),
     ],
     ids="-".join,
 )

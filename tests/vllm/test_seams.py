@@ -265,3 +265,39 @@ def registered():
     first = table["hotweights"]
     register()
     return [first.__name__, table["hotweights"] is first]
+
+
+def scored(talker: Talker, paths):
+    """What a reranker thinks of a prompt, after its load and after each update; and how many tensors went by plan."""
+    from hotweights.engines import vllm as engine
+
+    def scores():
+        prompts = [{"prompt_token_ids": prompt[:60]} for prompt in PROMPTS]
+        return [
+            one.outputs.data.tolist() for one in talker.llm.encode(prompts, pooling_task="classify", use_tqdm=False)
+        ]
+
+    found = [scores()]
+    for path in paths:
+        engine.update(talker.llm, path)
+        found.append(scores())
+    return found
+
+
+def test_a_reranker_that_vllm_makes_of_a_language_model(zoo):
+    """Its score is a difference of two rows of a head that loading code makes and drops: that code loads it whole."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    paths = {weights: zoo.checkpoint("qwen3", weights) for weights in "AB"}
+    for path in paths.values():
+        words = Tokenizer(WordLevel({"yes": 1, "no": 2, "?": 3}, "?"))
+        PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?").save_pretrained(path)
+    overrides = {"classifier_from_token": ["no", "yes"], "method": "from_2_way_softmax"}
+    overrides["architectures"] = ["Qwen3ForSequenceClassification"]
+    options = {"runner": "pooling", "hf_overrides": overrides, "skip_tokenizer_init": False}
+    theirs = {weights: zoo.run(scored, path, (), options=options)[0] for weights, path in paths.items()}
+    assert theirs["A"] != theirs["B"]
+    given = [str(paths[weights]) for weights in "BA"]
+    assert zoo.run(scored, paths["A"], given, options={**OURS, **options}) == [theirs[weights] for weights in "ABA"]

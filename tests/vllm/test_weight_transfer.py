@@ -66,14 +66,20 @@ def round_of_refits(talker: Talker, paths):
     llm.start_weight_update()
     llm.update_weights({"update_info": {"versions": 7}})
     found["wrong calls"] = engine.status(llm, digest=False)[0]["refused"]
+    llm.update_weights({"update_info": "no mapping"})
+    found["no mapping"] = engine.status(llm, digest=False)[0]["refused"]
+    llm.init_weight_transfer_engine({"init_info": "no mapping"})
     llm.update_weights({"update_info": {}})
     found["no trainer"] = engine.status(llm, digest=False)[0]["refused"]
     llm.finish_weight_update()
+    calls = [("update", ()), ("update", (7,)), ("status", (False, 1)), ("close_session", (1,))]
+    found["wrong arguments"] = [llm.collective_rpc(f"hotweights_{name}", args=args)[0] for name, args in calls]
     trainer.shutdown()
     trainer = trainer_of(engine.LLMClient(llm), ModuleSource(models["A"]))
     asleep = SimpleNamespace(pointer_to_data={0: SimpleNamespace(tag="weights", is_asleep=True)})
     with allocating(asleep):
         note("asleep", caught(trainer.send_weights))
+        found["status asleep"] = engine.status(llm)[0]
     found["without pausing"] = trainer_of(engine.LLMClient(llm, mode=None), ModuleSource(models["A"])).send_weights(9)
     found["without pausing"] = found["without pausing"].version
     note("slow", slow(llm, models["B"]))
@@ -85,10 +91,10 @@ def round_of_refits(talker: Talker, paths):
     found["too many"] = caught(lambda: trainer_of(engine.LLMClient(llm), ModuleSource(models["A"]), receivers=2))
 
     # Speculative decoding with a model of its own, which does not run here.
-    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
-    runner.get_draft_model = lambda: talker.model
+    config = llm.llm_engine.model_executor.driver_worker.worker.vllm_config
+    config.speculative_config = SimpleNamespace(method="mtp")
     found["drafts"] = engine.update(llm, paths["B"]).ranks[0]["report"]["warnings"]
-    del runner.get_draft_model
+    config.speculative_config = None
 
     # Twenty refits; the first few fill caches of plans and of memory allocators.
     trainer = trainer_of(engine.LLMClient(llm), ModuleSource(models["A"]))
@@ -181,9 +187,15 @@ def test_refits_of_an_engine_in_this_process(zoo):
     assert found["the next trainer"] == ("step-8", said["B"], ("step-8", "step-8", False, False))
     assert found["closed by hand"] == (False, said["B"], ("step-8", "step-8", False, False))
     assert "Invalid update_info" in found["wrong calls"]
+    assert "must be a mapping" in found["no mapping"]
     assert "no trainer" in found["no trainer"]
+    words = [answer["error"] for answer in found["wrong arguments"]]
+    assert ["argument" in each for each in words] == [True, False, True, True]
+    assert words[1] == "UsageError: a source is a path, or the address of a sender; found 7"
+    assert {answer["version"] for answer in found["wrong arguments"]} == {"step-8"}
     assert "this engine sleeps" in found["asleep"][0]
     assert found["asleep"][1:] == (said["B"], ("step-8", "step-8", False, False))
+    assert (found["status asleep"]["digest"], found["status asleep"]["version"]) == (None, "step-8")
     assert found["without pausing"] == 9
     assert found["slow"] == ([{True}, {False}], said["B"], ("collect=True", "collect=True", False, False))
     assert "TransferAborted" in found["stuck"][0]

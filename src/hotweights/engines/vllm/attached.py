@@ -74,12 +74,12 @@ def updatable(model: nn.Module, vllm_config: Any) -> LiveModel:
         )
     if live.state not in (State.SERVING, State.IN_DOUBT):
         raise UsageError(f"the model is {live.state.value}; only a model that is {State.SERVING.value} can be updated")
-    if _sleeps():
+    if sleeps():
         raise UsageError("this engine sleeps, so its weights have no memory; first: wake_up(tags=['weights'])")
     return live
 
 
-def _sleeps() -> bool:
+def sleeps() -> bool:
     """Whether vLLM has taken the memory of the weights away, as its sleep mode does from level 1 on."""
     from vllm.device_allocator.cumem import CuMemAllocator
 
@@ -87,6 +87,14 @@ def _sleeps() -> bool:
     return allocator is not None and any(
         data.tag == "weights" and data.is_asleep for data in allocator.pointer_to_data.values()
     )
+
+
+def stale_draft(vllm_config: Any) -> list[str]:
+    """A warning, if speculative decoding has a model of its own: nobody updates it."""
+    speculative = getattr(vllm_config, "speculative_config", None)
+    if speculative is None or speculative.method in ("ngram", "ngram_gpu", "suffix"):
+        return []
+    return ["the draft model keeps its weights: it proposes what the version before would say, so less is accepted"]
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from vllm.logger import init_logger
 from ...errors import TransferTimeout, UsageError
 from ...sources.contracts import refusing
 from ...transfer.receiver import Receiver
-from .attached import as_loaded, attached, updatable
+from .attached import as_loaded, attached, stale_draft, updatable
 from .ranks import Ranks, words_of
 from .receiving import receiver_of
 
@@ -101,7 +101,8 @@ class Backend(WeightTransferEngine):  # type: ignore[misc]
         try:
             info: InitInfo = super().parse_init_info(init_dict)
         except ValueError as error:
-            info = InitInfo(str(init_dict.get("address")), problem=str(error))
+            address = init_dict.get("address") if isinstance(init_dict, Mapping) else init_dict
+            info = InitInfo(str(address), problem=str(error))
         return info
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
@@ -132,7 +133,8 @@ class Backend(WeightTransferEngine):  # type: ignore[misc]
 
     def update_weights(self, update_info: Mapping[str, Any]) -> None:
         """Take one version if all receivers of the trainer do. Returns in any case, see ``refused``."""
-        with self._refusing(f"version {update_info.get('version')!r}"):
+        version = update_info.get("version") if isinstance(update_info, Mapping) else update_info
+        with self._refusing(f"version {version!r}"):
             self.receive_weights(self.parse_update_info(update_info))
             if torch.accelerator.is_available():  # The base class synchronises also where there is none.
                 torch.accelerator.synchronize()
@@ -157,6 +159,8 @@ class Backend(WeightTransferEngine):  # type: ignore[misc]
                 report = live.update(receiver, show_progress=False)
         self.refused = None
         _LOG.info("hotweights: version %r is live", report.version)
+        for warning in (*report.warnings, *stale_draft(self.vllm_config)):
+            _LOG.warning("hotweights: %s", warning)
 
     def finish_weight_update(self) -> None:
         """End the session. Nothing is done here that could fail: the worker would keep it open for ever."""

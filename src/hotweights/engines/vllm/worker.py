@@ -5,18 +5,40 @@ A failure is returned, never raised: an exception in one worker would leave the 
 
 from __future__ import annotations
 
+import functools
 import logging
+from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 from ...errors import UsageError
 from ...live.model import LiveModel
 from ...live.report import UpdateReport
-from .attached import as_loaded, attached, loaded_by_us, updatable
+from .attached import as_loaded, attached, loaded_by_us, sleeps, stale_draft, updatable
 from .ranks import Ranks, together, words_of
 from .receiving import is_address, receiver_of
 
 _LOG = logging.getLogger("vllm.hotweights")
+Given = ParamSpec("Given")
+Answering = Callable[Concatenate["Worker", Given], dict[str, Any]]
+
+
+def _answering(act: Answering[Given]) -> Answering[Given]:
+    """Let a method answer with what it raises, also where it is called with other arguments than it has."""
+
+    @functools.wraps(act)
+    def answer(worker: Worker, /, *args: Given.args, **kwargs: Given.kwargs) -> dict[str, Any]:
+        try:
+            return act(worker, *args, **kwargs)
+        except Exception as error:
+            _LOG.warning("hotweights: a call failed", exc_info=True)
+            return {**_state(worker, Ranks()), **_session(worker), **_NOTHING, "error": words_of(error)}
+
+    return answer
+
+
+_NOTHING = {"digest": None, "hidden": None, "report": None}
+"""What an answer says where there is nothing to say."""
 
 
 class Worker:
@@ -29,6 +51,7 @@ class Worker:
     parallel_config: Any
     vllm_config: Any
 
+    @_answering
     def hotweights_update(
         self,
         source: str,
@@ -63,8 +86,9 @@ class Worker:
         if hasattr(self.model_runner, "reset_lora_state"):
             self.model_runner.reset_lora_state()
         _LOG.info("hotweights: version %r is live, by %s", report.version, source)
-        return {**_state(self, ranks), "error": None, "report": _numbers(report, _drafts(self))}
+        return {**_state(self, ranks), "error": None, "report": _numbers(report, stale_draft(self.vllm_config))}
 
+    @_answering
     def hotweights_status(self, digest: bool = True) -> dict[str, Any]:
         """What this worker holds.
 
@@ -72,18 +96,20 @@ class Worker:
             digest: whether to read every byte of the model, to tell it from another.
 
         Returns:
-            ``rank``, ``version`` and ``state``; ``digest``, over all parameters and buffers as they are now;
-            ``hidden``, how many weights kernels have packed into memory of their own, which no digest sees; ``error``.
-            Of vLLM's weight transfer: ``session_open``, and ``refused``, why the last version was not taken.
+            ``rank``, ``version`` and ``state``; ``digest``, over all parameters and buffers as they are now, but
+            ``None`` while the engine sleeps; ``hidden``, how many weights kernels have packed into memory of their own,
+            which no digest sees; ``error``. Of vLLM's weight transfer: ``session_open``, and ``refused``, why the
+            last version was not taken.
         """
         ranks = Ranks()
         try:
             live = loaded_by_us(self.get_model())
         except UsageError as error:
             return {**_state(self, ranks), **_session(self), "digest": None, "hidden": None, "error": str(error)}
-        whole = live.digest().whole if digest else None
+        whole = live.digest().whole if digest and not sleeps() else None
         return {**_state(self, ranks), **_session(self), "digest": whole, "hidden": _hidden(live), "error": None}
 
+    @_answering
     def hotweights_close_session(self) -> dict[str, Any]:
         """End the update of vLLM's weight transfer that a trainer has left open when it died; else do nothing.
 
@@ -139,14 +165,6 @@ def _state(worker: Worker, ranks: Ranks) -> dict[str, Any]:
 def _hidden(live: LiveModel) -> int:
     """How many parameters are empty, because what they held is in memory that only a kernel sees."""
     return sum(parameter.numel() == 0 for parameter in live.model.parameters())
-
-
-def _drafts(worker: Worker) -> list[str]:
-    """A warning, if speculative decoding has a model of its own."""
-    find = getattr(worker.model_runner, "get_draft_model", None)
-    if not callable(find) or find() is None:
-        return []
-    return ["the draft model keeps its weights: it proposes what the version before would say, so less is accepted"]
 
 
 def _numbers(report: UpdateReport, warnings: list[str]) -> dict[str, Any]:
