@@ -185,3 +185,16 @@ def test_it_is_for_addresses_on_the_network(address, tmp_path):
         hw.Receiver("tcps://127.0.0.1:1", relay=True, keep="much")
     with pytest.raises(hw.UsageError, match="keep="):
         hw.Receiver(tmp_path, keep="1MB")
+
+
+def test_two_jobs_that_both_say_env_have_a_relay_each(monkeypatch, tmp_path, keys):
+    """The environment says which job; the relay, a process of its own, is told what it says."""
+    folders = []
+    for number in (1, 2):
+        monkeypatch.setenv("HOTWEIGHTS_ADDRESS", f"tcps://127.0.0.1:{number}")
+        monkeypatch.setenv("HOTWEIGHTS_KEYS", str(keys))
+        folders.append(host_relay.HostRelay("env:")._folder)
+    assert folders == [folder_of(f"tcps://127.0.0.1:{number}", keys, False) for number in (1, 2)]
+    monkeypatch.setenv("HOTWEIGHTS_ADDRESS", "ray:job")
+    with pytest.raises(hw.UsageError, match="at ray:job each node has a relay already; leave it out"):
+        hw.Receiver("env:", relay=True)

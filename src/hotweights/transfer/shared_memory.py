@@ -8,10 +8,11 @@ import logging
 import mmap
 import os
 import warnings
+from collections.abc import Callable
 
 import torch
 
-from ..errors import ProtocolError, TransferError, UsageError
+from ..errors import PeerLost, ProtocolError, TransferError, UsageError
 from ..memory.addresses import PAGE
 from ..memory.host import ALIGNMENT, host_empty
 from ..notices import log
@@ -165,9 +166,11 @@ class OwnSlots:
     Attributes:
         memories: as the sender's.
         origins: others that fill them beside the sender.
+        sender: who that is, for people.
     """
 
     roll = None
+    sender = "the sender"
 
     def __init__(self, flow: Inflow, slots: int, slot_nbytes: int) -> None:
         """Takes over the flow.
@@ -219,7 +222,7 @@ class OwnSlots:
             PeerLost: who was to send it is gone.
             ProtocolError: something else came.
         """
-        self._lacks = not self._flow.fill()
+        self._lacks = not self._named(self._flow.fill)
         return self.origins.fill(fill) and not self._lacks
 
     def greet(self) -> None:
@@ -228,8 +231,15 @@ class OwnSlots:
         Raises:
             PeerLost: the sender's flow is gone.
         """
-        self._flow.greet()
+        self._named(self._flow.greet)
         self.origins.greet()
+
+    def _named(self, act: Callable[[], bool]) -> bool:
+        """Do it; an error says who is lost."""
+        try:
+            return act()
+        except PeerLost as error:
+            raise PeerLost(f"{self.sender}: {error}") from error
 
     @property
     def awaited(self) -> list[tuple[Waitable, bool]]:
