@@ -520,6 +520,17 @@ def test_a_link_is_cut_when_what_is_sent_is_never_acknowledged(said, cut, state)
         assert channel.read() is None
 
 
+def test_a_connection_for_bytes_stays_open_between_two_versions(address):
+    """Firewalls forget one that is silent: steps may take hours."""
+    with sender(address) as sending, receiver(address) as source:
+        thread = Thread(lambda: dict(source.tensors()))
+        sending.send(CONTENT, version=1)
+        thread.result()
+        flow = source._connection.slots.flow._socket
+        assert flow.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        assert flow.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 60
+
+
 # Addresses.
 
 

@@ -26,7 +26,7 @@ from .flow import GREETING, TOKEN, Carrier, Inflow
 from .handed_keys import HandedKeys
 from .keys import Keys, is_any
 from .messages import NAME
-from .network_channel import NetworkChannel, host_of
+from .network_channel import NetworkChannel, host_of, keep_open
 from .states import Side
 from .tls import Tls
 
@@ -139,6 +139,8 @@ class NetworkEndpoint:
         connecting = self.reach()
         if connecting is None:
             raise TransferError(f"the name of {self._host} is not known any more")
+        with contextlib.suppress(OSError):  # Whoever reads is told that it is gone.
+            keep_open(connecting)
         flow = by.inflow(connecting, token)
         if isinstance(flow, TlsInflow):
             context = self._context(connecting)
