@@ -31,8 +31,9 @@ IDLE = 10.0
 _PACKAGE = Path(__file__).parents[2]
 # Of this very hotweights: another one may be installed, or lie on the path before it.
 _START = (
-    "import sys, importlib.machinery as m, importlib.util as u; s = m.PathFinder.find_spec('hotweights', [sys.argv[1]]); "
-    "h = sys.modules['hotweights'] = u.module_from_spec(s); sys.path.append(sys.argv[1]); s.loader.exec_module(h); "
+    "import sys, importlib.machinery as m, importlib.util as u; sys.path.append(sys.argv[1]); "
+    "s = m.PathFinder.find_spec('hotweights', [sys.argv[1]]); "
+    "h = sys.modules['hotweights'] = u.module_from_spec(s); s.loader.exec_module(h); "
     "from hotweights.transfer.host_relay import serve; serve(*sys.argv[2:])"
 )
 _FILES = ("socket", "socket.lock", "said", "users")
