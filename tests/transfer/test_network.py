@@ -520,6 +520,17 @@ def test_a_link_is_cut_when_what_is_sent_is_never_acknowledged(said, cut, state)
         assert channel.read() is None
 
 
+def test_a_connection_for_bytes_stays_open_between_two_versions(address):
+    """Firewalls forget one that is silent: steps may take hours."""
+    with sender(address) as sending, receiver(address) as source:
+        thread = Thread(lambda: dict(source.tensors()))
+        sending.send(CONTENT, version=1)
+        thread.result()
+        flow = source._connection.slots.flow._socket
+        assert flow.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        assert flow.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 60
+
+
 # Addresses.
 
 
@@ -595,6 +606,50 @@ def test_a_host_that_cannot_be_reached_is_told_at_once_with_both_names(when, mon
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.startswith(f"this host, {socket.gethostname()}, cannot reach 192.0.2.1 (192.0.2.1): No route to host")
     assert when == "at once" or "cannot reach 192.0.2.1" in str(raised.value)
+
+
+def test_of_several_addresses_of_a_name_the_one_is_found_where_the_sender_listens(address, monkeypatch):
+    """A host without IPv6 has the other one first, and the sender's host has both."""
+    where = ("127.0.0.1", int(address.rpartition(":")[2]))
+    found = [(socket.AF_INET, 1, 6, "", ("127.0.0.2", where[1])), (socket.AF_INET, 1, 6, "", where)]
+    with sender(address) as sending:
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+        worker = Thread(lambda: take("tcps://localhost:1"))
+        sending.send(CONTENT, version=1)
+        assert worker.result().keys() == CONTENT.keys()
+
+
+def test_addresses_of_ipv6(tmp_path):
+    """With a key for the number, by which both ends call it."""
+    from hotweights.transfer.keys import make_keys
+
+    make_keys(tmp_path, ["::1"])
+    with sender("tcps://[::1]:0", keys=tmp_path, encrypt="all") as sending:
+        assert sending.address.startswith("tcps://[::1]:")
+        worker = Thread(lambda: take(sending.address, keys=tmp_path))
+        assert sending.send(CONTENT, version=1).committed == (f"process {os.getpid()} on ::1",)
+        worker.result()
+    with sender("tcps://[::]:0", insecure=True) as sending:  # Who comes by IPv4 is called so.
+        worker = Thread(lambda: take(sending.address.replace("[::]", "127.0.0.1")))
+        assert sending.send(CONTENT, version=1).committed == (f"process {os.getpid()} on 127.0.0.1",)
+        worker.result()
+
+
+@pytest.mark.parametrize("lost", ["the channel", "the flow"])
+def test_a_receiver_that_loses_its_sender_says_which_process_on_which_host(lost, address):
+    def cut():
+        yield "a", CONTENT["a"]
+        (peer,) = sending._way._group.peers
+        (peer.channel.socket if lost == "the channel" else peer.flow._socket).shutdown(socket.SHUT_RDWR)
+        yield "b", CONTENT["b"]
+
+    with sender(address) as sending:
+        worker = Thread(take, address)
+        with contextlib.suppress(hw.TransferError, hw.Closed):
+            sending.send(cut(), version=1, manifest=hw.open(CONTENT).manifest)
+        with pytest.raises(hw.TransferError) as raised:
+            worker.result()
+    assert f"the sender (process {os.getpid()} on 127.0.0.1)" in str(raised.value)
 
 
 def test_an_address_of_another_host_is_refused():

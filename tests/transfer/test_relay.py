@@ -16,7 +16,10 @@ from hosts import follow, free_address, history, relay_process
 from hotweights.ranges import Range
 from hotweights.sources.contracts import Request
 from hotweights.testing import TRANSPORT_CONTRACT, assert_same_bits
+from hotweights.transfer.channel import Channel
 from hotweights.transfer.decision import Decision
+from hotweights.transfer.messages import Accept, Offer
+from hotweights.transfer.onward import Onward
 from hotweights.transfer.relay import Relay
 
 
@@ -369,3 +372,161 @@ def test_who_waits_for_more_is_told_of_a_relay_and_its_workers(trainer, worker):
             pass
         with pytest.raises(hw.TransferTimeout, match=r"0 of 2 receivers .* on 127.0.0.1\) with 0 workers"):
             sending.send({"a": torch.zeros(1)}, version=1)
+
+
+# Trees.
+
+
+class Tree:
+    """A relay that feeds two others, each with a worker; and one at the trainer. All are processes."""
+
+    def __init__(self, stack, trainer, folder, at):
+        self._stack, self._trainer, self._between = stack, trainer, free_address()
+        self._local = {name: f"unix:{folder / name / 'socket'}" for name in ("middle", "leaf", "other")}
+        self.workers = {
+            name: stack.enter_context(Child(follow, to)) for name, to in {**self._local, "direct": trainer}.items()
+        }
+        self.relays = {name: self.start(name, at.get(name)) for name in self._local}
+
+    def start(self, name, at=None):
+        """One of the relays; it dies at a point of its second version."""
+        local = self._local[name]
+        source, to = (self._trainer, [local, self._between]) if name == "middle" else (self._between, local)
+        running = self._stack.enter_context(Child(relay_process, source, to, at))
+        self._stack.callback(self._end, running)
+        return running
+
+    def _end(self, running):
+        if running.process.is_alive():
+            with contextlib.suppress(BrokenPipeError):
+                running.say("end")
+                running.heard()
+
+
+def sent_with_losses(sending, version):
+    """Who took it, and who is told not to have."""
+    try:
+        report = sending.send(Tiny(version), version=version)
+        return report.committed, " ".join(report.lost)
+    except hw.TransferIncomplete as error:
+        return error.committed, " ".join(error.problems)
+
+
+POINTS = [("leaf", 2), ("leaf", 14), ("leaf", 26), ("middle", 2), ("middle", 20), ("middle", 38)]  # before the end
+
+
+@pytest.mark.parametrize(("who", "at"), POINTS)
+def test_a_tree_loses_the_branch_that_dies_and_nobody_else(who, at, trainer, tmp_path):
+    with contextlib.ExitStack() as stack:
+        tree = Tree(stack, trainer, tmp_path, {who: at})
+        sending = stack.enter_context(sender(trainer, receivers=4, on_lost="drop"))
+        assert len(sending.send(Tiny(1), version=1).committed) == 4
+        committed, lost = sent_with_losses(sending, 2)
+        tree.relays[who].process.join(TIMEOUT)
+        others = {"leaf": {"middle", "other", "direct"}, "middle": {"direct"}}[who]
+        took = {name for name, each in tree.workers.items() if f"{each.name} on 127.0.0.1" in committed}
+        assert len(took) == len(committed)
+        assert took == others
+        gone = [f"process {tree.relays[who].process.pid} ", f"{tree.workers[who].name} "]
+        assert any(name in lost for name in gone), lost
+        tree.start(who)
+        version = 4
+        while len(sent_with_losses(sending, version)[0]) < 4:  # What died last may be counted as there still.
+            version += 1
+        assert len(sent_at_last(sending, Tiny(3), version=3).committed) == 4
+        for name, worker in tree.workers.items():
+            versions, doubted = history(worker)
+            assert name not in took or (2 in versions and not doubted)
+
+
+@pytest.mark.parametrize("on_lost", ["abort", "drop"])
+def test_a_worker_that_fails_far_behind_takes_out_its_own_host(on_lost, trainer, worker, tmp_path):
+    """Of a chain of two. With "drop" the first host goes on, and the report says which worker is left out."""
+    between, local = free_address(), f"unix:{tmp_path / 'other' / 'socket'}"
+    lives = [hw.LiveModel(Tiny()) for _ in range(2)]
+
+    def process(layer):
+        if any(bool((parameter == 2).all()) for parameter in layer.parameters()):
+            raise ValueError("no room")
+
+    def follow(live, address, name):
+        with receiver(address, name=name) as source:
+            live.load(source)
+            while live.version != 3:
+                with contextlib.suppress(hw.UpdateAborted):
+                    live.update(source)
+
+    lives[1] = hw.LiveModel(Tiny(), process=process)
+    with (
+        relaying(trainer, [worker, between]),
+        relaying(between, local),
+        sender(trainer, receivers=2, on_lost=on_lost) as sending,
+    ):
+        threads = [Thread(follow, lives[0], worker, "near"), Thread(follow, lives[1], local, "far")]
+        sending.send(Tiny(1), version=1)
+        if on_lost == "abort":
+            with pytest.raises(hw.TransferAborted, match=r"far \(process \d+( #2)?\): ValueError: no room"):
+                sending.send(Tiny(2), version=2)
+        else:
+            report = sending.send(Tiny(2), version=2)
+            ((name, why),) = report.lost.items()
+            assert name.startswith("far (process")
+            assert name.endswith(") on 127.0.0.1")
+            assert "ValueError: no room" in why
+            assert [name[:4] for name in report.committed] == ["near"]
+        assert lives[0].version == (1 if on_lost == "abort" else 2)
+        assert lives[1].version == 1
+        assert len(sending.send(Tiny(3), version=3).committed) == 2
+        for thread in threads:
+            thread.result()
+
+
+def test_each_relay_is_less_patient_than_the_one_before(trainer, worker, tmp_path, monkeypatch):
+    """So it is the worker that stands still which is named, and not the relay before it."""
+    between, local, seen = free_address(), f"unix:{tmp_path / 'other' / 'socket'}", []
+    say, wait = Channel.send, Onward._wait
+
+    def noting(channel, message, **options):
+        if isinstance(message, Offer):
+            seen.append(("offers", message.patience))
+        say(channel, message, **options)
+
+    def waiting(onward, pending, deed):
+        seen.append(("waits", onward._timeout))
+        wait(onward, pending, deed)
+
+    monkeypatch.setattr(Channel, "send", noting)
+    monkeypatch.setattr(Onward, "_wait", waiting)
+    with relaying(trainer, between), relaying(between, local), sender(trainer, timeout=10.0) as sending:
+        thread = Thread(take, local)
+        sending.send(tensors(), version=1)
+        thread.result()
+    offers = [seconds for what, seconds in seen if what == "offers"]
+    waits = sorted({seconds for what, seconds in seen if what == "waits"}, reverse=True)
+    assert offers == [10.0, pytest.approx(9.0), pytest.approx(8.1)]
+    assert waits == [7.5, pytest.approx(6.75)]
+
+
+def test_a_relay_that_cannot_say_what_its_workers_want_refuses_and_goes_on(trainer, worker, monkeypatch):
+    say = Channel.send
+
+    def too_large(channel, message, **options):
+        if isinstance(message, Accept) and not channel.shares:
+            raise hw.UsageError("a message is too large")
+        say(channel, message, **options)
+
+    with relaying(trainer, worker), sender(trainer) as sending, receiver(worker) as source:
+        with monkeypatch.context() as patch:
+            patch.setattr(Channel, "send", too_large)
+            thread = Thread(lambda: refused(source))
+            with pytest.raises(hw.TransferAborted, match="what its workers want: a message is too large"):
+                sending.send(tensors(), version=1)
+            thread.result()
+        thread = Thread(lambda: dict(source.tensors()))
+        sending.send(tensors(), version=2)
+        assert_same_bits(thread.result(), tensors())
+
+
+def refused(source):
+    with pytest.raises(hw.TransferAborted, match="too large"):
+        dict(source.tensors())

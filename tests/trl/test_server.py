@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 
 import asynchronous
 import pytest
@@ -114,8 +115,12 @@ def connected(url):
     from trl.generation.vllm_client import VLLMClient
 
     import hotweights.engines.trl
+    from hotweights.transfer.keys import make_keys
 
-    hotweights.engines.trl.enable(timeout=60)
+    # As where the server is on another host.
+    keys = tempfile.mkdtemp(prefix="hotweights-keys-")
+    make_keys(keys, ["127.0.0.1"])
+    hotweights.engines.trl.enable(timeout=60, address="tcps://127.0.0.1:0", keys=keys)
     client = VLLMClient(base_url=url)
     client.init_communicator(device="cpu")
     return client

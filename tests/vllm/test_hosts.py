@@ -1,5 +1,6 @@
 """Trainers on other hosts: addresses on the network, keys, and a relay. All of it on loopback."""
 
+import os
 import socket
 import threading
 
@@ -32,6 +33,9 @@ def across(talker: Talker, paths, folder):
         return report.version, report.network_nbytes > 0, talker.tokens()
 
     found["the trainer's keys"] = refit("B", "one")
+    os.environ |= {"HOTWEIGHTS_ADDRESS": "tcps://127.0.0.1:0", "HOTWEIGHTS_KEYS": keys["job"]}
+    found["its environment"] = refit("A", "one and a half", address="env:", keys=None)
+    del os.environ["HOTWEIGHTS_ADDRESS"], os.environ["HOTWEIGHTS_KEYS"]  # The engine has others.
     llm.start_weight_update()  # By a trainer that died.
     found["no keys"] = refit("A", "two", keys=None)
     config.model_loader_extra_config = {**DUMMY["model_loader_extra_config"], "keys": keys["job"]}
@@ -76,6 +80,7 @@ def test_trainers_on_other_hosts(zoo, tmp_path):
     said = {weights: zoo.fresh("llama", weights) for weights in "AB"}
     found = zoo.run(across, zoo.checkpoint("llama", "A"), paths, str(tmp_path), options={**BACKEND, **DUMMY})
     assert found["the trainer's keys"] == ("one", True, said["B"])
+    assert found["its environment"] == ("one and a half", True, said["A"])
     assert found["no keys"] == ("two", True, said["A"])
     assert "0 of 1 workers connected" in found["other keys"][0]
     assert found["other keys"][1] == said["A"]

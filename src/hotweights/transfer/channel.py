@@ -51,10 +51,12 @@ class Channel:
         session: the state of the connection, as this end sees it.
         shares: whether descriptors go through it, and so memory is shared with the other end.
         host: where the other end is; empty on this host.
+        other: the other end, for people.
     """
 
     shares = True
     host = ""
+    other = "the other side"
 
     def __init__(self, connected: socket.socket, side: Side) -> None:
         """Takes over the socket."""
@@ -124,7 +126,7 @@ class Channel:
                 return None
         if isinstance(frame.message, Broken):
             self.goodbye = True
-            raise PeerLost(f"the other side ended the connection: {frame.message.reason}")
+            raise PeerLost(f"{self.other} ended the connection: {frame.message.reason}")
         return frame
 
     def look(self) -> None:
@@ -227,7 +229,7 @@ class Channel:
             self._silent()
             return False
         except OSError as error:
-            raise PeerLost(f"the connection is gone: {error}") from error
+            raise PeerLost(f"the connection to {self.other} is gone: {error}") from error
         for level, kind, data in ancillary:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 descriptors = array.array("i")
@@ -239,7 +241,7 @@ class Channel:
             raise ProtocolError("more descriptors came than the protocol knows")
         if not raw:
             why = f": {self._failure}" if self._failure and not self.shares else ""
-            raise PeerLost("the other side is gone" + (", in the middle of a frame" if self._in else "") + why)
+            raise PeerLost(f"{self.other} is gone" + (", in the middle of a frame" if self._in else "") + why)
         self._in += self._incoming(raw)
         return True
 

@@ -31,6 +31,7 @@ QUIET = 10.0
 """Seconds after which it is logged that no sender is there."""
 
 _LOOK = 1.0  # seconds between two looks at a link to another host
+_SENDER = "the sender"
 
 
 @signals.held_throughout
@@ -62,6 +63,7 @@ class Connection:
         self._channel: Channel | None = None
         self._slots: ReadSlots | OwnSlots | None = None
         self._filling: deque[Frame] = deque()  # what was said of slots whose bytes are still on their way
+        self._sender = _SENDER  # for people; with its process and host, where that is another one
         self._ahead: Frame | None = None  # what ``peek`` saw
         self._stopped = False
         self._account: Account | None = None  # what became of the last update here
@@ -102,7 +104,7 @@ class Connection:
         slots = self._slots
         if slots is None:  # Another thread closed the receiver between two tensors.
             self.check_open()
-            raise PeerLost("the connection to the sender is gone")
+            raise PeerLost(f"the connection to {self._sender} is gone")
         return slots
 
     def offer(self, seconds: float) -> Frame:
@@ -191,7 +193,7 @@ class Connection:
                     return frame
                 again = meanwhile()
                 if not left(deadline):
-                    raise TransferTimeout("the sender said nothing in time")
+                    raise TransferTimeout(f"{self._sender} said nothing in time")
                 seconds = min(left(deadline), again or float("inf"), float("inf") if channel.shares else _LOOK)
                 self._waker.wait(self._awaited(channel), seconds, lambda: self._stopped or stop())
                 channel.flush()
@@ -357,7 +359,7 @@ class Connection:
     def _running(self) -> Channel:
         channel = self._channel  # Read once: another thread may close the receiver between two looks.
         if channel is None:
-            raise PeerLost("the connection to the sender is gone")
+            raise PeerLost(f"the connection to {self._sender} is gone")
         return channel
 
     def _connect(self) -> bool:
@@ -366,7 +368,7 @@ class Connection:
         channel = self._endpoint.connect()
         if channel is None:
             return False
-        self._channel = channel
+        self._channel, self._sender = channel, _SENDER
         channel.send(Hello(os.getpid(), self._name, self._crew, bool(self._account or self._epoch)))
         self._last = _NO_OFFER
         return True
@@ -480,8 +482,11 @@ class Connection:
             if descriptors:
                 self._slots = ReadSlots(descriptors[0], welcome.slots, welcome.slot_nbytes)
             else:
+                channel = self._running()
+                channel.other = self._sender = f"{_SENDER} (process {welcome.pid} on {channel.host})"
                 flow = self._endpoint.flow(welcome.token, welcome.carrier)
                 self._slots = self._make_slots(flow, welcome.slots, welcome.slot_nbytes)
+                self._slots.sender = self._sender
             if self._account or self._epoch:
                 self.send(Past(self._epoch, () if self._account is None else (self._account,)))
         except (TransferError, UsageError) as error:

@@ -88,6 +88,18 @@ def any_remote(addresses: object) -> bool:
     return not all(map(is_local, listed))
 
 
+def settled(address: str, keys: str | os.PathLike[str] | None = None) -> tuple[str, str | os.PathLike[str] | None]:
+    """The address itself and its keys; for ``env:`` those that the environment says. Given keys go before.
+
+    Raises:
+        UsageError: the environment does not say it.
+    """
+    if not isinstance(address, str) or not address.startswith(ENV):
+        return address, keys
+    found = named(address)
+    return found.address, found.keys if keys is None and not is_local(found.address) else keys
+
+
 def plain(address: str) -> str:
     """The address itself; for ``env:`` the one that the environment says.
 

@@ -21,7 +21,7 @@ from ..notices import log
 from .address import LONGEST, UnixEndpoint, check_directory, same_file
 from .channel import Channel, close_in_children
 from .door import Door
-from .endpoint import endpoint_of, is_local
+from .endpoint import endpoint_of, is_local, settled
 from .flow import Inflow
 from .relay import Relay
 
@@ -29,8 +29,12 @@ IDLE = 10.0
 """Seconds without any receiver after which a relay ends that one of them has started."""
 
 _PACKAGE = Path(__file__).parents[2]
+# Of this very hotweights: another one may be installed, or lie on the path before it.
 _START = (
-    "import sys; sys.path.append(sys.argv[1]); from hotweights.transfer.host_relay import serve; serve(*sys.argv[2:])"
+    "import sys, importlib.machinery as m, importlib.util as u; sys.path.append(sys.argv[1]); "
+    "s = m.PathFinder.find_spec('hotweights', [sys.argv[1]]); "
+    "h = sys.modules['hotweights'] = u.module_from_spec(s); s.loader.exec_module(h); "
+    "from hotweights.transfer.host_relay import serve; serve(*sys.argv[2:])"
 )
 _FILES = ("socket", "socket.lock", "said", "users")
 _WARNING = "relay from "  # what a relay says of a sender that is not there; it goes on trying
@@ -76,8 +80,13 @@ class HostRelay:
         self._keep = "" if keep is None else str(nbytes_from(keep=keep))
         if is_local(address):
             raise UsageError(f"relay= is for senders on other hosts, tcps://host:port; this is {address}; leave it out")
+        where, found = settled(address, keys)
+        if where.startswith("ray:"):
+            raise UsageError(f"relay= is for tcps://host:port: at {where} each node has a relay already; leave it out")
         endpoint_of(address, keys=keys, insecure=insecure)  # Better here than in another process.
-        self.address = address
+        # What the environment says from here on: two jobs on this host both say ``env:``, and must not share a relay.
+        self.address = address = where
+        keys = found
         self._keys, self._insecure = keys, insecure
         self._folder = folder_of(address, keys, insecure)
         self._unix = UnixEndpoint(f"unix:{self._folder / 'socket'}")

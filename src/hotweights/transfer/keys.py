@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric import ec
 
 _CA = "ca"  # ca.pem is the authority's certificate, which every host needs; ca.key makes more of them
-_HOST = re.compile(r"[0-9A-Za-z][0-9A-Za-z.:_-]*")
+_HOST = re.compile(r"[0-9A-Za-z:][0-9A-Za-z.:_-]*")
 _DAY = datetime.timedelta(days=1)
 
 

@@ -16,7 +16,7 @@ from ..ranges import Range
 from ..text import some
 from .decision import Decision, Known
 
-PROTOCOL = 6  # another number for every change of what messages hold
+PROTOCOL = 7  # another number for every change of what messages hold
 MAX_SMALL = 16 * 1024  # bytes of a frame where only short messages may come: the longest of them is a reason
 MAX_FRAME = 32 * 1024 * 1024  # bytes; a manifest of 100,000 tensors takes about 10
 _MAGIC = b"hotw"
@@ -97,7 +97,7 @@ class Welcome(_Message, frozen=True):
 
     ``timeout`` is the sender's patience with a single receiver; ``place`` is the receiver's in the roll. Between hosts
     no descriptor comes: the receiver has slots of its own, and shows ``token`` on a second connection, for the bytes,
-    which the ``carrier`` brings.
+    which the ``carrier`` brings. ``pid`` is the sender's, for people.
     """
 
     slots: int
@@ -106,6 +106,7 @@ class Welcome(_Message, frozen=True):
     place: int
     token: bytes = b""
     carrier: str = ""
+    pid: int = 0
 
 
 class Origin(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
@@ -132,7 +133,8 @@ class Offer(_Message, frozen=True):
     If it is ``relayed``, the ballot holds what this host's relay heard of the decision, which falls elsewhere.
     ``register`` says where the decision stands, if in one. The receiver, or the first relay before it, has this
     ``place`` at the lead. Of two leads the one with the larger ``epoch`` is the present one. Some bytes may come from
-    the ``origins``, if the receiver connects to them.
+    the ``origins``, if the receiver connects to them. With ``drop`` a relay goes on without other hosts behind it.
+    ``patience`` is how many seconds a single answer may take.
     ``kept`` is 0; or a group has taken the version before, by this update, and a relay has kept it: who is prepared
     takes it, whatever becomes of the relay.
     """
@@ -146,6 +148,8 @@ class Offer(_Message, frozen=True):
     epoch: int = 0
     kept: int = 0
     origins: tuple[Origin, ...] = ()
+    drop: bool = False
+    patience: float = 0.0
 
 
 class Wanted(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
@@ -222,7 +226,9 @@ class End(_Message, frozen=True):
 
 
 class Prepared(_Message, frozen=True):
-    """From here on a commit cannot fail."""
+    """From here on a commit cannot fail. Of a relay, ``lost`` are those behind it that it went on without."""
+
+    lost: tuple[tuple[str, str], ...] = ()
 
 
 class Commit(_Message, frozen=True):

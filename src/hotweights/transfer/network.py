@@ -26,7 +26,7 @@ from .flow import GREETING, TOKEN, Carrier, Inflow
 from .handed_keys import HandedKeys
 from .keys import Keys, is_any
 from .messages import NAME
-from .network_channel import NetworkChannel, host_of
+from .network_channel import NetworkChannel, host_of, keep_open
 from .states import Side
 from .tls import Tls
 
@@ -59,6 +59,8 @@ class NetworkEndpoint:
         self.address = address
         self._host, self._port = _parted(address)
         self._where = ""  # as last looked up
+        self._failures = 0  # of connections: of several addresses of a name, the sender listens at one
+        self._is_here = False  # whether all of them mean this host itself
         self._told: set[str] = set()  # why it could not be reached
         self._keys = keys if keys is None or isinstance(keys, HandedKeys) else Keys(keys)
         if keys is None and not insecure and not _is_loopback(self._host):
@@ -84,7 +86,7 @@ class NetworkEndpoint:
             )
         addresses = _resolved(self._host, self._port)
         family, _, _, _, where = addresses[0]
-        if not _is_loopback(self._host) and ipaddress.ip_address(str(where[0]).partition("%")[0]).is_loopback:
+        if not _is_loopback(self._host) and _means_loopback(addresses[0]):
             raise UsageError(
                 f"{self._host} is {where[0]} on this host, {socket.gethostname()}, and other hosts cannot reach that; "
                 "name an address of a network that they are in"
@@ -137,6 +139,8 @@ class NetworkEndpoint:
         connecting = self.reach()
         if connecting is None:
             raise TransferError(f"the name of {self._host} is not known any more")
+        with contextlib.suppress(OSError):  # Whoever reads is told that it is gone.
+            keep_open(connecting)
         flow = by.inflow(connecting, token)
         if isinstance(flow, TlsInflow):
             context = self._context(connecting)
@@ -153,13 +157,18 @@ class NetworkEndpoint:
             TransferError: waiting does not help.
         """
         try:
-            family, _, _, _, where = _resolved(self._host, self._port)[0]
+            addresses = _resolved(self._host, self._port)
         except UsageError:
             return None  # The name may be given when the sender starts, as Kubernetes does.
+        family, _, _, _, where = addresses[self._failures % len(addresses)]
         self._where = str(where[0])
+        self._is_here = all(map(_means_loopback, addresses))
         try:
             connecting = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
         except OSError as error:
+            if len(addresses) > 1 and error.errno == errno.EAFNOSUPPORT:
+                self._failures += 1
+                return None
             raise TransferError(f"no socket can be had: {error}") from error
         with contextlib.suppress(OSError):
             connecting.setsockopt(socket.IPPROTO_TCP, socket.TCP_SYNCNT, _SYNS)
@@ -167,7 +176,7 @@ class NetworkEndpoint:
         if code not in (0, errno.EINPROGRESS):
             connecting.close()
             self._failed(code)
-            if code in _AGAIN:
+            if code in _AGAIN or len(addresses) > 1:
                 return None
             raise TransferError(f"nobody can connect to {self.address}: {os.strerror(code)}")
         return connecting
@@ -179,7 +188,8 @@ class NetworkEndpoint:
             UsageError: the name means this host itself, where nobody listens.
         """
         here = socket.gethostname()
-        if code == errno.ECONNREFUSED and not _is_loopback(self._host) and _is_loopback(self._where):
+        self._failures += 1
+        if code == errno.ECONNREFUSED and not _is_loopback(self._host) and self._is_here:
             raise UsageError(
                 f"{self._host} is {self._where} on this host, {here}, which is this host itself, and nobody listens "
                 f"here; a line of /etc/hosts may say so. Give {self._host} its address on the network, or name that"
@@ -232,6 +242,10 @@ def _resolved(host: str, port: int) -> list[_Resolved]:
         return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)  # type: ignore[return-value]
     except OSError as error:
         raise UsageError(f"this host, {socket.gethostname()}, does not know the name {host}: {error}") from error
+
+
+def _means_loopback(resolved: _Resolved) -> bool:
+    return ipaddress.ip_address(str(resolved[-1][0]).partition("%")[0]).is_loopback
 
 
 class Attached(Protocol):

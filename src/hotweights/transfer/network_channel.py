@@ -19,6 +19,7 @@ SILENCE = 4.0
 
 _TLS = (b"\x15", b"\x16")  # how an alert and a handshake of TLS begin; no frame of ours does
 _ALERT = b"\x15\x03\x03\x00\x02\x02\x46"  # for who speaks no TLS: the fatal alert "protocol version"
+_GONE = "a host that is gone"
 _OFTEN = 1.0  # seconds between two looks at a link
 _RETRIES = 2  # sent again so often and not acknowledged: silence is no accident
 _TCP_INFO = struct.Struct("8B16I")  # linux/tcp.h: struct tcp_info, its beginning
@@ -44,6 +45,7 @@ class NetworkChannel(Channel):
         ``failed`` is told the error's number when no connection comes to be, and may have words for it.
         """
         self._failed = failed
+        self._address = address_of(connected)
         super().__init__(connected, side)
         keep_alive(connected)
         self._tls = tls
@@ -56,7 +58,8 @@ class NetworkChannel(Channel):
     @property
     def host(self) -> str:  # type: ignore[override]
         """Where the other end is: the name in its certificate, or its address."""
-        return (self._tls and self._tls.name) or host_of(self.socket)
+        self._address = self._address or address_of(self.socket)  # Of a connection that is gone nobody can tell.
+        return (self._tls and self._tls.name) or self._address or _GONE
 
     def _fill(self) -> bool:
         try:
@@ -77,6 +80,7 @@ class NetworkChannel(Channel):
         return frame if self._tls is None else self._tls.encrypted(frame)
 
     def _incoming(self, raw: bytes) -> bytes:
+        self._address = self._address or address_of(self.socket)
         if self._tls is None:
             if speaks_tls(raw) and not self._in:
                 raise ProtocolError("the other end speaks TLS, and this end has no keys; both need keys= of one job")
@@ -118,11 +122,16 @@ class NetworkChannel(Channel):
 
 
 def host_of(connected: socket.socket) -> str:
-    """The address of the host at the other end."""
+    """The address of the host at the other end, for people."""
+    return address_of(connected) or _GONE
+
+
+def address_of(connected: socket.socket) -> str:
+    """The address of the host at the other end; empty if there is no connection."""
     try:
-        return str(connected.getpeername()[0])
+        return str(connected.getpeername()[0]).removeprefix("::ffff:")  # of a host that came by IPv4 to one of IPv6
     except OSError:
-        return "a host that is gone"
+        return ""
 
 
 def keep_alive(connected: socket.socket) -> None:
@@ -131,6 +140,17 @@ def keep_alive(connected: socket.socket) -> None:
     connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 1)
     connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
     connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, int(SILENCE) - 1)
+
+
+def keep_open(connected: socket.socket) -> None:
+    """Have the kernel say something each minute where nothing is sent: firewalls forget connections that are silent.
+
+    It takes five minutes without an answer until this one is given up: a link that is cut is noticed on the channel.
+    """
+    connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
+    connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 60)
+    connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 5)
+    connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
 
 def seconds_cut(connected: socket.socket) -> float:

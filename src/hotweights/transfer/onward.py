@@ -16,6 +16,7 @@ from ..errors import (
     TransferIncomplete,
     TransferInDoubt,
     TransferTimeout,
+    UsageError,
 )
 from ..manifest import TensorSpec
 from ..ranges import within
@@ -52,8 +53,9 @@ from .states import SessionState
 from .waits import left
 
 SHARE = 0.75
-"""Of the sender's patience, for the workers: so it is the worker that is named, and not its relay."""
+"""Of the patience of whoever offers, for the workers: so it is the worker that is named, and not its relay."""
 
+_FURTHER = 0.9  # of that patience, for relays behind this one: theirs for their workers is a share of it
 _LOOK = 1.0  # seconds between two looks at what nobody wakes for
 
 
@@ -80,9 +82,9 @@ class Onward(Outbound):
             members,
             slots.shared,
             update=update,
-            timeout=SHARE * connection.patience,
+            timeout=SHARE * (offer.patience or connection.patience),
             digests=offer.digests,
-            drop=False,
+            drop=offer.drop,
             advance=lambda nbytes: None,
             timeline=Timeline(),
         )
@@ -94,6 +96,7 @@ class Onward(Outbound):
         self._heard: deque[Message] = deque()
         self._passed: set[int] = set()  # slots that some worker holds
         self._voted = False
+        self._gone: dict[str, str] = {}  # who was lost that the sender knows, and was not told of, and why
         self._named: tuple[Seat, ...] = ()  # those that vote, as the sender has named them
 
     def hand_on(self) -> None:
@@ -111,7 +114,9 @@ class Onward(Outbound):
                 raise TransferAborted("no worker is here any more")
             if self._keeper is not None:
                 self._collected = self._keeper.begin(offer, self._update, manifest)
-            relayed = msgspec.structs.replace(offer, relayed=True, origins=())  # All bytes come to this relay.
+            # All bytes come to this relay.
+            patience = _FURTHER * (offer.patience or self._connection.patience)
+            relayed = msgspec.structs.replace(offer, relayed=True, origins=(), patience=patience)
             report = self._run(offer.version, list(manifest.values()), lambda: relayed, self._stream)
         except TransferIncomplete:
             self._done("")
@@ -138,8 +143,7 @@ class Onward(Outbound):
 
     def _done(self, problem: str) -> None:
         """The host has the version, but for workers that were lost since it voted."""
-        fallen = {f"{name} on {peer.channel.host}": why for peer in self._members for name, why in peer.fallen}
-        self._connection.send(Done(problem, tuple((self._lost | fallen).items())))
+        self._connection.send(Done(problem, tuple((self._gone | self._fallen()).items())))
 
     def _stream(self) -> None:
         """Ask for what the workers want, and what is kept, and hand on slots as they come."""
@@ -149,7 +153,10 @@ class Onward(Outbound):
         asked = [wanted for _, wanted in wishes]
         if self._collected is not None:
             asked.append(self._collected.wish(asked))
-        self._connection.send(Accept(asked[0], tuple(asked[1:]), names))
+        try:
+            self._connection.send(Accept(asked[0], tuple(asked[1:]), names))
+        except UsageError as error:
+            raise TransferAborted("the update was aborted", [f"what its workers want: {error}"]) from error
         by_tensor = [(peer, {wanted.tensor: wanted for wanted in wish}) for peer, wish in wishes]
         while not isinstance(message := self._next(), End):
             assert isinstance(message, Filled), "the table lets nothing else pass"
@@ -179,6 +186,14 @@ class Onward(Outbound):
             self._collected.take(self._slots.memories[filled.slot], filled.chunks)
         self._look()
 
+    def _lose(self, peer: Peer, reason: str) -> None:
+        self._gone |= dict.fromkeys(peer.names if peer.crew else (peer.name,), reason)
+        super()._lose(peer, reason)
+
+    def _may_go(self, peer: Peer) -> bool:
+        """A host takes a version as one. Another one, behind this, may be left out, as the sender leaves out hosts."""
+        return self._voted or (self._may_lose and not peer.channel.shares)
+
     # The decision.
 
     def _ask(self) -> None:
@@ -191,7 +206,8 @@ class Onward(Outbound):
         # A worker that is lost from here on does not keep the others from what the sender decides.
         self._voted = self._may_lose = True
         self._doubtful = not self._offered.kept
-        self._connection.send(Prepared())
+        lost, self._gone = self._gone | self._dropped(), {}
+        self._connection.send(Prepared(tuple(lost.items())))
         try:
             message = self._next()
         except (TransferAborted, TransferInDoubt):

@@ -35,6 +35,7 @@ from .messages import (
     Frame,
     Offer,
     Past,
+    Prepared,
     Refuse,
     Release,
     Seat,
@@ -136,7 +137,15 @@ class Outbound:
             return self._run(
                 version,
                 list(source.manifest.values()),
-                lambda: Offer(version, self._hashed, described(source.manifest), register=register, epoch=self._epoch),
+                lambda: Offer(
+                    version,
+                    self._hashed,
+                    described(source.manifest),
+                    register=register,
+                    epoch=self._epoch,
+                    drop=self._may_lose,
+                    patience=self._timeout,
+                ),
                 lambda: self._send(source, check),
             )
         finally:
@@ -310,8 +319,9 @@ class Outbound:
         with self._timeline.event("wait for commits"):
             self._wait(self._in(SessionState.COMMITTED), "say that it has the version")
         self._part()
-        fallen = {f"{name} on {peer.channel.host}": why for peer in self._members for name, why in peer.fallen}
-        committed = tuple(name for peer in self._members for name in peer.names if name not in fallen)
+        fallen, dropped = self._fallen(), self._dropped()
+        has_it = (name for peer in self._members for name in peer.names)
+        committed = tuple(name for name in has_it if name not in fallen and name not in dropped)
         silent = {peer.name: self._lost[peer.name] for peer in members if peer not in self._members} | fallen
         if silent:
             raise TransferIncomplete(
@@ -322,7 +332,7 @@ class Outbound:
         return SendReport(
             version=version,
             committed=committed,
-            lost=dict(self._lost),
+            lost=self._lost | dropped,
             problems={peer.name: peer.problem for peer in self._members if peer.problem},
             tensors=self._tensors,
             nbytes=self._nbytes,
@@ -333,6 +343,14 @@ class Outbound:
             since_epoch=self._timeline.since_epoch,
             hosts=self._pace.reports(self._members, self._timeline.began),
         )
+
+    def _fallen(self) -> dict[str, str]:
+        """Who behind relays was lost after the vote, and why."""
+        return {peer.placed(name): why for peer in self._members for name, why in peer.fallen}
+
+    def _dropped(self) -> dict[str, str]:
+        """Who behind relays was lost before it, and why."""
+        return {peer.placed(name): why for peer in self._members for name, why in peer.dropped}
 
     def _abort(self, error: BaseException) -> None:
         self._over = True
@@ -418,6 +436,10 @@ class Outbound:
                         f"the receiver released the slots {list(slots)[:9]}; it held {sorted(peer.holds)}"
                     )
                 peer.holds.difference_update(slots)
+            case Prepared(lost):
+                if lost and not self._may_lose:
+                    raise ProtocolError(f"it went on without {lost[0][0]}, and nobody may be lost")
+                peer.dropped = lost
             case Refuse(reasons) if peer.state is SessionState.REFUSED:
                 self._lose(peer, listed(reasons))
             case Crew(count):
@@ -426,6 +448,10 @@ class Outbound:
                 peer.recall(frame.message)
             case Done(problem, lost):
                 peer.problem, peer.fallen = problem, lost
+
+    def _may_go(self, peer: Peer) -> bool:
+        """Whether the others may go on without it."""
+        return self._may_lose
 
     def _strike(self, peer: Peer) -> None:
         """Note in the roll that the peer is no member of this update. After the decision nothing is taken back."""
@@ -451,7 +477,7 @@ class Outbound:
             self._leaving.append(peer)
         else:
             self._group.part_with(peer, reason)
-        if not self._over and of_lead(self._votes(), drop=self._may_lose) is Decision.ABORT:
+        if not self._over and of_lead(self._votes(), drop=self._may_go(peer)) is Decision.ABORT:
             reasons = [f"{name}: {reason}" for name, reason in self._lost.items()]
             raise TransferAborted("the update was aborted", reasons)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import re
 import socket
 import time
 from collections import deque
@@ -32,6 +34,7 @@ _NOT_THERE = (
     "If they need longer to come, raise timeout= of the sender. If they came and gave up waiting, raise their "
     "offer_timeout=. Else their logs say what they refused."
 )
+_PLACED = re.compile(r"process \d+\)?( #\d+)? on ")
 _SHOWN = 20  # of those that left while others were waited for
 
 
@@ -51,6 +54,7 @@ class Peer:
         relay: whether it is a relay.
         crew: their names, of a relay that takes part in the running update.
         wanted: what each of them wants of the running update.
+        dropped: which of them it went on without before it voted, and why.
         fallen: which of them had not said that they have the version when the relay did, and why.
         holds: slots that it has not released.
         direct: bytes that ranks of a sharded trainer send it themselves.
@@ -72,6 +76,7 @@ class Peer:
     relay: bool = False
     crew: tuple[str, ...] = ()
     wanted: tuple[tuple[Wanted, ...], ...] = ()
+    dropped: tuple[tuple[str, str], ...] = ()
     fallen: tuple[tuple[str, str], ...] = ()
     holds: set[int] = field(default_factory=set)
     direct: int = 0
@@ -84,7 +89,8 @@ class Peer:
 
     def begin(self) -> None:
         """Forget the version before."""
-        self.wanted, self.crew, self.fallen, self.problem, self.moved, self.direct = (), (), (), "", 0.0, 0
+        self.wanted, self.crew, self.dropped, self.fallen = (), (), (), ()
+        self.problem, self.moved, self.direct = "", 0.0, 0
         if self.flow is not None:
             self.flow.nbytes = 0
         self.holds.clear()
@@ -117,8 +123,12 @@ class Peer:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the workers that it is, as people read them; those behind a relay are on the relay's host."""
-        return tuple(f"{name} on {self.channel.host}" for name in self.crew) or (self.name,)
+        """Of the workers that it is, as people read them."""
+        return tuple(map(self.placed, self.crew)) or (self.name,)
+
+    def placed(self, name: str) -> str:
+        """The name that a relay said, with a host: the relay's, unless the worker stands behind yet another one."""
+        return name if _PLACED.search(name) else f"{name} on {self.channel.host}"
 
     @property
     def waiting(self) -> tuple[Waitable, bool] | None:
@@ -425,7 +435,8 @@ class PeerGroup:
                     peer.name = self._unique(f"{name} ({peer.name})")
                 welcome = Welcome(len(self._slots.memories), self._slots.slot_nbytes, self._timeout, peer.place)
                 if peer.flow is not None:
-                    welcome = msgspec.structs.replace(welcome, token=peer.flow.token, carrier=self._carrier)
+                    more = {"token": peer.flow.token, "carrier": self._carrier, "pid": os.getpid()}
+                    welcome = msgspec.structs.replace(welcome, **more)
                 peer.channel.send(welcome, descriptors=(self._slots.descriptor,) if peer.channel.shares else ())
         except (PeerLost, ProtocolError) as error:
             if peer.state is SessionState.CONNECTED:

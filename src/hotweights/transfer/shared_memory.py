@@ -8,10 +8,12 @@ import logging
 import mmap
 import os
 import warnings
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
-from ..errors import ProtocolError, TransferError, UsageError
+from ..errors import PeerLost, ProtocolError, TransferError, UsageError
 from ..memory.addresses import PAGE
 from ..memory.host import ALIGNMENT, host_empty
 from ..notices import log
@@ -19,6 +21,8 @@ from .flow import Inflow, Waitable
 from .messages import Filled
 from .origins import Origins
 from .roll import Roll, roll_nbytes
+
+_Result = TypeVar("_Result")
 
 _FUTURE_WRITE = getattr(fcntl, "F_SEAL_FUTURE_WRITE", 0x10)
 _SIZE = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
@@ -165,9 +169,11 @@ class OwnSlots:
     Attributes:
         memories: as the sender's.
         origins: others that fill them beside the sender.
+        sender: who that is, for people.
     """
 
     roll = None
+    sender = "the sender"
 
     def __init__(self, flow: Inflow, slots: int, slot_nbytes: int) -> None:
         """Takes over the flow.
@@ -221,7 +227,7 @@ class OwnSlots:
             PeerLost: who was to send it is gone.
             ProtocolError: something else came.
         """
-        lacking = self._flow.take()
+        lacking = self._named(self._flow.take)
         self._lacks = lacking > 0
         return self.origins.fill(fill) and lacking <= behind
 
@@ -231,8 +237,15 @@ class OwnSlots:
         Raises:
             PeerLost: the sender's flow is gone.
         """
-        self._flow.greet()
+        self._named(self._flow.greet)
         self.origins.greet()
+
+    def _named(self, act: Callable[[], _Result]) -> _Result:
+        """Do it; an error says who is lost."""
+        try:
+            return act()
+        except PeerLost as error:
+            raise PeerLost(f"{self.sender}: {error}") from error
 
     @property
     def awaited(self) -> list[tuple[Waitable, bool]]:

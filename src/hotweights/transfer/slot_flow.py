@@ -17,7 +17,7 @@ from ..errors import PeerLost, ProtocolError
 from .carriers.sockets import SocketOutflow
 from .channel import close_in_children
 from .flow import TOKEN, bytes_of
-from .network_channel import keep_alive, seconds_cut
+from .network_channel import keep_alive, keep_open, seconds_cut
 
 _HEADER = struct.Struct("<QIQ")  # number, slot, bytes that follow
 _STRAIGHT = 64 * 1024  # bytes that are worth a call of their own into the slot
@@ -31,6 +31,7 @@ class SlotOutflow(SocketOutflow):
     def attach(self, connected: socket.socket) -> None:
         """Take over the connection."""
         keep_alive(connected)  # What is short must not wait for what comes after it.
+        keep_open(connected)
         super().attach(connected)
 
     def give(self, number: int, slot: int, memory: torch.Tensor, stretches: Sequence[tuple[int, int]]) -> None:

@@ -71,7 +71,9 @@ class Communicator:
         self._options = options
         self._given = _Given()
         self._client = HTTPClient(url, mode=mode)
-        init = TrainerInit(rank=0, address=options.address, timeout=options.timeout)
+        init = TrainerInit(
+            rank=0, address=options.address, timeout=options.timeout, keys=options.keys, insecure=options.insecure
+        )
         self._trainer: Trainer = WeightTransferTrainerFactory.trainer_init(
             init, client=self._client, source=self._given
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -35,6 +36,8 @@ class SyncOptions:
     address: str | None = None
     timeout: float = 60.0
     on_sync: Callable[[Sync], object] | None = None
+    keys: str | os.PathLike[str] | None = None
+    insecure: bool = False
 
     def tell(self, sync: Sync) -> None:
         """Log a sync, and tell whoever asked."""

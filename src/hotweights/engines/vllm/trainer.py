@@ -30,7 +30,7 @@ from ...manifest import Manifest, TensorSpec
 from ...model.as_saved import as_saved
 from ...sources.pairs import Pair
 from ...text import some
-from ...transfer.endpoint import is_local
+from ...transfer.endpoint import is_local, settled
 from ...transfer.report import SendReport
 from ...transfer.sender import Sender
 from .backend import OPEN
@@ -56,9 +56,9 @@ class TrainerInit(TrainerInitInfo):  # type: ignore[misc]  # vLLM is not install
         rank: of this process among the trainer's; rank 0 sends.
         receivers: how many workers take part, of all engines together: ``GET /get_world_size`` of each. By default the
             client is asked, which must be one of ours then.
-        address: ``unix:PATH``, or ``tcps://HOST:PORT`` for engines on other hosts; by default a path in a new folder in
-            the directory for temporary files. Of several, workers use a path that is there on their host, of this
-            trainer or of a relay.
+        address: ``unix:PATH``, or ``tcps://HOST:PORT`` for engines on other hosts, ``ray:NAME`` or ``env:``; by default
+            a path in a new folder in the directory for temporary files. Of several, workers use a path that is there on
+            their host, of this trainer or of a relay.
         timeout: seconds that each single wait of either end may take.
         collect: whether all tensors are read before an engine is asked, and kept on the host. A source that is slow,
             because it gathers from many ranks, does not hold up the engines then.
@@ -168,6 +168,8 @@ class Trainer(TrainerWeightTransferEngine):  # type: ignore[misc]
         if not all(map(is_address, [address] if isinstance(address, str) else address)):
             raise UsageError(f"engines connect to unix:PATH or tcps://HOST:PORT; address= is {address!r}")
         keys, insecure = init_info.keys, init_info.insecure
+        if isinstance(address, str):
+            address, keys = settled(address, keys)  # Engines have another environment.
         sender = self._sender = Sender(
             address, receivers=receivers, timeout=init_info.timeout, keys=keys, insecure=insecure
         )

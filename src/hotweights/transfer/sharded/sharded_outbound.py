@@ -118,7 +118,15 @@ class ShardedOutbound(Outbound):
         register = "" if self._register is None else self._register.url
         try:
             self._direct.begin(self._lead.round, self._lead.ranks.values(), self._members)
-            offer = Offer(version, self._hashed, described(Manifest(specs)), register=register, epoch=self._epoch)
+            offer = Offer(
+                version,
+                self._hashed,
+                described(Manifest(specs)),
+                register=register,
+                epoch=self._epoch,
+                drop=self._may_lose,
+                patience=self._timeout,
+            )
             return self._run(version, specs, lambda: offer, self._send_tiles)
         finally:
             self._ballot.close()
