@@ -196,7 +196,7 @@ class Attempt:
         self._arrive(name, self._asked.get(name, spec.nbytes))
         if name in self.job.plan.fallback:
             self._assembly.fallen[name] = own()
-        devices: set[torch.device] = set()
+        devices = {tensor.device}  # Copies to keep are made there.
         for group in self._takers_of(name):
             if self._assembly.may_take(group):
                 devices |= self._assembly.fill(group, name, tensor, own)

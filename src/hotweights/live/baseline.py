@@ -93,6 +93,10 @@ class Baseline:
         self._where: dict[str, tuple[object, ...]] = {}
         self._mirror: Mirror | None = None
 
+    def devices(self) -> set[torch.device]:
+        """Where live tensors lie."""
+        return {tensor.device for tensor in self.live.values()}
+
     @property
     def copy_nbytes(self) -> int:
         """Bytes of the copy of the model that is kept on the host."""

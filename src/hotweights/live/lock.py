@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 
+import torch
+
 from .. import signals
 from ..errors import UsageError
+from ..memory.devices import wait_for_all
 
 _SLICE = 0.1  # seconds; signals that come while a thread waits are delivered this often
 _READ = "the model is being read"
@@ -272,12 +275,20 @@ class WriteTurn:
     """
 
     def __init__(
-        self, lock: ReadWriteLock, timeout: float | None = None, note: Callable[[str, str, float], None] | None = None
+        self,
+        lock: ReadWriteLock,
+        timeout: float | None = None,
+        note: Callable[[str, str, float], None] | None = None,
+        devices: Callable[[], Collection[torch.device]] = tuple,
     ) -> None:
-        """``timeout`` is how many seconds all its waits for readers may take; ``note`` is ``Timeline.note``."""
-        self._lock = lock
+        """``timeout`` is how many seconds all its waits for readers may take; ``note`` is ``Timeline.note``.
+
+        ``devices`` gives those on which the model lies.
+        """
+        self._lock, self._devices = lock, devices
         self._note = note
         self._hold: Hold | None = None
+        self._writes = False
         self._left = self._whole = timeout
         self._since = 0.0
         self._before = 0.0
@@ -300,11 +311,17 @@ class WriteTurn:
 
     @signals.held
     def take(self) -> None:
-        """Wait until nobody reads. May be called twice.
+        """Wait until nobody reads, and what readers have queued on devices is done. May be called twice.
 
         Raises:
             TimeoutError: readers did not leave in time.
         """
+        self._keep_out()
+        if not self._writes:
+            wait_for_all(self._devices())
+            self._writes = True
+
+    def _keep_out(self) -> None:
         if self._hold is None:
             began = time.perf_counter()
             self._hold = self._lock.begin_writing(self._left, of=self._whole)
@@ -317,18 +334,24 @@ class WriteTurn:
 
     @signals.whole
     def give_back(self) -> None:
-        """Let readers in. May be called twice."""
-        if self._hold is not None:
+        """Let readers in, when what was written lies there. May be called twice."""
+        if self._hold is None:
+            return
+        try:
+            if self._writes:
+                wait_for_all(self._devices())
+        finally:
+            self._writes = False
             self._before, hold, self._hold = self.seconds, self._hold, None
             self._lock.end_writing(hold)
 
     @contextmanager
     @signals.held
     def briefly(self) -> Iterator[None]:
-        """Inside, readers are kept out; afterwards it is as before."""
+        """Inside, readers are kept out; afterwards it is as before. What they read is not written before ``take``."""
         was_held = self.held
         try:
-            self.take()  # An interruption may come when it was taken: nobody else would give it back.
+            self._keep_out()  # An interruption may come when it was taken: nobody else would give it back.
             yield
         finally:
             if not was_held:

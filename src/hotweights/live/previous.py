@@ -68,7 +68,7 @@ def roll_back(current: Current, baseline: Baseline | None, timeout: float | None
         CommitHookError: the version before is live, and a hook failed.
     """
     failures: list[BaseException] = []
-    turn = WriteTurn(current.guard, timeout)
+    turn = WriteTurn(current.guard, timeout, devices=set if baseline is None else baseline.devices)
     with current.reserved():
         previous = _kept(current)
         assert baseline is not None, "a version was committed"

@@ -17,7 +17,7 @@ from ..failure import failure_report
 from ..forked import alone_in_a_fork
 from ..loading.verify import Verifier
 from ..manifest import Manifest
-from ..memory.devices import record_event
+from ..memory.devices import accelerator_of, wait_for_copies
 from ..memory.pool import Pool
 from ..notices import forgotten, log
 from ..progress import progress
@@ -91,7 +91,11 @@ class Update:
         named: str | int | None = None,
     ) -> Update:
         """The first load, straight into the model's own tensors."""
-        timeline, turn, job = Timeline(), WriteTurn(current.guard), baseline.first_job(process)
+        timeline, turn, job = (
+            Timeline(),
+            WriteTurn(current.guard, devices=baseline.devices),
+            baseline.first_job(process),
+        )
         return cls(current, baseline, job, InPlace(baseline.live), timeline, turn, limit, fed, check, named)
 
     @classmethod
@@ -112,7 +116,7 @@ class Update:
             UpdateAborted: the manifest does not fit, or the host cannot hold the copy; nothing was changed.
         """
         timeline = Timeline()
-        turn = WriteTurn(current.guard, asked.timeout, timeline.note)
+        turn = WriteTurn(current.guard, asked.timeout, timeline.note, baseline.devices)
         try:
             refuse_frozen()
             current.guard.check_writable()
@@ -163,8 +167,8 @@ class Update:
                 name = self._fed.of(called, self._attempt.manifest)
                 tensor = plain(called, given_tensor, self._attempt.manifest.get(name))
                 self._attempt.check_apart(name, tensor)
-                devices = self._attempt.take(name, tensor, tensor.clone)
-                _wait_for(devices | {tensor.device})  # Behind the next tensor this one may be written over.
+                # Behind the next tensor this one may be written over.
+                wait_for_copies(self._attempt.take(name, tensor, tensor.clone))
                 signals.deliver()
 
     @signals.held
@@ -186,7 +190,7 @@ class Update:
         """
         attempt = self._attempt
         with ExitStack() as stack:
-            pool = pool or stack.enter_context(Pool())
+            pool = pool or stack.enter_context(Pool(device=accelerator_of(self._baseline.devices())))
             options = {"io": io, "threads": threads} if isinstance(source, Addressed) else {}
             with self._failing():
                 if isinstance(source, Timed):
@@ -239,6 +243,7 @@ class Update:
         current = self._current
         with self._attempt.turn.briefly(), self._attempt.timeline.event("check", ""):
             try:
+                self._attempt.turn.take()
                 self._show()
                 with current.guard.writer_reads():
                     check()
@@ -453,10 +458,3 @@ def _none_kept(current: Current, job: Job, strategy: Strategy) -> str:
     if current.holds is State.TORN:
         return "the model was torn before"
     return "only one version was live so far"
-
-
-def _wait_for(devices: set[torch.device]) -> None:
-    for device in devices:
-        event = record_event(device)
-        if isinstance(event, torch.Event):
-            event.synchronize()

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 import torch
 
 from ..boxes import view
-from ..memory.copies import copy_alone
+from ..memory.copies import copy_alone, copy_queued
 from ..plan.plan import LoadPlan
 from ..plan.steps import Copy, Program
 from .replay import run_program
@@ -67,9 +67,6 @@ def copy_now(
     place = place_of(step, destinations)
     part = part_of(step, tensor)
     part = part if part.shape == place.shape else part.reshape(place.shape)
-    if threads:
-        place.copy_(part, non_blocking=True)
-    else:
-        copy_alone(place, part)
+    (copy_queued if threads else copy_alone)(place, part)
     done.bytes_written += place.nbytes
     return place.device

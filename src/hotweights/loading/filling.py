@@ -55,9 +55,12 @@ class Filling:
             self._done.hold_scratch(tensor.nbytes)
         with writing_mode(self._inference):
             return {
+                tensor.device,  # It makes the copy that is kept.
                 # Who sends tensors one by one works beside this: torch's threads would wait for its.
-                copy_now(step, tensor, self._destinations, self._done, threads=False)
-                for step in self._copies.get(name, ())
+                *(
+                    copy_now(step, tensor, self._destinations, self._done, threads=False)
+                    for step in self._copies.get(name, ())
+                ),
             }
 
     def placed(self, name: str) -> None:

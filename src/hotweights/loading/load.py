@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import chain
@@ -20,6 +20,7 @@ from ..errors import PlanError
 from ..forked import alone_in_a_fork
 from ..gc_pause import without_collection
 from ..manifest import Manifest
+from ..memory.devices import accelerator_of, wait_for_copies
 from ..memory.extents import renew
 from ..memory.pool import Pool
 from ..model.looks_processed import advise_of_processed
@@ -220,7 +221,9 @@ def load(
             destinations = tensors if plan.targets.keys() <= tensors.keys() else reachable(model) | tensors
             stack.enter_context(_renewing(plan, model, seen, tensors, destinations, done))
             if pool is None:
-                pool = stack.enter_context(Pool(device=_slowest(destinations)))
+                pool = stack.enter_context(
+                    Pool(device=accelerator_of(tensor.device for tensor in destinations.values()))
+                )
             advance = stack.enter_context(progress("loading", nbytes, show=show_progress))
             # Code that loads what falls back may be given every tensor.
             some_only = isinstance(source, InMemory) and not plan.fallback
@@ -236,6 +239,8 @@ def load(
                 done.proven = prove.proven
             if isinstance(source, OnDisk):
                 source.check()
+            # Whoever lent the tensors may write over them next, and may not know that a device still reads them.
+            wait_for_copies(tensor.device for tensor in destinations.values())
             # Not before everything is loaded and proven: from here on the group counts on this member.
             if isinstance(source, Participant):
                 stack.enter_context(source.decision())
@@ -284,12 +289,6 @@ def _telling_processed(model: nn.Module, manifest: Manifest) -> Iterator[None]:
             layers = {name: layer for name, layer in model.named_modules() if name in processes}
             advise_of_processed(error, manifest, layers, _LOAD_BEFORE)
         raise
-
-
-def _slowest(destinations: Mapping[str, torch.Tensor]) -> torch.device:
-    """The device that the pool's memory must suit: an accelerator, if any destination lies on one."""
-    devices = {tensor.device for tensor in destinations.values() if tensor.device.type not in ("cpu", "meta")}
-    return min(devices, key=str) if devices else torch.device("cpu")
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 from ..boxes import Box, contiguous, extent, narrowed, pieces, runs, view
 from ..dtypes import OpaqueDtype
 from ..manifest import TensorSpec
-from ..memory.devices import Event, record_event
+from ..memory.devices import Event, as_here, record_event
 from ..memory.host import advise_huge_pages
 from ..plan.steps import Copy
 from ..signals import held
@@ -101,17 +101,19 @@ def _copy_into(target: torch.Tensor, box: Box, start: int | None = None) -> Sink
     Without ``start`` they are the elements of ``box`` one behind the other.
     """
 
+    entered = as_here(target.device)
+
     @held  # Else a signal might leave autograd off.
     def sink(raw: torch.Tensor) -> Event | None:
         if raw.data_ptr() % box.dtype.itemsize:
             raw = raw.clone()  # A file may pack a float32 behind three bytes; torch cannot view that in place.
         # Grad mode belongs to a thread, and a sink may be called in any.
-        with torch.inference_mode() if target.is_inference() else torch.no_grad():
+        with entered(), torch.inference_mode() if target.is_inference() else torch.no_grad():
             if start is None:
                 seen = raw.view(box.dtype).view(box.shape)
             else:
                 seen = view(raw, Box(box.dtype, box.shape, box.stride, box.offset - start))
             target.copy_(seen, non_blocking=True)
-        return record_event(target.device)
+            return record_event(target.device)
 
     return sink

@@ -49,14 +49,19 @@ def copy_all(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
 
 
 def copy_alone(target: torch.Tensor, value: torch.Tensor) -> None:
-    """Copy one tensor without torch's threads, where the calling code has autograd off.
-
-    Where the tensors lie on a device, its queue may still read ``value`` when this returns.
-    """
+    """``copy_queued`` without torch's threads."""
     if spares_threads(target, value):
         copy_all([(target, value)])
     else:
-        target.copy_(value, non_blocking=True)
+        copy_queued(target, value)
+
+
+def copy_queued(target: torch.Tensor, value: torch.Tensor) -> None:
+    """Copy one tensor where the calling code has autograd off. The device of ``target`` may still read ``value`` then.
+
+    What goes to the host is there when this returns: a later event of the host's is none.
+    """
+    target.copy_(value, non_blocking=not target.is_cpu)
 
 
 def spares_threads(target: torch.Tensor, value: torch.Tensor) -> bool:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
+
+from ..signals import held
 
 POLL = 0.001  # seconds; device events have no wait with a deadline, so they are asked again this often
 
@@ -23,12 +27,21 @@ def is_host(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
+def _has_streams(device: torch.device) -> bool:
+    return not is_host(device) and device.type != "meta"
+
+
+def accelerator_of(devices: Iterable[torch.device]) -> torch.device:
+    """The device that the memory of a pool must suit: an accelerator if any of ``devices`` is one, else the host."""
+    return min(filter(_has_streams, devices), key=str, default=torch.device("cpu"))
+
+
 def record_event(device: torch.device) -> Event | None:
     """The event after which all copies queued so far on ``device`` by this thread are done.
 
     Returns ``None`` on a CPU, where every copy has happened when the call returns.
     """
-    if is_host(device) or device.type == "meta":
+    if not _has_streams(device):
         return None
     event = torch.Event(device=device)
     event.record(torch.accelerator.current_stream(device))
@@ -53,10 +66,38 @@ def record_events(devices: Iterable[torch.device]) -> Event | None:
     return _All(events) if events else None
 
 
-def wait_for_copies(device: torch.device) -> None:
-    """Return when all copies queued so far on ``device`` by this thread are done. On a CPU they are."""
-    if not is_host(device) and device.type != "meta":
+def wait_for_copies(devices: Iterable[torch.device]) -> None:
+    """Return when all copies queued so far on any of ``devices`` by this thread are done. On a CPU they are."""
+    for device in filter(_has_streams, set(devices)):
         torch.accelerator.current_stream(device).synchronize()
+
+
+def wait_for_all(devices: Iterable[torch.device]) -> None:
+    """Return when all that any thread queued so far on any of ``devices`` is done, forward passes too."""
+    for device in filter(_has_streams, set(devices)):
+        torch.accelerator.synchronize(device)
+
+
+def as_here(device: torch.device) -> Callable[[], AbstractContextManager[None]]:
+    """What other threads enter for their copies, so that they stand in one order with what this thread queues.
+
+    Each thread has a current stream of its own, and between two streams there is no order.
+    """
+    return partial(_on, torch.accelerator.current_stream(device)) if _has_streams(device) else nullcontext
+
+
+@contextmanager
+@held
+def _on(stream: torch.Stream) -> Iterator[None]:
+    before = torch.accelerator.current_stream(stream.device)
+    if before == stream:  # To set it would also make its device the thread's current one.
+        yield
+        return
+    torch.accelerator.set_stream(stream)
+    try:
+        yield
+    finally:
+        torch.accelerator.set_stream(before)
 
 
 def wait(happened: Callable[[], bool], timeout: float | None, stop: Callable[[], bool] = bool) -> bool:

@@ -43,7 +43,7 @@ def own(name: str, item: Item, borrowed: bool) -> torch.Tensor:
         return item
     copy = _copy(item.detach())
     # Whoever lent it may overwrite it at the next step, and does not know that this copy may still run on a device.
-    wait_for_copies(copy.device)
+    wait_for_copies([copy.device])
     return copy
 
 
