@@ -19,7 +19,7 @@ DOCS_BIN := $(DOCS_VENV)/bin
 WORKERS ?= $(shell n=$$(env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n : 8)))
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo demo-hosts model-dir test test-all test-vllm test-vllm-part test-sglang refit-vllm test-trl test-trl-part grpo-trl test-verl test-verl-part test-ray check lint docs bench soak schedules clean
+.PHONY: demo demo-hosts model-dir test test-all test-vllm test-vllm-part test-sglang refit-vllm test-trl test-trl-part grpo-trl test-verl test-verl-part test-ray check lint docs bench soak schedules kills clean
 
 demo: $(VENV)/.installed
 	$(BIN)/hotweights demo
@@ -102,6 +102,10 @@ bench: $(VENV)/.installed-bench
 MINUTES ?= 10
 soak: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/soak.py --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+
+# As root: kills a trainer, a relay and a worker of three hosts at each message that they say or hear. Half an hour.
+kills: $(VENV)/.installed
+	HOTWEIGHTS_KILL_EVERY=1 $(PYTEST) tests/transfer/test_hosts_killed.py
 
 # Nightly: N random schedules of a trainer, relays and workers on three hosts, as root. SEED= makes the same choices again.
 N ?= 500
