@@ -103,7 +103,7 @@ MINUTES ?= 10
 soak: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak/soak.py --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
-# As root: kills a trainer, a relay and a worker of three hosts at each message that they say or hear. Half an hour.
+# As root: kills a trainer, a relay and a worker of three hosts at each message that they say or hear. A quarter of an hour.
 kills: $(VENV)/.installed
 	HOTWEIGHTS_KILL_EVERY=1 $(PYTEST) tests/transfer/test_hosts_killed.py
 
