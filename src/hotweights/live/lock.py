@@ -316,11 +316,19 @@ class WriteTurn:
         Raises:
             TimeoutError: readers did not leave in time.
         """
-        self._keep_out()
-        if not self._writes:
+        if self._writes:
+            return
+        was_held = self.held
+        try:
+            self._keep_out()
             wait_for_all(self._devices())
             self._writes = True
+        except BaseException:  # Of a device, or an interruption: whoever called this has nothing to give back.
+            if not was_held:
+                self.give_back()
+            raise
 
+    @signals.held
     def _keep_out(self) -> None:
         if self._hold is None:
             began = time.perf_counter()
