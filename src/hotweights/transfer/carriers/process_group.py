@@ -109,6 +109,7 @@ class GroupEnd:
 
     def close(self) -> None:
         """End the group, and with it its connection."""
+        self._begun.clear()  # What gloo does keeps its connection, too.
         self._group = None
 
     def _shut(self) -> None:
