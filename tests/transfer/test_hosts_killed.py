@@ -91,6 +91,21 @@ def died(child, survived):
     return child.process.exitcode == (None if survived else -signal.SIGKILL)
 
 
+def second_of(trainer):
+    """Who took the second version, or why nobody did. All took the first."""
+    assert len(trainer.heard(6 * TIMEOUT)) == 4
+    return trainer.heard(6 * TIMEOUT)
+
+
+def all_took(trainer, workers, at):
+    """Whether these workers took the second version, all or none, when all have the third."""
+    trainer.say("the last")
+    assert len(trainer.heard(6 * TIMEOUT)) == 4
+    took = [2 in history(worker)[0] for worker in workers]
+    assert len(set(took)) == 1, f"at point {at}: {took}"
+    return took[0]
+
+
 @pytest.mark.timeout(3600)
 @RELAYED
 def test_a_trainer_killed_at_any_message_leaves_one_version_on_all_hosts(relayed, hosts, tmp_path):
@@ -125,8 +140,7 @@ def test_a_relay_killed_at_any_message_takes_its_host_out(hosts, tmp_path):
             fleet.relay(1)
             workers = [fleet.worker(number // 2) for number in range(4)]
             trainer = fleet.trainer(send_three)
-            assert len(trainer.heard(6 * TIMEOUT)) == 4
-            said = trainer.heard(6 * TIMEOUT)
+            said = second_of(trainer)
             assert isinstance(said, tuple) or "on 10.77.0.1" in said
             killed.process.join(0 if len(said) == 4 else TIMEOUT)
             if survived := killed.process.exitcode is None:
@@ -134,12 +148,9 @@ def test_a_relay_killed_at_any_message_takes_its_host_out(hosts, tmp_path):
                 last = killed.heard()
                 survived = last is not None  # It may have come to that point only now.
             fleet.relay(0)
-            trainer.say("the last")
-            assert len(trainer.heard(6 * TIMEOUT)) == 4
-            took = [2 in history(worker)[0] for worker in workers]
-        assert len(set(took)) == 1, f"at point {at}: {took}"
-        assert took[0] == isinstance(said, tuple), f"at point {at}"
-        seen.add(took[0])
+            took = all_took(trainer, workers, at)
+        assert took == isinstance(said, tuple), f"at point {at}"
+        seen.add(took)
         if survived:
             break
     assert survived
@@ -159,20 +170,16 @@ def test_a_worker_killed_at_any_message_is_named_and_replaced(relayed, hosts, tm
             workers = [fleet.worker(number // 2) for number in range(1, 4)]
             killed = fleet.worker(0, at)
             trainer = fleet.trainer(send_three)
-            assert len(trainer.heard(6 * TIMEOUT)) == 4
-            said = trainer.heard(6 * TIMEOUT)
+            said = second_of(trainer)
             assert killed.name in str(said) or isinstance(said, tuple)
             assert killed.heard() is not None
             survived = killed.heard() is not None
             if not survived:
                 assert died(killed, survived)
                 fleet.worker(0)
-            trainer.say("the last")
-            assert len(trainer.heard(6 * TIMEOUT)) == 4
-            took = [2 in history(worker)[0] for worker in workers]
-        assert len(set(took)) == 1, f"at point {at}: {took}"
-        assert took[0] == isinstance(said, tuple), f"at point {at}"
-        seen.add(took[0])
+            took = all_took(trainer, workers, at)
+        assert took == isinstance(said, tuple), f"at point {at}"
+        seen.add(took)
         if survived:
             break
     assert survived
