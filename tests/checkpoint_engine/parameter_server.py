@@ -31,6 +31,7 @@ shared: dict[str, SharedMemory] = {}
 
 def rebuilt(name: str) -> torch.Tensor:
     """The buffer, in the worker."""
+    shared.clear()  # What was before is read by nobody.
     memory = shared[name] = SharedMemory(name)
     return torch.frombuffer(memory.buf, dtype=torch.uint8)
 
@@ -53,16 +54,7 @@ def serve(state: dict[str, torch.Tensor], pipe: Any, dies_at: int | None, bucket
         buckets: how many there are, about.
     """
     import zmq
-    from checkpoint_engine import pin_memory, ps
 
-    ps.DeviceManager = CPU
-    aligned = sum(256 + tensor.nbytes for tensor in state.values())
-    CPU.device_module.mem_get_info = lambda: (4 * aligned // buckets, 1 << 40)  # It takes a third of nine tenths.
-    ps.reduce_tensor = reduced
-    plain_empty = torch.empty
-    pin_memory.torch = SimpleNamespace(
-        **{**vars(torch), "empty": lambda *shape, pin_memory=False, **how: plain_empty(*shape, **how)}
-    )
     sent = 0
     plain_send = zmq.Socket.send_pyobj
 
@@ -74,10 +66,7 @@ def serve(state: dict[str, torch.Tensor], pipe: Any, dies_at: int | None, bucket
         return plain_send(socket, thing, *how)
 
     zmq.Socket.send_pyobj = send
-    os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0", GLOO_SOCKET_IFNAME="lo")
-    server = ps.ParameterServer(auto_pg=True, master_port=_free_port())
-    server.register_checkpoint("weights", named_tensors=state)
-    server.gather_metas("weights")
+    server = prepared({"weights": state}, buckets)
     words = None
     try:
         server.update("weights", lambda paths: pipe.send(paths))
@@ -85,6 +74,26 @@ def serve(state: dict[str, torch.Tensor], pipe: Any, dies_at: int | None, bucket
         words = f"{type(error).__name__}: {error}"
     pipe.send((words, sent))
     pipe.recv()
+
+
+def prepared(states: dict[str, dict[str, torch.Tensor]], buckets: int) -> Any:
+    """A server that has checkpoints by name, all of the same size; an update goes in about so many ``buckets``."""
+    from checkpoint_engine import pin_memory, ps
+
+    ps.DeviceManager = CPU
+    aligned = sum(256 + tensor.nbytes for tensor in next(iter(states.values())).values())
+    CPU.device_module.mem_get_info = lambda: (4 * aligned // buckets, 1 << 40)  # It takes a third of nine tenths.
+    ps.reduce_tensor = reduced
+    plain_empty = torch.empty
+    pin_memory.torch = SimpleNamespace(
+        **{**vars(torch), "empty": lambda *shape, pin_memory=False, **how: plain_empty(*shape, **how)}
+    )
+    os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0", GLOO_SOCKET_IFNAME="lo")
+    server = ps.ParameterServer(auto_pg=True, master_port=_free_port())
+    for name, state in states.items():
+        server.register_checkpoint(name, named_tensors=state)
+        server.gather_metas(name)
+    return server
 
 
 def _free_port() -> int:

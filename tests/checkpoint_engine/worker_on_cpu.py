@@ -1,4 +1,4 @@
-"""Our worker extension, on a device that checkpoint-engine knows no name for."""
+"""Our worker extension, and checkpoint-engine's own, on a device that checkpoint-engine knows no name for."""
 
 from checkpoint_engine import worker
 from parameter_server import CPU
@@ -9,4 +9,8 @@ worker.DeviceManager = CPU
 
 
 class WorkerOnCPU(CheckpointEngineWorker):
+    _device_uuid = "cpu"
+
+
+class StockOnCPU(worker.VllmColocateWorkerExtension):
     _device_uuid = "cpu"

@@ -99,3 +99,15 @@ def test_workers_take_what_the_policy_sends(engine_class, release):
             connect(policies, rollouts)
     for engine in (*policies, *rollouts):
         engine.finalize()
+
+
+def test_only_the_first_version_is_kept_whole_on_the_host(engine_class, monkeypatch):
+    policy, rollout = (engine_class(bucket_size=2048, timeout=20) for _ in range(2))
+    kept, keep = [], policy._end._kept
+    monkeypatch.setattr(policy._end, "_kept", lambda *given: kept.append(given) or keep(*given))
+    for value in (1, 2, 3):
+        connect([policy], [rollout])
+        assert refit([policy], [rollout], value)[0] is None
+        policy.finalize()  # NeMo-RL does so after each.
+        rollout.finalize()
+    assert len(kept) == 1

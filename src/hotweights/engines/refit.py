@@ -195,7 +195,7 @@ class RefitEnd:
         for end in (self._sender, self._receiver):
             if end is not None:
                 end.close()
-        self._sender = self._receiver = self._manifest = None
+        self._sender = self._receiver = None
 
 
 class _Handed:
