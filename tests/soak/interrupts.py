@@ -39,6 +39,8 @@ class Blows:
         lines, below = [], False
         while frame is not None and not below:
             code = frame.f_code
+            if code is Blows.unraisable.__code__:  # Raised there, nobody would count it, nor what is counted there.
+                return
             below = code is Blows.struck.__code__
             if code.co_filename.startswith(_OURS):
                 lines.append(f"{code.co_filename[len(_OURS) + 1 :]}:{frame.f_lineno}")

@@ -15,8 +15,8 @@ import hotweights as hw
 from hotweights.transfer.messages import HEADER, PROTOCOL, Accept, Done, Hello, Prepared, Release, Wanted, encode
 
 NAME, WEIGHT = "hostile", 1
-_TIMEOUT = 1.5  # seconds that the sender waits for a member
-_BOUND = 30.0  # seconds that a send may take at most
+_TIMEOUT = 5.0  # seconds that the sender waits for a member
+_BOUND = 60.0  # seconds that a send may take at most
 _HELLO = encode(0, Hello(1))
 
 

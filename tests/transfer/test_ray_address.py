@@ -3,8 +3,8 @@
 import pytest
 
 import hotweights as hw
-from hotweights.transfer import ray_endpoint
 from hotweights.transfer.endpoint import is_local
+from hotweights.transfer.ray import endpoint as ray_endpoint
 from hotweights.transfer.relay import Relay
 from hotweights.transfer.resolve import Resolver
 

@@ -12,8 +12,8 @@ import hotweights as hw
 from hosts import follow, free_address, history, relay_process
 from hotweights.transfer.decision import Decision
 from hotweights.transfer.outbound import Outbound
-from hotweights.transfer.register import DecisionRecord, SharedRecord
-from hotweights.transfer.register_table import register_of
+from hotweights.transfer.registers.register import DecisionRecord, SharedRecord
+from hotweights.transfer.registers.table import register_of
 
 COMMIT, ABORT = Decision.COMMIT, Decision.ABORT
 

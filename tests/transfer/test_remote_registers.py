@@ -21,8 +21,8 @@ import hotweights as hw
 from hosts import free_address
 from hotweights.transfer.decision import Decision
 from hotweights.transfer.outbound import Outbound
-from hotweights.transfer.register import DecisionRecord, SharedRecord
-from hotweights.transfer.register_table import register_of
+from hotweights.transfer.registers.register import DecisionRecord, SharedRecord
+from hotweights.transfer.registers.table import register_of
 
 COMMIT, ABORT = Decision.COMMIT, Decision.ABORT
 
@@ -180,6 +180,6 @@ def test_one_that_cannot_be_reached_is_named():
 
 
 def test_a_forked_child_does_not_wait_for_threads_that_it_has_not(monkeypatch):
-    monkeypatch.setattr("hotweights.transfer.object_register._process", os.getpid() + 1)
+    monkeypatch.setattr("hotweights.transfer.registers.object._process", os.getpid() + 1)
     with pytest.raises(hw.TransferError, match="forked"):
         register_of("s3://bucket/run").decide(7, DecisionRecord(ABORT, ()))

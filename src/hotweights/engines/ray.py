@@ -12,8 +12,8 @@ from typing import Any
 
 from ..arguments import check_seconds, nbytes_from
 from ..errors import TransferError, TransferTimeout, UsageError
-from ..transfer.ray_endpoint import actor_of
-from ..transfer.ray_rendezvous import RayDirections, SenderPlace
+from ..transfer.ray.endpoint import actor_of
+from ..transfer.ray.rendezvous import RayDirections, SenderPlace
 
 _ANSWER = 60.0
 _LOOK = 0.1

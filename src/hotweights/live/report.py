@@ -106,13 +106,14 @@ class UpdateReport:
     def __str__(self) -> str:
         speed = rate(self.bytes_read, self.seconds)
         paths = ", ".join(f"{size(nbytes)} {path}" for path, nbytes in self.bytes_by_io.items() if nbytes) or "nothing"
+        twice = ", into the copy and from there into the model" if self.copy_bytes and self.atomic == "staged" else ""
         rows = [
             ("version", f"{self.previous} -> {self.version}" if self.previous is not None else str(self.version)),
             (
                 "read",
                 f"{size(self.bytes_read)} in {self.seconds:.3f} s ({speed}): {paths}",
             ),
-            ("written", f"{size(self.bytes_written)}; nobody could read the model for {self.stall_seconds:.3f} s"),
+            ("written", f"{size(self.bytes_written)}{twice}; nobody could read it for {self.stall_seconds:.3f} s"),
             ("waited", f"{self.wait_seconds:.3f} s for readers"),
             ("memory", f"scratch {size(self.peak_scratch_bytes)} at peak, copy of the model {size(self.copy_bytes)}"),
         ]

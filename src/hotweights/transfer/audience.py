@@ -18,7 +18,7 @@ from .doubts import Decided, tell
 from .network import NetworkDoor
 from .outbound import Outbound
 from .peers import Beside, Peer, PeerGroup
-from .register import Register
+from .registers.register import Register
 from .report import WAIT, SendReport
 from .shared_memory import WriteSlots
 from .waits import left

@@ -10,7 +10,7 @@ from .address import UnixEndpoint
 from .door import Endpoint
 from .env_address import ENV, named
 from .network import NetworkEndpoint
-from .ray_endpoint import RayEndpoint
+from .ray.endpoint import RayEndpoint
 
 
 def _named(address: str, keys: str | os.PathLike[str] | None, insecure: bool) -> Endpoint:

@@ -23,8 +23,8 @@ from .copying import copy_out, widen
 from .member import Member, Standing
 from .messages import Accept, Chunk, End, Filled, Frame, Offer, Wanted, specs_of, word_of
 from .pending_leases import PendingLeases, PrivateMemory
-from .register import SharedRecord
-from .register_table import register_of
+from .registers.register import SharedRecord
+from .registers.table import register_of
 from .states import SessionState
 
 

@@ -16,7 +16,7 @@ from .connection import Connection
 from .decision import Decision, Known, of_member
 from .messages import Abort, Account, Commit, Done, Message, Prepared, Refuse, Seat, reasons_of, short_version
 from .pending_leases import PendingLeases
-from .register import SharedRecord
+from .registers.register import SharedRecord
 from .roll import Roll
 from .states import SessionState
 from .waits import holding, left

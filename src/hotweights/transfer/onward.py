@@ -45,8 +45,8 @@ from .messages import (
 )
 from .outbound import Outbound
 from .peers import Peer, PeerGroup
-from .register import SharedRecord
-from .register_table import register_of
+from .registers.register import SharedRecord
+from .registers.table import register_of
 from .report import SendReport
 from .shared_memory import RelaySlots
 from .states import SessionState

@@ -47,7 +47,7 @@ from .messages import (
 )
 from .packing import Packing, Piece, pieces
 from .peers import Peer, PeerGroup, told
-from .register import DecisionRecord, Register
+from .registers.register import DecisionRecord, Register
 from .report import SendReport
 from .shared_memory import WriteSlots
 from .states import SessionState

@@ -13,7 +13,7 @@ from .audience import Audience
 from .carriers.table import DEFAULT, ENCRYPTED, carrier_of
 from .endpoint import any_remote, endpoints_of
 from .publication import Publication, check_none_connects
-from .register_table import register_of
+from .registers.table import register_of
 from .sharded.lead import Lead
 from .sharded.meeting import met, ranks_in
 from .sharded.rank import Rank

@@ -20,7 +20,7 @@ from ..flow import GAP, Waitable
 from ..messages import Chunk, Offer, described
 from ..outbound import Outbound
 from ..peers import Peer, PeerGroup
-from ..register import Register
+from ..registers.register import Register
 from ..report import SendReport
 from ..shared_memory import WriteSlots, aligned
 from ..states import SessionState

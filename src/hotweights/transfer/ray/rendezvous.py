@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import HotweightsError
-from .handed_keys import HandedKeys, KeyChest
+from ...errors import HotweightsError
+from ..handed_keys import HandedKeys, KeyChest
 
 NAMESPACE = "hotweights"
 """Of the actors' names: so that processes of several of Ray's jobs find them."""
@@ -149,7 +149,7 @@ class RayRendezvous:
 
 def _relays() -> type:
     """The actors that are relays, by name: they stand on all addresses, of which this is one."""
-    found: type = importlib.import_module(".ray_relay", __package__).RayRelay
+    found: type = importlib.import_module(".relay", __package__).RayRelay
     return found
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from ..errors import UsageError
-from .directory_register import DirectoryRegister
-from .etcd_register import EtcdRegister
-from .object_register import ObjectRegister
+from ...errors import UsageError
+from .directory import DirectoryRegister
+from .etcd import EtcdRegister
+from .object import ObjectRegister
 from .register import Register
 
 REGISTERS: Mapping[str, Callable[[str], Register]] = {

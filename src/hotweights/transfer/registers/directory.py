@@ -7,8 +7,8 @@ import os
 import secrets
 from urllib.parse import unquote, urlsplit
 
-from .. import signals
-from ..errors import UsageError
+from ... import signals
+from ...errors import UsageError
 from .register import Register
 
 

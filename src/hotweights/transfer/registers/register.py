@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import msgspec
 
-from .. import signals
-from ..errors import TransferError, UsageError
-from .decision import Decision
+from ... import signals
+from ...errors import TransferError, UsageError
+from ..decision import Decision
 
 NAME = "hotweights-{:016x}.json"
 """Under what a decision lies, by the number of its update."""

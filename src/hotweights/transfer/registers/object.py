@@ -7,9 +7,9 @@ from datetime import timedelta
 from typing import Any
 from urllib.parse import urlsplit
 
-from .. import signals
-from ..errors import MissingPackage, UsageError
-from ..sources.objects.service import Refusal
+from ... import signals
+from ...errors import MissingPackage, UsageError
+from ...sources.objects.service import Refusal
 from .register import Register
 
 _PATIENCE = 5  # seconds for one request

@@ -8,8 +8,8 @@ import json
 from typing import Any
 from urllib.parse import urlsplit
 
-from .. import signals
-from ..errors import UsageError
+from ... import signals
+from ...errors import UsageError
 from .register import Register
 
 _PATIENCE = 5.0  # seconds for one request

@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from .. import signals
-from ..errors import AddressTaken, MissingPackage, TransferError, UsageError
-from .address import UnixEndpoint
-from .carriers.table import DEFAULT
-from .channel import Channel
-from .door import Door, Endpoint, Guest
-from .flow import Inflow
-from .handed_keys import HandedKeys, files_of
-from .network import NetworkEndpoint
-from .ray_rendezvous import NAMESPACE, RayDirections, RayRendezvous, SenderPlace, folder_on, remove
+from ... import signals
+from ...errors import AddressTaken, MissingPackage, TransferError, UsageError
+from ..address import UnixEndpoint
+from ..carriers.table import DEFAULT
+from ..channel import Channel
+from ..door import Door, Endpoint, Guest
+from ..flow import Inflow
+from ..handed_keys import HandedKeys, files_of
+from ..network import NetworkEndpoint
+from .rendezvous import NAMESPACE, RayDirections, RayRendezvous, SenderPlace, folder_on, remove
 
 _NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,99}")
 _ANSWER = 60.0  # seconds for an answer of Ray: an actor is started within them, on a busy machine too

@@ -6,9 +6,9 @@ import os
 import threading
 import traceback
 
-from ..errors import HotweightsError
-from .ray_rendezvous import RayDirections, folder_on, remove
-from .relay import Relay
+from ...errors import HotweightsError
+from ..relay import Relay
+from .rendezvous import RayDirections, folder_on, remove
 
 _PATIENCE = 3.0  # seconds that it may take to end
 
