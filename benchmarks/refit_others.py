@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib
 import multiprocessing
 import os
 import sys
@@ -110,6 +111,7 @@ def by_checkpoint_engine(paths: list[str], is_ours: bool) -> Way:
 
 def by_sglang(folder: str, is_ours: bool) -> Way:
     """SGLang's manager and updater around a toy model of several layers."""
+    importlib.import_module("conftest")  # First: it stands for what SGLang imports and this machine has not.
     import pytest
     import test_updates
     import torch
@@ -118,7 +120,6 @@ def by_sglang(folder: str, is_ours: bool) -> Way:
     from torch import nn
     from toy_model import Runner, Toy, loaded, weights_of
 
-    import conftest  # noqa: F401  # It stands for what SGLang imports and this machine has not.
     import hotweights.engines.sglang.loader as loader
 
     class Layers(nn.Module):

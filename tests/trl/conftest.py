@@ -19,7 +19,8 @@ def zoo(tmp_path_factory):
 
     # Before the server of processes starts, which finds what it imports by the environment alone.
     here, beside = os.path.dirname(__file__), os.path.join(os.path.dirname(__file__), "..", "vllm")
-    os.environ.update(Zoo.environment, PYTHONPATH=os.pathsep.join((here, beside)), PYTHONWARNINGS="ignore")
+    paths = os.pathsep.join(filter(None, (here, beside, os.environ.get("PYTHONPATH"))))
+    os.environ.update(Zoo.environment, PYTHONPATH=paths, PYTHONWARNINGS="ignore")
     return Zoo(tmp_path_factory.mktemp("zoo"))
 
 

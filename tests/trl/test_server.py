@@ -79,7 +79,7 @@ def test_an_asynchronous_trainer_of_experts(zoo, tmp_path):
     finally:
         server.close()
     # Of this model a server says something else than an engine in the process that asks it.
-    other = Server(tmp_path / "end", tmp_path / "other-log", ours=())
+    other = Server(tmp_path / "end", tmp_path / "other-log", ours=("--attention-backend", "CPU_MLA"))
     try:
         other.wait_until_ready()
         assert other.say() == said

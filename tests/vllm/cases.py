@@ -202,6 +202,7 @@ MORE = {
             "qk_nope_head_dim": 64,
             "v_head_dim": 64,
         },
+        engine={"attention_backend": "CPU_MLA"},  # Beside AMX's, which packs weights where no update finds them.
     ),
     "w4a16": Case("LlamaConfig", _BASE, convert=_w4a16),
 }

@@ -17,7 +17,8 @@ def zoo(tmp_path_factory):
     from drive import Zoo
 
     # Before the server of processes starts, which finds what it imports by the environment alone.
-    os.environ.update(Zoo.environment, PYTHONPATH=os.path.dirname(__file__))
+    paths = os.pathsep.join(filter(None, (os.path.dirname(__file__), os.environ.get("PYTHONPATH"))))
+    os.environ.update(Zoo.environment, PYTHONPATH=paths)
     return Zoo(tmp_path_factory.mktemp("zoo"))
 
 

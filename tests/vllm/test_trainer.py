@@ -30,6 +30,8 @@ class Engine:
     def update_weights(self, update_info):
         import hotweights as hw
 
+        if self.failing == "elsewhere":  # Another trainer has connected, and the worker has left this one.
+            return
         if self.failing == "before":
             self.receiver.close()
             raise ConnectionError("the server is gone")
@@ -110,6 +112,8 @@ def life(source, rank=0, failing=None, shape=(2, 3), group=False):
     engine = Engine(shape)
     trainer = WeightTransferTrainerFactory.trainer_init(TrainerInit(rank=rank, timeout=5), client=engine, source=source)
     engine.failing = failing
+    if failing == "elsewhere":
+        engine.receiver.close()
     sent = outcome(trainer.send_weights)
     trainer.shutdown()
     return getattr(sent, "version", sent), engine.calls, engine.live.version, getattr(source, "read", None)
@@ -183,6 +187,7 @@ def test_a_refused_version(zoo, group):
             "zero",
             None,
         ),
+        ("elsewhere", "TransferTimeout .*An engine takes weights from one trainer", "zero", None),
         ("after", "TransferIncomplete version 1 was taken.*the answer was lost", 1, 1),
         ("finish", "ConnectionError finish was lost", 1, 1),
     ],

@@ -8,7 +8,7 @@ from ..timeline import Timeline
 from .lock import StillRead
 from .state import Current
 
-_SAID_FIRST = ("allow_", "by=")  # Options of advice that updates do not have.
+_OF_LOAD = ("allow_", "by=")  # Options of advice that updates do not have.
 
 
 def aborted(
@@ -25,8 +25,8 @@ def aborted(
     """
     said = said_by(error, _named(error))
     lines: list[str] = getattr(error, "advice", "").splitlines()
-    if of_load := [number for number, line in enumerate(lines) if any(option in line for option in _SAID_FIRST)]:
-        lines[of_load[-1]] += " It is said in the first load, LiveModel.load(), and holds for all updates."
+    if of_load := [number for number, line in enumerate(lines) if any(option in line for option in _OF_LOAD)]:
+        lines[of_load[-1]] += f" It is said {current.said_first}, and holds for all updates."
     if isinstance(error, StillRead):  # It says nothing about the version.
         what, said = "was not taken", f"{error}. Nothing is wrong with the version: try again"
     title: str | None = getattr(error, "title", None)

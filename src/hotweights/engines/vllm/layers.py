@@ -17,6 +17,8 @@ from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 from vllm.model_executor.model_loader.reload.layerwise import LAYERWISE_INFO
 from vllm.model_executor.model_loader.utils import device_loading_context
 
+from ...plan.patterns import matches
+
 # Buffers that checkpoints rarely carry, and that have defaults: scales of the KV cache, and maps that vLLM computes.
 _DEFAULTED = (
     *("*._k_scale", "*._v_scale", "*._q_scale", "*._prob_scale"),
@@ -82,7 +84,9 @@ def may_be_missing(model: nn.Module, checkpoint: Iterable[str]) -> list[str]:
         if name not in parameters and isinstance(tensor, torch.Tensor)
         if not tensor.is_floating_point() or _kind(name) not in kinds
     ]
-    return [*_DEFAULTED, *scales, *buffers]
+    names = [*parameters, *(name for name, _ in model.named_buffers(remove_duplicate=False))]
+    defaulted = [pattern for pattern in _DEFAULTED if any(map(matches(pattern), names))]  # Idle ones are told of.
+    return [*defaulted, *scales, *buffers]
 
 
 def _kind(name: str) -> str:

@@ -15,7 +15,9 @@ from vllm.logger import init_logger
 from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER, register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_default_torch_dtype
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from ...dtypes import OpaqueDtype
 from ...errors import UsageError
@@ -66,6 +68,7 @@ class ModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not install
             CheckpointError, PlanError: as ``hotweights.load``, before a byte of a weight is read.
         """
         device = torch.device(self.load_config.device or vllm_config.device_config.device)
+        _without_amx(vllm_config, model_config)
         with set_default_torch_dtype(model_config.dtype):
             with device:
                 model: nn.Module = self.create_model(vllm_config, model_config, prefix).eval()
@@ -111,6 +114,7 @@ class ModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not install
             deferred=deferred(model),
             memory_limit=options.memory_limit,
         )
+        live._current.said_first = "when the engine starts, in --model-loader-extra-config"
         with self._opened(model, model_config) as files:
             report = live.load(
                 dummy(files.manifest) if options.dummy else files,
@@ -164,6 +168,19 @@ def _dummy(spec: TensorSpec) -> torch.Tensor:
         raise UsageError(f"dummy in model_loader_extra_config has no values for {spec}: torch has no such type")
     value = torch.zeros((), dtype=spec.dtype)
     return (value.fill_(1e-3) if spec.dtype.is_floating_point else value).expand(spec.shape)
+
+
+def _without_amx(vllm_config: Any, model_config: Any) -> None:
+    """Let latent attention keep its weights in its layer: with AMX it packs them where no update finds them."""
+    attention = vllm_config.attention_config
+    if not (current_platform.is_cpu() and model_config.use_mla):
+        return
+    if attention.backend is AttentionBackendEnum.AMX_MLA:
+        raise UsageError(
+            "the attention backend AMX_MLA packs weights where no update finds them; start the engine with "
+            "--attention-backend CPU_MLA"
+        )
+    attention.backend = AttentionBackendEnum.CPU_MLA
 
 
 def _told(report: UpdateReport) -> str:

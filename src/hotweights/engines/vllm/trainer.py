@@ -25,7 +25,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
 from ...arguments import check_version
-from ...errors import TransferError, TransferIncomplete, UsageError
+from ...errors import TransferError, TransferIncomplete, TransferTimeout, UsageError
 from ...manifest import Manifest, TensorSpec
 from ...model.as_saved import as_saved
 from ...sources.pairs import Pair
@@ -40,6 +40,10 @@ _LOOK = 0.02
 """Seconds between two looks at who has connected."""
 _LATE = 5.0
 """Seconds that what engines on other hosts have begun may take: a connection for bytes, and a relay's word."""
+_ALONE = (
+    "An engine takes weights from one trainer. If another has connected to it since, or it was started anew: end the "
+    "other, and make this trainer anew."
+)
 
 
 def register_trainer() -> None:
@@ -225,6 +229,8 @@ class Trainer(TrainerWeightTransferEngine):  # type: ignore[misc]
             given = (pair for pair in pairs)
             report = sender.send(given, version=name, manifest=manifest, show_progress=False)
         except BaseException as error:
+            if isinstance(error, TransferTimeout) and not sender.connected:
+                error.advice = _ALONE
             if isinstance(error, Exception) and torch.distributed.is_initialized():
                 with suppress(Exception):
                     _exhaust(pairs)  # The other ranks of the trainer read on, and would wait for this one.
