@@ -181,7 +181,7 @@ def test_refits_of_an_engine_in_this_process(zoo):
     for name, words in (("short", "lm_head.weight: missing"), ("failing", "the gather failed"), *narrow):
         assert words in found[name][0]
         assert found[name][1:] == (said["B"], (1, "1", False, False))
-    assert 'allow_missing="lm_head.weight". It is said when the engine starts, in --model-loader' in found["short"][0]
+    assert 'allow_missing="lm_head.weight". It is said in the first load' in found["short"][0]
     assert "matches no tensor" not in found["short"][0], "of what it allows by itself nothing is said"
     assert found["A"] == ("step-7", said["A"], ("step-7", "step-7", False, False))
     assert found["trainer gone"] == ("nothing was raised", said["A"], ("step-7", "step-7", True, False))

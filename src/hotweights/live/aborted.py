@@ -9,6 +9,10 @@ from .lock import StillRead
 from .state import Current
 
 _OF_LOAD = ("allow_", "by=")  # Options of advice that updates do not have.
+_WHERE = (
+    "It is said in the first load, LiveModel.load(), or of an engine in --model-loader-extra-config, and holds for all "
+    "updates."
+)
 
 
 def aborted(
@@ -26,7 +30,7 @@ def aborted(
     said = said_by(error, _named(error))
     lines: list[str] = getattr(error, "advice", "").splitlines()
     if of_load := [number for number, line in enumerate(lines) if any(option in line for option in _OF_LOAD)]:
-        lines[of_load[-1]] += f" It is said {current.said_first}, and holds for all updates."
+        lines[of_load[-1]] += " " + _WHERE
     if isinstance(error, StillRead):  # It says nothing about the version.
         what, said = "was not taken", f"{error}. Nothing is wrong with the version: try again"
     title: str | None = getattr(error, "title", None)

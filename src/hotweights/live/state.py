@@ -39,7 +39,6 @@ class Current:
         previous: what makes the version before live again; ``None`` where it is not kept.
         gone: why it is not kept, and what brings it back; for messages.
         keeps_previous: whether commits keep the version before.
-        said_first: where users say what the first load allows; for messages.
         checking: whether a check looks at its version now, and nobody else at the model.
         warned: whether the one warning of open layers was given.
         names: for tensors of the live version that came under other names than the model's: from those to these.
@@ -59,7 +58,6 @@ class Current:
         self.checking = False
         self.previous: object = None
         self.gone = "only one version was live so far"
-        self.said_first = "in the first load, LiveModel.load()"
         self.keeps_previous = False
         self.warned = False
         self.names: Mapping[str, str] = {}

@@ -114,7 +114,6 @@ class ModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not install
             deferred=deferred(model),
             memory_limit=options.memory_limit,
         )
-        live._current.said_first = "when the engine starts, in --model-loader-extra-config"
         with self._opened(model, model_config) as files:
             report = live.load(
                 dummy(files.manifest) if options.dummy else files,
