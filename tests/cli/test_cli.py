@@ -616,6 +616,10 @@ class TestTransfer:
         assert "nobody listens there" in refused.stderr
         assert run("send", bert, "--to", "somewhere").exit_code == 2
 
+    def test_a_free_port_is_told(self, bert):
+        refused = run("send", bert, "--to", "tcps://127.0.0.1:0", "--timeout", "0.05")
+        assert re.search(r"^listening at (tcps://127\.0\.0\.1:[1-9]\d*)$", refused.stderr, re.MULTILINE)
+
     def test_on_a_terminal_it_says_what_it_waits_for(self, bert, tmp_path, monkeypatch):
         address = f"unix:{tmp_path / 'run' / 'socket'}"
         wait = ("receive", "--from", address, "--model", bert, "--offer-timeout", "0.05")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import hotweights as hw
+from hosts import free_address
 from hotweights.engines.refit import RefitEnd
 
 
@@ -152,10 +153,16 @@ def test_several_hosts_need_an_address(ends):
 
 def test_the_address_can_be_given():
     """As the refusal advises."""
-    made = [RefitEnd(timeout=20, address="tcps://127.0.0.1:0", insecure=True) for _ in range(2)]
+    address = free_address()
+    made = [RefitEnd(timeout=20, address=address, insecure=True) for _ in range(2)]
     said = [{**end.describe(), "host": f"host {rank}"} for rank, end in enumerate(made)]
     made[0].connect(said, rank=0, trainers=1)
     made[0].close()
+
+
+def test_an_address_that_only_its_sender_can_know_is_refused():
+    with pytest.raises(hw.UsageError, match=r"port 0.*tcps://trainer:7600"):
+        RefitEnd(address="tcps://trainer:0", insecure=True)
 
 
 def test_nothing_is_left_in_the_folder_for_temporary_files(tmp_path, monkeypatch):

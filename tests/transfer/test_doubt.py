@@ -16,8 +16,22 @@ from hotweights.live.state import State
 from hotweights.transfer.channel import Channel
 from hotweights.transfer.decision import Decision, Known
 from hotweights.transfer.doubts import Doubt, past_of
-from hotweights.transfer.messages import HEADER, MAX_SMALL, Account, Commit, Offer, Past, Seat, Verdict, decode, encode
+from hotweights.transfer.messages import (
+    HEADER,
+    MAX_SMALL,
+    Accept,
+    Account,
+    Commit,
+    Offer,
+    Past,
+    Prepared,
+    Seat,
+    Verdict,
+    decode,
+    encode,
+)
 from hotweights.transfer.outbound import Outbound
+from hotweights.transfer.registers.register import SharedRecord
 from hotweights.transfer.relay import Relay
 
 
@@ -214,6 +228,90 @@ def test_workers_behind_a_relay_are_told_by_the_next_lead_through_the_next_relay
     for worker in (*behind, beside):
         worker.thread.result()
         assert worker.versions == ([1, 2, 3] if heard else [1, 1, 3])
+
+
+# Left out, when it had voted.
+
+
+class Leaving:
+    """Cuts a receiver's connection as it says a word of version 2. Nobody hears it."""
+
+    def __init__(self, monkeypatch, kind):
+        self.channel, say = None, Channel.send
+
+        def cutting(channel, message, **options):
+            if isinstance(message, kind) and channel is self.channel:
+                channel.socket.shutdown(2)
+            say(channel, message, **options)
+
+        monkeypatch.setattr(Channel, "send", cutting)
+
+
+LEFT_OUT = {
+    "the same sender": ([1, 1, 3], False),
+    "the next sender": ([1, 2, 3], False),
+    "a register": ([1, 1, 3], True),
+    "nobody: it had not voted": ([1, 1, 3], True),
+}
+
+
+@pytest.mark.parametrize("by", LEFT_OUT)
+def test_who_was_left_out_may_take_the_version_and_the_report_says_so(by, address, tmp_path, monkeypatch):
+    """The next sender does not know who was left out, and hears that another has the version."""
+    expected, is_known = LEFT_OUT[by]
+    leaving = Leaving(monkeypatch, Accept if "nobody" in by else Prepared)
+    read, decided = SharedRecord.is_commit, threading.Event()
+    # Else it might be the first to write, and nobody would take the version.
+    monkeypatch.setattr(SharedRecord, "is_commit", lambda record: decided.wait(TIMEOUT) and read(record))
+    stays, leaves = Worker(address, name="stays"), Worker(address, name="leaves")
+    with contextlib.ExitStack() as stack:
+        register = f"file://{tmp_path}" if by == "a register" else None
+        first = stack.enter_context(sender(address, receivers=2, on_lost="drop", decision=register))
+        assert sent(first, 1) == 2
+        leaving.channel = leaves.source._connection._channel
+        report = first.send(Tiny(2), version=2)
+        decided.set()
+        assert [name[:5] for name in report.committed] == ["stays"]
+        ((name, why),) = report.lost.items()
+        assert name.startswith("leaves (process")
+        assert why.endswith("whether it takes the version is not known here") is not is_known
+        if by == "the next sender":
+            leaves.in_state(State.IN_DOUBT)
+            first.close()
+            first = stack.enter_context(sender(address, receivers=2))
+        assert sent(first, 3) == 2
+    for worker in (stays, leaves):
+        worker.thread.result()
+    assert (stays.versions, leaves.versions) == ([1, 2, 3], expected)
+
+
+def test_who_had_voted_behind_a_relay_that_is_left_out_takes_the_version_later(address, tmp_path, monkeypatch):
+    """Of two relays, one behind the other: the sender has counted them as one host, which has it."""
+    between, near, far = free_address(), f"unix:{tmp_path / 'near' / 'socket'}", f"unix:{tmp_path / 'far' / 'socket'}"
+    leaving = Leaving(monkeypatch, Prepared)
+    first, second = Worker(near, name="first"), Worker(far, name="second")
+    with contextlib.ExitStack() as stack:
+
+        def relaying(source, to):
+            relay = stack.enter_context(Relay(source, to, timeout=TIMEOUT))
+            thread = Thread(relay.run)
+            stack.callback(lambda: (relay.close(), thread.result()))
+            return relay
+
+        relaying(address, [near, between])
+        leaves = relaying(between, far)
+        sending = stack.enter_context(sender(address, receivers=2, on_lost="drop"))
+        assert sent(sending, 1) == 2
+        leaving.channel = leaves._connection._channel
+        report = sending.send(Tiny(2), version=2)
+        assert [name[:5] for name in report.committed] == ["first"]
+        ((name, why),) = report.lost.items()
+        assert name.startswith("second (process")
+        assert why.endswith("whether it takes the version is not known here")
+        assert sent(sending, 3) == 2
+        for worker in (first, second):
+            worker.thread.result()
+            assert worker.versions == [1, 2, 3]
 
 
 # By hand.

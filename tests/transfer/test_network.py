@@ -30,6 +30,8 @@ from hotweights.transfer.flow import GREETING, TOKEN, stretches
 from hotweights.transfer.messages import PROTOCOL, Accept, Chunk, Filled, Hello, Wanted, encode
 from hotweights.transfer.network_channel import NetworkChannel
 from hotweights.transfer.outbound import Outbound
+from hotweights.transfer.relay import Relay
+from hotweights.transfer.resolve import Resolver
 from hotweights.transfer.states import SessionState, Side
 
 CONTENT = {"a": torch.arange(5.0), "b": torch.arange(3)}
@@ -547,10 +549,12 @@ def test_an_address_that_is_none_is_refused(wrong):
     "open_to_all", ["tcps://10.0.0.7:7600", "tcps://trainer:7600", "tcps://0.0.0.0:7600", "tcps://[::]:1"]
 )
 def test_without_keys_an_address_that_others_reach_is_refused(open_to_all):
-    for end in (hw.Sender, hw.Receiver):
+    is_one_host = open_to_all.startswith(("tcps://10", "tcps://trainer"))
+    for end in (hw.Sender, hw.Receiver) if is_one_host else (hw.Sender,):
         with pytest.raises(hw.UsageError, match=r"can be reached from other hosts.*hotweights keys DIR --hosts"):
             end(open_to_all)
-    hw.Receiver(open_to_all, insecure=True).close()
+    if is_one_host:
+        hw.Receiver(open_to_all, insecure=True).close()
 
 
 def test_keys_are_for_the_network():
@@ -683,6 +687,37 @@ def test_port_0_is_a_free_one():
         worker = Thread(take, sending.address)
         sending.send(CONTENT, version=1)
         assert worker.result().keys() == CONTENT.keys()
+
+
+CONNECTING = {
+    "receiver": lambda address: hw.Receiver(address, insecure=True),
+    "through a relay": lambda address: hw.Receiver(address, insecure=True, relay=True),
+    "relay": lambda address: Relay(address, "unix:/tmp/none/socket", insecure=True),
+}
+LISTENING = {
+    "relay": lambda address: Relay("tcps://trainer:7600", ["unix:/tmp/none/socket", address], insecure=True),
+    "resolve": lambda address: Resolver(address, insecure=True),
+}
+
+
+@pytest.mark.parametrize("end", [*CONNECTING.values(), *LISTENING.values()], ids=[*CONNECTING, *LISTENING])
+@pytest.mark.parametrize("host", ["trainer", "[fd00::1]"])
+def test_nobody_can_connect_to_port_0(end, host, monkeypatch):
+    """A receiver waited an hour for what could never come."""
+    expected = re.escape(f"tcps://{host}:0: nobody can connect to port 0") + ".*" + re.escape(f"tcps://{host}:7600")
+    with pytest.raises(hw.UsageError, match=expected):
+        end(f"tcps://{host}:0")
+    monkeypatch.setenv("HOTWEIGHTS_ADDRESS", f"tcps://{host}:0")
+    with pytest.raises(hw.UsageError, match=expected):
+        end("env:")
+
+
+@pytest.mark.parametrize("end", CONNECTING.values(), ids=CONNECTING)
+@pytest.mark.parametrize("host", ["0.0.0.0", "[::]"])
+def test_nobody_connects_to_all_addresses_of_a_host(end, host):
+    """That would be the receiver's own."""
+    with pytest.raises(hw.UsageError, match=r"is where a sender listens.*such as tcps://trainer:7600"):
+        end(f"tcps://{host}:7600")
 
 
 # Bytes.

@@ -58,6 +58,8 @@ def send(
                 insecure=insecure,
             ) as sender,
         ):
+            if sender.address != to:  # Nobody else knows a port that was free, or what the environment says.
+                typer.echo(f"listening at {sender.address}", err=True)
             report = sender.send(source, version=str(path) if version is None else version)
             if trace is not None:
                 report.save_timeline(trace)

@@ -21,6 +21,7 @@ from ..arguments import check_flags, check_seconds
 from ..errors import TransferAborted, UsageError
 from ..manifest import Manifest, TensorSpec
 from ..sources.pairs import Pair
+from ..transfer.endpoint import check_connectable
 from ..transfer.receiver import Receiver
 from ..transfer.report import SendReport
 from ..transfer.sender import Sender
@@ -68,7 +69,12 @@ class RefitEnd:
             keys: the directory of the job's keys, for addresses of other hosts.
             insecure: go without keys, see ``hotweights.Sender``.
             direct: rollouts take nothing themselves: each has one worker of an engine, which is told where to take it.
+
+        Raises:
+            UsageError: an option is wrong, or nobody can connect to ``address``.
         """
+        if address is not None:
+            check_connectable(address)
         check_flags(direct=direct, insecure=insecure)
         check_seconds(timeout=timeout)
         self._timeout, self._given, self._direct = timeout, address, direct

@@ -9,7 +9,7 @@ from ..errors import UsageError
 from .address import UnixEndpoint
 from .door import Endpoint
 from .env_address import ENV, named
-from .network import NetworkEndpoint
+from .network import NetworkEndpoint, check_port, check_target
 from .ray.endpoint import RayEndpoint
 
 
@@ -107,6 +107,27 @@ def plain(address: str) -> str:
         UsageError: the environment does not say it.
     """
     return named(address).address if isinstance(address, str) and address.startswith(ENV) else address
+
+
+def check_connectable(address: str) -> None:
+    """See that receivers can connect to an address as it is written; it need not be one at all.
+
+    Raises:
+        UsageError: it is on the network, and has no port that is known, or no host; or as ``plain``.
+    """
+    if isinstance(address, str) and (where := plain(address)).startswith("tcps:"):
+        check_target(where)
+
+
+def check_known(addresses: str | Sequence[str]) -> None:
+    """See that others can know where to connect before anybody listens there; these need not be addresses at all.
+
+    Raises:
+        UsageError: a port is 0; or as ``plain``.
+    """
+    for address in [addresses] if isinstance(addresses, str) else addresses:
+        if isinstance(address, str) and (where := plain(address)).startswith("tcps:"):
+            check_port(where)
 
 
 def is_local(address: object) -> bool:

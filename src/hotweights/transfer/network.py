@@ -226,6 +226,36 @@ def _parted(address: str) -> tuple[str, int]:
     return host, port
 
 
+def check_port(address: str) -> None:
+    """See that the port is known before anybody listens there.
+
+    Raises:
+        UsageError: it is 0; or it is no address.
+    """
+    host, port = _parted(address)
+    if port == 0:
+        shown = f"[{host}]" if ":" in host else host
+        raise UsageError(
+            f"{address}: nobody can connect to port 0, by which a sender takes one that is free; give the port that it "
+            f"has, which sender.address tells, or the same one at both ends, such as tcps://{shown}:7600"
+        )
+
+
+def check_target(address: str) -> None:
+    """See that somebody can connect there.
+
+    Raises:
+        UsageError: as ``check_port``; or the host stands for all addresses of a host.
+    """
+    check_port(address)
+    host, port = _parted(address)
+    if is_any(host):
+        raise UsageError(
+            f"{address}: {host} is where a sender listens at every address of its host, and nobody connects to it; "
+            f"give the name or address of that host, such as tcps://trainer:{port}"
+        )
+
+
 def _is_loopback(host: str) -> bool:
     """Whether only this host is meant, by name or number."""
     try:

@@ -206,7 +206,8 @@ class Onward(Outbound):
         # A worker that is lost from here on does not keep the others from what the sender decides.
         self._voted = self._may_lose = True
         self._doubtful = not self._offered.kept
-        lost, self._gone = self._gone | self._dropped(), {}
+        gone = {name: self._shown(name, reason) for name, reason in self._gone.items()}
+        lost, self._gone = gone | self._dropped(), {}
         self._connection.send(Prepared(tuple(lost.items())))
         try:
             message = self._next()

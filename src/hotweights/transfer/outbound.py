@@ -53,6 +53,9 @@ from .shared_memory import WriteSlots
 from .states import SessionState
 from .waits import left
 
+UNKNOWN = "it may have voted, and be in doubt: whether it takes the version is not known here"
+"""What is said of who was lost when others went on, and has perhaps consented to that."""
+
 _OPEN = (SessionState.OFFERED, SessionState.STREAMING, SessionState.ENDED, SessionState.PREPARED, SessionState.REFUSED)
 
 
@@ -120,6 +123,7 @@ class Outbound:
         self._pace = Pace()
         self._waited: dict[str, float] = {}  # seconds by name
         self._lost: dict[str, str] = {}  # reasons by name
+        self._maybe: set[str] = set()  # the names of those that may be in doubt
         self._gave_up: list[str] = []  # the names of those that were lost when they were prepared
         self._tensors = self._nbytes = 0
         self._ballot = Ballot.new()  # The last: a signal in what comes after would leave its descriptor.
@@ -332,7 +336,7 @@ class Outbound:
         return SendReport(
             version=version,
             committed=committed,
-            lost=self._lost | dropped,
+            lost={name: self._shown(name, reason) for name, reason in self._lost.items()} | dropped,
             problems={peer.name: peer.problem for peer in self._members if peer.problem},
             tensors=self._tensors,
             nbytes=self._nbytes,
@@ -343,6 +347,10 @@ class Outbound:
             since_epoch=self._timeline.since_epoch,
             hosts=self._pace.reports(self._members, self._timeline.began),
         )
+
+    def _shown(self, name: str, reason: str) -> str:
+        """Why somebody was lost that the others went on without, and whether it is known what becomes of it."""
+        return f"{reason}; {UNKNOWN}" if name in self._maybe else reason
 
     def _fallen(self) -> dict[str, str]:
         """Who behind relays was lost after the vote, and why."""
@@ -453,6 +461,11 @@ class Outbound:
         """Whether the others may go on without it."""
         return self._may_lose
 
+    def _may_be_in_doubt(self, peer: Peer) -> bool:
+        """Whether it votes, as far as is known here, and can read nowhere that the others went on without it."""
+        voting = peer.state in (SessionState.ENDED, SessionState.PREPARED)
+        return voting and not peer.channel.shares and self._register is None
+
     def _strike(self, peer: Peer) -> None:
         """Note in the roll that the peer is no member of this update. After the decision nothing is taken back."""
         if not self._over:
@@ -472,6 +485,8 @@ class Outbound:
         self._strike(peer)  # Before a slot that it holds is filled again.
         peer.holds.clear()
         self._lost.setdefault(peer.name, reason)
+        if self._may_be_in_doubt(peer):
+            self._maybe.update((peer.name, *peer.names))
         if refused:
             peer.channel.send(Abort(reason[:REASON]))
             self._leaving.append(peer)

@@ -20,7 +20,7 @@ from ..sources.streams import LeaseStream
 from ..text import short
 from ..timeline import Timeline
 from .connection import Connection
-from .endpoint import endpoint_of
+from .endpoint import check_connectable, endpoint_of
 from .following import Following
 from .host_relay import HostRelay
 from .inbound import Inbound
@@ -94,6 +94,7 @@ class Receiver:
         self.name = name
         if keep is not None and not relay:
             raise UsageError("keep= is for relay=True: this host's relay keeps versions; say that too, or leave it out")
+        check_connectable(address)
         self._relay = HostRelay(address, keys=keys, insecure=insecure, keep=keep) if relay else None
         endpoint = self._relay or endpoint_of(address, keys=keys, insecure=insecure)
         self._connection = Connection(endpoint, name, reconnect=reconnect)

@@ -15,7 +15,7 @@ from ..notices import log
 from ..text import size
 from .connection import Connection
 from .doubts import forward, is_in_doubt, past_of
-from .endpoint import endpoints_of, is_local, origin_of
+from .endpoint import check_connectable, check_known, endpoints_of, is_local, origin_of
 from .handout import Handout
 from .keeper import Keeper, lacks
 from .messages import Crew, Frame, Offer, Past, Verdict
@@ -70,7 +70,9 @@ class Relay:
         self._keeper = None if keep is None else Keeper(nbytes_from(keep=keep))
         if is_local(source):
             raise UsageError(f"a relay is for what comes from another host; workers on this one connect to {source}")
+        check_connectable(source)
         self.source = source
+        check_known(to)
         listed = [to] if isinstance(to, str) else list(to)
         if all(map(is_local, listed)):  # The keys are for the sender.
             self._doors = endpoints_of(listed)

@@ -25,7 +25,9 @@ class SendReport:
     Attributes:
         version: what was sent.
         committed: receivers that have it, and said so.
-        lost: receivers that were dropped on the way, and why. None of them takes this version.
+        lost: receivers that were dropped on the way, and why. None of them takes this version, unless the reason says
+            that this is not known: who was on another host and had voted is in doubt, and takes it if it is told so by
+            the next sender, by ``hotweights resolve`` or through a relay's next one.
         problems: by receiver that has it, what failed there after its commit: a hook, say.
         tensors: how many were sent; nobody wanted the others.
         nbytes: bytes that were sent, each counted once, however many receivers took it.

@@ -11,7 +11,7 @@ from .. import signals
 from ..arguments import check_choices, check_flags, check_seconds
 from .decision import Decision
 from .doubts import Decided, Doubt, doubts_of, tell
-from .endpoint import endpoints_of
+from .endpoint import check_known, endpoints_of
 from .peers import Peer, PeerGroup
 from .shared_memory import WriteSlots
 from .waits import left
@@ -52,7 +52,9 @@ class Resolver:
 
         Raises:
             AddressTaken: a sender is there. It ends doubts itself, with the next version that it sends.
+            UsageError: nobody can come there.
         """
+        check_known(address)
         check_flags(insecure=insecure)
         endpoints = endpoints_of(address, keys=keys, insecure=insecure)
         self._slots = WriteSlots(1, 4096)  # Receivers want to see some; nothing is sent.
