@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 import hotweights as hw
+from hosts import free_address
 from hotweights.cli import app
 from hotweights.transfer.handed_keys import files_of
 from hotweights.transfer.keys import Keys, make_keys
@@ -83,10 +84,11 @@ def test_a_sender_listens_at_all_addresses_with_the_key_of_its_name(tmp_path):
 
 def test_a_file_of_keys_is_no_directory_of_keys(tmp_path):
     make(tmp_path / "keys", "127.0.0.1")
+    address = free_address()
     for end in (hw.Sender, hw.Receiver):
         with pytest.raises(hw.UsageError, match=r"ca\.pem is a file; give its folder: (.*)$") as told:
-            end("tcps://127.0.0.1:0", keys=tmp_path / "keys" / "ca.pem")
-        end("tcps://127.0.0.1:0", keys=str(told.value).rpartition(": ")[2]).close()
+            end(address, keys=tmp_path / "keys" / "ca.pem")
+        end(address, keys=str(told.value).rpartition(": ")[2]).close()
     with pytest.raises(hw.UsageError, match="is a file; give its folder"):
         files_of(tmp_path / "keys" / "ca.pem")
 

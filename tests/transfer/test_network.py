@@ -1,14 +1,17 @@
 """Between hosts: the same contract over TCP; whoever dies, one version or a doubt by name; strangers stay out."""
 
 import contextlib
+import datetime
 import errno
 import itertools
 import logging
 import os
 import re
+import shutil
 import signal
 import socket
 import struct
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +30,7 @@ from hotweights.transfer.channel import Channel
 from hotweights.transfer.decision import Decision
 from hotweights.transfer.endpoint import endpoint_of
 from hotweights.transfer.flow import GREETING, TOKEN, stretches
+from hotweights.transfer.keys import make_keys
 from hotweights.transfer.messages import PROTOCOL, Accept, Chunk, Filled, Hello, Wanted, encode
 from hotweights.transfer.network_channel import NetworkChannel
 from hotweights.transfer.outbound import Outbound
@@ -402,8 +406,6 @@ def test_a_client_of_another_job_or_without_keys_is_told_why(jobs, address, capl
 
 @pytest.mark.parametrize("called", ["localhost", "127.0.0.1"])
 def test_a_key_for_another_name_is_told_from_one_of_another_job(called, tmp_path, address):
-    from hotweights.transfer.keys import make_keys
-
     keys = tmp_path / "keys"
     make_keys(keys, ["trainer"])
     at = address.replace("127.0.0.1", called)
@@ -449,8 +451,6 @@ def test_a_sender_without_keys_is_told_to_a_receiver_that_has_some(jobs, address
 
 
 def test_a_certificate_that_has_expired_is_refused_at_both_ends(tmp_path, jobs, address):
-    from hotweights.transfer.keys import make_keys
-
     make_keys(tmp_path / "old", ["127.0.0.1"], days=0)
     for theirs, ours in ((tmp_path / "old", jobs[0]), (jobs[0], tmp_path / "old")):
         with sender(address, keys=theirs, timeout=0.5) as sending:
@@ -462,16 +462,45 @@ def test_a_certificate_that_has_expired_is_refused_at_both_ends(tmp_path, jobs, 
 
 
 def test_an_expired_certificate_of_this_job_is_told_what_to_make(tmp_path, address):
-    from hotweights.transfer.keys import make_keys
-
     make_keys(tmp_path / "keys", ["trainer"])
     make_keys(tmp_path / "keys", ["127.0.0.1"], days=0)
     with sender(address, keys=tmp_path / "keys", timeout=0.5) as sending:
         worker = Thread(lambda: take(address, keys=tmp_path / "keys"))
-        with pytest.raises(hw.TransferTimeout, match=r"certificate.*expired; make another: remove HOST\.pem"):
+        with pytest.raises(hw.TransferTimeout, match=r"certificate.*expired.*; make another: remove HOST\.pem"):
             sending.send(CONTENT, version=1)
-        with pytest.raises(hw.ProtocolError, match=r"certificate.*expired; make another: remove HOST\.pem"):
+        with pytest.raises(hw.ProtocolError, match=r"certificate.*expired.*; make another: remove HOST\.pem"):
             worker.result()
+
+
+@pytest.mark.parametrize(("dated", "said"), [(2, "not yet valid"), (-900, "expired")])
+@pytest.mark.parametrize("end", ["sender", "receiver"])
+def test_a_certificate_that_is_not_of_now_is_told_by_both_ends(tmp_path, address, monkeypatch, dated, said, end):
+    """As where the clock of the host that made it is wrong. Each end says it of the right certificate."""
+    of_now, other = tmp_path / "keys", tmp_path / "other"
+    make_keys(of_now, ["127.0.0.1"])
+    other.mkdir(mode=0o700)
+    for name in ("ca.pem", "ca.key"):
+        shutil.copy(of_now / name, other)
+    shifted = SimpleNamespace(now=lambda zone: datetime.datetime.now(zone) + datetime.timedelta(days=dated))
+    there = SimpleNamespace(datetime=shifted, timedelta=datetime.timedelta, UTC=datetime.UTC)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr("hotweights.transfer.keys.datetime", there)
+        make_keys(other, ["127.0.0.1"])
+    keys = {"sender": of_now, "receiver": of_now} | {end: other}
+    with sender(address, keys=keys["sender"], timeout=0.5) as sending:
+        worker = Thread(lambda: take(address, keys=keys["receiver"]))
+        with pytest.raises(hw.TransferTimeout) as ours:
+            sending.send(CONTENT, version=1)
+        with pytest.raises(hw.ProtocolError) as theirs:
+            worker.result()
+    refusing, refused = (theirs, ours) if end == "sender" else (ours, theirs)
+    assert f"the {end}'s certificate is not taken: certificate " in str(refusing.value)
+    assert said in str(refusing.value)
+    assert "by this host's clock, " in str(refusing.value)
+    assert "does not take this end's certificate" in str(refused.value)
+    assert said in str(refused.value)
+    for error in (ours, theirs):
+        assert ("set the clocks" if dated > 0 else "make another") in str(error.value)
 
 
 # Links.
@@ -625,8 +654,6 @@ def test_of_several_addresses_of_a_name_the_one_is_found_where_the_sender_listen
 
 def test_addresses_of_ipv6(tmp_path):
     """With a key for the number, by which both ends call it."""
-    from hotweights.transfer.keys import make_keys
-
     make_keys(tmp_path, ["::1"])
     with sender("tcps://[::1]:0", keys=tmp_path, encrypt="all") as sending:
         assert sending.address.startswith("tcps://[::1]:")

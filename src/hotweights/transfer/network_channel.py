@@ -12,12 +12,11 @@ from .. import signals
 from ..errors import PeerLost, ProtocolError
 from .channel import Channel
 from .states import SessionState, Side
-from .tls import Tls
+from .tls import Tls, speaks_tls
 
 SILENCE = 4.0
 """Seconds after which a link that carries nothing back is cut. Processes that are busy are not: kernels answer."""
 
-_TLS = (b"\x15", b"\x16")  # how an alert and a handshake of TLS begin; no frame of ours does
 _ALERT = b"\x15\x03\x03\x00\x02\x02\x46"  # for who speaks no TLS: the fatal alert "protocol version"
 _GONE = "a host that is gone"
 _OFTEN = 1.0  # seconds between two looks at a link
@@ -88,7 +87,7 @@ class NetworkChannel(Channel):
         try:
             return self._tls.decrypted(raw)
         except ProtocolError:
-            if not speaks_tls(raw) and not self._tls.established:
+            if not self._tls.begun:
                 self._put(_ALERT)
             raise
         finally:  # What TLS answers, an alert too.
@@ -158,8 +157,3 @@ def seconds_cut(connected: socket.socket) -> float:
     info = _TCP_INFO.unpack_from(connected.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size))
     cut = info[_UNACKED] and info[_RETRANSMITS] >= _RETRIES and info[_LAST_ACK] > 1000 * SILENCE
     return info[_LAST_ACK] / 1000 if cut else 0.0
-
-
-def speaks_tls(raw: bytes) -> bool:
-    """Whether these are the first bytes of something that speaks TLS."""
-    return raw[:1] in _TLS

@@ -30,7 +30,7 @@ from ...manifest import Manifest, TensorSpec
 from ...model.as_saved import as_saved
 from ...sources.pairs import Pair
 from ...text import some
-from ...transfer.endpoint import is_local, settled
+from ...transfer.endpoint import check_connectable, is_local, settled
 from ...transfer.report import SendReport
 from ...transfer.sender import Sender
 from .backend import OPEN
@@ -178,6 +178,8 @@ class Trainer(TrainerWeightTransferEngine):  # type: ignore[misc]
             address, receivers=receivers, timeout=init_info.timeout, keys=keys, insecure=insecure
         )
         listening = sender.address if isinstance(address, str) else sender.address.split(", ")
+        for each in [listening] if isinstance(listening, str) else listening:
+            check_connectable(each)  # Engines would refuse it, one by one.
         told: dict[str, Any] = {"address": listening, "timeout": init_info.timeout, "answers": True}
         if keys is not None or insecure:
             told |= {"keys": None if keys is None else os.path.abspath(keys), "insecure": insecure}

@@ -9,8 +9,8 @@ import time
 
 from ... import signals
 from ...errors import PeerLost, ProtocolError
-from ..network_channel import host_of, keep_alive, seconds_cut, speaks_tls
-from ..tls import Tls
+from ..network_channel import host_of, keep_alive, seconds_cut
+from ..tls import Tls, speaks_tls
 from .link import Link
 
 _OFTEN = 1.0  # seconds between two looks at the connection
