@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import stat
 
 import pytest
 from ends import TIMEOUT, Thread, receiver, sender
@@ -31,6 +32,18 @@ def test_a_record_is_written_once_by_whoever_is_first(first, register):
     for other in Decision:
         assert register_of(register).decide(7, DecisionRecord(other, ())) == written
     assert register_of(register).decide(8, DecisionRecord(ABORT, ())) == DecisionRecord(ABORT, ())
+
+
+def test_a_record_is_on_the_disk_before_anybody_acts_on_it(register, monkeypatch):
+    """Its bytes before it has its name, and its name before it is told; also to who finds it there."""
+    done, fsync, link = [], os.fsync, os.link
+    monkeypatch.setattr(os, "link", lambda *paths: (done.append("name"), link(*paths)))
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: (done.append("names" if stat.S_ISDIR(os.fstat(fd).st_mode) else "bytes"), fsync(fd))
+    )
+    for _ in range(2):
+        register_of(register).decide(7, DecisionRecord(COMMIT, (1,)))
+    assert done == ["bytes", "name", "names"] * 2
 
 
 def test_racing_processes_read_one_record(register):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -116,5 +117,8 @@ def sync(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # Some file systems cannot do it for directories.
+            raise
     finally:
         os.close(fd)

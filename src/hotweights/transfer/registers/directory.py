@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from ... import signals
 from ...errors import UsageError
+from ...sources.files.writer import sync
 from .register import Register
 
 
@@ -39,6 +41,7 @@ class DirectoryRegister(Register):
                 os.fsync(file.fileno())  # Else a host that loses power might forget what others have done.
             with contextlib.suppress(OSError):  # Lost answers of NFS, too: what lies there counts.
                 os.link(beside, path)
+            sync(Path(self._directory))  # A decision that is gone could be made otherwise.
         finally:
             with contextlib.suppress(OSError):
                 os.unlink(beside)
