@@ -29,7 +29,7 @@ def refused(what, **options):
 def assert_refused_as_files_are(bucket, folder, name="", **options):
     bucket.files = served(folder)
     of_files = refused(folder / name, **options)
-    of_objects = refused(f"s3://b/m/{name}".rstrip("/"), store={**bucket.options, "deadline": 5}, **options)
+    of_objects = refused(f"s3://b/m/{name}".rstrip("/"), store={**bucket.options, "deadline": 60}, **options)
     assert str(of_objects).partition("\n")[0] == in_store(str(of_files), folder).partition("\n")[0]
     assert sorted(of_objects.problems) == sorted(in_store(problem, folder) for problem in of_files.problems)
     return str(of_objects)
@@ -98,7 +98,7 @@ def test_a_list_is_refused_or_opened_as_that_of_files_is(bucket, tmp_path, names
         except CheckpointError as error:
             return [str(error).partition("\n")[0], *error.problems]
 
-    of_store = said("s3://b/m", store={**bucket.options, "deadline": 5})
+    of_store = said("s3://b/m", store={**bucket.options, "deadline": 60})
     if "absent" in names:
         assert "s3://b/m/absent.safetensors: there is no such object" in of_store[-1]
     else:
