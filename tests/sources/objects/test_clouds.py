@@ -67,7 +67,7 @@ def make_container(url):
 @pytest.fixture(params=[google, azure, pytest.param(azurite, marks=pytest.mark.long)], ids=lambda make: make.__name__)
 def cloud(request):
     with request.param() as (address, options):
-        yield address, {**options, "deadline": 5}
+        yield address, {**options, "deadline": 60}
 
 
 def read(address, options):

@@ -68,7 +68,7 @@ def test_s3_by_options_and_a_folder_that_is_listed(moto, bucket, tmp_path, monke
     upload(bucket, tmp_path)
     for name in ("ENDPOINT_URL", "ALLOW_HTTP", "ACCESS_KEY_ID", "SECRET_ACCESS_KEY"):
         monkeypatch.delenv(f"AWS_{name}")
-    options = {"endpoint": moto, "access_key_id": "key", "secret_access_key": "hush", "deadline": 5}
+    options = {"endpoint": moto, "access_key_id": "key", "secret_access_key": "hush", "deadline": 60}
     with hw.open(f"s3://{bucket}/models/m", subfolder="transformer", store=options) as source:
         assert_same_bits(dict(source.tensors()), TENSORS)
     with pytest.raises(hw.CheckpointError, match='pipeline of several models; choose one: subfolder="transformer"'):
@@ -98,7 +98,7 @@ def test_s3_through_faults(moto, bucket, tmp_path, fault):
     upload(bucket, write_checkpoint(tmp_path, TENSORS))
     with Proxy(moto) as proxy:
         proxy.faults.append(fault)
-        with hw.open(f"s3://{bucket}/models/m", store={"endpoint": proxy.url, "deadline": 5}) as source:
+        with hw.open(f"s3://{bucket}/models/m", store={"endpoint": proxy.url, "deadline": 60}) as source:
             proxy.faults.append(fault)
             assert_same_bits(dict(source.tensors()), TENSORS)
         assert not proxy.faults
