@@ -154,6 +154,25 @@ def test_other_ranks_read_along(zoo):
     assert zoo.run(life, None, OnlyWeight(), 1) == (None, [], "zero", 1)
 
 
+def at_all_addresses():
+    """What a trainer says that would tell engines of no host in particular."""
+    from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+
+    from hotweights.engines.vllm import TrainerInit
+
+    where = TrainerInit(rank=0, timeout=5, address="tcps://0.0.0.0:0", insecure=True, receivers=1)
+    engine, told = Engine((2, 3)), []
+    engine.init_weight_transfer_engine = told.append
+    return outcome(lambda: WeightTransferTrainerFactory.trainer_init(where, client=engine, source=Source())), told
+
+
+def test_an_address_that_no_engine_can_connect_to_is_refused(zoo):
+    said, told = zoo.run(at_all_addresses, None)
+    assert "UsageError tcps://0.0.0.0:" in said
+    assert "give the name or address of that host" in said
+    assert told == [], "engines were told"
+
+
 def test_a_source_that_does_not_gather_is_refused(zoo):
     newer = Newer()
     newer.owners = (1,)
