@@ -22,6 +22,7 @@ from hotweights.transfer.messages import (
     Accept,
     Account,
     Commit,
+    Crew,
     Offer,
     Past,
     Prepared,
@@ -31,8 +32,10 @@ from hotweights.transfer.messages import (
     encode,
 )
 from hotweights.transfer.outbound import Outbound
+from hotweights.transfer.peers import PeerGroup
 from hotweights.transfer.registers.register import SharedRecord
 from hotweights.transfer.relay import Relay
+from hotweights.transfer.states import SessionState
 
 
 @pytest.fixture
@@ -285,8 +288,28 @@ def test_who_was_left_out_may_take_the_version_and_the_report_says_so(by, addres
     assert (stays.versions, leaves.versions) == ([1, 2, 3], expected)
 
 
+def count_late(monkeypatch):
+    """Between versions relays say only then how many workers they have, when the sender waits for some."""
+    say, listen, waits = Channel.send, PeerGroup.listen, threading.Event()
+
+    def listening(group, *how):
+        waits.set()
+        listen(group, *how)
+
+    def saying(channel, message, **options):
+        if isinstance(message, Crew) and channel.session.state is SessionState.IDLE:
+            waits.wait(TIMEOUT)
+        say(channel, message, **options)
+
+    monkeypatch.setattr(PeerGroup, "listen", listening)
+    monkeypatch.setattr(Channel, "send", saying)
+
+
 def test_who_had_voted_behind_a_relay_that_is_left_out_takes_the_version_later(address, tmp_path, monkeypatch):
-    """Of two relays, one behind the other: the sender has counted them as one host, which has it."""
+    """Of two relays, one behind the other: the sender has counted them as one host, which has it.
+
+    What relays say between versions comes late: the sender has to know without it that one worker less is there.
+    """
     between, near, far = free_address(), f"unix:{tmp_path / 'near' / 'socket'}", f"unix:{tmp_path / 'far' / 'socket'}"
     leaving = Leaving(monkeypatch, Prepared)
     first, second = Worker(near, name="first"), Worker(far, name="second")
@@ -303,6 +326,7 @@ def test_who_had_voted_behind_a_relay_that_is_left_out_takes_the_version_later(a
         sending = stack.enter_context(sender(address, receivers=2, on_lost="drop"))
         assert sent(sending, 1) == 2
         leaving.channel = leaves._connection._channel
+        count_late(monkeypatch)
         report = sending.send(Tiny(2), version=2)
         assert [name[:5] for name in report.committed] == ["first"]
         ((name, why),) = report.lost.items()

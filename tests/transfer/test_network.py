@@ -11,6 +11,8 @@ import shutil
 import signal
 import socket
 import struct
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -775,3 +777,26 @@ def test_a_slot_that_there_is_not_is_refused(slot, address, monkeypatch):
         sending.send(CONTENT, version=1)
     with pytest.raises(hw.ProtocolError, match=r"there is no slot|does not fit"):
         worker.result()
+
+
+def test_a_first_connection_imports_nothing():
+    """A child that is forked while another thread imports waits for ever when it needs the same module."""
+    script = """
+import sys
+import hotweights as hw
+from hotweights.transfer.relay import Relay
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        print("imported", name)
+
+relay = Relay(sys.argv[1], "unix:/tmp/none/socket", insecure=True)
+sys.meta_path.insert(0, Finder())
+relay._pause = lambda seconds: relay.close()  # After the first try.
+relay.run()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, free_address()], capture_output=True, text=True, timeout=100 * TIMEOUT
+    )
+    print(done.stderr)
+    assert (done.returncode, done.stdout) == (0, "")

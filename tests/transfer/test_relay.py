@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import signal
+import threading
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from hotweights.sources.contracts import Request
 from hotweights.testing import TRANSPORT_CONTRACT, assert_same_bits
 from hotweights.transfer.channel import Channel
 from hotweights.transfer.decision import Decision
-from hotweights.transfer.messages import Accept, Offer
+from hotweights.transfer.messages import Accept, Crew, Offer
 from hotweights.transfer.onward import Onward
 from hotweights.transfer.relay import Relay
 
@@ -212,6 +213,38 @@ def test_a_worker_that_fails_is_named_through_its_relay(trainer, worker):
         threads[1].result()
         sending.send(content, version=2, receivers=1)
         assert_same_bits(threads[0].result(), content)
+
+
+def test_a_worker_that_leaves_while_the_offer_is_on_its_way_is_missed(trainer, worker, monkeypatch):
+    """Its relay has told that it is gone: nobody was lost, and yet fewer would take the version than are to."""
+    say, told = Channel.send, threading.Event()
+    stays, leaves = receiver(worker), receiver(worker)
+
+    def saying(channel, message, **options):
+        if isinstance(message, Offer) and message.version == 2 and not message.relayed:
+            leaves.close()
+            assert told.wait(TIMEOUT)
+        say(channel, message, **options)
+        if isinstance(message, Crew) and message.count == 1:
+            told.set()
+
+    def stay():
+        with pytest.raises(hw.TransferAborted, match="left before"):
+            dict(stays.tensors())
+        return dict(stays.tensors())
+
+    with relaying(trainer, worker), stays, sender(trainer, receivers=2) as sending:
+        first = [Thread(lambda each=each: dict(each.tensors())) for each in (stays, leaves)]
+        sending.send(tensors(), version=1)
+        for thread in first:
+            thread.result()
+        monkeypatch.setattr(Channel, "send", saying)
+        thread = Thread(stay)
+        why = r"1 of 2 receivers answered.*relay \(process .*1 of its 2 workers left before"
+        with pytest.raises(hw.TransferAborted, match=why):
+            sending.send(tensors(), version=2)
+        sending.send(tensors(), version=3, receivers=1)
+        assert_same_bits(thread.result(), tensors())
 
 
 def raised(work):

@@ -162,6 +162,7 @@ class Audience:
                 timeout=self._timeout,
                 digests=self._digests,
                 drop=self._drop,
+                needed=count,
                 register=self._register,
                 epoch=self._epoch,
                 advance=advance,

@@ -16,7 +16,7 @@ from ..ranges import Range
 from ..text import some
 from .decision import Decision, Known
 
-PROTOCOL = 7  # another number for every change of what messages hold
+PROTOCOL = 8  # another number for every change of what messages hold
 MAX_SMALL = 16 * 1024  # bytes of a frame where only short messages may come: the longest of them is a reason
 MAX_FRAME = 32 * 1024 * 1024  # bytes; a manifest of 100,000 tensors takes about 10
 _MAGIC = b"hotw"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import encodings.idna  # noqa: F401  # Else the first lookup imports it: who forks meanwhile leaves the child its lock.
 import errno
 import ipaddress
 import logging

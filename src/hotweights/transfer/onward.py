@@ -30,6 +30,7 @@ from .messages import (
     Accept,
     Chunk,
     Commit,
+    Crew,
     Done,
     End,
     Filled,
@@ -99,13 +100,15 @@ class Onward(Outbound):
         self._gone: dict[str, str] = {}  # who was lost that the sender knows, and was not told of, and why
         self._named: tuple[Seat, ...] = ()  # those that vote, as the sender has named them
 
-    def hand_on(self) -> None:
+    def hand_on(self) -> int:
         """Offer, hand on, and do what the sender decides.
+
+        Returns how many workers the sender was told that there are now.
 
         Raises:
             TransferError: the sender is gone. No worker took the version, if the sender did not say so before.
         """
-        offer = self._offered
+        offer, began = self._offered, list(self._members)
         for slot in range(len(self._slots.memories)):  # What somebody may still read of the version before.
             self._slots.roll.note_fill(slot, 0)
         try:
@@ -119,14 +122,20 @@ class Onward(Outbound):
             relayed = msgspec.structs.replace(offer, relayed=True, origins=(), patience=patience)
             report = self._run(offer.version, list(manifest.values()), lambda: relayed, self._stream)
         except TransferIncomplete:
-            self._done("")
+            done = self._done("")
         except (TransferAborted, TransferTimeout, TransferInDoubt) as error:
             if not self._end_aborted(error):
                 raise
+            done = Done("")
         else:
-            self._done("; ".join(f"{name}: {why}" for name, why in report.problems.items()))
+            done = self._done("; ".join(f"{name}: {why}" for name, why in report.problems.items()))
         finally:
             self._ballot.close()
+        # The number first: as soon as it is done, the sender counts who is there for the next version.
+        there = sum(peer.size for peer in began if peer in self._group.peers and peer.ready)
+        self._connection.send(Crew(there))
+        self._connection.send(done)
+        return there
 
     def _run(
         self,
@@ -141,9 +150,9 @@ class Onward(Outbound):
             if self._keeper is not None:
                 self._keeper.end(self.decided.decision if self.decided else None if self._voted else Decision.ABORT)
 
-    def _done(self, problem: str) -> None:
+    def _done(self, problem: str) -> Done:
         """The host has the version, but for workers that were lost since it voted."""
-        self._connection.send(Done(problem, tuple((self._gone | self._fallen()).items())))
+        return Done(problem, tuple((self._gone | self._fallen()).items()))
 
     def _stream(self) -> None:
         """Ask for what the workers want, and what is kept, and hand on slots as they come."""
@@ -261,7 +270,6 @@ class Onward(Outbound):
                 raise TransferTimeout("the sender did not answer in time")
             if self._connection.step() is None:
                 self._group.wait((), min(_LOOK, left(deadline)), also=self._connection.awaited())
-        self._connection.send(Done(""))
         return True
 
     # Waiting.

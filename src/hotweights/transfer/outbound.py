@@ -92,6 +92,7 @@ class Outbound:
         timeout: float,
         digests: bool,
         drop: bool,
+        needed: int = 0,
         register: Register | None = None,
         epoch: int = 0,
         advance: Callable[[int], None],
@@ -99,6 +100,7 @@ class Outbound:
     ) -> None:
         """``drop``: go on without members that are lost. ``advance`` is called with the bytes that were sent.
 
+        ``needed``: how many receivers must be there, behind relays too, if nobody may be lost.
         ``register``: where the decision is written; without one it falls in this process.
         """
         self._group = group
@@ -111,6 +113,7 @@ class Outbound:
         self._filling = "fill slots and digest" if digests else "fill slots"  # as the timeline has it
         self._packing = Packing(slots, hashed=digests)
         self._may_lose = drop
+        self._needed = needed
         self._register = register
         self._epoch = epoch
         self.decided: Decided | None = None
@@ -193,6 +196,7 @@ class Outbound:
 
     def _offer(self, offer: Offer, offered: Sequence[TensorSpec]) -> None:
         self._pace.begin("accept")
+        counted = {peer: peer.size for peer in self._members}
         for peer in self._members:
             ballot = (self._ballot.descriptor,) if peer.channel.shares else ()
             peer.channel.send(self._own(offer, peer), update=self._update, descriptors=ballot)
@@ -200,6 +204,14 @@ class Outbound:
         for peer in list(self._members):
             if problem := next(filter(None, (_problem(wanted, offered) for wanted in peer.wanted)), ""):
                 self._lose(peer, problem)
+        there = sum(len(peer.names) for peer in self._members)
+        if there < self._needed and not self._may_lose:
+            # A relay may have told of a worker that left when the offer was on its way.
+            fewer = [(peer, len(peer.names), size) for peer, size in counted.items() if len(peer.names) < size]
+            raise TransferAborted(
+                f"the update was aborted: {there} of {self._needed} receivers answered",
+                [f"{peer.name}: {size - has} of its {size} workers left before" for peer, has, size in fewer],
+            )
 
     def _own(self, offer: Offer, peer: Peer) -> Offer:
         """The offer to one receiver."""

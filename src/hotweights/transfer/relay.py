@@ -182,7 +182,7 @@ class Relay:
                     self._forward(workers, frame.message)
                     told = self._past(workers)  # Another worker may have the same to tell: it was not answered yet.
                 else:
-                    self._hand_on(group, workers, frame)
+                    said = self._hand_on(group, workers, frame)
             elif late:
                 self._give(group, self._made[0].shared, late)
             else:
@@ -238,7 +238,7 @@ class Relay:
             self._keeper.settle(verdict.about, verdict.decision)
 
     @signals.held
-    def _hand_on(self, group: PeerGroup, workers: list[Peer], frame: Frame) -> None:
+    def _hand_on(self, group: PeerGroup, workers: list[Peer], frame: Frame) -> int:
         offer = frame.message
         if not isinstance(offer, Offer):
             raise ProtocolError("something else than an offer came")
@@ -246,7 +246,7 @@ class Relay:
         members = _undoubting(workers)
         if offer.kept:
             members = [peer for peer in members if lacks(peer, offer.kept, offer.epoch)]
-        Onward(
+        return Onward(
             group,
             members,
             self._made[0],

@@ -80,6 +80,7 @@ TABLE: tuple[Row, ...] = (
     Row(SessionState.ABORTED, _R, "prepared", SessionState.ABORTED),
     Row(SessionState.ABORTED, _R, "refuse", SessionState.ABORTED),
     Row(SessionState.ABORTED, _R, "done", SessionState.IDLE),
+    Row(SessionState.COMMITTED, _R, "crew", SessionState.COMMITTED),
     Row(SessionState.COMMITTED, _R, "done", SessionState.IDLE),
 )
 
