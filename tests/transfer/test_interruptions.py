@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 from ends import TIMEOUT, Thread, going_on, receiver, sender
-from interrupting import Interrupting, at_every
+from interrupting import Interrupting, at_every, at_every_place
 from processes import Tiny, value_of
 
 import hotweights as hw
@@ -146,17 +146,18 @@ def test_a_trainer_that_is_interrupted_at_any_wait_sends_again(look, address, mo
     assert taking.result()["w3"].tolist() == [3.0] * 1000
 
 
+def take_all(source):
+    """Take versions, those that come whole, until the last."""
+    while source.version != "last":
+        with contextlib.suppress(hw.TransferError):
+            dict(source.tensors())
+
+
 def test_ctrl_c_at_any_line_of_a_trainer_loses_no_frame(address):
     """Nobody waits until a deadline for what was never said: the next version reaches all at once."""
     sending = sender(address)
     with receiver(address) as source, sending:
-
-        def take():
-            while source.version != "last":
-                with contextlib.suppress(hw.TransferError):
-                    dict(source.tensors())
-
-        taking = Thread(take)
+        taking = Thread(take_all, source)
         for at in itertools.count(step=29):
             with Interrupting(at) as interrupting, contextlib.suppress(KeyboardInterrupt, hw.TransferError):
                 sending.send({"w": torch.ones(3)}, version=at)
@@ -179,6 +180,25 @@ def test_ctrl_c_while_a_ballot_is_made_leaves_no_descriptor():
     for interrupting in at_every(1):
         with interrupting, contextlib.suppress(KeyboardInterrupt):
             made()
+
+
+def test_ctrl_c_at_each_line_that_hands_a_version_on_leaves_no_descriptor(address):
+    """From a sender to those that it is for. ``nothing_left`` looks for the ballot's."""
+    with receiver(address) as source, sender(address) as sending:
+        taking = Thread(take_all, source)
+
+        def send(version="before"):
+            sending.send({"w": torch.ones(3)}, version=version)
+
+        at = [
+            each for each in at_every_place(send) if each.place[0].co_filename.endswith(("/sender.py", "/audience.py"))
+        ]
+        for interrupting in at:
+            with interrupting, contextlib.suppress(KeyboardInterrupt, hw.TransferError):
+                send()
+        send("last")
+        taking.result()
+    assert len(at) > 50
 
 
 def test_ctrl_c_at_any_line_of_plain_code_loses_no_frame(address):

@@ -197,6 +197,8 @@ def test_through_relays_that_follow_one_another(trainer, worker, tmp_path):
                 assert_same_bits(taken, content)
                 while second.kept is None:  # Its worker has it a little before.
                     pass
+            while len(sending.connected) != 1:  # The workers that left count no more.
+                pass
             threads.append(Thread(follow_to, local, 2))
             sending.send(tensors(2), version=2, receivers=2)
             assert [thread.result() for thread in threads] == [[1, 2], [1, 2]]

@@ -171,6 +171,7 @@ class Audience:
             try:
                 report = run(outbound)
             finally:
+                outbound.close()
                 self._remember(outbound)
         return replace(report, warnings=(*doubts, *report.warnings))
 

@@ -19,9 +19,9 @@ from .arrival import Arrival
 from .copying import copy_out
 from .decision import Decision, Known
 from .messages import Account, Chunk, Offer, Wanted, short_version
-from .outbound import merged
 from .peers import Peer
 from .shared_memory import aligned
+from .wishes import merged
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class Collected:
 
     def wish(self, orders: Sequence[Sequence[Wanted]]) -> tuple[Wanted, ...]:
         """Everything; first what workers want, in their order."""
-        first = merged([[wanted.tensor for wanted in order] for order in orders if order])
+        first = merged(orders)
         return tuple(Wanted(number) for number in dict.fromkeys((*first, *self._missing)))
 
     def take(self, memory: torch.Tensor, chunks: Iterable[Chunk]) -> None:

@@ -25,6 +25,7 @@ from .connection import Connection
 from .decision import Decision, of_member
 from .flow import Waitable
 from .keeper import Collected, Keeper
+from .losses import dropped, fallen
 from .messages import (
     Abort,
     Accept,
@@ -129,8 +130,6 @@ class Onward(Outbound):
             done = Done("")
         else:
             done = self._done("; ".join(f"{name}: {why}" for name, why in report.problems.items()))
-        finally:
-            self._ballot.close()
         # The number first: as soon as it is done, the sender counts who is there for the next version.
         there = sum(peer.size for peer in began if peer in self._group.peers and peer.ready)
         self._connection.send(Crew(there))
@@ -152,7 +151,7 @@ class Onward(Outbound):
 
     def _done(self, problem: str) -> Done:
         """The host has the version, but for workers that were lost since it voted."""
-        return Done(problem, tuple((self._gone | self._fallen()).items()))
+        return Done(problem, tuple((self._gone | fallen(self._members)).items()))
 
     def _stream(self) -> None:
         """Ask for what the workers want, and what is kept, and hand on slots as they come."""
@@ -215,8 +214,8 @@ class Onward(Outbound):
         # A worker that is lost from here on does not keep the others from what the sender decides.
         self._voted = self._may_lose = True
         self._doubtful = not self._offered.kept
-        gone = {name: self._shown(name, reason) for name, reason in self._gone.items()}
-        lost, self._gone = gone | self._dropped(), {}
+        gone = {name: self._losses.shown(name, reason) for name, reason in self._gone.items()}
+        lost, self._gone = gone | dropped(self._members), {}
         self._connection.send(Prepared(tuple(lost.items())))
         try:
             message = self._next()

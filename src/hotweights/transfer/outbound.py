@@ -12,15 +12,14 @@ import torch
 from .. import signals
 from ..errors import PeerLost, ProtocolError, TransferAborted, TransferIncomplete
 from ..manifest import TensorSpec
-from ..ranges import Range, disjoint
 from ..sources.contracts import InMemory, Source
-from ..text import some
 from ..timeline import Timeline
 from .ballot import Ballot
 from .decision import Decision, Vote, of_lead
 from .doubts import Decided
 from .flow import Waitable
 from .host_report import Pace
+from .losses import Losses, dropped, fallen
 from .messages import (
     REASON,
     SEAT_NAME,
@@ -39,11 +38,9 @@ from .messages import (
     Refuse,
     Release,
     Seat,
-    Wanted,
     described,
     kind_of,
     listed,
-    words_of,
 )
 from .packing import Packing, Piece, pieces
 from .peers import Peer, PeerGroup, told
@@ -52,29 +49,14 @@ from .report import SendReport
 from .shared_memory import WriteSlots
 from .states import SessionState
 from .waits import left
-
-UNKNOWN = "it may have voted, and be in doubt: whether it takes the version is not known here"
-"""What is said of who was lost when others went on, and has perhaps consented to that."""
+from .wishes import problem_of, wishes_of
 
 _OPEN = (SessionState.OFFERED, SessionState.STREAMING, SessionState.ENDED, SessionState.PREPARED, SessionState.REFUSED)
 
 
-def merged(orders: Sequence[Sequence[int]]) -> list[int]:
-    """One order of tensors for several receivers, from the order that each of them wants.
-
-    A tensor's place is a fraction of each order's length, and the smallest of these counts: what somebody wants in the
-    middle of its order comes by the middle of this one.
-    """
-    rank: dict[int, float] = {}
-    for order in orders:
-        for place, number in enumerate(order):
-            rank[number] = min(rank.get(number, 1.0), place / len(order))
-    return sorted(rank, key=rank.__getitem__)
-
-
 @signals.held_throughout
 class Outbound:
-    """One update of a group. ``run`` it once.
+    """One update of a group. ``run`` it once, and ``close`` it.
 
     Attributes:
         decided: what was decided, and about whom; ``None`` where that is not known here.
@@ -125,9 +107,7 @@ class Outbound:
         self._began = time.monotonic()
         self._pace = Pace()
         self._waited: dict[str, float] = {}  # seconds by name
-        self._lost: dict[str, str] = {}  # reasons by name
-        self._maybe: set[str] = set()  # the names of those that may be in doubt
-        self._gave_up: list[str] = []  # the names of those that were lost when they were prepared
+        self._losses = Losses()
         self._tensors = self._nbytes = 0
         self._ballot = Ballot.new()  # The last: a signal in what comes after would leave its descriptor.
 
@@ -140,23 +120,24 @@ class Outbound:
             Exception: the source failed; nobody took the version.
         """
         register = "" if self._register is None else self._register.url
-        try:
-            return self._run(
+        return self._run(
+            version,
+            list(source.manifest.values()),
+            lambda: Offer(
                 version,
-                list(source.manifest.values()),
-                lambda: Offer(
-                    version,
-                    self._hashed,
-                    described(source.manifest),
-                    register=register,
-                    epoch=self._epoch,
-                    drop=self._may_lose,
-                    patience=self._timeout,
-                ),
-                lambda: self._send(source, check),
-            )
-        finally:
-            self._ballot.close()
+                self._hashed,
+                described(source.manifest),
+                register=register,
+                epoch=self._epoch,
+                drop=self._may_lose,
+                patience=self._timeout,
+            ),
+            lambda: self._send(source, check),
+        )
+
+    def close(self) -> None:
+        """Let go of the ballot, also where it never ran. May be called twice."""
+        self._ballot.close()
 
     def _run(
         self,
@@ -165,7 +146,7 @@ class Outbound:
         offer: Callable[[], Offer],
         send: Callable[[], None],
     ) -> SendReport:
-        """As ``run``. Whoever calls this closes the ballot."""
+        """As ``run``."""
         for peer in self._members:
             peer.begin()
         try:
@@ -202,14 +183,14 @@ class Outbound:
             peer.channel.send(self._own(offer, peer), update=self._update, descriptors=ballot)
         self._wait(self._in(SessionState.OFFERED), "answer the offer")
         for peer in list(self._members):
-            if problem := next(filter(None, (_problem(wanted, offered) for wanted in peer.wanted)), ""):
+            if problem := next(filter(None, (problem_of(wish, offered) for wish in peer.wanted)), ""):
                 self._lose(peer, problem)
         there = sum(len(peer.names) for peer in self._members)
         if there < self._needed and not self._may_lose:
             # A relay may have told of a worker that left when the offer was on its way.
             fewer = [(peer, len(peer.names), size) for peer, size in counted.items() if len(peer.names) < size]
             raise TransferAborted(
-                f"the update was aborted: {there} of {self._needed} receivers answered",
+                f"the update was aborted: {there} of {self._needed} receivers answered; send again to wait for others",
                 [f"{peer.name}: {size - has} of its {size} workers left before" for peer, has, size in fewer],
             )
 
@@ -217,18 +198,8 @@ class Outbound:
         """The offer to one receiver."""
         return msgspec.structs.replace(offer, place=peer.place)
 
-    def _requests(self) -> tuple[list[Peer], dict[int, list[tuple[int, tuple[Range, ...]]]], list[int]]:
-        """Who asks, by the place of its request; what is wanted of each tensor, by place; and the order of tensors."""
-        asking = [peer for peer in self._members for _ in peer.wanted]  # a relay in a place for each of its workers
-        wishes = [wanted for peer in self._members for wanted in peer.wanted]
-        requests: dict[int, list[tuple[int, tuple[Range, ...]]]] = {}
-        for place, wish in enumerate(wishes):
-            for wanted in wish:
-                requests.setdefault(wanted.tensor, []).append((place, wanted.ranges))
-        return asking, requests, merged([[wanted.tensor for wanted in wish] for wish in wishes])
-
     def _send(self, source: Source, check: Callable[[], object]) -> None:
-        asking, requests, order = self._requests()
+        asking, requests, order = wishes_of(self._members)
         tensors = _tensors(source, order, self._group.check_open)
         for number, tensor in self._timeline.each("read", tensors):
             self._tensors += 1
@@ -317,13 +288,12 @@ class Outbound:
         """Somebody else wrote the decision: a prepared member that then left, or one that was not to write it."""
         holders = [peer.name for peer in self._members]
         self._abort(TransferAborted("the update was aborted", ["a receiver wrote the decision"]))
-        reasons = [f"{name}: it gave up waiting for the decision: {self._lost[name]}" for name in self._gave_up]
         unasked = f"{' or '.join(holders)}: it wrote the decision without being asked"
-        return TransferAborted("the update was aborted", reasons or [unasked])
+        return TransferAborted("the update was aborted", self._losses.gave_up or [unasked])
 
     def _votes(self) -> list[Vote]:
         votes = [Vote.PREPARED if peer.state is SessionState.PREPARED else Vote.OPEN for peer in self._members]
-        return votes + [Vote.LOST] * len(self._lost)
+        return votes + [Vote.LOST] * len(self._losses)
 
     def _commit(self, version: str | int) -> SendReport:
         self._over = True
@@ -335,10 +305,10 @@ class Outbound:
         with self._timeline.event("wait for commits"):
             self._wait(self._in(SessionState.COMMITTED), "say that it has the version")
         self._part()
-        fallen, dropped = self._fallen(), self._dropped()
+        late, left_out = fallen(self._members), dropped(self._members)
         has_it = (name for peer in self._members for name in peer.names)
-        committed = tuple(name for name in has_it if name not in fallen and name not in dropped)
-        silent = {peer.name: self._lost[peer.name] for peer in members if peer not in self._members} | fallen
+        committed = tuple(name for name in has_it if name not in late and name not in left_out)
+        silent = {peer.name: self._losses.reason(peer) for peer in members if peer not in self._members} | late
         if silent:
             raise TransferIncomplete(
                 f"version {version!r} was taken, and not everybody said so; {', '.join(committed) or 'nobody'} did",
@@ -348,7 +318,7 @@ class Outbound:
         return SendReport(
             version=version,
             committed=committed,
-            lost={name: self._shown(name, reason) for name, reason in self._lost.items()} | dropped,
+            lost=self._losses.reported | left_out,
             problems={peer.name: peer.problem for peer in self._members if peer.problem},
             tensors=self._tensors,
             nbytes=self._nbytes,
@@ -359,18 +329,6 @@ class Outbound:
             since_epoch=self._timeline.since_epoch,
             hosts=self._pace.reports(self._members, self._timeline.began),
         )
-
-    def _shown(self, name: str, reason: str) -> str:
-        """Why somebody was lost that the others went on without, and whether it is known what becomes of it."""
-        return f"{reason}; {UNKNOWN}" if name in self._maybe else reason
-
-    def _fallen(self) -> dict[str, str]:
-        """Who behind relays was lost after the vote, and why."""
-        return {peer.placed(name): why for peer in self._members for name, why in peer.fallen}
-
-    def _dropped(self) -> dict[str, str]:
-        """Who behind relays was lost before it, and why."""
-        return {peer.placed(name): why for peer in self._members for name, why in peer.dropped}
 
     def _abort(self, error: BaseException) -> None:
         self._over = True
@@ -489,24 +447,19 @@ class Outbound:
         Raises:
             TransferAborted: nobody may be lost, or nobody is left.
         """
-        if "prepared" in peer.said:
-            self._gave_up.append(peer.name)
         refused = peer.state is SessionState.REFUSED and _is_open(peer)
         self._members = [member for member in self._members if member is not peer]
         self._leaving = [member for member in self._leaving if member is not peer]
         self._strike(peer)  # Before a slot that it holds is filled again.
         peer.holds.clear()
-        self._lost.setdefault(peer.name, reason)
-        if self._may_be_in_doubt(peer):
-            self._maybe.update((peer.name, *peer.names))
+        self._losses.add(peer, reason, doubtful=self._may_be_in_doubt(peer))
         if refused:
             peer.channel.send(Abort(reason[:REASON]))
             self._leaving.append(peer)
         else:
             self._group.part_with(peer, reason)
         if not self._over and of_lead(self._votes(), drop=self._may_go(peer)) is Decision.ABORT:
-            reasons = [f"{name}: {reason}" for name, reason in self._lost.items()]
-            raise TransferAborted("the update was aborted", reasons)
+            raise TransferAborted("the update was aborted", self._losses.told)
 
 
 def _tensors(
@@ -532,17 +485,3 @@ def _is_open(peer: Peer) -> bool:
 
 def _is_active(peer: Peer) -> bool:
     return _is_open(peer) and peer.state is not SessionState.IDLE
-
-
-def _problem(wanted: Sequence[Wanted], offered: Sequence[TensorSpec]) -> str:
-    """What is wrong with what a receiver wants; nothing, if that is empty."""
-    numbers = {request.tensor for request in wanted}
-    if not numbers <= set(range(len(offered))) or len(numbers) != len(wanted):
-        return "it wants tensors that were not offered, or one twice"
-    for request in wanted:
-        spec, ranges = offered[request.tensor], request.ranges
-        inside = all(part.size and part.fits(spec.nbytes) for part in ranges)
-        if ranges and not (inside and disjoint(ranges)):
-            shown = some([words_of(part) for part in ranges])
-            return f"it wants bytes of {spec} that there are not, or some twice: {shown}"
-    return ""

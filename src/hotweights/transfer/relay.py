@@ -230,7 +230,8 @@ class Relay:
     def _give(self, group: PeerGroup, slots: WriteSlots, late: list[Peer]) -> None:
         assert self._keeper is not None
         assert self._keeper.kept is not None
-        Handout(group, late, slots, self._keeper.kept, connection=self._connection).give()
+        with contextlib.closing(Handout(group, late, slots, self._keeper.kept, connection=self._connection)) as handout:
+            handout.give()
 
     def _forward(self, workers: Sequence[Peer], verdict: Verdict) -> None:
         forward(workers, verdict)
@@ -246,7 +247,7 @@ class Relay:
         members = _undoubting(workers)
         if offer.kept:
             members = [peer for peer in members if lacks(peer, offer.kept, offer.epoch)]
-        return Onward(
+        onward = Onward(
             group,
             members,
             self._made[0],
@@ -255,7 +256,9 @@ class Relay:
             timeout=self._timeout,
             offer=offer,
             keeper=self._keeper,
-        ).hand_on()
+        )
+        with contextlib.closing(onward):
+            return onward.hand_on()
 
     def _make_slots(self, *what: object) -> RelaySlots:
         self._made.append(RelaySlots(*what))  # type: ignore[arg-type]

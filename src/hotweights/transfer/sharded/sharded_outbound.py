@@ -25,6 +25,7 @@ from ..report import SendReport
 from ..shared_memory import WriteSlots, aligned
 from ..states import SessionState
 from ..waits import left
+from ..wishes import wishes_of
 from .direct import PATIENCE
 from .filling import digest_of, fill
 from .holding import Holding
@@ -118,20 +119,17 @@ class ShardedOutbound(Outbound):
         """
         specs = self._tiling.specs()
         register = "" if self._register is None else self._register.url
-        try:
-            self._direct.begin(self._lead.round, self._lead.ranks.values(), self._members)
-            offer = Offer(
-                version,
-                self._hashed,
-                described(Manifest(specs)),
-                register=register,
-                epoch=self._epoch,
-                drop=self._may_lose,
-                patience=self._timeout,
-            )
-            return self._run(version, specs, lambda: offer, self._send_tiles)
-        finally:
-            self._ballot.close()
+        self._direct.begin(self._lead.round, self._lead.ranks.values(), self._members)
+        offer = Offer(
+            version,
+            self._hashed,
+            described(Manifest(specs)),
+            register=register,
+            epoch=self._epoch,
+            drop=self._may_lose,
+            patience=self._timeout,
+        )
+        return self._run(version, specs, lambda: offer, self._send_tiles)
 
     def _own(self, offer: Offer, peer: Peer) -> Offer:
         return replace(super()._own(offer, peer), origins=self._direct.origins(peer))
@@ -150,7 +148,7 @@ class ShardedOutbound(Outbound):
         }
 
     def _send_tiles(self) -> None:
-        self._asking, requests, order = self._requests()
+        self._asking, requests, order = wishes_of(self._members)
         wishes = [wanted for peer in self._members for wanted in peer.wanted]
         self._casts = {
             (place, want.tensor): want.rounded for place, wish in enumerate(wishes) for want in wish if want.rounded
