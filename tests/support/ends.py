@@ -9,7 +9,7 @@ import torch
 
 import hotweights as hw
 
-TIMEOUT = 10.0  # seconds; the deadline of whatever must not happen
+TIMEOUT = 30.0  # seconds; the deadline of whatever must not happen
 
 
 def receiver(address, **options):

@@ -17,6 +17,8 @@ from hotweights.transfer.ballot import Ballot
 from hotweights.transfer.channel import Channel
 
 context = multiprocessing.get_context("fork")
+# Before any fork: else each child imports it anew, and waits for ever for what a thread of its parent was importing.
+PUBLIC = [getattr(hw, name) for name in hw.__all__]
 
 
 class Killer:
