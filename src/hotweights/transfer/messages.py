@@ -317,12 +317,16 @@ def encode(update: int, message: Message, descriptors: int = 0) -> bytes:
     """The bytes of a frame.
 
     Raises:
-        UsageError: it is larger than any receiver takes, or a name in it is no Unicode text.
+        UsageError: it is larger than any receiver takes, or a name in it is no Unicode text, or a number too large.
     """
     try:
         body = _encoder.encode(message)
     except UnicodeEncodeError as error:
         raise UsageError(f"a name or a version is no text that can be sent: {error}") from error
+    except OverflowError as error:
+        raise UsageError(
+            "a version that is a number has 64 bits at most; give a larger one as text, version=str(...)"
+        ) from error
     if len(body) > MAX_FRAME:
         raise UsageError(f"a message of {len(body)} bytes is too large; {MAX_FRAME} is the most. Send fewer tensors")
     return HEADER.pack(_MAGIC, PROTOCOL, descriptors, update, len(body)) + body
