@@ -1,6 +1,7 @@
 """Who voted and cannot hear the decision: it serves the version before, says so, and the next lead ends it."""
 
 import contextlib
+import os
 import threading
 from types import SimpleNamespace
 
@@ -400,11 +401,21 @@ def test_where_nothing_follows_somebody_says_it(word, address, monkeypatch):
 
 
 def test_resolve_says_when_nobody_is_in_doubt_and_takes_no_sender_s_place(address):
-    assert resolved(address, "--wait", "0.1") == (0, "nobody who is in doubt came within 0.1 s\n")
+    code, said = resolved(address, "--wait", "0.1")
+    assert (code, said.startswith("nobody came within 0.1 s; ")) == (0, True)
     assert resolved(address, "--commit", "--abort")[0] == 2
     with sender(address):
         code, said = resolved(address, "--wait", "1")
-        assert (code, "is held by another process" in said) == (1, True)
+        assert (code, f"is held by process {os.getpid()} on" in said) == (1, True)
+
+
+def test_resolve_names_who_came_and_is_not_in_doubt(address):
+    with receiver(address, name="waits") as source:
+        waiting = Thread(source.connect, 60.0)
+        code, said = resolved(address, "--wait", "3")
+        waiting.result()
+    name = f"waits (process {os.getpid()} on 127.0.0.1)"
+    assert (code, said) == (0, f"nobody who is in doubt came within 3 s; others did: {name}\n")
 
 
 # Epochs.

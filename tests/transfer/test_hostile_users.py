@@ -112,15 +112,19 @@ def test_a_sender_may_be_closed_by_what_it_sends(as_stream, address):
 
 
 @pytest.mark.parametrize(
-    "content",
-    [{f"{'n' * 1000}{number}": torch.zeros(()) for number in range(35_000)}, {"half \ud800": torch.zeros(1)}],
-    ids=["too many", "no text"],
+    ("content", "version"),
+    [
+        ({f"{'n' * 1000}{number}": torch.zeros(()) for number in range(35_000)}, 1),
+        ({"half \ud800": torch.zeros(1)}, 1),
+        ({"a": torch.zeros(1)}, 2**64),
+    ],
+    ids=["too many", "no text", "no number"],
 )
-def test_who_was_not_told_of_an_offer_is_not_told_of_its_end(content, address):
+def test_who_was_not_told_of_an_offer_is_not_told_of_its_end(content, version, address):
     with sender(address) as sending:
         worker = Thread(taken, address)
-        with pytest.raises(hw.UsageError, match=r"too large|no text"):
-            sending.send(content, version=1)
+        with pytest.raises(hw.UsageError, match=r"too large|no text|64 bits"):
+            sending.send(content, version=version)
         assert sending.send({"a": torch.ones(1)}, version=2).committed
         assert worker.result().keys() == {"a"}
 

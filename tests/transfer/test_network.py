@@ -182,7 +182,7 @@ def test_workers_on_both_sides_of_the_network_decide_together(failing, address, 
 def test_of_several_addresses_none_is_kept_when_one_is_taken(address, tmp_path):
     local = f"unix:{tmp_path / 'run' / 'socket'}"
     with sender(address) as first:
-        with pytest.raises(hw.AddressTaken, match="held by another process"):
+        with pytest.raises(hw.AddressTaken, match=rf"held by process {os.getpid()} on this host"):
             sender([local, address])
         with sender(local):
             pass
@@ -686,7 +686,7 @@ def test_a_receiver_that_loses_its_sender_says_which_process_on_which_host(lost,
 
 
 def test_an_address_of_another_host_is_refused():
-    with pytest.raises(hw.UsageError, match=r"nobody can listen at tcps://192.0.2.1:7600"):
+    with pytest.raises(hw.UsageError, match=r"192\.0\.2\.1 is no address of this host, .*; start it on the"):
         hw.Sender("tcps://192.0.2.1:7600", insecure=True)
 
 
@@ -701,13 +701,15 @@ def test_a_name_that_nobody_knows(monkeypatch):
         hw.Sender("tcps://trainer:7600", insecure=True)
     with (
         receiver("tcps://trainer:7600", insecure=True, offer_timeout=0.05) as source,
-        pytest.raises(hw.TransferTimeout, match="nobody listens there"),
+        pytest.raises(hw.TransferTimeout, match="does not know the name trainer"),
     ):
         source.leases()
 
 
 def test_nobody_listens(address):
-    with receiver(address, offer_timeout=0.3) as source, pytest.raises(hw.TransferTimeout, match="Connection refused"):
+    port = address.rpartition(":")[2]
+    nobody = rf"nobody listens at 127\.0\.0\.1 \(127\.0\.0\.1\), port {port}: Connection refused"
+    with receiver(address, offer_timeout=0.3) as source, pytest.raises(hw.TransferTimeout, match=nobody):
         source.leases()
 
 

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import os
+import queue
 import signal
 import threading
 
@@ -563,3 +564,14 @@ def test_a_relay_that_cannot_say_what_its_workers_want_refuses_and_goes_on(train
 def refused(source):
     with pytest.raises(hw.TransferAborted, match="too large"):
         dict(source.tensors())
+
+
+def test_where_a_relay_listens_is_looked_at_before_a_sender_is_there(trainer, worker, tmp_path, monkeypatch):
+    told = queue.Queue()
+    monkeypatch.setattr(Relay, "_tell", lambda _, error: told.put(error) or 1.0)
+    with sender(worker), relaying(trainer, worker):
+        assert isinstance(told.get(timeout=60), hw.AddressTaken)
+    with Relay(trainer, f"unix:{tmp_path}/no/such/socket") as relay, pytest.raises(hw.UsageError, match="mkdir -p"):
+        relay.run()
+    with pytest.raises(hw.UsageError, match="takes from one address and gives at another"):
+        Relay(trainer, [worker, trainer])

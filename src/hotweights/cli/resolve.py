@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import TransferInDoubt, UsageError
+from ..text import some
 from . import flags
 from .outcome import ending, print_json
 
@@ -43,8 +44,10 @@ def resolve(
         else:
             for resolution in found:
                 typer.echo(_line(resolution))
-            if not found:
-                typer.echo(f"nobody who is in doubt came within {wait:g} s")
+            if not found and not resolver.came:
+                typer.echo(f"nobody came within {wait:g} s; workers come that wait for a sender at this address")
+            elif not found:
+                typer.echo(f"nobody who is in doubt came within {wait:g} s; others did: {some(resolver.came)}")
         open_ones = [str(resolution.doubt) for resolution in found if resolution.decision is None]
         if open_ones and as_json:
             raise typer.Exit(1)

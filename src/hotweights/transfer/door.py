@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import os
 import socket
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from ..errors import AddressTaken, UsageError
@@ -21,11 +24,39 @@ SILENT = 64
 """Connections that may be open before they said what they want."""
 
 
-def cannot_listen(address: str, error: OSError) -> AddressTaken | UsageError:
-    """What to raise where nobody can listen."""
+_LISTENS = "0A"  # the state of a socket that listens, in /proc/net/tcp
+
+
+def cannot_listen(address: str, error: OSError, where: tuple[str | int, ...] = ()) -> AddressTaken | UsageError:
+    """What to raise where nobody can listen. ``where``: address and port, if it is one on the network."""
+    here = socket.gethostname()
     if error.errno == errno.EADDRINUSE:
-        return AddressTaken(f"{address} is held by another process on this host")
+        pid = _listener(int(where[1])) if where else 0
+        holder = f"process {pid}" if pid else "another process"
+        return AddressTaken(f"{address} is held by {holder} on this host, {here}; end it, or use another port")
+    if error.errno == errno.EADDRNOTAVAIL and where:
+        return UsageError(
+            f"nobody can listen at {address}: {where[0]} is no address of this host, {here}; start it on the host that "
+            "has it, or name an address of this one"
+        )
     return UsageError(f"nobody can listen at {address}: {error}")
+
+
+def _listener(port: int) -> int:
+    """The process that listens at a port of this network namespace; 0 if that cannot be seen."""
+    lines = [line.split() for table in ("tcp", "tcp6") for line in _lines(f"/proc/net/{table}")]
+    sockets = {f"socket:[{line[9]}]" for line in lines if line[3] == _LISTENS and line[1].endswith(f":{port:04X}")}
+    for opened in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):  # It was closed meanwhile, or belongs to another user.
+            if os.readlink(opened) in sockets:
+                return int(opened.parts[2])
+    return 0
+
+
+def _lines(path: str) -> list[str]:
+    with contextlib.suppress(OSError):
+        return Path(path).read_text().splitlines()[1:]
+    return []
 
 
 class Guest(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import ipaddress
 import os
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric import ec
 
 _CA = "ca"  # ca.pem is the authority's certificate, which every host needs; ca.key makes more of them
-_HOST = re.compile(r"[0-9A-Za-z:][0-9A-Za-z.:_-]*")
+_HOST = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]*")
 _DAY = datetime.timedelta(days=1)
 
 
@@ -80,9 +81,10 @@ class Keys:
             UsageError: none of them has one.
         """
         name = socket.gethostname()
+        known = {host.lower(): host for host in self._hosts}  # Addresses are read in lower case.
         for candidate in (*names, name, name.partition(".")[0]):
-            if candidate in self._hosts:
-                return candidate
+            if (host := known.get(candidate.lower())) is not None:
+                return host
         if len(self._hosts) == 1:
             return self._hosts[0]
         called = [called for called in dict.fromkeys((*names, name)) if not is_any(called)]
@@ -112,7 +114,10 @@ def lacking(directory: Path) -> UsageError:
             f"{directory} has {path.name}, and no host's key; make one for this host where ca.key of the same job is, "
             f"with: hotweights keys DIR --hosts {socket.gethostname()}; and copy its .pem to {directory}"
         )
-    return UsageError(f"there are no keys in {directory}; make some with: {_advice(directory)}")
+    return UsageError(
+        f"there are no keys in {directory}; make those of the job once, with: {_advice(directory)}; and copy ca.pem "
+        "and HOST.pem of those to each other HOST"
+    )
 
 
 def is_any(host: str) -> bool:
@@ -145,9 +150,12 @@ def make_keys(directory: str | os.PathLike[str], hosts: Iterable[str], *, days: 
         UsageError: a host's name is none, or has a key already; or the authority's key is not here.
         MissingPackage: ``cryptography`` is not installed.
     """
-    names = list(dict.fromkeys(hosts))
-    if wrong := [name for name in names if not _HOST.fullmatch(name) or name == _CA]:
-        raise UsageError(f"these are no names of hosts: {some(wrong)}")
+    names = list(dict.fromkeys(name.strip() for name in hosts))
+    if wrong := [name for name in names if not _is_host(name)]:
+        raise UsageError(
+            f"these are no names of hosts: {some(wrong)}; name them as in tcps://HOST:PORT, without tcps:// and port, "
+            f"an address of IPv6 without brackets; {_CA} is the authority's own name"
+        )
     if not names:
         raise UsageError("a key is for a host; name at least one")
     if wild := [name for name in names if is_any(name)]:
@@ -167,6 +175,15 @@ def make_keys(directory: str | os.PathLike[str], hosts: Iterable[str], *, days: 
         raise UsageError(f"{home} has keys for {some(taken)}; remove those files first, or name other hosts")
     authority, new = _authority(home, days)
     return new + [_make_host(home, name, authority, days) for name in names]
+
+
+def _is_host(name: str) -> bool:
+    """Whether it can stand in an address, and be a file's name beside the authority's."""
+    if ":" in name:
+        with contextlib.suppress(ValueError):
+            return bool(ipaddress.IPv6Address(name))
+        return False
+    return name.lower() != _CA and _HOST.fullmatch(name) is not None
 
 
 _Authority = tuple["x509.Certificate", "ec.EllipticCurvePrivateKey"]

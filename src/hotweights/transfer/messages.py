@@ -131,8 +131,8 @@ class Offer(_Message, frozen=True):
     """A version and its tensors: name, dtype, shape. On one host the ballot comes with it as a descriptor.
 
     If it is ``relayed``, the ballot holds what this host's relay heard of the decision, which falls elsewhere.
-    ``register`` says where the decision stands, if in one. The receiver, or the first relay before it, has this
-    ``place`` at the lead. Of two leads the one with the larger ``epoch`` is the present one. Some bytes may come from
+    ``register`` says where the decision stands, if in one, as ``Register.told``. The receiver, or the first relay
+    before it, has this ``place`` at the lead. Of two leads the one with the larger ``epoch`` is the present one. Some bytes may come from
     the ``origins``, if the receiver connects to them. With ``drop`` a relay goes on without other hosts behind it.
     ``patience`` is how many seconds a single answer may take.
     ``kept`` is 0; or a group has taken the version before, by this update, and a relay has kept it: who is prepared
@@ -317,12 +317,16 @@ def encode(update: int, message: Message, descriptors: int = 0) -> bytes:
     """The bytes of a frame.
 
     Raises:
-        UsageError: it is larger than any receiver takes, or a name in it is no Unicode text.
+        UsageError: it is larger than any receiver takes, or a name in it is no Unicode text, or a number too large.
     """
     try:
         body = _encoder.encode(message)
     except UnicodeEncodeError as error:
         raise UsageError(f"a name or a version is no text that can be sent: {error}") from error
+    except OverflowError as error:
+        raise UsageError(
+            "a version that is a number has 64 bits at most; give a larger one as text, version=str(...)"
+        ) from error
     if len(body) > MAX_FRAME:
         raise UsageError(f"a message of {len(body)} bytes is too large; {MAX_FRAME} is the most. Send fewer tensors")
     return HEADER.pack(_MAGIC, PROTOCOL, descriptors, update, len(body)) + body

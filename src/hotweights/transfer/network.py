@@ -17,7 +17,7 @@ from typing import Protocol
 from urllib.parse import urlsplit
 
 from .. import signals
-from ..errors import TransferError, UsageError
+from ..errors import PeerLost, TransferError, UsageError
 from ..notices import log
 from .carriers.table import CARRIERS, DEFAULT, carrier_told
 from .carriers.tls import TlsInflow, TlsOutflow
@@ -60,6 +60,7 @@ class NetworkEndpoint:
         self.address = address
         self._host, self._port = _parted(address)
         self._where = ""  # as last looked up
+        self._unknown = ""  # why it was not found when it was last looked up
         self._failures = 0  # of connections: of several addresses of a name, the sender listens at one
         self._is_here = False  # whether all of them mean this host itself
         self._told: set[str] = set()  # why it could not be reached
@@ -102,10 +103,13 @@ class NetworkEndpoint:
 
         Raises:
             UsageError: there is no key for this host.
+            PeerLost: nobody knows the host's name yet.
             TransferError: this process may open no more files.
         """
         connecting = self.reach()
         if connecting is None:
+            if self._unknown:
+                raise PeerLost(self._unknown)
             return None
         try:
             return NetworkChannel(connecting, Side.RECEIVER, self.tls(connecting), failed=self._failed)
@@ -158,8 +162,9 @@ class NetworkEndpoint:
             TransferError: waiting does not help.
         """
         try:
-            addresses = _resolved(self._host, self._port)
-        except UsageError:
+            addresses, self._unknown = _resolved(self._host, self._port), ""
+        except UsageError as error:
+            self._unknown = str(error)
             return None  # The name may be given when the sender starts, as Kubernetes does.
         family, _, _, _, where = addresses[self._failures % len(addresses)]
         self._where = str(where[0])
@@ -195,6 +200,8 @@ class NetworkEndpoint:
                 f"{self._host} is {self._where} on this host, {here}, which is this host itself, and nobody listens "
                 f"here; a line of /etc/hosts may say so. Give {self._host} its address on the network, or name that"
             )
+        if code == errno.ECONNREFUSED:
+            return f"nobody listens at {self._host} ({self._where}), port {self._port}: {os.strerror(code)}"
         if code not in _UNREACHABLE:
             return ""
         reason = f"this host, {here}, cannot reach {self._host} ({self._where}): {os.strerror(code)}"
@@ -323,7 +330,7 @@ class NetworkDoor:
             self._socket.listen(BACKLOG)
         except OSError as error:
             self._socket.close()
-            raise cannot_listen(address, error) from error
+            raise cannot_listen(address, error, where) from error
         except BaseException:
             self._socket.close()
             raise

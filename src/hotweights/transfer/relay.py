@@ -74,6 +74,8 @@ class Relay:
         self.source = source
         check_known(to)
         listed = [to] if isinstance(to, str) else list(to)
+        if source in listed:
+            raise UsageError(f"a relay takes from one address and gives at another; found {source} as both")
         if all(map(is_local, listed)):  # The keys are for the sender.
             self._doors = endpoints_of(listed)
         else:
@@ -88,6 +90,7 @@ class Relay:
         )
         self._group: PeerGroup | None = None
         self._closed = False
+        self._free = False  # whether ``to`` was seen to be
         self._running = threading.Lock()  # held by ``run``
 
     def run(self) -> None:
@@ -162,6 +165,7 @@ class Relay:
     def _serve(self) -> None:
         """One connection to a sender, to its end."""
         connection, said, told = self._connection, 0, Past(0, ())
+        self._check_free()
         self._meet()
         # Workers may have to wait while the sender waits for other hosts.
         group = self._group = self._listening(self._made[0].shared)
@@ -187,6 +191,18 @@ class Relay:
                 self._give(group, self._made[0].shared, late)
             else:
                 group.wait(group.peers, _LOOK, listen=True, also=connection.awaited())
+
+    def _check_free(self) -> None:
+        """See that workers can connect at ``to``, once: else it would show only when a sender is there.
+
+        Raises:
+            AddressTaken: somebody else listens there.
+            UsageError: nobody can.
+        """
+        if not self._free:
+            for endpoint in self._doors:
+                endpoint.listen().close()
+            self._free = True
 
     def _listening(self, slots: WriteSlots) -> PeerGroup:
         connection = self._connection

@@ -39,7 +39,11 @@ class Resolution(NamedTuple):
 
 @signals.held_throughout
 class Resolver:
-    """Listens where the sender did, hears those that are in doubt, and tells them what follows. A context manager."""
+    """Listens where the sender did, hears those that are in doubt, and tells them what follows. A context manager.
+
+    Attributes:
+        came: names of all that came and told of the last update, in doubt or not.
+    """
 
     def __init__(
         self,
@@ -57,6 +61,7 @@ class Resolver:
         check_known(address)
         check_flags(insecure=insecure)
         endpoints = endpoints_of(address, keys=keys, insecure=insecure)
+        self.came: tuple[str, ...] = ()
         self._slots = WriteSlots(1, 4096)  # Receivers want to see some; nothing is sent.
         try:
             self._group = PeerGroup(endpoints, self._slots, _PATIENCE)
@@ -90,6 +95,7 @@ class Resolver:
                 tell(ready, {doubt.update: Decided(said, frozenset(seat.place for seat in doubt.members))})
                 found[doubt.update] = Resolution(doubt, said, by_hand=True)
         self._flush(ready)
+        self.came = tuple(peer.shown for peer in ready)
         return list(found.values())
 
     def _flush(self, peers: list[Peer]) -> None:

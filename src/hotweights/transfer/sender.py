@@ -210,8 +210,8 @@ class Sender:
             UsageError: tensors were written while they were sent, as far as torch counts it; nobody has the version.
             Exception: the source failed. Nobody has the version.
         """
-        if version is None:
-            raise UsageError("a version has a name, a str or an int; found None")
+        if version is None or version == "":
+            raise UsageError(f"a version has a name, a str or an int; found {version!r}")
         check_version(version)
         check_flags(wait=wait, show_progress=show_progress)
         if receivers is not None:

@@ -138,7 +138,10 @@ def speaks_tls(raw: bytes) -> bool:
 _TLS = (b"\x15", b"\x16")  # how an alert and a handshake of TLS begin; no frame of ours does
 _ONE_JOB = "both ends need keys= of one job"
 _CLOCKS = "set the clocks of both hosts, and of the one where the key was made"
-_RENEW = "make another: remove HOST.pem from the directory of keys, then hotweights keys DIR --hosts HOST"
+_RENEW = (
+    "make another: remove HOST.pem from the directory of keys that has ca.key, then hotweights keys DIR --hosts HOST; "
+    "and copy HOST.pem to that host"
+)
 
 
 def _of_another_name(names: list[str], host: str | None) -> str:
