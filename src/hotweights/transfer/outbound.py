@@ -129,6 +129,7 @@ class Outbound:
         self._maybe: set[str] = set()  # the names of those that may be in doubt
         self._gave_up: list[str] = []  # the names of those that were lost when they were prepared
         self._tensors = self._nbytes = 0
+        self._unwanted: tuple[str, ...] = ()
         self._ballot = Ballot.new()  # The last: a signal in what comes after would leave its descriptor.
 
     def run(self, source: Source, version: str | int, check: Callable[[], object] = bool) -> SendReport:
@@ -204,6 +205,8 @@ class Outbound:
         for peer in list(self._members):
             if problem := next(filter(None, (_problem(wanted, offered) for wanted in peer.wanted)), ""):
                 self._lose(peer, problem)
+        asked = {request.tensor for peer in self._members for wanted in peer.wanted for request in wanted}
+        self._unwanted = tuple(spec.name for number, spec in enumerate(offered) if number not in asked)
         there = sum(len(peer.names) for peer in self._members)
         if there < self._needed and not self._may_lose:
             # A relay may have told of a worker that left when the offer was on its way.
@@ -351,6 +354,7 @@ class Outbound:
             lost={name: self._shown(name, reason) for name, reason in self._lost.items()} | dropped,
             problems={peer.name: peer.problem for peer in self._members if peer.problem},
             tensors=self._tensors,
+            unwanted=self._unwanted,
             nbytes=self._nbytes,
             seconds=time.monotonic() - self._began,
             waited=dict(self._waited),
