@@ -71,8 +71,8 @@ def with_biases(model):
 
         def __iter__(self):
             yield from super().__iter__()
-            yield "lm_head.bias", torch.ones(1000)
-            yield "model.layers.0.self_attn.q_proj.bias", torch.ones(256)
+            yield "lm_head.bias", torch.ones(1000, dtype=torch.bfloat16)
+            yield "model.layers.0.self_attn.q_proj.bias", torch.ones(256, dtype=torch.bfloat16)
 
     return Longer(model)
 
