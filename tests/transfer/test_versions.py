@@ -165,6 +165,9 @@ def test_only_what_is_wanted_is_sent(address):
         report = sending.send(Layers(2), version=2)
     taking.result()
     assert report.tensors == 2
+    assert report.unwanted == ("scale", "one.weight", "one.bias")
+    assert "unwanted  3: scale, one.weight, one.bias" in str(report)
+    assert report.as_dict()["unwanted"] == ["scale", "one.weight", "one.bias"]
     assert report.nbytes == live.model.two.weight.nbytes + live.model.two.bias.nbytes
     assert torch.equal(live.model.one.weight, Layers(1).one.weight)
     assert torch.equal(live.model.two.weight, Layers(2).two.weight)

@@ -1,5 +1,6 @@
 """What trying the plug-in on other people's checkpoints found: heads that come and go, ``.bin`` files, paths."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -66,6 +67,68 @@ def test_a_head_that_the_first_checkpoint_lacks_and_bin_files(zoo):
         assert "lm_head.weight" in why
         assert "are one tensor in the model, and differ in the source" in why
     assert "rank 0: UsageError: a source is a path" in found[3][0]
+
+
+def with_dense_layers(path, seed):
+    """A copy of a checkpoint with a Dense layer of sentence-transformers in a folder of its own."""
+    made = Path(f"{path}-dense")
+    if not made.exists():
+        shutil.copytree(path, made)
+        (made / "2_Dense").mkdir()
+        kinds = {"": "Transformer", "2_Dense": "Dense"}
+        modules = [{"path": key, "type": f"sentence_transformers.models.{kind}"} for key, kind in kinds.items()]
+        (made / "modules.json").write_text(json.dumps(modules))
+        (made / "2_Dense" / "config.json").write_text('{"in_features": 256, "out_features": 64, "bias": true}')
+        torch.manual_seed(seed)
+        tensors = {"linear.weight": torch.randn(64, 256), "linear.bias": torch.randn(64)}
+        save_file(tensors, made / "2_Dense" / "model.safetensors")
+    return str(made)
+
+
+def embedding_models(stops):
+    """For each update, how many tensors differ from vLLM's own load, and how many there are; and what was warned of."""
+    from types import SimpleNamespace
+
+    from test_loading import join, load
+
+    from hotweights.engines.vllm.projection import projections
+    from hotweights.engines.vllm.ranks import Ranks
+    from hotweights.engines.vllm.worker import _updated
+    from hotweights.model.digests import digest_of
+
+    def held(model):
+        beside = {
+            f"{number} {name}": tensor.tolist()
+            for number, part in enumerate(projections(model))
+            for name, tensor in part.state_dict().items()
+        }
+        return {**digest_of(model).tensors, **beside}
+
+    join()
+    options = {"runner": "pooling"}
+    theirs = [held(load(path, options)[0]) for path in stops]
+    model, config = load(stops[0], {**options, "load_format": "hotweights"})
+    worker = SimpleNamespace(get_model=lambda: model, vllm_config=config, model_config=config.model_config)
+    found = []
+    for path, wanted in zip(stops, theirs, strict=True):
+        report = _updated(worker, Ranks(), path, None, timeout=20.0, keys=None, insecure=False)
+        ours = held(model)
+        odd = [key for key in {**ours, **wanted} if ours.get(key) != wanted.get(key)]
+        found.append((odd, len(wanted), any("Dense" in warning for warning in report.warnings)))
+    return found
+
+
+def test_embedding_models(zoo):
+    """Their Dense layers lie beside the model. They have no head, and one that comes is not written over anything."""
+    paths = variants(zoo)
+    a, b = (with_dense_layers(paths[weights], seed) for seed, weights in enumerate("AB"))
+    dense = zoo.run(embedding_models, None, [a, b, a])
+    plain = zoo.run(embedding_models, None, [paths["A"], paths["B-other"], paths["A"]])
+    assert [odd for odd, *_ in (*dense, *plain)] == [[]] * 6
+    assert [count - dense[0][1] for _, count, _ in plain] == [-4] * 3, "each of two poolers has a weight and a bias"
+    assert [warned for *_, warned in dense] == [False] * 3
+    _, (kept, _, warned) = zoo.run(embedding_models, None, [a, paths["B"]])
+    assert (kept, warned) == (["0 0.weight", "0 0.bias", "1 0.weight", "1 0.bias"], True)
 
 
 class Vision(torch.nn.Module):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 from drive import Talker
-from trainers import BACKEND, DUMMY, caught, failing, narrower, trained, trainer_of, without_last
+from trainers import BACKEND, DUMMY, caught, failing, narrower, trained, trainer_of, with_biases, without_last
 
 NARROWER = [
     "model.embed_tokens.weight",
@@ -47,8 +47,10 @@ def round_of_refits(talker: Talker, paths):
     for name in NARROWER:  # Each is refused by other code of vLLM's, which names no tensor.
         trainer.source = narrower(models["A"], name)
         note(name, caught(lambda: trainer.send_weights("narrower")))
-    trainer.source = ModuleSource(models["A"])
-    note("A", trainer.send_weights("step-7").version)
+    trainer.source = with_biases(models["A"])
+    report = trainer.send_weights("step-7")
+    found["unwanted"] = report.unwanted
+    note("A", report.version)
 
     # A trainer that died between the start and the finish.
     llm.start_weight_update()
@@ -184,6 +186,7 @@ def test_refits_of_an_engine_in_this_process(zoo):
     assert 'allow_missing="lm_head.weight". It is said in the first load' in found["short"][0]
     assert "matches no tensor" not in found["short"][0], "of what it allows by itself nothing is said"
     assert found["A"] == ("step-7", said["A"], ("step-7", "step-7", False, False))
+    assert found["unwanted"] == ("lm_head.bias", "model.layers.0.self_attn.q_proj.bias"), "vLLM's code passes over them"
     assert found["trainer gone"] == ("nothing was raised", said["A"], ("step-7", "step-7", True, False))
     assert "no sender is at" in found["told"]
     assert found["the next trainer"] == ("step-8", said["B"], ("step-8", "step-8", False, False))

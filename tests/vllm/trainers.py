@@ -60,6 +60,23 @@ def narrower(model, name):
     return Narrower(model)
 
 
+def with_biases(model):
+    """A source that has two tensors more, for which the engine's model has no place."""
+    import torch
+    from vllm.distributed.weight_transfer.base import ModuleSource, ParamMeta
+
+    class Longer(ModuleSource):
+        def metadata(self):
+            return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self]
+
+        def __iter__(self):
+            yield from super().__iter__()
+            yield "lm_head.bias", torch.ones(1000, dtype=torch.bfloat16)
+            yield "model.layers.0.self_attn.q_proj.bias", torch.ones(256, dtype=torch.bfloat16)
+
+    return Longer(model)
+
+
 def failing(model):
     """A source that fails in the middle."""
     from vllm.distributed.weight_transfer.base import ModuleSource

@@ -49,7 +49,7 @@ from .report import SendReport
 from .shared_memory import WriteSlots
 from .states import SessionState
 from .waits import left
-from .wishes import problem_of, wishes_of
+from .wishes import problem_of, unwanted, wishes_of
 
 _OPEN = (SessionState.OFFERED, SessionState.STREAMING, SessionState.ENDED, SessionState.PREPARED, SessionState.REFUSED)
 
@@ -109,6 +109,7 @@ class Outbound:
         self._waited: dict[str, float] = {}  # seconds by name
         self._losses = Losses()
         self._tensors = self._nbytes = 0
+        self._unwanted: tuple[str, ...] = ()
         self._ballot = Ballot.new()  # The last: a signal in what comes after would leave its descriptor.
 
     def run(self, source: Source, version: str | int, check: Callable[[], object] = bool) -> SendReport:
@@ -185,6 +186,7 @@ class Outbound:
         for peer in list(self._members):
             if problem := next(filter(None, (problem_of(wish, offered) for wish in peer.wanted)), ""):
                 self._lose(peer, problem)
+        self._unwanted = unwanted(self._members, offered)
         there = sum(len(peer.names) for peer in self._members)
         if there < self._needed and not self._may_lose:
             # A relay may have told of a worker that left when the offer was on its way.
@@ -321,6 +323,7 @@ class Outbound:
             lost=self._losses.reported | left_out,
             problems={peer.name: peer.problem for peer in self._members if peer.problem},
             tensors=self._tensors,
+            unwanted=self._unwanted,
             nbytes=self._nbytes,
             seconds=time.monotonic() - self._began,
             waited=dict(self._waited),

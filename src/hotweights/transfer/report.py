@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from ..text import as_html, counts, rate, short, size, table
+from ..text import as_html, counts, rate, short, size, some, table
 from ..timeline import TimelineEvent, breakdown, save_events
 from .host_report import HostReport
 
@@ -30,6 +30,8 @@ class SendReport:
             the next sender, by ``hotweights resolve`` or through a relay's next one.
         problems: by receiver that has it, what failed there after its commit: a hook, say.
         tensors: how many were sent; nobody wanted the others.
+        unwanted: names of these others: models have no place for them, or compute what they hold. A name that is meant
+            for a model and stands here has changed nothing.
         nbytes: bytes that were sent, each counted once, however many receivers took it.
         network_nbytes: bytes that went to other hosts, counted for each receiver there; for a relay once.
         hosts: the same for each host, and the seconds of each phase there. The sender's own has no name.
@@ -55,6 +57,7 @@ class SendReport:
     since_epoch: float = 0.0
     published: str | None = None
     hosts: tuple[HostReport, ...] = ()
+    unwanted: tuple[str, ...] = ()
 
     @property
     def shared_nbytes(self) -> int:
@@ -68,7 +71,7 @@ class SendReport:
 
     def as_dict(self) -> dict[str, object]:
         """The attributes as numbers, text, lists and dicts: what JSON can hold."""
-        facts = {"committed": list(self.committed), "warnings": list(self.warnings)}
+        facts = {"committed": list(self.committed), "warnings": list(self.warnings), "unwanted": list(self.unwanted)}
         events = [event._asdict() for event in self.events]
         hosts = [host.as_dict() for host in self.hosts]
         return {**msgspec.to_builtins(self), **facts, "events": events, "hosts": hosts}
@@ -107,6 +110,7 @@ class SendReport:
             ("sent", sent),
             *((("network", f"{size(self.network_nbytes)} over the network"),) if self.network_nbytes else ()),
             ("version", f"{self.version!r}, {self._whereabouts()}"),
+            *((("unwanted", f"{len(self.unwanted)}: {some(self.unwanted, 3)}"),) if self.unwanted else ()),
             *breakdown(self.events),
             *(("host", str(host)) for host in self.hosts if self.network_nbytes),
             *(("waited", f"{seconds:.3f} s for {name}") for name, seconds in self.waited.items()),

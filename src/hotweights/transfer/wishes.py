@@ -37,6 +37,12 @@ def merged(wishes: Sequence[Sequence[Wanted]]) -> list[int]:
     return sorted(rank, key=rank.__getitem__)
 
 
+def unwanted(members: Sequence[Peer], offered: Sequence[TensorSpec]) -> tuple[str, ...]:
+    """Names of what no worker asks for. What relays keep beside is not asked for by workers."""
+    asked = {wanted.tensor for peer in members for wish in peer.wanted[: len(peer.names)] for wanted in wish}
+    return tuple(spec.name for number, spec in enumerate(offered) if number not in asked)
+
+
 def problem_of(wish: Sequence[Wanted], offered: Sequence[TensorSpec]) -> str:
     """What is wrong with a wish; nothing, if that is empty."""
     numbers = {wanted.tensor for wanted in wish}

@@ -27,6 +27,7 @@ from ...errors import TransferTimeout, UsageError
 from ...sources.contracts import refusing
 from ...transfer.receiver import Receiver
 from .attached import as_loaded, attached, stale_draft, updatable
+from .projection import LEFT_ALONE, projections
 from .ranks import Ranks, words_of
 from .receiving import receiver_of
 
@@ -159,7 +160,8 @@ class Backend(WeightTransferEngine):  # type: ignore[misc]
                 report = live.update(receiver, show_progress=False)
         self.refused = None
         _LOG.info("hotweights: version %r is live", report.version)
-        for warning in (*report.warnings, *stale_draft(self.vllm_config)):
+        beside = [LEFT_ALONE] if projections(self.model) else []
+        for warning in (*report.warnings, *beside, *stale_draft(self.vllm_config)):
             _LOG.warning("hotweights: %s", warning)
 
     def finish_weight_update(self) -> None:

@@ -11,7 +11,7 @@ from vllm.logger import init_logger
 
 from ...live.update import Update
 from ..pushed import PushedUpdate
-from .attached import as_loaded, updatable
+from .attached import as_loaded, stale_draft, updatable
 from .ranks import Ranks, words_of
 from .tied_head import twin_of_head
 
@@ -50,6 +50,8 @@ def take_pushed(worker: Any, receive: Callable[[PushedUpdate], None]) -> None:
     if hasattr(worker.model_runner, "reset_lora_state"):
         worker.model_runner.reset_lora_state()
     _LOG.info("hotweights: version %r is live", report.version)
+    for warning in (*report.warnings, *stale_draft(worker.vllm_config)):
+        _LOG.warning("hotweights: %s", warning)
 
 
 @contextmanager

@@ -24,10 +24,14 @@ _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "e
 def reconcile_head(model: nn.Module, model_config: Any) -> None:
     """Let the model's own ``load_weights`` see a head where it needs one, or has one that must be compared."""
     untied = getattr(model_config, "word_embeddings_untied_by_checkpoint", False)
-    tied = getattr(model_config.hf_config.get_text_config(), "tie_word_embeddings", False)
-    if (tied or untied) and any(name.rpartition(".")[2] == "lm_head" for name, _ in model.named_modules()):
-        load: Callable[[Pairs], object] = model.load_weights  # type: ignore[assignment]
-        model.load_weights = lambda weights: load(_untied(weights) if untied else _tied(weights))  # type: ignore[assignment]
+    heads = [module for name, module in model.named_modules() if name.rpartition(".")[2] == "lm_head"]
+    if not any("weight" in head._parameters for head in heads):
+        return  # An embedding model has no head, whatever its config says: what checkpoints bring is left out.
+    load: Callable[[Pairs], object] = model.load_weights  # type: ignore[assignment]
+    if untied:
+        model.load_weights = lambda weights: load(_untied(weights))  # type: ignore[assignment]
+    elif getattr(model_config.hf_config.get_text_config(), "tie_word_embeddings", False):
+        model.load_weights = lambda weights: load(_tied(weights))  # type: ignore[assignment]
 
 
 def twin_of_head(model_config: Any, manifest: Manifest) -> dict[str, str]:

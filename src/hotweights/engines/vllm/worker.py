@@ -9,12 +9,14 @@ import functools
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, Concatenate, ParamSpec
 
 from ...errors import UsageError
 from ...live.model import LiveModel
 from ...live.report import UpdateReport
 from .attached import as_loaded, attached, loaded_by_us, sleeps, stale_draft, updatable
+from .projection import LEFT_ALONE, project, projection_in, projections
 from .ranks import Ranks, together, words_of
 from .receiving import is_address, receiver_of
 
@@ -138,11 +140,17 @@ def _updated(worker: Worker, ranks: Ranks, source: str, version: str | int | Non
         try:
             live = updatable(worker.get_model(), worker.vllm_config)
             opened = stack.enter_context(_opened(worker, source, ranks, **how))
+            beside = projection_in(source, live.model, worker.model_config)
         except Exception as error:
             problem = words_of(error)
         ranks.agree(problem)
         stack.enter_context(as_loaded(live.model, worker.vllm_config))
-        return live.update(opened, version=version, show_progress=False)
+        report = live.update(opened, version=version, show_progress=False)
+        if beside is not None:
+            project(live.model, beside)
+        elif projections(live.model):
+            report = replace(report, warnings=(*report.warnings, LEFT_ALONE))
+        return report
 
 
 def _opened(worker: Worker, source: str, ranks: Ranks, **how: Any) -> Any:
