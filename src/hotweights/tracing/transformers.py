@@ -17,7 +17,7 @@ from ..dtypes import OpaqueDtype
 from ..manifest import Manifest, TensorSpec
 from ..model.places import places
 from ..names import bare_names
-from ..plan.rules import Rules
+from ..plan.rules import Misfit, Rules
 from ..plan.steps import Copy, Step
 from ..sharding import is_dtensor
 from .lower import lower
@@ -79,7 +79,8 @@ def rules(model: Any, manifest: Manifest) -> Rules:
         else:
             conversions.setdefault(target, _Conversion(target, names.converters[pattern], model)).add(source, pattern)
     problems: list[str] = []
-    sound = [conversion for conversion in conversions.values() if conversion.fits(manifest, names.known, problems)]
+    odd: dict[str, Misfit] = {}
+    sound = [conversion for conversion in conversions.values() if conversion.fits(manifest, names.known, problems, odd)]
     recording = _trace(model, manifest, sound, names)
     ignored = _ignored_when_unexpected(model)
     skipped = {source for source, target in unknown.items() if ignored is not None and ignored.search(target)}
@@ -89,8 +90,9 @@ def rules(model: Any, manifest: Manifest) -> Rules:
         steps=(*steps, *lower(recording.ops)),
         constants=recording.constants,
         skip=_exactly(skipped | {name for conversion in unsound.values() for name in conversion.sources}),
-        allow_missing=[*ignored_when_missing(model), *_exactly(unsound)],
+        allow_missing=[*ignored_when_missing(model), *_exactly({*unsound, *odd})],
         problems=tuple(problems),
+        mismatched=odd,
         load=partial(_load, names, sound),
     )
 
@@ -143,7 +145,8 @@ def _load(names: _Names, conversions: Sequence[_Conversion], pairs: Iterable[tup
     for conversion in conversions:
         if all(source in tensors for source in conversion.sources):
             for name, made in conversion.run({source: tensors.pop(source) for source in conversion.sources}).items():
-                names.known[name].detach().copy_(made)
+                if names.known[name].shape == made.shape:  # Others are mismatched, and stay as they are.
+                    names.known[name].detach().copy_(made)
     for source, tensor in tensors.items():
         names.known[names.target(source)[0]].detach().copy_(tensor)
 
@@ -246,34 +249,48 @@ class _Conversion:
         """Names of what it takes."""
         return tuple(name for name, _ in self._sources)
 
-    def fits(self, manifest: Manifest, known: Mapping[str, torch.Tensor], problems: list[str]) -> bool:
-        """Whether it makes what the model has, tried on tensors without data before a byte moves; says why not."""
+    def fits(
+        self,
+        manifest: Manifest,
+        known: Mapping[str, torch.Tensor],
+        problems: list[str],
+        mismatched: dict[str, Misfit],
+    ) -> bool:
+        """Whether it makes something that the model has, tried on tensors without data before a byte moves.
+
+        Says of the rest why not: in ``problems``, or in ``mismatched`` where only the shape is another.
+        """
         specs = [manifest[name] for name in self.sources]
         wrong = [
             f"{spec}: torch has no such type, and it would have to be converted"
             for spec in specs
             if isinstance(spec.dtype, OpaqueDtype)
         ]
-        for _, names in self._lists():
-            wrong += _gaps(self._target, names)
-        wrong = wrong or self._misfits(specs, known)
+        failed: list[str] = []
+        made = {} if wrong else self._made(specs, known, failed)
+        gaps = [line for _, names in self._lists() for line in _gaps(self._target, names)]
+        odd = {name: tensor.shape for name, tensor in made.items() if known[name].shape != tensor.shape}
+        for name, shape in odd.items():
+            found, expected = list(shape), list(known[name].shape)
+            shapes = f"{found} in the source, {expected} in the model"
+            problem = f"{name}: shape {expected} expected, {found} found (from {self.sources[0]})"
+            mismatched[name] = Misfit(self.sources, shape, "; ".join((shapes, *gaps)), tuple(gaps) or (problem,))
+        wrong += [] if odd else gaps or failed
         problems += wrong
-        return not wrong
+        return not wrong and len(odd) < len(made)
 
-    def _misfits(self, specs: Sequence[TensorSpec], known: Mapping[str, torch.Tensor]) -> list[str]:
+    def _made(
+        self, specs: Sequence[TensorSpec], known: Collection[str], problems: list[str]
+    ) -> dict[str, torch.Tensor]:
         try:
             made = self.run({spec.name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for spec in specs})  # type: ignore[arg-type]
         except Exception as error:  # Whatever their operations raise on shapes that do not fit.
             odd = [spec for group in self._groups(specs) for spec in _odd(group)] or specs[:3]
-            return [f"{self._target}: transformers cannot make it of {'; '.join(map(str, odd))}: {error}"]
-        return [
-            f"{name}: made of {self.sources[0]}, but the model has no such name"
-            if name not in known
-            else f"{name}: shape {list(known[name].shape)} expected, {list(tensor.shape)} found "
-            f"(from {self.sources[0]})"
-            for name, tensor in made.items()
-            if name not in known or known[name].shape != tensor.shape
-        ]
+            problems.append(f"{self._target}: transformers cannot make it of {'; '.join(map(str, odd))}: {error}")
+            return {}
+        unknown = [f"{name}: made of {self.sources[0]}, but the model has no such name" for name in made.keys() - known]
+        problems += unknown
+        return {} if unknown else made
 
     def _groups(self, specs: Sequence[TensorSpec]) -> Iterator[list[TensorSpec]]:
         for _, names in self._lists():

@@ -12,15 +12,17 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ...arguments import check_kind
-from ...errors import MissingPackage, PlanError, UsageError
+from ...errors import CheckpointError, MissingPackage, PlanError, UsageError
 from ...manifest import Manifest
 from ...model.places import Place, places
+from ...model.survey import extra_states
 from ...notices import log
 from ...plan.plan import LoadPlan
 from ...sources.contracts import IOMode
@@ -28,7 +30,8 @@ from ...sources.files.directory import snapshot
 from ...sources.files.source import FileSource
 from ...sources.locating import naming_files
 from ...sources.reading import check_reading
-from ...tracing.transformers import destinations
+from ...text import some
+from ...tracing.transformers import destinations, rules
 from ..filling import HOW, How, Loader, fill, our_errors, planned, read_as, to_meta
 from .blank import class_named, keep_dtypes, of_own_code
 
@@ -36,7 +39,7 @@ Name = str | os.PathLike[str]
 
 
 def from_pretrained(
-    name_or_dir: Name,
+    name_or_dir: Name | None,
     *,
     cls: Any = None,
     device: torch.device | str | int | None = None,
@@ -59,7 +62,7 @@ def from_pretrained(
     and of two threads that load at once the last one may put back what the first had put there.
 
     Args:
-        name_or_dir: a directory, or a name in the cache of the hub.
+        name_or_dir: a directory, or a name in the cache of the hub; ``None`` with ``state_dict=`` and ``config=``.
         cls: ``AutoModelForCausalLM``, its like, or a model's class; by default what ``config.json`` says.
         device: on which all of it lies; or give ``device_map=`` as to transformers.
         io: how files are read, see ``hotweights.load``.
@@ -81,16 +84,21 @@ def from_pretrained(
         if options.get("device_map") is not None:
             raise UsageError("device= and device_map= both say where the model lies; give one of them")
         options["device_map"] = _map_of(device)
-    where = str(snapshot(Path(name_or_dir)))
+    if name_or_dir is None and options.get("state_dict") is None:
+        raise UsageError("give a directory or a name on the hub; or None, where state_dict= holds the weights")
+    where = None if name_or_dir is None else str(snapshot(Path(name_or_dir)))
     options["local_files_only"] = local_files_only
     with (
         reading(io=io, threads=threads, show_progress=show_progress),
-        our_errors("transformers", where, local_files_only=local_files_only),
+        our_errors("transformers", where or "state_dict=", local_files_only=local_files_only),
     ):
         if cls is None:
             cls = _class_of(transformers, where, options)
         if not callable(getattr(cls, "from_pretrained", None)):
             raise UsageError(f"cls= is a class with a from_pretrained, such as AutoModelForCausalLM; found {cls!r}")
+        if local_files_only and where is not None and not os.path.exists(where) and hasattr(cls, "_model_mapping"):
+            # An AutoModel asks the hub for an adapter all the same.
+            options["adapter_kwargs"] = {"local_files_only": True, **(options.get("adapter_kwargs") or {})}
         return cls.from_pretrained(where, **options)
 
 
@@ -128,13 +136,13 @@ def _map_of(device: torch.device | str | int) -> dict[str, Any] | None:
 _OF_FILES = ("cache_dir", "revision", "token", "subfolder", "local_files_only")
 
 
-def _class_of(transformers: Any, where: str, options: dict[str, Any]) -> Any:
+def _class_of(transformers: Any, where: str | None, options: dict[str, Any]) -> Any:
     """The class that the configuration names; of an adapter, that of its base model."""
     config = options.get("config")
     if not isinstance(config, transformers.PretrainedConfig):
         how = {key: options[key] for key in _OF_FILES if key in options}
         trusted = bool(options.get("trust_remote_code"))
-        name = _base_of(where, how) if config is None else config
+        name = _base_of(where, how) if config is None and where is not None else config
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trusted, **how)
     if options.get("trust_remote_code") and (own := of_own_code(config)) is not None:
         return getattr(transformers, own)
@@ -162,10 +170,16 @@ def _fill(
     # Without files there is nothing to read; with expected keys, a model that is whole gets an adapter.
     if how is None or not checkpoint_files or state_dict is not None or expected_keys is not None:
         return _LOADER.replaced.original(model, state_dict, checkpoint_files, load_config, expected_keys)
-    if why := _left_to_transformers(model, checkpoint_files, load_config):
-        log(logging.WARNING, "%s is read by transformers itself: %s", load_config.pretrained_model_name_or_path, why)
-        return _LOADER.replaced.original(model, state_dict, checkpoint_files, load_config, expected_keys)
-    return _read(model, checkpoint_files, load_config, how), None
+    if not (why := _left_to_transformers(model, checkpoint_files, load_config)):
+        try:
+            with FileSource(checkpoint_files) as source, naming_files(source):
+                return _read(model, source, load_config, how), None
+        except CheckpointError as error:
+            if error.cause != "duplicate_tensor":
+                raise
+            why = "several of its files hold the same tensor, and transformers takes that of the last"
+    log(logging.WARNING, "%s is read by transformers itself: %s", load_config.pretrained_model_name_or_path, why)
+    return _LOADER.replaced.original(model, state_dict, checkpoint_files, load_config, expected_keys)
 
 
 def _left_to_transformers(model: Any, files: list[str], config: Any) -> str:
@@ -174,6 +188,8 @@ def _left_to_transformers(model: Any, files: list[str], config: Any) -> str:
 
     if config.hf_quantizer is not None:
         return "it is quantised, and transformers changes its tensors while it loads them"
+    if extra_states(model):
+        return "its modules keep extra state"
     if config.device_mesh is not None:
         return "it is sharded while it is loaded"
     if {"disk", "meta"}.intersection(map(str, (config.device_map or {}).values())):
@@ -185,8 +201,8 @@ def _left_to_transformers(model: Any, files: list[str], config: Any) -> str:
     return ""
 
 
-def _read(model: Any, files: list[str], config: Any, how: How) -> Any:
-    """Read the files into the model, and say what transformers wants to know to finish it."""
+def _read(model: Any, source: FileSource, config: Any, how: How) -> Any:
+    """Read the source into the model, and say what transformers wants to know to finish it."""
     from transformers.integrations.accelerate import get_device
 
     for place in places(model):
@@ -194,14 +210,13 @@ def _read(model: Any, files: list[str], config: Any, how: How) -> Any:
             to_meta(place)
     given = keep_dtypes(model, config.dtype_plan)
     model._weight_conversions = config.weight_mapping  # Those that the user gave are among them.
-    with FileSource(files) as source, naming_files(source):
-        plan = _planned(model, source, ignore_mismatched=config.ignore_mismatched_sizes)
+    plan = _planned(model, source, ignore_mismatched=config.ignore_mismatched_sizes)
 
-        def device_of(name: str) -> torch.device:
-            return torch.device(get_device(config.device_map, name, valid_torch_device=True))
+    def device_of(name: str) -> torch.device:
+        return torch.device(get_device(config.device_map, name, valid_torch_device=True))
 
-        fill(model, source, plan, how, device_of)
-        return _told(model, source.manifest, plan, config, given)
+    fill(model, source, plan, how, device_of)
+    return _told(model, source.manifest, plan, config, given)
 
 
 def _planned(model: Any, source: FileSource, *, ignore_mismatched: bool) -> LoadPlan:
@@ -212,7 +227,10 @@ def _planned(model: Any, source: FileSource, *, ignore_mismatched: bool) -> Load
             [f"{name}: {shapes}" for name, shapes in plan.mismatched.items()],
             advice="ignore_mismatched_sizes=True initialises these anew.",
         )
-    return plan
+    if plan.ties:
+        pairs = [f"{other.source} (but {first.source})" for first, other in plan.ties]
+        log(logging.WARNING, "of tensors with one place transformers takes the first; not taken: %s", some(pairs, 3))
+    return replace(plan, ties=())
 
 
 def _told(
@@ -221,6 +239,7 @@ def _told(
     """What transformers finishes the model by, and reports: the names that are missing, unexpected or mismatched."""
     from transformers.utils.loading_report import LoadStateDictInfo
 
+    converted = rules(model, manifest).mismatched if plan.mismatched else {}
     where = destinations(model, manifest, config.weight_mapping)
     model._weight_conversions = [transform for transform in config.weight_mapping if transform.was_used()]
     known = {place.name: place for place in places(model) if place.persistent}
@@ -228,8 +247,9 @@ def _told(
         (name, torch.Size(manifest[source].shape), known[name].tensor.shape)
         for source, names in where.items()
         for name in names
-        if name in plan.mismatched
+        if name in plan.mismatched and name not in converted
     }
+    mismatched |= {(name, torch.Size(misfit.found), known[name].tensor.shape) for name, misfit in converted.items()}
     for place in known.values():
         if not place.tensor.is_meta:
             place.tensor.__dict__["_is_hf_initialized"] = True
