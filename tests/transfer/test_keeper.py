@@ -93,6 +93,7 @@ def test_it_has_all_of_a_version_whatever_its_workers_want(trainer, worker):
         assert torch.equal(first.result(), content["w"][:, 100:])
         assert len(report.committed) == 1
         assert report.shared_nbytes == 80_000
+        assert set(report.unwanted) == content.keys() - {"w"}  # by workers
         for _ in range(2):
             taken, version = take(worker)
             assert version == 1
