@@ -16,6 +16,8 @@ _INSIDE: dict[tuple[str, str], str] = {
     ("peft.peft_model", "PeftModel"): "base_model",
     ("peft.tuners.tuners_utils", "BaseTuner"): "model",
     ("peft.tuners.tuners_utils", "BaseTunerLayer"): "base_layer",
+    ("peft.tuners.adaption_prompt.model", "AdaptionPromptModel"): "model",
+    ("peft.tuners.adaption_prompt.layer", "_BaseAdaptedAttention"): "model",
     ("peft.utils.other", "AuxiliaryTrainingWrapper"): "original_module",
     ("peft.utils.other", "TrainableTokensWrapper"): "token_adapter",
 }

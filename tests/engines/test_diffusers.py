@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import shutil
@@ -125,6 +126,26 @@ def test_what_is_left_to_diffusers(directory, caplog, read):
     assert "is read by diffusers itself: its parameters have memory already" in caplog.text
     assert read == []
     assert_equal(ours, diffusers.AutoencoderKL.from_pretrained(directory, **options))
+
+
+def test_a_tensor_of_another_shape_that_may_stay_out(directory, tmp_path, caplog, read):
+    """diffusers leaves it without bytes."""
+    shutil.copytree(directory / "vae", tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    save_file(load_file(file) | {"encoder.conv_in.bias": torch.zeros(3)}, file, {"format": "pt"})
+    models = [
+        load(tmp_path, ignore_mismatched_sizes=True)
+        for load in (
+            diffusers.AutoencoderKL.from_pretrained,
+            functools.partial(engine.from_pretrained, cls=diffusers.AutoencoderKL),
+        )
+    ]
+    assert "is read by diffusers itself: tensors of another shape stay out of it" in caplog.text
+    assert read == []
+    for model in models:
+        assert model.encoder.conv_in.bias.is_meta
+        model.encoder.conv_in.bias = None
+    assert_equal(*models)
 
 
 class TestLive:

@@ -34,6 +34,9 @@ CONFIGS = {
     "oft": lambda: peft.OFTConfig(target_modules=["q_proj"], oft_block_size=4, init_weights=False),
     "vera": lambda: peft.VeraConfig(target_modules=["q_proj"], r=2, init_weights=False),
     "adalora": lambda: peft.AdaLoraConfig(target_modules=["q_proj"], total_step=10, init_r=4, target_r=2),
+    "prompts in front of attention": lambda: peft.AdaptionPromptConfig(
+        task_type="CAUSAL_LM", adapter_len=3, adapter_layers=1
+    ),
     "one tensor in all layers": lambda: peft.VBLoRAConfig(
         target_modules=["q_proj"], r=2, num_vectors=4, vector_length=8, topk=2
     ),
@@ -288,8 +291,9 @@ class TestWhichModels:
         load_adapter(model, tmp_path)
         assert_equal(model, theirs(bases[0], second))
 
-    def test_base_and_adapter_of_a_module(self, bases, saved):
-        first, second = saved("bias, a head, a rank of its own")
+    @pytest.mark.parametrize("kind", ["bias, a head, a rank of its own", "prompts in front of attention"])
+    def test_base_and_adapter_of_a_module(self, kind, bases, saved):
+        first, second = saved(kind)
         model = theirs(bases[0], first)
         load_adapter(model, second, base=bases[1])
         assert_equal(model, theirs(bases[1], second))

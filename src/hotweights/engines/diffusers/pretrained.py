@@ -126,6 +126,8 @@ def _left_to_diffusers(files: Sequence[str], options: dict[str, Any]) -> str:
         return "it is sharded while it is loaded"
     if options.get("offload_state_dict") or "disk" in (options.get("device_map") or {}).values():
         return "parts of it stay on disk"
+    if options.get("ignore_mismatched_sizes"):
+        return "tensors of another shape stay out of it (ignore_mismatched_sizes=True)"
     if not options.get("low_cpu_mem_usage"):
         return "its parameters have memory already (low_cpu_mem_usage=False)"
     if others := [os.path.basename(file) for file in files if not str(file).endswith(".safetensors")]:
