@@ -131,6 +131,44 @@ def test_embedding_models(zoo):
     assert (kept, warned) == (["0 0.weight", "0 0.bias", "1 0.weight", "1 0.bias"], True)
 
 
+def held_of_each(paths):
+    """The digests of models that are loaded from these, and of the first when it is updated to each."""
+    import torch
+    from test_loading import join, load
+
+    from hotweights.engines.vllm.attached import as_loaded, attached
+    from hotweights.engines.vllm.loader import checkpoint
+
+    join()
+    first, config = load(paths[0], {"load_format": "hotweights"})
+    live = attached(first)
+    found = [live.digest().whole]
+    for path in paths[1:]:
+        other, _ = load(path, {"load_format": "hotweights"})
+        with as_loaded(first, config), torch.no_grad():
+            live.update(checkpoint(path))
+        found += [attached(other).digest().whole, live.digest().whole]
+    return found
+
+
+def test_files_that_no_index_names(zoo):
+    """vLLM takes all of them together, and ``.pt`` where there is nothing else."""
+    paths = variants(zoo)
+    tensors = torch.load(Path(paths["A-bin"]) / "pytorch_model.bin")
+    names = sorted(tensors)
+    parts = {"b": names[::2], "a": names[1::2]}
+    shapes = {"-two": ("safetensors", save_file), "-bins": ("bin", torch.save), "-pt": ("pt", torch.save)}
+    made = []
+    for kind, (suffix, save) in shapes.items():
+        path = Path(paths["A"] + kind)
+        path.mkdir(exist_ok=True)
+        shutil.copy(Path(paths["A"]) / "config.json", path)
+        for part, keys in {"all": names}.items() if suffix == "pt" else parts.items():
+            save({key: tensors[key] for key in keys}, path / f"{part}.{suffix}")
+        made.append(str(path))
+    assert len({*zoo.run(held_of_each, None, [paths["A"], *made])}) == 1
+
+
 class Vision(torch.nn.Module):
     """As vLLM builds one: what normalises images is computed, and no checkpoint has it."""
 

@@ -27,6 +27,7 @@ from ..plan.quantised import scaleless
 from ..plan.steps import Fate, Program, Step
 from ..plan.unused import unused
 from ..sources.contracts import Addressed, InMemory, Request, Source
+from ..sources.readers.source import ReaderSource
 from ..text import size, some
 from ..timeline import Timeline
 from .assembly import Assembly, Own
@@ -136,8 +137,10 @@ class Attempt:
 
     def _stream(self, source: Source, advance: Callable[[int], None]) -> None:
         with source.leases() as stream:
-            # Staged, what is live is not written before the commit.
-            leases = held_apart(stream, self._own, self._begun) if self.strategy.exclusive else stream
+            # Staged, what is live is not written before the commit. What is read from files may lie where a weight was
+            # that processing has replaced and freed; it is no view of it.
+            may_be_own = self.strategy.exclusive and not isinstance(source, ReaderSource)
+            leases = held_apart(stream, self._own, self._begun) if may_be_own else stream
             for lease in leases:
                 if lease.placed:
                     self._placed(lease.name, lease.raw.nbytes)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from ...dtypes import OpaqueDtype
-from ...errors import UsageError
+from ...errors import CheckpointError, UsageError
 from ...live.model import LiveModel
 from ...live.report import UpdateReport
 from ...loading.load import load
@@ -144,17 +145,32 @@ class ModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not install
     def _directory(self, model_config: Any) -> str:
         """Where the checkpoint lies, downloaded by vLLM's own means if need be."""
         theirs = DefaultModelLoader(replace(self.load_config, load_format="hf", model_loader_extra_config={}))
-        directory, *_ = theirs._prepare_weights(model_config.model, None, model_config.revision, False, None)
+        directory, *_ = theirs._prepare_weights(model_config.model, None, model_config.revision, True, None)
         return str(directory)
 
 
+_SUFFIXES = (".safetensors", ".bin", ".pt")
+"""Of files of weights; those of the first kind that is there are taken."""
+
+
 def checkpoint(path: str) -> FileSource | DcpSource | ReaderSource:
-    """A checkpoint on this machine, open: of safetensors, or as ``torch.save`` wrote it where there are none."""
-    if os.path.isdir(path):
-        names = os.listdir(path)
-        if any(name.endswith(".bin") for name in names) and not any(name.endswith(".safetensors") for name in names):
-            return open_source(path, reader="torch")
-    return open_source(path)
+    """A checkpoint on this machine, open: of safetensors, or as ``torch.save`` wrote it where there are none.
+
+    Several files of other names, without an index, are one checkpoint, as vLLM takes them.
+    """
+    names = sorted(os.listdir(path)) if os.path.isdir(path) else []
+    suffix = next((each for each in _SUFFIXES if any(name.endswith(each) for name in names)), _SUFFIXES[0])
+    files = [os.path.join(path, name) for name in names if name.endswith(suffix)]
+    opened: Callable[[Any], Any] = open_source if suffix == _SUFFIXES[0] else partial(open_source, reader="torch")
+    try:
+        return opened(files if suffix == ".pt" else path)  # type: ignore[no-any-return]
+    except CheckpointError as error:
+        if error.cause != "ambiguous" or len(files) < 2:
+            raise
+        try:
+            return opened(files)  # type: ignore[no-any-return]
+        except CheckpointError:  # They have tensors in common.
+            raise error from None
 
 
 def dummy(manifest: Manifest) -> dict[str, torch.Tensor]:

@@ -53,7 +53,6 @@ def projection_in(path: str, model: nn.Module, model_config: Any) -> nn.Module |
 
 def project(model: nn.Module, made: nn.Module) -> None:
     """Copy the values into the projection of each pooler, in place."""
-    with torch.no_grad():
-        for live in projections(model):
-            for name, tensor in live.state_dict(keep_vars=True).items():
-                tensor.copy_(made.get_parameter(name))
+    for live in projections(model):
+        for name, tensor in live.state_dict().items():  # Detached: each shares its parameter's memory.
+            tensor.copy_(made.get_parameter(name).detach())
