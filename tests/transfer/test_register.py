@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import socket
 import stat
 
 import pytest
@@ -15,6 +16,7 @@ from hotweights.transfer.decision import Decision
 from hotweights.transfer.outbound import Outbound
 from hotweights.transfer.registers.register import DecisionRecord, SharedRecord
 from hotweights.transfer.registers.table import register_of
+from hotweights.transfer.relay import Relay
 
 COMMIT, ABORT = Decision.COMMIT, Decision.ABORT
 
@@ -85,7 +87,8 @@ def test_a_register_is_probed_before_it_is_trusted(tmp_path, register, monkeypat
     with pytest.raises(hw.UsageError, match=r"cannot hold decisions: .*No such file"):
         hw.Sender(free_address(), decision=f"file://{tmp_path}/absent")
     hw.Sender(free_address(), decision=register).close()
-    assert not os.listdir(tmp_path / "shared run")
+    (mark,) = os.listdir(tmp_path / "shared run")
+    assert mark.startswith("hotweights-sender-")
     monkeypatch.setattr(os, "link", os.replace)
     with pytest.raises(hw.UsageError, match="it let two writers write one of them"):
         hw.Sender(free_address(), decision=register)
@@ -100,6 +103,59 @@ def test_a_register_out_of_reach_or_damaged_leaves_doubt(tmp_path, register):
         (tmp_path / "shared run" / "hotweights-0000000000000007.json").write_text(content)
         with pytest.raises(hw.TransferError, match="cannot be had from file://"):
             register_of(register).decide(7, DecisionRecord(ABORT, ()))
+
+
+# A place of that name is there, and is not the sender's.
+
+OWN = "file:///proc/self/cwd"  # as a directory of each host's own has one name on all of them
+
+
+def take_elsewhere(pipe, folder, address, trainer):
+    """A worker on a host that has another directory at the register's path; behind a relay if ``trainer`` is said."""
+    os.chdir(folder)
+    with contextlib.ExitStack() as stack:
+        if trainer:
+            relay = stack.enter_context(Relay(trainer, address, timeout=TIMEOUT))
+            running = Thread(relay.run)
+            stack.callback(running.result)
+            stack.callback(relay.close)
+        source = stack.enter_context(receiver(address))
+        with pytest.raises(hw.HotweightsError, match="is another place on this host") as told:
+            hw.LiveModel(Tiny()).load(source)
+        pipe.send(str(told.value))
+        pipe.recv()
+
+
+@pytest.mark.parametrize("relayed", [False, True])
+def test_who_sees_another_register_than_the_sender_refuses_the_version(relayed, tmp_path, monkeypatch):
+    address, behind = free_address(), f"unix:{tmp_path / 'relay' / 'socket'}"
+    for folder in ("trainer", "gpu1"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / "trainer")
+    arguments = (behind, address) if relayed else (address, "")
+    with Child(take_elsewhere, tmp_path / "gpu1", *arguments) as worker:
+        with sender(address, decision=OWN) as sending, pytest.raises(hw.TransferAborted) as told:
+            sending.send(Tiny(1), version=1)
+        assert f"decision='{OWN}' is another place on this host, {socket.gethostname()}, than on" in str(told.value)
+        worker.heard()
+        worker.say("end")
+    assert not os.listdir(tmp_path / "gpu1")
+
+
+def test_nobody_decides_in_a_place_that_is_not_the_sender_s(tmp_path, monkeypatch):
+    """As where it was out of reach when it was looked at: who voted is in doubt, and does not write that all abort."""
+    for folder in ("trainer", "gpu1"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / "trainer")
+    register = register_of(OWN)
+    register.probe()
+    register.decide(7, DecisionRecord(COMMIT, (1,)))
+    told = SharedRecord(register_of(register.told), 7, 1)
+    assert told.is_commit()
+    monkeypatch.chdir(tmp_path / "gpu1")
+    with pytest.raises(hw.TransferError, match="name one that all hosts see"):
+        told.is_commit()
+    assert not os.listdir(tmp_path / "gpu1")
 
 
 def send_twice(pipe, addresses, register, at):

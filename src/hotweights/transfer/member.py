@@ -197,6 +197,8 @@ class Member:
     def _prepare(self, interruption: signals.Interruption) -> None:
         """Vote for the version, and wait for the decision. Returns if it is to commit."""
         self.require(SessionState.ENDED, "has not streamed to its end")
+        if self._record is not None:
+            self._record.check()
         try:
             self._connection.send(Prepared())
             self._hear(lambda: interruption.came or (self._cancelled and not self.decides))

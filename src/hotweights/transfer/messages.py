@@ -131,9 +131,10 @@ class Offer(_Message, frozen=True):
     """A version and its tensors: name, dtype, shape. On one host the ballot comes with it as a descriptor.
 
     If it is ``relayed``, the ballot holds what this host's relay heard of the decision, which falls elsewhere.
-    ``register`` says where the decision stands, if in one. The receiver, or the first relay before it, has this
-    ``place`` at the lead. Of two leads the one with the larger ``epoch`` is the present one. Some bytes may come from
-    the ``origins``, if the receiver connects to them. With ``drop`` a relay goes on without other hosts behind it.
+    ``register`` says where the decision stands, if in one, as ``Register.told``. The receiver, or the first relay
+    before it, has this ``place`` at the lead. Of two leads the one with the larger ``epoch`` is the present one. Some
+    bytes may come from the ``origins``, if the receiver connects to them. With ``drop`` a relay goes on without other
+    hosts behind it.
     ``patience`` is how many seconds a single answer may take.
     ``kept`` is 0; or a group has taken the version before, by this update, and a relay has kept it: who is prepared
     takes it, whatever becomes of the relay.

@@ -212,6 +212,11 @@ class Onward(Outbound):
             TransferAborted: to abort.
             TransferInDoubt: the sender is gone, and nobody can tell.
         """
+        if (record := self._record) is not None:
+            try:
+                record.check()
+            except UsageError as error:
+                raise TransferAborted("the update was aborted", [str(error)]) from error
         # A worker that is lost from here on does not keep the others from what the sender decides.
         self._voted = self._may_lose = True
         self._doubtful = not self._offered.kept
@@ -227,6 +232,11 @@ class Onward(Outbound):
             return
         assert isinstance(message, Commit), "the table lets nothing else pass"
 
+    @property
+    def _record(self) -> SharedRecord | None:
+        url = self._offered.register
+        return SharedRecord(register_of(url), self._update, self._offered.place) if url else None
+
     def _read(self, reason: str) -> None:
         """Do what is written about this host, now that the sender is lost.
 
@@ -237,9 +247,8 @@ class Onward(Outbound):
         if self._offered.kept:  # Its group has taken it.
             return
         written, reasons = None, [reason]
-        if self._offered.register:
+        if (record := self._record) is not None:
             try:
-                record = SharedRecord(register_of(self._offered.register), self._update, self._offered.place)
                 written = Decision.COMMIT if record.is_commit() else Decision.ABORT
             except TransferError as error:
                 reasons.append(str(error))

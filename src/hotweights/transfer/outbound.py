@@ -139,7 +139,7 @@ class Outbound:
             TransferIncomplete: the group took the version, and some members did not say that they have it.
             Exception: the source failed; nobody took the version.
         """
-        register = "" if self._register is None else self._register.url
+        register = "" if self._register is None else self._register.told
         try:
             return self._run(
                 version,

@@ -19,7 +19,7 @@ REGISTERS: Mapping[str, Callable[[str], Register]] = {
 
 
 def register_of(url: str) -> Register:
-    """The register at a URL. Nothing is looked up yet.
+    """The register at a URL, or the one that ``Register.told`` says. Nothing is looked up yet.
 
     Raises:
         UsageError: there is no such kind of register.
@@ -30,4 +30,7 @@ def register_of(url: str) -> Register:
             "decision= is a place that all hosts see: file:///shared/run, s3://bucket/run or etcd://host:2379/run; "
             f"found {url!r}"
         )
-    return REGISTERS[scheme](url)
+    where, _, mark = url.partition("#")
+    register = REGISTERS[scheme](where)
+    register.mark = mark
+    return register

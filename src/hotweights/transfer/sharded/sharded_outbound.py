@@ -117,7 +117,7 @@ class ShardedOutbound(Outbound):
             TransferAborted: a rank or a receiver was lost; nobody took the version.
         """
         specs = self._tiling.specs()
-        register = "" if self._register is None else self._register.url
+        register = "" if self._register is None else self._register.told
         try:
             self._direct.begin(self._lead.round, self._lead.ranks.values(), self._members)
             offer = Offer(
