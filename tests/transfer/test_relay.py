@@ -18,6 +18,7 @@ from hosts import follow, free_address, history, relay_process
 from hotweights.ranges import Range
 from hotweights.sources.contracts import Request
 from hotweights.testing import TRANSPORT_CONTRACT, assert_same_bits
+from hotweights.transfer import onward
 from hotweights.transfer.channel import Channel
 from hotweights.transfer.decision import Decision
 from hotweights.transfer.messages import Accept, Crew, Offer
@@ -575,3 +576,22 @@ def test_where_a_relay_listens_is_looked_at_before_a_sender_is_there(trainer, wo
         relay.run()
     with pytest.raises(hw.UsageError, match="takes from one address and gives at another"):
         Relay(trainer, [worker, trainer])
+
+
+def test_a_worker_that_releases_no_slot_is_named_and_not_its_relay(trainer, worker, monkeypatch):
+    monkeypatch.setattr(onward, "SHARE", 0.02)  # of the sender's patience: it is not near its end
+    stands, over = threading.Event(), threading.Event()
+
+    def stand():
+        with receiver(worker, name="stands") as source, contextlib.suppress(hw.TransferError):
+            for _ in source.leases():
+                stands.set()
+                over.wait(60)
+
+    with relaying(trainer, worker), sender(trainer, timeout=60.0) as sending:
+        thread = Thread(stand)
+        with pytest.raises(hw.TransferAborted, match=r"relay .*: stands .*: it did not release a slot within 1\.2 s"):
+            sending.send(tensors(), version=1)
+        assert stands.is_set()
+        over.set()
+        thread.result()

@@ -313,12 +313,26 @@ class Onward(Outbound):
             TransferAborted: that the version was aborted.
             TransferTimeout: nothing, in time.
         """
-        deadline = time.monotonic() + self._longest
+        deadline, since = time.monotonic() + self._longest, time.monotonic()
         while not self._heard:
             if not left(deadline):
                 raise TransferTimeout("the sender said nothing in time")
+            late = self._holding(since)
             self._look(min(_LOOK, left(deadline)))
+            # After a look, as in ``_wait``.
+            for peer in late:
+                if not self._heard and peer in self._holding(since):
+                    self._lose(peer, f"it did not release a slot within {self._timeout:g} s")
         return self._heard.popleft()
+
+    def _holding(self, since: float) -> list[Peer]:
+        """Workers that have kept a slot for too long, where all slots are kept: so the sender waits, and for this host.
+
+        ``since``: when this began to wait for the sender.
+        """
+        if len(self._passed) < len(self._slots.memories):
+            return []
+        return [peer for peer in self._members if peer.holds and not left(max(since, peer.moved) + self._timeout)]
 
 
 def _wants(wanted: dict[int, Wanted], chunk: Chunk) -> bool:
