@@ -1,9 +1,17 @@
 """What every test shares."""
 
+import contextlib
 import signal
 
 import pytest
 import torch
+
+with contextlib.suppress(ImportError):  # Engines' environments have none.
+    from hypothesis import HealthCheck, settings
+
+    # A busy machine is slow, which is no fault.
+    settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("any machine")
 
 
 @pytest.fixture(autouse=True, scope="session")
