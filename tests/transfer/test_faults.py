@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import re
 import signal
+import socket
 import threading
 
 import pytest
@@ -184,6 +186,27 @@ def test_a_sender_returns_when_version_n_is_back_and_not_before(address, monkeyp
         returned.set()
         for thread in taking:
             thread.result()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"), [(ValueError("no gather"), "ValueError: no gather"), (KeyboardInterrupt(), "KeyboardInterrupt")]
+)
+def test_a_worker_reads_where_it_was_that_the_sender_failed(error, said, address):
+    def pairs():
+        yield "w", torch.zeros(3)
+        raise error
+
+    def take():
+        with receiver(address) as source:
+            dict(source.tensors())
+
+    taking = Thread(take)
+    manifest = hw.Manifest(hw.TensorSpec(name, torch.float32, (3,)) for name in "wv")
+    with sender(address) as sending, pytest.raises(type(error)):
+        sending.send(pairs(), version=1, manifest=manifest)
+    why = rf"the sender \(process {os.getpid()} on {re.escape(socket.gethostname())}\): {said}$"
+    with pytest.raises(hw.TransferAborted, match=why):
+        taking.result()
 
 
 def test_who_is_late_for_an_offer_that_was_given_up_is_told_so(address, monkeypatch):

@@ -36,6 +36,8 @@ class Handout(Outbound):
     A sender that offers the next version waits meanwhile, but not for a worker that stands still.
     """
 
+    _role = "the relay"
+
     def __init__(
         self,
         group: PeerGroup,

@@ -66,6 +66,7 @@ class Onward(Outbound):
     """One version on its way through a relay: as from a sender, but that bytes and the decision come from elsewhere."""
 
     _is_relayed = True
+    _role = "the relay"
 
     def __init__(
         self,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -10,7 +12,7 @@ import msgspec
 import torch
 
 from .. import signals
-from ..errors import PeerLost, ProtocolError, TransferAborted, TransferIncomplete
+from ..errors import PeerLost, ProtocolError, TransferAborted, TransferError, TransferIncomplete
 from ..manifest import TensorSpec
 from ..sources.contracts import InMemory, Source
 from ..timeline import Timeline
@@ -63,6 +65,7 @@ class Outbound:
     """
 
     _is_relayed = False
+    _role = "the sender"
 
     def __init__(
         self,
@@ -337,9 +340,12 @@ class Outbound:
         self._over = True
         if not self._doubtful:
             self.decided = Decided(Decision.ABORT, frozenset())
+        reason = told(error)
+        if not isinstance(error, TransferError):  # It is of this process, and says nothing of where it ran.
+            reason = f"{self._role} (process {os.getpid()} on {socket.gethostname()}): {reason}"
         for peer in list(self._members):
             if peer.state in _OPEN:
-                peer.channel.send(Abort(told(error)[:REASON], self._doubtful))
+                peer.channel.send(Abort(reason[:REASON], self._doubtful))
         self._part()
 
     def _part(self) -> None:

@@ -456,4 +456,6 @@ def _counted(crew: int) -> int:
 
 def told(error: BaseException) -> str:
     """What the other side is told of an error."""
-    return str(error) if isinstance(error, TransferError) else f"{type(error).__name__}: {error}"
+    if isinstance(error, TransferError):
+        return str(error)
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
