@@ -29,11 +29,21 @@ def test_one_host_and_one_trainer_need_no_chain():
 
 
 @pytest.mark.parametrize(
-    ("words", "said"), [("host=3", "no 'host'; it has parameters"), ("hosts=0", "above zero"), ("hosts=x", "'hosts=x'")]
+    ("words", "said"),
+    [
+        ("host=3", "no 'host'; it has parameters"),
+        ("hosts=0", "above zero"),
+        ("hosts=x", "'hosts=x'"),
+        ("hosts=4,hosts_per_copy=8", "hosts_per_copy=8 hosts, and there are hosts=4"),
+    ],
 )
 def test_what_is_no_fleet_is_told(words, said):
     with pytest.raises(hw.UsageError, match=said):
         fleet_of(words)
+
+
+def test_a_copy_lies_on_as_many_hosts_as_there_are():
+    assert fleet_of("hosts=2").per_host == fleet_of("hosts=2,hosts_per_copy=2").per_host
 
 
 def run(*words):

@@ -112,7 +112,7 @@ def fleet_of(words: str, **known: float) -> Fleet:
     """A fleet from ``hosts=125,gbits=400``. What is not named is as by default, or as ``known``.
 
     Raises:
-        UsageError: a name is none, or a number is not above zero.
+        UsageError: a name is none, a number is not above zero, or there are fewer hosts than one copy needs.
     """
     names = [field.name for field in fields(Fleet)]
     found: dict[str, float] = dict(known)
@@ -126,4 +126,12 @@ def fleet_of(words: str, **known: float) -> Fleet:
             found[name] = 0.0
         if not 0 < found[name] < math.inf:
             raise UsageError(f"{name} of a fleet is a number above zero, such as hosts=125; found {word!r}")
-    return replace(Fleet(), **found)
+    fleet = replace(Fleet(), **found)
+    if fleet.hosts_per_copy <= fleet.hosts:
+        return fleet
+    if "hosts_per_copy" in found:
+        raise UsageError(
+            f"one copy lies on hosts_per_copy={fleet.hosts_per_copy:g} hosts, and there are hosts={fleet.hosts:g}; name "
+            "as many hosts, or fewer for a copy"
+        )
+    return replace(fleet, hosts_per_copy=fleet.hosts)
