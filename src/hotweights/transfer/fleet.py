@@ -131,7 +131,7 @@ def fleet_of(words: str, **known: float) -> Fleet:
         return fleet
     if "hosts_per_copy" in found:
         raise UsageError(
-            f"one copy lies on hosts_per_copy={fleet.hosts_per_copy:g} hosts, and there are hosts={fleet.hosts:g}; name "
-            "as many hosts, or fewer for a copy"
+            f"one copy lies on hosts_per_copy={fleet.hosts_per_copy:g} hosts, and there are hosts={fleet.hosts:g}; "
+            "name as many hosts, or fewer for a copy"
         )
     return replace(fleet, hosts_per_copy=fleet.hosts)
