@@ -205,6 +205,7 @@ MORE = {
         engine={"attention_backend": "CPU_MLA"},  # Beside AMX's, which packs weights where no update finds them.
     ),
     "w4a16": Case("LlamaConfig", _BASE, convert=_w4a16),
+    "phi-tied": Case("PhiConfig", {**_BASE, "tie_word_embeddings": True}, {"model_impl": "transformers"}),
 }
 """Those of single tests."""
 

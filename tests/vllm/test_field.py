@@ -69,6 +69,46 @@ def test_a_head_that_the_first_checkpoint_lacks_and_bin_files(zoo):
     assert "rank 0: UsageError: a source is a path" in found[3][0]
 
 
+def heads_with_a_bias(stops, options):
+    """For each update, the tensors that differ from vLLM's own load, or why it was refused; and if the bias moved."""
+    import torch
+    from test_loading import join, load
+
+    from hotweights.engines.vllm.attached import as_loaded, attached
+    from hotweights.model.digests import digest_of
+
+    join()
+    theirs = [digest_of(load(path, options)[0]).tensors for path in stops]
+    model, config = load(stops[0], {**options, "load_format": "hotweights"})
+    address, found = model.lm_head.bias.data_ptr(), []
+    for path, wanted in zip(stops, theirs, strict=True):
+        with as_loaded(model, config), torch.no_grad():
+            why = caught(lambda path=path: attached(model).update(path))
+        ours = digest_of(model).tensors
+        found.append((why, [name for name in wanted if ours.get(name) != wanted[name]]))
+    return found, model.lm_head.bias.data_ptr() == address
+
+
+def test_a_tied_head_with_a_bias(zoo):
+    """vLLM's Transformers backend makes the bias anew at each load; the head is compared with the embedding as ever."""
+    plain = {weights: zoo.checkpoint("phi-tied", weights) for weights in "AB"}
+    other = plain["A"].with_name("A-other")
+    other.mkdir()
+    shutil.copy(plain["A"] / "config.json", other)
+    tensors = {name: one for file in plain["A"].glob("*.safetensors") for name, one in load_file(file).items()}
+    assert "lm_head.bias" in tensors
+    head = torch.zeros_like(tensors["model.embed_tokens.weight"])
+    save_file({**tensors, "lm_head.weight": head}, other / "model.safetensors", {"format": "pt"})
+    stops = [str(path) for path in (plain["A"], plain["B"], other)]
+    found, stays = zoo.run(heads_with_a_bias, None, stops, {"model_impl": "transformers"})
+    assert found[:2] == [("nothing was raised", [])] * 2
+    assert (
+        "model.embed_tokens.weight and lm_head.weight are one tensor in the model, and differ in the source"
+        in found[2][0]
+    )
+    assert stays
+
+
 def with_dense_layers(path, seed):
     """A copy of a checkpoint with a Dense layer of sentence-transformers in a folder of its own."""
     made = Path(f"{path}-dense")

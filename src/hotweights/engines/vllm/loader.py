@@ -35,7 +35,7 @@ from ...text import size
 from .attached import attach, attached
 from .layers import deferred, is_processed, may_be_missing, processes_itself, processing, unwrap
 from .options import options_from
-from .tied_head import reconcile_head
+from .tied_head import keep_head_bias, reconcile_head
 
 logger = init_logger("vllm.hotweights")  # Below vLLM's own, so that its handlers and levels apply.
 
@@ -116,6 +116,8 @@ class ModelLoader(BaseModelLoader):  # type: ignore[misc]  # vLLM is not install
             memory_limit=options.memory_limit,
         )
         with self._opened(model, model_config) as files:
+            with device:
+                keep_head_bias(model, files.manifest)
             report = live.load(
                 dummy(files.manifest) if options.dummy else files,
                 version="dummy" if options.dummy else None,

@@ -34,6 +34,22 @@ def reconcile_head(model: nn.Module, model_config: Any) -> None:
         model.load_weights = lambda weights: load(_tied(weights))  # type: ignore[assignment]
 
 
+_MAKES_BIASES = "vllm.model_executor.models.transformers.causal"
+
+
+def keep_head_bias(model: nn.Module, manifest: Manifest) -> None:
+    """Give the head the bias that the checkpoint has. Call it on the model's device.
+
+    vLLM's Transformers backend makes a new one at each load, which no plan can follow; and what falls back to its
+    loading code is not compared where it is tied.
+    """
+    head: Any = getattr(model, "lm_head", None)
+    makes = any(kind.__module__ == _MAKES_BIASES for kind in type(model).__mro__)
+    if makes and hasattr(head, "_register_bias") and any(name.endswith("lm_head.bias") for name in manifest):
+        head._register_bias()
+        head._register_bias = lambda: None
+
+
 def twin_of_head(model_config: Any, manifest: Manifest) -> dict[str, str]:
     """How the head's name ends and what the embedding is called, where both are one tensor and the head is left out."""
     tied = getattr(model_config.hf_config.get_text_config(), "tie_word_embeddings", False)
