@@ -45,6 +45,7 @@ def test_for_programs_it_is_what_json_can_hold():
         "seconds": 0.5,
         "waited": {"process 1": 0.25},
         "warnings": ["the file is new"],
+        "unwanted": [],
         "events": [],
         "network_nbytes": 0,
         "hosts": [],

@@ -3,6 +3,7 @@
 Loaded from A, updated to B, and back. Nothing is packed out of sight, and no engine runs.
 """
 
+import cases
 import pytest
 from test_loading import join, load
 
@@ -21,11 +22,11 @@ def rows(paths):
     join()
     found = {}
     for name, by_weights in paths.items():
-        theirs = {}
+        theirs, options = {}, cases.MORE[name].engine
         for weights, path in by_weights.items():
-            theirs[weights] = digest_of(load(path, {})[0]).tensors
+            theirs[weights] = digest_of(load(path, options)[0]).tensors
         assert theirs["A"] != theirs["B"]
-        model, config = load(by_weights["A"], {"load_format": "hotweights"})
+        model, config = load(by_weights["A"], {**options, "load_format": "hotweights"})
         differing = []
         for weights in "ABA":
             if differing or weights == "B":
